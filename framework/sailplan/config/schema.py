@@ -1,0 +1,255 @@
+"""The typed configuration of a run: what every YAML file below conf/ is converted to, once, at start.
+
+Each component owns one dataclass; nothing below this package sees a DictConfig. Units are in the
+field comments. Cross-field rules live in `sailplan.config.checks`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MODALITIES = ("text", "vision", "audio")
+
+
+# ---------------------------------------------------------------- data sets
+@dataclass
+class ViewConfig:
+    """One way to show a record's item to the encoder: which item, which modalities, which text, which prompt."""
+
+    of: str = "item"  # item | query | target | history: which item(s) of the record
+    modalities: list[str] = field(default_factory=lambda: ["text"])
+    fields: list[str] = field(default_factory=list)  # text fields, in order; used when "text" is in modalities
+    pick: str = "join"  # join: all fields in one text; one: one random entry of the fields (keyword sampling)
+    prompt: str = ""  # task sentence put before the item's fields
+
+
+@dataclass
+class PatternConfig:
+    """A query view to be matched with a target view, and its weight in the step's loss."""
+
+    query: str = ""
+    target: str = ""
+    weight: float = 1.0
+
+
+@dataclass
+class DatasetConfig:
+    """A data set: where its shards are, what its records hold, and which patterns it trains."""
+
+    shards: str = ""  # folder or brace pattern of webdataset tars; "artifact:NAME" = made by the curriculum at a stage's start
+    kind: str = "items"  # items | pairs | sequences
+    catalogue: str | None = None  # pairs/sequences: the items data set that their ids refer to
+    views: dict[str, ViewConfig] = field(default_factory=dict)
+    patterns: dict[str, PatternConfig] = field(default_factory=dict)
+    temperature: float = 0.05  # start value of this data set's learnable temperatures
+    language_weights: dict[str, float] = field(default_factory=lambda: {"en": 0.5})  # the rest is shared by the other languages
+    field_drop: float = 0.15  # probability that a text field is dropped in training (never all)
+    history_length: int = 10  # sequences: items in a history
+    symmetric: bool = True  # InfoNCE in both directions
+    image_augmentation: float = 0.0  # strength 0..1 of random crop, flip and colour changes in training
+
+
+@dataclass
+class DataConfig:
+    """Reading: the reading order's constants and the limits on broken samples."""
+
+    root: str = "data/quickstart"
+    tokenizer: str = "${data.root}/tokenizer.json"
+    lanes: int = 8  # canonical sequential streams; a multiple of every data-parallel size in use
+    segment: int = 64  # records read in sequence by a lane
+    window: int = 512  # records shuffled together within a lane
+    workers: int = 0
+    prefetch: int = 2  # steps decoded ahead by each worker
+    max_tokens: int = 48  # prompt + text, longer texts are cut
+    image_size: int = 64
+    frames: int = 1
+    audio_rate: int = 16000  # Hz
+    audio_chunk_seconds: float = 10.0
+    audio_chunks: int = 1
+    mel_bins: int = 64
+    bad_sample_limit: float = 0.01  # fraction of samples that may be replaced before the run stops with exit code 65
+    cache: str | None = None  # folder for shards that are fetched from a URL
+    sets: dict[str, DatasetConfig] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- model
+@dataclass
+class TransformerShape:
+    """Shape of one stack of megatron-core blocks."""
+
+    layers: int = 2
+    hidden: int = 192
+    heads: int = 4
+    key_value_heads: int | None = None  # None: as many as heads
+    feed_forward: int = 512
+    dropout: float = 0.0
+
+
+@dataclass
+class VisionConfig:
+    """Frame encoder and the perceiver that condenses its tokens."""
+
+    patch: int = 8  # pixels
+    stem: str = "convolutional"  # convolutional: strided 3x3 convolutions down to the patch grid; patch: one linear patch embedding
+    stem_width: int = 64
+    encoder: TransformerShape = field(default_factory=TransformerShape)
+    perceiver: TransformerShape = field(default_factory=TransformerShape)
+    latents: int = 16
+
+
+@dataclass
+class AudioConfig:
+    """Log-mel encoder (one vector per chunk, mean over chunks) whose vector an adapter turns into one token."""
+
+    encoder: TransformerShape = field(default_factory=TransformerShape)
+    stem_width: int = 64
+    time_stride: int = 8  # log-mel frames per encoder position
+    output: int = 512
+
+
+@dataclass
+class ModelConfig:
+    vocabulary: int = 8192
+    embedding: int = 192  # D of the fused vector; equals tower.hidden
+    prefixes: list[int] = field(default_factory=lambda: [48, 96, 192])  # Matryoshka
+    tower: TransformerShape = field(default_factory=TransformerShape)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    pooling: str = "tanh_mean"  # tanh_mean | mean
+    rope_base: float = 10000.0
+
+
+# ---------------------------------------------------------------- stages
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-4  # end of the cosine
+    warmup_steps: int = 20
+    weight_decay: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+    temperature_learning_rate: float = 1e-3
+
+
+@dataclass
+class SubsetConfig:
+    """Records that a stage keeps: those nearest to the benchmark sets, and those whose own pair looks clean."""
+
+    nearest: float | None = None  # fraction of each data set's records kept by similarity to the benchmark's centroids
+    drop_noisy: float | None = None  # fraction of pairs with the lowest own score that is dropped
+    sets: list[str] = field(default_factory=list)  # empty: every set of the stage
+
+
+@dataclass
+class HardNegativeConfig:
+    """Dynamic hard negatives (recipe 2.1)."""
+
+    per_query: int = 4
+    sample: int = 2048  # N at which lambda* is fitted (F1's optimum depends on N)
+    refresh_steps: int = 0  # 0: only at the stage's start
+    patterns: dict[str, list[str]] = field(default_factory=dict)  # data set -> pattern names; empty: first pattern of each set
+    mask_in_batch: bool = True  # drop in-batch negatives at or above lambda*
+
+
+@dataclass
+class BalanceConfig:
+    """Adaptive multi-source balancing (recipe 2.2)."""
+
+    sample: int = 1024  # records per set
+    clusters: int = 16
+    epsilon: float = 0.05
+    iterations: int = 100
+    temperature: float = 1.0
+
+
+@dataclass
+class StageConfig:
+    steps: int = 100
+    data: dict[str, float] = field(default_factory=dict)  # data set -> weight (fixed weights, or floor shares under `balance`)
+    balance: BalanceConfig | None = None  # weights from the balancing algorithm instead of `data`'s values
+    mixed_fraction: float = 0.0  # share of steps whose batch mixes data sets in homogeneous sub-batches
+    patterns: dict[str, list[str]] = field(default_factory=dict)  # data set -> patterns used; missing: all
+    objectives: dict[str, float] = field(default_factory=dict)  # objective name -> weight
+    trainable: list[str] = field(default_factory=lambda: ["all"])  # parts: all | text | vision | perceiver | audio | tower | objectives | temperatures
+    subset: SubsetConfig | None = None
+    hard_negatives: HardNegativeConfig | None = None
+    artifacts: list[str] = field(default_factory=list)  # made at the stage's start: interests | teachers | co_occurrence
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+# ---------------------------------------------------------------- the rest
+@dataclass
+class ParallelConfig:
+    tensor: int = 1  # tensor-parallel size; data-parallel size = world size / tensor
+    shard: bool = True  # FSDP2 full sharding over the data-parallel group; False: replicated parameters
+    dtype: str = "float32"  # float32 | bfloat16 | float64: compute dtype
+    timeout_seconds: float = 600.0  # collective time-out; the watchdog exits with 70
+    threads: int = 0  # torch threads per rank on CPU; 0: cores / local ranks
+
+
+@dataclass
+class StepConfig:
+    micro_batch: int = 128  # rows encoded at once
+    kept_graphs: int = 0  # micro-batches, counted from the last, whose graph is kept instead of replayed; -1: all
+    backend: str = "auto"  # sailplan_kernels backend
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = 200
+    every_minutes: float = 10.0
+    keep: int = 2
+
+
+@dataclass
+class EvaluationTask:
+    """One evaluation: queries of a view against targets of a view."""
+
+    dataset: str = ""
+    kind: str = "retrieval"  # retrieval | classification | clustering | sequence
+    query: str = ""
+    target: str = ""
+    split: str = "held_out"  # which records are the queries
+    candidates: str = "split"  # split: the same records' targets; all: every record of the catalogue
+    query_text: str | None = None  # e.g. held_out_tags: take the query's text from here
+    metrics: list[str] = field(default_factory=lambda: ["recall"])
+    recall_at: list[int] = field(default_factory=lambda: [1, 10, 25, 50, 100])
+    limit: int | None = None
+    label: str | None = None  # clustering: the record's key that holds the label (e.g. subgroup)
+
+
+@dataclass
+class EvaluationConfig:
+    batch: int = 256
+    tasks: dict[str, EvaluationTask] = field(default_factory=dict)
+    at_stage_end: bool = True
+    every_steps: int = 0
+    benchmark: list[str] = field(default_factory=list)  # tasks whose data are the balancing's and stage II's targets
+
+
+@dataclass
+class TrackingConfig:
+    wandb: str = "offline"  # offline | online | disabled
+    project: str = "sailplan"
+    log_every: int = 10  # steps between console and W&B lines; metrics.jsonl has every step
+
+
+@dataclass
+class Config:
+    name: str = "run"
+    runs: str = "runs"  # folder of run directories
+    seed: int = 0
+    resume: str = "never"  # never | auto (newest complete checkpoint of runs/<name>, else start)
+    global_batch: int = 256  # rows of a step over all data-parallel ranks
+    order: list[str] = field(default_factory=list)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objectives: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {_target_: class, options}
+    step: StepConfig = field(default_factory=StepConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,0 +1,90 @@
+"""What travels from a tar member to the loss: records, a rank's step batch, and the encoder's inputs.
+
+A *record* is what a shard holds. A *view* (config.schema.ViewConfig) is one way to show a record's item to
+the encoder; every view that a step's patterns need is encoded once, and the patterns share the results.
+
+Shape legend: r rows of this rank in the step, g items per row (history length or hard negatives, else 1),
+b rows of one micro-batch, t tokens, f frames, c audio chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Item:
+    """One document: encoded bytes as they lie in the shard, nothing decoded yet."""
+
+    id: str
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # field -> language -> str | list[str]
+    images: tuple[bytes, ...] = ()
+    audio: bytes | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # other JSON keys: group, held_out_tags, ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training example; which of the parts are set depends on the data set's kind."""
+
+    id: str
+    split: str = "train"
+    item: Item | None = None  # kind items
+    query: Item | None = None  # kind pairs
+    target: Item | None = None  # kinds pairs and sequences
+    history: tuple[Item, ...] = ()  # kind sequences
+    score: float | None = None  # graded pairs, 0..1
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EncoderInputs:
+    """One micro-batch of rows of one view. All b rows run the same towers: `modalities`, the view's declaration,
+    is equal on all ranks, whatever is really present; absent parts are masked."""
+
+    modalities: tuple[str, ...]
+    token_ids: Tensor  # int64 [b, t]; prompt then text, padded with 0
+    token_mask: Tensor  # bool [b, t]; True at real tokens
+    text_mask: Tensor  # bool [b, t]; True at tokens of the item's own text (no prompt): read-out of the text vector
+    images: Tensor | None = None  # float32 [b, f, 3, height, width], values in [-1, 1]
+    image_mask: Tensor | None = None  # bool [b, f]
+    audio: Tensor | None = None  # float32 [b, c, frames, mel_bins] log-mel
+    audio_mask: Tensor | None = None  # bool [b, c]
+
+    @property
+    def rows(self) -> int:
+        return self.token_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> EncoderInputs:
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass
+class ViewBatch:
+    """This rank's rows of one view in a step, cut into micro-batches (the same number on every rank)."""
+
+    micro_batches: list[EncoderInputs]
+    order: Tensor  # int64 [r * g]; encoded = cat(micro_batches)[order] puts the rows back into the step's order
+    valid: Tensor  # bool [r * g]; False where the item lacks every declared modality, or is padding
+    ids: Tensor  # int64 [r * g]; equal ids = the same document (text-only views: the same text)
+    group: int = 1  # g
+
+
+@dataclass
+class StepBatch:
+    """All that one rank needs for one step of one data set."""
+
+    step: int
+    dataset: str
+    record_ids: list[str]  # r, in the step's order
+    views: dict[str, ViewBatch]  # view name -> rows; hard negatives of pattern P are under "negatives/P"
+    scores: Tensor | None = None  # float32 [r] graded pair scores
+    teachers: dict[str, Tensor] = field(default_factory=dict)  # "VIEW/TEACHER" -> float32 [r, d]; zero rows where unknown
+    patterns: dict[str, float] = field(default_factory=dict)  # pattern name -> weight, of this step
+    quarantined: list[tuple[str, str]] = field(default_factory=list)  # (record id, reason), replaced by spares

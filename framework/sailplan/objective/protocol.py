@@ -1,0 +1,70 @@
+"""What a loss gets and gives. A new loss is one file beside this one, one YAML in conf/objective and one test.
+
+Convention across ranks (docs/exactness.md): the mean over data-parallel ranks of the returned losses is the
+full-batch loss, and gradients flow through `exchange.gather` so that the mean over ranks of the parameter
+gradients is the full-batch gradient. No objective imports torch.distributed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from sailplan.config.schema import DatasetConfig
+
+
+@dataclass
+class EncodedView:
+    """Embeddings of one view in the step's row order (see data.record.ViewBatch)."""
+
+    fused: Tensor  # [r * g, D]
+    valid: Tensor  # bool [r * g]
+    ids: Tensor  # int64 [r * g]
+    group: int = 1
+    vision: Tensor | None = None
+    text: Tensor | None = None
+
+
+@dataclass
+class EncodedStep:
+    """One data set's part of a step, encoded."""
+
+    dataset: str
+    views: dict[str, EncodedView]
+    patterns: dict[str, float]  # pattern name -> weight
+    scores: Tensor | None = None
+    teachers: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class ObjectiveContext:
+    """What an objective may use besides the encodings."""
+
+    datasets: dict[str, DatasetConfig]
+    exchange: Any  # sailplan_kernels.exchange.Exchange over the data-parallel group
+    temperatures: Any  # objective.temperature.Temperatures: (data set, pattern) -> 0-d tensor
+    prefixes: tuple[int, ...]
+    backend: str = "auto"
+    thresholds: dict[str, float] = field(default_factory=dict)  # "DATASET/PATTERN" -> lambda*, while in-batch masking is on
+
+
+@dataclass
+class ObjectiveOutput:
+    loss: Tensor  # 0-d
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> 0-d detached, this rank's share: averaged over ranks when logged
+
+
+class Objective(nn.Module):
+    """Base of all losses. Constructor keyword arguments are the options of conf/objective/NAME.yaml,
+    plus `embedding` (D), `datasets` (dict[str, DatasetConfig])."""
+
+    per_modality = False  # True: the encoder must return the vision and text vectors too
+
+    def applies(self, dataset: DatasetConfig) -> bool:
+        """Whether this loss has a meaning for the data set."""
+        raise NotImplementedError
+
+    def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
+        raise NotImplementedError
