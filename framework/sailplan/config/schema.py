@@ -245,6 +245,7 @@ class Config:
     global_batch: int = 256  # rows of a step over all data-parallel ranks
     order: list[str] = field(default_factory=list)
     stages: dict[str, StageConfig] = field(default_factory=dict)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # common to all stages; a stage's own values win
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {_target_: class, options}

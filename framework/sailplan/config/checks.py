@@ -1,0 +1,107 @@
+"""Rules between fields, checked before any process group or model exists: each failure is one line that says what to do."""
+
+from __future__ import annotations
+
+from sailplan.config.schema import MODALITIES, Config, DatasetConfig, StageConfig
+from sailplan.errors import ConfigurationError
+
+KINDS = ("items", "pairs", "sequences")
+PARTS = ("all", "text", "vision", "perceiver", "audio", "tower", "objectives", "temperatures")
+ARTIFACTS = ("interests", "teachers", "co_occurrence")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...] | list[str]) -> None:
+    if value not in allowed:
+        raise ConfigurationError(f"{key}={value}: expected one of {', '.join(map(str, allowed))}")
+
+
+def _positive(key: str, value: float) -> None:
+    if value <= 0:
+        raise ConfigurationError(f"{key}={value}: expected a value above 0")
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raises ConfigurationError at the first rule that the configuration breaks for a world of `world_size` ranks."""
+    _check_parallel(config, world_size)
+    _one_of("resume", config.resume, ("never", "auto"))
+    _one_of("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled"))
+    _one_of("step.backend", config.step.backend, ("auto", "reference", "chunked", "triton"))
+    if "/" in config.name or not config.name:
+        raise ConfigurationError(f"name={config.name!r}: expected a folder name without '/'")
+    for name, dataset in config.data.sets.items():
+        _check_dataset(config, name, dataset)
+    if not config.order:
+        raise ConfigurationError("order is empty: list the stages to run, as in conf/experiment/quickstart.yaml, or choose experiment=quickstart")
+    for name in config.order:
+        if name not in config.stages:
+            raise ConfigurationError(f"order names the stage '{name}', but stages has: {', '.join(config.stages) or 'none'}")
+        _check_stage(config, name, config.stages[name])
+    for name, task in config.evaluation.tasks.items():
+        _one_of(f"evaluation.tasks.{name}.dataset", task.dataset, list(config.data.sets))
+        for side, view in (("query", task.query), ("target", task.target)):
+            if view and view not in config.data.sets[task.dataset].views:
+                raise ConfigurationError(
+                    f"evaluation.tasks.{name}.{side}={view}: data set '{task.dataset}' has the views {', '.join(config.data.sets[task.dataset].views)}"
+                )
+    prefixes = config.model.prefixes
+    if not prefixes or sorted(set(prefixes)) != list(prefixes) or prefixes[-1] > config.model.embedding:
+        raise ConfigurationError(f"model.prefixes={prefixes}: expected rising sizes up to model.embedding={config.model.embedding}")
+
+
+def _check_parallel(config: Config, world_size: int) -> None:
+    tensor = config.parallel.tensor
+    if tensor < 1 or world_size % tensor:
+        raise ConfigurationError(
+            f"parallel.tensor={tensor} does not divide the world of {world_size} processes: use a divisor, or start another number of processes"
+        )
+    _one_of("parallel.dtype", config.parallel.dtype, ("float32", "bfloat16", "float64"))
+    data_parallel = world_size // tensor
+    if config.data.lanes % data_parallel:
+        raise ConfigurationError(
+            f"data.lanes={config.data.lanes} does not divide by the data-parallel size {data_parallel}: use a multiple of every size you plan to use"
+        )
+    if config.global_batch % config.data.lanes:
+        raise ConfigurationError(f"global_batch={config.global_batch} does not divide by data.lanes={config.data.lanes}: use a multiple of data.lanes")
+    _positive("step.micro_batch", config.step.micro_batch)
+
+
+def _check_dataset(config: Config, name: str, dataset: DatasetConfig) -> None:
+    key = f"data.sets.{name}"
+    _one_of(f"{key}.kind", dataset.kind, KINDS)
+    _positive(f"{key}.temperature", dataset.temperature)
+    if dataset.catalogue is not None:
+        _one_of(f"{key}.catalogue", dataset.catalogue, list(config.data.sets))
+    for view_name, view in dataset.views.items():
+        for modality in view.modalities:
+            _one_of(f"{key}.views.{view_name}.modalities", modality, MODALITIES)
+        _one_of(f"{key}.views.{view_name}.of", view.of, ("item", "query", "target", "history"))
+        _one_of(f"{key}.views.{view_name}.pick", view.pick, ("join", "one"))
+    for pattern_name, pattern in dataset.patterns.items():
+        for side in (pattern.query, pattern.target):
+            if side not in dataset.views:
+                raise ConfigurationError(f"{key}.patterns.{pattern_name}: no view '{side}'; this data set has: {', '.join(dataset.views) or 'none'}")
+
+
+def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
+    key = f"stages.{name}"
+    _positive(f"{key}.steps", stage.steps)
+    if not stage.data:
+        raise ConfigurationError(f"{key}.data is empty: name at least one data set and its weight")
+    for dataset, weight in stage.data.items():
+        _one_of(f"{key}.data", dataset, list(config.data.sets))
+        _positive(f"{key}.data.{dataset}", weight)
+    for objective in stage.objectives:
+        _one_of(f"{key}.objectives", objective, list(config.objectives))
+    if not stage.objectives:
+        raise ConfigurationError(f"{key}.objectives is empty: name at least one of {', '.join(config.objectives)} and its weight")
+    for part in stage.trainable:
+        _one_of(f"{key}.trainable", part, PARTS)
+    for artifact in stage.artifacts:
+        _one_of(f"{key}.artifacts", artifact, ARTIFACTS)
+    named = {**stage.patterns, **(stage.hard_negatives.patterns if stage.hard_negatives else {})}
+    for dataset, patterns in named.items():
+        _one_of(f"{key}.patterns", dataset, list(stage.data))
+        for pattern in patterns:
+            _one_of(f"{key}.patterns.{dataset}", pattern, list(config.data.sets[dataset].patterns))
+    if (stage.balance or (stage.subset and stage.subset.nearest)) and not config.evaluation.benchmark:
+        raise ConfigurationError(f"{key} measures similarity to the benchmark: list its tasks in evaluation.benchmark")

@@ -1,0 +1,78 @@
+"""The run folder: where every file of a run lies, and how its small JSON files are written (whole or not at all)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sailplan.config.compose import config_hash, from_dict, identity, identity_difference, to_yaml
+from sailplan.config.schema import Config
+from sailplan.errors import ConfigurationError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths below runs/<name>/."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def stages(self) -> Path:
+        return self.root / "stages.json"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.root / "quarantine.jsonl"
+
+    def curriculum(self, stage: str) -> Path:
+        return self.root / "curriculum" / stage
+
+    def write_config(self, config: Config) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, f"# hash: {config_hash(config)}\n{to_yaml(config)}")
+
+    def load_config(self) -> Config:
+        """The resolved configuration of this run; ConfigurationError if there is none."""
+        if not self.config.is_file():
+            raise ConfigurationError(f"{self.config}: not found; give the folder of a run that was started by `sailplan train`")
+        return from_dict(yaml.safe_load(self.config.read_text()))
+
+    def read_stages(self) -> list[dict[str, Any]]:
+        return json.loads(self.stages.read_text()) if self.stages.is_file() else []
+
+    def write_stage(self, record: dict[str, Any]) -> None:
+        """Adds or replaces the record of one stage (by its name), in order of first_step."""
+        records = [old for old in self.read_stages() if old["name"] != record["name"]] + [record]
+        write_atomically(self.stages, json.dumps(sorted(records, key=lambda one: one["first_step"]), indent=1))
+
+    def add_quarantined(self, records: list[dict[str, Any]]) -> None:
+        if records:
+            with self.quarantine.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def check_identity(saved: dict[str, Any], config: Config, where: Path) -> None:
+    """Raises ConfigurationError with the differing keys if a checkpoint was made by another training job."""
+    lines = identity_difference(saved, identity(config))
+    if lines:
+        shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
+        raise ConfigurationError(f"{where} was made with another configuration ({shown}): restore these keys, or choose another name=")
