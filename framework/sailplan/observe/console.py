@@ -1,0 +1,125 @@
+"""The run on a screen: one progress bar per stage on a terminal, one plain line every few steps in a log file.
+
+A table follows each evaluation, with the change since the one before, and a last table at the end of the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from sailplan.observe.sink import Examples, Results, Sink, StageInfo, Value
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a short text: "12 s", "3 min 05 s", "2 h 10 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def number(value: Value | None, digits: int = 4) -> str:
+    """A value for a narrow column; "-" when it is missing."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+class ConsoleSink(Sink):
+    """Prints progress with `rich`; `log_every` is the number of steps between plain lines."""
+
+    def __init__(self, log_every: int, console: Console | None = None) -> None:
+        self.console = console or Console(soft_wrap=True)
+        self.log_every = max(1, log_every)
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+        self.stage: StageInfo | None = None
+        self.seconds_per_step: float | None = None
+        self.last: tuple[int, float] | None = None  # step, monotonic time of the last call
+        self.results: Results = {}
+        self.begin = time.monotonic()
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def start_stage(self, stage: StageInfo) -> None:
+        self.stage, self.last = stage, None
+        steps = stage.last_step - stage.first_step + 1
+        mixture = ", ".join(f"{name} {weight:.2f}" for name, weight in stage.data.items())
+        self._say(f"stage {stage.index}/{stage.count} {stage.name}: steps {stage.first_step}-{stage.last_step}" + (f"; {mixture}" if mixture else ""))
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
+                TimeElapsedColumn(),
+                console=self.console,
+            )
+            self.task = self.progress.add_task(f"{stage.index}/{stage.count} {stage.name}", total=steps, text="")
+            self.progress.start()
+
+    def _remaining(self, step: int) -> str:
+        """Time left in the stage, from a moving average of the time between steps."""
+        now = time.monotonic()
+        if self.last is not None and step > self.last[0]:
+            current = (now - self.last[1]) / (step - self.last[0])
+            self.seconds_per_step = current if self.seconds_per_step is None else 0.9 * self.seconds_per_step + 0.1 * current
+        self.last = (step, now)
+        if self.seconds_per_step is None or self.stage is None:
+            return "-"
+        return duration(self.seconds_per_step * (self.stage.last_step - step))
+
+    def log_step(self, step: int, stage: str, values: Mapping[str, Value]) -> None:
+        remaining = self._remaining(step)
+        if self.stage is None:
+            return
+        text = (
+            f"loss {number(values.get('loss/total'))}  accuracy {number(values.get('accuracy'), 3)}  "
+            f"{number(values.get('rows_per_second'), 3)} rows/s  left {remaining}"
+        )
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=step - self.stage.first_step + 1, text=text)
+        elif step % self.log_every == 0 or step in (self.stage.first_step, self.stage.last_step):
+            self._say(f"[{self.stage.index}/{self.stage.count} {stage}] step {step}/{self.stage.last_step}  {text}")
+
+    def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
+        self.console.print(self._table(f"after {stage}, step {step}", results, self.results))
+        self.results = results
+
+    @staticmethod
+    def _table(title: str, results: Results, before: Results) -> Table:
+        table = Table(title=title, title_justify="left")
+        for heading in ("task", "metric"):
+            table.add_column(heading, no_wrap=True)
+        table.add_column("value", justify="right")
+        table.add_column("change", justify="right")
+        for task, metrics in results.items():
+            for position, (metric, value) in enumerate(metrics.items()):
+                old = before.get(task, {}).get(metric)
+                change = "" if old is None else f"{value - old:+.4f}"
+                table.add_row(Text(task if position == 0 else ""), Text(metric), f"{value:.4f}", change)
+            table.add_section()
+        return table
+
+    def _stop_progress(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def finish_stage(self, stage: StageInfo) -> None:
+        self._stop_progress()
+
+    def close(self, finished: bool) -> None:
+        self._stop_progress()
+        if finished and self.results:
+            self.console.print(self._table("final results", self.results, {}))
+        self._say(f"{'finished' if finished else 'stopped'} after {duration(time.monotonic() - self.begin)}")

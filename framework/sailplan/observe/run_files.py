@@ -1,0 +1,150 @@
+"""The run folder's own records: metrics.jsonl, evaluation/*.json and stages.json.
+
+metrics.jsonl has one object a line, `{"step", "stage", "time", name: value ...}`, and never a step twice: a resumed run
+first drops the lines of steps that will be done again. Every rewrite goes through a temporary file and a rename, so that
+a kill leaves the old file or the new one. JSON has no NaN, so a value that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from sailplan.observe.sink import Examples, Results, Sink, StageInfo, Value
+
+METRICS, PREVIOUS, STAGES, EVALUATION = "metrics.jsonl", "metrics.previous.jsonl", "stages.json", "evaluation"
+
+
+def finite(value: Any) -> Any:
+    """`value` with every float that is not finite replaced by None, inside mappings and lists too."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON to `path` atomically (temporary file in the same folder, then rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(finite(value), ensure_ascii=False, indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line cut short by a kill is left out.
+
+    Raises ValueError naming file and line when a line before the last one is not an object.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            complete = line.endswith(b"\n")
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                if complete:
+                    raise ValueError(f"{path}: line {number} is not JSON ({error}); remove the line or restore the file") from error
+                return
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: line {number} is not a JSON object; remove the line or restore the file")
+            yield value
+
+
+def drop_after(path: Path, step: int) -> int:
+    """Rewrites a metrics file without the lines of steps after `step` (and without a broken last line); returns lines kept."""
+    kept = 0
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for line in read_lines(path):
+            if line.get("step", 0) <= step:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                kept += 1
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return kept
+
+
+class RunFiles(Sink):
+    """Writes the records of a run into its folder.
+
+    `resumed_step` None starts afresh (an older metrics.jsonl is kept once as metrics.previous.jsonl); a number continues
+    after that step. `stages.json` holds a stage's wall seconds, including steps that were repeated after a stop.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.stages: list[dict[str, Any]] = []
+        self.started = time.monotonic()
+        metrics = folder / METRICS
+        if resumed_step is None:
+            if metrics.exists():
+                os.replace(metrics, folder / PREVIOUS)
+        else:
+            drop_after(metrics, resumed_step)
+            if (folder / STAGES).exists():
+                stages = json.loads((folder / STAGES).read_text(encoding="utf-8"))
+                self.stages = [stage for stage in stages if stage["first_step"] <= resumed_step + 1]
+        self._drop_evaluations(-1 if resumed_step is None else resumed_step)
+        self.file: TextIO = metrics.open("a", encoding="utf-8", buffering=1)  # line buffered: a crash loses no finished step
+
+    def _drop_evaluations(self, step: int) -> None:
+        for path in (self.folder / EVALUATION).glob("step-*.json"):
+            number = re.fullmatch(r"step-(\d+)", path.stem)
+            if number and int(number.group(1)) > step:
+                path.unlink()
+
+    def start_stage(self, stage: StageInfo) -> None:
+        self.started = time.monotonic()
+        entry = {
+            "name": stage.name,
+            "first_step": stage.first_step,
+            "last_step": stage.last_step,
+            "seconds": 0.0,
+            "data": list(stage.data),
+            "weights": dict(stage.data),
+            "objectives": dict(stage.objectives),
+            "learning_rate": list(stage.learning_rate) if stage.learning_rate else None,
+        }
+        known = {old["name"]: position for position, old in enumerate(self.stages)}
+        if stage.name in known:
+            entry["seconds"] = self.stages[known[stage.name]]["seconds"]
+            self.stages[known[stage.name]] = entry
+        else:
+            self.stages.append(entry)
+        write_json(self.folder / STAGES, self.stages)
+
+    def _add_seconds(self) -> None:
+        now = time.monotonic()
+        if self.stages:
+            self.stages[-1]["seconds"] = round(self.stages[-1]["seconds"] + now - self.started, 3)
+            write_json(self.folder / STAGES, self.stages)
+        self.started = now
+
+    def log_step(self, step: int, stage: str, values: Mapping[str, Value]) -> None:
+        line = {"step": step, "stage": stage, "time": round(time.time(), 3), **finite(values)}
+        self.file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
+        value = {"step": step, "stage": stage, "tasks": results, "examples": examples}
+        write_json(self.folder / EVALUATION / f"step-{step:08d}.json", value)
+        self._add_seconds()
+
+    def finish_stage(self, stage: StageInfo) -> None:
+        self._add_seconds()
+
+    def close(self, finished: bool) -> None:
+        self._add_seconds()
+        self.file.close()

@@ -1,0 +1,128 @@
+"""Weights & Biases as one more reader of the run: offline by default, and never a reason to stop training.
+
+The run's id follows from its name, so a resumed run continues the same charts. Everything it writes lies in the run
+folder. Any failure of the service or its library is reported once and then the sink is silent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sailplan.config.schema import TrackingConfig
+from sailplan.observe.sink import Examples, Results, Sink, StageInfo, Value
+
+
+def run_id(project: str, name: str) -> str:
+    """The tracker's id of a run: readable name plus a short hash of project and name; stable over restarts."""
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:40] or "run"
+    return f"{readable}-{hashlib.sha256(f'{project}/{name}'.encode()).hexdigest()[:8]}"
+
+
+class WandbSink(Sink):
+    """Logs to the run `run_id(project, folder name)`; `tracking.wandb` is "offline" or "online".
+
+    Charts: every value over the global step; losses and accuracy once more per stage over the stage's own step;
+    `progress/*`; `evaluation/TASK/METRIC`; tables of the stages' data-set and objective weights and of the results.
+    """
+
+    def __init__(self, folder: Path, tracking: TrackingConfig, settings: Mapping[str, Any]) -> None:
+        self.folder, self.tracking, self.settings = folder, tracking, dict(settings)
+        self.log_every = max(1, tracking.log_every)
+        self.run: Any = None
+        self.failed = False
+        self.stage: StageInfo | None = None
+        self.weights: list[list[Any]] = []
+        self.results: list[list[Any]] = []
+        self._try(self._open)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        """Runs `action` unless an earlier one failed; any failure ends the sink with one warning."""
+        if self.failed:
+            return
+        try:
+            action()
+        except Exception as error:  # a tracking service may fail in any way; training goes on by design
+            self.failed = True
+            reason = " ".join(str(error).split()) or type(error).__name__
+            message = f"tracking.wandb={self.tracking.wandb}: {reason}; the run goes on without it (metrics.jsonl has every step)"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def _open(self) -> None:
+        (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
+        # staging and cache would otherwise go to the home folder, which is read-only on many clusters
+        for variable in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+            os.environ[variable] = str(self.folder / "wandb") if variable != "WANDB_DIR" else str(self.folder)
+        import wandb  # after the variables are set, and only when asked for: the import takes seconds
+
+        mode: Any = self.tracking.wandb
+        if mode == "online" and not wandb.api.api_key:
+            raise RuntimeError("no API key found, expected WANDB_API_KEY or a stored login; set it, or use tracking.wandb=offline")
+        self.run = wandb.init(
+            project=self.tracking.project,
+            name=self.folder.name,
+            id=run_id(self.tracking.project, self.folder.name),
+            dir=str(self.folder),
+            config=self.settings,
+            mode=mode,
+            resume="allow" if mode == "online" else None,  # offline runs of one id are joined when they are synced
+            settings=wandb.Settings(silent=True, console="off", finish_timeout=300.0),
+        )
+        self.run.define_metric("step", hidden=True)
+        for group in ("*", "loss/*", "progress/*", "evaluation/*"):
+            self.run.define_metric(group, step_metric="step")
+
+    def start_stage(self, stage: StageInfo) -> None:
+        self.stage = stage
+        self.weights += [[stage.name, "data set", name, float(weight)] for name, weight in stage.data.items()]
+        self.weights += [[stage.name, "objective", name, float(weight)] for name, weight in stage.objectives.items()]
+        self._try(lambda: self._log_stage(stage))
+
+    def _log_stage(self, stage: StageInfo) -> None:
+        self.run.define_metric(f"stage-{stage.name}/step", hidden=True)
+        self.run.define_metric(f"stage-{stage.name}/*", step_metric=f"stage-{stage.name}/step")
+        self.run.log(
+            {
+                "step": stage.first_step,
+                "progress/stage": stage.index,
+                "weights": self._table(["stage", "kind", "name", "weight"], self.weights),
+                **{f"weight/{name}": weight for name, weight in stage.data.items()},
+            }
+        )
+
+    @staticmethod
+    def _table(columns: list[str | int], rows: list[list[Any]]) -> Any:
+        import wandb
+
+        return wandb.Table(columns=columns, data=[list(row) for row in rows])
+
+    def log_step(self, step: int, stage: str, values: Mapping[str, Value]) -> None:
+        current = self.stage
+        if current is not None and (step % self.log_every == 0 or step == current.last_step):
+            self._try(lambda: self._log_values(step, current, values))
+
+    def _log_values(self, step: int, stage: StageInfo, values: Mapping[str, Value]) -> None:
+        done = step - stage.first_step + 1
+        line: dict[str, Any] = {"step": step, f"stage-{stage.name}/step": done, **values}
+        line["progress/stage"] = stage.index
+        line["progress/stage_fraction"] = done / (stage.last_step - stage.first_step + 1)
+        line.update({f"stage-{stage.name}/{name}": value for name, value in values.items() if name == "accuracy" or name.startswith("loss/")})
+        self.run.log(line)
+
+    def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
+        self.results += [[stage, step, task, metric, value] for task, metrics in results.items() for metric, value in metrics.items()]
+        self._try(lambda: self._log_results(step, results))
+
+    def _log_results(self, step: int, results: Results) -> None:
+        line: dict[str, Any] = {f"evaluation/{task}/{metric}": value for task, metrics in results.items() for metric, value in metrics.items()}
+        table = self._table(["stage", "step", "task", "metric", "value"], self.results)
+        self.run.log({"step": step, "evaluations": table, **line})
+
+    def close(self, finished: bool) -> None:
+        if self.run is not None:
+            self._try(lambda: self.run.finish(exit_code=0 if finished else 1))

@@ -1,0 +1,102 @@
+"""Risks: a tracker that stops training, writes outside the run folder, chats on the console, or starts a second run on resume."""
+
+from __future__ import annotations
+
+import json
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sailplan.config.schema import TrackingConfig
+from sailplan.observe.sink import StageInfo
+from sailplan.observe.wandb_sink import WandbSink, run_id
+
+STAGE = StageInfo("first", 1, 2, 1, 4, data={"emoji": 0.75, "icons": 0.25}, objectives={"infonce": 1.0})
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The records of an offline file (LevelDB log framing: 7-byte file header, 32 KiB blocks, 7-byte record headers)."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, whole = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if kind == 0 and length == 0:
+            return
+        body = data[position + 7 : position + 7 + length]
+        position += 7 + length
+        whole = body if kind in (1, 2) else whole + body
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+
+
+@pytest.fixture
+def keep_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, "unused")  # so that the values set by the sink are undone
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.mark.usefixtures("keep_environment")
+def test_offline_run_holds_stage_progress_evaluation_and_tables(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs" / "my run"
+    sink = WandbSink(folder, TrackingConfig(wandb="offline", log_every=2), {"seed": 3})
+    sink.start_stage(STAGE)
+    for step in range(1, 5):
+        sink.log_step(step, "first", {"loss/total": 1.0 / step, "accuracy": 0.5, "data/set": "emoji"})
+    sink.log_evaluation(4, "first", {"emoji": {"recall@1": 0.5}}, {})
+    sink.close(finished=True)
+    assert not sink.failed
+    [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    found = list(records(path))
+    history = [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in found
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [line["step"] for line in history if "loss/total" in line] == [2, 4]  # every log_every-th step
+    assert history[-2]["progress/stage_fraction"] == 1.0 and history[-2]["stage-first/loss/total"] == 0.25
+    assert history[-1]["evaluation/emoji/recall@1"] == 0.5
+    assert any("weights" in key for key in history[0])
+    [run] = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+    assert run.run_id == run_id("sailplan", "my run") and run.display_name == "my run"
+    assert capfd.readouterr() == ("", "")
+    assert not (tmp_path / "home").exists() or not list((tmp_path / "home").rglob("*.wandb"))
+
+
+@pytest.mark.usefixtures("keep_environment")
+def test_a_failure_warns_once_and_training_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "wandb").write_text("a file where a folder is needed")
+    with pytest.warns(RuntimeWarning, match="goes on without it") as caught:
+        sink = WandbSink(folder, TrackingConfig(wandb="offline", log_every=1), {})
+        sink.start_stage(STAGE)
+        sink.log_step(1, "first", {"loss/total": 1.0})
+        sink.close(finished=False)
+    assert len(caught) == 1
+
+
+@pytest.mark.usefixtures("keep_environment")
+def test_online_without_a_key_does_not_wait_for_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.warns(RuntimeWarning, match="no API key"):
+        WandbSink(tmp_path / "run", TrackingConfig(wandb="online"), {})
+
+
+def test_the_id_is_stable_and_distinct() -> None:
+    assert run_id("sailplan", "a b") == run_id("sailplan", "a b")
+    assert len({run_id("sailplan", "a b"), run_id("sailplan", "a-b"), run_id("other", "a b")}) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run_id("sailplan", "///").startswith("run-")
