@@ -1,0 +1,9 @@
+"""Contrastive losses with exact gradients across ranks, and exact tiled search."""
+
+from sailplan_kernels.exchange import AllGather, Exchange, Local
+from sailplan_kernels.infonce import InfoNCEOutput, infonce
+from sailplan_kernels.topk import rank_of, topk
+
+__version__ = "0.1.0"
+
+__all__ = ["AllGather", "Exchange", "InfoNCEOutput", "Local", "infonce", "rank_of", "topk"]

@@ -1,0 +1,90 @@
+"""All ranks receive all rows: all-gather forward, reduce-scatter-sum backward.
+
+Bytes per rank: 2(W-1)mD for the gather in bf16 and 4(W-1)mD for the gradient in fp32 (m rows a rank). Memory: the
+gathered rows and their gradient, O(W m D).
+
+Ranks may hold different numbers of rows: the rows are padded to the longest, gathered, and the padding cut away.
+The gather owns its autograd function because the one torch ships returned silently wrong gradients on gloo for a
+non-contiguous upstream gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed both collectives and warns at each call under the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class AllGather:
+    """Exchange over a torch.distributed process group (None: the default group), gloo or nccl."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("group: this process is not a member, expected one of its ranks")
+
+    def sizes(self, n: int) -> list[int]:
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        mine = torch.tensor([n], dtype=torch.int64, device=device)
+        return self._all_gather(mine, [1] * self.world_size).tolist()
+
+    def gather(self, x: Tensor, sizes: list[int] | None = None) -> Tensor:
+        if sizes is None:
+            sizes = self.sizes(x.shape[0])
+        if sizes[self.rank] != x.shape[0]:
+            raise ValueError(f"sizes: {sizes[self.rank]} for rank {self.rank}, expected the {x.shape[0]} rows of x")
+        return _Gather.apply(x, self, sizes)
+
+    def reduce_scatter(self, x: Tensor, sizes: list[int]) -> Tensor:
+        x = x.detach()
+        longest = max(sizes)
+        if any(size != longest for size in sizes):
+            padded = x.new_zeros((self.world_size * longest, *x.shape[1:]))
+            for rank, rows in enumerate(x.split(sizes)):
+                padded[rank * longest : rank * longest + sizes[rank]] = rows
+            x = padded
+        mine = x.new_empty((longest, *x.shape[1:]))
+        _reduce_scatter(mine, x.contiguous(), group=self.group)
+        return mine[: sizes[self.rank]]
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def _reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        result = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result, op=operation, group=self.group)
+        return result
+
+    def _all_gather(self, x: Tensor, sizes: list[int]) -> Tensor:
+        if x.dtype is torch.bool:
+            return self._all_gather(x.to(torch.uint8), sizes).to(torch.bool)
+        longest = max(sizes)
+        mine = x.detach()
+        if x.shape[0] != longest:
+            mine = x.new_zeros((longest, *x.shape[1:]))
+            mine[: x.shape[0]] = x
+        everyone = x.new_empty((self.world_size * longest, *x.shape[1:]))
+        _all_gather(everyone, mine.contiguous(), group=self.group)
+        if all(size == longest for size in sizes):
+            return everyone
+        return torch.cat([part[:size] for part, size in zip(everyone.split(longest), sizes, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, exchange: AllGather, sizes: list[int]) -> Tensor:
+        ctx.exchange, ctx.sizes = exchange, sizes
+        return exchange._all_gather(x, sizes)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return ctx.exchange.reduce_scatter(gradient.contiguous(), ctx.sizes), None, None

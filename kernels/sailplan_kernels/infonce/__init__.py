@@ -1,0 +1,6 @@
+"""InfoNCE with false-negative masks, hard negatives, Matryoshka prefixes and exact gradients across ranks."""
+
+from sailplan_kernels.infonce.api import InfoNCEOutput, infonce
+from sailplan_kernels.infonce.options import InfoNCEOptions
+
+__all__ = ["InfoNCEOptions", "InfoNCEOutput", "infonce"]

@@ -1,0 +1,167 @@
+"""The call: check, agree with the other ranks, run a backend for every prefix, report.
+
+Row i with query q, positive key p and temperature t pays softplus(lse_neg - cos(q, p) / t), lse_neg the logsumexp of
+cos / t over its negatives; that equals -log softmax, but stays exact when the loss is tiny and is 0, not NaN, when
+nothing is left of the negatives. The loss is the mean over the valid rows of all ranks.
+
+Convention across ranks: the MEAN over ranks of the returned losses is that full-batch loss, and the MEAN over ranks
+of parameter gradients is its gradient, which is what data-parallel training computes anyway. So each rank returns
+world_size * (its rows' sum) / (valid rows of all ranks), and its embeddings receive world_size * d(full loss), the
+terms in which its keys were other ranks' negatives included. Call backward on every rank, with the same factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sailplan_kernels.exchange import Exchange, Local
+from sailplan_kernels.infonce import checks
+from sailplan_kernels.infonce.chunked import chunked_loss
+from sailplan_kernels.infonce.normalize import normalize
+from sailplan_kernels.infonce.options import InfoNCEOptions
+from sailplan_kernels.infonce.problem import build_problem
+from sailplan_kernels.infonce.reference import reference_loss
+
+
+@dataclass(frozen=True)
+class InfoNCEOutput:
+    """What a call gives back; all but ``loss`` and ``positive_score`` are equal on all ranks."""
+
+    loss: Tensor  # 0-d, differentiable; its mean over ranks is the full-batch loss
+    prefix_losses: Tensor  # [P] detached, full-batch loss of each prefix, unweighted
+    valid_rows: int  # over all ranks
+    positive_score: Tensor  # [N] detached cosine with the positive, longest prefix
+    accuracy: Tensor  # 0-d detached, fraction of all valid rows whose positive beats every negative, longest prefix
+    backend: str  # the one that ran
+
+
+def infonce(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    *,
+    positives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    key_query_ids: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    hard_negative_valid: Tensor | None = None,
+    shared_hard_negatives: bool = False,
+    query_valid: Tensor | None = None,
+    key_valid: Tensor | None = None,
+    max_negative_score: float | None = None,
+    margin_absolute: float | None = None,
+    margin_relative: float | None = None,
+    symmetric: bool = False,
+    query_negatives: bool = False,
+    key_negatives: bool = False,
+    prefixes: Sequence[int] | None = None,
+    prefix_weights: Sequence[float] | None = None,
+    exchange: Exchange | None = None,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> InfoNCEOutput:
+    """InfoNCE of this rank's N queries against the keys of all ranks.
+
+    queries [N, D], keys [M, D]: any one float dtype, not normalised. Computed in float32 (float64 for float64).
+    temperature: number, 0-d tensor, or [N] tensor, one a row; positive. The gradient reaches a tensor.
+    positives: int64 [N] into this rank's keys, -1 for "this row has none"; None: key i belongs to query i (M >= N).
+    query_ids [N], key_ids [M], key_query_ids [M]: int64, -1 for none. A key with the id of the row's positive, or
+        whose paired query has the row's query id, is no negative of that row. key_query_ids says each key's paired
+        query id; by default the query that points to the key (the highest id where several do).
+    hard_negatives [N, H, D], hard_negative_valid bool [N, H]: the row's own negatives; with shared_hard_negatives
+        everybody's. They carry no ids. Those of an invalid query do not count.
+    query_valid [N], key_valid [M]: bool; False is padding, whatever it holds. A row counts if it and its positive
+        are valid.
+    max_negative_score, margin_absolute, margin_relative: drop negatives that look like false ones, by cosine (see
+        InfoNCEOptions).
+    symmetric: the average of this loss and the loss of finding the query of each row's positive among all queries
+        (hard, query and key negatives do not take part there). The column of a key that several rows share has the
+        mean of their inverse temperatures, and its margins start from its best positive.
+    query_negatives, key_negatives: other queries, scored against the query, and other keys, scored against the
+        positive, join the row's denominator.
+    prefixes, prefix_weights: Matryoshka; the first d dimensions are normalised anew and pay a loss of their own; the
+        loss is the weighted sum (weights 1).
+    exchange: how ranks see each other's keys; None: this rank alone. All ranks must call, with equal options.
+    memory_budget: bytes that one chunk of rows may take (chunked).
+
+    Raises ValueError on a wrong call. No valid row anywhere gives loss 0 with zero gradients.
+    """
+    chosen = checks.choose_backend(backend)
+    checks.check_embeddings(queries, keys, hard_negatives)
+    (n, dimension), m, device = queries.shape, len(keys), queries.device
+    for name, x, shape, dtype in (
+        ("positives", positives, (n,), torch.int64),
+        ("query_ids", query_ids, (n,), torch.int64),
+        ("key_ids", key_ids, (m,), torch.int64),
+        ("key_query_ids", key_query_ids, (m,), torch.int64),
+        ("query_valid", query_valid, (n,), torch.bool),
+        ("key_valid", key_valid, (m,), torch.bool),
+    ):
+        checks.check_vector(name, x, shape, dtype, device)
+    checks.check_positives(positives, n, m)
+    checks.check_temperature(temperature, n)
+    if key_query_ids is not None and query_ids is None:
+        raise ValueError("key_query_ids: found without query_ids, expected both")
+    if hard_negatives is not None:
+        checks.check_vector("hard_negative_valid", hard_negative_valid, hard_negatives.shape[:2], torch.bool, device)
+    elif hard_negative_valid is not None:
+        raise ValueError("hard_negative_valid: found without hard_negatives, expected both")
+    elif shared_hard_negatives:
+        raise ValueError("shared_hard_negatives: found True without hard_negatives, expected both")
+    options = InfoNCEOptions.checked(
+        dimension,
+        prefixes,
+        prefix_weights,
+        memory_budget,
+        max_negative_score=max_negative_score,
+        margin_absolute=margin_absolute,
+        margin_relative=margin_relative,
+        symmetric=symmetric,
+        query_negatives=query_negatives,
+        key_negatives=key_negatives,
+        shared_hard_negatives=shared_hard_negatives,
+    )
+    exchange = Local() if exchange is None else exchange
+
+    # Under autocast the matrix products would round the logits to half precision.
+    with torch.autocast(device.type, enabled=False):
+        problem = build_problem(
+            queries,
+            keys,
+            temperature,
+            positives=positives,
+            query_ids=query_ids,
+            key_ids=key_ids,
+            key_query_ids=key_query_ids,
+            hard_negatives=hard_negatives,
+            hard_negative_valid=hard_negative_valid,
+            query_valid=query_valid,
+            key_valid=key_valid,
+            options=options,
+            exchange=exchange,
+            backend=chosen,
+        )
+        run = reference_loss if chosen == "reference" else chunked_loss
+        losses = []
+        for prefix in options.prefixes:
+            normalized = [
+                None if x is None else normalize(x[..., :prefix]) for x in (problem.queries, problem.keys, problem.hard)
+            ]
+            loss, positive_score, correct = run(problem, *normalized)
+            losses.append(loss)
+        total = torch.stack([w * loss for w, loss in zip(options.prefix_weights, losses, strict=True)]).sum()
+        detached = torch.stack(losses).detach() / exchange.world_size
+        summary = exchange.sum(torch.cat([detached, correct.sum()[None].to(detached.dtype)]))
+    return InfoNCEOutput(
+        loss=total,
+        prefix_losses=summary[:-1],
+        valid_rows=problem.valid_rows,
+        positive_score=positive_score.detach(),
+        accuracy=summary[-1] / max(problem.valid_rows, 1),
+        backend=chosen,
+    )

@@ -1,0 +1,65 @@
+"""Refuse a wrong call in one line: the argument, what was found, what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "chunked", "triton")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def choose_backend(backend: str) -> str:
+    """The backend that will run."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        raise ValueError("backend: found 'triton', which is not built yet, expected 'auto', 'chunked' or 'reference'")
+    return "chunked" if backend == "auto" else backend
+
+
+def check_embeddings(queries: Tensor, keys: Tensor, hard: Tensor | None) -> None:
+    """[N, D], [M, D] and [N, H, D] of one float dtype on one device."""
+    for name, x, dimensions in (("queries", queries, 2), ("keys", keys, 2), ("hard_negatives", hard, 3)):
+        if x is None:
+            continue
+        if x.dim() != dimensions or x.shape[-1] == 0:
+            raise ValueError(f"{name}: found shape {tuple(x.shape)}, expected {dimensions} dimensions, the last not empty")
+        if x.dtype not in FLOATS:
+            raise ValueError(f"{name}: found {x.dtype}, expected a float dtype")
+        if x.dtype != queries.dtype or x.device != queries.device:
+            raise ValueError(f"{name}: found {x.dtype} on {x.device}, expected {queries.dtype} on {queries.device} as queries")
+        if x.shape[-1] != queries.shape[-1]:
+            raise ValueError(f"{name}: found {x.shape[-1]} dimensions, expected {queries.shape[-1]} as queries")
+    if hard is not None and hard.shape[0] != queries.shape[0]:
+        raise ValueError(f"hard_negatives: found {hard.shape[0]} rows, expected {queries.shape[0]}, one a query")
+
+
+def check_vector(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Ids and masks: exact shape, dtype and device."""
+    if x is not None and (tuple(x.shape) != shape or x.dtype != dtype or x.device != device):
+        raise ValueError(f"{name}: found {x.dtype} {tuple(x.shape)} on {x.device}, expected {dtype} {shape} on {device}")
+
+
+def check_positives(positives: Tensor | None, n: int, m: int) -> None:
+    """Indices into this rank's keys, -1 for none; the diagonal needs a key for every query."""
+    if positives is None:
+        if m < n:
+            raise ValueError(f"keys: found {m} for {n} queries, expected at least as many, or positives given")
+    elif n and m == 0:
+        raise ValueError(f"keys: found none for {n} queries, expected at least one")
+    elif n:
+        low, high = (int(value) for value in positives.aminmax())
+        if low < -1 or high >= m:
+            raise ValueError(f"positives: found {low}..{high}, expected -1 (none) to {m - 1}")
+
+
+def check_temperature(temperature: float | Tensor, n: int) -> None:
+    """A positive number, or a 0-d or [N] float tensor (its values are the caller's word)."""
+    if isinstance(temperature, Tensor):
+        if temperature.dtype not in FLOATS or temperature.shape not in ((), (n,)):
+            raise ValueError(
+                f"temperature: found {temperature.dtype} {tuple(temperature.shape)}, expected a float tensor () or ({n},)"
+            )
+    elif not temperature > 0:
+        raise ValueError(f"temperature: found {temperature}, expected a positive number")

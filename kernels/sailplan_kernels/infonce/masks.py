@@ -1,0 +1,57 @@
+"""Which candidate is a negative of which anchor.
+
+Everything that may stand in a denominator (keys, other queries, shared hard negatives; of all ranks) carries the
+same three integers, its tags: the global index of the key it stands for, that key's id, and the id of the query it
+belongs to. An anchor carries the tags of its positive and its own query id. A candidate is NOT a negative when it is
+invalid or shares any tag with the anchor: the same key (so the positive itself, and in query-query blocks the row
+itself and every query with the same positive), the same key id, the same query id. -1 is "none" and never matches.
+The relation is symmetric, so the same function serves the columns of the symmetric loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sailplan_kernels.infonce.options import InfoNCEOptions
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tags [C, 3] (key index, key id, query id) and validity [C] of candidates, all ranks in rank order."""
+
+    tags: Tensor
+    valid: Tensor
+
+
+def negatives(anchor_tags: Tensor, candidates: Candidates, tags_in_use: tuple[int, ...]) -> Tensor:
+    """bool [A, C]: candidate c is a negative of anchor a (by identity; scores are looked at elsewhere)."""
+    keep = candidates.valid.unsqueeze(0).expand(len(anchor_tags), -1).clone()
+    for column in tags_in_use:
+        mine = anchor_tags[:, column, None]
+        same = candidates.tags[None, :, column] == mine
+        keep &= same.logical_and_(mine >= 0).logical_not_()
+    return keep
+
+
+def drop_by_score(keep: Tensor, cosine: Tensor, positive: Tensor, options: InfoNCEOptions, dim: int = 0) -> None:
+    """Clear ``keep`` in place where a cosine is too high; ``positive`` holds the anchors' own cosines along ``dim``."""
+    if options.max_negative_score is not None:
+        keep &= cosine < options.max_negative_score
+    positive = positive.unsqueeze(1 - dim)
+    if options.margin_absolute is not None:
+        keep &= cosine <= positive + options.margin_absolute
+    if options.margin_relative is not None:
+        keep &= cosine <= positive * options.margin_relative
+
+
+def best_per_key(positive: Tensor, scores: Tensor, counts: Tensor, n_keys: int) -> Tensor:
+    """[M] the best positive cosine of the counted rows pointing to each key (1 where none does: no filter).
+
+    Where several rows share a key, the margins of its column are taken from its best positive.
+    """
+    scores = torch.where(counts, scores, -torch.inf)
+    best = scores.new_full((n_keys,), -torch.inf).scatter_reduce(0, positive, scores, "amax")
+    return torch.where(best.isinf(), 1.0, best)

@@ -1,0 +1,54 @@
+"""What kind of InfoNCE: everything about the loss that is not a tensor, checked once."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+DEFAULT_MEMORY_BUDGET = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class InfoNCEOptions:
+    """The options of one call. Scores in thresholds and margins are cosines, whatever the temperature.
+
+    The three filters apply to every negative, hard ones included; a negative must pass all that are set:
+    cosine < max_negative_score, cosine <= positive + margin_absolute, cosine <= margin_relative * positive.
+    """
+
+    max_negative_score: float | None = None
+    margin_absolute: float | None = None
+    margin_relative: float | None = None
+    symmetric: bool = False
+    query_negatives: bool = False
+    key_negatives: bool = False
+    shared_hard_negatives: bool = False
+    prefixes: tuple[int, ...] = ()
+    prefix_weights: tuple[float, ...] = ()
+    memory_budget: int = DEFAULT_MEMORY_BUDGET
+
+    @classmethod
+    def checked(cls, dimension: int, prefixes, prefix_weights, memory_budget, **others) -> InfoNCEOptions:
+        """Options with defaults filled in for embeddings of ``dimension``; ValueError names what is wrong."""
+        prefixes = (dimension,) if prefixes is None else tuple(int(prefix) for prefix in prefixes)
+        if not prefixes or any(a >= b for a, b in zip((0, *prefixes), prefixes, strict=False)):
+            raise ValueError(f"prefixes: found {prefixes}, expected increasing positive lengths")
+        if prefixes[-1] > dimension:
+            raise ValueError(f"prefixes: found {prefixes[-1]}, expected at most the embeddings' {dimension} dimensions")
+        weights = (1.0,) * len(prefixes) if prefix_weights is None else tuple(float(w) for w in prefix_weights)
+        if len(weights) != len(prefixes):
+            raise ValueError(f"prefix_weights: found {len(weights)}, expected {len(prefixes)}, one a prefix")
+        budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else int(memory_budget)
+        if budget <= 0:
+            raise ValueError(f"memory_budget: found {budget}, expected a positive number of bytes")
+        return cls(prefixes=prefixes, prefix_weights=weights, memory_budget=budget, **others)
+
+    @property
+    def filters(self) -> bool:
+        """Whether any negative is dropped because of its score."""
+        return not (self.max_negative_score is None and self.margin_absolute is None and self.margin_relative is None)
+
+    def fingerprint(self, *more: object) -> int:
+        """A number that differs between ranks that were called differently (the budget may differ)."""
+        same = {name: value for name, value in vars(self).items() if name != "memory_budget"}
+        return zlib.crc32(repr((sorted(same.items()), more)).encode())

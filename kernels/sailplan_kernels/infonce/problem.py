@@ -1,0 +1,186 @@
+"""One call's tensors, checked and brought into the one form that every backend reads.
+
+Ranks agree here, in a single small collective, on sizes, options and who needs which gradient, so that afterwards
+they issue the same collectives in the same order whatever each of them has frozen; a rank that was called with
+other options is an error on all ranks instead of a hang.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sailplan_kernels.exchange import Exchange
+from sailplan_kernels.infonce.masks import Candidates
+from sailplan_kernels.infonce.options import InfoNCEOptions
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients any rank needs (agreed by all ranks, as the collectives depend on it)."""
+
+    queries: bool
+    keys: bool
+    hard: bool
+    temperature: bool
+
+
+@dataclass(frozen=True)
+class Problem:
+    """N rows, M keys and H hard negatives a row on this rank; C candidates of a kind over all ranks."""
+
+    queries: Tensor  # [N, D] raw, in the compute dtype, invalid rows zeroed
+    keys: Tensor  # [M, D]
+    hard: Tensor | None  # [N, H, D]
+    positive: Tensor  # int64 [N], index into this rank's keys
+    row_valid: Tensor  # bool [N], the row counts
+    row_weight: Tensor  # [N], world_size / valid rows of all ranks, 0 where the row does not count
+    inverse_temperature: Tensor  # [N], differentiable
+    column_inverse_temperature: Tensor  # [M], differentiable; mean over the rows that point to the key
+    anchor_tags: Tensor  # int64 [N, 3], positive's global index and id, own query id
+    column_tags: Tensor  # int64 [M, 3], this rank's keys
+    query_valid: Tensor  # bool [N]
+    hard_valid: Tensor | None  # bool [N, H]
+    all_keys: Candidates
+    all_queries: Candidates | None  # where a loss term needs them
+    all_hard: Candidates | None
+    tags_in_use: tuple[int, ...]
+    query_sizes: list[int]
+    key_sizes: list[int]
+    valid_rows: int
+    operand_dtype: torch.dtype  # what the matrix products may read
+    needs: Needs
+    options: InfoNCEOptions
+    exchange: Exchange
+
+    @property
+    def hard_sizes(self) -> list[int]:
+        """Shared hard negatives of every rank."""
+        return [rows * self.hard.shape[1] for rows in self.query_sizes]
+
+    @property
+    def own_keys(self) -> slice:
+        """This rank's part of the gathered keys."""
+        start = sum(self.key_sizes[: self.exchange.rank])
+        return slice(start, start + self.key_sizes[self.exchange.rank])
+
+
+def build_problem(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    *,
+    positives: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_query_ids: Tensor | None,
+    hard_negatives: Tensor | None,
+    hard_negative_valid: Tensor | None,
+    query_valid: Tensor | None,
+    key_valid: Tensor | None,
+    options: InfoNCEOptions,
+    exchange: Exchange,
+    backend: str,
+) -> Problem:
+    """Everything a backend needs; the arguments have been checked by infonce/checks.py. Two or more collectives."""
+    n, m, device = len(queries), len(keys), queries.device
+    half = queries.dtype in (torch.float16, torch.bfloat16)
+    compute = torch.float32 if half else queries.dtype
+    # On a CPU half-precision products round their result; there they are computed in float32.
+    operand = queries.dtype if half and device.type == "cuda" else compute
+
+    has_positive = torch.ones(n, dtype=torch.bool, device=device)
+    if positives is None:
+        positive = torch.arange(n, device=device)
+    else:
+        has_positive = positives >= 0
+        positive = positives.clamp_min(0)
+    all_queries_valid, all_keys_valid = query_valid is None, key_valid is None
+    query_valid = torch.ones(n, dtype=torch.bool, device=device) if all_queries_valid else query_valid
+    key_valid = torch.ones(m, dtype=torch.bool, device=device) if all_keys_valid else key_valid
+    row_valid = query_valid & has_positive & key_valid[positive]
+
+    gradients = torch.is_grad_enabled()
+    needs = [gradients and isinstance(x, Tensor) and x.requires_grad
+             for x in (queries, keys, hard_negatives, temperature)]  # fmt: skip
+    h = 0 if hard_negatives is None else hard_negatives.shape[1]
+    call = options.fingerprint(
+        queries.shape[1], h, queries.dtype, backend, key_ids is None, query_ids is None
+    )
+    numbers = torch.tensor([n, m, call, *needs, 0], dtype=torch.int64, device=device)
+    numbers[-1] = row_valid.sum()
+    table = exchange.gather(numbers[None], [1] * exchange.world_size).tolist()
+    if any(row[2] != call for row in table):
+        raise ValueError("infonce: ranks differ in dimensions, dtype, ids given, backend or options, expected equal calls")
+    query_sizes, key_sizes = [row[0] for row in table], [row[1] for row in table]
+    valid_rows = sum(row[-1] for row in table)
+    agreed = Needs(*(any(row[3 + i] for row in table) for i in range(4)))
+
+    tags_in_use = (0,) + (1,) * (key_ids is not None) + (2,) * (query_ids is not None)
+    offset = sum(key_sizes[: exchange.rank])
+    none = torch.full((max(n, m),), -1, dtype=torch.int64, device=device)
+    if key_query_ids is None and query_ids is not None:
+        # The paired query of a key is the row that points to it.
+        source = torch.where(has_positive, query_ids, -1)
+        key_query_ids = none[:m].clone().scatter_reduce(0, positive, source, "amax")
+    key_ids = none[:m] if key_ids is None else key_ids
+    query_ids = none[:n] if query_ids is None else query_ids
+    key_query_ids = none[:m] if key_query_ids is None else key_query_ids
+    column_tags = torch.stack([torch.arange(offset, offset + m, device=device), key_ids, key_query_ids], 1)
+    own_positive = torch.where(has_positive[:, None], column_tags[positive][:, :2], -1)
+    query_tags = torch.cat([own_positive, query_ids[:, None]], 1)
+    all_keys = _gather_candidates(exchange, column_tags, key_valid, key_sizes)
+    all_queries = all_hard = hard_valid = None
+    if options.query_negatives or options.symmetric:
+        all_queries = _gather_candidates(exchange, query_tags, query_valid, query_sizes)
+    if hard_negatives is not None:
+        hard_valid = query_valid[:, None].expand(n, h)
+        hard_valid = hard_valid & hard_negative_valid if hard_negative_valid is not None else hard_valid
+        if options.shared_hard_negatives:
+            tags = none.new_full((n * h, 3), -1)
+            all_hard = _gather_candidates(exchange, tags, hard_valid.reshape(-1), [rows * h for rows in query_sizes])
+
+    if not isinstance(temperature, Tensor):
+        temperature = torch.tensor(temperature, dtype=torch.float64)
+    inverse = temperature.to(device, compute).reciprocal().expand(n)
+    pointing = torch.zeros(m, dtype=compute, device=device).index_add(0, positive, row_valid.to(compute))
+    column_inverse = torch.zeros_like(pointing).index_add(0, positive, torch.where(row_valid, inverse, 0.0))
+    column_inverse = column_inverse / pointing.clamp_min(1)
+
+    return Problem(
+        queries=_zeroed(queries.to(compute), None if all_queries_valid else query_valid),
+        keys=_zeroed(keys.to(compute), None if all_keys_valid else key_valid),
+        hard=None if hard_negatives is None else _zeroed(hard_negatives.to(compute), hard_valid),
+        positive=positive,
+        row_valid=row_valid,
+        row_weight=row_valid.to(compute) * (exchange.world_size / max(valid_rows, 1)),
+        inverse_temperature=inverse,
+        column_inverse_temperature=column_inverse,
+        anchor_tags=query_tags,
+        column_tags=column_tags,
+        query_valid=query_valid,
+        hard_valid=hard_valid,
+        all_keys=all_keys,
+        all_queries=all_queries,
+        all_hard=all_hard,
+        tags_in_use=tags_in_use,
+        query_sizes=query_sizes,
+        key_sizes=key_sizes,
+        valid_rows=valid_rows,
+        operand_dtype=operand,
+        needs=agreed,
+        options=options,
+        exchange=exchange,
+    )
+
+
+def _gather_candidates(exchange: Exchange, tags: Tensor, valid: Tensor, sizes: list[int]) -> Candidates:
+    packed = exchange.gather(torch.cat([tags, valid[:, None].to(torch.int64)], 1), sizes)
+    return Candidates(tags=packed[:, :3], valid=packed[:, 3] > 0)
+
+
+def _zeroed(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Padding may hold anything, also NaN, and 0 * NaN is NaN: make it zero, and its gradient too."""
+    return x if valid is None else torch.where(valid.unsqueeze(-1), x, 0.0)

@@ -1,0 +1,76 @@
+"""The definition: every score is in memory at once and autograd does the rest.
+
+Row loss: anchors are the queries; the denominators hold, side by side, all ranks' keys and whatever else the options
+add. Column loss: anchors are the positives' keys, candidates all ranks' queries. Slow, O(N M) memory, differentiable
+twice; what the other backends are tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sailplan_kernels.infonce.masks import best_per_key, drop_by_score, negatives
+from sailplan_kernels.infonce.problem import Problem
+
+
+def reference_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's loss (0-d), its positives' cosines [N] and whether each row is right [N], of one prefix.
+
+    Arguments: normalised [N, d], [M, d], [N, H, d].
+    """
+    options, needs, tags = problem.options, problem.needs, problem.tags_in_use
+    positive_keys = keys[problem.positive]
+    positive = (queries * positive_keys).sum(1)
+    all_keys = _gather(problem, keys, problem.key_sizes, needs.keys)
+    all_queries = None
+    if problem.all_queries is not None:
+        all_queries = _gather(problem, queries, problem.query_sizes, needs.queries)
+
+    key_mask = negatives(problem.anchor_tags, problem.all_keys, tags)
+    blocks = [(queries @ all_keys.T, key_mask)]
+    if options.query_negatives:
+        blocks.append((queries @ all_queries.T, negatives(problem.anchor_tags, problem.all_queries, tags)))
+    if options.key_negatives:
+        blocks.append((positive_keys @ all_keys.T, key_mask))
+    if hard is not None and options.shared_hard_negatives:
+        all_hard = _gather(problem, hard.flatten(0, 1), problem.hard_sizes, needs.hard)
+        blocks.append((queries @ all_hard.T, problem.all_hard.valid.expand(len(queries), -1)))
+    elif hard is not None:
+        blocks.append((torch.einsum("nd,nhd->nh", queries, hard), problem.hard_valid))
+    cosine = torch.cat([block for block, _ in blocks], 1)
+    keep = torch.cat([mask for _, mask in blocks], 1)
+    drop_by_score(keep, cosine.detach(), positive.detach(), options)
+    losses = _losses(cosine, keep, positive, problem.inverse_temperature)
+    total = (problem.row_weight * losses).sum()
+    best_negative = F.pad(cosine.detach().masked_fill(~keep, -torch.inf), (0, 1), value=-torch.inf).amax(1)
+    correct = problem.row_valid & (positive.detach() > best_negative)
+
+    if options.symmetric:
+        cosine = positive_keys @ all_queries.T
+        keep = negatives(problem.column_tags[problem.positive], problem.all_queries, tags)
+        best = best_per_key(problem.positive, positive.detach(), problem.row_valid, len(keys))[problem.positive]
+        drop_by_score(keep, cosine.detach(), best, options)
+        losses = _losses(cosine, keep, positive, problem.column_inverse_temperature[problem.positive])
+        total = (total + (problem.row_weight * losses).sum()) / 2
+    return total, positive.detach(), correct
+
+
+def _losses(cosine: Tensor, keep: Tensor, positive: Tensor, inverse_temperature: Tensor) -> Tensor:
+    """[N] softplus(lse over kept negatives - positive); 0 where none is kept."""
+    scores = (cosine * inverse_temperature[:, None]).masked_fill(~keep, -torch.inf)
+    some = keep.any(1)
+    log_negatives = torch.logsumexp(torch.where(some[:, None], scores, 0.0), 1)
+    # -logsigmoid(-x) is softplus(x) without softplus's cut-off at 20.
+    losses = -F.logsigmoid(positive * inverse_temperature - log_negatives)
+    return torch.where(some, losses, 0.0)
+
+
+def _gather(problem: Problem, x: Tensor, sizes: list[int], needed: bool) -> Tensor:
+    """All ranks' rows. If any rank needs their gradient, every rank's backward must enter the collective."""
+    if not needed:
+        x = x.detach()
+    elif not x.requires_grad:
+        x = x.detach().requires_grad_()
+    return problem.exchange.gather(x, sizes)
