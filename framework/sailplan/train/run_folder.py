@@ -36,10 +36,6 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
-    def stages(self) -> Path:
-        return self.root / "stages.json"
-
-    @property
     def quarantine(self) -> Path:
         return self.root / "quarantine.jsonl"
 
@@ -55,14 +51,6 @@ class RunFolder:
         if not self.config.is_file():
             raise ConfigurationError(f"{self.config}: not found; give the folder of a run that was started by `sailplan train`")
         return from_dict(yaml.safe_load(self.config.read_text()))
-
-    def read_stages(self) -> list[dict[str, Any]]:
-        return json.loads(self.stages.read_text()) if self.stages.is_file() else []
-
-    def write_stage(self, record: dict[str, Any]) -> None:
-        """Adds or replaces the record of one stage (by its name), in order of first_step."""
-        records = [old for old in self.read_stages() if old["name"] != record["name"]] + [record]
-        write_atomically(self.stages, json.dumps(sorted(records, key=lambda one: one["first_step"]), indent=1))
 
     def add_quarantined(self, records: list[dict[str, Any]]) -> None:
         if records:

@@ -10,7 +10,7 @@ from sailplan.config.schema import Config, OptimizerConfig
 
 @dataclass(frozen=True)
 class StageSpan:
-    """Global steps first..last (both included, counted from 0) of one stage."""
+    """Global steps first..last of one stage, both included. Step n is the n-th step of the run, counted from 1."""
 
     index: int
     name: str
@@ -24,7 +24,7 @@ class StageSpan:
 
 def spans(config: Config) -> list[StageSpan]:
     """The stages of `config.order` with their global steps."""
-    result, first = [], 0
+    result, first = [], 1
     for index, name in enumerate(config.order):
         steps = config.stages[name].steps
         result.append(StageSpan(index, name, first, first + steps - 1))

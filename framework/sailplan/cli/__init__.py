@@ -1,0 +1,1 @@
+"""The `sailplan` command: one file per group of subcommands."""

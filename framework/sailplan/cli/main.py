@@ -1,0 +1,116 @@
+"""`sailplan COMMAND [Hydra overrides]`: parses the command line, runs the command, turns errors into exit codes.
+
+The same line works alone, under torchrun and under Slurm. Exit codes: 0 done; 64 bad configuration; 65 bad
+data over the limit; 70 hang detected; 75 stopped on request, resume me; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import traceback
+import warnings
+from typing import NoReturn
+
+from sailplan import __version__
+from sailplan.errors import EXIT_FAILURE, ConfigurationError, SailplanError
+
+COMMANDS = {
+    "train": "train the stages of an experiment (name=NAME resume=auto continues after a stop)",
+    "plan": "print stages, steps, data, learning rates and memory; trains nothing; equals what then runs",
+    "check": "check configuration, data and ranks before a long run",
+    "data": "index, validate or build data sets: sailplan data index|validate|build",
+    "mine": "mine hard negatives with a run's newest checkpoint",
+    "balance": "compute data weights with a run's newest checkpoint",
+    "evaluate": "evaluate a run's newest checkpoint on all tasks; JSON out",
+    "embed": "embed a data set's view: vectors, ids and, if asked, semantic IDs",
+    "export": "write a run's weights as safetensors with configuration, prompts and tokenizer",
+    "report": "write report.html of a run folder",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad usage is bad configuration: one line, exit code 64."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message} (see: {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sailplan", description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"sailplan {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == "data":
+            command.add_argument("action", choices=["index", "validate", "build"], help="what to do")
+            command.add_argument("--out", default=None, help="build: folder for the rebuilt quick-start pack")
+            command.add_argument("--sources", default=None, help="build: folder for the downloaded sources")
+        if name in ("mine", "balance", "evaluate", "embed", "export", "report"):
+            command.add_argument("--run", default=None, help="run folder (default: runs/NAME of the overrides)")
+        if name in ("mine", "balance", "evaluate", "embed", "export"):
+            command.add_argument("--checkpoint", default=None, help="checkpoint folder (default: the run's newest complete one)")
+        if name in ("mine", "balance", "embed", "export"):
+            command.add_argument("--out", default=None, help="where to write (default: below the run folder)")
+        if name in ("mine", "balance"):
+            command.add_argument("--stage", required=True, help="stage whose settings and data sets are used")
+        if name == "embed":
+            command.add_argument("--dataset", required=True, help="data set name")
+            command.add_argument("--view", required=True, help="view of the data set")
+            command.add_argument("--semantic-ids", default=None, metavar="SIZES", help="also write residual k-means codes, e.g. 64,64,64")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, e.g. experiment=quickstart seed=1")
+    return parser
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    for override in overrides:
+        if override.startswith("-"):
+            raise ConfigurationError(f"unknown flag {override} (settings are given as key=value; see: sailplan --help)")
+        if "=" not in override and not override.startswith("~"):
+            raise ConfigurationError(f"'{override}' is not an override: write key=value, e.g. experiment=quickstart")
+
+
+def run(arguments: list[str]) -> int:
+    parser = _parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        raise ConfigurationError(f"unknown command '{arguments[0]}'{f'; did you mean {close[0]!r}?' if close else ''}; commands: {', '.join(COMMANDS)}")
+    options, rest = parser.parse_known_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    options.overrides += rest  # overrides after a flag
+    _check_overrides(options.overrides)
+    if options.command == "data":
+        from sailplan.cli import data_commands
+
+        return data_commands.run(options)
+    if options.command in ("train", "plan", "check"):
+        from sailplan.cli import train_commands
+
+        return int(getattr(train_commands, options.command)(options))
+    if options.command == "report":
+        from sailplan.cli import report_command
+
+        return report_command.run(options)
+    from sailplan.cli import run_commands
+
+    return int(getattr(run_commands, options.command)(options))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of the `sailplan` script; returns the exit code."""
+    if not os.environ.get("SAILPLAN_WARNINGS"):
+        warnings.filterwarnings("ignore")  # dependencies warn about apex, TransformerEngine, pynvml on every rank
+    try:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except SailplanError as error:
+        print(f"sailplan: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_FAILURE
+    except Exception:
+        traceback.print_exc()
+        return EXIT_FAILURE

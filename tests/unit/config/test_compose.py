@@ -1,0 +1,87 @@
+"""Every YAML file composes, and a wrong key, type or size is one line that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sailplan.config.checks import check
+from sailplan.config.compose import as_dict, compose, config_hash, from_dict, identity, identity_difference
+from sailplan.errors import ConfigurationError
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
+SINGLE_GROUPS = ("model", "optimizer", "parallel", "checkpoint", "tracking")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group in SINGLE_GROUPS for name in options(group)])
+def test_every_choice_of_every_group_composes(choice: str) -> None:
+    compose([choice])
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes_and_passes_its_checks(name: str) -> None:
+    config = compose([f"experiment={name}"])
+    check(config, world_size=2)
+    assert from_dict(as_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", options("data"))
+def test_every_data_set_is_used_by_the_quickstart(name: str) -> None:
+    config = compose(["experiment=quickstart"])
+    assert name == "reading" or name in config.data.sets
+
+
+@pytest.mark.parametrize("name", options("objective"))
+def test_every_objective_is_on_by_default(name: str) -> None:
+    assert name in compose([]).objectives
+
+
+def test_quickstart_is_short_enough_to_read() -> None:
+    assert len((CONF / "experiment" / "quickstart.yaml").read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["experiment=quickstart", "global_batchh=3"], ["global_batchh", "global_batch"]),
+        (["experiment=quickstart", "data.lanez=4"], ["data.lanez", "lanes"]),
+        (["experiment=quickstart", "stages.hard.stepz=4"], ["stages.hard.stepz", "steps"]),
+        (["experiment=nothing"], ["experiment/nothing", "quickstart"]),
+        (["experiment=quickstart", "seed=abc"], ["seed", "abc"]),
+        (["experiment=quickstart", "global_batch=130"], ["global_batch=130", "data.lanes"]),
+        (["experiment=quickstart", "parallel.tensor=3"], ["parallel.tensor=3", "2 processes"]),
+        (["experiment=quickstart", "data.lanes=3"], ["data.lanes=3", "data-parallel size 2"]),
+        (["experiment=quickstart", "data.sets.emoji.views.image.modalities=[smell]"], ["smell", "text, vision, audio"]),
+        (["experiment=quickstart", "order=[diverse,missing]"], ["missing", "diverse"]),
+        (["experiment=quickstart", "+stages.hard.data.nowhere=1"], ["stages.hard.data", "nowhere", "emoji"]),
+        (["experiment=quickstart", "data.sets.emoji.patterns.image_to_name.query=picture"], ["picture", "image"]),
+        (["experiment=quickstart", "model.prefixes=[512]"], ["model.prefixes", "192"]),
+    ],
+)
+def test_wrong_settings_are_one_line_that_names_key_and_expectation(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check(compose(overrides), world_size=2)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_hash_follows_what_is_trained_and_not_how_it_is_read() -> None:
+    base = compose(["experiment=quickstart"])
+    assert config_hash(compose(["experiment=quickstart", "data.workers=3", "name=other", "tracking=online"])) == config_hash(base)
+    changed = compose(["experiment=quickstart", "stages.hard.steps=1"])
+    assert config_hash(changed) != config_hash(base)
+    lines = identity_difference(identity(base), identity(changed))
+    assert len(lines) == 1 and lines[0].startswith("stages.hard.steps: ")
+
+
+def test_a_stage_takes_the_common_optimizer_and_its_own_values_win() -> None:
+    config = compose(["experiment=quickstart", "optimizer.weight_decay=0.5"])
+    assert all(stage.optimizer.weight_decay == 0.5 for stage in config.stages.values())
+    assert config.stages["hard"].optimizer.learning_rate != config.optimizer.learning_rate
