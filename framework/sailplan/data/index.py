@@ -1,0 +1,224 @@
+"""The shard index: where each record of a data set lies, found once and kept in a small file beside the shards.
+
+A data set's records are numbered 0 .. n-1 in the order of its shards (sorted names) and of the records within them:
+these numbers are the *positions* of the plan. Per shard one `.index/NAME.npz` holds ids, splits and member places
+as flat arrays; it is written to a temporary name and renamed, so ranks may race. An index is used only when the
+shard's size and the fingerprint of its record starts still agree. Folders that cannot be written keep their index
+in the cache folder. Shard tables are loaded when a record of theirs is read, the least recently used are dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import threading
+import zipfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sailplan.data.tar import BLOCK, fingerprint, scan
+from sailplan.errors import BadDataError
+
+VERSION = 1
+TABLES_KEPT = 64
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """The index of one shard; m records, k members."""
+
+    ids: list[str]  # m
+    splits: NDArray[np.int8]  # [m] index into split_names
+    split_names: list[str]
+    member_starts: NDArray[np.int64]  # [m + 1] members of record i are member_starts[i] .. member_starts[i + 1]
+    extensions: list[str]  # k
+    offsets: NDArray[np.int64]  # [k] bytes
+    sizes: NDArray[np.int64]  # [k] bytes
+
+    def members(self, row: int) -> list[tuple[str, int, int]]:
+        """(extension, offset, size) of each member of the record."""
+        return [
+            (self.extensions[member], int(self.offsets[member]), int(self.sizes[member]))
+            for member in range(int(self.member_starts[row]), int(self.member_starts[row + 1]))
+        ]
+
+
+def id_hash(record_id: str) -> int:
+    """Unsigned 64-bit hash of a record id."""
+    return int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "little")
+
+
+class ShardIndex:
+    """The records of a data set over all its shards.
+
+    `len(index)` records; `splits` int8 [n] with `split_names`; `ids(positions)`; `find(id)`; `locate(position)`.
+    Memory: one byte a record, plus 16 bytes a record once `find` is used; shard tables are cached (64 of them).
+    """
+
+    def __init__(self, shards: Sequence[Path], cache: Path | None = None) -> None:
+        """Opens or builds the index of each shard. Raises BadDataError for a shard that is not a whole tar."""
+        self.shards = [Path(shard) for shard in shards]
+        self._files = [_ensure(shard, cache) for shard in self.shards]
+        self._tables: OrderedDict[int, ShardTable] = OrderedDict()
+        self._lock = threading.RLock()
+        self.split_names: list[str] = []
+        counts, splits = [], []
+        for number in range(len(self.shards)):
+            table = self._table(number)
+            counts.append(len(table.ids))
+            self.split_names += [name for name in table.split_names if name not in self.split_names]
+            renumber = np.array([self.split_names.index(name) for name in table.split_names], dtype=np.int8)
+            splits.append(renumber[table.splits])
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.splits: NDArray[np.int8] = np.concatenate(splits) if splits else np.empty(0, dtype=np.int8)
+        self._lookup: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+    def positions(self, split: str | None) -> NDArray[np.int64]:
+        """Sorted positions of a split's records (None: of all); int64 [n]."""
+        if split is None:
+            return np.arange(len(self), dtype=np.int64)
+        if split not in self.split_names:
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero(self.splits == self.split_names.index(split)).astype(np.int64)
+
+    def locate(self, position: int) -> tuple[int, ShardTable, int]:
+        """Shard number, the shard's table, and the record's row in it."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"record {position} of {len(self)}")
+        shard = int(np.searchsorted(self.starts, position, side="right")) - 1
+        return shard, self._table(shard), position - int(self.starts[shard])
+
+    def ids(self, positions: Sequence[int] | NDArray[np.int64]) -> list[str]:
+        """Record ids of the positions, in their order."""
+        result = []
+        for position in positions:
+            _, table, row = self.locate(int(position))
+            result.append(table.ids[row])
+        return result
+
+    def find(self, record_id: str) -> int | None:
+        """Position of the (first) record with this id, or None."""
+        hashes, order = self._hashes()
+        wanted = np.uint64(id_hash(record_id))
+        place = int(np.searchsorted(hashes, wanted))
+        while place < len(hashes) and hashes[place] == wanted:
+            if self.ids([order[place]])[0] == record_id:
+                return int(order[place])
+            place += 1
+        return None
+
+    def _hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        if self._lookup is None:
+            values = np.fromiter((id_hash(name) for shard in range(len(self.shards)) for name in self._table(shard).ids), np.uint64, len(self))
+            order = np.argsort(values, kind="stable")
+            self._lookup = values[order], order
+        return self._lookup
+
+    def _table(self, shard: int) -> ShardTable:
+        with self._lock:
+            if shard not in self._tables:
+                table = _load(self._files[shard])
+                if table is None:
+                    raise BadDataError(f"{self._files[shard]}: the index vanished or was damaged while the run used it: start again")
+                self._tables[shard] = table
+                if len(self._tables) > TABLES_KEPT:
+                    self._tables.popitem(last=False)
+            self._tables.move_to_end(shard)
+            return self._tables[shard]
+
+
+def index_folder(shard: Path, cache: Path | None) -> Path:
+    """`.index` beside the shard if that can be written, else a folder of the cache (default ~/.cache/sailplan)."""
+    beside = shard.parent / ".index"
+    if (beside / f"{shard.stem}.npz").exists() or os.access(beside if beside.exists() else shard.parent, os.W_OK):
+        return beside
+    place = hashlib.sha256(str(shard.parent.resolve()).encode()).hexdigest()[:16]
+    return (cache or Path("~/.cache/sailplan").expanduser()) / "index" / place
+
+
+def _ensure(shard: Path, cache: Path | None) -> Path:
+    """The shard's index file, built if it is missing or belongs to an older state of the shard."""
+    folder = index_folder(shard, cache)
+    file = folder / f"{shard.stem}.npz"
+    if not _is_current(file, shard):
+        folder.mkdir(parents=True, exist_ok=True)
+        ignore = folder / ".gitignore"
+        if not ignore.exists():
+            ignore.write_text("*\n")  # an index is a by-product: keep it out of the data's own repository
+        _build(shard, file)
+    return file
+
+
+def _build(shard: Path, file: Path) -> None:
+    records = scan(shard)
+    members = [member for record in records for member in record.members]
+    # the header lies one block before the content (long names add blocks before it, which does not matter here)
+    headers = [record.members[0][1] - BLOCK for record in records]
+    names = list(dict.fromkeys(record.split for record in records))
+    arrays: dict[str, Any] = {
+        "version": np.int64(VERSION),
+        "size": np.int64(shard.stat().st_size),
+        "fingerprint": np.array(fingerprint(shard, headers)),
+        "headers": np.array(headers, dtype=np.int64),
+        "ids": _pack([record.id for record in records]),
+        "splits": np.array([names.index(record.split) for record in records], dtype=np.int8),
+        "split_names": _pack(names),
+        "member_starts": np.cumsum([0] + [len(record.members) for record in records], dtype=np.int64),
+        "extensions": _pack([extension for extension, _, _ in members]),
+        "offsets": np.array([offset for _, offset, _ in members], dtype=np.int64),
+        "sizes": np.array([size for _, _, size in members], dtype=np.int64),
+    }
+    temporary = file.with_name(f".{file.stem}-{os.getpid()}-{secrets.token_hex(4)}.npz")
+    np.savez_compressed(temporary, **arrays)
+    os.replace(temporary, file)
+
+
+def _is_current(file: Path, shard: Path) -> bool:
+    try:
+        with np.load(file) as arrays:
+            if int(arrays["version"]) != VERSION or int(arrays["size"]) != shard.stat().st_size:
+                return False
+            return str(arrays["fingerprint"]) == fingerprint(shard, arrays["headers"].tolist())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent, older or half-written: build it (again)
+        return False
+
+
+def _load(file: Path) -> ShardTable | None:
+    try:
+        with np.load(file) as arrays:
+            return ShardTable(
+                ids=_unpack(arrays["ids"]),
+                splits=arrays["splits"],
+                split_names=_unpack(arrays["split_names"]),
+                member_starts=arrays["member_starts"],
+                extensions=_unpack(arrays["extensions"]),
+                offsets=arrays["offsets"],
+                sizes=arrays["sizes"],
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _pack(strings: Sequence[str]) -> NDArray[np.uint8]:
+    """Strings as one byte array (numpy's own fixed-width strings would cost four bytes a character of the longest)."""
+    return np.frombuffer("\0".join(strings).encode() if strings else b"", dtype=np.uint8)
+
+
+def _unpack(packed: NDArray[np.uint8]) -> list[str]:
+    return packed.tobytes().decode().split("\0") if packed.size else []

@@ -1,0 +1,188 @@
+"""The plan of a stage: step number -> the records of the whole global batch, as a pure function.
+
+Each step draws one data set from the stage's weights (stochastic specialisation, recipe section 4.3) with a
+counter-based random number keyed by (seed, stage, step); a `mixed_fraction` of the steps draws several and makes
+homogeneous sub-batches. The rows of a data set continue where its previous step in this stage stopped: the number of
+rows drawn before is a prefix count that is summed per block of steps. Nothing depends on ranks, workers or history,
+so the step number is the whole data state of a run.
+
+Ranks: rank r of R takes rows r, r + R, ... of every part, which are the lanes congruent r modulo R (see order.py).
+Weighted sums are decided in float64 by integer-keyed uniforms; permutations are integers only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sailplan.config.schema import Config, StageConfig
+from sailplan.data.order import keyed, positions, uniform
+from sailplan.errors import ConfigurationError
+from sailplan.runtime.seeds import derive
+
+MIXED_PARTS = 4  # sub-batches of a mixed step; equal ones are merged
+BLOCK_STEPS = 4096
+
+
+class PlannedSet(Protocol):
+    """What a plan needs to know of a data set (RecordReader has it)."""
+
+    def ids(self, positions: Sequence[int] | NDArray[np.int64]) -> list[str]: ...
+
+    def positions(self, split: str | None = None) -> NDArray[np.int64]: ...
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """The rows of one data set in a step: record positions int64 [n] in global order, and the number of the first row
+    within the data set's stream of this stage."""
+
+    dataset: str
+    first_row: int
+    positions: NDArray[np.int64]
+
+    def rank_rows(self, rank: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(row numbers in the data set's stream, record positions), int64 [n / size] each, of a data-parallel rank."""
+        rows = np.arange(rank, len(self.positions), size, dtype=np.int64)
+        return self.first_row + rows, self.positions[rank::size]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """All rows of a step: one part, or several homogeneous ones in a mixed step."""
+
+    step: int
+    parts: tuple[PlannedRows, ...]
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name; `a+b` for a mixed step."""
+        return "+".join(part.dataset for part in self.parts)
+
+
+class Plan:
+    """A stage's plan. Steps count from 0 within the stage.
+
+    weights: data set -> sampling weight (need not sum to 1). sets: data set -> reader. subsets: data set -> sorted
+    int64 positions to draw from instead of the split "train" (curriculum subsets). Raises ConfigurationError for
+    empty sets, negative weights, or a global batch that does not divide by the lanes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        stage_name: str,
+        stage: StageConfig,
+        weights: Mapping[str, float],
+        sets: Mapping[str, PlannedSet],
+        subsets: Mapping[str, NDArray[np.int64]] | None = None,
+    ) -> None:
+        data = config.data
+        for key, value in (("data.lanes", data.lanes), ("data.segment", data.segment), ("data.window", data.window), ("global_batch", config.global_batch)):
+            if value < 1:
+                raise ConfigurationError(f"{key}={value}: expected at least 1")
+        if config.global_batch % data.lanes:
+            raise ConfigurationError(f"global_batch={config.global_batch} does not divide by data.lanes={data.lanes}: use a multiple of data.lanes")
+        self.steps, self.stage_name, self.seed = stage.steps, stage_name, config.seed
+        self.lanes, self.segment, self.window, self.global_batch = data.lanes, data.segment, data.window, config.global_batch
+        self.names = sorted(name for name, weight in weights.items() if weight != 0)
+        values = np.array([weights[name] for name in self.names], dtype=np.float64)
+        if not self.names or (values < 0).any() or not np.isfinite(values).all():
+            raise ConfigurationError(f"stages.{stage_name}.data: the weights {dict(weights)} need at least one above 0, none negative")
+        self._edges = np.cumsum(values) / values.sum()
+        self._sets = {name: sets[name] for name in self.names}
+        self._positions = {name: self._allowed(name, subsets or {}) for name in self.names}
+        self._keys = {name: derive("order", stage_name, name) for name in self.names}
+        self._draw_key, self._order_seed = derive("draw", config.seed, stage_name), derive("order", config.seed)
+        self._mixed_fraction = stage.mixed_fraction
+        units = config.global_batch // data.lanes
+        parts = min(MIXED_PARTS, units)
+        self._part_rows = [(units // parts + (turn < units % parts)) * data.lanes for turn in range(parts)]
+        self._prefix = [np.zeros(len(self.names), dtype=np.int64)]  # rows drawn per set before block b
+        self.step = lru_cache(maxsize=8)(self._step)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.step = lru_cache(maxsize=8)(self._step)
+
+    def check_ranks(self, size: int) -> None:
+        """Raises ConfigurationError unless the lanes divide by the data-parallel size."""
+        if self.lanes % size:
+            raise ConfigurationError(f"data.lanes={self.lanes} does not divide by the data-parallel size {size}: use a multiple of it")
+
+    def draws(self, first_step: int, count: int) -> NDArray[np.int64]:
+        """Index into `names` of each sub-batch of steps first_step ..; int64 [count, parts]; equal within unmixed steps."""
+        steps = np.arange(first_step, first_step + count, dtype=np.int64)
+        columns = [uniform(self._draw_key, 1, steps, turn) for turn in range(len(self._part_rows))]
+        chosen = np.searchsorted(self._edges, np.stack(columns, axis=1), side="right").clip(max=len(self.names) - 1)
+        mixed = uniform(self._draw_key, 2, steps) < self._mixed_fraction
+        return np.where(mixed[:, None], chosen, chosen[:, :1]).astype(np.int64)
+
+    def _step(self, step: int) -> StepPlan:
+        """The rows of one step, in global order (cached: `plan.step(s)`)."""
+        if step < 0:
+            raise IndexError(f"step {step} of stage '{self.stage_name}'")
+        drawn = self.draws(step, 1)[0]
+        before = self._rows_before(step)
+        parts = []
+        for choice in dict.fromkeys(drawn.tolist()):
+            name, count = self.names[choice], sum(rows for rows, other in zip(self._part_rows, drawn, strict=True) if other == choice)
+            allowed, first = self._positions[name], int(before[choice])
+            order = positions(self._keys[name], len(allowed), self._order_seed, first, count, self.lanes, self.segment, self.window)
+            parts.append(PlannedRows(name, first, allowed[order]))
+        return StepPlan(step, tuple(parts))
+
+    def ids(self, step: int) -> list[list[str]]:
+        """Record ids of each part of a step, in global order."""
+        return [self._sets[part.dataset].ids(part.positions) for part in self.step(step).parts]
+
+    def digest(self, step: int) -> str:
+        """16 hex digits of SHA-256 over the data set names and record ids of a step: equal on any number of ranks."""
+        digest = hashlib.sha256()
+        for part, names in zip(self.step(step).parts, self.ids(step), strict=True):
+            digest.update("\0".join([part.dataset, *names, ""]).encode())
+        return digest.hexdigest()[:16]
+
+    def spare(self, dataset: str, step: int, row: int, attempt: int) -> int:
+        """Position of the record that replaces row `row` of the data set's stream at the given attempt (from 0)."""
+        allowed = self._positions[dataset]
+        place = keyed(self._draw_key, 3, self._keys[dataset], step, row, attempt)[0] % np.uint64(len(allowed))
+        return int(allowed[int(place)])
+
+    def rows_seen(self, step: int) -> dict[str, int]:
+        """Rows of each data set in the steps before `step`."""
+        return dict(zip(self.names, self._rows_before(step).tolist(), strict=True))
+
+    def size(self, dataset: str) -> int:
+        """Records of the data set that this stage draws from."""
+        return len(self._positions[dataset])
+
+    # ---------------------------------------------------------------- parts
+    def _allowed(self, name: str, subsets: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+        allowed = np.asarray(subsets[name], dtype=np.int64) if name in subsets else self._sets[name].positions("train")
+        if len(allowed) == 0:
+            raise ConfigurationError(f"data.sets.{name}: stage '{self.stage_name}' finds no record with split 'train' to draw from; check its shards or subset")
+        return allowed
+
+    def _rows(self, first_step: int, count: int) -> NDArray[np.int64]:
+        """Rows per data set in a run of steps; int64 [sets]."""
+        drawn, rows = self.draws(first_step, count), np.zeros(len(self.names), dtype=np.int64)
+        for turn, size in enumerate(self._part_rows):
+            rows += np.bincount(drawn[:, turn], minlength=len(self.names)) * size
+        return rows
+
+    def _rows_before(self, step: int) -> NDArray[np.int64]:
+        block = step // BLOCK_STEPS
+        while len(self._prefix) <= block:
+            last = len(self._prefix) - 1
+            self._prefix.append(self._prefix[last] + self._rows(last * BLOCK_STEPS, BLOCK_STEPS))
+        return self._prefix[block] + self._rows(block * BLOCK_STEPS, step - block * BLOCK_STEPS)

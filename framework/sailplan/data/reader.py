@@ -1,0 +1,234 @@
+"""Read record number i of a data set: one positioned read per member, no scan, nothing decoded.
+
+Turns the JSON formats of docs/data.md into Record and Item per kind (items, pairs, sequences), looks up catalogue
+items by id, and draws history and target of a sequence that lists only `items`. A record that cannot be used raises
+BadSample; what happens then (a spare, a report, a stop) is the caller's decision.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sailplan.config.schema import DatasetConfig
+from sailplan.data.index import ShardIndex
+from sailplan.data.record import Item, Record
+from sailplan.runtime.seeds import derive
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
+AUDIO_EXTENSIONS = frozenset({"ogg", "opus", "flac", "wav"})
+ALL_MEDIA = frozenset({"vision", "audio"})
+CACHE_BYTES = 64 << 20
+FILES_OPEN = 128
+
+
+class BadSample(Exception):
+    """A record that cannot be used: its id and why, in one line."""
+
+    def __init__(self, record_id: str, reason: str) -> None:
+        super().__init__(f"{record_id}: {reason}")
+        self.record_id, self.reason = record_id, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BadSample, (self.record_id, self.reason)
+
+
+class RecordReader:
+    """Random access to a data set's records by position (0 .. len - 1, the order of the shards).
+
+    `name`: key in data.sets; `config`: its DatasetConfig; `catalogue`: reader of the items that ids refer to, or None.
+    """
+
+    def __init__(self, name: str, config: DatasetConfig, index: ShardIndex, catalogue: RecordReader | None = None) -> None:
+        self.name, self.config, self.index, self.catalogue = name, config, index, catalogue
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._items: OrderedDict[tuple[int, frozenset[str]], tuple[Item, int]] = OrderedDict()
+        self._item_bytes = 0
+        self._scored: bool | None = None
+        self._lock = threading.RLock()  # the prefetch thread and an evaluation may read at the same time
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict(), "_items": OrderedDict(), "_item_bytes": 0, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+    def ids(self, positions: Sequence[int] | NDArray[np.int64]) -> list[str]:
+        """Record ids at the positions."""
+        return self.index.ids(positions)
+
+    def positions(self, split: str | None = None) -> NDArray[np.int64]:
+        """Sorted int64 positions of a split's records; None: of all."""
+        return self.index.positions(split)
+
+    def find(self, record_id: str) -> int | None:
+        """Position of the record with this id, or None."""
+        return self.index.find(record_id)
+
+    def read(self, position: int, *, seed: int | None = None, media: frozenset[str] = ALL_MEDIA, needs: Iterable[str] | None = None) -> Record:
+        """The record at a position.
+
+        seed: draws a sequence's target and history among its `items`; None: a fixed draw that depends on the record's
+        id alone (evaluation). media: which of "vision", "audio" to read. needs: which of item, query, target, history
+        to look up (default all). Raises BadSample for broken bytes, JSON, unknown ids or a stale index.
+        """
+        body, files = self._read_body(position)
+        wanted = frozenset(needs) if needs is not None else frozenset({"item", "query", "target", "history"})
+        record_id, split = self.ids([position])[0], str(body.get("split") or "train")
+        if self.config.kind == "items":
+            return Record(record_id, split, item=self._item(position, record_id, body, files, media))
+        used = {"id", "split"}
+        if self.config.kind == "pairs":
+            used |= {"text", "query", "item", "score"}
+            score = body.get("score")
+            return Record(
+                record_id,
+                split,
+                query=self._query(record_id, body, media) if "query" in wanted else None,
+                target=self._catalogue_item(record_id, body.get("item"), media) if "target" in wanted else None,
+                score=None if score is None else float(score),
+                extra={key: value for key, value in body.items() if key not in used},
+            )
+        history, target = self.draw(record_id, body, seed)
+        return Record(
+            record_id,
+            split,
+            history=tuple(self._catalogue_item(record_id, name, media) for name in history) if "history" in wanted else (),
+            target=self._catalogue_item(record_id, target, media) if "target" in wanted else None,
+            extra={**{key: value for key, value in body.items() if key not in used}, "history": history, "target": target},
+        )
+
+    def draw(self, record_id: str, body: Mapping[str, Any], seed: int | None) -> tuple[list[str], str]:
+        """History ids (at most history_length) and the target id of a sequence.
+
+        `history` + `target` in the JSON are used as they are (a longer history keeps its last, most recent, ids). Of
+        `items` one is the target and a random part of the others the history, in their listed order.
+        """
+        length = self.config.history_length
+        if "target" in body:
+            return [str(name) for name in body.get("history", [])][-length:], str(body["target"])
+        items = list(dict.fromkeys(str(name) for name in body.get("items", [])))
+        if len(items) < 2:
+            raise BadSample(record_id, f"a sequence needs `history` and `target`, or at least 2 different `items`; found {len(items)}")
+        source = random.Random(derive("held out target", record_id) if seed is None else seed)
+        target = items.pop(int(source.random() * len(items)))
+        if len(items) > length:
+            ranks = sorted(range(len(items)), key=[source.random() for _ in items].__getitem__)
+            items = [items[place] for place in sorted(ranks[:length])]
+        return items, target
+
+    def sequence_ids(self, position: int, seed: int | None = None) -> tuple[list[str], str]:
+        """History ids and target id of a sequence without reading the items."""
+        record_id = self.ids([position])[0]
+        return self.draw(record_id, self._read_body(position)[0], seed)
+
+    def body(self, position: int) -> dict[str, Any]:
+        """The record's JSON as it is in the shard ({} for a record without JSON)."""
+        return self._read_body(position)[0]
+
+    @property
+    def scored(self) -> bool:
+        """Whether the data set's pairs carry graded scores (decided by its first record, so equal on all ranks)."""
+        if self._scored is None:
+            self._scored = self.config.kind == "pairs" and len(self) > 0 and "score" in self._read_body(0)[0]
+        return self._scored
+
+    def item(self, position: int, media: frozenset[str] = ALL_MEDIA) -> Item:
+        """An item of an items data set, from a cache of at most 64 MB of bytes."""
+        key = (position, media)
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+                return self._items[key][0]
+        record_id = self.ids([position])[0]
+        body, files = self._read_body(position)
+        item = self._item(position, record_id, body, files, media)
+        size = sum(map(len, item.images)) + len(item.audio or b"") + 2000  # about what the parsed JSON takes
+        with self._lock:
+            self._item_bytes += size - self._items.pop(key, (item, 0))[1]
+            self._items[key] = (item, size)
+            while self._item_bytes > CACHE_BYTES:
+                self._item_bytes -= self._items.popitem(last=False)[1][1]
+        return item
+
+    # ---------------------------------------------------------------- parts
+    def _read_body(self, position: int) -> tuple[dict[str, Any], list[tuple[str, int, int, int]]]:
+        shard, table, row = self.index.locate(position)
+        body: Any = {}
+        files = []
+        for extension, offset, size in table.members(row):
+            if extension == "json":
+                try:
+                    body = json.loads(self._bytes(shard, offset, size))
+                except ValueError as error:
+                    raise BadSample(table.ids[row], f"broken JSON in {self.index.shards[shard]} at byte {offset}: {error}") from error
+                if not isinstance(body, dict):
+                    raise BadSample(table.ids[row], f"JSON in {self.index.shards[shard]} at byte {offset} is a {type(body).__name__}, expected an object")
+            else:
+                files.append((extension, shard, offset, size))
+        if "id" in body and str(body["id"]) != table.ids[row]:
+            raise BadSample(table.ids[row], f"{self.index.shards[shard]} changed while in use: found the record {body['id']} in its place")
+        return body, files
+
+    def _item(self, position: int, record_id: str, body: dict[str, Any], files: list[tuple[str, int, int, int]], media: frozenset[str]) -> Item:
+        fields = dict(body.get("fields") or {})
+        images, audio = [], None
+        for extension, shard, offset, size in files:
+            kind = extension.rpartition(".")[2]
+            if kind in IMAGE_EXTENSIONS and "vision" in media:
+                images.append(self._bytes(shard, offset, size))
+            elif kind in AUDIO_EXTENSIONS and "audio" in media:
+                audio = self._bytes(shard, offset, size)
+            elif kind == "txt":
+                fields.setdefault("title", {"en": self._bytes(shard, offset, size).decode(errors="replace")})
+        return Item(record_id, _fields(record_id, fields), tuple(images), audio, {key: value for key, value in body.items() if key not in ("id", "fields")})
+
+    def _query(self, record_id: str, body: dict[str, Any], media: frozenset[str]) -> Item:
+        if body.get("query") is not None:
+            return self._catalogue_item(record_id, body["query"], media)
+        text = body.get("text")
+        if not text:
+            raise BadSample(record_id, "a pair needs `text` or `query`; found neither")
+        return Item(f"{record_id}#query", _fields(record_id, {"text": text}))
+
+    def _catalogue_item(self, record_id: str, item_id: Any, media: frozenset[str]) -> Item:
+        assert self.catalogue is not None, "open_datasets refuses pairs and sequences without a catalogue"
+        position = self.catalogue.find(str(item_id)) if item_id else None
+        if position is None:
+            raise BadSample(record_id, f"item {item_id} is not in the catalogue '{self.catalogue.name}'")
+        return self.catalogue.item(position, media)
+
+    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
+                if len(self._files) > FILES_OPEN:
+                    os.close(self._files.popitem(last=False)[1])
+            self._files.move_to_end(shard)
+            content = os.pread(self._files[shard], size, offset)  # no shared file position: safe in forked workers
+        if len(content) != size:
+            raise BadSample(self.index.shards[shard].name, f"read {len(content)} of {size} bytes at byte {offset}: the shard was cut while in use")
+        return content
+
+
+def _fields(record_id: str, fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every field as language -> str | list[str]; a bare value counts as English."""
+    result: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        languages = value if isinstance(value, dict) else {"en": value}
+        for language, entry in languages.items():
+            if not isinstance(entry, str) and not (isinstance(entry, list) and all(isinstance(part, str) for part in entry)):
+                raise BadSample(record_id, f"field {name}.{language} is a {type(entry).__name__}, expected text or a list of texts")
+        result[name] = languages
+    return result

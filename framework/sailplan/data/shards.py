@@ -1,0 +1,72 @@
+"""From the `shards` key of a data set to local tar files: a folder, a brace pattern, or URLs fetched into the cache.
+
+Whatever webdataset's gopen opens can be a shard: `http://...`, `pipe:aws s3 cp s3://... -`, `pipe:gsutil cat ...`.
+A remote shard is fetched whole, once per machine (a lock file makes other ranks wait), because the plan reads
+records by position; the index and the reader then see a local file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import braceexpand
+import webdataset
+
+from sailplan.errors import BadDataError, ConfigurationError
+
+ARTIFACT = "artifact:"
+
+
+def is_remote(name: str) -> bool:
+    return re.match(r"^[a-z0-9+]+:", name) is not None and not name.startswith("file:")
+
+
+def resolve(dataset: str, shards: str, cache: Path | None = None) -> list[Path]:
+    """Local paths of the data set's shards, in reading order (as listed, a folder's sorted by name).
+
+    shards: a folder (its *.tar), one tar, or a brace pattern of paths or URLs such as `train-{000..009}.tar`.
+    Raises ConfigurationError naming `data.sets.DATASET.shards` when nothing is there, BadDataError when a fetch fails.
+    """
+    key = f"data.sets.{dataset}.shards"
+    if not shards:
+        raise ConfigurationError(f"{key} is empty: expected a folder of .tar shards, a brace pattern or URLs")
+    if shards.startswith(ARTIFACT):
+        raise ConfigurationError(f"{key}={shards}: this data set is made by a stage's `artifacts`; it exists only within a run")
+    if not is_remote(shards) and Path(shards).is_dir():
+        found = sorted(Path(shards).glob("*.tar"))
+        if not found:
+            raise ConfigurationError(f"{key}={shards}: the folder holds no .tar file; expected webdataset shards")
+        return found
+    names = list(braceexpand.braceexpand(shards))
+    paths = [fetch(name, cache) if is_remote(name) else Path(name.removeprefix("file:")) for name in names]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise ConfigurationError(
+            f"{key}={shards}: {len(missing)} of {len(paths)} shards do not exist, first {missing[0]}; expected a folder of .tar shards or existing files"
+        )
+    return paths
+
+
+def fetch(url: str, cache: Path | None = None) -> Path:
+    """The local copy of a remote shard, fetched through webdataset's gopen if it is not there yet."""
+    folder = (cache or Path("~/.cache/sailplan").expanduser()) / "shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    base = re.sub(r"[^A-Za-z0-9._-]", "_", url.rstrip(" -").rpartition("/")[2]).removesuffix(".tar")[-60:]
+    path = folder / f"{base}-{hashlib.sha256(url.encode()).hexdigest()[:12]}.tar"
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            temporary = path.with_suffix(".part")
+            try:
+                with webdataset.gopen(url) as stream, open(temporary, "wb") as file:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+            except (OSError, ValueError, subprocess.SubprocessError) as error:
+                raise BadDataError(f"{url}: could not fetch this shard ({error}); check the URL and the network") from error
+            os.replace(temporary, path)
+    return path
