@@ -1,0 +1,1 @@
+"""How good the embeddings are: exact retrieval and similarity metrics, computed by all ranks together."""

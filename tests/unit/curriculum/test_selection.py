@@ -1,0 +1,122 @@
+"""lambda*, balancing and subsets against brute force and obvious cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sailplan.config.schema import BalanceConfig
+from sailplan.curriculum.balance import Clusters, balance, cluster, softmax_weights, transport_plan, unit_rows
+from sailplan.curriculum.scoring import Pairs, unit
+from sailplan.curriculum.subset import drop_lowest, keep_highest, nearness
+from sailplan.curriculum.threshold import f1_threshold
+from sailplan_kernels.exchange import AllGather
+from sailplan_kernels.testing import run_ranks
+
+
+def fitting_sample(seed: int, decimals: int | None = None) -> tuple[torch.Tensor, torch.Tensor, Pairs]:
+    random = torch.Generator().manual_seed(seed)
+    queries = torch.randn(25, 8, generator=random)
+    targets = queries + 0.8 * torch.randn(25, 8, generator=random)
+    if decimals is not None:
+        queries, targets = queries.round(decimals=decimals), targets.round(decimals=decimals)
+    own = torch.arange(25)
+    return queries, targets, Pairs.of(torch.cat([own, own[:5]]), torch.cat([own, own[5:10]]))
+
+
+@pytest.mark.parametrize(("seed", "decimals"), [(0, None), (1, None), (2, 0)])
+def test_lambda_is_the_best_of_all_thresholds(seed: int, decimals: int | None) -> None:
+    queries, targets, positives = fitting_sample(seed, decimals)
+    scores = (unit(queries) @ unit(targets).T).float().numpy()
+    labels = np.zeros(scores.shape, dtype=bool)
+    labels[positives.rows, positives.columns] = True
+
+    def confusion(value: float) -> tuple[int, int, int, int]:
+        predicted = scores >= np.float32(value)
+        return (predicted & labels).sum(), (predicted & ~labels).sum(), (~predicted & labels).sum(), (~predicted & ~labels).sum()
+
+    best = max(2 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in map(confusion, np.unique(scores)))
+    found = f1_threshold(queries, targets, positives)
+    assert found.f1 == pytest.approx(best, abs=1e-12)
+    assert (found.tp, found.fp, found.fn, found.tn) == confusion(found.value)
+    assert found.precision == found.tp / (found.tp + found.fp)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_lambda_is_the_same_on_any_number_of_ranks(world_size: int) -> None:
+    sample = fitting_sample(3)
+    alone = f1_threshold(*sample)
+    assert run_ranks(lambda rank, world: f1_threshold(*sample, AllGather()), world_size) == [alone] * world_size
+
+
+def test_sinkhorn_plan_keeps_the_cluster_sizes() -> None:
+    random = np.random.default_rng(0)
+    first, second = cluster(random.standard_normal((80, 6)), 7, 0), cluster(random.standard_normal((50, 6)), 5, 1)
+    plan, _ = transport_plan(first, second, epsilon=0.05, iterations=1000)
+    assert np.allclose(plan.sum(1), first.shares, atol=1e-6)
+    assert np.allclose(plan.sum(0), second.shares, atol=1e-6)
+
+
+def test_narrow_costs_do_not_underflow() -> None:
+    far = Clusters(np.eye(4)[:1], np.ones(1))
+    opposite = Clusters(-np.eye(4)[:1], np.ones(1))
+    plan, _ = transport_plan(far, opposite, epsilon=0.001, iterations=50)
+    assert plan == pytest.approx(np.ones((1, 1)))
+
+
+def test_balancing_prefers_the_obviously_closer_set() -> None:
+    random = np.random.default_rng(0)
+    centre = np.eye(8)
+
+    def around(axis: int, spread: float = 0.1) -> np.ndarray:
+        return centre[axis] + spread * random.standard_normal((60, 8))
+
+    config = BalanceConfig(clusters=4)
+    training = {
+        "near": {"fused": cluster(around(0), 4, "near")},
+        "middle": {"fused": cluster(np.concatenate([around(0), around(3)]), 4, "middle")},
+        "far": {"fused": cluster(around(5), 4, "far")},
+    }
+    result = balance(training, {"task": {"fused": cluster(around(0), 4, "task")}}, config)
+    assert result.weights["near"] > result.weights["middle"] > result.weights["far"]
+    assert sum(result.weights.values()) == pytest.approx(1.0)
+
+
+def test_only_shared_kinds_are_compared() -> None:
+    random = np.random.default_rng(0)
+    vision, text, audio = (cluster(random.standard_normal((30, 4)), 3, name) for name in ("vision", "text", "audio"))
+    training = {"pictures": {"vision": vision, "text": text}, "sounds": {"audio": audio}}
+    result = balance(training, {"task": {"vision": vision, "text": text}}, BalanceConfig(epsilon=0.01))
+    assert result.pairs["sounds"] == {}
+    assert result.pairs["pictures"]["task"] == pytest.approx(np.mean(list(result.kinds["pictures"]["task"].values())))
+    assert result.weights == pytest.approx({"pictures": 0.5, "sounds": 0.5})
+
+
+def test_weights_are_not_uniform_for_a_narrow_band_of_cosines() -> None:
+    weights = softmax_weights({"a": 0.701, "b": 0.702, "c": 0.703}, temperature=1.0)
+    assert weights["c"] > 2 * weights["a"]
+    assert softmax_weights({"a": 0.5, "b": 0.5}, 1.0) == {"a": 0.5, "b": 0.5}
+
+
+def test_clusters_are_deterministic() -> None:
+    vectors = np.random.default_rng(0).standard_normal((40, 5))
+    assert np.array_equal(cluster(vectors, 6, "x").centroids, cluster(vectors, 6, "x").centroids)
+    assert len(cluster(np.ones((9, 3)), 6, "x").centroids) == 1  # equal rows make one cluster, no warning, no crash
+
+
+def test_subset_keeps_the_nearest_records() -> None:
+    random = np.random.default_rng(0)
+    near, far = np.eye(6)[0] + 0.1 * random.standard_normal((10, 6)), np.eye(6)[4] + 0.1 * random.standard_normal((30, 6))
+    vectors = {"fused": np.concatenate([far, near])}
+    scores = nearness(vectors, [{"fused": Clusters(unit_rows(np.eye(6)[:1]), np.ones(1))}])
+    assert scores is not None
+    positions = np.arange(100, 140)
+    assert keep_highest(positions, scores, 0.25).tolist() == list(range(130, 140))
+    assert nearness({"audio": near}, [{"fused": Clusters(np.eye(6), np.ones(6) / 6)}]) is None
+
+
+def test_noisy_pairs_are_dropped_and_ties_go_by_position() -> None:
+    positions = np.array([3, 5, 8, 9])
+    assert drop_lowest(positions, np.array([0.9, 0.1, np.nan, 0.8]), 0.5).tolist() == [3, 9]
+    assert keep_highest(positions, np.zeros(4), 0.5).tolist() == [3, 5]
