@@ -84,6 +84,7 @@ class TransformerShape:
     key_value_heads: int | None = None  # None: as many as heads
     feed_forward: int = 512
     dropout: float = 0.0
+    query_key_norm: bool = False  # RMSNorm on each head's queries and keys
 
 
 @dataclass
@@ -105,6 +106,7 @@ class AudioConfig:
     encoder: TransformerShape = field(default_factory=TransformerShape)
     stem_width: int = 64
     time_stride: int = 8  # log-mel frames per encoder position
+    mel_bins: int = 64  # equals data.mel_bins
     output: int = 512
 
 

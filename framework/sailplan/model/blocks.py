@@ -1,0 +1,183 @@
+"""Bidirectional transformer blocks made of unmodified megatron-core parts.
+
+megatron-core brings the tensor-parallel linears and the layer wiring; the core attention is torch's
+scaled_dot_product_attention (flash kernels on a GPU, plain on a CPU) and the norm is torch's RMSNorm.
+Everything around a block sees [rows, positions, hidden]; megatron's [positions, rows, hidden] stays in here.
+
+Weights are drawn as whole matrices on the CPU and then cut, so that a seed gives the same model at every
+tensor-parallel size.
+
+Dropout draws from torch's global generator. Tensor-parallel peers must be seeded alike, so that they drop
+the same hidden units; the dropped attention weights then depend on the tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from sailplan.config.schema import TransformerShape
+
+
+def initial_deviation(hidden: int) -> float:
+    """Standard deviation of fresh weights, sqrt(2 / (5 hidden)): "SmallInit" of Nguyen and Salazar (2019).
+
+    It is 0.046 at hidden 192 and 0.016 at 1536: the usual 0.02, made to fit narrow models too.
+    """
+    return math.sqrt(2 / (5 * hidden))
+
+
+def process_groups() -> ProcessGroupCollection:
+    """megatron-core's groups, or empty ones where no world was started (building on the meta device to count parameters)."""
+    if not parallel_state.model_parallel_is_initialized():
+        return ProcessGroupCollection(tp=None, cp=None, pp=None)
+    return ProcessGroupCollection(
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+    )
+
+
+class Norm(nn.RMSNorm):
+    """torch's RMSNorm behind the constructor that megatron-core's specifications call."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+
+
+class HeadNorm(Norm):
+    """Norm of each query or key head. One weight serves the heads of all tensor-parallel ranks, but each rank sees
+    only its own heads: its gradient is a part of the sum (see `parallelize.finish_gradients`)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **options: Any) -> None:
+        super().__init__(config, hidden_size, eps, **options)
+        self.weight.tensor_parallel_partial = True  # type: ignore[attr-defined]
+
+
+class ScaledDotProductAttention(nn.Module):
+    """Core attention over this rank's heads; every position attends to all positions that the mask keeps."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        self.dropout = config.attention_dropout
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        """query [s, b, heads, d], key and value [s, b, key_value_heads, d], attention_mask bool [b, 1, 1, s], True = attend.
+
+        Returns [s, b, heads * d].
+        """
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def transformer_config(shape: TransformerShape, dtype: torch.dtype, tensor_parallel: int) -> TransformerConfig:
+    """The megatron-core configuration of one stack; every fusion that needs a GPU extension is off."""
+    return TransformerConfig(
+        num_layers=max(shape.layers, 1),  # of an empty stack only the norm is built
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.key_value_heads or shape.heads,
+        ffn_hidden_size=shape.feed_forward,
+        hidden_dropout=shape.dropout,
+        attention_dropout=shape.dropout,
+        tensor_model_parallel_size=tensor_parallel,
+        init_method_std=initial_deviation(shape.hidden),  # output projections: divided by sqrt(2 layers) by megatron-core
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=True,
+        normalization="RMSNorm",
+        layernorm_epsilon=1e-6,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        qk_layernorm=shape.query_key_norm,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def _layer(shape: TransformerShape) -> ModuleSpec:
+    head_norm = {"q_layernorm": HeadNorm, "k_layernorm": HeadNorm} if shape.query_key_norm else {}
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear, core_attention=ScaledDotProductAttention, linear_proj=RowParallelLinear, **head_norm
+    )
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=ModuleSpec(module=MLP, params={"ffn_hidden_size": shape.feed_forward}, submodules=mlp),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def rotary_angles(positions: int, head_size: int, base: float, device: torch.device) -> Tensor:
+    """Angles of rotary position embedding, float32 [positions, 1, 1, head_size] (Su et al., 2021; halves, not pairs)."""
+    frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequencies)
+    return torch.cat([angles, angles], -1)[:, None, None, :]
+
+
+class Blocks(nn.Module):
+    """A stack of bidirectional pre-norm blocks and a final norm; a norm alone where `shape.layers` is 0."""
+
+    def __init__(self, shape: TransformerShape, dtype: torch.dtype, rope_base: float | None = None) -> None:
+        super().__init__()
+        groups = process_groups()
+        config = transformer_config(shape, dtype, groups.tp.size() if groups.tp is not None else 1)
+        self.rope_base = rope_base
+        self.head_size = shape.hidden // shape.heads
+        if shape.layers:
+            submodules = TransformerBlockSubmodules(layer_specs=[_layer(shape)] * shape.layers, layer_norm=Norm)
+            self.block: nn.Module = TransformerBlock(config, submodules, pg_collection=groups)
+        else:
+            self.block = Norm(config, shape.hidden)
+        self.layers = shape.layers
+
+    def forward(self, hidden: Tensor, keep: Tensor | None = None) -> Tensor:
+        """hidden [b, s, h]; keep bool [b, s], True where a position may be attended to (None: everywhere). Returns [b, s, h].
+
+        A row that keeps nothing attends to everything instead: a softmax over nothing would be NaN, and such a
+        row's positions are left out of every later sum anyway.
+        """
+        if not self.layers:
+            return self.block(hidden)
+        mask = None
+        if keep is not None and not bool(keep.all()):  # nothing masked is common, and faster without a mask
+            mask = (keep | ~keep.any(1, keepdim=True))[:, None, None, :]
+        angles = None
+        if self.rope_base is not None:
+            angles = rotary_angles(hidden.size(1), self.head_size, self.rope_base, hidden.device)
+        output = self.block(hidden.transpose(0, 1).contiguous(), attention_mask=mask, rotary_pos_emb=angles)
+        return output.transpose(0, 1)

@@ -1,0 +1,74 @@
+"""Which model shapes can be built, said before anything is built and in terms of configuration keys."""
+
+from __future__ import annotations
+
+from sailplan.config.schema import ModelConfig, TransformerShape
+from sailplan.errors import ConfigurationError
+
+
+def _fail(key: str, found: object, expected: str, remedy: str) -> None:
+    raise ConfigurationError(f"{key} is {found}: expected {expected}; {remedy}")
+
+
+def _positive(key: str, value: int) -> None:
+    if value < 1:
+        _fail(key, value, "at least 1", "set a positive number")
+
+
+def _check_shape(key: str, shape: TransformerShape, tensor_parallel: int, *, rotary: bool) -> None:
+    key_value_heads = shape.heads if shape.key_value_heads is None else shape.key_value_heads
+    for name, value in (("hidden", shape.hidden), ("heads", shape.heads), ("feed_forward", shape.feed_forward), ("key_value_heads", key_value_heads)):
+        _positive(f"{key}.{name}", value)
+    if shape.layers < 0:
+        _fail(f"{key}.layers", shape.layers, "0 or more", "set the number of layers")
+    if not 0 <= shape.dropout < 1:
+        _fail(f"{key}.dropout", shape.dropout, "a probability below 1", "set 0 for none")
+    if shape.hidden % shape.heads:
+        _fail(f"{key}.hidden", shape.hidden, f"a multiple of {key}.heads={shape.heads}", "change one of the two")
+    if rotary and (shape.hidden // shape.heads) % 2:
+        _fail(f"{key}.hidden", shape.hidden, f"an even size of each of the {shape.heads} heads (rotary positions)", "change hidden or heads")
+    if shape.heads % key_value_heads:
+        _fail(f"{key}.key_value_heads", key_value_heads, f"a divisor of {key}.heads={shape.heads}", "change one of the two")
+    if not shape.layers:
+        return  # nothing of such a stack is spread over ranks
+    for name, value in (("heads", shape.heads), ("key_value_heads", key_value_heads), ("feed_forward", shape.feed_forward)):
+        if value % tensor_parallel:
+            _fail(f"{key}.{name}", value, f"a multiple of parallel.tensor={tensor_parallel}", "change it, or use a smaller parallel.tensor")
+
+
+def _check_halvings(key: str, value: int, what: str) -> None:
+    if value < 1 or value & (value - 1):
+        _fail(key, value, f"a power of two ({what})", "choose 1, 2, 4, 8, 16, ...")
+
+
+def check_model(config: ModelConfig, tensor_parallel: int) -> None:
+    """Raises ConfigurationError, naming the key, where `config` cannot be built at this tensor-parallel size."""
+    vision, audio = config.vision, config.audio
+    _check_shape("model.tower", config.tower, tensor_parallel, rotary=True)
+    _check_shape("model.vision.encoder", vision.encoder, tensor_parallel, rotary=False)
+    _check_shape("model.vision.perceiver", vision.perceiver, tensor_parallel, rotary=False)
+    _check_shape("model.audio.encoder", audio.encoder, tensor_parallel, rotary=True)
+    _positive("model.vocabulary", config.vocabulary)
+    if config.vocabulary % tensor_parallel:
+        _fail("model.vocabulary", config.vocabulary, f"a multiple of parallel.tensor={tensor_parallel}", "round it up; unused entries cost little")
+    if config.embedding != config.tower.hidden:
+        _fail("model.embedding", config.embedding, f"model.tower.hidden={config.tower.hidden} (there is no output projection)", "make them equal")
+    if not config.prefixes or sorted(set(config.prefixes)) != list(config.prefixes) or config.prefixes[0] < 1:
+        _fail("model.prefixes", list(config.prefixes), "sizes in increasing order", "for example [64, 128, 256]")
+    if config.prefixes[-1] != config.embedding:
+        _fail("model.prefixes", list(config.prefixes), f"a last prefix of model.embedding={config.embedding}", "end the list with the full size")
+    if config.pooling not in ("tanh_mean", "mean"):
+        _fail("model.pooling", repr(config.pooling), "tanh_mean or mean", "choose one")
+    if vision.stem not in ("convolutional", "patch"):
+        _fail("model.vision.stem", repr(vision.stem), "convolutional or patch", "choose one")
+    _positive("model.vision.patch", vision.patch)
+    if vision.stem == "convolutional":
+        _check_halvings("model.vision.patch", vision.patch, "each convolution of the stem halves the image")
+    _positive("model.vision.stem_width", vision.stem_width)
+    _positive("model.vision.latents", vision.latents)
+    _positive("model.audio.stem_width", audio.stem_width)
+    _positive("model.audio.output", audio.output)
+    _positive("model.audio.mel_bins", audio.mel_bins)
+    _check_halvings("model.audio.time_stride", audio.time_stride, "each convolution of the stem halves the time axis")
+    if config.rope_base <= 1:
+        _fail("model.rope_base", config.rope_base, "more than 1", "10000 is usual")

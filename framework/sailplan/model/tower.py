@@ -1,0 +1,158 @@
+"""The omni-modal encoder: whatever an item has of sound, pictures and text becomes one vector.
+
+Sound is one token, pictures are a few latents, text is its tokens; they stand in this order in one sequence
+that bidirectional blocks read. The vector is the mean over the present positions of tanh(hidden), without a
+head: the similarity of two items is the cosine of their vectors (SAIL-Embedding, arXiv 2510.12709).
+
+Which towers run is decided by the view's declared modalities, never by what a row really has: the ranks
+must meet in the same collectives. An absent part is masked out of attention and pooling.
+
+Shape legend: b rows, t text tokens, s positions of the sequence, h hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from sailplan.config.schema import ModelConfig
+from sailplan.data.record import EncoderInputs
+from sailplan.model.audio import AudioAdapter, AudioEncoder
+from sailplan.model.blocks import Blocks, initial_deviation, process_groups, transformer_config
+from sailplan.model.check import check_model
+from sailplan.model.protocol import Embeddings
+from sailplan.model.vision import Perceiver, VisionEncoder
+
+PARTS = ("text", "vision", "perceiver", "audio", "tower")
+
+# FSDP2 looks for the outputs that need gradients through pytree: it must see into our dataclass.
+_pytree.register_dataclass(Embeddings)
+
+
+class Tower(nn.Module):
+    """The shared blocks over the joint sequence, and what tells its parts from each other."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kinds = nn.Parameter(torch.empty(3, config.tower.hidden, dtype=dtype))  # text, vision, audio
+        nn.init.normal_(self.kinds, std=initial_deviation(config.tower.hidden))
+        self.blocks = Blocks(config.tower, dtype, config.rope_base)
+
+    def forward(self, sequence: Tensor, kind: Tensor, keep: Tensor) -> Tensor:
+        """sequence [b, s, h], kind int64 [s], keep bool [b, s]. Returns [b, s, h]."""
+        return self.blocks(sequence + self.kinds[kind], keep)
+
+
+class OmniEncoder(nn.Module):
+    """Encoder of any subset of {text, vision, audio}.
+
+    config: shapes; refused with ConfigurationError where they cannot be built at this tensor-parallel size.
+    dtype: of the parameters and the computation (`parallelize.shard` can compute in another one).
+    seed: the weights are a function of (config, seed), the same at every tensor-parallel size and in every dtype
+    up to rounding; torch's global generator is left as it was.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        super().__init__()
+        groups = process_groups()
+        tensor_parallel = groups.tp.size() if groups.tp is not None else 1
+        check_model(config, tensor_parallel)
+        self.config = config
+        self.dtype = dtype
+        hidden = config.tower.hidden
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.text = VocabParallelEmbedding(
+                config.vocabulary,
+                hidden,
+                init_method=lambda weight: nn.init.normal_(weight, std=initial_deviation(hidden)),
+                config=transformer_config(config.tower, dtype, tensor_parallel),
+                tp_group=groups.tp,
+            )
+            self.vision = VisionEncoder(config.vision, dtype)
+            self.perceiver = Perceiver(config.vision, hidden, dtype)
+            self.audio = nn.ModuleDict(
+                {"encoder": AudioEncoder(config.audio, config.rope_base, dtype), "adapter": AudioAdapter(config.audio.output, hidden, dtype)}
+            )
+            self.tower = Tower(config, dtype)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the names that a stage's `trainable` list uses: text, vision, perceiver, audio, tower."""
+        return {name: list(getattr(self, name).parameters()) for name in PARTS}
+
+    def forward(self, inputs: EncoderInputs, *, per_modality: bool = False) -> Embeddings:
+        """Encodes one micro-batch; vectors are float32 (float64 in a float64 model), not normalised.
+
+        A row with nothing present gets a zero vector. `per_modality` adds the vectors pooled over the visual
+        positions (None unless vision is declared) and over the item's own text positions (`text_mask`).
+        A micro-batch of 0 rows runs one absent row, so that this rank meets the others in every collective.
+        """
+        if inputs.rows == 0:
+            embeddings = self._encode(_one_absent_row(inputs), per_modality)
+            return _pytree.tree_map(lambda vector: vector[:0], embeddings)
+        return self._encode(inputs, per_modality)
+
+    def _encode(self, inputs: EncoderInputs, per_modality: bool) -> Embeddings:
+        pieces: list[tuple[int, Tensor, Tensor]] = []  # (kind, [b, n, h], present [b, n])
+        if "audio" in inputs.modalities:
+            if inputs.audio is None or inputs.audio_mask is None:
+                raise ValueError("the view declares audio, but the inputs hold none")
+            token = self.audio["adapter"](self.audio["encoder"](inputs.audio, inputs.audio_mask))
+            pieces.append((2, token, inputs.audio_mask.any(1, keepdim=True)))
+        if "vision" in inputs.modalities:
+            if inputs.images is None or inputs.image_mask is None:
+                raise ValueError("the view declares vision, but the inputs hold no images")
+            rows, frames = inputs.image_mask.shape
+            patches = self.vision(inputs.images.flatten(0, 1))
+            latents = self.perceiver(patches.unflatten(0, (rows, frames)), inputs.image_mask)
+            pieces.append((1, latents, inputs.image_mask.any(1, keepdim=True).expand(-1, latents.size(1))))
+        # Prompts are text: the embedding runs for every view.
+        pieces.append((0, self.text(inputs.token_ids), inputs.token_mask))
+
+        keep = torch.cat([present for _, _, present in pieces], 1)
+        kinds = [kind for kind, tokens, _ in pieces for _ in range(tokens.size(1))]
+        kind = torch.tensor(kinds, device=keep.device)
+        hidden = self.tower(torch.cat([tokens for _, tokens, _ in pieces], 1), kind, keep)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        hidden = hidden.to(wide)
+        if self.config.pooling == "tanh_mean":
+            hidden = hidden.tanh()
+
+        fused = masked_mean(hidden, keep)
+        if torch.is_grad_enabled() and not fused.requires_grad:
+            # Nothing that ran is trainable. The backward must reach FSDP2's hooks all the same: gradients of
+            # earlier micro-batches are reduced in the step's last backward.
+            fused = fused + torch.zeros((), dtype=wide, device=fused.device, requires_grad=True)
+        vision = text = None
+        if per_modality:
+            if "vision" in inputs.modalities:
+                vision = masked_mean(hidden, keep & (kind == 1))
+            own_text = torch.zeros_like(keep)
+            own_text[:, keep.size(1) - inputs.text_mask.size(1) :] = inputs.text_mask & inputs.token_mask
+            text = masked_mean(hidden, own_text)
+        return Embeddings(fused=fused, vision=vision, text=text)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of [b, s, h] over the positions where bool [b, s] is True; zeros where there is none."""
+    weight = mask.to(values.dtype)
+    return torch.einsum("bsh,bs->bh", values, weight) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def _one_absent_row(inputs: EncoderInputs) -> EncoderInputs:
+    """One row with nothing present, in the shapes of an empty micro-batch (at least one token wide)."""
+    tokens = max(1, inputs.token_ids.size(1))
+    changes: dict[str, Tensor] = {
+        "token_ids": inputs.token_ids.new_zeros(1, tokens),
+        "token_mask": inputs.token_mask.new_zeros(1, tokens),
+        "text_mask": inputs.text_mask.new_zeros(1, tokens),
+    }
+    for name in ("images", "image_mask", "audio", "audio_mask"):
+        value = getattr(inputs, name)
+        if value is not None:
+            changes[name] = value.new_zeros(1, *value.shape[1:])
+    return dataclasses.replace(inputs, **changes)
