@@ -1,0 +1,115 @@
+"""Training sequences from user histories, through four views of what a user is interested in (recipe section 4).
+
+A view chooses up to `length` history items that explain one target item of the same user:
+
+| view                   | items are alike when                  | chosen                                            |
+|------------------------|---------------------------------------|---------------------------------------------------|
+| content_single         | their embeddings are                  | those nearest to the target: one peak             |
+| collaboration_single   | the same users use them (Jaccard)     | those nearest to the target: one peak             |
+| content_multi          | k-means of embeddings puts them together | from every cluster in proportion to its size   |
+| collaboration_multi    | k-means of co-use vectors does        | from every cluster in proportion to its size      |
+
+Histories here have no time order, so the target is a seeded random member instead of the most recent one. Short
+histories look the same in every view; the same (history, target) is written once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from sklearn.cluster import KMeans
+
+from sailplan.curriculum.balance import unit_rows
+from sailplan.curriculum.histories import Histories
+from sailplan.curriculum.teachers import factorise
+from sailplan.runtime.seeds import derive, generator
+
+VIEWS = ("content_single", "collaboration_single", "content_multi", "collaboration_multi")
+
+
+def jaccard_to(consumers: sparse.csc_matrix, item: int, others: np.ndarray) -> np.ndarray:
+    """|users of both| / |users of either| between one column of the binary user-item matrix and others [k]: float64 [k]."""
+    both = np.asarray((consumers[:, [item]].T @ consumers[:, others]).todense()).ravel()
+    sizes = np.asarray(consumers.sum(0)).ravel()
+    return both / (sizes[item] + sizes[others] - both)
+
+
+def in_proportion(labels: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """Indices of `count` of the labelled items [n], each label represented in proportion to its size (largest remainders),
+    which items of a label at random; sorted. All of them if n <= count."""
+    if len(labels) <= count:
+        return np.arange(len(labels))
+    names, sizes = np.unique(labels, return_counts=True)
+    quota = sizes * count / len(labels)
+    take = np.floor(quota).astype(int)
+    for place in np.lexsort((names, -(quota - take)))[: count - take.sum()]:
+        take[place] += 1
+    chosen = [random.permutation(np.flatnonzero(labels == name))[:number] for name, number in zip(names, take, strict=True)]
+    return np.sort(np.concatenate(chosen))
+
+
+def labels_of(vectors: np.ndarray, clusters: int, *seed: int | str) -> np.ndarray:
+    """k-means labels int [n] of unit vectors [n, D]."""
+    k = min(clusters, len(np.unique(vectors, axis=0)))
+    return KMeans(n_clusters=k, n_init=1, random_state=derive("interests", *seed) % 2**32).fit_predict(unit_rows(vectors))
+
+
+def sequences(
+    histories: Histories, used: np.ndarray, content: np.ndarray, *, length: int = 10, targets: int = 4, clusters: int = 32, seed: int = 0
+) -> list[dict[str, Any]]:
+    """One dict {"user", "history": [positions], "target": position, "view"} per different sequence.
+
+    used: sorted catalogue positions int64 [m] (Histories.used); content: the current model's embeddings [m, D] of
+    them; targets: how many members of each history are a target, each through all four views. Users with fewer than
+    two items give nothing. The order of a history is random: it has no meaning.
+    """
+    matrix = histories.matrix(used)
+    columns = matrix.tocsc()
+    similar = unit_rows(content)
+    clustered = {
+        "content_multi": labels_of(similar, clusters, seed, "content"),
+        "collaboration_multi": labels_of(factorise(matrix, "svd", 32, seed), clusters, seed, "collaboration"),
+    }
+    result, seen = [], set()
+    for user, items in zip(histories.users, histories.items, strict=True):
+        members = np.searchsorted(used, np.asarray(items))
+        random = generator("interests", seed, user)
+        for target in random.permutation(members)[:targets] if len(members) > 1 else []:
+            rest = members[members != target]
+            nearness = {"content_single": similar[rest] @ similar[target], "collaboration_single": jaccard_to(columns, target, rest)}
+            for view in VIEWS:
+                if view in nearness:
+                    chosen = rest[np.lexsort((rest, -nearness[view]))[:length]]
+                else:
+                    chosen = rest[in_proportion(clustered[view][rest], length, random)]
+                key = (frozenset(chosen.tolist()), int(target))
+                if key not in seen:
+                    seen.add(key)
+                    shown = [int(used[place]) for place in random.permutation(chosen)]
+                    result.append({"user": user, "history": shown, "target": int(used[target]), "view": view})
+    return result
+
+
+def records(found: list[dict[str, Any]], ids: dict[int, str]) -> list[dict[str, Any]]:
+    """Sequence records {"id", "split", "history": [ids], "target": id, "view", "user"} in a shuffled, reproducible order."""
+    order = generator("interests", "order").permutation(len(found))
+    return [
+        {
+            "id": f"interests/{number:06d}",
+            "split": "train",
+            "history": [ids[place] for place in found[index]["history"]],
+            "target": ids[found[index]["target"]],
+            "view": found[index]["view"],
+            "user": found[index]["user"],
+        }
+        for number, index in enumerate(order)
+    ]
+
+
+def views_count(found: list[dict[str, Any]]) -> dict[str, int]:
+    """How many different sequences each view added."""
+    counts = Counter(sequence["view"] for sequence in found)
+    return {view: counts[view] for view in VIEWS}
