@@ -89,7 +89,7 @@ def _child(
         value = function(rank, world_size, *args)
         dist.barrier()
         message = pickle.dumps((time.monotonic(), True, value))
-    except BaseException as error:  # noqa: BLE001 - every failure must reach the parent
+    except BaseException as error:  # every failure must reach the parent
         text = traceback.format_exc()
         try:
             message = pickle.dumps((time.monotonic(), False, (error, text)))

@@ -34,7 +34,7 @@ class InfoNCEOutput:
     loss: Tensor  # 0-d, differentiable; its mean over ranks is the full-batch loss
     prefix_losses: Tensor  # [P] detached, full-batch loss of each prefix, unweighted
     valid_rows: int  # over all ranks
-    positive_score: Tensor  # [N] detached cosine with the positive, longest prefix
+    positive_score: Tensor  # [N] detached cosine with the positive, longest prefix; 0 for rows that do not count
     accuracy: Tensor  # 0-d detached, fraction of all valid rows whose positive beats every negative, longest prefix
     backend: str  # the one that ran
 
@@ -161,7 +161,7 @@ def infonce(
         loss=total,
         prefix_losses=summary[:-1],
         valid_rows=problem.valid_rows,
-        positive_score=positive_score.detach(),
+        positive_score=positive_score.detach().where(problem.row_valid, 0.0),
         accuracy=summary[-1] / max(problem.valid_rows, 1),
         backend=chosen,
     )

@@ -164,7 +164,7 @@ class _Pass:
 
     def _accumulate(self, rows: slice, left: Tensor, positive_key: Tensor, weights: list[Tensor], pull: Tensor) -> None:
         """Turn d loss / d cosine of a chunk into gradients of the embeddings."""
-        problem, index = self.problem, (self.problem.positive[rows],)
+        index = (self.problem.positive[rows],)
         d_left = None if self.d_queries is None else self.d_queries[rows]
         for block, weight in zip(self.blocks, weights, strict=False):
             half = weight.to(left.dtype)

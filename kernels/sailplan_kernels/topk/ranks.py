@@ -33,7 +33,7 @@ def rank_of(
         positive_offsets = torch.arange(n + 1, device=device)
     if positive_offsets.shape != (n + 1,) or (n and int(positive_offsets[-1]) != len(positive_index)):
         raise ValueError(f"positive_offsets: expected {n + 1} of them, the last {len(positive_index)}, as positive_index")
-    if len(positive_index) and not (0 <= int(positive_index.min()) and int(positive_index.max()) < m):
+    if len(positive_index) and (int(positive_index.min()) < 0 or int(positive_index.max()) >= m):
         raise ValueError(f"positive_index: expected 0 to {m - 1}")
     counts = positive_offsets.diff()
     owner = torch.repeat_interleave(torch.arange(n, device=device), counts)

@@ -1,0 +1,70 @@
+"""A wrong call is refused in one line that names the argument."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sailplan_kernels import infonce, rank_of, topk
+
+Q, K = torch.randn(4, 8), torch.randn(5, 8)
+
+
+@pytest.mark.parametrize(
+    "argument, changes",
+    [
+        ("queries", {"queries": torch.randn(8)}),
+        ("queries", {"queries": torch.zeros(4, 8, dtype=torch.int64)}),
+        ("keys", {"keys": torch.randn(5, 7)}),
+        ("keys", {"keys": torch.randn(5, 8).double()}),
+        ("keys", {"keys": torch.randn(3, 8)}),
+        ("temperature", {"temperature": 0.0}),
+        ("temperature", {"temperature": torch.ones(5)}),
+        ("temperature", {"temperature": torch.ones(4, dtype=torch.int64)}),
+        ("positives", {"positives": torch.tensor([0, 1, 2, 5])}),
+        ("positives", {"positives": torch.tensor([0, 1, 2, -2])}),
+        ("positives", {"positives": torch.tensor([0, 1, 2], dtype=torch.int64)}),
+        ("query_ids", {"query_ids": torch.zeros(4)}),
+        ("key_ids", {"key_ids": torch.zeros(4, dtype=torch.int64)}),
+        ("key_query_ids", {"key_query_ids": torch.zeros(5, dtype=torch.int64)}),
+        ("query_valid", {"query_valid": torch.ones(4)}),
+        ("key_valid", {"key_valid": torch.ones(4, dtype=torch.bool)}),
+        ("hard_negatives", {"hard_negatives": torch.randn(3, 2, 8)}),
+        ("hard_negatives", {"hard_negatives": torch.randn(4, 8)}),
+        ("hard_negative_valid", {"hard_negative_valid": torch.ones(4, 2, dtype=torch.bool)}),
+        ("shared_hard_negatives", {"shared_hard_negatives": True}),
+        ("prefixes", {"prefixes": (4, 9)}),
+        ("prefixes", {"prefixes": (4, 4)}),
+        ("prefixes", {"prefixes": ()}),
+        ("prefix_weights", {"prefixes": (4, 8), "prefix_weights": (1.0,)}),
+        ("memory_budget", {"memory_budget": 0}),
+        ("backend", {"backend": "triton"}),
+        ("backend", {"backend": "cuda"}),
+    ],
+)
+def test_wrong_call(argument, changes):
+    case = {"queries": Q, "keys": K, "temperature": 0.1, **changes}
+    with pytest.raises(ValueError, match=rf"^{argument}: found .*, expected [^\n]*$|^{argument}: found .* expected [^\n]*$"):
+        infonce(**case)
+
+
+def test_auto_is_chunked():
+    assert infonce(Q, K, 0.1).backend == "chunked"
+
+
+@pytest.mark.parametrize(
+    "argument, call",
+    [
+        ("k", lambda: topk(Q, K, 0)),
+        ("keys", lambda: topk(Q, K[:, :3], 1)),
+        ("queries", lambda: topk(Q[0], K, 1)),
+        ("tile", lambda: topk(Q, K, 1, tile=0)),
+        ("exclude_ids", lambda: topk(Q, K, 1, exclude_ids=torch.zeros(4, dtype=torch.int64))),
+        ("key_ids", lambda: topk(Q, K, 1, key_ids=torch.zeros(4, dtype=torch.int64))),
+        ("positive_index", lambda: rank_of(Q, K, torch.tensor([0, 1, 2, 5]))),
+        ("positive_offsets", lambda: rank_of(Q, K, torch.tensor([0, 1, 2]))),
+    ],
+)
+def test_wrong_search(argument, call):
+    with pytest.raises(ValueError, match=rf"^{argument}:"):
+        call()

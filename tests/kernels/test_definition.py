@@ -1,0 +1,152 @@
+"""The reference is right: against the definition in plain loops, and its gradient against differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sailplan_kernels import infonce
+
+
+def loops(case: dict) -> tuple[float, int, float]:
+    """Loss, valid rows and accuracy, a pair at a time, from the words of the API."""
+    n, m = len(case["queries"]), len(case["keys"])
+    p = case["positives"].tolist()
+    temperature = case["temperature"].expand(n).tolist()
+    key_ids = case["key_ids"].tolist() if "key_ids" in case else [-1] * m
+    query_ids = case["query_ids"].tolist() if "query_ids" in case else [-1] * n
+    paired = [-1] * m
+    for i in range(n):
+        if p[i] >= 0:
+            paired[p[i]] = max(paired[p[i]], query_ids[i])
+    if "key_query_ids" in case:
+        paired = case["key_query_ids"].tolist()
+    query_ok = case["query_valid"].tolist() if "query_valid" in case else [True] * n
+    key_ok = case["key_valid"].tolist() if "key_valid" in case else [True] * m
+    counted = [i for i in range(n) if p[i] >= 0 and query_ok[i] and key_ok[p[i]]]
+    hard = case["hard_negatives"] if "hard_negatives" in case else torch.zeros(n, 0, case["queries"].shape[1])
+    hard_ok = case["hard_negative_valid"] if "hard_negative_valid" in case else torch.ones(hard.shape[:2], dtype=torch.bool)
+
+    def kept(cosine: float, start: float) -> bool:
+        return (
+            not (case.get("max_negative_score") is not None and cosine >= case["max_negative_score"])
+            and not (case.get("margin_absolute") is not None and cosine > start + case["margin_absolute"])
+            and not (case.get("margin_relative") is not None and cosine > start * case["margin_relative"])
+        )
+
+    def loss_of(positive: float, negatives: list[float], t: float) -> float:
+        if not negatives:
+            return 0.0
+        top = max(negatives)
+        log_negatives = top / t + math.log(sum(math.exp((x - top) / t) for x in negatives))
+        gap = log_negatives - positive / t
+        return max(gap, 0.0) + math.log1p(math.exp(-abs(gap)))
+
+    def same(a: int, b: int) -> bool:
+        return a >= 0 and a == b
+
+    total, right = 0.0, 0
+    dim = case["queries"].shape[1]
+    prefixes = case.get("prefixes") or (dim,)
+    for prefix, weight in zip(prefixes, case.get("prefix_weights") or [1.0] * len(prefixes), strict=True):
+        unit = torch.nn.functional.normalize
+        q, k, h = (unit(x[..., :prefix], dim=-1) for x in (case["queries"], case["keys"], hard.to(case["queries"])))
+        losses, right = [], 0
+        for i in counted:
+            positive_id = key_ids[p[i]]
+            start = float(q[i] @ k[p[i]])
+            negatives = []
+            for j in range(m):
+                if key_ok[j] and j != p[i] and not same(positive_id, key_ids[j]) and not same(query_ids[i], paired[j]):
+                    negatives.append(float(q[i] @ k[j]))
+                    if case.get("key_negatives"):
+                        negatives.append(float(k[p[i]] @ k[j]))
+            for j in range(n if case.get("query_negatives") else 0):
+                other_id = key_ids[p[j]] if p[j] >= 0 else -1
+                if query_ok[j] and p[j] != p[i] and not same(positive_id, other_id) and not same(query_ids[i], query_ids[j]):
+                    negatives.append(float(q[i] @ q[j]))
+            for j in range(n) if case.get("shared_hard_negatives") else [i]:
+                negatives += [float(q[i] @ h[j, x]) for x in range(hard.shape[1]) if hard_ok[j, x] and query_ok[j]]
+            negatives = [x for x in negatives if kept(x, start)]
+            right += all(start > x for x in negatives)
+            losses.append(loss_of(start, negatives, temperature[i]))
+            if case.get("symmetric"):
+                sharing = [x for x in counted if p[x] == p[i]]
+                best = max(float(q[x] @ k[p[i]]) for x in sharing)
+                t = len(sharing) / sum(1 / temperature[x] for x in sharing)
+                negatives = []
+                for j in range(n):
+                    other_id = key_ids[p[j]] if p[j] >= 0 else -1
+                    if query_ok[j] and p[j] != p[i] and not same(positive_id, other_id) and not same(paired[p[i]], query_ids[j]):
+                        negatives.append(float(q[j] @ k[p[i]]))
+                losses[-1] = (losses[-1] + loss_of(start, [x for x in negatives if kept(x, best)], t)) / 2
+        total += weight * (sum(losses) / max(len(counted), 1))
+    return total, len(counted), right / max(len(counted), 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_reference_equals_the_definition_in_loops(make_case, data):
+    draw = lambda strategy: data.draw(strategy)  # noqa: E731
+    rows = draw(st.integers(1, 6))
+    flags = {
+        name: draw(st.booleans())
+        for name in ("ids", "query_ids", "masks", "positives", "per_row_temperature", "symmetric", "query_negatives", "key_negatives")
+    }
+    hard = draw(st.integers(0, 2))
+    _, case = make_case(
+        draw(st.integers(0, 10**6)),
+        (rows,),
+        (rows + draw(st.integers(0, 3)),),
+        hard=hard,
+        shared_hard_negatives=hard > 0 and draw(st.booleans()),
+        max_negative_score=draw(st.sampled_from([None, 0.3, 0.9])),
+        margin_absolute=draw(st.sampled_from([None, 0.1])),
+        margin_relative=draw(st.sampled_from([None, 0.95])),
+        prefixes=draw(st.sampled_from([None, (7,), (2, 5), (3, 7)])),
+        **flags,
+    )
+    if case["prefixes"] and len(case["prefixes"]) == 2:
+        case["prefix_weights"] = (0.3, 1.0)
+    out = infonce(**case, backend="reference")
+    loss, valid, accuracy = loops(case)
+    assert out.valid_rows == valid
+    assert out.loss.item() == pytest.approx(loss, rel=1e-10, abs=1e-12)
+    assert out.accuracy.item() == pytest.approx(accuracy)
+    if case["prefixes"] is None:
+        assert out.prefix_losses.tolist() == pytest.approx([loss])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"symmetric": True, "positives": True, "per_row_temperature": True, "masks": True},
+        {"hard": 2, "shared_hard_negatives": True, "query_negatives": True, "key_negatives": True, "ids": True},
+        {"hard": 2, "prefixes": (2, 4), "prefix_weights": (0.5, 1.0), "margin_absolute": 0.1, "symmetric": True},
+    ],
+)
+def test_reference_gradient_by_differences(make_case, options):
+    _, case = make_case(3, (4,), (5,), 4, temperature=0.3, **options)
+    names = [name for name in ("queries", "keys", "temperature", "hard_negatives") if name in case]
+
+    def loss(*tensors):
+        return infonce(**{**case, **dict(zip(names, tensors, strict=True))}, backend="reference").loss
+
+    inputs = [case[name].clone().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(loss, inputs, rtol=1e-5, atol=1e-7)
+
+
+def test_plain_loss_is_cross_entropy():
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(16, 8, generator=g), torch.randn(16, 8, generator=g)
+    scores = torch.nn.functional.normalize(q) @ torch.nn.functional.normalize(k).T / 0.07
+    target = torch.arange(16)
+    one = torch.nn.functional.cross_entropy(scores, target)
+    other = torch.nn.functional.cross_entropy(scores.T, target)
+    assert infonce(q, k, 0.07).loss.item() == pytest.approx(one.item(), rel=1e-5)
+    assert infonce(q, k, 0.07, symmetric=True).loss.item() == pytest.approx((one + other).item() / 2, rel=1e-5)

@@ -1,0 +1,185 @@
+"""Several ranks together give the loss and the gradients of one process that holds everything."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sailplan_kernels import AllGather, Exchange, Local, infonce
+from sailplan_kernels.testing import RankFailure, run_ranks
+
+LEAVES = ("queries", "keys", "hard_negatives", "temperature")
+SHAPES = {2: ((5, 3), (7, 4)), 3: ((4, 6, 1), (5, 6, 3))}
+OPTIONS = [
+    {},
+    {"positives": True},
+    {"ids": True, "masks": True},
+    {"query_ids": True},
+    {"query_ids": True, "positives": True, "symmetric": True},
+    {"hard": 2, "masks": True},
+    {"hard": 2, "shared_hard_negatives": True, "masks": True},
+    {"max_negative_score": 0.3, "margin_absolute": 0.1},
+    {"margin_relative": 0.95, "symmetric": True, "positives": True},
+    {"symmetric": True},
+    {"symmetric": True, "ids": True, "masks": True, "max_negative_score": 0.3},
+    {"query_negatives": True, "ids": True},
+    {"key_negatives": True, "masks": True},
+    {"prefixes": (3, 7), "prefix_weights": (0.5, 1.0), "symmetric": True},
+    {
+        "symmetric": True, "query_negatives": True, "key_negatives": True, "hard": 1, "shared_hard_negatives": True,
+        "ids": True, "query_ids": True, "masks": True, "positives": True, "margin_absolute": 0.05, "prefixes": (2, 6),
+    },
+]  # fmt: skip
+
+
+def call(case: dict, frozen=(), **more):
+    """The output and each leaf's gradient."""
+    case = dict(case)
+    for name in LEAVES:
+        if name in case:
+            case[name] = case[name].clone().requires_grad_(name not in frozen)
+    out = infonce(**case, **more)
+    out.loss.backward()
+    return out, {name: case[name].grad for name in LEAVES if name in case}
+
+
+def check(parts: list, expected) -> None:
+    """``parts``: every rank's (loss, prefix losses, valid rows, accuracy, score, gradients); ``expected``: one process."""
+    out, gradients = expected
+    w, close = len(parts), {"rtol": 1e-10, "atol": 1e-11}
+    torch.testing.assert_close(torch.stack([part[0] for part in parts]).mean(), out.loss.detach(), **close)
+    for part in parts:
+        torch.testing.assert_close(part[1], out.prefix_losses, **close)
+        assert part[2] == out.valid_rows and part[3] == out.accuracy
+    torch.testing.assert_close(torch.cat([part[4] for part in parts]), out.positive_score, **close)
+    for name, gradient in gradients.items():
+        mine = [part[5][name] for part in parts]
+        together = torch.cat(mine) / w if gradient.dim() else torch.stack(mine).mean(0)
+        torch.testing.assert_close(together, gradient, **close, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_ranks_equal_one_process(make_case, world_size, backend):
+    cases = []
+    for (seed, options), per_row in itertools.product(enumerate(OPTIONS), (False, True)):
+        cases.append(make_case(seed, *SHAPES[world_size], per_row_temperature=per_row, **options))
+    cases.append(make_case(1, (4, 0, 3)[:world_size], (4, 0, 4)[:world_size], symmetric=True))  # a rank without rows
+    cases.append(make_case(1, (4, 2, 3)[:world_size], (4, 6, 4)[:world_size], masks=True))
+    for case in [*cases[-1][0], cases[-1][1]]:
+        case["query_valid"] = torch.zeros_like(case["query_valid"])  # no valid row anywhere
+
+    def work(rank, _):
+        exchange = AllGather()
+        results = []
+        for ranks, _ in cases:
+            out, gradients = call(ranks[rank], exchange=exchange, backend=backend, memory_budget=1500)
+            results.append((out.loss.detach(), out.prefix_losses, out.valid_rows, out.accuracy, out.positive_score, gradients))
+        return results
+
+    for i, parts in enumerate(zip(*run_ranks(work, world_size), strict=True)):
+        try:
+            check(parts, call(cases[i][1], backend="reference"))
+        except AssertionError as error:
+            raise AssertionError(f"case {i}: {error}") from error
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_ranks_may_freeze_different_inputs(make_case, backend):
+    """Collectives stay the same on all ranks, so nothing hangs, and what is not frozen is right."""
+    ranks, whole = make_case(0, *SHAPES[2], hard=2, shared_hard_negatives=True, query_negatives=True, symmetric=True)
+    frozen = [("queries", "hard_negatives"), ("keys", "temperature")]
+    parts = run_ranks(lambda rank, _: call(ranks[rank], frozen[rank], exchange=AllGather(), backend=backend)[1], 2, timeout=20)
+    _, expected = call(whole, backend="reference")
+    for name in ("queries", "keys", "hard_negatives"):
+        pieces = expected[name].split([len(case[name]) for case in ranks])
+        for rank in range(2):
+            if name in frozen[rank]:
+                assert parts[rank][name] is None
+            else:
+                torch.testing.assert_close(parts[rank][name] / 2, pieces[rank])
+
+
+def test_ranks_called_differently_are_an_error_not_a_hang(make_case):
+    ranks, _ = make_case(0, *SHAPES[2])
+
+    def work(rank, _):
+        with pytest.raises(ValueError, match="ranks differ"):
+            infonce(**ranks[rank], symmetric=rank == 0, exchange=AllGather())
+        return True
+
+    assert run_ranks(work, 2, timeout=20) == [True, True]
+
+
+def test_gather_of_uneven_rows_and_its_gradient():
+    sizes = [3, 0, 2]
+
+    def work(rank, world_size):
+        exchange = AllGather()
+        assert isinstance(exchange, Exchange)
+        assert exchange.sizes(sizes[rank]) == sizes
+        x = (torch.arange(sizes[rank] * 2.0).view(-1, 2) + 10 * rank).requires_grad_()
+        everyone = exchange.gather(x)
+        # An upstream gradient that is not contiguous: the transposed copy of a product.
+        weight = torch.arange(5.0 * 2).view(2, 5) * (rank + 1)
+        upstream = weight.T
+        assert not upstream.is_contiguous()
+        everyone.backward(upstream)
+        flags = exchange.gather(torch.tensor([rank > 0] * sizes[rank], dtype=torch.bool))
+        half = exchange.gather(torch.full((sizes[rank], 1), rank, dtype=torch.bfloat16))
+        total = exchange.sum(torch.tensor([1.0, rank])), exchange.max(torch.tensor([1.0, rank]))
+        return everyone.detach(), x.grad, flags, half, total
+
+    results = run_ranks(work, 3)
+    own = [torch.arange(n * 2.0).view(-1, 2) + 10 * rank for rank, n in enumerate(sizes)]
+    gradient = (torch.arange(10.0).view(2, 5) * (1 + 2 + 3)).T.split(sizes)
+    for rank, (everyone, mine, flags, half, (total, top)) in enumerate(results):
+        assert torch.equal(everyone, torch.cat(own))
+        assert torch.equal(mine, gradient[rank])
+        assert flags.tolist() == [False, False, False, True, True]
+        assert half.flatten().tolist() == [0, 0, 0, 2, 2]
+        assert total.tolist() == [3, 3] and top.tolist() == [1, 2]
+
+
+def test_exchange_over_a_subgroup(make_case):
+    """Group ranks are not global ranks: ranks 1 and 2 of three share their negatives, rank 0 stays alone."""
+    ranks, whole = make_case(4, *SHAPES[2], symmetric=True)
+
+    def work(rank, _):
+        group = dist.new_group([1, 2])
+        if rank == 0:
+            return None
+        out, gradients = call(ranks[rank - 1], exchange=AllGather(group))
+        return out.loss.detach(), out.prefix_losses, out.valid_rows, out.accuracy, out.positive_score, gradients
+
+    check(run_ranks(work, 3)[1:], call(whole, backend="reference"))
+
+
+def test_local_exchange_is_the_default(make_case):
+    _, case = make_case(0)
+    assert isinstance(Local(), Exchange)
+    assert torch.equal(infonce(**case).loss, infonce(**case, exchange=Local()).loss)
+
+
+def test_run_ranks_returns_in_rank_order_and_reports_the_failing_rank():
+    assert run_ranks(lambda rank, world_size, x: rank * world_size + x, 3, 5) == [5, 8, 11]
+
+    def one_fails(rank, _):
+        if rank == 1:
+            raise KeyError("the shard of rank one")
+        dist.barrier()
+
+    with pytest.raises(RankFailure, match=r"(?s)rank 1 failed.*one_fails.*the shard of rank one") as caught:
+        run_ranks(one_fails, 2)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_run_ranks_kills_a_hang():
+    start = time.monotonic()
+    with pytest.raises(RankFailure, match="did not finish"):
+        run_ranks(lambda rank, _: time.sleep(60 * (rank == 0)), 2, timeout=1)
+    assert time.monotonic() - start < 10
