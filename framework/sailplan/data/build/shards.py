@@ -1,0 +1,51 @@
+"""Write records as uncompressed USTAR shards, the same bytes every time.
+
+A record is `KEY.json` first, then `KEY.webp` and `KEY.ogg` where present. Times, owners and modes are fixed, JSON keys
+are sorted. USTAR pads every member to 512 bytes, so the files are several times larger than their content; git (zlib)
+removes that padding again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from sailplan.data.build.record import BuildError, Record
+
+
+def json_bytes(body: object) -> bytes:
+    return json.dumps(body, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+def members(record: Record) -> list[tuple[str, bytes]]:
+    """(file name, content) of one record in the order in which they are written."""
+    parts = [("json", json_bytes(record.body)), ("webp", record.webp), ("ogg", record.ogg)]
+    return [(f"{record.key}.{extension}", content) for extension, content in parts if content is not None]
+
+
+def write_shards(records: Sequence[Record], folder: Path, name: str, per_shard: int) -> list[Path]:
+    """Write `folder/name-000000.tar`, ... and return their paths. Old shards of this set are removed first.
+
+    Raises BuildError when two records share a key: a reader would silently merge them.
+    """
+    keys = [record.key for record in records]
+    if len(set(keys)) != len(keys):
+        twice = sorted({key for key in keys if keys.count(key) > 1})[:3]
+        raise BuildError(f"set {name}: records share a key: {', '.join(twice)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{name}-*.tar"):
+        old.unlink()
+    paths = []
+    for start in range(0, len(records), per_shard):
+        path = folder / f"{name}-{start // per_shard:06d}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for record in records[start : start + per_shard]:
+                for file_name, content in members(record):
+                    info = tarfile.TarInfo(file_name)  # mtime, uid and gid are 0 by default
+                    info.size, info.mode = len(content), 0o644
+                    tar.addfile(info, io.BytesIO(content))
+        paths.append(path)
+    return paths
