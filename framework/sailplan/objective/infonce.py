@@ -1,0 +1,127 @@
+"""InfoNCE over every pattern of the step, at every Matryoshka prefix, with mined hard negatives and three kinds of
+masks against false negatives.
+
+    L = sum over patterns of weight * sum over prefixes d of mean over valid rows i of
+        -log e^{s_ii/t} / (e^{s_ii/t} + sum over hard negatives e^{s_ih/t} + sum over in-batch negatives e^{s_ij/t})
+
+with s the cosine of the first d dimensions, each prefix normalised anew (Kusupati et al., "Matryoshka
+Representation Learning", arXiv 2205.13147), and t the pattern's learnable temperature. In-batch negatives are the
+keys of all data-parallel ranks. Not negatives of a row: keys with the id of its positive, keys of the same query,
+keys whose cosine reaches the data set's lambda* (recipe 2.1), and, by option, keys above a margin over the
+positive (Qwen3-Embedding: s_ij > s_ii + 0.1; NV-Retriever: s_ij > 0.95 s_ii).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sailplan.config.schema import DatasetConfig
+from sailplan.errors import ConfigurationError
+from sailplan.objective.patterns import Pattern, check_margins, contrast, has_history, patterns_of
+from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
+
+
+class InfoNCE(Objective):
+    """The main loss.
+
+    matryoshka: a loss at every prefix of `model.prefixes`; False: at the full size only.
+    prefix_weights: prefix -> weight (default 1 each, the plain sum of the recipe).
+    symmetric: True, False, or None for each data set's own switch.
+    mask_same_ids: keys that are the same document as the positive, or belong to the same query, are no negatives.
+    margin_absolute, margin_relative: drop negatives above s_ii + margin, above s_ii * margin; None: off.
+    shared_hard_negatives: a row's mined negatives serve every row of its rank's exchange.
+    query_negatives, key_negatives: query-query and key-key similarities join the denominator.
+
+    Raises ConfigurationError for options that mean nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding: int,
+        datasets: Mapping[str, DatasetConfig],
+        matryoshka: bool = True,
+        prefix_weights: Mapping[int, float] | None = None,
+        symmetric: bool | None = None,
+        mask_same_ids: bool = True,
+        margin_absolute: float | None = None,
+        margin_relative: float | None = None,
+        shared_hard_negatives: bool = False,
+        query_negatives: bool = False,
+        key_negatives: bool = False,
+    ) -> None:
+        super().__init__()
+        check_margins("infonce", margin_absolute, margin_relative)
+        if prefix_weights is not None:
+            if not matryoshka:
+                raise ConfigurationError("objectives.infonce.prefix_weights: given with matryoshka=false, expected one of the two; remove it")
+            if any(weight < 0 for weight in prefix_weights.values()) or not any(prefix_weights.values()):
+                raise ConfigurationError(f"objectives.infonce.prefix_weights={dict(prefix_weights)}: expected at least 0, one above 0")
+        self.matryoshka = matryoshka
+        self.prefix_weights = None if prefix_weights is None else {int(size): float(weight) for size, weight in prefix_weights.items()}
+        self.symmetric = symmetric
+        self.mask_same_ids = mask_same_ids
+        self.margins = {"margin_absolute": margin_absolute, "margin_relative": margin_relative}
+        self.shared_hard_negatives = shared_hard_negatives
+        self.more_negatives = {"query_negatives": query_negatives, "key_negatives": key_negatives}
+
+    def applies(self, dataset: DatasetConfig) -> bool:
+        return any(not has_history(dataset, pattern) for pattern in dataset.patterns)
+
+    def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
+        """Sum over patterns of weight times InfoNCE; per pattern: accuracy, mean cosine of the positives, loss of each prefix."""
+        total, metrics = next(iter(encoded.views.values())).fused.new_zeros(()), {}
+        for pattern in patterns_of(encoded, context, histories=False):
+            loss, found = contrast(
+                encoded,
+                context,
+                pattern.name,
+                pattern.query.fused,
+                pattern.target.fused,
+                query_valid=pattern.query.valid,
+                key_valid=pattern.target.valid,
+                symmetric=self.symmetric,
+                prefixes=context.prefixes if self.matryoshka else None,
+                prefix_weights=self._weights(context.prefixes),
+                max_negative_score=context.thresholds.get(f"{encoded.dataset}/{pattern.name}"),
+                **self._identities(pattern),
+                **self._hard_negatives(encoded, pattern),
+                **self.margins,
+                **self.more_negatives,
+            )
+            total = total + pattern.weight * loss
+            metrics |= found
+        return ObjectiveOutput(total, metrics)
+
+    def _weights(self, prefixes: tuple[int, ...]) -> list[float] | None:
+        if self.prefix_weights is None:
+            return None
+        if set(self.prefix_weights) != set(prefixes):
+            raise ConfigurationError(
+                f"objectives.infonce.prefix_weights: found sizes {sorted(self.prefix_weights)}, expected model.prefixes {sorted(prefixes)}"
+            )
+        return [self.prefix_weights[prefix] for prefix in prefixes]
+
+    def _identities(self, pattern: Pattern) -> dict[str, Tensor]:
+        if not self.mask_same_ids:
+            return {}
+        return {"query_ids": pattern.query.ids, "key_ids": pattern.target.ids, "key_query_ids": pattern.query.ids}
+
+    def _hard_negatives(self, encoded: EncodedStep, pattern: Pattern) -> dict[str, Tensor | bool]:
+        view = encoded.views.get(f"negatives/{pattern.name}")
+        if view is None:
+            return {}
+        rows, group = len(pattern.query.ids), view.group
+        valid = view.valid.view(rows, group)
+        if self.mask_same_ids:
+            # The kernel's masks know ids of keys only; a mined negative may be the positive under another record,
+            # and in item-to-item patterns the query's own item.
+            ids = view.ids.view(rows, group)
+            valid = valid & (ids != pattern.target.ids[:, None]) & (ids != pattern.query.ids[:, None])
+        return {
+            "hard_negatives": view.fused.view(rows, group, -1),
+            "hard_negative_valid": valid,
+            "shared_hard_negatives": self.shared_hard_negatives,
+        }

@@ -1,0 +1,122 @@
+"""The patterns of a step, resolved to their encoded sides, and the one contrastive call that several losses share.
+
+A pattern is a pair of views that the data set wants matched, with a weight. The views were encoded once; every
+pattern reads them from there. A row that lacks a side is masked, and each pattern's mean is over its valid rows
+on all ranks (recipe: data-set-driven pattern matching).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sailplan.config.schema import DatasetConfig, ViewConfig
+from sailplan.errors import ConfigurationError
+from sailplan.objective.protocol import EncodedStep, EncodedView, ObjectiveContext
+from sailplan_kernels.infonce import infonce
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One pattern of this step: its weight, both sides' encodings, and what the sides were declared as."""
+
+    name: str
+    weight: float
+    query: EncodedView
+    target: EncodedView
+    query_view: ViewConfig
+    target_view: ViewConfig
+
+
+def has_history(dataset: DatasetConfig, pattern: str) -> bool:
+    """Whether the pattern's query is a sequence of items."""
+    return dataset.views[dataset.patterns[pattern].query].of == "history"
+
+
+def patterns_of(encoded: EncodedStep, context: ObjectiveContext, *, histories: bool) -> list[Pattern]:
+    """The step's patterns whose query is (`histories`) or is not a sequence, by name: the same order on all ranks.
+
+    Raises ConfigurationError for a pattern or view that the data set or the step does not have.
+    """
+    dataset = context.datasets[encoded.dataset]
+    found = []
+    for name, weight in sorted(encoded.patterns.items()):
+        if name not in dataset.patterns:
+            raise ConfigurationError(
+                f"stages.*.patterns.{encoded.dataset}: found '{name}', expected one of {', '.join(dataset.patterns)}; correct the name"
+            )
+        if has_history(dataset, name) != histories:
+            continue
+        pattern = dataset.patterns[name]
+        for side in (pattern.query, pattern.target):
+            if side not in encoded.views:
+                raise ConfigurationError(
+                    f"data.sets.{encoded.dataset}.patterns.{name}: view '{side}' is not in the step, expected it beside "
+                    f"{', '.join(encoded.views)}; list the pattern in the stage's patterns"
+                )
+        query, target = encoded.views[pattern.query], encoded.views[pattern.target]
+        found.append(Pattern(name, weight, query, target, dataset.views[pattern.query], dataset.views[pattern.target]))
+    return found
+
+
+def contrast(
+    encoded: EncodedStep,
+    context: ObjectiveContext,
+    pattern: str,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    query_valid: Tensor,
+    key_valid: Tensor,
+    symmetric: bool | None,
+    prefixes: Sequence[int] | None,
+    name: str = "",
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """InfoNCE of row i's query [r, D] with row i's key [r, D] at the pattern's temperature, and its metrics.
+
+    `symmetric` None: as the data set says. `name` goes into the metrics' names. Other options are those of
+    `sailplan_kernels.infonce`. Returns (loss, metrics): both are this rank's shares, their mean over ranks is the
+    value over all valid rows.
+    """
+    temperature = context.temperatures.get(encoded.dataset, pattern)
+    output = infonce(
+        queries,
+        keys,
+        temperature,
+        query_valid=query_valid,
+        key_valid=key_valid,
+        symmetric=context.datasets[encoded.dataset].symmetric if symmetric is None else symmetric,
+        prefixes=prefixes,
+        exchange=context.exchange,
+        backend=context.backend,
+        **options,
+    )
+    counted = query_valid & key_valid
+    share = context.exchange.world_size / max(output.valid_rows, 1)
+    label = f"{pattern}/{name}" if name else pattern
+    metrics = {
+        f"{label}/accuracy": output.accuracy,
+        f"{label}/positive_score": torch.where(counted, output.positive_score, 0.0).sum() * share,
+    }
+    if prefixes is not None and len(prefixes) > 1:
+        metrics |= {f"{label}/loss@{prefix}": loss for prefix, loss in zip(prefixes, output.prefix_losses, strict=True)}
+    return output.loss, metrics
+
+
+def check_margins(name: str, margin_absolute: float | None, margin_relative: float | None) -> None:
+    """Raises ConfigurationError for margins that would drop every negative or none."""
+    if margin_absolute is not None and not 0 <= margin_absolute < 2:
+        raise ConfigurationError(f"objectives.{name}.margin_absolute={margin_absolute}: expected 0 to 2 (a difference of cosines) or null")
+    if margin_relative is not None and not 0 < margin_relative <= 2:
+        raise ConfigurationError(f"objectives.{name}.margin_relative={margin_relative}: expected a factor above 0, at most 2, or null")
+
+
+def check_positive(key: str, value: float) -> None:
+    """Raises ConfigurationError where a number that must be above 0 is not."""
+    if not value > 0:
+        raise ConfigurationError(f"objectives.{key}={value}: expected a number above 0")

@@ -1,0 +1,79 @@
+"""From `objectives:` in the configuration to loss modules.
+
+Each entry has a `_target_`, the class, and its options. Only classes below an allowed module prefix are imported, as
+a configuration file should not be able to run whatever is installed. (Hydra's own instantiate would do, but prints
+its errors over several lines and turns dataclass arguments into dicts.) A loss of your
+own: subclass `objective.protocol.Objective`, and add your module's prefix to `allowed_targets`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sailplan.config.schema import DatasetConfig
+from sailplan.errors import ConfigurationError
+from sailplan.objective.protocol import Objective
+from sailplan.runtime.seeds import derive
+
+
+def build_objectives(
+    objectives: Mapping[str, Mapping[str, Any]],
+    embedding: int,
+    datasets: Mapping[str, DatasetConfig],
+    *,
+    allowed_targets: Sequence[str] = ("sailplan.",),
+    seed: int = 0,
+) -> nn.ModuleDict:
+    """Objective name -> module. Initial weights depend on `seed` and the name alone: equal on all ranks.
+
+    Raises ConfigurationError, one line, for a target that is missing, not allowed, not importable or no Objective,
+    and for an option that it does not have or refuses.
+    """
+    built = nn.ModuleDict()
+    for name, options in objectives.items():
+        if "." in name:
+            raise ConfigurationError(f"objectives.{name}: found a dot in the name, expected none; rename it")
+        cls = _target(name, options.get("_target_"), allowed_targets)
+        arguments = {key: value for key, value in options.items() if key != "_target_"}
+        _check_options(name, cls, arguments)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive("objective", seed, name))
+            built[name] = cls(embedding=embedding, datasets=datasets, **arguments)
+    return built
+
+
+def _target(name: str, target: Any, allowed: Sequence[str]) -> type[Objective]:
+    key = f"objectives.{name}._target_"
+    if not isinstance(target, str) or not target:
+        raise ConfigurationError(f"{key}: found {target!r}, expected the dotted path of a class, such as sailplan.objective.infonce.InfoNCE")
+    if not any(target.startswith(prefix) for prefix in allowed):
+        raise ConfigurationError(f"{key}={target}: expected a class below {', '.join(allowed)}; add your module's prefix to allowed_targets")
+    try:
+        cls = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"{key}={target}: expected an importable class; {str(error).splitlines()[0]}") from error
+    if not inspect.isclass(cls) or not issubclass(cls, Objective):
+        raise ConfigurationError(f"{key}={target}: expected a subclass of sailplan.objective.protocol.Objective")
+    return cls
+
+
+def _check_options(name: str, cls: type[Objective], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(cls).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = [parameter for parameter in parameters if parameter not in ("embedding", "datasets")]
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"expected one of: {', '.join(known) or 'none'}"
+            raise ConfigurationError(f"objectives.{name}.{option}: {cls.__name__} has no such option; {hint}")
+    missing = [parameter for parameter in known if parameter not in options and parameters[parameter].default is inspect.Parameter.empty]
+    if missing:
+        raise ConfigurationError(f"objectives.{name}.{missing[0]}: missing, expected by {cls.__name__}; give it a value")

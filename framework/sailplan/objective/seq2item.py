@@ -1,0 +1,124 @@
+"""seq2item: the items that a user has used should point to the next one.
+
+    L = InfoNCE(representation of the history, target item)
+
+The history's items are encoded like any item; their vectors, each L2-normalised so that no item outweighs the
+others, become one: their mean (default), or a small transformer over them with a special token. The transformer's
+output is added to the mean through a projection that starts at zero, so training starts from mean pooling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from sailplan.config.schema import DatasetConfig
+from sailplan.errors import ConfigurationError
+from sailplan.objective.patterns import contrast, has_history, patterns_of
+from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
+
+POOLINGS = ("mean", "encoder")
+
+
+class Seq2Item(Objective):
+    """InfoNCE from a history of items to a target item.
+
+    pooling: mean, or encoder: `layers` pre-norm transformer layers of `heads` heads with a special token.
+    positions: learned positions of the history's items (encoder only); leave off where histories have no time order.
+    dropout: of the encoder.
+    symmetric: True, False, or None for each data set's own switch.
+    matryoshka: the loss at every prefix, summed.
+
+    Raises ConfigurationError for options that mean nothing together.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding: int,
+        datasets: Mapping[str, DatasetConfig],
+        pooling: str = "mean",
+        layers: int = 3,
+        heads: int = 4,
+        dropout: float = 0.0,
+        positions: bool = False,
+        symmetric: bool | None = None,
+        matryoshka: bool = True,
+    ) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ConfigurationError(f"objectives.seq2item.pooling={pooling}: expected one of {', '.join(POOLINGS)}")
+        if pooling == "mean" and (positions or dropout):
+            raise ConfigurationError("objectives.seq2item: found positions or dropout with pooling=mean, expected pooling=encoder; choose it")
+        if pooling == "encoder" and (layers < 1 or embedding % heads):
+            raise ConfigurationError(
+                f"objectives.seq2item: found layers={layers}, heads={heads}, expected at least 1 and a divisor of model.embedding={embedding}"
+            )
+        if not 0 <= dropout < 1:
+            raise ConfigurationError(f"objectives.seq2item.dropout={dropout}: expected at least 0 and below 1")
+        self.symmetric = symmetric
+        self.matryoshka = matryoshka
+        self.encoder: nn.TransformerEncoder | None = None
+        self.positions: nn.Parameter | None = None
+        if pooling == "encoder":
+            layer = nn.TransformerEncoderLayer(
+                embedding, heads, 4 * embedding, dropout=dropout, activation="gelu", batch_first=True, norm_first=True
+            )
+            self.encoder = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(embedding), enable_nested_tensor=False)
+            self.token = nn.Parameter(torch.randn(embedding) * 0.02)
+            self.projection = nn.Linear(embedding, embedding, bias=False)
+            nn.init.zeros_(self.projection.weight)
+            if positions:
+                longest = max((config.history_length for config in datasets.values() if config.kind == "sequences"), default=10)
+                self.positions = nn.Parameter(torch.randn(longest, embedding) * 0.02)
+
+    def applies(self, dataset: DatasetConfig) -> bool:
+        return any(has_history(dataset, pattern) for pattern in dataset.patterns)
+
+    def represent(self, history: Tensor, valid: Tensor, group: int) -> Tensor:
+        """Sequence vectors [n, D] of fused item vectors `history` [n * group, D] with `valid` bool [n * group].
+
+        Not normalised; zero for a history without any valid item under mean pooling. Also used by evaluation.
+        """
+        mask = valid.view(-1, group, 1)
+        items = normalize(history, dim=-1).view(-1, group, history.shape[-1])
+        items = torch.where(mask, items, 0.0)
+        mean = items.sum(1) / mask.sum(1).clamp_min(1)
+        if self.encoder is None:
+            return mean
+        # Unit vectors have elements of size 1/sqrt(D); the transformer wants them near 1.
+        tokens = items * items.shape[-1] ** 0.5
+        if self.positions is not None:
+            if group > len(self.positions):
+                raise ConfigurationError(
+                    f"objectives.seq2item.positions: found a history of {group} items, expected at most {len(self.positions)}; raise history_length"
+                )
+            tokens = tokens + self.positions[:group]
+        tokens = torch.cat([self.token.expand(len(tokens), 1, -1), tokens], 1)
+        absent = torch.cat([mask.new_zeros(len(tokens), 1), ~mask[..., 0]], 1)
+        return mean + self.projection(self.encoder(tokens, src_key_padding_mask=absent)[:, 0])
+
+    def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
+        """Sum over the patterns from a history of weight times InfoNCE; absent history items are masked."""
+        total, metrics = next(iter(encoded.views.values())).fused.new_zeros(()), {}
+        for pattern in patterns_of(encoded, context, histories=True):
+            history, target = pattern.query, pattern.target
+            loss, found = contrast(
+                encoded,
+                context,
+                pattern.name,
+                self.represent(history.fused, history.valid, history.group),
+                target.fused,
+                query_valid=history.valid.view(-1, history.group).any(1),
+                key_valid=target.valid,
+                symmetric=self.symmetric,
+                prefixes=context.prefixes if self.matryoshka else None,
+                key_ids=target.ids,
+                max_negative_score=context.thresholds.get(f"{encoded.dataset}/{pattern.name}"),
+            )
+            total = total + pattern.weight * loss
+            metrics |= found
+        return ObjectiveOutput(total, metrics)

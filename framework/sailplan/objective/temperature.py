@@ -1,0 +1,58 @@
+"""Learnable temperatures: one for every pattern of every data set.
+
+Each starts from its data set's `temperature` (0.05 unless configured) and is learned as a logarithm, so that steps
+are relative. It is used clamped to [0.005, 1]; `clamp_` brings the parameter itself back after an optimizer step,
+because a parameter beyond the bound would get no gradient and never return.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sailplan.config.schema import DatasetConfig
+from sailplan.errors import ConfigurationError
+
+LOWEST, HIGHEST = 0.005, 1.0
+
+
+class Temperatures(nn.Module):
+    """A log-temperature (0-d float32 parameter) per "DATASET/PATTERN".
+
+    Raises ConfigurationError for a start value outside the bounds or a name with a dot, which no parameter may have.
+    """
+
+    def __init__(self, datasets: Mapping[str, DatasetConfig]) -> None:
+        super().__init__()
+        self.logarithms = nn.ParameterDict()
+        for dataset, config in datasets.items():
+            if not LOWEST <= config.temperature <= HIGHEST:
+                raise ConfigurationError(f"data.sets.{dataset}.temperature={config.temperature}: expected {LOWEST} to {HIGHEST}")
+            for pattern in config.patterns:
+                name = f"{dataset}/{pattern}"
+                if "." in name:
+                    raise ConfigurationError(f"data.sets.{dataset}.patterns.{pattern}: found a dot in the name, expected none; rename it")
+                self.logarithms[name] = nn.Parameter(torch.tensor(math.log(config.temperature)))
+
+    def get(self, dataset: str, pattern: str) -> Tensor:
+        """The temperature in use, a 0-d tensor with gradient."""
+        name = f"{dataset}/{pattern}"
+        if name not in self.logarithms:
+            raise ConfigurationError(f"temperature of '{name}': no such data set and pattern, expected one of {', '.join(self.logarithms)}")
+        return self.logarithms[name].clamp(math.log(LOWEST), math.log(HIGHEST)).exp()
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Brings every parameter back into the bounds; called after each optimizer step."""
+        for logarithm in self.logarithms.values():
+            # Rounding the bound to float32 may fall just outside it, where the gradient would be zero.
+            inside = 1e-6
+            logarithm.clamp_(math.log(LOWEST) + inside, math.log(HIGHEST) - inside)
+
+    @torch.no_grad()
+    def values(self) -> dict[str, float]:
+        """"DATASET/PATTERN" -> temperature in use."""
+        return {name: min(max(math.exp(value.item()), LOWEST), HIGHEST) for name, value in self.logarithms.items()}
