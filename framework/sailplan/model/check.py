@@ -55,8 +55,8 @@ def check_model(config: ModelConfig, tensor_parallel: int) -> None:
         _fail("model.embedding", config.embedding, f"model.tower.hidden={config.tower.hidden} (there is no output projection)", "make them equal")
     if not config.prefixes or sorted(set(config.prefixes)) != list(config.prefixes) or config.prefixes[0] < 1:
         _fail("model.prefixes", list(config.prefixes), "sizes in increasing order", "for example [64, 128, 256]")
-    if config.prefixes[-1] != config.embedding:
-        _fail("model.prefixes", list(config.prefixes), f"a last prefix of model.embedding={config.embedding}", "end the list with the full size")
+    if config.prefixes[-1] > config.embedding:
+        _fail("model.prefixes", list(config.prefixes), f"sizes up to model.embedding={config.embedding}", "end the list with the full size")
     if config.pooling not in ("tanh_mean", "mean"):
         _fail("model.pooling", repr(config.pooling), "tanh_mean or mean", "choose one")
     if vision.stem not in ("convolutional", "patch"):

@@ -1,0 +1,156 @@
+"""Data parallelism put onto a model from outside: the model's own code knows nothing of it.
+
+Tensor parallelism is inside megatron-core's layers. Over the data-parallel group, FSDP2 shards every
+parameter's first dimension, one unit per transformer layer and one for the rest, and averages gradients over
+the ranks. Parameters stay gathered from the first forward of a step to its last backward, so a step of many
+micro-batches gathers once and reduces once.
+
+While parameters are gathered, `model.parameters()` gives short-lived whole tensors: call `reshard` before
+touching parameters (optimizer set-up, saving, freezing) after a forward without a backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+
+from sailplan.runtime.process import Parallel
+
+# What megatron-core (and blocks.HeadNorm) notes on a parameter; fully_shard makes new parameters without the notes.
+TENSOR_PARALLEL_NOTES = ("tensor_model_parallel", "partition_dim", "partition_stride", "tensor_parallel_partial")
+
+
+def shard(model: nn.Module, parallel: Parallel, *, shard: bool, compute_dtype: torch.dtype | None = None) -> nn.Module:
+    """Moves `model` to the rank's device and spreads it over the data-parallel group, in place; returns it.
+
+    shard: True cuts every parameter over the data-parallel ranks. False keeps whole copies and only averages
+    gradients: the same machinery over a mesh of (data-parallel size) x 1, so that both run one path, and a
+    world of one runs it too.
+    compute_dtype: None computes in the parameters' dtype; bfloat16 over float32 parameters gathers and computes
+    in bfloat16 and reduces gradients in float32 (the optimizer then updates float32 parameters).
+
+    Create the optimizer afterwards: the parameters are replaced by sharded ones.
+    """
+    model.to(parallel.device)
+    notes = {name: {key: getattr(p, key) for key in TENSOR_PARALLEL_NOTES if hasattr(p, key)} for name, p in model.named_parameters()}
+    mesh = _mesh(parallel, shard)
+    policy = MixedPrecisionPolicy()
+    if compute_dtype is not None:
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=next(model.parameters()).dtype, cast_forward_inputs=False)
+    for module in list(model.modules()):
+        if isinstance(module, TransformerLayer):
+            fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    for name, parameter in model.named_parameters():
+        for key, value in notes[name].items():
+            setattr(parameter, key, value)
+    return model
+
+
+def _mesh(parallel: Parallel, shard: bool) -> DeviceMesh:
+    kind = parallel.device.type
+    if shard:
+        return DeviceMesh.from_group(parallel.data_parallel_group, kind)
+    ranks = dist.get_process_group_ranks(parallel.data_parallel_group)
+    alone = dist.new_group([parallel.rank], use_local_synchronization=True)
+    return DeviceMesh.from_group(
+        [parallel.data_parallel_group, alone], kind, mesh=torch.tensor(ranks)[:, None], mesh_dim_names=("replicate", "shard")
+    )
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def set_gradient_sync(model: nn.Module, on: bool) -> None:
+    """Whether the backward passes that follow reduce gradients over the data-parallel group.
+
+    Switch it on for a step's last backward only: that one reduces everything gathered so far, also of parts that
+    only earlier micro-batches ran, and cuts the parameters into shards again. The last backward must go through
+    the model, with the modalities of any micro-batch; if nothing that ran in it is trainable, it still reduces.
+    """
+    for module in _sharded_modules(model):
+        module.set_requires_gradient_sync(on, recurse=False)
+        module.set_reshard_after_backward(on, recurse=False)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees gathered parameters, so that `model.parameters()` are the sharded ones (no-op where they are)."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def set_trainable(parts: dict[str, list[nn.Parameter]], names: Iterable[str]) -> None:
+    """Lets only the named parts (of `OmniEncoder.parts()`, taken after `reshard`) have gradients; frozen gradients are dropped."""
+    wanted = set(names)
+    for name, parameters in parts.items():
+        for parameter in parameters:
+            parameter.requires_grad_(name in wanted or "all" in wanted)
+            if not parameter.requires_grad:
+                parameter.grad = None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def finish_gradients(model: nn.Module, parallel: Parallel) -> None:
+    """Sums over the tensor-parallel group the gradients of which each rank has a part: those of the query and key
+    norms, whose one weight serves heads on all ranks. One flat all-reduce; nothing where there are no such norms.
+
+    All other replicated parameters get whole gradients from megatron-core's backward. Call it once, after the
+    step's last backward.
+    """
+    if parallel.tensor_parallel_size == 1:
+        return
+    gradients = [_local(p.grad) for p in model.parameters() if getattr(p, "tensor_parallel_partial", False) and p.grad is not None]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=parallel.tensor_parallel_group)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _counted_here(parameter: Tensor, parallel: Parallel) -> bool:
+    """Whether this rank is the one that counts its piece of the gradient: each element is counted once in the world."""
+    if not getattr(parameter, "tensor_model_parallel", False) and parallel.tensor_parallel_rank != 0:
+        return False
+    if not isinstance(parameter, DTensor):
+        return parallel.data_parallel_rank == 0
+    coordinate = parameter.device_mesh.get_coordinate() or ()
+    return all(index == 0 for index, placement in zip(coordinate, parameter.placements, strict=True) if isinstance(placement, Replicate))
+
+
+def clip_gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float, parallel: Parallel) -> Tensor:
+    """Scales gradients so that their common 2-norm is at most `max_norm`; returns the norm before, a 0-d float64 tensor.
+
+    The parameters may mix sharded and plain ones, and tensor-parallel and replicated ones: each element of the
+    whole model counts once. Every rank calls it with the same list and gets the same norm; one all-reduce of one
+    number. A norm that is not finite leaves NaN or inf in the gradients: check it before the optimizer steps.
+    """
+    counted: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        gradient = _local(parameter.grad)
+        gradients.append(gradient)
+        if _counted_here(parameter, parallel):
+            counted.append(gradient if gradient.dtype in (torch.float32, torch.float64) else gradient.float())
+    square = torch.zeros((), dtype=torch.float64, device=parallel.device)
+    if counted:
+        square += torch.nn.utils.get_total_norm(counted).double().square()
+    dist.all_reduce(square)
+    norm = square.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.dtype))
+    return norm

@@ -1,0 +1,69 @@
+"""A small encoder and random inputs for tests: every modality, every kind of layer, a few thousand parameters."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from sailplan.config.schema import AudioConfig, ModelConfig, TransformerShape, VisionConfig
+from sailplan.data.record import EncoderInputs
+from sailplan.runtime.process import Parallel
+
+
+def small_config(dropout: float = 0.0, *, query_key_norm: bool = True) -> ModelConfig:
+    """Hidden 16, one or two layers a stack; can be built at tensor-parallel sizes 1 and 2."""
+
+    def shape(layers: int, key_value_heads: int | None = None) -> TransformerShape:
+        return TransformerShape(layers, 16, 4, key_value_heads, 24, dropout, query_key_norm)
+
+    return ModelConfig(
+        vocabulary=40,
+        embedding=16,
+        prefixes=[4, 8, 16],
+        tower=shape(2, 2),
+        vision=VisionConfig(patch=4, stem_width=4, encoder=shape(1), perceiver=shape(1), latents=3),
+        audio=AudioConfig(encoder=shape(1), stem_width=8, time_stride=2, mel_bins=6, output=12),
+    )
+
+
+def random_inputs(
+    modalities: tuple[str, ...], rows: int, seed: int, *, dtype: torch.dtype = torch.float64, absent: bool = True, tokens: int = 5, frames: int = 2
+) -> EncoderInputs:
+    """Inputs for `small_config`; with `absent`, rows have padded tokens and some lack frames or chunks."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def mask(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator) < (0.6 if absent else 2)
+
+    token_mask = mask(rows, tokens)
+    if absent:
+        token_mask = token_mask.sort(1, descending=True).values  # padding stands at the end
+    return EncoderInputs(
+        modalities=modalities,
+        token_ids=torch.randint(0, 40, (rows, tokens), generator=generator),
+        token_mask=token_mask,
+        text_mask=token_mask & (torch.arange(tokens) > 0),
+        images=torch.randn(rows, frames, 3, 8, 12, generator=generator).to(dtype) if "vision" in modalities else None,
+        image_mask=mask(rows, frames) if "vision" in modalities else None,
+        audio=torch.randn(rows, 2, 9, 6, generator=generator).to(dtype) if "audio" in modalities else None,
+        audio_mask=mask(rows, 2) if "audio" in modalities else None,
+    )
+
+
+def join_layout(tensor_parallel: int) -> Parallel:
+    """Forms megatron-core's groups in a world that has its default process group, and returns this rank's place (CPU)."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    return Parallel(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=torch.device("cpu"),
+        data_parallel_group=parallel_state.get_data_parallel_group(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        tensor_parallel_group=parallel_state.get_tensor_model_parallel_group(),
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
