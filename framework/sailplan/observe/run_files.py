@@ -117,6 +117,7 @@ class RunFiles(Sink):
             "weights": dict(stage.data),
             "objectives": dict(stage.objectives),
             "learning_rate": list(stage.learning_rate) if stage.learning_rate else None,
+            "world_size": stage.world_size,
         }
         known = {old["name"]: position for position, old in enumerate(self.stages)}
         if stage.name in known:

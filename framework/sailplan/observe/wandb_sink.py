@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import warnings
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,8 @@ class WandbSink(Sink):
         except Exception as error:  # a tracking service may fail in any way; training goes on by design
             self.failed = True
             reason = " ".join(str(error).split()) or type(error).__name__
-            message = f"tracking.wandb={self.tracking.wandb}: {reason}; the run goes on without it (metrics.jsonl has every step)"
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            message = f"sailplan: warning: tracking.wandb={self.tracking.wandb}: {reason}; the run goes on without it (metrics.jsonl has every step)"
+            print(message, file=sys.stderr, flush=True)  # not warnings.warn: the command line silences those of all dependencies
 
     def _open(self) -> None:
         (self.folder / "wandb").mkdir(parents=True, exist_ok=True)

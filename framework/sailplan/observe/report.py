@@ -1,0 +1,247 @@
+"""`report.html` of a run: one file that needs nothing else, made from the run folder alone.
+
+This module arranges what `report_data` read into the sections of the page; `report_pictures` draws the curves and
+`templates/report.html.j2` holds all of the HTML and CSS. Every string is escaped by the template engine; the only markup that is
+let through is the SVG drawn here. A part that the run does not have is shown as "not in this run".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from sailplan.observe.console import duration
+from sailplan.observe.report_data import BASELINES, RunData, Series, headline_metric, is_baseline, read_run
+from sailplan.observe.report_pictures import SERIES_COLOURS, curves
+
+_PICTURE = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=\s]+")
+SHOWN_EXAMPLES = 6  # queries shown per task or pattern
+SHOWN_QUARANTINED = 50
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "–" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
+
+
+def _picture(name: str, label: str, lines: dict[str, Series], data: RunData, **options: bool) -> Markup:
+    return Markup(curves(name, label, lines, data.spans, **options))
+
+
+def _summary(data: RunData) -> list[dict[str, Any]]:
+    """Per task: the headline metric after the first evaluation and after the last one."""
+    rows = []
+    for task in data.tasks:
+        metric, series = data.headline(task)
+        if metric and series:
+            rows.append({"task": task, "metric": metric, "first": series[0][1], "last": series[-1][1], "count": len(series)})
+    return rows
+
+
+def _stages(data: RunData) -> list[dict[str, Any]]:
+    total = data.seconds or 1.0
+    rows = []
+    for position, stage in enumerate(data.stages):
+        seconds = float(stage.get("seconds") or 0.0)
+        rate = stage.get("learning_rate")
+        weights = stage.get("weights") or dict.fromkeys(stage.get("data") or [], None)
+        done = min(max(data.steps - stage["first_step"] + 1, 0), stage["last_step"] - stage["first_step"] + 1)
+        rows.append(
+            {
+                "name": stage["name"],
+                "colour": position % SERIES_COLOURS,
+                "first": stage["first_step"],
+                "last": stage["last_step"],
+                "done": done,
+                "steps": stage["last_step"] - stage["first_step"] + 1,
+                "duration": duration(seconds),
+                "share": 100.0 * seconds / total,
+                "data": weights,
+                "objectives": stage.get("objectives") or {},
+                "learning_rate": " → ".join(_number(value, 3) for value in rate) if isinstance(rate, list) else _number(rate, 3),
+            }
+        )
+    return rows
+
+
+def _prefix_names(data: RunData) -> dict[int, str]:
+    """Dimensions of the Matryoshka prefixes -> name of the metric that holds their loss."""
+    found = {int(match.group(1)): name for name in data.names if (match := re.search(r"prefix(?:es)?[/_]?(\d+)$", name))}
+    return dict(sorted(found.items()))
+
+
+def _curves(data: RunData) -> dict[str, Any]:
+    by_set = {name: data.series("loss/total", name) for name in data.datasets} or {"loss": data.series("loss/total")}
+    heads = {f"{task} ({metric})": series for task in data.tasks for metric, series in [data.headline(task)] if series}
+    prefixes = _prefix_names(data)
+    small: list[tuple[str, Markup]] = []
+    singles = [name for name in data.names if name.startswith("loss/") and name != "loss/total" and name not in prefixes.values()]
+    for number, name in enumerate([*singles, "accuracy", "grad_norm", "learning_rate", "rows_per_second"]):
+        small.append((name, _picture(f"small{number}", name, {name: data.series(name)}, data, smoothed=name != "learning_rate")))
+    temperatures = {name.removeprefix("temperature/"): data.series(name) for name in data.names if name.startswith("temperature/")}
+    small.append(("temperature", _picture("temperature", "temperatures", temperatures, data)))
+    by_prefix = {str(size): data.series(name) for size, name in prefixes.items()}
+    return {
+        "loss": _picture("loss", "loss per step and data set", by_set, data, wide=True, smoothed=True),
+        "recall": _picture("recall", "evaluation results", heads, data, wide=True, markers=True),
+        "small": [(name, picture) for name, picture in small if picture],
+        "prefixes": _picture("prefixes", "loss of each prefix", by_prefix, data, wide=True, smoothed=True),
+        "prefix_last": {size: series[-1][1] for size, series in by_prefix.items() if series},
+    }
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    """The numeric entries of a mapping, one level of nesting flattened as "outer / inner"."""
+    flat: dict[str, float] = {}
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if isinstance(inner, (int, float)) and not isinstance(inner, bool):
+            flat[str(key)] = float(inner)
+        elif isinstance(inner, dict):
+            flat.update({f"{key} / {name}": float(number) for name, number in inner.items() if isinstance(number, (int, float))})
+    return flat
+
+
+def _weights(data: RunData) -> list[dict[str, Any]]:
+    """Data weights per stage as shares of 1, with the balancing's scores where it ran, and the subsets' sizes."""
+    stages = {stage["name"]: _numbers(stage.get("weights")) for stage in data.stages}
+    stages.update({name: _numbers(state["weights"]) for name, state in data.curriculum.items() if state.get("weights")})
+    rows = []
+    for name, weights in stages.items():
+        state = data.curriculum.get(name, {})
+        total = sum(weights.values()) or 1.0
+        bars = [{"name": dataset, "share": value / total} for dataset, value in sorted(weights.items(), key=lambda item: -item[1])]
+        subsets = state.get("subsets") if isinstance(state.get("subsets"), dict) else {}
+        rows.append({"stage": name, "bars": bars, "scores": _numbers(state.get("balance")), "subsets": subsets})
+    return [row for row in rows if row["bars"]]
+
+
+def _evaluation_table(data: RunData) -> dict[str, Any]:
+    columns = data.last_evaluations
+    rows = []
+    for task in data.tasks:
+        metrics = dict.fromkeys(metric for column in columns for metric in column["tasks"].get(task, {}) if not is_baseline(metric))
+        head = headline_metric({name: 0.0 for name in metrics})
+        for metric in metrics:
+            values = [column["tasks"].get(task, {}).get(metric) for column in columns]
+            before = [None, *values[:-1]]
+            cells = [{"value": value, "change": None if None in (value, old) else value - old} for value, old in zip(values, before, strict=True)]
+            rows.append({"task": task, "metric": metric, "head": metric == head, "cells": cells})
+    return {"columns": [{"stage": column["stage"], "step": column["step"]} for column in columns], "rows": rows}
+
+
+def _baselines(data: RunData) -> list[dict[str, Any]]:
+    """Tasks whose results carry simple methods beside the model: one row per metric of the last evaluation."""
+    rows = []
+    for task in data.tasks:
+        metrics = [evaluation["tasks"][task] for evaluation in data.evaluations if task in evaluation["tasks"]][-1]
+        for metric, value in metrics.items():
+            simple = {name: [v for m, v in metrics.items() if name in m and metric in re.split(r"[/:]", m)] for name in BASELINES}
+            if not is_baseline(metric) and any(simple.values()):
+                rows.append({"task": task, "metric": metric, "model": value, **{name: values[0] if values else None for name, values in simple.items()}})
+    return rows
+
+
+def _item(item: Any) -> dict[str, Any]:
+    """An item of an example: picture only when it is an inline image, anything else stays text."""
+    if not isinstance(item, dict):
+        return {"text": str(item), "image": None, "score": None, "correct": False}
+    picture = item.get("image")
+    shown = isinstance(picture, str) and _PICTURE.fullmatch(picture) is not None
+    text = item.get("text") or ("" if shown else str(picture or item.get("id") or "(no text)"))
+    return {"text": str(text), "image": picture if shown else None, "score": item.get("score"), "correct": bool(item.get("correct"))}
+
+
+def _neighbours(data: RunData) -> dict[str, list[dict[str, Any]]]:
+    """Examples of each task's last evaluation that has any."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for evaluation in data.evaluations:
+        for task, examples in (evaluation.get("examples") or {}).items():
+            if examples:
+                found[task] = [
+                    {"query": _item(example.get("query")), "results": [_item(result) for result in example.get("results", [])[:5]]}
+                    for example in examples[:SHOWN_EXAMPLES]
+                ]
+    return found
+
+
+def _hard_negatives(data: RunData) -> list[dict[str, Any]]:
+    groups = []
+    for stage, state in data.curriculum.items():
+        for pattern, examples in (state.get("examples") or {}).items():
+            rows = [
+                {
+                    "query": _item(example.get("query")),
+                    "positive": _item(example.get("positive")),
+                    "negatives": [_item(negative) for negative in example.get("negatives", [])],
+                }
+                for example in examples[:SHOWN_EXAMPLES]
+            ]
+            if rows:
+                groups.append({"stage": stage, "pattern": pattern, "rows": rows})
+    return groups
+
+
+def _thresholds(data: RunData) -> list[dict[str, Any]]:
+    rows = []
+    for stage, state in data.curriculum.items():
+        for pattern, threshold in (state.get("thresholds") or {}).items():
+            values = threshold if isinstance(threshold, dict) else {"value": threshold}
+            rows.append(
+                {"stage": stage, "pattern": pattern, **{key: values.get(key) for key in ("value", "f1", "precision", "recall", "tp", "fp", "fn", "tn")}}
+            )
+    return rows
+
+
+def _quarantine(data: RunData) -> dict[str, Any]:
+    reasons = Counter(str(record.get("reason", "no reason given")) for record in data.quarantine)
+    columns = list(dict.fromkeys(key for record in data.quarantine[:SHOWN_QUARANTINED] for key in record))
+    return {"total": len(data.quarantine), "reasons": reasons.most_common(), "columns": columns, "rows": data.quarantine[:SHOWN_QUARANTINED]}
+
+
+def render(data: RunData) -> str:
+    """The page of a run as a string of HTML."""
+    environment = Environment(
+        loader=PackageLoader("sailplan.observe", "templates"),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    order = [stage["name"] for stage in data.stages]
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        duration=duration(data.seconds),
+        summary=_summary(data),
+        stages=_stages(data),
+        colour={name: position % SERIES_COLOURS for position, name in enumerate(order)},
+        curves=_curves(data),
+        weights=_weights(data),
+        evaluations=_evaluation_table(data),
+        baselines=_baselines(data),
+        hard_negatives=_hard_negatives(data),
+        neighbours=_neighbours(data),
+        thresholds=_thresholds(data),
+        quarantine=_quarantine(data),
+    )
+
+
+def write_report(folder: str | Path) -> Path:
+    """Writes `report.html` into the run folder and returns its path.
+
+    Raises ConfigurationError when the folder does not exist or a file in it is broken.
+    """
+    folder = Path(folder)
+    page = render(read_run(folder))
+    path = folder / "report.html"
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,153 @@
+"""A run folder, read once into plain values: the only place of the report that knows file names and formats.
+
+Every part may be missing (a run that has just begun, a run without mining); it is then empty, never an error. A file that is
+there but broken is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sailplan.errors import ConfigurationError
+from sailplan.observe.run_files import EVALUATION, METRICS, STAGES, read_lines
+
+Series = list[tuple[int, float]]  # (step, value)
+BASELINES = ("popularity", "content_mean")  # metrics of simple methods, reported beside the model's own
+
+
+def is_baseline(metric: str) -> bool:
+    return any(name in metric for name in BASELINES)
+
+
+def headline_metric(metrics: dict[str, Any]) -> str | None:
+    """The metric that stands for a task in curves and summaries: recall@10 where there is one, else another recall, else the first."""
+    own = [name for name, value in metrics.items() if isinstance(value, (int, float)) and not is_baseline(name)]
+    for wanted in ("recall@10", "recall@", "nmi", "kendall"):
+        for name in own:
+            if name.startswith(wanted):
+                return name
+    return own[0] if own else None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: not JSON ({error}); remove or restore the file, then make the report again") from error
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(read_lines(path))
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The contents of runs/NAME that a report shows."""
+
+    name: str
+    config_hash: str | None
+    settings: dict[str, Any]
+    stages: list[dict[str, Any]]  # stages.json
+    metrics: list[dict[str, Any]]  # metrics.jsonl, in step order
+    evaluations: list[dict[str, Any]]  # evaluation/step-*.json, in step order
+    curriculum: dict[str, dict[str, Any]]  # stage -> state.json
+    quarantine: list[dict[str, Any]]
+
+    @property
+    def steps(self) -> int:
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time: that of the stages where recorded, else the time between first and last metric line."""
+        total = sum(float(stage.get("seconds") or 0.0) for stage in self.stages)
+        if total == 0.0 and self.metrics:
+            total = float(self.metrics[-1].get("time", 0.0)) - float(self.metrics[0].get("time", 0.0))
+        return total
+
+    @property
+    def world_size(self) -> int | None:
+        sizes = [source.get("world_size") for source in (*self.metrics[-1:], *self.stages)]
+        known = [int(size) for size in sizes if size]
+        return known[-1] if known else None
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of all numeric values in metrics.jsonl, sorted."""
+        found = {name for line in self.metrics for name, value in line.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+        return sorted(found - {"step", "time"})
+
+    def series(self, name: str, dataset: str | None = None) -> Series:
+        """(step, value) of one metric; `dataset` keeps the steps that drew that data set only."""
+        return [
+            (line["step"], float(line[name]))
+            for line in self.metrics
+            if isinstance(line.get(name), (int, float)) and (dataset is None or line.get("data/set") == dataset)
+        ]
+
+    @property
+    def datasets(self) -> list[str]:
+        """Data sets drawn in the run, in order of first use."""
+        return list(dict.fromkeys(str(line["data/set"]) for line in self.metrics if line.get("data/set")))
+
+    @property
+    def spans(self) -> list[tuple[str, int, int]]:
+        """(stage, first step, last step done), from stages.json or else from the metric lines."""
+        if self.stages:
+            reached = max(self.steps, max((evaluation["step"] for evaluation in self.evaluations), default=0))
+            spans = [(stage["name"], stage["first_step"], min(stage["last_step"], reached or stage["last_step"])) for stage in self.stages]
+            return [span for span in spans if span[2] >= span[1]]
+        found: dict[str, list[int]] = {}
+        for line in self.metrics:
+            found.setdefault(str(line.get("stage", "")), []).append(line["step"])
+        return [(name, steps[0], steps[-1]) for name, steps in found.items()]
+
+    @property
+    def last_evaluations(self) -> list[dict[str, Any]]:
+        """The last evaluation of each stage: what the table compares."""
+        return list({evaluation["stage"]: evaluation for evaluation in self.evaluations}.values())
+
+    def headline(self, task: str) -> tuple[str | None, Series]:
+        """The task's headline metric and its values over all evaluations."""
+        results = [(evaluation["step"], evaluation["tasks"][task]) for evaluation in self.evaluations if task in evaluation["tasks"]]
+        metric = headline_metric(results[-1][1]) if results else None
+        return metric, [(step, float(metrics[metric])) for step, metrics in results if metric and metrics.get(metric) is not None]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(task for evaluation in self.evaluations for task in evaluation["tasks"]))
+
+
+def read_run(folder: Path) -> RunData:
+    """Reads runs/NAME. Raises ConfigurationError when the folder does not exist or a file in it is broken."""
+    if not folder.is_dir():
+        raise ConfigurationError(f"{folder}: no such run folder; expected runs/NAME of a run that was started with `sailplan train`")
+    text = (folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").exists() else ""
+    marked = re.search(r"^#\s*hash:\s*(\S+)", text, flags=re.MULTILINE)
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{folder / 'config.yaml'}: not YAML ({' '.join(str(error).split())}); restore the file") from error
+    settings = settings if isinstance(settings, dict) else {}
+    evaluations = [_json(path) for path in sorted((folder / EVALUATION).glob("step-*.json"))]
+    states = sorted((folder / "curriculum").glob("*/state.json"))
+    return RunData(
+        name=str(settings.get("name") or folder.resolve().name),
+        config_hash=marked.group(1) if marked else settings.get("hash"),
+        settings=settings,
+        stages=_json(folder / STAGES) if (folder / STAGES).exists() else [],
+        metrics=sorted(_lines(folder / METRICS), key=lambda line: line["step"]),
+        evaluations=sorted(evaluations, key=lambda evaluation: evaluation["step"]),
+        curriculum={path.parent.name: _json(path) for path in states},
+        quarantine=_lines(folder / "quarantine.jsonl"),
+    )
