@@ -59,7 +59,8 @@ def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
     waiting = {receiver: rank for rank, receiver in enumerate(receivers)}
     results: list[Any] = [None] * len(receivers)
     while waiting:
-        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        readable = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        ready = [receiver for receiver in waiting if receiver in readable]
         if not ready:
             raise RankFailure(f"ranks {sorted(waiting.values())} did not finish within {timeout} s")
         # A rank that fails takes its peers' connections down: look for the root, not for its echo.

@@ -149,10 +149,8 @@ def infonce(
         run = reference_loss if chosen == "reference" else chunked_loss
         losses = []
         for prefix in options.prefixes:
-            normalized = [
-                None if x is None else normalize(x[..., :prefix]) for x in (problem.queries, problem.keys, problem.hard)
-            ]
-            loss, positive_score, correct = run(problem, *normalized)
+            q, k, h = (normalize(x[..., :prefix]) for x in (problem.queries, problem.keys, problem.hard))
+            loss, positive_score, correct = run(problem, q, k, h)
             losses.append(loss)
         total = torch.stack([w * loss for w, loss in zip(options.prefix_weights, losses, strict=True)]).sum()
         detached = torch.stack(losses).detach() / exchange.world_size

@@ -24,7 +24,7 @@ from sailplan_kernels.infonce.problem import Problem
 from sailplan_kernels.infonce.products import add_product, product, rows_per_chunk
 
 
-def chunked_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def chunked_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As reference_loss: loss (0-d), positives' cosines [N], rows that are right [N]."""
     return _ChunkedInfoNCE.apply(
         problem, queries, keys, hard, problem.inverse_temperature, problem.column_inverse_temperature
@@ -65,11 +65,11 @@ class _Pass:
         self.exchange, self.accumulate = problem.exchange, queries.dtype
         # Normalised in full precision, rounded once.
         self.queries, self.keys = queries.to(problem.operand_dtype), keys.to(problem.operand_dtype)
-        self.hard = None if hard is None else hard.to(problem.operand_dtype)
+        self.hard = hard.to(problem.operand_dtype)
         self.inverse_temperature, self.column_inverse = inverse_temperature, column_inverse_temperature
         self.weight = problem.row_weight / 2 if self.options.symmetric else problem.row_weight
         self.d_queries = self._zeros(queries) if self.needs.queries else None
-        self.d_hard = torch.zeros_like(hard) if hard is not None and self.needs.hard else None
+        self.d_hard = torch.zeros_like(hard) if self.needs.hard else None
         self.d_inverse = torch.zeros_like(inverse_temperature)
         self.correct = torch.zeros_like(problem.row_valid)
         self.positive = torch.empty_like(inverse_temperature)
@@ -97,12 +97,11 @@ class _Pass:
             self.blocks.append(_Block(all_hard, problem.all_hard, self.d_all_hard))
         # This rank's keys inside the gathered gradient, so that the pull of positives lands there directly.
         self.d_own_keys = None if self.d_all_keys is None else self.d_all_keys[problem.own_keys]
-        self.own_hard = self.hard if not options.shared_hard_negatives else None
+        self.own_hard = self.hard[:, :0] if options.shared_hard_negatives else self.hard
 
     def run(self) -> Tensor:
         """All chunks; the loss."""
-        width = sum(len(block.rows) for block in self.blocks)
-        width += 0 if self.own_hard is None else self.own_hard.shape[1]
+        width = sum(len(block.rows) for block in self.blocks) + self.own_hard.shape[1]
         step = rows_per_chunk(self.options.memory_budget, width, self.queries.shape[1], self.accumulate)
         chunks = [slice(start, start + step) for start in range(0, len(self.queries), step)]
         for rows in chunks:
@@ -124,16 +123,16 @@ class _Pass:
         inverse, positive, weight = self.inverse_temperature[rows], self.positive[rows], self.weight[rows]
         tags = problem.anchor_tags[rows]
 
-        cosines, scores, key_mask = [], [], None
+        cosines, scores, column_mask = [], [], positive.new_empty(0, dtype=torch.bool)
         for block in self.blocks:
             cosine = product(positive_key if block.against_positive else left, block.rows.T, self.accumulate)
             keep = negatives(tags, block.candidates, problem.tags_in_use)
-            if key_mask is None and options.symmetric:
-                key_mask = self.columns.mask(keep, problem.query_valid[rows], cosine)
+            if self.columns is not None and block is self.blocks[0]:
+                column_mask = self.columns.mask(keep, problem.query_valid[rows], cosine)
             drop_by_score(keep, cosine, positive, options)
             cosines.append(cosine)
             scores.append((cosine * inverse[:, None]).masked_fill_(keep.logical_not_(), -torch.inf))
-        if self.own_hard is not None:
+        if self.own_hard.shape[1]:
             own = self.own_hard[rows]
             cosine = product(own, left[:, :, None], self.accumulate)[..., 0]
             keep = problem.hard_valid[rows].clone()
@@ -158,7 +157,7 @@ class _Pass:
         weights = [e.mul_((share * inverse)[:, None]) for e in exponentials]  # d loss / d cosine
         pull = push * inverse
         if self.columns is not None:
-            pull = pull + self.columns.add_gradient(weights[0], cosines[0], key_mask, rows, self.needs.temperature)
+            pull = pull + self.columns.add_gradient(weights[0], cosines[0], column_mask, rows, self.needs.temperature)
         self._accumulate(rows, left, positive_key, weights, pull)
         return loss
 
@@ -178,7 +177,7 @@ class _Pass:
             d_left.addcmul_(positive_key.to(self.accumulate), pull[:, None], value=-1)
         if self.d_own_keys is not None:
             self.d_own_keys.index_put_(index, left.to(self.accumulate) * -pull[:, None], accumulate=True)
-        if self.own_hard is not None:
+        if self.own_hard.shape[1]:
             if d_left is not None:
                 d_left += product(weights[-1][:, None].to(left.dtype), self.own_hard[rows], self.accumulate)[:, 0]
             if self.d_hard is not None:

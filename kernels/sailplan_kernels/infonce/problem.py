@@ -33,7 +33,7 @@ class Problem:
 
     queries: Tensor  # [N, D] raw, in the compute dtype, invalid rows zeroed
     keys: Tensor  # [M, D]
-    hard: Tensor | None  # [N, H, D]
+    hard: Tensor  # [N, H, D], H = 0 without hard negatives
     positive: Tensor  # int64 [N], index into this rank's keys
     row_valid: Tensor  # bool [N], the row counts
     row_weight: Tensor  # [N], world_size / valid rows of all ranks, 0 where the row does not count
@@ -42,10 +42,10 @@ class Problem:
     anchor_tags: Tensor  # int64 [N, 3], positive's global index and id, own query id
     column_tags: Tensor  # int64 [M, 3], this rank's keys
     query_valid: Tensor  # bool [N]
-    hard_valid: Tensor | None  # bool [N, H]
+    hard_valid: Tensor  # bool [N, H]
     all_keys: Candidates
-    all_queries: Candidates | None  # where a loss term needs them
-    all_hard: Candidates | None
+    all_queries: Candidates  # empty unless a loss term reads them
+    all_hard: Candidates  # empty unless hard negatives are shared
     tags_in_use: tuple[int, ...]
     query_sizes: list[int]
     key_sizes: list[int]
@@ -97,15 +97,19 @@ def build_problem(
     else:
         has_positive = positives >= 0
         positive = positives.clamp_min(0)
-    all_queries_valid, all_keys_valid = query_valid is None, key_valid is None
-    query_valid = torch.ones(n, dtype=torch.bool, device=device) if all_queries_valid else query_valid
-    key_valid = torch.ones(m, dtype=torch.bool, device=device) if all_keys_valid else key_valid
+    padded_queries, padded_keys = query_valid is not None, key_valid is not None
+    if query_valid is None:
+        query_valid = torch.ones(n, dtype=torch.bool, device=device)
+    if key_valid is None:
+        key_valid = torch.ones(m, dtype=torch.bool, device=device)
     row_valid = query_valid & has_positive & key_valid[positive]
 
     gradients = torch.is_grad_enabled()
-    needs = [gradients and isinstance(x, Tensor) and x.requires_grad
-             for x in (queries, keys, hard_negatives, temperature)]  # fmt: skip
-    h = 0 if hard_negatives is None else hard_negatives.shape[1]
+    leaves = (queries, keys, hard_negatives, temperature)
+    needs = [gradients and isinstance(x, Tensor) and x.requires_grad for x in leaves]
+    if hard_negatives is None:
+        hard_negatives = queries.new_zeros(n, 0, queries.shape[1])
+    h = hard_negatives.shape[1]
     call = options.fingerprint(
         queries.shape[1], h, queries.dtype, backend, key_ids is None, query_ids is None
     )
@@ -132,15 +136,15 @@ def build_problem(
     own_positive = torch.where(has_positive[:, None], column_tags[positive][:, :2], -1)
     query_tags = torch.cat([own_positive, query_ids[:, None]], 1)
     all_keys = _gather_candidates(exchange, column_tags, key_valid, key_sizes)
-    all_queries = all_hard = hard_valid = None
+    all_queries = all_hard = Candidates(tags=none.new_empty((0, 3)), valid=query_valid[:0])
     if options.query_negatives or options.symmetric:
         all_queries = _gather_candidates(exchange, query_tags, query_valid, query_sizes)
-    if hard_negatives is not None:
-        hard_valid = query_valid[:, None].expand(n, h)
-        hard_valid = hard_valid & hard_negative_valid if hard_negative_valid is not None else hard_valid
-        if options.shared_hard_negatives:
-            tags = none.new_full((n * h, 3), -1)
-            all_hard = _gather_candidates(exchange, tags, hard_valid.reshape(-1), [rows * h for rows in query_sizes])
+    hard_valid = query_valid[:, None].expand(n, h)
+    if hard_negative_valid is not None:
+        hard_valid = hard_valid & hard_negative_valid
+    if options.shared_hard_negatives:
+        tags = none.new_full((n * h, 3), -1)
+        all_hard = _gather_candidates(exchange, tags, hard_valid.reshape(-1), [rows * h for rows in query_sizes])
 
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=torch.float64)
@@ -150,9 +154,9 @@ def build_problem(
     column_inverse = column_inverse / pointing.clamp_min(1)
 
     return Problem(
-        queries=_zeroed(queries.to(compute), None if all_queries_valid else query_valid),
-        keys=_zeroed(keys.to(compute), None if all_keys_valid else key_valid),
-        hard=None if hard_negatives is None else _zeroed(hard_negatives.to(compute), hard_valid),
+        queries=_zeroed(queries.to(compute), query_valid if padded_queries else None),
+        keys=_zeroed(keys.to(compute), key_valid if padded_keys else None),
+        hard=_zeroed(hard_negatives.to(compute), hard_valid),
         positive=positive,
         row_valid=row_valid,
         row_weight=row_valid.to(compute) * (exchange.world_size / max(valid_rows, 1)),

@@ -15,7 +15,7 @@ from sailplan_kernels.infonce.masks import best_per_key, drop_by_score, negative
 from sailplan_kernels.infonce.problem import Problem
 
 
-def reference_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def reference_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's loss (0-d), its positives' cosines [N] and whether each row is right [N], of one prefix.
 
     Arguments: normalised [N, d], [M, d], [N, H, d].
@@ -24,8 +24,8 @@ def reference_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor
     positive_keys = keys[problem.positive]
     positive = (queries * positive_keys).sum(1)
     all_keys = _gather(problem, keys, problem.key_sizes, needs.keys)
-    all_queries = None
-    if problem.all_queries is not None:
+    all_queries = queries[:0]
+    if options.query_negatives or options.symmetric:
         all_queries = _gather(problem, queries, problem.query_sizes, needs.queries)
 
     key_mask = negatives(problem.anchor_tags, problem.all_keys, tags)
@@ -34,10 +34,10 @@ def reference_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor
         blocks.append((queries @ all_queries.T, negatives(problem.anchor_tags, problem.all_queries, tags)))
     if options.key_negatives:
         blocks.append((positive_keys @ all_keys.T, key_mask))
-    if hard is not None and options.shared_hard_negatives:
+    if options.shared_hard_negatives:
         all_hard = _gather(problem, hard.flatten(0, 1), problem.hard_sizes, needs.hard)
         blocks.append((queries @ all_hard.T, problem.all_hard.valid.expand(len(queries), -1)))
-    elif hard is not None:
+    else:
         blocks.append((torch.einsum("nd,nhd->nh", queries, hard), problem.hard_valid))
     cosine = torch.cat([block for block, _ in blocks], 1)
     keep = torch.cat([mask for _, mask in blocks], 1)
