@@ -18,9 +18,7 @@ from sailplan.data.build.record import Record
 from sailplan.data.build.splits import HELD_OUT, TRAIN, fraction, split_by_name
 
 ROOT = "homeassistant/components"
-LANGUAGES = (
-    "en de fr es it nl pl ru ja zh-Hans ko pt-BR sv cs tr da el uk ro ca hu fi nb vi"  # fmt: skip
-).split()
+LANGUAGES = "en de fr es it nl pl ru ja zh-Hans ko pt-BR sv cs tr da el uk ro ca hu fi nb vi".split()  # noqa: SIM905
 HISTORY_LENGTH, JUDGED_LENGTH, HELD_OUT_USERS = 3, 5, 0.2
 PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 

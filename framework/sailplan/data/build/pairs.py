@@ -28,7 +28,9 @@ def _partners(index: int, records: Sequence[Record], tags: Sequence[set[str]]) -
     Ties are broken by a hash of both ids, so that no emoji is a favourite by its place in the list.
     """
     mine = records[index].body
-    near, same, strange = [], [], []
+    near: list[tuple[float, float, int]] = []
+    same: list[tuple[float, int]] = []
+    strange: list[tuple[float, int]] = []
     for other, record in enumerate(records):
         if other == index or record.body["split"] != mine["split"] or len(tags[other]) < 2:
             continue
@@ -44,7 +46,7 @@ def _partners(index: int, records: Sequence[Record], tags: Sequence[set[str]]) -
             same.append((luck, other))
         elif score < STRANGE:
             strange.append((luck, other))
-    return [[other for *_, other in sorted(kind)] for kind in (near, same, strange)]
+    return [[best[2] for best in sorted(near)], [best[1] for best in sorted(same)], [best[1] for best in sorted(strange)]]
 
 
 def choose_pairs(records: Sequence[Record], tags: Sequence[set[str]]) -> set[tuple[int, int]]:

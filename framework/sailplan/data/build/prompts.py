@@ -25,7 +25,7 @@ def spoken_form(transcript: str) -> str:
 def read_transcripts(path: Path) -> dict[str, str]:
     """`name: text` lines; comments begin with a semicolon."""
     transcripts = {}
-    for line in gzip.open(path, "rt", encoding="utf-8"):
+    for line in gzip.decompress(path.read_bytes()).decode().splitlines():
         name, colon, text = line.strip().partition(":")
         if colon and not name.startswith(";"):
             transcripts[name] = " ".join(text.split())

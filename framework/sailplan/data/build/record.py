@@ -6,10 +6,12 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from sailplan.errors import SailplanError
+
 KEY_LIMIT = 90  # a USTAR member name holds 100 bytes; the extension needs a few of them
 
 
-class BuildError(Exception):
+class BuildError(SailplanError):
     """Something a person can mend (a missing tool, a changed source); printed as one line."""
 
 
