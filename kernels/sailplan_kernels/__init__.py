@@ -2,8 +2,9 @@
 
 from sailplan_kernels.exchange import AllGather, Exchange, Local
 from sailplan_kernels.infonce import InfoNCEOutput, infonce
+from sailplan_kernels.sigmoid import SigmoidOutput, sigmoid
 from sailplan_kernels.topk import rank_of, topk
 
 __version__ = "0.1.0"
 
-__all__ = ["AllGather", "Exchange", "InfoNCEOutput", "Local", "infonce", "rank_of", "topk"]
+__all__ = ["AllGather", "Exchange", "InfoNCEOutput", "Local", "SigmoidOutput", "infonce", "rank_of", "sigmoid", "topk"]

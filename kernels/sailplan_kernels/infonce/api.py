@@ -93,28 +93,15 @@ def infonce(
     """
     chosen = checks.choose_backend(backend)
     checks.check_embeddings(queries, keys, hard_negatives)
-    (n, dimension), m, device = queries.shape, len(keys), queries.device
-    for name, x, shape, dtype in (
-        ("positives", positives, (n,), torch.int64),
-        ("query_ids", query_ids, (n,), torch.int64),
-        ("key_ids", key_ids, (m,), torch.int64),
-        ("key_query_ids", key_query_ids, (m,), torch.int64),
-        ("query_valid", query_valid, (n,), torch.bool),
-        ("key_valid", key_valid, (m,), torch.bool),
-    ):
-        checks.check_vector(name, x, shape, dtype, device)
-    checks.check_positives(positives, n, m)
-    checks.check_temperature(temperature, n)
-    if key_query_ids is not None and query_ids is None:
-        raise ValueError("key_query_ids: found without query_ids, expected both")
+    checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid)
     if hard_negatives is not None:
-        checks.check_vector("hard_negative_valid", hard_negative_valid, hard_negatives.shape[:2], torch.bool, device)
+        checks.check_vector("hard_negative_valid", hard_negative_valid, hard_negatives.shape[:2], torch.bool, queries.device)
     elif hard_negative_valid is not None:
         raise ValueError("hard_negative_valid: found without hard_negatives, expected both")
     elif shared_hard_negatives:
         raise ValueError("shared_hard_negatives: found True without hard_negatives, expected both")
     options = InfoNCEOptions.checked(
-        dimension,
+        queries.shape[1],
         prefixes,
         prefix_weights,
         memory_budget,
@@ -129,7 +116,7 @@ def infonce(
     exchange = Local() if exchange is None else exchange
 
     # Under autocast the matrix products would round the logits to half precision.
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(queries.device.type, enabled=False):
         problem = build_problem(
             queries,
             keys,

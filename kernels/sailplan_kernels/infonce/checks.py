@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,10 +37,38 @@ def check_embeddings(queries: Tensor, keys: Tensor, hard: Tensor | None) -> None
         raise ValueError(f"hard_negatives: found {hard.shape[0]} rows, expected {queries.shape[0]}, one a query")
 
 
-def check_vector(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def check_pairing(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    positives: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_query_ids: Tensor | None,
+    query_valid: Tensor | None,
+    key_valid: Tensor | None,
+) -> None:
+    """All that says which key belongs to which query, and the temperature; embeddings are checked already."""
+    n, m = len(queries), len(keys)
+    for name, x, length, dtype in (
+        ("positives", positives, n, torch.int64),
+        ("query_ids", query_ids, n, torch.int64),
+        ("key_ids", key_ids, m, torch.int64),
+        ("key_query_ids", key_query_ids, m, torch.int64),
+        ("query_valid", query_valid, n, torch.bool),
+        ("key_valid", key_valid, m, torch.bool),
+    ):
+        check_vector(name, x, (length,), dtype, queries.device)
+    check_positives(positives, n, m)
+    check_temperature(temperature, n)
+    if key_query_ids is not None and query_ids is None:
+        raise ValueError("key_query_ids: found without query_ids, expected both")
+
+
+def check_vector(name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     """Ids and masks: exact shape, dtype and device."""
-    if x is not None and (tuple(x.shape) != shape or x.dtype != dtype or x.device != device):
-        raise ValueError(f"{name}: found {x.dtype} {tuple(x.shape)} on {x.device}, expected {dtype} {shape} on {device}")
+    if x is not None and (tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device):
+        raise ValueError(f"{name}: found {x.dtype} {tuple(x.shape)} on {x.device}, expected {dtype} {tuple(shape)} on {device}")
 
 
 def check_positives(positives: Tensor | None, n: int, m: int) -> None:

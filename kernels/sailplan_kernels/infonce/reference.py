@@ -23,10 +23,10 @@ def reference_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor
     options, needs, tags = problem.options, problem.needs, problem.tags_in_use
     positive_keys = keys[problem.positive]
     positive = (queries * positive_keys).sum(1)
-    all_keys = _gather(problem, keys, problem.key_sizes, needs.keys)
+    all_keys = gather_agreed(problem, keys, problem.key_sizes, needs.keys)
     all_queries = queries[:0]
     if options.query_negatives or options.symmetric:
-        all_queries = _gather(problem, queries, problem.query_sizes, needs.queries)
+        all_queries = gather_agreed(problem, queries, problem.query_sizes, needs.queries)
 
     key_mask = negatives(problem.anchor_tags, problem.all_keys, tags)
     blocks = [(queries @ all_keys.T, key_mask)]
@@ -35,7 +35,7 @@ def reference_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor
     if options.key_negatives:
         blocks.append((positive_keys @ all_keys.T, key_mask))
     if options.shared_hard_negatives:
-        all_hard = _gather(problem, hard.flatten(0, 1), problem.hard_sizes, needs.hard)
+        all_hard = gather_agreed(problem, hard.flatten(0, 1), problem.hard_sizes, needs.hard)
         blocks.append((queries @ all_hard.T, problem.all_hard.valid.expand(len(queries), -1)))
     else:
         blocks.append((torch.einsum("nd,nhd->nh", queries, hard), problem.hard_valid))
@@ -67,7 +67,7 @@ def _losses(cosine: Tensor, keep: Tensor, positive: Tensor, inverse_temperature:
     return torch.where(some, losses, 0.0)
 
 
-def _gather(problem: Problem, x: Tensor, sizes: list[int], needed: bool) -> Tensor:
+def gather_agreed(problem: Problem, x: Tensor, sizes: list[int], needed: bool) -> Tensor:
     """All ranks' rows. If any rank needs their gradient, every rank's backward must enter the collective."""
     if not needed:
         x = x.detach()

@@ -1,0 +1,5 @@
+"""The pairwise sigmoid loss of SigLIP, with the same masks, prefixes and convention across ranks as InfoNCE."""
+
+from sailplan_kernels.sigmoid.api import SigmoidOutput, sigmoid
+
+__all__ = ["SigmoidOutput", "sigmoid"]

@@ -1,0 +1,98 @@
+"""Every pair is a yes-or-no question: is this the query's key?
+
+Row i with positive p pays softplus(-z_ip) + sum over its negatives j of softplus(z_ij), z = cos / t + bias; the loss
+is the mean over valid rows (SigLIP, arXiv 2303.15343, eq. 1). No softmax, so no row waits for its whole denominator.
+The convention across ranks is that of infonce: the mean over ranks of losses and gradients is the full batch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sailplan_kernels.exchange import Exchange, Local
+from sailplan_kernels.infonce import checks
+from sailplan_kernels.infonce.normalize import normalize
+from sailplan_kernels.infonce.options import InfoNCEOptions
+from sailplan_kernels.infonce.problem import build_problem
+from sailplan_kernels.sigmoid.backends import chunked_loss, reference_loss
+
+
+@dataclass(frozen=True)
+class SigmoidOutput:
+    """What a call gives back; all but ``loss`` and ``positive_score`` are equal on all ranks."""
+
+    loss: Tensor  # 0-d, differentiable; its mean over ranks is the full-batch loss
+    prefix_losses: Tensor  # [P] detached, full-batch loss of each prefix, unweighted
+    valid_rows: int  # over all ranks
+    positive_score: Tensor  # [N] detached cosine with the positive, longest prefix; 0 for rows that do not count
+    backend: str  # the one that ran
+
+
+def sigmoid(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    bias: float | Tensor,
+    *,
+    positives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    key_query_ids: Tensor | None = None,
+    query_valid: Tensor | None = None,
+    key_valid: Tensor | None = None,
+    prefixes: Sequence[int] | None = None,
+    prefix_weights: Sequence[float] | None = None,
+    exchange: Exchange | None = None,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> SigmoidOutput:
+    """Sigmoid loss of this rank's N queries against the keys of all ranks.
+
+    bias: number or 0-d tensor, added to every logit (SigLIP starts at -10 with temperature 0.1); the gradient
+    reaches a tensor. All other arguments mean what they mean for infonce. Raises ValueError on a wrong call.
+    """
+    chosen = checks.choose_backend(backend)
+    checks.check_embeddings(queries, keys, None)
+    checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid)
+    if isinstance(bias, Tensor) and (bias.dim() != 0 or bias.dtype not in checks.FLOATS):
+        raise ValueError(f"bias: found {bias.dtype} {tuple(bias.shape)}, expected a number or a 0-d float tensor")
+    options = InfoNCEOptions.checked(queries.shape[1], prefixes, prefix_weights, memory_budget)
+    exchange = Local() if exchange is None else exchange
+    with torch.autocast(queries.device.type, enabled=False):
+        problem = build_problem(
+            queries,
+            keys,
+            temperature,
+            positives=positives,
+            query_ids=query_ids,
+            key_ids=key_ids,
+            key_query_ids=key_query_ids,
+            hard_negatives=None,
+            hard_negative_valid=None,
+            query_valid=query_valid,
+            key_valid=key_valid,
+            options=options,
+            exchange=exchange,
+            backend=f"sigmoid {chosen}",
+        )
+        if not isinstance(bias, Tensor):
+            bias = torch.tensor(bias, dtype=torch.float64)
+        bias = bias.to(problem.queries.device, problem.queries.dtype)
+        run = reference_loss if chosen == "reference" else chunked_loss
+        losses = []
+        for prefix in options.prefixes:
+            loss, positive_score = run(problem, normalize(problem.queries[:, :prefix]), normalize(problem.keys[:, :prefix]), bias)
+            losses.append(loss)
+        total = torch.stack([w * loss for w, loss in zip(options.prefix_weights, losses, strict=True)]).sum()
+        prefix_losses = exchange.sum(torch.stack(losses).detach()) / exchange.world_size
+    return SigmoidOutput(
+        loss=total,
+        prefix_losses=prefix_losses,
+        valid_rows=problem.valid_rows,
+        positive_score=positive_score.detach().where(problem.row_valid, 0.0),
+        backend=chosen,
+    )

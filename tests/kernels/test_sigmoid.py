@@ -1,0 +1,96 @@
+"""The sigmoid loss: reference against a plain loop and differences, chunked against reference, ranks against one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sailplan_kernels import AllGather, sigmoid
+from sailplan_kernels.testing import run_ranks
+
+LEAVES = ("queries", "keys", "temperature", "bias")
+
+
+def call(case: dict, frozen=(), dtype=torch.float64, **more):
+    case = {"bias": torch.tensor(-3.0), **case}
+    for name in LEAVES:
+        case[name] = case[name].detach().to(dtype).clone().requires_grad_(name not in frozen)
+    out = sigmoid(**case, **more)
+    (out.loss * 0.7).backward()
+    return out, {name: case[name].grad for name in LEAVES}
+
+
+def test_reference_equals_a_loop_over_pairs(make_case):
+    _, case = make_case(0, (5,), (7,), ids=True, masks=True)
+    q, k = (torch.nn.functional.normalize(case[name]) for name in ("queries", "keys"))
+    total, rows = 0.0, 0
+    for i, p in enumerate(case["positives"].tolist()):
+        if not (case["query_valid"][i] and case["key_valid"][p]):
+            continue
+        rows += 1
+        for j in range(7):
+            same_id = case["key_ids"][j] >= 0 and case["key_ids"][j] == case["key_ids"][p]
+            if j == p or (case["key_valid"][j] and not same_id):
+                z = float(q[i] @ k[j]) / 0.1 - 3.0
+                total += math.log1p(math.exp(-z if j == p else z))
+    out = sigmoid(**case, bias=-3.0, backend="reference")
+    assert out.valid_rows == rows > 0
+    assert out.loss.item() == pytest.approx(total / rows, rel=1e-10)
+
+
+def test_reference_gradient_by_differences(make_case):
+    _, case = make_case(0, (4,), (5,), 4, temperature=0.3, per_row_temperature=True, prefixes=(2, 4))
+    case["bias"] = torch.tensor(-1.0, dtype=torch.float64)
+    inputs = [case[name].clone().requires_grad_() for name in LEAVES]
+    loss = lambda *tensors: sigmoid(**{**case, **dict(zip(LEAVES, tensors, strict=True))}, backend="reference").loss  # noqa: E731
+    assert torch.autograd.gradcheck(loss, inputs, rtol=1e-5, atol=1e-7)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_chunked_equals_reference(make_case, data):
+    names = ("ids", "query_ids", "masks", "positives", "per_row_temperature")
+    flags = {name: data.draw(st.booleans()) for name in names}
+    rows = data.draw(st.integers(1, 8))
+    _, case = make_case(data.draw(st.integers(0, 10**6)), (rows,), (rows + 2,), prefixes=data.draw(st.sampled_from([None, (3, 7)])), **flags)
+    expected, expected_gradients = call(case, backend="reference")
+    for dtype, near in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        out, gradients = call(case, dtype=dtype, backend="chunked", memory_budget=data.draw(st.sampled_from([1, 1000, None])))
+        torch.testing.assert_close(out.loss.double(), expected.loss, rtol=near, atol=near)
+        for name, gradient in expected_gradients.items():
+            torch.testing.assert_close(gradients[name].double(), gradient, rtol=near, atol=near * max(1.0, float(gradient.abs().max())))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_ranks_equal_one_process(make_case, world_size, backend):
+    shapes = ((5, 3, 2)[:world_size], (7, 3, 4)[:world_size])
+    cases = [make_case(i, *shapes, **flags) for i, flags in enumerate([{}, {"ids": True, "masks": True, "prefixes": (3, 7)}, {"positives": True}])]
+
+    def work(rank, _):
+        results = []
+        for ranks, _ in cases:
+            for frozen in ((), ("keys",) if rank == 0 else ("queries",)):
+                out, gradients = call(ranks[rank], frozen, exchange=AllGather(), backend=backend, memory_budget=1500)
+                results.append((out.loss.detach(), out.prefix_losses, gradients))
+        return results
+
+    parts = list(zip(*run_ranks(work, world_size), strict=True))[::2]
+    for part, (_, whole) in zip(parts, cases, strict=True):
+        expected, gradients = call(whole, backend="reference")
+        torch.testing.assert_close(torch.stack([x[0] for x in part]).mean(), expected.loss.detach(), rtol=1e-10, atol=1e-12)
+        for x in part:
+            torch.testing.assert_close(x[1], expected.prefix_losses, rtol=1e-10, atol=1e-12)
+        for name, gradient in gradients.items():
+            mine = [x[2][name] for x in part]
+            together = torch.cat(mine) / world_size if gradient.dim() else torch.stack(mine).mean(0)
+            torch.testing.assert_close(together, gradient, rtol=1e-10, atol=1e-11)
+
+
+def test_wrong_bias():
+    with pytest.raises(ValueError, match=r"^bias: found"):
+        sigmoid(torch.randn(2, 3), torch.randn(2, 3), 0.1, torch.zeros(2))
