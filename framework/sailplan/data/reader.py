@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sailplan.config.schema import DatasetConfig
+from sailplan.data.cache import ByteCache
 from sailplan.data.index import ShardIndex
 from sailplan.data.record import Item, Record
 from sailplan.runtime.seeds import derive
@@ -27,6 +28,7 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 AUDIO_EXTENSIONS = frozenset({"ogg", "opus", "flac", "wav"})
 ALL_MEDIA = frozenset({"vision", "audio"})
 CACHE_BYTES = 64 << 20
+JSON_BYTES = 2000  # about what the parsed JSON of an item takes
 FILES_OPEN = 128
 
 
@@ -50,8 +52,7 @@ class RecordReader:
     def __init__(self, name: str, config: DatasetConfig, index: ShardIndex, catalogue: RecordReader | None = None) -> None:
         self.name, self.config, self.index, self.catalogue = name, config, index, catalogue
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._items: OrderedDict[tuple[int, frozenset[str]], tuple[Item, int]] = OrderedDict()
-        self._item_bytes = 0
+        self._items: ByteCache[Item] = ByteCache(CACHE_BYTES)
         self._scored: bool | None = None
         self._lock = threading.RLock()  # the prefetch thread and an evaluation may read at the same time
 
@@ -59,7 +60,7 @@ class RecordReader:
         return len(self.index)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict(), "_items": OrderedDict(), "_item_bytes": 0, "_lock": None}
+        return {**self.__dict__, "_files": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
@@ -87,7 +88,7 @@ class RecordReader:
         wanted = frozenset(needs) if needs is not None else frozenset({"item", "query", "target", "history"})
         record_id, split = self.ids([position])[0], str(body.get("split") or "train")
         if self.config.kind == "items":
-            return Record(record_id, split, item=self._item(position, record_id, body, files, media))
+            return Record(record_id, split, item=self._item(record_id, body, files, media))
         used = {"id", "split"}
         if self.config.kind == "pairs":
             used |= {"text", "query", "item", "score"}
@@ -146,20 +147,12 @@ class RecordReader:
 
     def item(self, position: int, media: frozenset[str] = ALL_MEDIA) -> Item:
         """An item of an items data set, from a cache of at most 64 MB of bytes."""
-        key = (position, media)
-        with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)
-                return self._items[key][0]
-        record_id = self.ids([position])[0]
+        known = self._items.get((position, media))
+        if known is not None:
+            return known
         body, files = self._read_body(position)
-        item = self._item(position, record_id, body, files, media)
-        size = sum(map(len, item.images)) + len(item.audio or b"") + 2000  # about what the parsed JSON takes
-        with self._lock:
-            self._item_bytes += size - self._items.pop(key, (item, 0))[1]
-            self._items[key] = (item, size)
-            while self._item_bytes > CACHE_BYTES:
-                self._item_bytes -= self._items.popitem(last=False)[1][1]
+        item = self._item(self.ids([position])[0], body, files, media)
+        self._items.put((position, media), item, sum(map(len, item.images)) + len(item.audio or b"") + JSON_BYTES)
         return item
 
     # ---------------------------------------------------------------- parts
@@ -181,7 +174,7 @@ class RecordReader:
             raise BadSample(table.ids[row], f"{self.index.shards[shard]} changed while in use: found the record {body['id']} in its place")
         return body, files
 
-    def _item(self, position: int, record_id: str, body: dict[str, Any], files: list[tuple[str, int, int, int]], media: frozenset[str]) -> Item:
+    def _item(self, record_id: str, body: dict[str, Any], files: list[tuple[str, int, int, int]], media: frozenset[str]) -> Item:
         fields = dict(body.get("fields") or {})
         images, audio = [], None
         for extension, shard, offset, size in files:

@@ -1,0 +1,181 @@
+"""From a step's plan to this rank's StepBatch: read, decode every needed view once, sort by length, cut into micro-batches.
+
+Everything random about a row comes from derive(seed, stage, step, data set, row number), so it is the same on any
+rank, worker and restart. A record that cannot be used (broken bytes or JSON, unknown ids) is replaced by the plan's
+spare for that row, which is equally deterministic, and reported in `quarantined`. An item that merely lacks a
+declared modality is no error: its row is not valid in that view and the pattern's mean leaves it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from sailplan.config.schema import Config, DatasetConfig, StageConfig, ViewConfig
+from sailplan.data.negatives import HardNegativeStore
+from sailplan.data.plan import Plan, PlannedRows
+from sailplan.data.reader import BadSample, RecordReader
+from sailplan.data.record import Item, Record, StepBatch, ViewBatch
+from sailplan.data.teachers import TeacherTable
+from sailplan.data.views import ViewDecoder, ViewRow
+from sailplan.errors import BadDataError
+from sailplan.runtime.seeds import derive
+
+SPARES = 16  # replacements tried for one row
+
+
+@dataclass
+class _Rows:
+    """The rows of a part while they are gathered."""
+
+    records: list[Record] = field(default_factory=list)
+    views: dict[str, list[ViewRow]] = field(default_factory=dict)  # view -> r * g rows
+    quarantined: list[tuple[str, str]] = field(default_factory=list)
+
+
+def view_item(record: Record, view: ViewConfig) -> Item | None:
+    """The item of a record that a view shows (for `history` use record.history)."""
+    return {"item": record.item, "query": record.query, "target": record.target}[view.of]
+
+
+def media_of(views: Sequence[ViewConfig]) -> frozenset[str]:
+    """Which bytes the views need to have read."""
+    return frozenset(modality for view in views for modality in view.modalities if modality != "text")
+
+
+def stage_patterns(stage: StageConfig, name: str, dataset: DatasetConfig) -> dict[str, float]:
+    """Pattern name -> weight of the patterns that a stage trains on a data set (all unless the stage names some)."""
+    chosen = stage.patterns.get(name) or list(dataset.patterns)
+    return {pattern: dataset.patterns[pattern].weight for pattern in chosen}
+
+
+class Collator:
+    """Makes the step batches of one data-parallel rank; a pure function of the step number."""
+
+    def __init__(
+        self,
+        config: Config,
+        stage: StageConfig,
+        plan: Plan,
+        readers: Mapping[str, RecordReader],
+        rank: int = 0,
+        size: int = 1,
+        negatives: HardNegativeStore | None = None,
+        teachers: TeacherTable | None = None,
+    ) -> None:
+        plan.check_ranks(size)
+        self.config, self.stage, self.plan, self.readers = config, stage, plan, dict(readers)
+        self.rank, self.size, self.negatives, self.teachers = rank, size, negatives, teachers
+        self.decoder = ViewDecoder(config.data)
+
+    def batches(self, step: int) -> list[StepBatch]:
+        """One StepBatch per data set of the step (one, or several in a mixed step). Raises BadDataError when a row finds no usable spare."""
+        digest = self.plan.digest(step)
+        return [self._batch(step, part, digest) for part in self.plan.step(step).parts]
+
+    def _batch(self, step: int, part: PlannedRows, digest: str) -> StepBatch:
+        reader = self.readers[part.dataset]
+        dataset = reader.config
+        patterns = stage_patterns(self.stage, part.dataset, dataset)
+        names = list(dict.fromkeys(side for name in patterns for side in (dataset.patterns[name].query, dataset.patterns[name].target)))
+        mined = {
+            name: self.negatives.positions[f"{part.dataset}/{name}"]
+            for name in patterns
+            if self.negatives is not None and f"{part.dataset}/{name}" in self.negatives.positions
+        }
+        rows = _Rows(views={name: [] for name in names} | {f"negatives/{name}": [] for name in mined})
+        for row, position in zip(*part.rank_rows(self.rank, self.size), strict=True):
+            seed = derive(self.config.seed, self.plan.stage_name, step, part.dataset, int(row))
+            position = self._add_row(rows, reader, names, step, int(row), int(position), seed)
+            for name, table in mined.items():
+                rows.views[f"negatives/{name}"] += self._negatives(rows, reader, dataset.patterns[name].target, table[position], seed)
+        views = {name: self._view_batch(rows.views[name], dataset.views[name], dataset) for name in names}
+        for name in mined:
+            key = f"negatives/{name}"
+            views[key] = self._view_batch(rows.views[key], dataset.views[dataset.patterns[name].target], dataset, group=mined[name].shape[1])
+        return StepBatch(
+            step=step,
+            dataset=part.dataset,
+            record_ids=[record.id for record in rows.records],
+            views=views,
+            scores=torch.tensor([record.score for record in rows.records], dtype=torch.float32) if reader.scored else None,
+            teachers=self._teachers(rows.records, {name: dataset.views[name] for name in names}),
+            patterns=patterns,
+            quarantined=rows.quarantined,
+            digest=digest,
+        )
+
+    def _add_row(self, rows: _Rows, reader: RecordReader, names: list[str], step: int, row: int, position: int, seed: int) -> int:
+        """Decode one record in all views; on a bad sample its spare. Returns the position used."""
+        dataset = reader.config
+        views = {name: dataset.views[name] for name in names}
+        media, needs = media_of(list(views.values())), {view.of for view in views.values()}
+        for attempt in range(SPARES + 1):
+            try:
+                record = reader.read(position, seed=derive(seed, "sequence"), media=media, needs=needs)
+                if reader.scored and record.score is None:
+                    raise BadSample(record.id, "has no `score`, but the data set's first pair has one")
+                decoded = {name: self._decode(record, name, view, dataset, seed) for name, view in views.items()}
+            except BadSample as problem:
+                rows.quarantined.append((reader.ids([position])[0], str(problem)))
+                position = self.plan.spare(reader.name, step, row, attempt)
+                continue
+            rows.records.append(record)
+            for name in names:
+                rows.views[name] += decoded[name]
+            return position
+        raise BadDataError(
+            f"data.sets.{reader.name}: {SPARES + 1} records in a row cannot be used, last {rows.quarantined[-1][1]}; run `sailplan data validate`"
+        )
+
+    def _decode(self, record: Record, name: str, view: ViewConfig, dataset: DatasetConfig, seed: int) -> list[ViewRow]:
+        if view.of != "history":
+            return [self.decoder.row(view_item(record, view), view, dataset, derive(seed, name))]
+        length = dataset.history_length
+        items: list[Item | None] = [*record.history, *[None] * (length - len(record.history))]
+        return [self.decoder.row(item, view, dataset, derive(seed, name, place)) for place, item in enumerate(items)]
+
+    def _negatives(self, rows: _Rows, reader: RecordReader, view_name: str, positions: np.ndarray, seed: int) -> list[ViewRow]:
+        view, result = reader.config.views[view_name], []
+        for place, position in enumerate(positions.tolist()):
+            row = ViewRow()
+            if position >= 0:
+                try:
+                    record = reader.read(position, media=media_of([view]), needs={view.of})
+                    row = self.decoder.row(view_item(record, view), view, reader.config, derive(seed, "negative", view_name, place))
+                except BadSample as problem:  # one negative less: the row stays not valid
+                    rows.quarantined.append((reader.ids([position])[0], f"as a hard negative: {problem}"))
+            result.append(row)
+        return result
+
+    def _view_batch(self, rows: list[ViewRow], view: ViewConfig, dataset: DatasetConfig, group: int | None = None) -> ViewBatch:
+        tokens = self.decoder.tokens(rows, view)
+        by_length = sorted(range(len(rows)), key=lambda row: len(tokens[row]))
+        size = self.config.step.micro_batch
+        micro_batches = []
+        for start in range(0, len(rows), size):
+            chosen = by_length[start : start + size]
+            micro_batches.append(self.decoder.inputs([rows[row] for row in chosen], [tokens[row] for row in chosen], view))
+        order = torch.empty(len(rows), dtype=torch.int64)
+        order[torch.tensor(by_length)] = torch.arange(len(rows))
+        return ViewBatch(
+            micro_batches=micro_batches,
+            order=order,
+            valid=torch.tensor([row.valid for row in rows]),
+            ids=torch.tensor([row.id for row in rows]),
+            group=group or (dataset.history_length if view.of == "history" else 1),
+        )
+
+    def _teachers(self, records: list[Record], views: dict[str, ViewConfig]) -> dict[str, torch.Tensor]:
+        if self.teachers is None:
+            return {}
+        result = {}
+        for name, view in views.items():
+            if view.of != "history":
+                items = [view_item(record, view) for record in records]
+                for teacher in self.teachers.names:
+                    result[f"{name}/{teacher}"] = self.teachers.look_up(teacher, [item.id if item is not None else "" for item in items])
+        return result

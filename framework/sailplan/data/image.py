@@ -1,0 +1,93 @@
+"""Images: Pillow decodes, torch resizes, and one warp over the whole micro-batch augments.
+
+Until the micro-batch is put together an image stays uint8 (a quarter of the memory and of the work). Augmentation
+is drawn per row from the row's random source as a handful of numbers; crop, zoom, flip and rotation are then one
+affine map sampled once, with white outside the picture, followed by contrast, brightness and colour. The map is
+written out element by element, so a row's pixels do not depend on which rows share its micro-batch.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+FORMATS = ("WEBP", "PNG", "JPEG")
+ROWS_AT_ONCE = 16  # augmented together: small enough for the processor's cache, three times faster than all at once
+
+
+def decode(content: bytes, size: int) -> Tensor:
+    """Encoded bytes (JPEG, PNG, WebP) -> uint8 [3, size, size]; transparent parts become white.
+
+    The whole picture is squeezed to a square, antialiased bilinear. Raises ValueError with a reason for broken bytes.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            picture.load()
+            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                layered = picture.convert("RGBA")
+                white = Image.new("RGBA", layered.size, "white")
+                rgb = Image.alpha_composite(white, layered).convert("RGB")
+            else:
+                rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+            array = np.array(rgb)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image cannot be decoded: {error}") from error
+    pixels = torch.from_numpy(array).permute(2, 0, 1)
+    if pixels.shape[1:] != (size, size):
+        pixels = functional.interpolate(pixels[None], size=(size, size), mode="bilinear", antialias=True, align_corners=False)[0]
+    return pixels.contiguous()
+
+
+def draw_augmentation(source: random.Random, strength: float) -> tuple[float, ...]:
+    """The numbers of one row's augmentation at a strength 0..1: output-to-input affine map (6), contrast, colour shift (3).
+
+    At strength 1: area 0.55 to 1.25 of the picture, shifts up to 15 %, flip with probability 0.5, rotation up to 15
+    degrees, aspect ratio up to 1.15, contrast +-0.3, brightness +-0.3 and +-0.15 per colour (of the range 2).
+    """
+    u = [source.random() * 2 - 1 for _ in range(12)]
+    zoom = math.exp(strength * (0.11 * u[0] + (0.0 if u[0] > 0 else 0.19 * u[0])))  # side of the crop, 1 = the picture
+    aspect = math.exp(0.07 * strength * u[1])
+    angle = math.radians(15.0) * strength * u[2]
+    flip = -1.0 if source.random() < 0.5 * strength else 1.0
+    cosine, sine = math.cos(angle), math.sin(angle)
+    affine = (flip * zoom * aspect * cosine, -zoom * sine, 0.3 * strength * u[3], flip * zoom * sine, zoom / aspect * cosine, 0.3 * strength * u[4])
+    brightness = 0.3 * strength * u[6]
+    return (*affine, 1.0 + 0.3 * strength * u[5], *(brightness + 0.15 * strength * u[place] for place in (7, 8, 9)))
+
+
+def to_batch(images: Tensor, augmentations: Sequence[tuple[float, ...] | None]) -> Tensor:
+    """uint8 [b, f, 3, h, w] and one augmentation per row (or None) -> float32 [b, f, 3, h, w] in [-1, 1]."""
+    pixels = torch.empty(images.shape, dtype=torch.float32)
+    changed = [numbers is not None for numbers in augmentations]
+    identity = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+    table = torch.tensor([numbers if numbers is not None else identity for numbers in augmentations], dtype=torch.float32)
+    for start in range(0, len(images), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        plain = images[part].to(torch.float32).div_(127.5).sub_(1.0)
+        if any(changed[part]):
+            chosen = torch.tensor(changed[part])[:, None, None, None, None]
+            pixels[part] = torch.where(chosen, _augment(plain, table[part]), plain)
+        else:
+            pixels[part] = plain
+    return pixels
+
+
+def _augment(pixels: Tensor, numbers: Tensor) -> Tensor:
+    """float32 [b, f, 3, h, w] warped and recoloured; numbers float32 [b, 10] of draw_augmentation, all frames of a row alike."""
+    rows, frames, _, height, width = pixels.shape
+    numbers = numbers.repeat_interleave(frames, dim=0)[:, :, None, None]
+    vertical = ((torch.arange(height) * 2 + 1) / height - 1)[:, None]
+    horizontal = ((torch.arange(width) * 2 + 1) / width - 1)[None, :]
+    a, b, c, d, e, f = (numbers[:, place] for place in range(6))
+    grid = torch.stack([a * horizontal + b * vertical + c, d * horizontal + e * vertical + f], dim=-1)
+    # shifted so that white is 0, which is what sampling outside the picture gives
+    warped = functional.grid_sample(pixels.flatten(0, 1) - 1.0, grid, mode="bilinear", padding_mode="zeros", align_corners=False).add_(1.0)
+    return warped.mul_(numbers[:, 6:7]).add_(numbers[:, 7:10]).clamp_(-1.0, 1.0).view(rows, frames, 3, height, width)

@@ -1,0 +1,50 @@
+"""Mined hard negatives: for every record of a data set's pattern, the records whose targets are its hard negatives."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass
+class HardNegativeStore:
+    """positions: "DATASET/PATTERN" -> int64 [n, K], row i = negatives of the record at position i (n = records of the
+    set), each the position of a record of the same set whose target item is the negative, -1 where absent.
+    thresholds: "DATASET/PATTERN" -> lambda* (cosine)."""
+
+    positions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    thresholds: dict[str, float] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write one .npz, complete or not at all."""
+        path = Path(path)
+        arrays = {f"positions:{key}": value.astype(np.int64) for key, value in self.positions.items()}
+        thresholds = {f"threshold:{key}": np.float64(value) for key, value in self.thresholds.items()}
+        save_arrays(path, {**arrays, **thresholds})
+
+    @classmethod
+    def load(cls, path: str | Path) -> HardNegativeStore:
+        """Read what `save` wrote."""
+        store = cls()
+        with np.load(path) as arrays:
+            for name in arrays.files:
+                kind, _, key = name.partition(":")
+                if kind == "positions":
+                    store.positions[key] = arrays[name]
+                else:
+                    store.thresholds[key] = float(arrays[name])
+        return store
+
+
+def save_arrays(path: Path, arrays: dict[str, NDArray[np.generic] | np.generic]) -> None:
+    """np.savez to a temporary name in the same folder, then renamed: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.npz")
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    os.replace(temporary, path)

@@ -1,0 +1,148 @@
+"""One item shown in one view: decode what the view asks for, nothing else; then stack rows into encoder inputs.
+
+The same two calls serve training (with the row's seed: augmentation, language and field choice) and evaluation
+(without): `row` decodes one item, `inputs` stacks rows of a view into one micro-batch. Pictures stay uint8 and
+spectrograms float16 until then.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sailplan.config.schema import DataConfig, DatasetConfig, ViewConfig
+from sailplan.data import audio, image
+from sailplan.data.cache import ByteCache
+from sailplan.data.reader import BadSample
+from sailplan.data.record import EncoderInputs, Item
+from sailplan.data.text import Tokenizer, compose
+from sailplan.runtime.seeds import derive
+
+DECODED_BYTES = 128 << 20  # pictures and spectrograms kept between epochs, per process
+
+
+@dataclass(slots=True)
+class ViewRow:
+    """An item decoded for a view. f frames and c chunks as the item has them, at most the configured numbers."""
+
+    id: int = -1  # the same document, or for text-only views the same text; -1: not valid
+    text: str = ""
+    images: Tensor | None = None  # uint8 [f, 3, size, size]
+    augmentation: tuple[float, ...] | None = None
+    audio: Tensor | None = None  # float16 [c, frames, mels]
+
+    @property
+    def valid(self) -> bool:
+        """False where the item has none of the view's modalities, or there is no item."""
+        return self.id >= 0
+
+
+class ViewDecoder:
+    """Decoding for a run's data configuration; keeps decoded media of at most 128 MB."""
+
+    def __init__(self, config: DataConfig) -> None:
+        """Raises ConfigurationError when the tokenizer cannot be read."""
+        self.config = config
+        self.tokenizer = Tokenizer(config.tokenizer, config.max_tokens)
+        self._decoded: ByteCache[Tensor] = ByteCache(DECODED_BYTES)
+
+    def row(self, item: Item | None, view: ViewConfig, dataset: DatasetConfig, seed: int | None = None, text: str | None = None) -> ViewRow:
+        """Decode an item for a view.
+
+        seed: draws the row's language, fields and augmentation; None: evaluation, nothing is drawn. text: taken
+        instead of the item's fields. Raises BadSample for media that cannot be decoded.
+        """
+        if item is None:
+            return ViewRow()
+        source = random.Random(seed) if seed is not None else None
+        row = ViewRow()
+        if "text" in view.modalities:
+            row.text = compose(item.fields, view, dataset, source) if text is None else text
+        strength = dataset.image_augmentation if source is not None else 0.0
+        if "vision" in view.modalities and item.images:
+            row.images = torch.stack([self._image(item.id, content) for content in item.images[: self.config.frames]])
+            if source is not None and strength > 0:
+                row.augmentation = image.draw_augmentation(source, strength)
+        if "audio" in view.modalities and item.audio is not None:
+            row.audio = self._audio(item.id, item.audio, source, strength)
+        if row.text or row.images is not None or row.audio is not None:
+            text_only = row.images is None and row.audio is None and list(view.modalities) == ["text"]
+            row.id = derive("text", row.text.casefold()) if text_only else derive("document", item.id)
+        return row
+
+    def tokens(self, rows: Sequence[ViewRow], view: ViewConfig) -> list[list[int]]:
+        """Token ids of each row's own text (without the prompt), cut to max_tokens."""
+        return self.tokenizer.texts([row.text for row in rows], view.prompt)
+
+    def inputs(self, rows: Sequence[ViewRow], tokens: Sequence[list[int]], view: ViewConfig) -> EncoderInputs:
+        """Stack rows (with their `tokens`) into one micro-batch; shapes as in EncoderInputs."""
+        prompt = self.tokenizer.prompt(view.prompt)
+        length = max(1, len(prompt) + max((len(ids) for ids in tokens), default=0))
+        ids = np.zeros((len(rows), length), dtype=np.int64)
+        ids[:, : len(prompt)] = prompt
+        places, sizes = np.arange(length)[None], np.array([len(prompt) + len(own) for own in tokens], dtype=np.int64)[:, None]
+        for row, own in enumerate(tokens):
+            ids[row, len(prompt) : len(prompt) + len(own)] = own
+        mask = places < sizes
+        result = EncoderInputs(
+            modalities=tuple(view.modalities),
+            token_ids=torch.from_numpy(ids),
+            token_mask=torch.from_numpy(mask),
+            text_mask=torch.from_numpy(mask & (places >= len(prompt))),
+        )
+        if "vision" in view.modalities:
+            result.images, result.image_mask = self._stack_images(rows)
+        if "audio" in view.modalities:
+            result.audio, result.audio_mask = self._stack_audio(rows)
+        return result
+
+    # ---------------------------------------------------------------- parts
+    def _image(self, item_id: str, content: bytes) -> Tensor:
+        known = self._decoded.get(content)
+        if known is None:
+            try:
+                known = image.decode(content, self.config.image_size)
+            except ValueError as error:
+                raise BadSample(item_id, str(error)) from error
+            self._decoded.put(content, known, known.nbytes + len(content))
+        return known
+
+    def _audio(self, item_id: str, content: bytes, source: random.Random | None, strength: float) -> Tensor:
+        known = self._decoded.get(content)
+        if known is None:
+            length = round(self.config.audio_chunk_seconds * self.config.audio_rate)
+            try:
+                samples = audio.decode(content, self.config.audio_rate)
+            except ValueError as error:
+                raise BadSample(item_id, str(error)) from error
+            waves = audio.chunks(samples, length, self.config.audio_chunks, source)
+            known = audio.log_mel(waves, self.config.audio_rate, self.config.mel_bins).half()
+            if len(samples) <= length * self.config.audio_chunks:  # longer ones start elsewhere each time
+                self._decoded.put(content, known, known.nbytes + len(content))
+        return audio.augment(known.float(), source, strength).half() if source is not None and strength > 0 else known
+
+    def _stack_images(self, rows: Sequence[ViewRow]) -> tuple[Tensor, Tensor]:
+        size, frames = self.config.image_size, max((len(row.images) for row in rows if row.images is not None), default=1)
+        pixels = torch.zeros(len(rows), frames, 3, size, size, dtype=torch.uint8)
+        mask = torch.zeros(len(rows), frames, dtype=torch.bool)
+        for place, row in enumerate(rows):
+            if row.images is not None:
+                pixels[place, : len(row.images)] = row.images
+                mask[place, : len(row.images)] = True
+        return image.to_batch(pixels, [row.augmentation for row in rows]), mask
+
+    def _stack_audio(self, rows: Sequence[ViewRow]) -> tuple[Tensor, Tensor]:
+        length = round(self.config.audio_chunk_seconds * self.config.audio_rate) // round(audio.HOP_SECONDS * self.config.audio_rate)
+        chunks = max((len(row.audio) for row in rows if row.audio is not None), default=1)
+        mels = torch.zeros(len(rows), chunks, length, self.config.mel_bins)
+        mask = torch.zeros(len(rows), chunks, dtype=torch.bool)
+        for place, row in enumerate(rows):
+            if row.audio is not None:
+                mels[place, : len(row.audio)] = row.audio
+                mask[place, : len(row.audio)] = True
+        return mels, mask
