@@ -125,9 +125,7 @@ def transformer_config(shape: TransformerShape, dtype: torch.dtype, tensor_paral
 
 def _layer(shape: TransformerShape) -> ModuleSpec:
     head_norm = {"q_layernorm": HeadNorm, "k_layernorm": HeadNorm} if shape.query_key_norm else {}
-    attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear, core_attention=ScaledDotProductAttention, linear_proj=RowParallelLinear, **head_norm
-    )
+    attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=ScaledDotProductAttention, linear_proj=RowParallelLinear, **head_norm)
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         module=TransformerLayer,

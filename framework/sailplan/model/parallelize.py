@@ -60,9 +60,7 @@ def _mesh(parallel: Parallel, shard: bool) -> DeviceMesh:
         return DeviceMesh.from_group(parallel.data_parallel_group, kind)
     ranks = dist.get_process_group_ranks(parallel.data_parallel_group)
     alone = dist.new_group([parallel.rank], use_local_synchronization=True)
-    return DeviceMesh.from_group(
-        [parallel.data_parallel_group, alone], kind, mesh=torch.tensor(ranks)[:, None], mesh_dim_names=("replicate", "shard")
-    )
+    return DeviceMesh.from_group([parallel.data_parallel_group, alone], kind, mesh=torch.tensor(ranks)[:, None], mesh_dim_names=("replicate", "shard"))
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:

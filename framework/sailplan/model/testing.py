@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed.tensor import DTensor
 
 from sailplan.config.schema import AudioConfig, ModelConfig, TransformerShape, VisionConfig
 from sailplan.data.record import EncoderInputs
@@ -67,3 +70,20 @@ def join_layout(tensor_parallel: int) -> Parallel:
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
     )
+
+
+def rows_of(inputs: EncoderInputs, start: int, stop: int) -> EncoderInputs:
+    """Rows start..stop of a micro-batch (none, where start is past the end)."""
+    cut = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+    return EncoderInputs(**{name: value[start:stop] if isinstance(value, torch.Tensor) else value for name, value in cut.items()})
+
+
+def whole_tensor(parameter: torch.Tensor, value: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+    """The whole tensor of `value` (the parameter, its gradient, ...) gathered from all ranks, a fresh copy on each."""
+    whole = (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    parts = [torch.empty_like(whole) for _ in range(parallel.tensor_parallel_size)]
+    dist.all_gather(parts, whole.contiguous(), group=parallel.tensor_parallel_group)
+    dimension, halves = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
+    return torch.cat([part.chunk(halves, dimension)[half] for half in range(halves) for part in parts], dimension)

@@ -1,0 +1,226 @@
+"""Saving and loading: a folder is a checkpoint only when its last file says so.
+
+All ranks write their blocks into `step-XXXXXXXX.tmp`; rank 0 adds the small data, renames the folder and then
+writes `COMPLETE`, which lists every file with its size and the hash of the index. A job that dies on the way
+leaves a folder that nobody will load. The folder must be on a file system that all ranks share.
+
+Every phase ends in an agreement: what fails on one rank raises on all, so that none waits for ever.
+
+Layout of a checkpoint: `.metadata` and `*.distcp` (torch's distributed checkpoint: "model.NAME" and
+"optimizer.KIND.NAME", whole tensors), `small.pt` (the caller's extra data, the optimizer's step counts), `COMPLETE`.
+Learning rates and other optimizer options are not saved: they are functions of the configuration and the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil  # noqa: F401  torch's writer needs it and fails in a way that leaves ranks waiting; fail at import instead
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from sailplan.checkpoint.state import ModelState, fresh_optimizer_state, model_state, optimizer_state
+from sailplan.errors import ConfigurationError, SailplanError
+from sailplan.runtime.process import Parallel
+
+COMPLETE = "COMPLETE"
+INDEX = ".metadata"
+SMALL = "small.pt"
+Value = TypeVar("Value")
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """checkpoints/step-00000042"""
+    return checkpoints / f"step-{step:08d}"
+
+
+def save(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: dict[str, Any], parallel: Parallel) -> Path:
+    """Writes a checkpoint to `folder` (see `folder_of`; an older one of the same name is replaced) and returns it.
+
+    All ranks call it. model: the module that holds everything to be kept, sharded parts and plain ones.
+    extra: what rank 0 passes is kept; JSON-like values and tensors. Raises SailplanError on all ranks when any failed.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    what = f"checkpoint {folder} could not be written"
+
+    def prepare() -> tuple[ModelState, dict[str, Any]]:
+        if parallel.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        tensors = model_state(model, parallel)
+        scalars: dict[str, dict[str, float]] = {}
+        if optimizer is not None:
+            moments, scalars = optimizer_state(model, optimizer, parallel)
+            tensors |= moments
+        return tensors, {"extra": extra, "scalars": scalars}
+
+    def write() -> None:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
+
+    def publish() -> None:
+        if not parallel.is_main:
+            return
+        with open(temporary / SMALL, "wb") as file:
+            torch.save(small, file)
+            _flush(file)
+        replaced = folder.with_name(folder.name + ".old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            folder.rename(replaced)
+        temporary.rename(folder)
+        seal = {"index_sha256": _digest(folder / INDEX), "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())}}
+        with open(folder / COMPLETE, "w") as file:
+            json.dump(seal, file, indent=1)
+            _flush(file)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    try:
+        tensors, small = _together(prepare, what)
+        _together(write, what)
+        _together(publish, what)
+    except SailplanError:
+        if parallel.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
+        raise
+    return folder
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file that the checkpoint's seal lists is there in its full size, and the index is the sealed one."""
+    try:
+        seal = json.loads((folder / COMPLETE).read_text())
+        sizes = {name: (folder / name).stat().st_size for name in seal["files"]}
+        return sizes == seal["files"] and _digest(folder / INDEX) == seal["index_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint below `checkpoints`, or None. Broken and unfinished ones are passed over."""
+    return next((folder for folder in reversed(_steps(checkpoints)) if is_complete(folder)), None)
+
+
+def prune(checkpoints: Path, keep: int) -> list[Path]:
+    """Deletes all but the `keep` newest complete checkpoints and whatever is older than these; returns what was deleted.
+
+    To be called on one rank. Folders newer than the newest complete one are left: another job may be writing them.
+    """
+    kept = [folder for folder in reversed(_steps(checkpoints)) if is_complete(folder)][: max(keep, 1)]
+    doomed = [folder for folder in _steps(checkpoints) if kept and folder < kept[-1]]
+    for folder in doomed:
+        (folder / COMPLETE).unlink(missing_ok=True)  # never half deleted and still complete
+        shutil.rmtree(folder)
+    return doomed
+
+
+def load(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None, parallel: Parallel) -> dict[str, Any]:
+    """Loads model and optimizer, at any layout and in any dtype, and returns the saved `extra`.
+
+    All ranks call it, after sharding. The model's tensors must be exactly the checkpoint's. Raises ConfigurationError
+    on all ranks where they are not, or where the checkpoint is missing or incomplete.
+    """
+    path = Path(path)
+    metadata, small = _together(lambda: _open(path), f"checkpoint {path} could not be read")
+
+    def target() -> ModelState:
+        tensors = model_state(model, parallel)
+        _check_fit(path, tensors, metadata, exact=True)
+        if optimizer is not None:
+            tensors |= fresh_optimizer_state(model, optimizer, parallel, small["scalars"], metadata.state_dict_metadata)
+        return tensors
+
+    _read(path, target)
+    return small["extra"]
+
+
+def load_model_only(path: Path, *, model: nn.Module, parallel: Parallel, prefix: str = "") -> dict[str, Any]:
+    """Loads the tensors of `model` and returns the saved `extra`; what else the checkpoint holds is ignored.
+
+    prefix: where `model` was within the saved module, for example "encoder.". Raises as `load`.
+    """
+    path = Path(path)
+    metadata, small = _together(lambda: _open(path), f"checkpoint {path} could not be read")
+
+    def target() -> ModelState:
+        tensors = {key.replace("model.", f"model.{prefix}", 1): view for key, view in model_state(model, parallel).items()}
+        _check_fit(path, tensors, metadata, exact=False)
+        return tensors
+
+    _read(path, target)
+    return small["extra"]
+
+
+def _steps(checkpoints: Path) -> list[Path]:
+    return sorted(folder for folder in Path(checkpoints).glob("step-*") if folder.is_dir() and folder.name.removeprefix("step-").isdigit())
+
+
+def _open(path: Path) -> tuple[Metadata, dict[str, Any]]:
+    if not path.is_dir():
+        raise ConfigurationError(f"checkpoint {path} does not exist: give the folder of a step, such as runs/NAME/checkpoints/step-00000100")
+    if not is_complete(path):
+        raise ConfigurationError(f"checkpoint {path} is incomplete or damaged: its files are not those listed in {COMPLETE}; use an older one")
+    return dcp.FileSystemReader(path).read_metadata(), torch.load(path / SMALL, weights_only=True, map_location="cpu")
+
+
+def _check_fit(path: Path, tensors: ModelState, metadata: Metadata, *, exact: bool) -> None:
+    saved = {key: entry for key, entry in metadata.state_dict_metadata.items() if key.startswith("model.")}
+    remedy = "use the model and objectives that the checkpoint was made with"
+    for key, view in tensors.items():
+        name, entry = key.removeprefix("model."), saved.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ConfigurationError(f"checkpoint {path} lacks the tensor {name}: {remedy}")
+        if tuple(entry.size) != tuple(view.size()):
+            raise ConfigurationError(f"checkpoint {path}: {name} has the shape {tuple(entry.size)}, the model expects {tuple(view.size())}; {remedy}")
+    if exact and (unknown := sorted(set(saved) - set(tensors))):
+        raise ConfigurationError(f"checkpoint {path} has the tensor {unknown[0].removeprefix('model.')}, which the model lacks: {remedy}")
+
+
+def _read(path: Path, target: Callable[[], ModelState]) -> None:
+    what = f"checkpoint {path} could not be read"
+    tensors = _together(target, what)
+    _together(lambda: dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path)), what)
+
+
+def _together(action: Callable[[], Value], what: str) -> Value:
+    """Runs `action` on every rank; if it fails on any, raises on all: a rank's own SailplanError as it is, else one line."""
+    failure: Exception | CheckpointException | None = None
+    value: Value
+    try:
+        value = action()
+    except (Exception, CheckpointException) as error:  # torch derives its exception from BaseException
+        failure = error
+    reports: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, None if failure is None else (_describe(failure), isinstance(failure, ConfigurationError)))
+    for rank, report in enumerate(reports):
+        if report is not None:
+            text, configuration = report
+            if configuration:
+                raise ConfigurationError(text) from failure
+            raise SailplanError(f"{what}: rank {rank}: {text}") from failure
+    return value
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error) if isinstance(error, SailplanError) else f"{type(error).__name__}: {error}".replace("\n", " ")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

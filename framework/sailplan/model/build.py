@@ -1,0 +1,24 @@
+"""From the configuration to an encoder that is ready on this rank: checked, initialised, spread over the ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sailplan.config.schema import ModelConfig, ParallelConfig
+from sailplan.model.check import check_model
+from sailplan.model.parallelize import shard
+from sailplan.model.tower import OmniEncoder
+from sailplan.runtime.process import Parallel
+
+
+def build_encoder(config: ModelConfig, parallel_config: ParallelConfig, parallel: Parallel, seed: int) -> nn.Module:
+    """The omni tower over the data-parallel and tensor-parallel groups; equal weights for a seed at every layout.
+
+    parallel_config.dtype float32 or float64 is the dtype of everything; bfloat16 computes in bfloat16 over float32
+    master weights and reduces gradients in float32. Raises ConfigurationError for sizes that do not divide.
+    """
+    check_model(config, parallel.tensor_parallel_size)
+    dtype = torch.float64 if parallel_config.dtype == "float64" else torch.float32
+    compute = torch.bfloat16 if parallel_config.dtype == "bfloat16" else None
+    return shard(OmniEncoder(config, dtype=dtype, seed=seed), parallel, shard=parallel_config.shard, compute_dtype=compute)
