@@ -59,7 +59,10 @@ def read_histories(reader: RecordReader, split: str = "train") -> Histories:
             users += reader.ids([position])
             items.append(known)
     if not users:
-        raise BadDataError(f"data.sets.{reader.name}: no history of the split '{split}' names an item of the catalogue '{reader.catalogue.name}'")
+        raise BadDataError(
+            f"data.sets.{reader.name}: no history of the split '{split}' names an item of the catalogue '{reader.catalogue.name}'; "
+            "expected some; check the split and the ids"
+        )
     return Histories(users, items, unknown)
 
 

@@ -58,7 +58,7 @@ def labels_of(vectors: np.ndarray, clusters: int, *seed: int | str) -> np.ndarra
 
 
 def sequences(
-    histories: Histories, used: np.ndarray, content: np.ndarray, *, length: int = 10, targets: int = 4, clusters: int = 32, seed: int = 0
+    histories: Histories, used: np.ndarray, content: np.ndarray, *, length: int = 10, targets: int = 8, clusters: int = 32, seed: int = 0
 ) -> list[dict[str, Any]]:
     """One dict {"user", "history": [positions], "target": position, "view"} per different sequence.
 

@@ -63,9 +63,9 @@ def unit(vectors: Tensor) -> Tensor:
     return normalize(vectors.double(), dim=-1)
 
 
-def share(n: int, exchange: Exchange) -> tuple[int, int]:
-    """This rank's contiguous part of n rows: (start, stop)."""
-    return n * exchange.rank // exchange.world_size, n * (exchange.rank + 1) // exchange.world_size
+def share(n: int, rank: int, world_size: int) -> tuple[int, int]:
+    """A rank's contiguous part of n rows: (start, stop); parts differ by at most one row."""
+    return n * rank // world_size, n * (rank + 1) // world_size
 
 
 def tiles(queries: Tensor, candidates: Tensor, rows: tuple[int, int], tile: int = 4_000_000) -> Iterator[tuple[int, Tensor]]:
@@ -85,6 +85,21 @@ def pair_scores(queries: Tensor, candidates: Tensor, pairs: Pairs) -> Tensor:
         for rows, columns in zip(pairs.rows.split(65536), pairs.columns.split(65536), strict=True)
     ]
     return torch.cat(parts) if parts else torch.zeros(0, device=queries.device)
+
+
+def labelled_pairs(query_ids: Tensor, target_ids: Tensor, facts: Tensor) -> Pairs:
+    """Pairs of queries [n] and targets [m] that a labelled fact joins by id; facts int64 [2, f] = (query id, target id).
+
+    Queries with the same id (text) so share all their targets, and targets with the same id are all right.
+    """
+    asked, answered = Pairs.equal(query_ids, facts[0]), Pairs.equal(facts[1], target_ids)
+    # Join on the fact: for each (query, fact) all (fact, target).
+    counts = torch.bincount(answered.rows, minlength=facts.shape[1])
+    starts = counts.cumsum(0) - counts
+    repeat = counts[asked.columns]
+    rows = asked.rows.repeat_interleave(repeat)
+    offset = torch.arange(len(rows)) - (repeat.cumsum(0) - repeat).repeat_interleave(repeat)
+    return Pairs.of(rows, answered.columns[starts[asked.columns].repeat_interleave(repeat) + offset])
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,7 @@ def count_negatives(queries: Tensor, candidates: Tensor, positives: Pairs, excha
     u = len(values)
     at_least = torch.zeros(u + 1, dtype=torch.int64, device=queries.device)  # [j]: pairs with exactly j values <= score
     more_than = torch.zeros_like(at_least)
-    for _, tile in tiles(queries, candidates, share(len(queries), exchange)):
+    for _, tile in tiles(queries, candidates, share(len(queries), exchange.rank, exchange.world_size)):
         flat = tile.flatten()
         at_least += torch.bincount(torch.searchsorted(values, flat, right=True), minlength=u + 1)
         more_than += torch.bincount(torch.searchsorted(values, flat), minlength=u + 1)
@@ -123,7 +138,7 @@ def count_negatives(queries: Tensor, candidates: Tensor, positives: Pairs, excha
     return NegativeCounts(
         values=values,
         positives=multiplicity,
-        at_or_above=ahead[0] - own,
-        above=ahead[1] - (own - multiplicity),
+        at_or_above=(ahead[0] - own).clamp_min(0),
+        above=(ahead[1] - (own - multiplicity)).clamp_min(0),
         negatives=len(queries) * len(candidates) - len(scores),
     )

@@ -53,7 +53,9 @@ def co_occurrence(matrix: sparse.csr_matrix, *, per_item: int = 10, minimum_user
     positive = both * matrix.shape[0] > sizes[first] * sizes[second]
     first, second, both = first[positive], second[positive], both[positive]
     if not len(first):
-        raise BadDataError(f"histories: no two items share {minimum_users} training users; expected overlapping histories, leave co_occurrence out")
+        raise BadDataError(
+            f"histories: no two items share {minimum_users} training users; expected overlapping histories, else leave co_occurrence out"
+        )
     score = both / (sizes[first] + sizes[second] - both)
     kept = np.zeros(len(first), dtype=bool)
     for side in (first, second):

@@ -33,7 +33,7 @@ def best_positive_ranks(
     queries [n, D] and candidates [m, D] are the same on all ranks, and so is the result.
     """
     queries, candidates = unit(queries), unit(candidates)
-    start, stop = share(len(queries), exchange)
+    start, stop = share(len(queries), exchange.rank, exchange.world_size)
     ranks = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for first, scores in tiles(queries, candidates, (start, stop)):
         ranks[first : first + len(scores)] = _ranks_in(scores, positives.slice(first, first + len(scores)), excluded, first)
@@ -83,7 +83,7 @@ def gap(queries: Tensor, candidates: Tensor, positives: Pairs, exchange: Exchang
     queries, candidates = unit(queries), unit(candidates)
     own = pair_scores(queries, candidates, positives).double()
     sums = torch.zeros(2, dtype=torch.float64, device=queries.device)
-    for _, scores in tiles(queries, candidates, share(len(queries), exchange)):
+    for _, scores in tiles(queries, candidates, share(len(queries), exchange.rank, exchange.world_size)):
         sums += torch.stack([scores.double().sum(), scores.double().square().sum()])
     total, square = exchange.sum(sums).tolist()
     negatives = len(queries) * len(candidates) - len(own)
@@ -111,7 +111,7 @@ def bijection(
     queries, candidates = unit(queries), unit(candidates)
     labels = torch.arange(len(queries), device=queries.device) if query_labels is None else query_labels
     hits = torch.zeros((), dtype=torch.int64, device=queries.device)
-    for first, scores in tiles(queries, candidates, share(len(queries), exchange)):
+    for first, scores in tiles(queries, candidates, share(len(queries), exchange.rank, exchange.world_size)):
         nearest = scores.argmax(1)
         back = torch.cat([part.argmax(1) for _, part in tiles(candidates[nearest], queries, (0, len(nearest)))])
         hits += (labels[back] == labels[first : first + len(scores)]).sum()

@@ -1,0 +1,113 @@
+"""Embed a view of a data set with all ranks: each data-parallel rank encodes a contiguous share, then all rows are gathered.
+
+Sharded weights make every forward pass a collective, so the ranks must run the same number of them: as many as the
+longest share needs; a rank that has no rows left encodes a filler whose vectors are dropped.
+Tensor-parallel peers have the same share and so the same batches. A row's vector does not depend on the other rows
+of its batch: any number of ranks gives the same rows up to float rounding.
+
+Shape legend: n rows, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sailplan.config.schema import Config, ViewConfig
+from sailplan.curriculum.scoring import share
+from sailplan.data.evaluation import EvaluationRows
+from sailplan.data.reader import RecordReader
+from sailplan.data.record import EncoderInputs
+from sailplan.runtime.process import Parallel
+from sailplan_kernels.exchange import AllGather, Local
+from sailplan_kernels.exchange.base import Exchange
+
+
+@dataclass(frozen=True)
+class EmbeddedRows:
+    """Vectors of n rows of a view, on the CPU, the same on all ranks, in the order of the positions asked for."""
+
+    fused: Tensor  # float32 [n, D], not normalised
+    ids: Tensor  # int64 [n]; equal ids = the same document (text-only views: the same text); -1: not valid
+    positions: NDArray[np.int64]  # [n] record positions; repeated where a record gives several rows (text_from, history)
+    valid: NDArray[np.bool_]  # [n]; False where the record has nothing of the view's modalities
+    vision: Tensor | None = None  # float32 [n, D], when asked for
+    text: Tensor | None = None  # float32 [n, D], when asked for
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def where(self, keep: NDArray[np.bool_]) -> EmbeddedRows:
+        """The rows of a bool mask [n]."""
+        mask = torch.from_numpy(keep)
+        vision, text = (None if part is None else part[mask] for part in (self.vision, self.text))
+        return EmbeddedRows(self.fused[mask], self.ids[mask], self.positions[keep], self.valid[keep], vision, text)
+
+
+def exchange_of(parallel: Parallel) -> Exchange:
+    """The exchange over this rank's data-parallel group."""
+    return Local() if parallel.data_parallel_size == 1 else AllGather(parallel.data_parallel_group)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the former mode comes back after the block."""
+    former = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(former)
+
+
+def embed_view(
+    encoder: nn.Module,
+    reader: RecordReader,
+    view: str | ViewConfig,
+    positions: NDArray[np.int64],
+    *,
+    parallel: Parallel,
+    config: Config,
+    per_modality: bool = False,
+    text_from: str | None = None,
+) -> EmbeddedRows:
+    """Encodes the view of the records at `positions` int64 [k], `evaluation.batch` rows at a time; a collective call.
+
+    view: a name among the data set's views, or a view of one's own (catalogue items shown as another set's target).
+    text_from: take the text from this key of the record, one row per entry, so n may differ from k. Every rank ends
+    up with all n rows: n * D * 4 bytes.
+    """
+    view = reader.config.views[view] if isinstance(view, str) else view
+    exchange = exchange_of(parallel)
+    rows = EvaluationRows(reader, view, positions, config.data, text_from)
+    records, batch = len(rows) // rows.group, -(-config.evaluation.batch // rows.group) * rows.group
+    start, stop = (place * rows.group for place in share(records, exchange.rank, exchange.world_size))
+    longest = max(last - first for first, last in (share(records, rank, exchange.world_size) for rank in range(exchange.world_size)))
+    own = rows.batches(batch, start, stop)
+    kinds = [kind for kind in ("vision", "text") if per_modality and kind in view.modalities]
+    vectors: list[Tensor] = []  # [b, 1 + kinds, D]
+    ids: list[Tensor] = []
+    with evaluating(encoder):
+        inputs: EncoderInputs | None = None
+        for _ in range(-(-longest * rows.group // batch)):
+            found = next(own, None)
+            if found is not None:
+                inputs = found[0]
+            elif inputs is None:  # an empty share: the first row of all serves as the filler
+                inputs = next(rows.batches(rows.group))[0]
+            encoded = encoder(inputs.to(parallel.device), per_modality=per_modality)
+            if found is not None:
+                vectors.append(torch.stack([encoded.fused, *(getattr(encoded, kind) for kind in kinds)], 1).float())
+                ids.append(found[2].to(parallel.device))
+    shape = (0, 1 + len(kinds), config.model.embedding)
+    everything = exchange.gather(torch.cat(vectors) if vectors else torch.empty(shape, device=parallel.device)).cpu()
+    all_ids = exchange.gather(torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64, device=parallel.device)).cpu()
+    parts = dict(zip(["fused", *kinds], everything.unbind(1), strict=True))
+    return EmbeddedRows(parts["fused"], all_ids, rows.positions, all_ids.numpy() >= 0, parts.get("vision"), parts.get("text"))

@@ -1,0 +1,152 @@
+"""Dynamic hard negatives: for every query the targets that the current model finds most alike and that are not matches.
+
+First lambda* is fitted on a sample of fixed size (threshold.py). Then every training query is scored against all
+targets of its data set; of those below lambda* the best are its hard negatives. What scores at or above lambda*
+without being a labelled positive is most likely a positive that nobody labelled, and is dropped (recipe 2.1).
+Never a negative: the target's own document or text, and every target of a query with the same text.
+
+Each rank searches for its share of the queries, then the shares are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sailplan.config.schema import Config, DatasetConfig, HardNegativeConfig
+from sailplan.curriculum.embedding import EmbeddedRows, embed_view, exchange_of
+from sailplan.curriculum.pictures import show
+from sailplan.curriculum.scoring import Pairs, labelled_pairs, share
+from sailplan.curriculum.threshold import Threshold, f1_threshold
+from sailplan.data.negatives import HardNegativeStore
+from sailplan.data.reader import RecordReader
+from sailplan.errors import ConfigurationError
+from sailplan.runtime.process import Parallel
+from sailplan.runtime.seeds import generator
+from sailplan_kernels.exchange.base import Exchange
+from sailplan_kernels.topk import topk
+
+EXAMPLES = 6
+
+
+@dataclass
+class Mined:
+    """The store that training reads, the confusion counts and a few examples for the report; keys are "DATASET/PATTERN"."""
+
+    store: HardNegativeStore = field(default_factory=HardNegativeStore)
+    thresholds: dict[str, Threshold] = field(default_factory=dict)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+def chosen_patterns(
+    config: HardNegativeConfig, stage_data: Mapping[str, float], datasets: Mapping[str, DatasetConfig]
+) -> dict[str, list[str]]:
+    """Data set -> patterns to mine for: what the configuration names, else the first pattern of every set of the stage.
+
+    Histories have no mined negatives: sequence sets are left out unless they are named.
+    """
+    if config.patterns:
+        return {name: list(patterns) for name, patterns in config.patterns.items()}
+    fitting = [name for name in stage_data if datasets[name].kind != "sequences" and datasets[name].patterns]
+    return {name: list(datasets[name].patterns)[:1] for name in fitting}
+
+
+def mine(
+    encoder: nn.Module,
+    readers: Mapping[str, RecordReader],
+    patterns: Mapping[str, list[str]],
+    hard: HardNegativeConfig,
+    parallel: Parallel,
+    config: Config,
+    subsets: Mapping[str, NDArray[np.int64]] | None = None,
+) -> Mined:
+    """Mines for every named pattern over the train split, or over `subsets` (data set -> positions). Collective; the same
+    result on all ranks. Raises ConfigurationError for a pattern from a history."""
+    found = Mined()
+    for name, names in patterns.items():
+        reader = readers[name]
+        positions = (subsets or {}).get(name, reader.positions("train"))
+        embedded: dict[str, EmbeddedRows] = {}
+        for pattern in names:
+            key, sides = f"{name}/{pattern}", reader.config.patterns[pattern]
+            for view in (sides.query, sides.target):
+                if reader.config.views[view].of == "history":
+                    raise ConfigurationError(
+                        f"hard_negatives.patterns.{name}: pattern '{pattern}' starts from a history; name patterns of single items"
+                    )
+                if view not in embedded:
+                    embedded[view] = embed_view(encoder, reader, view, positions, parallel=parallel, config=config)
+            queries, targets = embedded[sides.query], embedded[sides.target]
+            both = np.intersect1d(queries.positions[queries.valid], targets.positions[targets.valid])
+            queries, targets = queries.where(np.isin(queries.positions, both)), targets.where(np.isin(targets.positions, both))
+            threshold, table, scores = mine_rows(queries, targets, hard, exchange_of(parallel), parallel.device, key, config.seed)
+            found.thresholds[key] = threshold
+            store = np.full((len(reader), hard.per_query), -1, dtype=np.int64)
+            store[queries.positions] = table
+            found.store.positions[key], found.store.thresholds[key] = store, threshold.value
+            found.examples[key] = _examples(reader, pattern, queries.positions, table, scores)
+    return found
+
+
+def mine_rows(
+    queries: EmbeddedRows, targets: EmbeddedRows, hard: HardNegativeConfig, exchange: Exchange, device: torch.device, key: str, seed: int
+) -> tuple[Threshold, NDArray[np.int64], NDArray[np.float32]]:
+    """lambda*, negatives int64 [n, per_query] as record positions (-1 absent), and their cosines float32, for n pairs.
+
+    queries and targets hold the same n records in the same order. A target that many records share is one candidate.
+    """
+    random = generator("hard negatives", seed, key)
+    sample = torch.from_numpy(np.sort(random.permutation(len(queries))[: hard.sample]))
+    facts = torch.unique(torch.stack([queries.ids, targets.ids]), dim=1)  # (query id, right target id)
+    fused = queries.fused.to(device), targets.fused.to(device)
+    positives = labelled_pairs(queries.ids[sample], targets.ids[sample], facts)
+    threshold = f1_threshold(fused[0][sample], fused[1][sample], positives.to(device), exchange)
+
+    first = torch.from_numpy(np.sort(np.unique(targets.ids.numpy(), return_index=True)[1]))
+    itself = torch.unique(queries.ids).expand(2, -1)  # an item is no negative of itself, where queries are items too
+    hidden = _padded(labelled_pairs(queries.ids, targets.ids[first], torch.cat([facts, itself], 1)), len(queries))
+    start, stop = share(len(queries), exchange.rank, exchange.world_size)
+    scores, columns = topk(
+        fused[0][start:stop], fused[1][first], hard.per_query, max_score=threshold.value, exclude_ids=hidden[start:stop].to(device)
+    )
+    scores, columns = exchange.gather(scores).cpu(), exchange.gather(columns).cpu()
+    candidates = targets.positions[first.numpy()]
+    table = np.where(columns.numpy() >= 0, candidates[columns.numpy().clip(min=0)], -1)
+    return threshold, table, scores.numpy()
+
+
+def _padded(pairs: Pairs, n: int) -> Tensor:
+    """Columns of each row as int64 [n, most], padded with -1."""
+    counts = torch.bincount(pairs.rows, minlength=n)
+    table = torch.full((n, max(1, int(counts.max()) if n else 1)), -1, dtype=torch.int64)
+    place = torch.arange(len(pairs.rows)) - (counts.cumsum(0) - counts)[pairs.rows]
+    table[pairs.rows, place] = pairs.columns
+    return table
+
+
+def _examples(
+    reader: RecordReader, pattern: str, positions: NDArray[np.int64], table: NDArray[np.int64], scores: NDArray[np.float32]
+) -> list[dict[str, Any]]:
+    """[{"query", "positive", "negatives": [{..., "score"}]}] of a few records that have negatives."""
+    sides = reader.config.patterns[pattern]
+    query, target = reader.config.views[sides.query], reader.config.views[sides.target]
+    rows = np.flatnonzero((table >= 0).any(1))
+    rows = rows[np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).astype(int)] if len(rows) else rows
+    return [
+        {
+            "query": show(reader, int(positions[row]), query),
+            "positive": show(reader, int(positions[row]), target),
+            "negatives": [
+                show(reader, place, target) | {"score": round(score, 4)}
+                for place, score in zip(table[row].tolist(), scores[row].tolist(), strict=True)
+                if place >= 0
+            ],
+        }
+        for row in rows.tolist()
+    ]

@@ -1,0 +1,144 @@
+"""The evaluation of a model: every task of the configuration, on all ranks, to a dictionary of numbers.
+
+A view is encoded once per evaluation however many tasks ask for it. Held-out numbers only ever come from held-out
+queries; what a task's baselines know comes from the train split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sailplan.config.schema import Config, EvaluationTask, ViewConfig
+from sailplan.curriculum.embedding import EmbeddedRows, embed_view, exchange_of
+from sailplan.curriculum.scoring import Pairs, pair_scores, unit
+from sailplan.data.reader import RecordReader
+from sailplan.errors import ConfigurationError
+from sailplan.evaluate import metrics
+from sailplan.evaluate.completion import set_completion_task
+from sailplan.evaluate.examples import retrieval_examples
+from sailplan.evaluate.sides import Sides, prepare, query_positions
+from sailplan.runtime.process import Parallel
+
+KINDS = ("retrieval", "classification", "clustering", "sequence")
+METRICS = ("recall", "auc", "gap", "bijection", "kendall", "overlap", "nmi")
+
+
+@dataclass
+class Evaluation:
+    """Numbers per task, and example queries with their nearest candidates in the report's form."""
+
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def as_dict(self, step: int, stage: str) -> dict[str, Any]:
+        """The content of evaluation/step-XXXXXXXX.json."""
+        return {"step": step, "stage": stage, "tasks": self.tasks, "examples": self.examples}
+
+
+class Runner:
+    """Embeds with one model state and remembers what it embedded."""
+
+    def __init__(self, encoder: nn.Module, objectives: Mapping[str, nn.Module], config: Config, parallel: Parallel) -> None:
+        self.encoder, self.objectives, self.config, self.parallel = encoder, objectives, config, parallel
+        self.exchange = exchange_of(parallel)
+        self._done: dict[tuple[str, str, bytes, str | None], EmbeddedRows] = {}
+
+    def embed(self, reader: RecordReader, view: ViewConfig, positions: NDArray[np.int64], text_from: str | None = None) -> EmbeddedRows:
+        """embed_view, once per (data set, view, positions)."""
+        key = (reader.name, repr(view), positions.tobytes(), text_from)
+        if key not in self._done:
+            self._done[key] = embed_view(
+                self.encoder, reader, view, positions, parallel=self.parallel, config=self.config, text_from=text_from
+            )
+        return self._done[key]
+
+    def run(self, name: str, task: EvaluationTask, reader: RecordReader) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """One task's metrics and examples. Collective. Raises ConfigurationError for a task that cannot be."""
+        if task.kind not in KINDS:
+            raise ConfigurationError(f"evaluation.tasks.{name}.kind={task.kind}: expected one of {', '.join(KINDS)}")
+        unknown = [metric for metric in task.metrics if metric not in METRICS]
+        if unknown:
+            raise ConfigurationError(f"evaluation.tasks.{name}.metrics: found {', '.join(unknown)}; expected some of {', '.join(METRICS)}")
+        if task.kind == "clustering":
+            return self._clustering(name, task, reader), []
+        if task.kind == "sequence":
+            return set_completion_task(self, name, task, reader)
+        sides = prepare(reader, task, name, self.embed)
+        return self._retrieval(task, reader, sides), retrieval_examples(task, reader, sides)
+
+    def on_device(self, rows: EmbeddedRows) -> Tensor:
+        return rows.fused.to(self.parallel.device)
+
+    def _retrieval(self, task: EvaluationTask, reader: RecordReader, sides: Sides) -> dict[str, float]:
+        device = self.parallel.device
+        queries, candidates = self.on_device(sides.queries), self.on_device(sides.candidates)
+        positives = sides.positives.to(device)
+        result: dict[str, float] = {}
+        if "recall" in task.metrics:
+            excluded = None if sides.excluded is None else sides.excluded.to(device)
+            ranks = metrics.best_positive_ranks(queries, candidates, positives, excluded, self.exchange)
+            result |= metrics.recall(ranks, task.recall_at)
+            result["candidates"] = float(len(candidates))
+        if "auc" in task.metrics and len(positives.rows):
+            result["auc"] = metrics.auc(queries, candidates, positives, self.exchange)
+        if "gap" in task.metrics:
+            result |= metrics.gap(queries, candidates, positives, self.exchange)
+        if "bijection" in task.metrics:
+            result["bijection"] = metrics.bijection(queries, candidates, sides.queries.ids.to(device), self.exchange)
+        if "kendall" in task.metrics or "overlap" in task.metrics:
+            found = self._graded(reader, sides)
+            result |= {metric: found[metric] for metric in ("kendall", "overlap") if metric in task.metrics}
+        return result
+
+    def _graded(self, reader: RecordReader, sides: Sides) -> dict[str, float]:
+        scores = [reader.body(int(position)).get("score") for position in sides.queries.positions]
+        rows = np.array([row for row, score in enumerate(scores) if score is not None and sides.own[row] >= 0], dtype=np.int64)
+        own = Pairs(torch.from_numpy(rows), torch.from_numpy(sides.own[rows]))
+        cosines = pair_scores(unit(sides.queries.fused), unit(sides.candidates.fused), own).numpy()
+        return metrics.graded_order(cosines, np.array([float(scores[row]) for row in rows]))
+
+    def _clustering(self, name: str, task: EvaluationTask, reader: RecordReader) -> dict[str, float]:
+        if task.label is None:
+            raise ConfigurationError(
+                f"evaluation.tasks.{name}.label is empty: expected the key of the records that holds the label, such as subgroup"
+            )
+        rows = self.embed(reader, reader.config.views[task.query], query_positions(reader, task, name))
+        labels = [reader.body(int(position)).get(task.label) for position in rows.positions]
+        keep = rows.valid & np.array([label is not None for label in labels])
+        if not keep.any():
+            raise ConfigurationError(
+                f"evaluation.tasks.{name}.label={task.label}: no record of '{task.dataset}' has this key; name one that they have"
+            )
+        found = metrics.cluster_agreement(rows.fused.numpy()[keep], [str(labels[row]) for row in np.flatnonzero(keep)])
+        return {key: value for key, value in found.items() if key in ("nmi", "clusters")}
+
+
+def evaluate(
+    encoder: nn.Module,
+    objectives: Mapping[str, nn.Module],
+    readers: Mapping[str, RecordReader],
+    config: Config,
+    parallel: Parallel,
+    only: Sequence[str] | None = None,
+) -> Evaluation:
+    """All tasks of `evaluation.tasks`, or the ones named in `only`; every rank gets the same result. Collective.
+
+    objectives: the run's losses; `seq2item`, if it is among them, represents histories. The encoder's training mode
+    comes back as it was. Raises ConfigurationError for a task that cannot be.
+    """
+    runner, result = Runner(encoder, objectives, config, parallel), Evaluation()
+    for name in only if only is not None else list(config.evaluation.tasks):
+        if name not in config.evaluation.tasks:
+            raise ConfigurationError(f"evaluation.tasks has no '{name}'; expected one of {', '.join(config.evaluation.tasks) or 'none'}")
+        task = config.evaluation.tasks[name]
+        result.tasks[name], examples = runner.run(name, task, readers[task.dataset])
+        if examples:
+            result.examples[name] = examples
+    return result

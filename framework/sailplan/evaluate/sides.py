@@ -1,0 +1,113 @@
+"""Who is asked and what can be found: a task's queries, candidates and the relation of right answers, before any metric.
+
+Right answers are told by ids, not by rows: queries with the same text share all their items, and candidates with
+the same text (or the same document) are all right. So a name that two emoji share is never counted as an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sailplan.config.schema import EvaluationTask, ViewConfig
+from sailplan.curriculum.embedding import EmbeddedRows
+from sailplan.curriculum.scoring import Pairs, labelled_pairs
+from sailplan.data.reader import RecordReader
+from sailplan.errors import ConfigurationError
+from sailplan.runtime.seeds import generator
+
+Embed = Callable[[RecordReader, ViewConfig, NDArray[np.int64], str | None], EmbeddedRows]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A retrieval task, embedded. Row i's own candidate is what its record says, or -1 where that is not among the candidates."""
+
+    queries: EmbeddedRows
+    candidates: EmbeddedRows
+    own: NDArray[np.int64]  # [n] index of the candidate that the query's record names
+    positives: Pairs
+    excluded: Pairs | None  # the query item itself, where queries are catalogue items too
+    candidate_reader: RecordReader
+    candidate_view: ViewConfig
+
+
+def item_view(view: ViewConfig) -> ViewConfig:
+    """The same view, for a record of an items data set."""
+    return replace(view, of="item")
+
+
+def query_positions(reader: RecordReader, task: EvaluationTask, name: str) -> NDArray[np.int64]:
+    """Sorted positions of the task's query records; `limit` takes a fixed random part. Raises ConfigurationError if there is none."""
+    positions = reader.positions(None if task.split == "all" else task.split)
+    if task.limit is not None and len(positions) > task.limit:
+        positions = np.sort(generator("evaluation", name).permutation(positions)[: task.limit])
+    if not len(positions):
+        raise ConfigurationError(
+            f"evaluation.tasks.{name}.split={task.split}: data set '{task.dataset}' has the splits "
+            f"{', '.join(reader.index.split_names)}; choose one of them"
+        )
+    return positions
+
+
+def catalogue_positions(reader: RecordReader, positions: NDArray[np.int64], key: str) -> NDArray[np.int64]:
+    """Catalogue position of the item that each pair names under `key` (item | query); -1 where it names none or an unknown one."""
+    assert reader.catalogue is not None
+    names = [reader.body(int(position)).get(key) for position in positions]
+    found = [reader.catalogue.find(str(name)) if name else None for name in names]
+    return np.array([-1 if place is None else place for place in found], dtype=np.int64)
+
+
+def prepare(reader: RecordReader, task: EvaluationTask, name: str, embed: Embed) -> Sides:
+    """Embeds both sides of a retrieval or classification task. Collective.
+
+    candidates=split: the targets of the query records; all: every record of the data set, for pairs every item of the
+    catalogue. Classification keeps each different label text once.
+    """
+    positions = query_positions(reader, task, name)
+    target_view = reader.config.views[task.target]
+    queries = embed(reader, reader.config.views[task.query], positions, task.query_text)
+    queries = queries.where(queries.valid)
+    own_query: NDArray[np.int64] | None = None
+    if reader.config.kind == "items":
+        target_reader, wanted = reader, queries.positions
+        pool = np.arange(len(reader)) if task.candidates == "all" else positions
+    elif reader.config.kind == "pairs":
+        assert reader.catalogue is not None
+        target_reader, target_view = reader.catalogue, item_view(target_view)
+        wanted = catalogue_positions(reader, queries.positions, "item")
+        own_query = catalogue_positions(reader, queries.positions, "query")
+        pool = np.arange(len(target_reader)) if task.candidates == "all" else np.unique(wanted[wanted >= 0])
+    else:
+        raise ConfigurationError(
+            f"evaluation.tasks.{name}.kind={task.kind}: data set '{task.dataset}' holds sequences; expected kind: sequence"
+        )
+    candidates = embed(target_reader, target_view, pool.astype(np.int64), None)
+    candidates = candidates.where(candidates.valid)
+    own = index_of(candidates.positions, wanted)
+    labels = candidates.ids[torch.from_numpy(own.clip(min=0))]
+    if task.kind == "classification":
+        first = np.sort(np.unique(candidates.ids.numpy(), return_index=True)[1])
+        candidates = candidates.where(np.isin(np.arange(len(candidates)), first))
+        own = np.where(own >= 0, index_of(candidates.ids.numpy(), labels.numpy()), -1)
+    known = torch.from_numpy(own >= 0)
+    positives = labelled_pairs(queries.ids, candidates.ids, torch.unique(torch.stack([queries.ids[known], labels[known]]), dim=1))
+    excluded = None
+    if own_query is not None and (own_query >= 0).any():
+        place = index_of(candidates.positions, own_query)
+        rows = np.flatnonzero((place >= 0) & (place != own))
+        excluded = Pairs.of(torch.from_numpy(rows), torch.from_numpy(place[rows]))
+    return Sides(queries, candidates, own, positives, excluded, target_reader, target_view)
+
+
+def index_of(values: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Index of each wanted value in `values` (the first, if it is there twice), -1 where it is not there."""
+    if not len(values):
+        return np.full(len(wanted), -1, dtype=np.int64)
+    order = np.argsort(values, kind="stable")
+    place = np.searchsorted(values[order], wanted).clip(max=len(values) - 1)
+    return np.where(values[order[place]] == wanted, order[place], -1).astype(np.int64)

@@ -1,0 +1,1 @@
+"""What leaves a run: embeddings, semantic IDs, and one weights file that stands alone."""
