@@ -76,7 +76,14 @@ def log_mel(waves: NDArray[np.float32], rate: int, bins: int) -> Tensor:
     size = 1 << (window - 1).bit_length()
     frames = waves.shape[1] // hop
     spectrum = torch.stft(
-        torch.from_numpy(waves), size, hop_length=hop, win_length=window, window=_window(window), center=True, pad_mode="constant", return_complex=True
+        torch.from_numpy(waves),
+        size,
+        hop_length=hop,
+        win_length=window,
+        window=_window(window),
+        center=True,
+        pad_mode="constant",
+        return_complex=True,
     )
     power = torch.view_as_real(spectrum[:, :, :frames]).square().sum(-1) / window
     mel = power.transpose(1, 2) @ mel_filters(bins, size // 2 + 1, rate)

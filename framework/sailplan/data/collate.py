@@ -86,7 +86,7 @@ class Collator:
             for name in patterns
             if self.negatives is not None and f"{part.dataset}/{name}" in self.negatives.positions
         }
-        rows = _Rows(views={name: [] for name in names} | {f"negatives/{name}": [] for name in mined})
+        rows = _Rows(views={name: [] for name in [*names, *(f"negatives/{name}" for name in mined)]})
         for row, position in zip(*part.rank_rows(self.rank, self.size), strict=True):
             seed = derive(self.config.seed, self.plan.stage_name, step, part.dataset, int(row))
             position = self._add_row(rows, reader, names, step, int(row), int(position), seed)
@@ -95,7 +95,9 @@ class Collator:
         views = {name: self._view_batch(rows.views[name], dataset.views[name], dataset) for name in names}
         for name in mined:
             key = f"negatives/{name}"
-            views[key] = self._view_batch(rows.views[key], dataset.views[dataset.patterns[name].target], dataset, group=mined[name].shape[1])
+            views[key] = self._view_batch(
+                rows.views[key], dataset.views[dataset.patterns[name].target], dataset, group=mined[name].shape[1]
+            )
         return StepBatch(
             step=step,
             dataset=part.dataset,

@@ -21,7 +21,9 @@ from sailplan.errors import BadDataError, ConfigurationError
 PARTS = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}
 
 
-def open_datasets(config: Config, artifacts: Mapping[str, str | Path] | None = None, names: Iterable[str] | None = None) -> dict[str, RecordReader]:
+def open_datasets(
+    config: Config, artifacts: Mapping[str, str | Path] | None = None, names: Iterable[str] | None = None
+) -> dict[str, RecordReader]:
     """Data set name -> reader, catalogues included.
 
     artifacts: folders of the data sets whose shards are `artifact:NAME`; those without a folder yet are left out.
@@ -74,7 +76,9 @@ def check_dataset(config: Config, name: str) -> None:
     for pattern_name, pattern in dataset.patterns.items():
         for side in (pattern.query, pattern.target):
             if side not in dataset.views:
-                raise ConfigurationError(f"{key}.patterns.{pattern_name}: no view '{side}'; this data set has: {', '.join(dataset.views) or 'none'}")
+                raise ConfigurationError(
+                    f"{key}.patterns.{pattern_name}: no view '{side}'; this data set has: {', '.join(dataset.views) or 'none'}"
+                )
 
 
 def _check_catalogue(config: Config, name: str, dataset: DatasetConfig) -> None:
@@ -143,5 +147,11 @@ def validate_reader(reader: RecordReader, decoder: ViewDecoder) -> list[Problem]
     for view_name, count in shown.items():
         if count == 0 and len(reader):
             view = reader.config.views[view_name]
-            problems.append(Problem(reader.name, "-", f"view '{view_name}': no record has any of {', '.join(view.modalities)} (fields {', '.join(view.fields) or '-'})"))
+            problems.append(
+                Problem(
+                    reader.name,
+                    "-",
+                    f"view '{view_name}': no record has any of {', '.join(view.modalities)} (fields {', '.join(view.fields) or '-'})",
+                )
+            )
     return problems

@@ -58,7 +58,14 @@ def draw_augmentation(source: random.Random, strength: float) -> tuple[float, ..
     angle = math.radians(15.0) * strength * u[2]
     flip = -1.0 if source.random() < 0.5 * strength else 1.0
     cosine, sine = math.cos(angle), math.sin(angle)
-    affine = (flip * zoom * aspect * cosine, -zoom * sine, 0.3 * strength * u[3], flip * zoom * sine, zoom / aspect * cosine, 0.3 * strength * u[4])
+    affine = (
+        flip * zoom * aspect * cosine,
+        -zoom * sine,
+        0.3 * strength * u[3],
+        flip * zoom * sine,
+        zoom / aspect * cosine,
+        0.3 * strength * u[4],
+    )
     brightness = 0.3 * strength * u[6]
     return (*affine, 1.0 + 0.3 * strength * u[5], *(brightness + 0.15 * strength * u[place] for place in (7, 8, 9)))
 

@@ -112,6 +112,11 @@ class ShardIndex:
             result.append(table.ids[row])
         return result
 
+    def size(self, position: int) -> int:
+        """Bytes of the record's members."""
+        _, table, row = self.locate(position)
+        return sum(size for _, _, size in table.members(row))
+
     def find(self, record_id: str) -> int | None:
         """Position of the (first) record with this id, or None."""
         hashes, order = self._hashes()
@@ -125,7 +130,9 @@ class ShardIndex:
 
     def _hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         if self._lookup is None:
-            values = np.fromiter((id_hash(name) for shard in range(len(self.shards)) for name in self._table(shard).ids), np.uint64, len(self))
+            values = np.fromiter(
+                (id_hash(name) for shard in range(len(self.shards)) for name in self._table(shard).ids), np.uint64, len(self)
+            )
             order = np.argsort(values, kind="stable")
             self._lookup = values[order], order
         return self._lookup

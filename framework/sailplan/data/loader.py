@@ -111,7 +111,7 @@ class StepLoader:
             sampler=range(self.start_step, self.stop_step),
             num_workers=self.data.workers,
             prefetch_factor=self.data.prefetch,
-            collate_fn=_unchanged,
+            collate_fn=_unchanged,  # type: ignore[arg-type]
             multiprocessing_context="fork",
         )
         for packed in loader:

@@ -84,11 +84,18 @@ class Plan:
         subsets: Mapping[str, NDArray[np.int64]] | None = None,
     ) -> None:
         data = config.data
-        for key, value in (("data.lanes", data.lanes), ("data.segment", data.segment), ("data.window", data.window), ("global_batch", config.global_batch)):
+        for key, value in (
+            ("data.lanes", data.lanes),
+            ("data.segment", data.segment),
+            ("data.window", data.window),
+            ("global_batch", config.global_batch),
+        ):
             if value < 1:
                 raise ConfigurationError(f"{key}={value}: expected at least 1")
         if config.global_batch % data.lanes:
-            raise ConfigurationError(f"global_batch={config.global_batch} does not divide by data.lanes={data.lanes}: use a multiple of data.lanes")
+            raise ConfigurationError(
+                f"global_batch={config.global_batch} does not divide by data.lanes={data.lanes}: use a multiple of data.lanes"
+            )
         self.steps, self.stage_name, self.seed = stage.steps, stage_name, config.seed
         self.lanes, self.segment, self.window, self.global_batch = data.lanes, data.segment, data.window, config.global_batch
         self.names = sorted(name for name, weight in weights.items() if weight != 0)
@@ -170,7 +177,9 @@ class Plan:
     def _allowed(self, name: str, subsets: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
         allowed = np.asarray(subsets[name], dtype=np.int64) if name in subsets else self._sets[name].positions("train")
         if len(allowed) == 0:
-            raise ConfigurationError(f"data.sets.{name}: stage '{self.stage_name}' finds no record with split 'train' to draw from; check its shards or subset")
+            raise ConfigurationError(
+                f"data.sets.{name}: stage '{self.stage_name}' finds no record with split 'train' to draw from; check its shards or subset"
+            )
         return allowed
 
     def _rows(self, first_step: int, count: int) -> NDArray[np.int64]:

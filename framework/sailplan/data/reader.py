@@ -28,7 +28,6 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 AUDIO_EXTENSIONS = frozenset({"ogg", "opus", "flac", "wav"})
 ALL_MEDIA = frozenset({"vision", "audio"})
 CACHE_BYTES = 64 << 20
-JSON_BYTES = 2000  # about what the parsed JSON of an item takes
 FILES_OPEN = 128
 
 
@@ -77,18 +76,21 @@ class RecordReader:
         """Position of the record with this id, or None."""
         return self.index.find(record_id)
 
-    def read(self, position: int, *, seed: int | None = None, media: frozenset[str] = ALL_MEDIA, needs: Iterable[str] | None = None) -> Record:
+    def read(
+        self, position: int, *, seed: int | None = None, media: frozenset[str] = ALL_MEDIA, needs: Iterable[str] | None = None
+    ) -> Record:
         """The record at a position.
 
         seed: draws a sequence's target and history among its `items`; None: a fixed draw that depends on the record's
         id alone (evaluation). media: which of "vision", "audio" to read. needs: which of item, query, target, history
         to look up (default all). Raises BadSample for broken bytes, JSON, unknown ids or a stale index.
         """
-        body, files = self._read_body(position)
+        if self.config.kind == "items":
+            item = self.item(position, media)
+            return Record(item.id, str(item.extra.get("split") or "train"), item=item)
+        body, _ = self._read_body(position)
         wanted = frozenset(needs) if needs is not None else frozenset({"item", "query", "target", "history"})
         record_id, split = self.ids([position])[0], str(body.get("split") or "train")
-        if self.config.kind == "items":
-            return Record(record_id, split, item=self._item(record_id, body, files, media))
         used = {"id", "split"}
         if self.config.kind == "pairs":
             used |= {"text", "query", "item", "score"}
@@ -152,7 +154,7 @@ class RecordReader:
             return known
         body, files = self._read_body(position)
         item = self._item(self.ids([position])[0], body, files, media)
-        self._items.put((position, media), item, sum(map(len, item.images)) + len(item.audio or b"") + JSON_BYTES)
+        self._items.put((position, media), item, self.index.size(position) * 2)
         return item
 
     # ---------------------------------------------------------------- parts
@@ -167,7 +169,10 @@ class RecordReader:
                 except ValueError as error:
                     raise BadSample(table.ids[row], f"broken JSON in {self.index.shards[shard]} at byte {offset}: {error}") from error
                 if not isinstance(body, dict):
-                    raise BadSample(table.ids[row], f"JSON in {self.index.shards[shard]} at byte {offset} is a {type(body).__name__}, expected an object")
+                    raise BadSample(
+                        table.ids[row],
+                        f"JSON in {self.index.shards[shard]} at byte {offset} is a {type(body).__name__}, expected an object",
+                    )
             else:
                 files.append((extension, shard, offset, size))
         if "id" in body and str(body["id"]) != table.ids[row]:
@@ -185,7 +190,13 @@ class RecordReader:
                 audio = self._bytes(shard, offset, size)
             elif kind == "txt":
                 fields.setdefault("title", {"en": self._bytes(shard, offset, size).decode(errors="replace")})
-        return Item(record_id, _fields(record_id, fields), tuple(images), audio, {key: value for key, value in body.items() if key not in ("id", "fields")})
+        return Item(
+            record_id,
+            _fields(record_id, fields),
+            tuple(images),
+            audio,
+            {key: value for key, value in body.items() if key not in ("id", "fields")},
+        )
 
     def _query(self, record_id: str, body: dict[str, Any], media: frozenset[str]) -> Item:
         if body.get("query") is not None:
@@ -211,7 +222,9 @@ class RecordReader:
             self._files.move_to_end(shard)
             content = os.pread(self._files[shard], size, offset)  # no shared file position: safe in forked workers
         if len(content) != size:
-            raise BadSample(self.index.shards[shard].name, f"read {len(content)} of {size} bytes at byte {offset}: the shard was cut while in use")
+            raise BadSample(
+                self.index.shards[shard].name, f"read {len(content)} of {size} bytes at byte {offset}: the shard was cut while in use"
+            )
         return content
 
 

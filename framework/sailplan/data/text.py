@@ -18,9 +18,11 @@ from typing import Any
 import tokenizers
 
 from sailplan.config.schema import DatasetConfig, ViewConfig
+from sailplan.data.cache import ByteCache
 from sailplan.errors import ConfigurationError
 
 TEXT_TOKENS_LEFT = 4  # a prompt must leave at least this many tokens to the text
+KNOWN_BYTES = 32 << 20  # tokens of recent texts
 PREFERRED_LANGUAGE = "en"
 
 
@@ -110,6 +112,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self.path, self.max_tokens = path, max_tokens
         self._prompts: dict[str, list[int]] = {}
+        self._known: ByteCache[list[int]] = ByteCache(KNOWN_BYTES)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "max_tokens": self.max_tokens}
@@ -136,4 +139,10 @@ class Tokenizer:
     def texts(self, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
         """Token ids of each text without the prompt, cut so that prompt + text fit into max_tokens; "" gives []."""
         room = self.max_tokens - len(self.prompt(prompt))
-        return [encoding.ids[:room] for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        known = [self._known.get(text) for text in texts]
+        unknown = [place for place, ids in enumerate(known) if ids is None]
+        encodings = self._tokenizer.encode_batch_fast([texts[place] for place in unknown], add_special_tokens=False)
+        for place, encoding in zip(unknown, encodings, strict=True):
+            known[place] = ids = encoding.ids[: self.max_tokens]
+            self._known.put(texts[place], ids, 200 + 2 * len(texts[place]) + 40 * len(ids))
+        return [ids[:room] for ids in known if ids is not None]

@@ -32,7 +32,7 @@ class ViewRow:
 
     id: int = -1  # the same document, or for text-only views the same text; -1: not valid
     text: str = ""
-    images: Tensor | None = None  # uint8 [f, 3, size, size]
+    images: tuple[Tensor, ...] = ()  # f of uint8 [3, size, size]
     augmentation: tuple[float, ...] | None = None
     audio: Tensor | None = None  # float16 [c, frames, mels]
 
@@ -65,13 +65,13 @@ class ViewDecoder:
             row.text = compose(item.fields, view, dataset, source) if text is None else text
         strength = dataset.image_augmentation if source is not None else 0.0
         if "vision" in view.modalities and item.images:
-            row.images = torch.stack([self._image(item.id, content) for content in item.images[: self.config.frames]])
+            row.images = tuple(self._image(item.id, content) for content in item.images[: self.config.frames])
             if source is not None and strength > 0:
                 row.augmentation = image.draw_augmentation(source, strength)
         if "audio" in view.modalities and item.audio is not None:
             row.audio = self._audio(item.id, item.audio, source, strength)
-        if row.text or row.images is not None or row.audio is not None:
-            text_only = row.images is None and row.audio is None and list(view.modalities) == ["text"]
+        if row.text or row.images or row.audio is not None:
+            text_only = list(view.modalities) == ["text"]
             row.id = derive("text", row.text.casefold()) if text_only else derive("document", item.id)
         return row
 
@@ -127,13 +127,13 @@ class ViewDecoder:
         return audio.augment(known.float(), source, strength).half() if source is not None and strength > 0 else known
 
     def _stack_images(self, rows: Sequence[ViewRow]) -> tuple[Tensor, Tensor]:
-        size, frames = self.config.image_size, max((len(row.images) for row in rows if row.images is not None), default=1)
+        size, frames = self.config.image_size, max((len(row.images) for row in rows if row.images), default=1)
         pixels = torch.zeros(len(rows), frames, 3, size, size, dtype=torch.uint8)
         mask = torch.zeros(len(rows), frames, dtype=torch.bool)
         for place, row in enumerate(rows):
-            if row.images is not None:
-                pixels[place, : len(row.images)] = row.images
-                mask[place, : len(row.images)] = True
+            for frame, picture in enumerate(row.images):
+                pixels[place, frame] = picture
+            mask[place, : len(row.images)] = True
         return image.to_batch(pixels, [row.augmentation for row in rows]), mask
 
     def _stack_audio(self, rows: Sequence[ViewRow]) -> tuple[Tensor, Tensor]:
