@@ -48,7 +48,7 @@ class _Steps(Dataset[Packed | SailplanError]):
 
 
 class StepLoader:
-    """Iterates over the steps start_step .. stage.steps - 1 of a data-parallel rank; each is a list[StepBatch]
+    """Iterates over the steps start_step .. stop_step - 1 (default: the stage's last) of a data-parallel rank; each is a list[StepBatch]
     (one, or several in a mixed step).
 
     Raises while iterating: BadDataError when more than data.bad_sample_limit of the latest 1,000 rows had to be
@@ -65,11 +65,12 @@ class StepLoader:
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
         start_step: int = 0,
+        stop_step: int | None = None,
         negatives: HardNegativeStore | None = None,
         teachers: TeacherTable | None = None,
     ) -> None:
         self.collator = Collator(config, stage, plan, readers, data_parallel_rank, data_parallel_size, negatives, teachers)
-        self.data, self.start_step, self.stop_step = config.data, start_step, plan.steps
+        self.data, self.start_step, self.stop_step = config.data, start_step, plan.steps if stop_step is None else stop_step
         self._recent: deque[tuple[int, int]] = deque()  # (rows, bad samples) of the latest steps
         self._running: Iterator[list[StepBatch]] | None = None
 
