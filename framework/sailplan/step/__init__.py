@@ -1,0 +1,1 @@
+"""One training step: the gradient cache, the guards before the optimizer, and the optimizer's groups."""

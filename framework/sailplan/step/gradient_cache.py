@@ -1,0 +1,151 @@
+"""The gradient cache: a contrastive loss over a batch of any size, in the memory of one micro-batch.
+
+The loss couples all rows, but the encoder does not: given the gradient of the loss with respect to each embedding,
+a micro-batch's share of the parameters' gradient needs that micro-batch alone (Gao et al., "Scaling Deep Contrastive
+Learning Batch Size under Memory Limited Setup", arXiv 2101.06983). So:
+
+(A) encode all micro-batches without graphs, except the last few, whose graphs are kept;
+(B) compute the loss on the embeddings as leaves, and their gradients (the caller's part);
+(C) go backward through the kept graphs, then encode the others again with graphs and go backward with the cached
+    gradients.
+
+The result is the gradient of the full batch, not an approximation: each micro-batch is encoded under a seed of its
+own, so dropout in (C) repeats that in (A). Gradients are reduced over data-parallel ranks in the last backward only.
+Views whose towers are all frozen are not encoded a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sailplan.data.record import EncoderInputs, StepBatch
+from sailplan.model.parallelize import set_gradient_sync
+from sailplan.model.protocol import Embeddings
+from sailplan.objective.protocol import EncodedStep, EncodedView
+from sailplan.runtime.seeds import derive
+
+VECTORS = ("fused", "vision", "text")
+
+
+@dataclass
+class MicroBatch:
+    """One call of the encoder: where its rows belong, the seed of both passes, and what must be kept between them."""
+
+    batch: int
+    view: str
+    inputs: EncoderInputs
+    per_modality: bool
+    seed: int
+    trainable: bool
+    keep_graph: bool = False
+    outputs: Embeddings | None = None  # with its graph, where kept
+    leaves: dict[str, Tensor] = field(default_factory=dict)  # vector name -> [b, D], what the losses see
+
+
+def view_is_trainable(encoder: nn.Module, modalities: Iterable[str]) -> bool:
+    """Whether any part of the encoder that a view of these modalities runs through has a trainable parameter.
+
+    An encoder without `parts()` counts as one part. Prompts are text, so every view runs the text embedding.
+    """
+    if not hasattr(encoder, "parts"):
+        return any(parameter.requires_grad for parameter in encoder.parameters())
+    used = {"text", "tower"}
+    if "vision" in modalities:
+        used |= {"vision", "perceiver"}
+    if "audio" in modalities:
+        used.add("audio")
+    return any(parameter.requires_grad for name, part in encoder.parts().items() if name in used for parameter in part)
+
+
+class GradientCache:
+    """Encodes the views of a step's batches (A), and carries gradients of the embeddings to the encoder (C).
+
+    encoder: a model.protocol.Encoder, plain or sharded by model.parallelize.
+    kept_graphs: trainable micro-batches, counted from the last, whose graphs are kept; -1: all.
+    """
+
+    def __init__(self, encoder: nn.Module, kept_graphs: int) -> None:
+        self.encoder = encoder
+        self.kept_graphs = kept_graphs
+        self.micro_batches: list[MicroBatch] = []
+
+    def encode(
+        self, batches: Sequence[StepBatch], per_modality: Sequence[bool], device: torch.device, seed_parts: Sequence[int | str]
+    ) -> list[EncodedStep]:
+        """(A): the batches' views as leaves that require a gradient where their encoder does.
+
+        per_modality: for each batch, whether its losses need the vision and text vectors. seed_parts: what the seeds
+        are derived from, besides the micro-batch's own place (run seed, stage, step, data-parallel rank). The order of
+        encoding is that of the batches and, inside, of the views' names: the same on all ranks.
+        """
+        self.micro_batches = [
+            MicroBatch(number, view, inputs.to(device), wanted, derive(*seed_parts, number, view, index), trainable)
+            for number, (batch, wanted) in enumerate(zip(batches, per_modality, strict=True))
+            for view, rows in sorted(batch.views.items())
+            for trainable in [view_is_trainable(self.encoder, rows.micro_batches[0].modalities)]
+            for index, inputs in enumerate(rows.micro_batches)
+        ]
+        trainable = [micro_batch for micro_batch in self.micro_batches if micro_batch.trainable]
+        kept = len(trainable) if self.kept_graphs < 0 else min(self.kept_graphs, len(trainable))
+        for micro_batch in trainable[len(trainable) - kept :]:
+            micro_batch.keep_graph = True
+        for micro_batch in self.micro_batches:
+            with torch.set_grad_enabled(micro_batch.keep_graph):
+                outputs = self._run(micro_batch)
+            for name in VECTORS:
+                vector = getattr(outputs, name)
+                if vector is not None:
+                    micro_batch.leaves[name] = vector.detach().requires_grad_(micro_batch.trainable)
+            micro_batch.outputs = outputs if micro_batch.keep_graph else None
+        return [self._assemble(number, batch, device) for number, batch in enumerate(batches)]
+
+    def backward(self) -> int:
+        """(C): accumulates the encoder's gradients from the leaves' gradients; returns how many micro-batches ran backward.
+
+        The gradient reduction is on in the last of them only. A leaf that no loss used has a zero gradient: it still
+        takes part, so that all ranks meet in the same collectives.
+        """
+        trainable = [micro_batch for micro_batch in self.micro_batches if micro_batch.trainable]
+        ordered = [micro_batch for micro_batch in trainable if micro_batch.keep_graph]
+        ordered += [micro_batch for micro_batch in trainable if not micro_batch.keep_graph]
+        for number, micro_batch in enumerate(ordered):
+            set_gradient_sync(self.encoder, number == len(ordered) - 1)
+            outputs = micro_batch.outputs
+            if outputs is None:
+                with torch.enable_grad():
+                    outputs = self._run(micro_batch)
+            vectors, gradients = [], []
+            for name, leaf in micro_batch.leaves.items():
+                vector = getattr(outputs, name)
+                if vector.requires_grad:
+                    vectors.append(vector)
+                    gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+            torch.autograd.backward(vectors, gradients)
+            micro_batch.outputs = None
+            micro_batch.leaves = {}
+        self.micro_batches = []
+        return len(ordered)
+
+    def _run(self, micro_batch: MicroBatch) -> Embeddings:
+        torch.manual_seed(micro_batch.seed)
+        return self.encoder(micro_batch.inputs, per_modality=micro_batch.per_modality)
+
+    def _assemble(self, number: int, batch: StepBatch, device: torch.device) -> EncodedStep:
+        """One batch's encodings, rows back in the step's order."""
+        views = {}
+        for name, rows in batch.views.items():
+            parts = [micro_batch.leaves for micro_batch in self.micro_batches if micro_batch.batch == number and micro_batch.view == name]
+            order = rows.order.to(device)
+            vectors = {vector: torch.cat([leaves[vector] for leaves in parts])[order] for vector in VECTORS if vector in parts[0]}
+            views[name] = EncodedView(valid=rows.valid.to(device), ids=rows.ids.to(device), group=rows.group, **vectors)
+        return EncodedStep(
+            dataset=batch.dataset,
+            views=views,
+            patterns=batch.patterns,
+            scores=None if batch.scores is None else batch.scores.to(device),
+            teachers={name: vectors.to(device) for name, vectors in batch.teachers.items()},
+        )

@@ -1,0 +1,68 @@
+"""What must hold on all ranks before the optimizer moves the weights.
+
+One rank's infinite loss or gradient would poison every replica, and ranks that disagree about skipping a step would
+drift apart or hang. So the verdict is one agreement over the world: all step, or none does. A skipped step names the
+records that look guilty; too many skips in a row end the run, because then it is not the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sailplan.data.record import StepBatch
+from sailplan.errors import SailplanError
+from sailplan.objective.protocol import EncodedStep
+from sailplan.runtime.process import Parallel
+
+
+class FiniteGuard:
+    """Skips steps whose loss or gradient norm is not finite on some rank.
+
+    max_skips: skipped steps in a row before SailplanError.
+    """
+
+    def __init__(self, parallel: Parallel, max_skips: int = 10) -> None:
+        self.parallel = parallel
+        self.max_skips = max_skips
+        self.skips = 0
+
+    def all_finite(self, *values: Tensor) -> bool:
+        """Whether the values are finite on every rank of the world. A collective.
+
+        Raises SailplanError after `max_skips` negative answers in a row.
+        """
+        finite = all(bool(torch.isfinite(value).all()) for value in values)
+        if not self.parallel.agree(not finite):
+            self.skips = 0
+            return True
+        self.skips += 1
+        if self.skips >= self.max_skips:
+            raise SailplanError(
+                f"loss or gradient norm not finite in {self.skips} steps in a row, expected finite values; lower the learning rate, or see quarantine.jsonl"
+            )
+        return False
+
+    def suspects(self, batches: Sequence[StepBatch], encoded: Sequence[EncodedStep]) -> list[str]:
+        """This rank's records to quarantine after a skipped step. A collective.
+
+        Records with a vector that is not finite; if there are none on any rank, all records of the step.
+        """
+        guilty = [record for batch, step in zip(batches, encoded, strict=True) for record in _not_finite(batch, step)]
+        if self.parallel.agree(bool(guilty)):
+            return guilty
+        return [record for batch in batches for record in batch.record_ids]
+
+
+def _not_finite(batch: StepBatch, encoded: EncodedStep) -> list[str]:
+    rows = len(batch.record_ids)
+    bad = torch.zeros(rows, dtype=torch.bool, device=next(iter(encoded.views.values())).fused.device)
+    for view in encoded.views.values():
+        for vectors in (view.fused, view.vision, view.text):
+            if vectors is not None:
+                # Padding may hold anything.
+                row_bad = ~vectors.detach().isfinite().all(1) & view.valid
+                bad |= row_bad.view(rows, view.group).any(1)
+    return [record for record, is_bad in zip(batch.record_ids, bad.tolist(), strict=True) if is_bad]

@@ -1,0 +1,186 @@
+"""A mixed step that uses every loss at once, in miniature, and the same step's gradients by plain autograd.
+
+Three data sets: items with pictures, names and speech (InfoNCE over patterns that share views, mined hard negatives,
+mICL, late fusion, id2item), graded pairs (CoSENT) and histories (seq2item). Rows lack modalities, ids repeat, some
+rows are not valid. `global_batches` makes the whole batch; `share` cuts a rank's rows and micro-batches out of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sailplan.config.schema import Config, DataConfig, DatasetConfig, PatternConfig, StepConfig, ViewConfig
+from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
+from sailplan.model.testing import random_inputs, small_config
+from sailplan.model.tower import OmniEncoder
+from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
+from sailplan.objective.registry import build_objectives
+from sailplan.objective.temperature import Temperatures
+from sailplan_kernels.exchange import Local
+
+WEIGHTS = {"infonce": 1.0, "cosent": 0.3, "micl": 0.4, "late_fusion": 0.5, "seq2item": 0.7, "id2item": 0.6}
+THRESHOLDS = {"items/name_to_item": 0.6}
+ROWS = {"items": 32, "pairs": 16, "sequences": 8}
+HISTORY, HARD_NEGATIVES = 3, 2
+
+
+def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: str = "chunked") -> Config:
+    """A configuration with three data sets and all objectives over model.testing's small encoder."""
+    items = DatasetConfig(
+        kind="items",
+        views={
+            "image": ViewConfig(modalities=["vision"]),
+            "name": ViewConfig(modalities=["text"]),
+            "item": ViewConfig(modalities=["vision", "text"]),
+            "speech": ViewConfig(modalities=["audio"]),
+        },
+        patterns={
+            "image_to_name": PatternConfig("image", "name", 1.0),
+            "name_to_item": PatternConfig("name", "item", 0.5),
+            "image_to_item": PatternConfig("image", "item", 0.7),
+            "speech_to_name": PatternConfig("speech", "name", 0.3),
+        },
+        temperature=0.2,
+    )
+    both = ["vision", "text"]
+    pairs = DatasetConfig(
+        kind="pairs",
+        views={"query": ViewConfig("query", both), "item": ViewConfig("target", both)},
+        patterns={"item_to_item": PatternConfig("query", "item")},
+        temperature=0.1,
+        symmetric=False,
+    )
+    sequences = DatasetConfig(
+        kind="sequences",
+        views={"history": ViewConfig("history", both), "item": ViewConfig("target", both)},
+        patterns={"history_to_item": PatternConfig("history", "item")},
+        history_length=HISTORY,
+    )
+    return Config(
+        seed=3,
+        data=DataConfig(sets={"items": items, "pairs": pairs, "sequences": sequences}),
+        model=small_config(dropout),
+        step=StepConfig(kept_graphs=kept_graphs, backend=backend),
+        objectives={
+            "infonce": {"_target_": "sailplan.objective.infonce.InfoNCE", "margin_absolute": 0.4},
+            "cosent": {"_target_": "sailplan.objective.cosent.CoSENT", "matryoshka": True},
+            "micl": {"_target_": "sailplan.objective.micl.MICL"},
+            "late_fusion": {"_target_": "sailplan.objective.late_fusion.LateFusion"},
+            "seq2item": {"_target_": "sailplan.objective.seq2item.Seq2Item", "pooling": "encoder", "layers": 1, "heads": 2, "positions": True},
+            "id2item": {"_target_": "sailplan.objective.id2item.ID2Item", "teachers": {"svd": 3, "nmf": 5}, "form": "relational"},
+        },
+    )
+
+
+def build_modules(config: Config) -> tuple[OmniEncoder, nn.ModuleDict, Temperatures]:
+    """Encoder, objectives and temperatures in float64; the parameters that start at zero are moved away from it."""
+    encoder = OmniEncoder(config.model, dtype=torch.float64, seed=config.seed)
+    objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, seed=config.seed).double()
+    temperatures = Temperatures(config.data.sets).double()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in objectives.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return encoder, objectives, temperatures
+
+
+def _view(modalities: Sequence[str], rows: int, group: int, seed: int) -> ViewBatch:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = random_inputs(tuple(modalities), rows * group, seed)
+    present = torch.zeros(rows * group, dtype=torch.bool)
+    for modality, mask in (("text", inputs.text_mask), ("vision", inputs.image_mask), ("audio", inputs.audio_mask)):
+        if modality in modalities and mask is not None:
+            present |= mask.any(1)
+    valid = present & (torch.rand(rows * group, generator=generator) < 0.9)
+    ids = torch.randint(0, 3 * rows, (rows * group,), generator=generator)
+    return ViewBatch([inputs], torch.arange(rows * group), valid, ids, group)
+
+
+def global_batches(config: Config, step: int) -> list[StepBatch]:
+    """The whole batch of a step: one StepBatch for each data set, each view in one micro-batch."""
+    batches = []
+    for number, (name, dataset) in enumerate(config.data.sets.items()):
+        rows, seed = ROWS[name], 1000 * step + 100 * number
+        views = {
+            view: _view(declared.modalities, rows, HISTORY if declared.of == "history" else 1, seed + place)
+            for place, (view, declared) in enumerate(dataset.views.items())
+        }
+        if name == "items":
+            views["negatives/image_to_name"] = _view(["text"], rows, HARD_NEGATIVES, seed + 50)
+        generator = torch.Generator().manual_seed(seed + 60)
+        unknown = torch.rand(rows, 1, generator=generator) < 0.2
+        teachers = {
+            f"item/{teacher}": torch.randn(rows, size, generator=generator).masked_fill(unknown, 0.0) for teacher, size in (("svd", 3), ("nmf", 5))
+        }
+        batches.append(
+            StepBatch(
+                step=step,
+                dataset=name,
+                record_ids=[f"{name}/{row}" for row in range(rows)],
+                views=views,
+                scores=torch.randint(0, 4, (rows,), generator=generator) / 4 if name == "pairs" else None,
+                teachers=teachers if name == "items" else {},
+                patterns={pattern: declared.weight for pattern, declared in dataset.patterns.items()},
+            )
+        )
+    return batches
+
+
+def _rows(inputs: EncoderInputs, chosen: Tensor) -> EncoderInputs:
+    tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if isinstance(getattr(inputs, f.name), Tensor)}
+    return dataclasses.replace(inputs, **{name: tensor[chosen] for name, tensor in tensors.items()})
+
+
+def share(batch: StepBatch, rank: int, size: int, micro_batches: int) -> StepBatch:
+    """A data-parallel rank's rows of a whole batch, in shuffled order, cut into micro-batches of rows / `micro_batches`."""
+    rows = len(batch.record_ids) // size
+    micro_batch = -(-rows // micro_batches)
+    views = {}
+    for name, view in batch.views.items():
+        mine = slice(rank * rows * view.group, (rank + 1) * rows * view.group)
+        shuffled = torch.randperm(rows * view.group, generator=torch.Generator().manual_seed(rank))
+        parts = [_rows(view.micro_batches[0], mine.start + chosen) for chosen in shuffled.split(micro_batch)]
+        views[name] = ViewBatch(parts, shuffled.argsort(), view.valid[mine], view.ids[mine], view.group)
+    own = slice(rank * rows, (rank + 1) * rows)
+    return dataclasses.replace(
+        batch,
+        record_ids=batch.record_ids[own],
+        views=views,
+        scores=None if batch.scores is None else batch.scores[own],
+        teachers={name: vectors[own] for name, vectors in batch.teachers.items()},
+    )
+
+
+def full_batch_gradients(weights: dict[str, float], step: int = 1, datasets: Sequence[str] = tuple(ROWS)) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the whole batch in one process by plain autograd: no cache, no exchange, reference backend."""
+    config = step_config(backend="reference")
+    encoder, objectives, temperatures = build_modules(config)
+    context = ObjectiveContext(config.data.sets, Local(), temperatures, tuple(config.model.prefixes), "reference", dict(THRESHOLDS))
+    batches = [batch for batch in global_batches(config, step) if batch.dataset in datasets]
+    rows = sum(len(batch.record_ids) for batch in batches)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        views = {}
+        for name, view in batch.views.items():
+            vectors = encoder(view.micro_batches[0], per_modality=True)
+            views[name] = EncodedView(vectors.fused, view.valid, view.ids, view.group, vectors.vision, vectors.text)
+        encoded = EncodedStep(batch.dataset, views, batch.patterns, batch.scores, batch.teachers)
+        for name, weight in weights.items():
+            objective = objectives[name]
+            assert isinstance(objective, Objective)
+            if objective.applies(config.data.sets[batch.dataset]):
+                total = total + weight * len(batch.record_ids) / rows * objective(encoded, context).loss
+    total.backward()
+    return total.item(), named_gradients(encoder, objectives, temperatures)
+
+
+def named_gradients(encoder: nn.Module, objectives: nn.Module, temperatures: nn.Module) -> dict[str, Tensor]:
+    """The gradients that exist, by name, as they lie in `.grad`."""
+    modules = (("encoder", encoder), ("objectives", objectives), ("temperatures", temperatures))
+    return {
+        f"{prefix}.{name}": parameter.grad for prefix, module in modules for name, parameter in module.named_parameters() if parameter.grad is not None
+    }

@@ -1,0 +1,211 @@
+"""One training step, from a rank's rows to moved weights.
+
+Encode (gradient cache, A) -> losses on the embeddings (B) -> encoder gradients (C) with one reduction -> the small
+parameters' gradients in one message -> norm and clipping -> guard -> optimizer. The step is exact: at any number of
+ranks, tensor-parallel size and micro-batch size the gradients are those of the full batch in one process.
+
+A mixed step has several batches, each of one data set; its loss is their mean weighted by rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sailplan.config.schema import Config
+from sailplan.data.record import StepBatch
+from sailplan.errors import ConfigurationError
+from sailplan.model.parallelize import clip_gradient_norm, finish_gradients, reshard
+from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext
+from sailplan.objective.temperature import Temperatures
+from sailplan.runtime.process import Parallel
+from sailplan.runtime.seeds import derive
+from sailplan.step.gradient_cache import GradientCache
+from sailplan.step.guards import FiniteGuard
+from sailplan.step.reduction import average_gradients
+
+
+@dataclass
+class StepResult:
+    """What a step did; numbers are the full batch's (averaged over data-parallel ranks), 0-d tensors on the device."""
+
+    loss: Tensor  # weighted sum of the objectives
+    losses: dict[str, Tensor]  # objective name -> its unweighted loss
+    metrics: dict[str, Tensor]  # "OBJECTIVE/DATASET/METRIC" -> value
+    grad_norm: Tensor  # before clipping, over all parameters
+    skipped: bool  # the guard kept the optimizer from stepping
+    suspects: list[str]  # this rank's records to quarantine, if skipped
+    seconds: dict[str, float]  # phase -> wall seconds: encode, loss, backward, update
+    replayed: int = 0  # micro-batches that went backward
+
+
+@dataclass
+class _Losses:
+    total: Tensor
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+
+class TrainingStep:
+    """Runs steps with one encoder, its objectives and their optimizer.
+
+    exchange: a sailplan_kernels.exchange.Exchange over the data-parallel group. max_skips: steps in a row that the
+    guard may skip before the run ends.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        objectives: nn.ModuleDict,
+        temperatures: Temperatures,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        parallel: Parallel,
+        exchange: object,
+        *,
+        max_skips: int = 10,
+    ) -> None:
+        self.encoder = encoder
+        self.objectives = objectives
+        self.temperatures = temperatures
+        self.optimizer = optimizer
+        self.config = config
+        self.parallel = parallel
+        self.exchange = exchange
+        self.cache = GradientCache(encoder, config.step.kept_graphs)
+        self.guard = FiniteGuard(parallel, max_skips)
+
+    def run(
+        self,
+        batches: Sequence[StepBatch],
+        weights: Mapping[str, float],
+        *,
+        step: int,
+        stage: str,
+        thresholds: Mapping[str, float] | None = None,
+        clip_norm: float = 1.0,
+    ) -> StepResult:
+        """One step. A collective over the world: all ranks call it with the same step and data sets.
+
+        batches: this rank's rows, one data set each. weights: objective name -> weight, of the stage. thresholds:
+        "DATASET/PATTERN" -> lambda*, for masking in-batch negatives. Learning rates are the caller's business.
+
+        Raises ConfigurationError for no batch, an unknown objective, or a data set that no objective of the stage can
+        use; SailplanError after too many skipped steps in a row.
+        """
+        seconds = {}
+        result = self.gradients(batches, weights, step=step, stage=stage, thresholds=thresholds, seconds=seconds)
+        began = time.perf_counter()
+        loss, losses, metrics, encoded, replayed = result
+        grad_norm = clip_gradient_norm(self._parameters(), clip_norm, self.parallel)
+        suspects: list[str] = []
+        finite = self.guard.all_finite(loss, grad_norm)
+        if finite:
+            self.optimizer.step()
+            self.temperatures.clamp_()
+        else:
+            suspects = self.guard.suspects(batches, encoded)
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds["update"] = time.perf_counter() - began
+        return StepResult(loss, losses, metrics, grad_norm, not finite, suspects, seconds, replayed)
+
+    def gradients(
+        self,
+        batches: Sequence[StepBatch],
+        weights: Mapping[str, float],
+        *,
+        step: int,
+        stage: str,
+        thresholds: Mapping[str, float] | None = None,
+        seconds: dict[str, float] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], list[EncodedStep], int]:
+        """The step up to the full-batch gradients in `.grad`: (loss, losses, metrics, encoded batches, micro-batches run backward)."""
+        applied = self._applied(batches, weights)
+        seconds = {} if seconds is None else seconds
+        devices = [self.parallel.device] if self.parallel.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            began = time.perf_counter()
+            place = (self.config.seed, stage, step, self.parallel.data_parallel_rank)
+            wanted = [any(self._objective(name).per_modality for name in names) for names in applied]
+            encoded = self.cache.encode(batches, wanted, self.parallel.device, place)
+            seconds["encode"] = time.perf_counter() - began
+
+            began = time.perf_counter()
+            # Dropout inside an objective: as the encoder's, a function of the place in the run.
+            torch.manual_seed(derive(*place, "objectives"))
+            found = self._losses(batches, encoded, applied, weights, dict(thresholds or {}))
+            if found.total.requires_grad:
+                found.total.backward()
+            seconds["loss"] = time.perf_counter() - began
+
+            began = time.perf_counter()
+            replayed = self.cache.backward()
+            # The last backward does it, where there was one; with gathered parameters the optimizer's would be hidden.
+            reshard(self.encoder)
+            finish_gradients(self.encoder, self.parallel)
+            averaged = average_gradients(self._replicated(), found.values | {"total": found.total}, self.parallel)
+            seconds["backward"] = time.perf_counter() - began
+        losses = {name.removeprefix("loss/"): value for name, value in averaged.items() if name.startswith("loss/")}
+        metrics = {name.removeprefix("metric/"): value for name, value in averaged.items() if name.startswith("metric/")}
+        return averaged["total"], losses, metrics, encoded, replayed
+
+    def _applied(self, batches: Sequence[StepBatch], weights: Mapping[str, float]) -> list[list[str]]:
+        """For each batch, the names of the objectives with a weight that have a meaning for its data set."""
+        if not batches:
+            raise ConfigurationError("training step: found no batch, expected at least one; look at the stage's data weights and mixed_fraction")
+        unknown = [name for name in weights if name not in self.objectives]
+        if unknown:
+            raise ConfigurationError(f"stages.*.objectives: found {', '.join(unknown)}, expected some of {', '.join(self.objectives)}; correct the name")
+        applied = []
+        for batch in batches:
+            dataset = self.config.data.sets[batch.dataset]
+            names = [name for name in sorted(weights) if weights[name] and self._objective(name).applies(dataset)]
+            if not names:
+                raise ConfigurationError(
+                    f"stages.*.objectives: none of {', '.join(weights)} applies to data set '{batch.dataset}' (kind {dataset.kind}); add one that does"
+                )
+            applied.append(names)
+        return applied
+
+    def _losses(
+        self,
+        batches: Sequence[StepBatch],
+        encoded: Sequence[EncodedStep],
+        applied: Sequence[Sequence[str]],
+        weights: Mapping[str, float],
+        thresholds: dict[str, float],
+    ) -> _Losses:
+        context = ObjectiveContext(
+            datasets=self.config.data.sets,
+            exchange=self.exchange,
+            temperatures=self.temperatures,
+            prefixes=tuple(self.config.model.prefixes),
+            backend=self.config.step.backend,
+            thresholds=thresholds,
+        )
+        rows = sum(len(batch.record_ids) for batch in batches)
+        found = _Losses(next(iter(encoded[0].views.values())).fused.new_zeros(()))
+        for batch, views, names in zip(batches, encoded, applied, strict=True):
+            share = len(batch.record_ids) / max(rows, 1)
+            for name in names:
+                output = self._objective(name)(views, context)
+                found.total = found.total + weights[name] * share * output.loss
+                key = f"loss/{name}"
+                found.values[key] = found.values.get(key, 0.0) + share * output.loss.detach()
+                for metric, value in output.metrics.items():
+                    found.values[f"metric/{name}/{batch.dataset}/{metric}"] = value
+        return found
+
+    def _objective(self, name: str) -> Objective:
+        objective = self.objectives[name]
+        assert isinstance(objective, Objective)
+        return objective
+
+    def _replicated(self) -> list[nn.Parameter]:
+        return [parameter for module in (self.objectives, self.temperatures) for parameter in module.parameters() if parameter.requires_grad]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [*self.encoder.parameters(), *self.objectives.parameters(), *self.temperatures.parameters()]
