@@ -1,0 +1,121 @@
+"""The shard index: damaged archives are named, stale indexes are not used, ranks may build at once."""
+
+from __future__ import annotations
+
+import gzip
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sailplan.data.index import ShardIndex
+from sailplan.data.shards import fetch, resolve
+from sailplan.data.testing import item_record, json_member, tar_bytes, write_set
+from sailplan.errors import BadDataError, ConfigurationError
+
+
+def open_index(folder: Path) -> ShardIndex:
+    return ShardIndex(sorted(folder.glob("*.tar")))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_set(tmp_path / "set", [item_record(number) for number in range(40)])
+
+
+def test_ids_splits_and_lookup_over_shards(folder: Path) -> None:
+    index = open_index(folder)
+    assert len(index) == 40 and index.ids([0, 17, 39]) == ["things/0", "things/17", "things/39"]
+    assert index.positions("held_out").tolist() == [9, 19, 29, 39]
+    assert len(index.positions("train")) == 36 and index.positions("other").size == 0
+    assert [index.find(f"things/{number}") for number in (0, 16, 33)] == [0, 16, 33] and index.find("things/40") is None
+
+
+def test_the_index_is_used_again_and_stays_valid_for_a_copy(folder: Path, tmp_path: Path) -> None:
+    open_index(folder)
+    files = sorted((folder / ".index").glob("*.npz"))
+    before = [file.stat().st_mtime_ns for file in files]
+    open_index(folder)
+    assert [file.stat().st_mtime_ns for file in files] == before
+    copied = tmp_path / "copy"
+    shutil.copytree(folder, copied)
+    for shard in copied.glob("*.tar"):
+        os.utime(shard, (1, 1))
+    before = [file.stat().st_mtime_ns for file in sorted((copied / ".index").glob("*.npz"))]
+    assert open_index(copied).ids([20]) == ["things/20"]
+    assert [file.stat().st_mtime_ns for file in sorted((copied / ".index").glob("*.npz"))] == before
+
+
+def test_a_rewritten_shard_of_equal_size_is_indexed_anew(tmp_path: Path) -> None:
+    first = write_set(tmp_path / "set", [[json_member("a", {"id": "one"})], [json_member("b", {"id": "two"})]])
+    assert open_index(first).ids([0, 1]) == ["one", "two"]
+    write_set(first, [[json_member("a", {"id": "six"})], [json_member("b", {"id": "ten"})]])
+    assert open_index(first).ids([0, 1]) == ["six", "ten"]
+
+
+def test_a_half_written_index_is_built_again(folder: Path) -> None:
+    open_index(folder)
+    file = sorted((folder / ".index").glob("*.npz"))[0]
+    file.write_bytes(file.read_bytes()[:100])
+    assert len(open_index(folder)) == 40
+
+
+def _open_and_count(folder: Path) -> int:
+    return len(open_index(folder).ids(range(40)))
+
+
+def test_processes_may_build_the_same_index_at_once(folder: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.map(_open_and_count, [folder] * 4) == [40] * 4
+    assert [file.name for file in (folder / ".index").iterdir() if file.name.endswith(".npz") and file.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("cut", ["inside a member", "between members", "no end mark"])
+def test_a_cut_off_shard_is_named_with_its_size(tmp_path: Path, cut: str) -> None:
+    content = tar_bytes([(f"{number}.txt", b"x" * 700) for number in range(5)])
+    size = {"inside a member": 2 * 1536 + 900, "between members": 3 * 1536, "no end mark": 5 * 1536}[cut]
+    shard = tmp_path / "cut.tar"
+    shard.write_bytes(content[:size])
+    with pytest.raises(BadDataError, match=r"cut\.tar"):
+        ShardIndex([shard])
+
+
+def test_a_damaged_header_is_named_with_its_offset(tmp_path: Path) -> None:
+    content = bytearray(tar_bytes([(f"{number}.txt", b"x" * 700) for number in range(5)]))
+    content[2 * 1536 : 2 * 1536 + 40] = b"\xff" * 40
+    shard = tmp_path / "damaged.tar"
+    shard.write_bytes(content)
+    with pytest.raises(BadDataError, match=r"damaged\.tar: damaged tar header at byte 3072"):
+        ShardIndex([shard])
+
+
+def test_a_compressed_shard_is_refused(tmp_path: Path) -> None:
+    shard = tmp_path / "packed.tar"
+    shard.write_bytes(gzip.compress(tar_bytes([("a.txt", b"x")])))
+    with pytest.raises(BadDataError, match="uncompressed"):
+        ShardIndex([shard])
+
+
+@pytest.mark.parametrize("shards", ["", "nowhere", "empty", "part-{000..004}.tar"])
+def test_missing_shards_name_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"data\.sets\.mine\.shards"):
+        resolve("mine", shards)
+
+
+def test_patterns_and_urls_become_local_files(folder: Path, tmp_path: Path) -> None:
+    pattern = f"{folder}/part-{{000..002}}.tar"
+    assert [path.name for path in resolve("mine", pattern)] == ["part-000.tar", "part-001.tar", "part-002.tar"]
+    paths = resolve("mine", f"pipe:cat {pattern}", tmp_path / "cache")
+    assert len(ShardIndex(paths)) == 40 and all(path.parent == tmp_path / "cache" / "shards" for path in paths)
+    changed = paths[0].stat().st_mtime_ns
+    assert fetch(f"pipe:cat {folder}/part-000.tar", tmp_path / "cache").stat().st_mtime_ns == changed, "fetched once"
+
+
+def test_a_failed_fetch_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(BadDataError, match="could not fetch"):
+        fetch("pipe:cat does-not-exist.tar", tmp_path)
+    assert not list((tmp_path / "shards").glob("*.tar"))
