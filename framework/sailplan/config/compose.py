@@ -13,7 +13,7 @@ import json
 import os
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -62,14 +62,13 @@ def _nearest_key(key: str, node: Any) -> str:
 
 def _type_at(path: list[str]) -> Any:
     """The dataclass that holds the last key of a dotted path, as far as the schema tells it."""
-    from typing import get_args, get_type_hints
-
     current: Any = Config
-    for name in path[:-1]:
-        if is_dataclass(current):
-            hint = get_type_hints(current).get(name)
-            options = [hint, *get_args(hint)]
-            current = next((option for option in reversed(options) if is_dataclass(option)), dict)
+    names = iter(path[:-1])
+    for name in names:
+        hint = get_type_hints(current).get(name) if is_dataclass(current) else None
+        current = next((option for option in reversed([hint, *get_args(hint)]) if is_dataclass(option)), None)
+        if get_origin(hint) is dict:
+            next(names, None)  # the key of an entry, such as a stage's name
     return current
 
 
@@ -153,3 +152,17 @@ def identity_difference(saved: dict[str, Any], now: dict[str, Any], path: str = 
         elif before != after:
             lines.append(f"{name}: {before} -> {after}")
     return lines
+
+
+def changed(config: Config, overrides: list[str]) -> Config:
+    """A saved run's configuration with some leaf keys changed (key=value)."""
+    if not overrides:
+        return config
+    values = OmegaConf.create(as_dict(config))
+    try:
+        for override in overrides:
+            key, _, value = override.partition("=")
+            OmegaConf.update(values, key.lstrip("+"), OmegaConf.from_dotlist([f"value={value}"]).value, force_add=override.startswith("+"))
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(f"{override}: {_one_line(error)}") from error
+    return typed(values)

@@ -1,0 +1,31 @@
+"""`sailplan data index|validate|build`: prepare and prove the data before a long run."""
+
+from __future__ import annotations
+
+import argparse
+
+from sailplan.config.compose import compose
+from sailplan.errors import EXIT_BAD_DATA, EXIT_DONE, ConfigurationError
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.action == "build":
+        from sailplan.data.build.__main__ import main as build
+
+        if options.out is None:
+            raise ConfigurationError("sailplan data build needs --out FOLDER, where the rebuilt pack is written")
+        return build(["--out", options.out, *(["--sources", options.sources] if options.sources else [])])
+    from sailplan.data.datasets import open_datasets, validate
+
+    config = compose(options.overrides)
+    if not config.data.sets:
+        raise ConfigurationError("no data set is configured: add experiment=NAME or data=[reading,NAME]")
+    if options.action == "index":
+        for name, reader in open_datasets(config).items():
+            print(f"{name}: {len(reader)} records, {len(reader.positions('train'))} of them train")
+        return EXIT_DONE
+    problems = list(validate(config))
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} problems")
+    return EXIT_BAD_DATA if problems else EXIT_DONE

@@ -1,0 +1,23 @@
+"""`sailplan report`: the run folder as one self-contained page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sailplan.config.compose import compose
+from sailplan.errors import ConfigurationError
+from sailplan.observe.report import write_report
+
+
+def run(options: argparse.Namespace) -> int:
+    folder = Path(options.run) if options.run else _folder(options.overrides)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigurationError(f"{folder}/config.yaml: not found; give --run the folder of a run that was started by `sailplan train`")
+    print(write_report(folder))
+    return 0
+
+
+def _folder(overrides: list[str]) -> Path:
+    config = compose(overrides)
+    return Path(config.runs) / config.name

@@ -1,0 +1,48 @@
+"""`sailplan train`, `plan` and `check`: what will run, whether it can, and running it."""
+
+from __future__ import annotations
+
+import argparse
+
+from sailplan.config.checks import check as check_config
+from sailplan.config.compose import compose, config_hash
+from sailplan.config.schema import Config
+from sailplan.runtime.process import started, world_size_from_environment
+
+
+def _config(options: argparse.Namespace) -> Config:
+    config = compose(options.overrides)
+    check_config(config, world_size_from_environment())
+    return config
+
+
+def train(options: argparse.Namespace) -> int:
+    from sailplan.train.run import train as run
+
+    run(_config(options))
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    from sailplan.train.preview import preview
+
+    print(preview(_config(options), world_size_from_environment()))
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Configuration and model sizes, then every shard's index, then a collective over the ranks."""
+    from sailplan.data.datasets import open_datasets
+    from sailplan.model.check import check_model
+
+    config = _config(options)
+    check_model(config.model, config.parallel.tensor)
+    readers = open_datasets(config)
+    with started(config.parallel) as parallel:
+        parallel.barrier()
+        if parallel.is_main:
+            print(f"configuration {config_hash(config)}: {len(config.order)} stages, {sum(config.stages[name].steps for name in config.order)} steps")
+            for name, reader in readers.items():
+                print(f"data set {name}: {len(reader)} records")
+            print(f"ranks: {parallel.world_size} (data-parallel {parallel.data_parallel_size} x tensor-parallel {parallel.tensor_parallel_size}), {parallel.device.type}")
+    return 0

@@ -1,0 +1,56 @@
+"""The trainable whole of a run: encoder, objectives and temperatures as one module, for training and for every
+command that works with a run's checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sailplan.checkpoint.store import latest, load_model_only
+from sailplan.config.schema import Config
+from sailplan.errors import ConfigurationError
+from sailplan.model.build import build_encoder
+from sailplan.objective.registry import build_objectives
+from sailplan.objective.temperature import Temperatures
+from sailplan.runtime.process import Parallel
+from sailplan.train.run_folder import RunFolder
+
+
+@dataclass
+class Whole:
+    """`module` holds the other three under their names: what a checkpoint holds."""
+
+    module: nn.ModuleDict
+    encoder: nn.Module
+    objectives: nn.ModuleDict
+    temperatures: Temperatures
+
+
+def assemble(config: Config, parallel: Parallel) -> Whole:
+    """Builds everything from `config.seed`; equal on all ranks and layouts."""
+    encoder = build_encoder(config.model, config.parallel, parallel, config.seed)
+    objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, seed=config.seed)
+    temperatures = Temperatures(config.data.sets)
+    if config.parallel.dtype == "float64":
+        objectives, temperatures = objectives.double(), temperatures.double()
+    objectives, temperatures = objectives.to(parallel.device), temperatures.to(parallel.device)
+    module = nn.ModuleDict({"encoder": encoder, "objectives": objectives, "temperatures": temperatures})
+    return Whole(module, encoder, objectives, temperatures)
+
+
+def newest_checkpoint(folder: RunFolder) -> Path:
+    """The run's newest complete checkpoint; ConfigurationError if it has none."""
+    found = latest(folder.checkpoints)
+    if found is None:
+        raise ConfigurationError(f"{folder.checkpoints}: no complete checkpoint; train first, or give --checkpoint")
+    return found
+
+
+def load_whole(config: Config, parallel: Parallel, checkpoint: Path) -> tuple[Whole, dict[str, Any]]:
+    """The run's parts with a checkpoint's weights, and what the trainer noted in it (step, stage, ...)."""
+    whole = assemble(config, parallel)
+    extra = load_model_only(checkpoint, model=whole.module, parallel=parallel)
+    return whole, extra

@@ -1,0 +1,69 @@
+"""One training job from configuration to report: joins the world, resumes or starts, runs the stages, leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sailplan.checkpoint.store import latest
+from sailplan.config.compose import as_dict, config_hash, identity
+from sailplan.config.schema import Config
+from sailplan.errors import ConfigurationError
+from sailplan.model.check import check_model
+from sailplan.observe.metrics import MetricWriter
+from sailplan.observe.report import write_report
+from sailplan.runtime.process import Parallel, started
+from sailplan.runtime.signals import stop_flag
+from sailplan.runtime.watchdog import watchdog
+from sailplan.train.assemble import assemble
+from sailplan.train.run_folder import RunFolder, check_identity
+from sailplan.train.trainer import Trainer
+
+
+def _starting_point(config: Config, folder: RunFolder) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start; ConfigurationError rather than a lost or mixed run."""
+    newest = latest(folder.checkpoints)
+    if newest is None:
+        return None
+    if config.resume == "never":
+        raise ConfigurationError(f"{folder.root} holds a run already ({newest.name}): give resume=auto to go on with it, or another name=")
+    check_identity(identity(folder.load_config()), config, folder.root)
+    return newest
+
+
+def train(config: Config) -> Path:
+    """Runs the job; returns the report's path. All ranks call it. Raises the errors of `sailplan.errors`."""
+    check_model(config.model, config.parallel.tensor)
+    folder = RunFolder(Path(config.runs) / config.name)
+    with stop_flag() as flag, started(config.parallel) as parallel, watchdog(config.parallel.timeout_seconds) as dog:
+        checkpoint = _agreed_start(config, folder, parallel)
+        whole = assemble(config, parallel)
+        resumed = None if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+        settings = as_dict(config) | {"config_hash": config_hash(config), "world_size": parallel.world_size}
+        with MetricWriter(folder.root, config.tracking, parallel.rank, resumed_step=resumed, settings=settings) as writer:
+            trainer = Trainer(config, parallel, folder, whole, writer, dog, flag)
+            if checkpoint is not None:
+                with dog.paused():
+                    trainer.resume(checkpoint)
+            trainer.run()
+        report = folder.root / "report.html"
+        if parallel.is_main:
+            report = write_report(folder.root)
+            print(f"report: {report}", flush=True)
+        parallel.barrier()
+    return report
+
+
+def _agreed_start(config: Config, folder: RunFolder, parallel: Parallel) -> Path | None:
+    """Rank 0 looks for the checkpoint and writes config.yaml; every rank goes on from what it found, or fails with it."""
+    found, problem = "", ""
+    if parallel.is_main:
+        try:
+            found = str(_starting_point(config, folder) or "")
+            folder.write_config(config)
+        except (ConfigurationError, OSError) as error:
+            problem = str(error)
+    problem = parallel.broadcast_text(problem)
+    if problem:
+        raise ConfigurationError(problem)
+    found = parallel.broadcast_text(found)
+    return Path(found) if found else None

@@ -1,0 +1,197 @@
+"""The training loop: stages in order, steps in a stage, and at their edges checkpoint, evaluation, mining and stop.
+
+It names no loss, model or data set: those come from the configuration. The whole state between two steps is the
+model, the optimizer and the step number; everything else (order of the data, random draws, learning rates) is a
+function of these and of the configuration, and what a stage's start computed lies in the run folder. A resumed
+run therefore continues with the very next sample and the same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sailplan.checkpoint.store import folder_of, load, prune, save
+from sailplan.config.compose import config_hash, identity
+from sailplan.config.schema import Config
+from sailplan.curriculum.embedding import exchange_of
+from sailplan.curriculum.stages import StageState, load_stage, prepare_stage, refresh_hard_negatives
+from sailplan.data.datasets import open_datasets
+from sailplan.data.loader import StepLoader
+from sailplan.data.plan import Plan
+from sailplan.data.record import StepBatch
+from sailplan.errors import StopRequested
+from sailplan.evaluate.runner import evaluate
+from sailplan.observe.metrics import MetricWriter, StageInfo
+from sailplan.runtime.process import Parallel
+from sailplan.runtime.signals import StopFlag
+from sailplan.runtime.watchdog import Watchdog
+from sailplan.step.optimizer import build_optimizer, configure, set_learning_rate, set_trainable
+from sailplan.step.training_step import StepResult, TrainingStep
+from sailplan.train.assemble import Whole
+from sailplan.train.run_folder import RunFolder
+from sailplan.train.schedule import StageSpan, learning_rate_scale, spans
+
+
+class Trainer:
+    """Runs the stages of `config.order` from `self.step` (steps done so far) to the end.
+
+    Raises StopRequested after saving, when a stop signal reached any rank; BadDataError and SailplanError as the
+    loader and the step do, on all ranks' behalf: the launcher ends the others.
+    """
+
+    def __init__(self, config: Config, parallel: Parallel, folder: RunFolder, whole: Whole, writer: MetricWriter, dog: Watchdog, flag: StopFlag) -> None:
+        self.config, self.parallel, self.folder, self.whole = config, parallel, folder, whole
+        self.writer, self.dog, self.flag = writer, dog, flag
+        self.optimizer = build_optimizer(whole.encoder, whole.objectives, whole.temperatures, config.optimizer)
+        self.training_step = TrainingStep(
+            whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, exchange_of(parallel)
+        )
+        self.readers = open_datasets(config)
+        self.step = 0
+        self._saved_at = time.monotonic()
+        self._saved_step = -1
+
+    # ---------------------------------------------------------------- state
+    def resume(self, checkpoint: Any) -> None:
+        extra = load(checkpoint, model=self.whole.module, optimizer=self.optimizer, parallel=self.parallel)
+        self.step = self._saved_step = int(extra["step"])
+
+    def save(self, stage: str) -> None:
+        if self._saved_step == self.step:
+            return
+        extra = {"step": self.step, "stage": stage, "identity": identity(self.config), "config_hash": config_hash(self.config)}
+        save(folder_of(self.folder.checkpoints, self.step), model=self.whole.module, optimizer=self.optimizer, extra=extra, parallel=self.parallel)
+        if self.parallel.is_main:
+            prune(self.folder.checkpoints, self.config.checkpoint.keep)
+        self._saved_at, self._saved_step = time.monotonic(), self.step
+
+    # ---------------------------------------------------------------- loop
+    def run(self) -> None:
+        for span in spans(self.config):
+            if self.step < span.last:
+                self._run_stage(span)
+
+    def _stage_state(self, span: StageSpan) -> StageState:
+        """What the stage's start computes from the model as it is then; read back when the stage is continued."""
+        where = self.folder.curriculum(span.name)
+        with self.dog.paused():
+            done = self.step + 1 - span.first
+            if done > 0:
+                return load_stage(where, done, self.readers, self.config)
+            stage = self.config.stages[span.name]
+            return prepare_stage(span.name, stage, self.whole.encoder, self.whole.objectives, self.readers, self.config, self.parallel, where)
+
+    def _run_stage(self, span: StageSpan) -> None:
+        stage, options = self.config.stages[span.name], self.config.stages[span.name].optimizer
+        state = self._stage_state(span)
+        self.readers |= state.readers
+        set_trainable(self.whole.encoder, self.whole.objectives, self.whole.temperatures, stage.trainable)
+        configure(self.optimizer, options)
+        plan = Plan(self.config, span.name, stage, state.weights, self.readers, state.subsets)
+        plan.check_ranks(self.parallel.data_parallel_size)
+        self.writer.start_stage(
+            StageInfo(
+                span.name, span.index + 1, len(self.config.order), span.first, span.last,
+                state.weights, stage.objectives, (options.learning_rate, options.final_learning_rate),
+            )
+        )  # fmt: skip
+        refresh = stage.hard_negatives.refresh_steps if stage.hard_negatives else 0
+        while self.step < span.last:
+            done = self.step + 1 - span.first
+            if refresh and done and done % refresh == 0:
+                with self.dog.paused():
+                    where = self.folder.curriculum(span.name)
+                    state = refresh_hard_negatives(state, done, stage, self.whole.encoder, self.readers, self.config, self.parallel, where)
+            stop_at = min(span.steps, (done // refresh + 1) * refresh) if refresh else span.steps
+            self._run_steps(span, plan, state, done, stop_at)
+        self._finish_stage(span)
+
+    def _run_steps(self, span: StageSpan, plan: Plan, state: StageState, first: int, last: int) -> None:
+        """Stage steps first .. last - 1 with one hard-negative store."""
+        stage = self.config.stages[span.name]
+        loader = StepLoader(
+            plan, self.readers, self.config, stage,
+            data_parallel_rank=self.parallel.data_parallel_rank, data_parallel_size=self.parallel.data_parallel_size,
+            start_step=first, stop_step=last, negatives=state.negatives, teachers=state.teachers,
+        )  # fmt: skip
+        with loader:
+            began = time.perf_counter()
+            for stage_step, batches in enumerate(loader, start=first):
+                waited = time.perf_counter() - began
+                scale = learning_rate_scale(stage.optimizer, stage_step, span.steps)
+                set_learning_rate(self.optimizer, scale)
+                result = self.training_step.run(
+                    batches, stage.objectives, step=stage_step, stage=span.name, thresholds=state.thresholds, clip_norm=stage.optimizer.clip_norm
+                )
+                self.step += 1
+                self.dog.beat()
+                seconds = time.perf_counter() - began
+                self._log(span, batches, result, scale * stage.optimizer.learning_rate, waited, seconds)
+                self._between_steps(span, batches, result)
+                began = time.perf_counter()
+
+    def _between_steps(self, span: StageSpan, batches: list[StepBatch], result: StepResult) -> None:
+        """One message over the world says whether anybody wants to stop, save or report bad samples."""
+        bad = [{"step": self.step, "stage": span.name, "id": name, "reason": reason} for batch in batches for name, reason in batch.quarantined]
+        bad += [{"step": self.step, "stage": span.name, "id": name, "reason": "loss or gradient not finite"} for name in result.suspects]
+        clock = self.parallel.is_main and time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
+        wishes = torch.tensor([self.flag.name is not None, clock, bool(bad)], dtype=torch.float32, device=self.parallel.device)
+        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
+        stop, clock, quarantine = (bool(wish) for wish in wishes.tolist())
+        if quarantine:
+            everyone: list[list[dict[str, Any]]] = [[] for _ in range(self.parallel.world_size)]
+            dist.all_gather_object(everyone, bad if self.parallel.tensor_parallel_rank == 0 else [])
+            if self.parallel.is_main:
+                self.folder.add_quarantined([record for records in everyone for record in records])
+        if self.step == span.last and not stop:
+            return  # evaluated and saved by the stage's end
+        every = self.config.checkpoint.every_steps
+        if stop or clock or (every and self.step % every == 0):
+            with self.dog.paused():
+                self.save(span.name)
+        if stop:
+            raise StopRequested(f"stopped at step {self.step} (stage {span.name}), saved; go on with the same command and resume=auto")
+        every = self.config.evaluation.every_steps
+        if every and self.step % every == 0:
+            self._evaluate(span)
+
+    def _finish_stage(self, span: StageSpan) -> None:
+        last_stage = span.index + 1 == len(self.config.order)
+        if self.config.evaluation.tasks and (self.config.evaluation.at_stage_end or last_stage):
+            self._evaluate(span)
+        with self.dog.paused():
+            self.save(span.name)
+        self.writer.finish_stage()
+
+    def _evaluate(self, span: StageSpan) -> None:
+        with self.dog.paused():
+            found = evaluate(self.whole.encoder, self.whole.objectives, self.readers, self.config, self.parallel)
+        self.writer.log_evaluation(self.step, span.name, found.tasks, found.examples)
+
+    def _log(self, span: StageSpan, batches: list[StepBatch], result: StepResult, learning_rate: float, waited: float, seconds: float) -> None:
+        values: dict[str, Any] = {
+            "data/set": "+".join(batch.dataset for batch in batches),
+            "data/digest": "+".join(dict.fromkeys(batch.digest for batch in batches)),
+            "data/wait_seconds": round(waited, 4),
+            "loss/total": result.loss.item(),
+            "grad_norm": result.grad_norm.item(),
+            "learning_rate": learning_rate,
+            "rows_per_second": self.config.global_batch / seconds,
+            "seconds": round(seconds, 4),
+        }
+        values |= {f"loss/{name}": value.item() for name, value in result.losses.items()}
+        values |= {name: value.item() for name, value in result.metrics.items()}
+        values |= {f"seconds/{phase}": round(spent, 4) for phase, spent in result.seconds.items()}
+        accuracies = [value for name, value in values.items() if name.endswith("/accuracy")]
+        if accuracies:
+            values["accuracy"] = sum(accuracies) / len(accuracies)
+        if result.skipped:
+            values["skipped"] = 1
+        known = self.whole.temperatures.values()
+        for batch in batches:
+            values |= {f"temperature/{batch.dataset}/{pattern}": known[f"{batch.dataset}/{pattern}"] for pattern in batch.patterns}
+        self.writer.log_step(self.step, span.name, values)
