@@ -14,7 +14,7 @@ from sailplan.data.build.images import webp
 from sailplan.data.build.pairs import MOST, emoji_pairs
 from sailplan.data.build.record import BuildError, Record
 from sailplan.data.build.shards import write_shards
-from sailplan.data.build.sources import SOURCES, archive
+from sailplan.data.build.sources import SOURCES, archive, unpack_all
 
 
 def made_up(count: int) -> list[Record]:
@@ -93,3 +93,9 @@ def test_an_archive_that_is_there_is_not_fetched(tmp_path, monkeypatch):
     (tmp_path / "mdi-svg-7.4.47.tgz").write_bytes(b"x")
     source = next(source for source in SOURCES if source.name == "@mdi/svg")
     assert archive(source, tmp_path).name == "mdi-svg-7.4.47.tgz"
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    (tmp_path / "emojibase-data-17.0.0.tgz").write_bytes(b"half a download")
+    with pytest.raises(BuildError, match=r"emojibase-data-17.0.0.tgz is damaged .* delete it"):
+        unpack_all(tmp_path, tmp_path / "scratch")

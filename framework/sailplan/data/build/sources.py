@@ -6,7 +6,6 @@ Versions are pinned. A folder given with --sources keeps the archives, so that a
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import tarfile
@@ -112,11 +111,14 @@ def unpack_all(folder: Path, scratch: Path) -> Unpacked:
                 "licence": source.licence,
             }
         )
-        if source.kind == "wheel":
-            wheel = zipfile.ZipFile(path)
-            continue
-        folders[source.name] = scratch / source.name.replace("/", "-")
-        os.makedirs(folders[source.name], exist_ok=True)
-        _unpack(path, source, folders[source.name])
+        try:
+            if source.kind == "wheel":
+                wheel = zipfile.ZipFile(path)
+                continue
+            folders[source.name] = scratch / source.name.replace("/", "-")
+            folders[source.name].mkdir(parents=True, exist_ok=True)
+            _unpack(path, source, folders[source.name])
+        except (zipfile.BadZipFile, tarfile.TarError) as error:
+            raise BuildError(f"{path} is damaged ({error}); delete it and run again") from None
     assert wheel is not None
     return Unpacked(folders, wheel, described)
