@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from sailplan.model import parallelize
 from sailplan.model.testing import join_layout, random_inputs, rows_of, small_config, whole_tensor
 from sailplan.model.tower import OmniEncoder
@@ -148,7 +149,12 @@ def mixed_precision(rank, world):
     model = parallelize.shard(OmniEncoder(small_config(), dtype=torch.float32, seed=1), parallel, shard=True, compute_dtype=torch.bfloat16)
     out = model(inputs).fused
     out.square().sum().backward()
-    return float((out.detach() - expected).norm() / expected.norm()), out.dtype, {p.dtype for p in model.parameters()}, {p.grad.dtype for p in model.parameters()}
+    return (
+        float((out.detach() - expected).norm() / expected.norm()),
+        out.dtype,
+        {p.dtype for p in model.parameters()},
+        {p.grad.dtype for p in model.parameters()},
+    )
 
 
 def test_bfloat16_computation_keeps_float32_parameters_and_gradients():

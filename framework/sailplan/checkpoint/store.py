@@ -193,28 +193,32 @@ def _read(path: Path, target: Callable[[], ModelState]) -> None:
 
 
 def _together(action: Callable[[], Value], what: str) -> Value:
-    """Runs `action` on every rank; if it fails on any, raises on all: a rank's own SailplanError as it is, else one line."""
+    """Runs `action` on every rank; if it fails on any, raises on all: ConfigurationError as it is, else SailplanError in one line."""
     failure: Exception | CheckpointException | None = None
     value: Value
     try:
         value = action()
     except (Exception, CheckpointException) as error:  # torch derives its exception from BaseException
         failure = error
-    reports: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, None if failure is None else (_describe(failure), isinstance(failure, ConfigurationError)))
-    for rank, report in enumerate(reports):
-        if report is not None:
-            text, configuration = report
-            if configuration:
-                raise ConfigurationError(text) from failure
-            raise SailplanError(f"{what}: rank {rank}: {text}") from failure
+    reports: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, None if failure is None else _report(failure))
+    report = next((report for report in reports if report is not None), None)
+    if report is not None:
+        configuration, text = report
+        if configuration:
+            raise ConfigurationError(text) from failure
+        raise SailplanError(f"{what}: {text}") from failure
     return value
 
 
-def _describe(error: BaseException) -> str:
+def _report(error: BaseException) -> tuple[bool, str]:
+    """Whether it is a ConfigurationError, and one line that names the rank; torch's exception has the failing ranks in it."""
+    rank = dist.get_rank()
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return str(error) if isinstance(error, SailplanError) else f"{type(error).__name__}: {error}".replace("\n", " ")
+        rank, (error, _) = next(iter(error.failures.items()))
+    if isinstance(error, ConfigurationError):
+        return True, str(error)
+    return False, f"rank {rank}: {type(error).__name__}: {error}".replace("\n", " ")
 
 
 def _digest(file: Path) -> str:
