@@ -99,6 +99,12 @@ def softmax_weights(scores: dict[str, float], temperature: float) -> dict[str, f
     return {name: float(value) for name, value in zip(scores, exponent / exponent.sum(), strict=True)}
 
 
+def with_floor(balanced: dict[str, float], fixed: dict[str, float], floor: float = 0.1) -> dict[str, float]:
+    """(1 - floor) * balanced + floor * fixed shares: no set that the stage lists falls below a tenth of its fixed share."""
+    total = sum(fixed.values())
+    return {name: (1 - floor) * weight + floor * fixed[name] / total for name, weight in balanced.items()}
+
+
 def balance(training: dict[str, Summary], benchmark: dict[str, Summary], config: BalanceConfig) -> Balance:
     """Sampling weights of the training sets. A set comparable with no benchmark gets the lowest score among the others,
     so that it neither leads nor vanishes; if none is comparable all weights are equal."""

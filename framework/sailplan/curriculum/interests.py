@@ -81,10 +81,9 @@ def sequences(
             rest = members[members != target]
             nearness = {"content_single": similar[rest] @ similar[target], "collaboration_single": jaccard_to(columns, target, rest)}
             for view in VIEWS:
-                if view in nearness:
-                    chosen = rest[np.lexsort((rest, -nearness[view]))[:length]]
-                else:
-                    chosen = rest[in_proportion(clustered[view][rest], length, random)]
+                single = view in nearness
+                picked = np.lexsort((rest, -nearness[view]))[:length] if single else in_proportion(clustered[view][rest], length, random)
+                chosen = rest[picked]
                 key = (frozenset(chosen.tolist()), int(target))
                 if key not in seen:
                     seen.add(key)

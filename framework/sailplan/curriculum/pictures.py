@@ -21,7 +21,7 @@ def show(reader: RecordReader, position: int, view: ViewConfig, text: str | None
     record = reader.read(int(position), needs=(of,))
     item = getattr(record, of)
     assert isinstance(item, Item), f"a view of {of} has no single item"
-    words = text if text is not None else compose(item.fields, view, reader.config, None) or _name(item)
+    words = text or (compose(item.fields, view, reader.config, None) if len(view.fields) == 1 else "") or _name(item)
     shown: dict[str, Any] = {"text": words[:160]}
     if "vision" in view.modalities and item.images and len(item.images[0]) <= LARGEST:
         kind = next((kind for start, kind in KINDS.items() if item.images[0].startswith(start)), None)

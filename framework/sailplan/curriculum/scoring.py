@@ -36,13 +36,13 @@ class Pairs:
         if not len(rows):
             return Pairs(rows.long(), columns.long())
         unique = torch.unique(torch.stack([rows.long(), columns.long()]), dim=1)
-        return Pairs(unique[0], unique[1])
+        return Pairs(unique[0].contiguous(), unique[1].contiguous())
 
     @staticmethod
     def equal(query_labels: Tensor, candidate_labels: Tensor) -> Pairs:
         """All pairs whose int64 labels (ids of documents or texts) are equal; O(p + (n + m) log m)."""
         order = torch.argsort(candidate_labels, stable=True)
-        ordered = candidate_labels[order]
+        ordered, query_labels = candidate_labels[order], query_labels.contiguous()
         first = torch.searchsorted(ordered, query_labels)
         count = torch.searchsorted(ordered, query_labels, right=True) - first
         rows = torch.arange(len(query_labels), device=query_labels.device).repeat_interleave(count)

@@ -26,7 +26,7 @@ def two_worlds(users: int = 12, items: int = 30) -> tuple[Histories, np.ndarray,
 def test_sequences_stay_within_a_user_and_never_show_the_target() -> None:
     histories, used, content = two_worlds()
     found = sequences(histories, used, content, length=5, targets=3)
-    owner = dict(zip(histories.users, histories.items))
+    owner = dict(zip(histories.users, histories.items, strict=True))
     for sequence in found:
         assert sequence["target"] not in sequence["history"]
         assert set(sequence["history"]) | {sequence["target"]} <= set(owner[sequence["user"]])
@@ -78,7 +78,7 @@ def test_co_occurrence_equals_brute_force() -> None:
         if both >= 2 and both * 20 > len(users[first]) * len(users[second]):
             wanted[first, second] = both / len(users[first] | users[second])
     pairs, scores = co_occurrence(histories.matrix(used), per_item=100)
-    assert dict(zip(map(tuple, pairs.tolist()), scores.tolist())) == pytest.approx(wanted)
+    assert dict(zip(map(tuple, pairs.tolist()), scores.tolist(), strict=True)) == pytest.approx(wanted)
     fewer, _ = co_occurrence(histories.matrix(used), per_item=1)
     assert len(fewer) < len(pairs) and set(fewer.ravel()) == set(pairs.ravel())
     body = pair_records(pairs, scores, [f"x/{place}" for place in used])[0]

@@ -29,12 +29,13 @@ def cosines(queries: torch.Tensor, candidates: torch.Tensor) -> np.ndarray:
 def test_ranks_and_recall_equal_the_naive_definition() -> None:
     queries, candidates, positives = data()
     excluded = Pairs.of(torch.tensor([0, 0, 4]), torch.tensor([1, 2, 30]))
-    excluded = Pairs.of(*(torch.tensor([pair for pair in zip(excluded.rows.tolist(), excluded.columns.tolist()) if pair not in set(zip(positives.rows.tolist(), positives.columns.tolist()))]).T))
+    right = set(zip(positives.rows.tolist(), positives.columns.tolist(), strict=True))
+    assert not right & set(zip(excluded.rows.tolist(), excluded.columns.tolist(), strict=True))
     scores = cosines(queries, candidates)
     wanted = []
     for query in range(len(queries)):
-        own = {c for r, c in zip(positives.rows.tolist(), positives.columns.tolist()) if r == query}
-        left_out = {c for r, c in zip(excluded.rows.tolist(), excluded.columns.tolist()) if r == query}
+        own = {c for r, c in zip(positives.rows.tolist(), positives.columns.tolist(), strict=True) if r == query}
+        left_out = {c for r, c in zip(excluded.rows.tolist(), excluded.columns.tolist(), strict=True) if r == query}
         best = max((scores[query, c] for c in own), default=None)
         wanted.append(0 if best is None else 1 + sum(scores[query, c] >= best for c in range(len(candidates)) if c not in own | left_out))
     ranks = metrics.best_positive_ranks(queries, candidates, positives, excluded)
@@ -56,7 +57,7 @@ def test_a_collapsed_model_does_not_look_good() -> None:
 def test_equal_labels_make_all_pairs() -> None:
     first, second = torch.tensor([5, 9, 5, 1]), torch.tensor([9, 5, 5, 7])
     pairs = Pairs.equal(first, second)
-    assert list(zip(pairs.rows.tolist(), pairs.columns.tolist())) == [(0, 1), (0, 2), (1, 0), (2, 1), (2, 2)]
+    assert list(zip(pairs.rows.tolist(), pairs.columns.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 0), (2, 1), (2, 2)]
 
 
 def test_auc_equals_scikit_learn_with_ties() -> None:
@@ -147,5 +148,5 @@ def test_set_completion_never_shows_its_target() -> None:
     histories = {"a": [1, 2, 3, 3], "b": [4], "c": list(range(10, 40))}
     shown, wanted = metrics.set_completion(histories, length=10)
     assert len(wanted) == 3 + 5
-    assert all(target not in history and 1 <= len(history) <= 10 for history, target in zip(shown, wanted))
+    assert all(target not in history and 1 <= len(history) <= 10 for history, target in zip(shown, wanted, strict=True))
     assert (shown, wanted) == metrics.set_completion(dict(reversed(histories.items())), length=10)

@@ -1,0 +1,129 @@
+"""Data sets and tables that a stage makes for itself from the training histories, before it starts.
+
+`interests` and `co_occurrence` become webdataset shards in a folder of their own name, read by the same reader as any
+data set (`shards: artifact:interests`); `teachers` becomes one table of ID embeddings. All ranks take part where the
+model embeds; rank 0 alone computes and writes the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from sailplan.config.schema import Config, StageConfig
+from sailplan.curriculum.embedding import embed_view
+from sailplan.curriculum.histories import ARTIFACT, Histories, read_histories, source_of_histories, write_artifact
+from sailplan.curriculum.interests import records, sequences, views_count
+from sailplan.curriculum.teachers import TEACHERS, co_occurrence, factorise, pair_records
+from sailplan.data.reader import RecordReader
+from sailplan.data.teachers import TeacherTable
+from sailplan.errors import ConfigurationError, SailplanError
+from sailplan.runtime.process import Parallel
+
+TEACHERS_FILE = "teachers.npz"
+TEACHER_DIMENSIONS = 64
+
+
+def on_main(parallel: Parallel, what: str, work: Callable[[], Any]) -> Any:
+    """`work()` done on rank 0; its JSON-able value on every rank. If it fails, every rank raises, so that none waits for ever."""
+    answer, cause = "", None
+    if parallel.is_main:
+        try:
+            answer = json.dumps({"value": work()})
+        except Exception as error:  # told to the other ranks, then raised again
+            answer, cause = json.dumps({"problem": f"{type(error).__name__}: {error}"}), error
+    found = json.loads(parallel.broadcast_text(answer))
+    if cause is not None:
+        raise cause
+    if "problem" in found:
+        raise SailplanError(f"{what} failed on rank 0: {found['problem']}")
+    return found["value"]
+
+
+def artifact_sets(config: Config, stage: StageConfig, name: str) -> list[str]:
+    """Data sets whose shards are the artifact `name`, those of the stage first."""
+    every = [dataset for dataset, found in config.data.sets.items() if found.shards == ARTIFACT + name]
+    return sorted(every, key=lambda dataset: dataset not in stage.data)
+
+
+def make_artifacts(
+    stage_name: str, stage: StageConfig, encoder: nn.Module, readers: Mapping[str, RecordReader], config: Config, parallel: Parallel, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Writes the stage's artifacts below `folder`; returns what there is to tell of each. Collective.
+
+    Raises ConfigurationError where no data set reads an artifact, or where it is not clear which histories make it.
+    """
+    told: dict[str, dict[str, Any]] = {}
+    for artifact in stage.artifacts:
+        reader = readers[source_of_histories(config, _catalogue(config, stage_name, stage, artifact))]
+        histories = read_histories(reader, "train")
+        told[artifact] = {"users": len(histories.users), "unknown_items": histories.unknown}
+        told[artifact] |= _make(artifact, stage, encoder, reader, histories, config, parallel, folder)
+    return told
+
+
+def _catalogue(config: Config, stage_name: str, stage: StageConfig, artifact: str) -> str:
+    """The items data set that an artifact is about."""
+    key = f"stages.{stage_name}.artifacts"
+    if artifact == "teachers":
+        about = {config.data.sets[name].catalogue or name for name in stage.data}
+        recorded = {found.catalogue for found in config.data.sets.values() if found.kind == "sequences"}
+        found = sorted(about & {name for name in recorded if name is not None})
+        if len(found) != 1:
+            raise ConfigurationError(f"{key}: teachers need one catalogue with histories among the stage's data, found {', '.join(found) or 'none'}")
+        return found[0]
+    readers_of = artifact_sets(config, stage, artifact)
+    if not readers_of:
+        raise ConfigurationError(f"{key}: no data set has `shards: {ARTIFACT}{artifact}`; add one to data.sets, or leave the artifact out")
+    catalogue = config.data.sets[readers_of[0]].catalogue
+    if catalogue is None:
+        raise ConfigurationError(f"data.sets.{readers_of[0]}.catalogue is missing: expected the items data set that its ids refer to")
+    return catalogue
+
+
+def _make(
+    artifact: str,
+    stage: StageConfig,
+    encoder: nn.Module,
+    reader: RecordReader,
+    histories: Histories,
+    config: Config,
+    parallel: Parallel,
+    folder: Path,
+) -> dict[str, Any]:
+    assert reader.catalogue is not None
+    catalogue, used = reader.catalogue, histories.used()
+    if artifact == "interests":
+        name = artifact_sets(config, stage, artifact)[0]
+        dataset = config.data.sets[name]
+        view = next((view for view in dataset.views.values() if view.of == "history"), None)
+        if view is None:
+            raise ConfigurationError(f"data.sets.{name}.views: none is `of: history`; a set of sequences needs one")
+        content = embed_view(encoder, catalogue, replace(view, of="item"), used, parallel=parallel, config=config).fused.numpy()
+
+        def interests() -> dict[str, Any]:
+            found = sequences(histories, used, content, length=dataset.history_length, seed=config.seed)
+            ids = dict(zip(used.tolist(), catalogue.ids(used), strict=True))
+            write_artifact(records(found, ids), folder / artifact, artifact)
+            return {"sequences": len(found), "views": views_count(found)}
+
+        return on_main(parallel, "artifact interests", interests)
+
+    def pairs() -> dict[str, Any]:
+        found, scores = co_occurrence(histories.matrix(used))
+        write_artifact(pair_records(found, scores, catalogue.ids(used)), folder / artifact, artifact)
+        return {"pairs": len(found)}
+
+    def teachers() -> dict[str, Any]:
+        matrix = histories.matrix(used)
+        vectors = {name: factorise(matrix, name, TEACHER_DIMENSIONS, config.seed).astype(np.float32) for name in TEACHERS}
+        TeacherTable(catalogue.ids(used), vectors).save(folder / TEACHERS_FILE)
+        return {"items": len(used), "dimensions": {name: matrix.shape[1] for name, matrix in vectors.items()}}
+
+    return on_main(parallel, f"artifact {artifact}", pairs if artifact == "co_occurrence" else teachers)
