@@ -118,7 +118,7 @@ def unpack_all(folder: Path, scratch: Path) -> Unpacked:
             folders[source.name] = scratch / source.name.replace("/", "-")
             folders[source.name].mkdir(parents=True, exist_ok=True)
             _unpack(path, source, folders[source.name])
-        except (zipfile.BadZipFile, tarfile.TarError) as error:
-            raise BuildError(f"{path} is damaged ({error}); delete it and run again") from None
+        except (zipfile.BadZipFile, tarfile.TarError):
+            raise BuildError(f"{path} is damaged; delete it and run again") from None
     assert wheel is not None
     return Unpacked(folders, wheel, described)
