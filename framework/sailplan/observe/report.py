@@ -17,8 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from sailplan.observe.console import duration
-from sailplan.observe.report_data import BASELINES, RunData, Series, headline_metric, is_baseline, read_run
-from sailplan.observe.report_pictures import SERIES_COLOURS, curves
+from sailplan.observe.report_data import BASELINES, COUNTS, RunData, Series, headline_metric, is_baseline, read_run
+from sailplan.observe.report_pictures import SERIES_COLOURS, curves, smooth
 
 _PICTURE = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=\s]+")
 SHOWN_EXAMPLES = 6  # queries shown per task or pattern
@@ -71,41 +71,49 @@ def _stages(data: RunData) -> list[dict[str, Any]]:
     return rows
 
 
-def _prefix_names(data: RunData) -> dict[int, str]:
-    """Dimensions of the Matryoshka prefixes -> name of the metric that holds their loss."""
-    found = {int(match.group(1)): name for name in data.names if (match := re.search(r"prefix(?:es)?[/_]?(\d+)$", name))}
-    return dict(sorted(found.items()))
-
-
 def _curves(data: RunData) -> dict[str, Any]:
     by_set = {name: data.series("loss/total", name) for name in data.datasets} or {"loss": data.series("loss/total")}
     heads = {f"{task} ({metric})": series for task in data.tasks for metric, series in [data.headline(task)] if series}
-    prefixes = _prefix_names(data)
     small: list[tuple[str, Markup]] = []
-    singles = [name for name in data.names if name.startswith("loss/") and name != "loss/total" and name not in prefixes.values()]
+    singles = [name for name in data.names if name.startswith("loss/") and name != "loss/total"]
     for number, name in enumerate([*singles, "accuracy", "grad_norm", "learning_rate", "rows_per_second"]):
         small.append((name, _picture(f"small{number}", name, {name: data.series(name)}, data, smoothed=name != "learning_rate")))
     temperatures = {name.removeprefix("temperature/"): data.series(name) for name in data.names if name.startswith("temperature/")}
-    small.append(("temperature", _picture("temperature", "temperatures", temperatures, data)))
-    by_prefix = {str(size): data.series(name) for size, name in prefixes.items()}
+    by_prefix = {f"{size} dimensions": series for size, series in data.prefix_losses.items()}
     return {
         "loss": _picture("loss", "loss per step and data set", by_set, data, wide=True, smoothed=True),
         "recall": _picture("recall", "evaluation results", heads, data, wide=True, markers=True),
+        "temperature": _picture("temperature", "learned temperatures", temperatures, data, wide=True),
         "small": [(name, picture) for name, picture in small if picture],
         "prefixes": _picture("prefixes", "loss of each prefix", by_prefix, data, wide=True, smoothed=True),
-        "prefix_last": {size: series[-1][1] for size, series in by_prefix.items() if series},
+        "prefix_last": {size: smooth(series)[-1][1] for size, series in data.prefix_losses.items() if series},
     }
 
 
+def _time(data: RunData) -> list[dict[str, Any]]:
+    """Mean seconds of a step's phases, the longest first, and the wait for data."""
+    named = {name.removeprefix("seconds/"): name for name in data.names if name.startswith("seconds/")}
+    phases = {**named, "wait for data": "data/wait_seconds"}
+    means = {phase: sum(value for _, value in series) / len(series) for phase, name in phases.items() if (series := data.series(name))}
+    total = sum(means.values()) or 1.0
+    return [{"name": phase, "seconds": mean, "share": mean / total} for phase, mean in sorted(means.items(), key=lambda item: -item[1])]
+
+
 def _numbers(value: Any) -> dict[str, float]:
-    """The numeric entries of a mapping, one level of nesting flattened as "outer / inner"."""
-    flat: dict[str, float] = {}
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        if isinstance(inner, (int, float)) and not isinstance(inner, bool):
-            flat[str(key)] = float(inner)
-        elif isinstance(inner, dict):
-            flat.update({f"{key} / {name}": float(number) for name, number in inner.items() if isinstance(number, (int, float))})
-    return flat
+    """The numeric entries of a mapping."""
+    entries = value.items() if isinstance(value, dict) else ()
+    return {str(key): float(number) for key, number in entries if isinstance(number, (int, float)) and not isinstance(number, bool)}
+
+
+def _balance(state: Any) -> dict[str, Any]:
+    """Scores of the balancing as a table: a row per training set, its similarity to each benchmark set and the mean."""
+    if not isinstance(state, dict):
+        return {"columns": [], "rows": []}
+    pairs = {name: _numbers(row) for name, row in (state.get("pairs") or {}).items()}
+    columns = list(dict.fromkeys(benchmark for row in pairs.values() for benchmark in row))
+    scores = _numbers(state.get("scores") or state)
+    rows = [{"name": name, "mean": score, "values": [pairs.get(name, {}).get(column) for column in columns]} for name, score in scores.items()]
+    return {"columns": columns, "rows": rows}
 
 
 def _weights(data: RunData) -> list[dict[str, Any]]:
@@ -118,7 +126,7 @@ def _weights(data: RunData) -> list[dict[str, Any]]:
         total = sum(weights.values()) or 1.0
         bars = [{"name": dataset, "share": value / total} for dataset, value in sorted(weights.items(), key=lambda item: -item[1])]
         subsets = state.get("subsets") if isinstance(state.get("subsets"), dict) else {}
-        rows.append({"stage": name, "bars": bars, "scores": _numbers(state.get("balance")), "subsets": subsets})
+        rows.append({"stage": name, "bars": bars, "balance": _balance(state.get("balance")), "subsets": subsets})
     return [row for row in rows if row["bars"]]
 
 
@@ -132,7 +140,7 @@ def _evaluation_table(data: RunData) -> dict[str, Any]:
             values = [column["tasks"].get(task, {}).get(metric) for column in columns]
             before = [None, *values[:-1]]
             cells = [{"value": value, "change": None if None in (value, old) else value - old} for value, old in zip(values, before, strict=True)]
-            rows.append({"task": task, "metric": metric, "head": metric == head, "cells": cells})
+            rows.append({"task": task, "metric": metric, "head": metric == head, "count": metric in COUNTS, "cells": cells})
     return {"columns": [{"stage": column["stage"], "step": column["step"]} for column in columns], "rows": rows}
 
 
@@ -151,11 +159,12 @@ def _baselines(data: RunData) -> list[dict[str, Any]]:
 def _item(item: Any) -> dict[str, Any]:
     """An item of an example: picture only when it is an inline image, anything else stays text."""
     if not isinstance(item, dict):
-        return {"text": str(item), "image": None, "score": None, "correct": False}
+        return {"text": str(item), "image": None, "score": None, "correct": False, "items": []}
     picture = item.get("image")
     shown = isinstance(picture, str) and _PICTURE.fullmatch(picture) is not None
     text = item.get("text") or ("" if shown else str(picture or item.get("id") or "(no text)"))
-    return {"text": str(text), "image": picture if shown else None, "score": item.get("score"), "correct": bool(item.get("correct"))}
+    parts = [_item(part) for part in item.get("items") or []]  # a history
+    return {"text": str(text), "image": picture if shown else None, "score": item.get("score"), "correct": bool(item.get("correct")), "items": parts}
 
 
 def _neighbours(data: RunData) -> dict[str, list[dict[str, Any]]]:
@@ -224,6 +233,7 @@ def render(data: RunData) -> str:
         colour={name: position % SERIES_COLOURS for position, name in enumerate(order)},
         curves=_curves(data),
         weights=_weights(data),
+        time=_time(data),
         evaluations=_evaluation_table(data),
         baselines=_baselines(data),
         hard_negatives=_hard_negatives(data),

@@ -20,6 +20,7 @@ from sailplan.observe.run_files import EVALUATION, METRICS, STAGES, read_lines
 
 Series = list[tuple[int, float]]  # (step, value)
 BASELINES = ("popularity", "content_mean")  # metrics of simple methods, reported beside the model's own
+COUNTS = ("candidates", "queries", "clusters")  # sizes of a task, reported beside its metrics
 
 
 def is_baseline(metric: str) -> bool:
@@ -29,7 +30,7 @@ def is_baseline(metric: str) -> bool:
 def headline_metric(metrics: dict[str, Any]) -> str | None:
     """The metric that stands for a task in curves and summaries: recall@10 where there is one, else another recall, else the first."""
     own = [name for name, value in metrics.items() if isinstance(value, (int, float)) and not is_baseline(name)]
-    for wanted in ("recall@10", "recall@", "nmi", "kendall"):
+    for wanted in ("recall@10", "recall@", "nmi", "kendall", "auc"):
         for name in own:
             if name.startswith(wanted):
                 return name
@@ -94,6 +95,18 @@ class RunData:
             for line in self.metrics
             if isinstance(line.get(name), (int, float)) and (dataset is None or line.get("data/set") == dataset)
         ]
+
+    @cached_property
+    def prefix_losses(self) -> dict[int, Series]:
+        """Matryoshka prefix -> (step, mean over the step's patterns of the loss at that prefix), from "…/loss@SIZE"."""
+        names = {name: int(match.group(1)) for name in self.names if (match := re.search(r"/loss@(\d+)$", name))}
+        found: dict[int, Series] = {size: [] for size in sorted(set(names.values()))}
+        for line in self.metrics:
+            for size, series in found.items():
+                values = [float(line[name]) for name, own in names.items() if own == size and isinstance(line.get(name), (int, float))]
+                if values:
+                    series.append((line["step"], sum(values) / len(values)))
+        return found
 
     @property
     def datasets(self) -> list[str]:

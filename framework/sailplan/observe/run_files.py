@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sailplan.observe.sink import Examples, Results, Sink, StageInfo, Value
+from sailplan.runtime.process import world_size_from_environment
 
 METRICS, PREVIOUS, STAGES, EVALUATION = "metrics.jsonl", "metrics.previous.jsonl", "stages.json", "evaluation"
 
@@ -117,7 +118,7 @@ class RunFiles(Sink):
             "weights": dict(stage.data),
             "objectives": dict(stage.objectives),
             "learning_rate": list(stage.learning_rate) if stage.learning_rate else None,
-            "world_size": stage.world_size,
+            "world_size": world_size_from_environment(),
         }
         known = {old["name"]: position for position, old in enumerate(self.stages)}
         if stage.name in known:

@@ -27,7 +27,6 @@ class StageInfo:
     data: Mapping[str, float] = field(default_factory=dict)  # data set -> sampling weight in use
     objectives: Mapping[str, float] = field(default_factory=dict)  # objective -> weight
     learning_rate: tuple[float, float] | None = None  # peak, final
-    world_size: int = 1  # ranks of the run
 
 
 class Sink:

@@ -51,9 +51,14 @@ def make_run(folder: Path) -> Path:
             loss = 1.2 + 4.5 * math.exp(-(step - first) / 40) * (0.6 if first > 1 else 1.0) + chance.gauss(0, 0.15)
             line = {"step": step, "stage": name, "time": 1.7e9 + step, "data/set": chance.choice(sets), "data/digest": "00ff"}
             line |= {"loss/total": loss, "grad_norm": 1 + chance.random(), "accuracy": 1 / loss, "learning_rate": 1e-3 * math.cos((step - first) / steps)}
-            line |= {"rows_per_second": 900 + 50 * chance.random(), "temperature/emoji/image_to_name": 0.05 - step * 1e-5}
+            line |= {
+                "rows_per_second": 900 + 50 * chance.random(),
+                "seconds/encode": 0.1,
+                "seconds/replay": 0.2,
+                "temperature/emoji/image_to_name": 0.05 - step * 1e-5,
+            }
             line |= {f"loss/{objective}": loss * weight for objective, weight in objectives.items()}
-            line |= {f"loss/infonce/prefix_{size}": loss + 20 / size for size in (48, 96, 192)} if name != "seq2item" else {}
+            line |= {f"infonce/emoji/image_to_name/loss@{size}": loss + 20 / size for size in (48, 96, 192)} if name != "seq2item" else {}
             lines.append(line)
         first += steps
         level = 0.1 * len(stages)
@@ -62,9 +67,11 @@ def make_run(folder: Path) -> Path:
             HOSTILE: {"nmi": 0.4 + level / 3},
         }
         if name == "seq2item":
-            results["set_completion"] = {"recall@10": 0.18, "recall@10/popularity": 0.08, "recall@10/content_mean": 0.12}
+            results["set_completion"] = {"recall@10": 0.18, "popularity/recall@10": 0.08, "content_mean/recall@10": 0.12, "candidates": 7188.0}
         neighbours = [{"query": item(n), "results": [item(n + k, score=0.9 - k / 10, correct=k == n % 3) for k in range(5)]} for n in range(3)]
         worded = [{"query": {"text": HOSTILE}, "results": [{"text": HOSTILE, "image": "https://example.org/x.png", "score": 0.5, "correct": True}]}]
+        if name == "seq2item":
+            worded.append({"query": {"text": "three items", "items": [item(n) for n in (7, 8, 9)]}, "results": [item(10, score=0.8, correct=True)]})
         value = {"step": first - 1, "stage": name, "tasks": results, "examples": {"emoji_image_to_name": neighbours, HOSTILE: worded}}
         write(folder / "evaluation" / f"step-{first - 1:08d}.json", value)
     lines[5]["loss/total"] = None
@@ -73,7 +80,8 @@ def make_run(folder: Path) -> Path:
     threshold = {"value": 0.61, "f1": 0.7, "precision": 0.75, "recall": 0.66, "tp": 660, "fp": 220, "fn": 340, "tn": 998780}
     mined = [{"query": item(n), "positive": {"text": HOSTILE}, "negatives": [item(n + k, score=0.6 - k / 50) for k in (1, 2)]} for n in range(3)]
     write(folder / "curriculum" / "hard" / "state.json", {"thresholds": {"emoji/image_to_name": threshold}, "examples": {"emoji/image_to_name": mined}})
-    balance = {"weights": {"emoji": 0.6, "icons": 0.3, "prompts": 0.1}, "balance": {"emoji": 0.52, "icons": 0.48, "prompts": 0.4}, "subsets": {"icons": 5000}}
+    similar = {"scores": {"emoji": 0.52, "icons": 0.48}, "pairs": {"emoji": {"benchmark_one": 0.5, "benchmark_two": 0.54}, "icons": {"benchmark_one": 0.48}}}
+    balance = {"weights": {"emoji": 0.6, "icons": 0.3, "prompts": 0.1}, "balance": similar, "subsets": {"icons": 5000}}
     write(folder / "curriculum" / "diverse" / "state.json", balance)
     (folder / "quarantine.jsonl").write_text(json.dumps({"step": 3, "id": HOSTILE, "reason": "truncated image"}) + "\n")
     return folder

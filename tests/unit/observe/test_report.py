@@ -73,7 +73,21 @@ def test_every_part_of_the_run_is_there(run_folder: Path) -> None:
     html, parsed = page(run_folder)
     text = " ".join(parsed.text)
     assert "not in this run" not in text
-    for expected in ("made-up", "0123456789abcdef", "4 min 30 s", "truncated image", "998,780", "recall@10", "temperature", "set_completion", "+0.100"):
+    for expected in (
+        "made-up",
+        "0123456789abcdef",
+        "4 min 30 s",
+        "truncated image",
+        "998,780",
+        "recall@10",
+        "temperature",
+        "set_completion",
+        "+0.100",
+        "192 dimensions",
+        "7,188",
+        "benchmark_two",
+        "replay",
+    ):
         assert expected in text, expected
     assert [name for name, _ in parsed.tags].count("svg") >= 8
     assert html.count('class="card correct') >= 3 + 1
@@ -100,7 +114,7 @@ def test_a_missing_part_is_said_and_the_rest_is_shown(run_folder: Path, part: st
 
 def test_an_empty_run_folder_gives_a_page(tmp_path: Path) -> None:
     html, _ = page(tmp_path)
-    assert html.count("not in this run") >= 8
+    assert html.count("not in this run") >= 9
 
 
 def test_a_broken_or_missing_input_is_one_line(run_folder: Path) -> None:
