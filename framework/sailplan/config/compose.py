@@ -11,23 +11,42 @@ import difflib
 import hashlib
 import json
 import os
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from sailplan.config.schema import Config
+from sailplan.config.schema import Config, OptimizerConfig, StageConfig
 from sailplan.errors import ConfigurationError
 
 # Fields that say *what* is trained, in which order: a resumed run must have the same ones.
 IDENTITY = ("seed", "global_batch", "order", "stages", "data", "model", "objectives")
 _NOT_IDENTITY = (("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "root"), ("data", "tokenizer"))
+
+
+def _common_optimizer() -> OptimizerConfig:
+    """Each setting of a stage's optimizer is the common one, unless the stage names its own."""
+    return OptimizerConfig(**{field.name: f"${{optimizer.{field.name}}}" for field in fields(OptimizerConfig)})  # type: ignore[arg-type]
+
+
+@dataclass
+class _StageSchema(StageConfig):
+    optimizer: OptimizerConfig = field(default_factory=_common_optimizer)
+
+
+@dataclass
+class _Schema(Config):
+    stages: dict[str, _StageSchema] = field(default_factory=dict)  # type: ignore[assignment]
+
+
+ConfigStore.instance().store(name="schema", node=_Schema)
 
 
 def configuration_folder() -> Path:
@@ -97,14 +116,9 @@ def _explain(error: HydraException) -> str:
 
 
 def typed(raw: DictConfig) -> Config:
-    """Merges the stages' optimizer settings over the common ones, checks types and keys, converts to dataclasses."""
+    """Checks types and keys against the schema, resolves interpolations, converts to dataclasses."""
     try:
-        common = raw.get("optimizer") or {}
-        OmegaConf.set_struct(raw, False)
-        for stage in (raw.get("stages") or {}).values():
-            stage["optimizer"] = OmegaConf.merge(common, stage.get("optimizer") or {})
-        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
-        result = OmegaConf.to_object(merged)
+        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Schema), raw))
     except ConfigKeyError as error:
         path = str(getattr(error, "full_key", "") or "").split(".")
         raise ConfigurationError(f"unknown key '{'.'.join(path)}'{_nearest_key(path[-1], _type_at(path))}") from error
