@@ -1,0 +1,134 @@
+"""How large a model is before it is built: parameters of each part, and a rough estimate of a rank's memory.
+
+The model is laid out on the meta device, so a billion parameters cost no memory and a second of time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sailplan.config.schema import ModelConfig, TransformerShape
+from sailplan.model.blocks import process_groups
+from sailplan.model.tower import OmniEncoder
+
+BYTES = {torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
+
+
+def build_on_meta(config: ModelConfig) -> OmniEncoder:
+    """The model's shapes without its numbers."""
+    with torch.device("meta"):
+        return OmniEncoder(config)
+
+
+def _split_sizes(model: OmniEncoder, part: str) -> tuple[int, int]:
+    """(elements that tensor parallelism cuts, elements that every tensor-parallel rank holds whole), of the whole model."""
+    groups = process_groups()
+    size = groups.tp.size() if groups.tp is not None else 1
+
+    def is_cut(parameter: nn.Parameter) -> bool:
+        # The note is set where weights are drawn, so it is there on the meta device too.
+        return bool(getattr(parameter, "tensor_model_parallel", False))
+
+    parameters = model.parts()[part]
+    cut = sum(parameter.numel() * size for parameter in parameters if is_cut(parameter))
+    return cut, sum(parameter.numel() for parameter in parameters if not is_cut(parameter))
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters of text, vision, perceiver, audio and tower, and "total"; the same in a world of any layout.
+
+    Raises ConfigurationError where the model cannot be built.
+    """
+    model = build_on_meta(config)
+    counts = {part: sum(_split_sizes(model, part)) for part in model.parts()}
+    return counts | {"total": sum(counts.values())}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank."""
+
+    parameters: int
+    gathered: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gathered + self.gradients + self.optimizer + self.activations
+
+
+def _layer_elements(shape: TransformerShape, tensor: int) -> float:
+    key_value = shape.hidden * (shape.key_value_heads or shape.heads) / shape.heads
+    return 7 * shape.hidden + (4 * shape.hidden + 4 * key_value + 4 * shape.feed_forward) / tensor
+
+
+def activation_elements(config: ModelConfig, modalities: tuple[str, ...], *, tensor: int, tokens: int, image_size: int, frames: int, audio_frames: int) -> float:
+    """Elements that one row keeps for the backward pass (rough; see `estimate_memory`)."""
+    vision, audio, positions, elements = config.vision, config.audio, float(tokens), 0.0
+    if "vision" in modalities:
+        patches = (image_size // vision.patch) ** 2
+        joint = vision.latents + frames * patches
+        halvings = int(math.log2(vision.patch)) if vision.stem == "convolutional" else 0
+        for step in range(halvings):
+            channels = vision.encoder.hidden if step == halvings - 1 else min(vision.stem_width * 2**step, vision.encoder.hidden)
+            elements += 3 * frames * channels * (image_size / 2 ** (step + 1)) ** 2  # convolution, norm, GELU
+        elements += vision.encoder.layers * frames * patches * _layer_elements(vision.encoder, tensor)
+        elements += vision.perceiver.layers * joint * _layer_elements(vision.perceiver, tensor) + 4 * joint * vision.perceiver.hidden
+        positions += vision.latents
+    if "audio" in modalities:
+        elements += audio.encoder.layers * (audio_frames / audio.time_stride) * _layer_elements(audio.encoder, tensor)
+        elements += 3 * audio_frames * audio.stem_width
+        positions += 1
+    return elements + positions * (config.tower.layers * _layer_elements(config.tower, tensor) + 4 * config.tower.hidden)
+
+
+def estimate_memory(
+    config: ModelConfig,
+    *,
+    tensor: int,
+    data: int,
+    shard: bool,
+    rows: int,
+    modalities: tuple[str, ...] = ("text", "vision"),
+    tokens: int = 48,
+    image_size: int = 64,
+    frames: int = 1,
+    audio_frames: int = 0,
+    parameter_dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype = torch.float32,
+) -> MemoryEstimate:
+    """A rank's memory in bytes, for planning: right to some tens of percent.
+
+    With P = cut / tensor + whole (the parameters that a tensor-parallel rank sees), S = data if sharded else 1, and
+    b, c the bytes of an element of a parameter and of the computation:
+
+    parameters b P / S; gathered c P (whole copies from a step's first forward to its last backward);
+    gradients b P + b P / S (summed whole over the micro-batches, then sharded); optimizer 2 b P / S (AdamW).
+
+    activations: c x rows x elements of a row. A layer keeps about 7 h + (4 h + 4 h_kv + 4 f) / tensor elements a
+    position: the residual stream, two norms with their factors, queries, keys and values before and after the
+    rotation, the attention's output, and the gated feed-forward's 2 f, f and f. Attention matrices are never stored.
+
+    rows: rows with a live graph, that is micro_batch x (1 + kept graphs). The loss and the decoded batches come on top.
+    """
+    model = build_on_meta(config)
+    sizes = [_split_sizes(model, part) for part in model.parts()]
+    seen = math.ceil(sum(cut for cut, _ in sizes) / tensor) + sum(whole for _, whole in sizes)
+    held = math.ceil(seen / data) if shard else seen
+    width, compute = BYTES[parameter_dtype], BYTES[compute_dtype]
+    elements = activation_elements(
+        config, modalities, tensor=tensor, tokens=tokens, image_size=image_size, frames=frames, audio_frames=audio_frames
+    )
+    return MemoryEstimate(
+        parameters=width * held,
+        gathered=compute * seen,
+        gradients=width * (seen + held),
+        optimizer=2 * width * held,
+        activations=int(compute * rows * elements),
+    )
