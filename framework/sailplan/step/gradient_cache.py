@@ -106,12 +106,11 @@ class GradientCache:
     def backward(self) -> int:
         """(C): accumulates the encoder's gradients from the leaves' gradients; returns how many micro-batches ran backward.
 
-        The gradient reduction is on in the last of them only. A leaf that no loss used has a zero gradient: it still
-        takes part, so that all ranks meet in the same collectives.
+        The gradient reduction is on in the last of them only. Views that no loss used stay out; which ones is a matter
+        of the losses' graphs, not of the data, so all ranks meet in the same collectives.
         """
-        trainable = [micro_batch for micro_batch in self.micro_batches if micro_batch.trainable]
-        ordered = [micro_batch for micro_batch in trainable if micro_batch.keep_graph]
-        ordered += [micro_batch for micro_batch in trainable if not micro_batch.keep_graph]
+        used = [m for m in self.micro_batches if m.trainable and any(leaf.grad is not None for leaf in m.leaves.values())]
+        ordered = [m for m in used if m.keep_graph] + [m for m in used if not m.keep_graph]
         for number, micro_batch in enumerate(ordered):
             set_gradient_sync(self.encoder, number == len(ordered) - 1)
             outputs = micro_batch.outputs
