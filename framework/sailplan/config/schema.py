@@ -251,6 +251,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {_target_: class, options}
+    allowed_targets: list[str] = field(default_factory=lambda: ["sailplan."])  # module prefixes that a _target_ may have; add your own
     step: StepConfig = field(default_factory=StepConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
