@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sailplan.model import parallelize
+from sailplan.model.count import count_parameters
 from sailplan.model.testing import join_layout, random_inputs, rows_of, small_config, whole_tensor
 from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks
@@ -113,6 +114,15 @@ def test_freezing_parts_between_stages():
                 assert (stage[name] is None) == (gradient is None), name
                 if gradient is not None:
                     torch.testing.assert_close(stage[name], gradient, rtol=0, atol=1e-10)
+
+
+def test_the_count_is_of_the_whole_model_at_any_layout(alone):
+    def count(rank, world):
+        join_layout(2)
+        return count_parameters(small_config())
+
+    for counts in run_ranks(count, 2):
+        assert counts["total"] == sum(weight.numel() for weight in alone[0].values())
 
 
 def count_reductions(rank, world):

@@ -60,8 +60,9 @@ class AudioAdapter(nn.Module):
 
     def __init__(self, output: int, hidden: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.project = nn.Linear(output, hidden, bias=False, dtype=dtype)
+        self.project = nn.Linear(output, hidden, bias=False)
         nn.init.normal_(self.project.weight, std=initial_deviation(output))
+        self.to(dtype)
 
     def forward(self, vector: Tensor) -> Tensor:
         return self.project(vector)[:, None]

@@ -68,7 +68,16 @@ def _layer_elements(shape: TransformerShape, tensor: int) -> float:
     return 7 * shape.hidden + (4 * shape.hidden + 4 * key_value + 4 * shape.feed_forward) / tensor
 
 
-def activation_elements(config: ModelConfig, modalities: tuple[str, ...], *, tensor: int, tokens: int, image_size: int, frames: int, audio_frames: int) -> float:
+def activation_elements(
+    config: ModelConfig,
+    modalities: tuple[str, ...],
+    *,
+    tensor: int,
+    tokens: int,
+    image_size: int,
+    frames: int,
+    audio_frames: int,
+) -> float:
     """Elements that one row keeps for the backward pass (rough; see `estimate_memory`)."""
     vision, audio, positions, elements = config.vision, config.audio, float(tokens), 0.0
     if "vision" in modalities:
@@ -122,9 +131,7 @@ def estimate_memory(
     seen = math.ceil(sum(cut for cut, _ in sizes) / tensor) + sum(whole for _, whole in sizes)
     held = math.ceil(seen / data) if shard else seen
     width, compute = BYTES[parameter_dtype], BYTES[compute_dtype]
-    elements = activation_elements(
-        config, modalities, tensor=tensor, tokens=tokens, image_size=image_size, frames=frames, audio_frames=audio_frames
-    )
+    elements = activation_elements(config, modalities, tensor=tensor, tokens=tokens, image_size=image_size, frames=frames, audio_frames=audio_frames)
     return MemoryEstimate(
         parameters=width * held,
         gathered=compute * seen,

@@ -38,8 +38,8 @@ class Tower(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.kinds = nn.Parameter(torch.empty(3, config.tower.hidden, dtype=dtype))  # text, vision, audio
-        nn.init.normal_(self.kinds, std=initial_deviation(config.tower.hidden))
+        kinds = torch.randn(3, config.tower.hidden) * initial_deviation(config.tower.hidden)  # text, vision, audio
+        self.kinds = nn.Parameter(kinds.to(dtype))
         self.blocks = Blocks(config.tower, dtype, config.rope_base)
 
     def forward(self, sequence: Tensor, kind: Tensor, keep: Tensor) -> Tensor:
