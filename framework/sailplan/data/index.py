@@ -27,7 +27,7 @@ from sailplan.data.tar import BLOCK, fingerprint, scan
 from sailplan.errors import BadDataError
 
 VERSION = 1
-TABLES_KEPT = 64
+TABLES_KEPT = 128
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class ShardTable:
     extensions: list[str]  # k
     offsets: NDArray[np.int64]  # [k] bytes
     sizes: NDArray[np.int64]  # [k] bytes
+
+    def rows(self, split: str) -> NDArray[np.int64]:
+        """Rows of the split's records, rising."""
+        return np.flatnonzero(self.splits == self.split_names.index(split)).astype(np.int64)
 
     def members(self, row: int) -> list[tuple[str, int, int]]:
         """(extension, offset, size) of each member of the record."""
@@ -58,8 +62,9 @@ def id_hash(record_id: str) -> int:
 class ShardIndex:
     """The records of a data set over all its shards.
 
-    `len(index)` records; `splits` int8 [n] with `split_names`; `ids(positions)`; `find(id)`; `locate(position)`.
-    Memory: one byte a record, plus 16 bytes a record once `find` is used; shard tables are cached (64 of them).
+    `len(index)` records; `ids(positions)`; `find(id)`; `count(split)` and `select(split, numbers)`; `locate(position)`.
+    Memory: a few numbers a shard and the tables of the 128 shards used last, whatever the number of records; 16 bytes
+    a record once `find` is used (catalogues).
     """
 
     def __init__(self, shards: Sequence[Path], cache: Path | None = None) -> None:
@@ -68,16 +73,10 @@ class ShardIndex:
         self._files = [_ensure(shard, cache) for shard in self.shards]
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
         self._lock = threading.RLock()
-        self.split_names: list[str] = []
-        counts, splits = [], []
-        for number in range(len(self.shards)):
-            table = self._table(number)
-            counts.append(len(table.ids))
-            self.split_names += [name for name in table.split_names if name not in self.split_names]
-            renumber = np.array([self.split_names.index(name) for name in table.split_names], dtype=np.int8)
-            splits.append(renumber[table.splits])
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.splits: NDArray[np.int8] = np.concatenate(splits) if splits else np.empty(0, dtype=np.int8)
+        counts = [_split_counts(file) for file in self._files]
+        self.split_names = list(dict.fromkeys(name for shard in counts for name in shard))
+        self.starts = _running([sum(shard.values()) for shard in counts])
+        self._split_starts = {name: _running([shard.get(name, 0) for shard in counts]) for name in self.split_names}
         self._lookup: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
@@ -89,13 +88,25 @@ class ShardIndex:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
+    def count(self, split: str) -> int:
+        """Number of records of a split."""
+        return int(self._split_starts[split][-1]) if split in self._split_starts else 0
+
+    def select(self, split: str, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of the split's records number 0 .. count - 1; int64 [n] -> int64 [n]."""
+        starts = self._split_starts[split]
+        shards = np.searchsorted(starts, numbers, side="right") - 1
+        result = np.empty(len(numbers), dtype=np.int64)
+        for shard in np.unique(shards).tolist():
+            chosen = shards == shard
+            result[chosen] = self.starts[shard] + self._table(shard).rows(split)[numbers[chosen] - starts[shard]]
+        return result
+
     def positions(self, split: str | None) -> NDArray[np.int64]:
-        """Sorted positions of a split's records (None: of all); int64 [n]."""
+        """Sorted positions of a split's records (None: of all); int64 [n]. Eight bytes a record: for sets that fit."""
         if split is None:
             return np.arange(len(self), dtype=np.int64)
-        if split not in self.split_names:
-            return np.empty(0, dtype=np.int64)
-        return np.flatnonzero(self.splits == self.split_names.index(split)).astype(np.int64)
+        return self.select(split, np.arange(self.count(split), dtype=np.int64)) if self.count(split) else np.empty(0, dtype=np.int64)
 
     def locate(self, position: int) -> tuple[int, ShardTable, int]:
         """Shard number, the shard's table, and the record's row in it."""
@@ -204,6 +215,18 @@ def _is_current(file: Path, shard: Path) -> bool:
             return str(arrays["fingerprint"]) == fingerprint(shard, arrays["headers"].tolist())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent, older or half-written: build it (again)
         return False
+
+
+def _split_counts(file: Path) -> dict[str, int]:
+    """Records per split of one shard, without loading its table."""
+    with np.load(file) as arrays:
+        names = _unpack(arrays["split_names"])
+        return dict(zip(names, np.bincount(arrays["splits"], minlength=len(names)).tolist(), strict=True))
+
+
+def _running(counts: list[int]) -> NDArray[np.int64]:
+    """[0, c0, c0 + c1, ...]"""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
 
 def _load(file: Path) -> ShardTable | None:

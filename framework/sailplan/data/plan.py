@@ -27,7 +27,8 @@ from sailplan.errors import ConfigurationError
 from sailplan.runtime.seeds import derive
 
 MIXED_PARTS = 4  # sub-batches of a mixed step; equal ones are merged
-BLOCK_STEPS = 4096
+BLOCK_STEPS = 16384
+SPLIT = "train"
 
 
 class PlannedSet(Protocol):
@@ -35,7 +36,9 @@ class PlannedSet(Protocol):
 
     def ids(self, positions: Sequence[int] | NDArray[np.int64]) -> list[str]: ...
 
-    def positions(self, split: str | None = None) -> NDArray[np.int64]: ...
+    def count(self, split: str) -> int: ...
+
+    def select(self, split: str, numbers: NDArray[np.int64]) -> NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,14 @@ class Plan:
         if not self.names or (values < 0).any() or not np.isfinite(values).all():
             raise ConfigurationError(f"stages.{stage_name}.data: the weights {dict(weights)} need at least one above 0, none negative")
         self._edges = np.cumsum(values) / values.sum()
+        closed = [name for name in self.names if name not in sets]
+        if closed:
+            raise ConfigurationError(f"stages.{stage_name}.data names '{closed[0]}', which is not open: is it made by an earlier stage's `artifacts`?")
         self._sets = {name: sets[name] for name in self.names}
-        self._positions = {name: self._allowed(name, subsets or {}) for name in self.names}
+        self._subsets = {name: np.asarray(subset, dtype=np.int64) for name, subset in (subsets or {}).items() if name in self._sets}
+        for name in self.names:
+            if self.size(name) == 0:
+                raise ConfigurationError(f"data.sets.{name}: stage '{stage_name}' finds no record of split '{SPLIT}' to draw; check its shards or subset")
         self._keys = {name: derive("order", stage_name, name) for name in self.names}
         self._draw_key, self._order_seed = derive("draw", config.seed, stage_name), derive("order", config.seed)
         self._mixed_fraction = stage.mixed_fraction
@@ -143,9 +152,9 @@ class Plan:
         parts = []
         for choice in dict.fromkeys(drawn.tolist()):
             name, count = self.names[choice], sum(rows for rows, other in zip(self._part_rows, drawn, strict=True) if other == choice)
-            allowed, first = self._positions[name], int(before[choice])
-            order = positions(self._keys[name], len(allowed), self._order_seed, first, count, self.lanes, self.segment, self.window)
-            parts.append(PlannedRows(name, first, allowed[order]))
+            first = int(before[choice])
+            order = positions(self._keys[name], self.size(name), self._order_seed, first, count, self.lanes, self.segment, self.window)
+            parts.append(PlannedRows(name, first, self._select(name, order)))
         return StepPlan(step, tuple(parts))
 
     def ids(self, step: int) -> list[list[str]]:
@@ -161,9 +170,8 @@ class Plan:
 
     def spare(self, dataset: str, step: int, row: int, attempt: int) -> int:
         """Position of the record that replaces row `row` of the data set's stream at the given attempt (from 0)."""
-        allowed = self._positions[dataset]
-        place = keyed(self._draw_key, 3, self._keys[dataset], step, row, attempt)[0] % np.uint64(len(allowed))
-        return int(allowed[int(place)])
+        number = keyed(self._draw_key, 3, self._keys[dataset], step, row, attempt) % np.uint64(self.size(dataset))
+        return int(self._select(dataset, number.astype(np.int64))[0])
 
     def rows_seen(self, step: int) -> dict[str, int]:
         """Rows of each data set in the steps before `step`."""
@@ -171,16 +179,12 @@ class Plan:
 
     def size(self, dataset: str) -> int:
         """Records of the data set that this stage draws from."""
-        return len(self._positions[dataset])
+        return len(self._subsets[dataset]) if dataset in self._subsets else self._sets[dataset].count(SPLIT)
 
     # ---------------------------------------------------------------- parts
-    def _allowed(self, name: str, subsets: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
-        allowed = np.asarray(subsets[name], dtype=np.int64) if name in subsets else self._sets[name].positions("train")
-        if len(allowed) == 0:
-            raise ConfigurationError(
-                f"data.sets.{name}: stage '{self.stage_name}' finds no record with split 'train' to draw from; check its shards or subset"
-            )
-        return allowed
+    def _select(self, name: str, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of the records number 0 .. size - 1 that the stage draws from."""
+        return self._subsets[name][numbers] if name in self._subsets else self._sets[name].select(SPLIT, numbers)
 
     def _rows(self, first_step: int, count: int) -> NDArray[np.int64]:
         """Rows per data set in a run of steps; int64 [sets]."""

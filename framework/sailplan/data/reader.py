@@ -72,6 +72,14 @@ class RecordReader:
         """Sorted int64 positions of a split's records; None: of all."""
         return self.index.positions(split)
 
+    def count(self, split: str) -> int:
+        """Number of records of a split."""
+        return self.index.count(split)
+
+    def select(self, split: str, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of the split's records number 0 .. count - 1; int64 [n] -> int64 [n]."""
+        return self.index.select(split, numbers)
+
     def find(self, record_id: str) -> int | None:
         """Position of the record with this id, or None."""
         return self.index.find(record_id)

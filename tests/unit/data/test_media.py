@@ -1,0 +1,111 @@
+"""Pictures and sounds: formats, broken bytes, and augmentation that depends on the row alone."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from sailplan.data import audio, image
+from sailplan.data.testing import png, wav
+
+
+def encoded(picture: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_formats_and_modes_become_the_same_square(kind: str, mode: str) -> None:
+    picture = Image.new("RGB", (40, 20), (204, 51, 51)).convert(mode)
+    stored = picture.convert("RGB") if (mode, kind) == ("P", "JPEG") else picture  # JPEG has no palettes
+    pixels = image.decode(encoded(stored, kind), 16)
+    expected = np.array(picture.convert("RGB"))[0, 0].astype(int)
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8
+    assert np.abs(pixels[:, 8, 8].numpy().astype(int) - expected).max() < 12
+
+
+def test_transparent_parts_become_white() -> None:
+    assert (image.decode(encoded(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), "PNG"), 16) == 255).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", png(1)[:200]])
+def test_broken_pictures_are_value_errors(content: bytes) -> None:
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        image.decode(content, 16)
+
+
+def test_rows_are_augmented_alike_whatever_shares_their_micro_batch() -> None:
+    pictures = torch.stack([image.decode(png(number, 32), 32) for number in range(40)])[:, None]
+    numbers = [image.draw_augmentation(random.Random(seed), 0.8) if seed % 3 else None for seed in range(40)]
+    together = image.to_batch(pictures, numbers)
+    alone = torch.cat([image.to_batch(pictures[row : row + 1], numbers[row : row + 1]) for row in range(40)])
+    assert torch.equal(together, alone)
+    plain = image.to_batch(pictures, [None] * 40)
+    assert plain.min() >= -1 and plain.max() <= 1 and together.abs().max() <= 1
+    assert torch.equal(together[::3], plain[::3]) and not torch.equal(together[1], plain[1])
+
+
+def test_augmentation_of_strength_zero_changes_nothing_and_full_strength_keeps_the_picture_in_view() -> None:
+    picture = torch.full((1, 1, 3, 32, 32), 255, dtype=torch.uint8)
+    picture[..., 8:24, 8:24] = 40
+    plain = image.to_batch(picture, [None])
+    same = image.to_batch(picture, [image.draw_augmentation(random.Random(1), 0.0)])
+    assert torch.allclose(plain, same, atol=1e-5)
+    for seed in range(30):
+        changed = image.to_batch(picture, [image.draw_augmentation(random.Random(seed), 1.0)])
+        dark = (changed[0, 0].mean(0) < 0.1).float().mean()
+        assert 0.1 < dark < 0.65, "a quarter of the picture is dark; crop and zoom change its share, never lose it"
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [("WAV", None), ("FLAC", None), ("OGG", "OPUS"), ("OGG", "VORBIS")])
+def test_a_tone_lands_in_its_mel_bin_in_every_format(kind: str, subtype: str | None) -> None:
+    rate, tone = 16000, 1000.0
+    samples = 0.3 * np.sin(2 * np.pi * tone * np.arange(rate) / rate)
+    file = io.BytesIO()
+    soundfile.write(file, np.stack([samples, samples], 1), rate, format=kind, subtype=subtype)
+    mono = audio.decode(file.getvalue(), 8000)
+    assert mono.dtype == np.float32 and abs(len(mono) - 8000) < 50
+    mel = audio.log_mel(audio.chunks(mono, 8000, 1), 8000, 32)
+    assert mel.shape == (1, 100, 32)
+    top = 2595 * np.log10(1 + 4000 / 700)
+    centre = 2595 * np.log10(1 + tone / 700) / top * 33 - 1
+    assert abs(int(mel[0, 20:80].mean(0).argmax()) - centre) <= 1
+
+
+def test_mel_filters_are_the_htk_definition() -> None:
+    filters = audio.mel_filters(8, 129, 8000)
+    assert filters.shape == (129, 8) and filters.min() == 0 and filters.max() <= 1
+    inner = filters[(np.arange(129) * 4000 / 128 > 250) & (np.arange(129) * 4000 / 128 < 3000)]
+    assert torch.allclose(inner.sum(1), torch.ones(len(inner)), atol=1e-5), "neighbouring triangles add up to 1"
+
+
+def test_short_sounds_are_repeated_whole_and_long_ones_cut_into_chunks() -> None:
+    short = np.arange(1, 4, dtype=np.float32)
+    assert audio.chunks(short, 8, 2).tolist() == [[1, 2, 3, 1, 2, 3, 0, 0]]
+    long = np.arange(20, dtype=np.float32)
+    assert audio.chunks(long, 8, 3).tolist() == [list(range(8)), list(range(8, 16)), [16, 17, 18, 19, 0, 0, 0, 0]]
+    assert audio.chunks(long, 8, 1).tolist() == [list(range(8))]
+    starts = {int(audio.chunks(long, 8, 2, random.Random(seed))[0, 0]) for seed in range(40)}
+    assert starts == {0, 1, 2, 3, 4}, "training starts anywhere"
+
+
+@pytest.mark.parametrize("content", [b"", b"not a sound", wav(1)[:30]])
+def test_broken_sounds_are_value_errors(content: bytes) -> None:
+    with pytest.raises(ValueError, match="audio"):
+        audio.decode(content, 8000)
+
+
+def test_sound_augmentation_is_a_function_of_its_seed_and_leaves_the_original() -> None:
+    mel = audio.log_mel(audio.chunks(audio.decode(wav(1), 8000), 8000, 1), 8000, 16)
+    kept = mel.clone()
+    first, again, other = (audio.augment(mel, random.Random(seed), 1.0) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other) and torch.equal(mel, kept)
+    assert torch.equal(audio.augment(mel, random.Random(3), 0.0), mel)

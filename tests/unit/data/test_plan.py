@@ -1,0 +1,119 @@
+"""The plan: pure, the same for any number of ranks, continuing each data set where its last step stopped."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from sailplan.config.schema import Config, StageConfig
+from sailplan.data import plan as plan_module
+from sailplan.data.datasets import open_datasets
+from sailplan.data.plan import Plan
+from sailplan.data.reader import RecordReader
+from sailplan.errors import ConfigurationError
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def readers(make_config: Make) -> dict[str, RecordReader]:
+    return open_datasets(make_config())
+
+
+def make_plan(config: Config, readers: dict[str, RecordReader], steps: int = 100, mixed: float = 0.0, **options: object) -> Plan:
+    weights = {"things": 2.0, "choices": 1.0, "histories": 1.0}
+    return Plan(config, "first", StageConfig(steps=steps, mixed_fraction=mixed), weights, readers, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mixed", [0.0, 0.5])
+def test_any_number_of_ranks_and_any_starting_point_read_the_same_records(make_config: Make, readers: dict[str, RecordReader], mixed: float) -> None:
+    config = make_config(global_batch=24, lanes=12)
+    plan = make_plan(config, readers, mixed=mixed)
+    wanted = {step: (plan.digest(step), [part.positions.tolist() for part in plan.step(step).parts]) for step in range(30)}
+    for size in (1, 2, 3, 4, 6):
+        other = make_plan(config, readers, mixed=mixed)
+        for step in (29, 3, 17, 0):  # in any order: nothing is remembered
+            assert other.digest(step) == wanted[step][0]
+            for part, positions in zip(other.step(step).parts, wanted[step][1], strict=True):
+                shares = [part.rank_rows(rank, size) for rank in range(size)]
+                assert len({len(rows) for rows, _ in shares}) == 1, "equal rows on all ranks"
+                assert Counter(np.concatenate([share for _, share in shares]).tolist()) == Counter(positions)
+                lanes = [{int(row) % 12 for row in rows} for rows, _ in shares]
+                assert all(lane % size == rank for rank, own in enumerate(lanes) for lane in own), "a rank reads whole lanes"
+
+
+@pytest.mark.parametrize("mixed", [0.0, 0.3])
+def test_every_epoch_of_every_set_is_complete_across_steps(make_config: Make, readers: dict[str, RecordReader], mixed: float) -> None:
+    plan = make_plan(make_config(), readers, mixed=mixed)
+    seen: dict[str, list[int]] = {name: [] for name in plan.names}
+    for step in range(60):
+        assert plan.rows_seen(step) == {name: len(rows) for name, rows in seen.items()}
+        for part in plan.step(step).parts:
+            seen[part.dataset] += part.positions.tolist()
+    train = readers["things"].positions("train").tolist()
+    for epoch in range(len(seen["things"]) // len(train)):
+        assert sorted(seen["things"][epoch * len(train) : (epoch + 1) * len(train)]) == train, "each once, held-out never"
+
+
+def test_rows_seen_is_the_plain_sum_far_into_a_stage(make_config: Make, readers: dict[str, RecordReader], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(make_config(), readers, mixed=0.3, steps=10**6)
+    near, far = plan.rows_seen(1000), plan.rows_seen(200_000)
+    assert sum(far.values()) == 16 * 200_000
+    monkeypatch.setattr(plan_module, "BLOCK_STEPS", 64)
+    assert make_plan(make_config(), readers, mixed=0.3, steps=10**6).rows_seen(1000) == near
+
+
+def test_data_sets_are_drawn_by_weight_and_steps_are_pure_or_mixed(make_config: Make, readers: dict[str, RecordReader]) -> None:
+    plan = make_plan(make_config(), readers, mixed=0.25)
+    drawn = plan.draws(0, 4000)
+    assert abs((drawn == plan.names.index("things")).mean() - 0.5) < 0.03
+    several = (drawn != drawn[:, :1]).any(axis=1).mean()
+    assert 0.18 < several < 0.27, "a mixed step may draw one set four times by chance"
+    assert make_plan(make_config(), readers).draws(0, 500).std(axis=1).max() == 0
+    for step in range(20):
+        assert sum(len(part.positions) for part in plan.step(step).parts) == 16
+
+
+def test_stage_seed_and_step_change_the_draw(make_config: Make, readers: dict[str, RecordReader]) -> None:
+    config = make_config()
+    weights = {"things": 1.0}
+    digests = {
+        Plan(make_config(seed=seed), stage, StageConfig(steps=3), weights, readers).digest(step)
+        for seed in (1, 2)
+        for stage in ("first", "second")
+        for step in (0, 1)
+    }
+    assert len(digests) == 8
+    assert Plan(config, "first", StageConfig(steps=3), weights, readers).digest(1) == Plan(config, "first", StageConfig(steps=9), weights, readers).digest(1)
+
+
+def test_a_subset_is_all_that_is_read(make_config: Make, readers: dict[str, RecordReader]) -> None:
+    subset = np.array([0, 3, 4, 11, 30, 31])
+    plan = Plan(make_config(), "clean", StageConfig(steps=5), {"things": 1.0}, readers, subsets={"things": subset})
+    rows = np.concatenate([plan.step(step).parts[0].positions for step in range(3)])
+    assert sorted(rows.tolist()) == sorted(subset.tolist() * 8)
+    spares = {plan.spare("things", step, row, attempt) for step in range(3) for row in range(5) for attempt in range(3)}
+    assert spares <= set(subset.tolist()) and len(spares) > 3
+
+
+def test_a_pickled_plan_goes_on_equally(make_config: Make, readers: dict[str, RecordReader]) -> None:
+    plan = make_plan(make_config(), readers)
+    assert pickle.loads(pickle.dumps(plan)).digest(7) == plan.digest(7)
+
+
+def test_impossible_plans_are_refused_in_one_line(make_config: Make, readers: dict[str, RecordReader]) -> None:
+    stage = StageConfig(steps=2)
+    with pytest.raises(ConfigurationError, match=r"global_batch=18 .*data\.lanes=4"):
+        Plan(make_config(global_batch=18), "s", stage, {"things": 1.0}, readers)
+    with pytest.raises(ConfigurationError, match=r"data\.lanes=4 .*data-parallel size 3"):
+        make_plan(make_config(), readers).check_ranks(3)
+    with pytest.raises(ConfigurationError, match="weights"):
+        Plan(make_config(), "s", stage, {"things": -1.0}, readers)
+    with pytest.raises(ConfigurationError, match="no record"):
+        Plan(make_config(), "s", stage, {"things": 1.0}, readers, subsets={"things": np.empty(0, dtype=np.int64)})
+    with pytest.raises(ConfigurationError, match="not open"):
+        Plan(make_config(), "s", stage, {"absent": 1.0}, readers)
