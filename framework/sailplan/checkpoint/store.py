@@ -80,8 +80,8 @@ def save(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | N
             folder.rename(replaced)
         temporary.rename(folder)
         seal = {"index_sha256": _digest(folder / INDEX), "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())}}
-        with open(folder / COMPLETE, "w") as file:
-            json.dump(seal, file, indent=1)
+        with open(folder / COMPLETE, "wb") as file:
+            file.write(json.dumps(seal, indent=1).encode())
             _flush(file)
         shutil.rmtree(replaced, ignore_errors=True)
 

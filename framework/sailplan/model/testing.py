@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,8 +75,9 @@ def join_layout(tensor_parallel: int) -> Parallel:
 
 def rows_of(inputs: EncoderInputs, start: int, stop: int) -> EncoderInputs:
     """Rows start..stop of a micro-batch (none, where start is past the end)."""
-    cut = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-    return EncoderInputs(**{name: value[start:stop] if isinstance(value, torch.Tensor) else value for name, value in cut.items()})
+    tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+    changes: dict[str, Any] = {name: value[start:stop] for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(inputs, **changes)
 
 
 def whole_tensor(parameter: torch.Tensor, value: torch.Tensor, parallel: Parallel) -> torch.Tensor:

@@ -13,6 +13,7 @@ Shape legend: b rows, t text tokens, s positions of the sequence, h hidden.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import VocabParallelEmbedding
@@ -146,7 +147,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def _one_absent_row(inputs: EncoderInputs) -> EncoderInputs:
     """One row with nothing present, in the shapes of an empty micro-batch (at least one token wide)."""
     tokens = max(1, inputs.token_ids.size(1))
-    changes: dict[str, Tensor] = {
+    changes: dict[str, Any] = {
         "token_ids": inputs.token_ids.new_zeros(1, tokens),
         "token_mask": inputs.token_mask.new_zeros(1, tokens),
         "text_mask": inputs.text_mask.new_zeros(1, tokens),
