@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import ot
-from sklearn.cluster import KMeans
 
 from sailplan.config.schema import BalanceConfig
-from sailplan.runtime.seeds import derive
+from sailplan.curriculum.clustering import k_means
 
 Summary = dict[str, "Clusters"]  # kind of vector ("fused", "vision", ...) -> its clusters
 
@@ -51,10 +50,9 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 def cluster(vectors: np.ndarray, clusters: int, *seed: int | str) -> Clusters:
     """k-means of the unit vectors [n, D] into min(clusters, n) clusters; empty clusters are dropped. Same seed, same result."""
     rows = unit_rows(vectors)
-    k = min(clusters, len(np.unique(rows, axis=0)))
-    found = KMeans(n_clusters=k, n_init=1, random_state=derive("k-means", *seed) % 2**32).fit(rows)
-    sizes = np.bincount(found.labels_, minlength=k)
-    return Clusters(unit_rows(found.cluster_centers_)[sizes > 0], sizes[sizes > 0] / len(rows))
+    labels, centres = k_means(rows, clusters, *seed)
+    sizes = np.bincount(labels, minlength=len(centres))
+    return Clusters(unit_rows(centres)[sizes > 0], sizes[sizes > 0] / len(rows))
 
 
 def transport_plan(first: Clusters, second: Clusters, epsilon: float, iterations: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ from sailplan.curriculum.scoring import share
 from sailplan.data.evaluation import EvaluationRows
 from sailplan.data.reader import RecordReader
 from sailplan.data.record import EncoderInputs
+from sailplan.model.parallelize import reshard
 from sailplan.runtime.process import Parallel
 from sailplan_kernels.exchange import AllGather, Local
 from sailplan_kernels.exchange.base import Exchange
@@ -57,13 +58,15 @@ def exchange_of(parallel: Parallel) -> Exchange:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the former mode comes back after the block."""
+    """Evaluation mode without gradients; after the block the former mode is back and gathered parameters are sharded again,
+    as a forward without a backward would leave them whole."""
     former = module.training
     module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
+        reshard(module)
         module.train(former)
 
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
-from sklearn.cluster import KMeans
 
 from sailplan.curriculum.balance import unit_rows
+from sailplan.curriculum.clustering import k_means
 from sailplan.curriculum.histories import Histories
 from sailplan.curriculum.teachers import factorise
-from sailplan.runtime.seeds import derive, generator
+from sailplan.runtime.seeds import generator
 
 VIEWS = ("content_single", "collaboration_single", "content_multi", "collaboration_multi")
 
@@ -51,12 +51,6 @@ def in_proportion(labels: np.ndarray, count: int, random: np.random.Generator) -
     return np.sort(np.concatenate(chosen))
 
 
-def labels_of(vectors: np.ndarray, clusters: int, *seed: int | str) -> np.ndarray:
-    """k-means labels int [n] of unit vectors [n, D]."""
-    k = min(clusters, len(np.unique(vectors, axis=0)))
-    return KMeans(n_clusters=k, n_init=1, random_state=derive("interests", *seed) % 2**32).fit_predict(unit_rows(vectors))
-
-
 def sequences(
     histories: Histories, used: np.ndarray, content: np.ndarray, *, length: int = 10, targets: int = 8, clusters: int = 32, seed: int = 0
 ) -> list[dict[str, Any]]:
@@ -70,8 +64,8 @@ def sequences(
     columns = matrix.tocsc()
     similar = unit_rows(content)
     clustered = {
-        "content_multi": labels_of(similar, clusters, seed, "content"),
-        "collaboration_multi": labels_of(factorise(matrix, "svd", 32, seed), clusters, seed, "collaboration"),
+        "content_multi": k_means(similar, clusters, "interests", seed, "content")[0],
+        "collaboration_multi": k_means(factorise(matrix, "svd", 32, seed), clusters, "interests", seed, "collaboration")[0],
     }
     result, seen = [], set()
     for user, items in zip(histories.users, histories.items, strict=True):

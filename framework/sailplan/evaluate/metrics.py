@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from scipy.stats import kendalltau
-from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
+from sailplan.curriculum.clustering import k_means
 from sailplan.curriculum.scoring import ALONE, Pairs, count_negatives, pair_scores, share, tiles, unit
 from sailplan.runtime.seeds import derive, generator
 from sailplan_kernels.exchange.base import Exchange
@@ -144,7 +144,7 @@ def cluster_agreement(vectors: np.ndarray, labels: Sequence[str]) -> dict[str, f
     k = number of labels. Deterministic (fixed seed, three starts)."""
     unique, codes = np.unique(np.asarray(labels), return_inverse=True)
     unit_rows = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    found = KMeans(n_clusters=min(len(unique), len(vectors)), n_init=3, random_state=0).fit_predict(unit_rows)
+    found, _ = k_means(unit_rows, len(unique), "nmi", starts=3)
     return {"nmi": float(normalized_mutual_info_score(codes, found)), "clusters": float(len(unique))}
 
 

@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.cluster import KMeans, MiniBatchKMeans
 
+from sailplan.curriculum.clustering import k_means
 from sailplan.errors import ConfigurationError
-from sailplan.runtime.seeds import derive
-
-SMALL = 20_000  # items up to which exact k-means is affordable
 
 
 @dataclass(frozen=True)
@@ -50,14 +47,9 @@ def semantic_ids(vectors: np.ndarray, sizes: Sequence[int], seed: int = 0) -> Se
     residual = residual / np.maximum(np.linalg.norm(residual, axis=1, keepdims=True), 1e-12)
     codes, books, errors = [], [], []
     for level, size in enumerate(sizes):
-        k = min(size, len(np.unique(residual.round(12), axis=0)))
-        state = derive("semantic ids", seed, level) % 2**32
-        algorithm: KMeans | MiniBatchKMeans = KMeans(k, n_init=1, random_state=state)
-        if len(residual) > SMALL:
-            algorithm = MiniBatchKMeans(k, n_init=3, batch_size=8192, random_state=state)
-        found = algorithm.fit(residual)
-        codes.append(found.predict(residual).astype(np.int64))
-        books.append(found.cluster_centers_)
+        labels, centres = k_means(residual.round(12), size, "semantic ids", seed, level)
+        codes.append(labels)
+        books.append(centres)
         residual = residual - books[-1][codes[-1]]
         errors.append(float(np.square(residual).sum(1).mean()))
     table = np.stack(codes, axis=1)

@@ -1,0 +1,213 @@
+"""A stage's start on a made-up pack: nothing held out gets in, the same on any number of ranks, resume computes nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sailplan.config.schema import BalanceConfig, Config, HardNegativeConfig, StageConfig, SubsetConfig
+from sailplan.curriculum.artifacts import on_main
+from sailplan.curriculum.embedding import EmbeddedRows, embed_view
+from sailplan.curriculum.hard_negatives import mine_rows
+from sailplan.curriculum.histories import read_histories
+from sailplan.curriculum.stages import load_stage, prepare_stage, refresh_hard_negatives
+from sailplan.curriculum.testing import write_pack
+from sailplan.data.datasets import open_datasets
+from sailplan.errors import ConfigurationError, SailplanError
+from sailplan.model.build import build_encoder
+from sailplan.model.testing import join_layout
+from sailplan_kernels.exchange import AllGather, Local
+from sailplan_kernels.testing import RankFailure, run_ranks
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    found = write_pack(tmp_path_factory.mktemp("pack"))
+    found.parallel.dtype = "float64"
+    found.stages = {
+        "selected": StageConfig(
+            data={"things": 1.0, "choices": 3.0},
+            balance=BalanceConfig(sample=30, clusters=4),
+            subset=SubsetConfig(nearest=0.5, drop_noisy=0.25, sets=["things"]),
+            hard_negatives=HardNegativeConfig(per_query=3, sample=30),
+        ),
+        "collaborative": StageConfig(data={"sequences": 1.0, "neighbours": 1.0}, artifacts=["interests", "teachers", "co_occurrence"]),
+    }
+    return found
+
+
+def prepared(rank: int, world_size: int, config: Config, name: str, folder: Path) -> dict[str, Any]:
+    parallel = join_layout(1)
+    encoder = build_encoder(config.model, config.parallel, parallel, seed=0)
+    readers = open_datasets(config)
+    state = prepare_stage(name, config.stages[name], encoder, {}, readers, config, parallel, folder)
+    negatives = {} if state.negatives is None else state.negatives.positions
+    return {
+        "weights": state.weights,
+        "subsets": {key: value.tolist() for key, value in state.subsets.items()},
+        "negatives": {key: value.tolist() for key, value in negatives.items()},
+        "thresholds": state.thresholds,
+        "made": {key: [reader.body(position) for position in range(len(reader))] for key, reader in state.readers.items()},
+        "teachers": None if state.teachers is None else state.teachers.ids,
+    }
+
+
+@pytest.mark.parametrize("name", ["selected", "collaborative"])
+def test_a_stage_starts_the_same_on_any_number_of_ranks(config: Config, tmp_path: Path, name: str) -> None:
+    alone = run_ranks(prepared, 1, config, name, tmp_path / name)[0]
+    for found in run_ranks(prepared, 3, config, name, tmp_path / "three" / name, timeout=120):
+        assert found["weights"] == pytest.approx(alone["weights"], abs=1e-6)
+        assert found["thresholds"] == pytest.approx(alone["thresholds"], abs=1e-6)
+        for part in ("subsets", "negatives", "made", "teachers"):
+            assert found[part] == alone[part], part
+
+
+def test_selection_keeps_its_promises(config: Config, tmp_path: Path) -> None:
+    found = run_ranks(prepared, 1, config, "selected", tmp_path / "selected")[0]
+    readers = open_datasets(config)
+    train = readers["things"].positions("train").tolist()
+    assert set(found["subsets"]["things"]) <= set(train)
+    assert len(found["subsets"]["things"]) == round(round(len(train) * 0.5) * 0.75)
+    assert sum(found["weights"].values()) == pytest.approx(1.0)
+    assert set(found["negatives"]) == set(found["thresholds"]) == {"things/image_to_name", "choices/text_to_item"}
+    choices = readers["choices"]
+    held_out = set(choices.positions("held_out").tolist())
+    for position, negatives in enumerate(found["negatives"]["choices/text_to_item"]):
+        assert not held_out & set(negatives)
+        if position in held_out:
+            assert set(negatives) == {-1}
+        own = choices.body(position)["item"]
+        assert all(choices.body(negative)["item"] != own for negative in negatives if negative >= 0)
+    told = json.loads((tmp_path / "selected" / "state.json").read_text())
+    assert told["thresholds"]["things/image_to_name"]["tp"] > 0
+    assert told["subsets"] == {"things": len(found["subsets"]["things"])}
+    assert set(told["balance"]["things"]) == {"names", "choice", "mean"}
+    state = load_stage(tmp_path / "selected", 0, readers, config)
+    unmasked = replace(config.stages["selected"], hard_negatives=HardNegativeConfig(mask_in_batch=False))
+    assert state.thresholds and not load_stage(tmp_path / "selected", 0, readers, config, unmasked).thresholds
+    assert all("score" in negative for example in told["examples"]["choices/text_to_item"] for negative in example["negatives"])
+
+
+def test_held_out_users_never_reach_the_artifacts(config: Config, tmp_path: Path) -> None:
+    reader = open_datasets(config)["histories"]
+    bodies = [reader.body(position) for position in range(len(reader))]
+    held_out = {body["id"] for body in bodies if body["split"] == "held_out"}
+    train_items = {item for body in bodies if body["split"] == "train" for item in body["items"]}
+    assert held_out and not held_out & set(read_histories(reader).users)
+    found = run_ranks(prepared, 1, config, "collaborative", tmp_path / "collaborative")[0]
+    assert set(found["teachers"]) == train_items
+    pairs = {frozenset((body["query"], body["item"])) for body in found["made"]["neighbours"]}
+    together = [set(body["items"]) for body in bodies if body["split"] == "train"]
+    assert pairs and all(sum(pair <= items for items in together) >= 2 for pair in pairs)
+    owner = {body["id"]: set(body["items"]) for body in bodies}
+    for body in found["made"]["sequences"]:
+        assert body["user"] not in held_out
+        assert {*body["history"], body["target"]} <= owner[body["user"]]
+        assert body["target"] not in body["history"] and len(body["history"]) <= 4
+
+
+def test_resume_reads_back_the_same_and_refresh_carries_its_step(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "selected"
+
+    def run(rank: int, world_size: int) -> None:
+        parallel = join_layout(1)
+        encoder = build_encoder(config.model, config.parallel, parallel, seed=0)
+        readers, stage = open_datasets(config), config.stages["selected"]
+        first = prepare_stage("selected", stage, encoder, {}, readers, config, parallel, folder)
+        other = build_encoder(config.model, config.parallel, parallel, seed=9)
+        fresh = refresh_hard_negatives(first, 40, stage, other, readers, config, parallel, folder)
+        assert first.negatives is not None and fresh.negatives is not None
+        assert first.thresholds != fresh.thresholds and first.weights == fresh.weights
+        for done, wanted in ((1, first), (39, first), (40, fresh), (70, fresh)):
+            back = load_stage(folder, done, readers, config)
+            assert back.negatives is not None and wanted.negatives is not None
+            assert back.thresholds == wanted.thresholds and back.weights == first.weights
+            assert all(np.array_equal(back.negatives.positions[key], table) for key, table in wanted.negatives.positions.items())
+            assert all(np.array_equal(back.subsets[key], kept) for key, kept in first.subsets.items())
+        again = prepare_stage("selected", stage, encoder, {}, readers, config, parallel, folder)
+        assert load_stage(folder, 70, readers, config).thresholds == again.thresholds == first.thresholds  # the given-up refresh is gone
+
+    run_ranks(run, 1)
+    (folder / "state.json").unlink()
+    with pytest.raises(ConfigurationError, match=r"no state\.json"):
+        load_stage(folder, 1, {}, config)
+
+
+def test_a_set_that_the_stage_does_not_make_is_refused(config: Config, tmp_path: Path) -> None:
+    stage = StageConfig(data={"sequences": 1.0})
+    broken = Config(data=config.data, model=config.model, parallel=config.parallel, stages={"alone": stage})
+    with pytest.raises(RankFailure, match=r"stages\.alone\.data\.sequences") as caught:
+        run_ranks(prepared, 1, broken, "alone", tmp_path)
+    assert isinstance(caught.value.__cause__, ConfigurationError)
+
+
+def test_a_failure_on_rank_0_reaches_all_ranks() -> None:
+    def attempt(rank: int, world_size: int) -> str:
+        def work() -> None:
+            raise OSError("disk full")
+
+        try:
+            on_main(join_layout(1), "saving", work)
+        except (OSError, SailplanError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    assert run_ranks(attempt, 2) == ["OSError: disk full", "SailplanError: saving failed on rank 0: OSError: disk full"]
+
+
+def rows(vectors: torch.Tensor, ids: list[int], positions: list[int]) -> EmbeddedRows:
+    return EmbeddedRows(vectors, torch.tensor(ids), np.array(positions), np.ones(len(ids), dtype=bool))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_mined_negatives_equal_brute_force(world_size: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    n = 40
+    items = torch.randn(25, 6, generator=random)
+    own = torch.randint(0, 25, (n,), generator=random)
+    query_ids = torch.where(torch.arange(n) < 4, 900, 1000 + torch.arange(n))  # four queries with the same text
+    queries = rows(items[own] + 0.7 * torch.randn(n, 6, generator=random), query_ids.tolist(), list(range(100, 100 + n)))
+    targets = rows(items[own], own.tolist(), list(range(100, 100 + n)))
+    hard = HardNegativeConfig(per_query=3, sample=n)
+
+    def search(rank: int, world: int) -> tuple[Any, Any]:
+        exchange = AllGather() if world > 1 else Local()
+        threshold, table, _ = mine_rows(queries, targets, hard, exchange, torch.device("cpu"), "set/pattern", 0)
+        return threshold, table.tolist()
+
+    for threshold, table in run_ranks(search, world_size):
+        cosines = torch.nn.functional.cosine_similarity(queries.fused[:, None], items[None], dim=-1)
+        for row in range(n):
+            right = {int(own[other]) for other in range(n) if query_ids[other] == query_ids[row]}
+            ranked = sorted((item for item in set(own.tolist()) - right if cosines[row, item] < threshold.value), key=lambda item: -cosines[row, item])
+            found = [int(own[position - 100]) for position in table[row] if position >= 0]
+            assert found == ranked[:3]
+
+
+def test_embeddings_keep_the_order_of_the_positions(config: Config) -> None:
+    def embed(rank: int, world_size: int) -> None:
+        parallel = join_layout(1)
+        encoder = build_encoder(config.model, config.parallel, parallel, seed=0)
+        reader = open_datasets(config)["things"]
+        shuffled = np.random.default_rng(0).permutation(len(reader))
+        straight = embed_view(encoder, reader, "item", np.arange(len(reader)), parallel=parallel, config=config)
+        found = embed_view(encoder, reader, "item", shuffled, parallel=parallel, config=config)
+        assert torch.allclose(found.fused, straight.fused[torch.from_numpy(shuffled)], atol=1e-6)
+        assert found.positions.tolist() == shuffled.tolist()
+
+    run_ranks(embed, 2)
+
+
+def test_held_out_rows_never_steer_the_weights(config: Config, tmp_path: Path) -> None:
+    """Other held-out pictures and names, the same weights and subsets."""
+    before = run_ranks(prepared, 1, config, "selected", tmp_path / "before" / "selected")[0]
+    other = write_pack(tmp_path / "pack", held_out_seed=5)
+    other.parallel, other.stages = config.parallel, config.stages
+    after = run_ranks(prepared, 1, other, "selected", tmp_path / "after" / "selected")[0]
+    assert after["weights"] == before["weights"] and after["subsets"] == before["subsets"]
