@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from sailplan_kernels.testing import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sailplan.model.testing import join_layout
 from sailplan.step.parity import cached_step, compare, gathered_gradients, reference, relative_errors
 from sailplan.step.testing import THRESHOLDS, WEIGHTS
+from sailplan_kernels.testing import run_ranks
 
 EXACT = 1e-10
 
@@ -45,7 +45,10 @@ def test_replicated_parameters_have_the_full_batch_gradient_too(expected: Any) -
     assert row.error <= EXACT, row
 
 
-@pytest.mark.parametrize(("objective", "dataset"), [("cosent", "pairs"), ("micl", "items"), ("late_fusion", "pairs"), ("seq2item", "sequences"), ("id2item", "items")])
+@pytest.mark.parametrize(
+    ("objective", "dataset"),
+    [("cosent", "pairs"), ("micl", "items"), ("late_fusion", "pairs"), ("seq2item", "sequences"), ("id2item", "items")],
+)
 def test_each_loss_alone(objective: str, dataset: str) -> None:
     """In the mixed step one loss's error could hide behind another's larger gradient."""
     (row,) = compare(2, 1, ((2, 0),), weights={objective: 1.0}, datasets=(dataset,))

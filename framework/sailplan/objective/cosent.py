@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sailplan.config.schema import DatasetConfig
-from sailplan.objective.patterns import check_positive, has_history, patterns_of
+from sailplan.objective.patterns import check_positive, has_history, patterns_of, zero_loss
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 
 
@@ -43,7 +43,9 @@ class CoSENT(Objective):
     temperature that is not above 0.
     """
 
-    def __init__(self, *, embedding: int, datasets: Mapping[str, DatasetConfig], temperature: float = 0.05, matryoshka: bool = False) -> None:
+    def __init__(
+        self, *, embedding: int, datasets: Mapping[str, DatasetConfig], temperature: float = 0.05, matryoshka: bool = False
+    ) -> None:
         super().__init__()
         check_positive("cosent.temperature", temperature)
         self.temperature = temperature
@@ -54,7 +56,8 @@ class CoSENT(Objective):
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         """Sum over patterns of weight times CoSENT; metrics: graded pairs in use, per pattern."""
-        total, metrics = next(iter(encoded.views.values())).fused.new_zeros(()), {}
+        total = zero_loss(encoded)
+        metrics: dict[str, Tensor] = {}
         for pattern in patterns_of(encoded, context, histories=False):
             query, target = pattern.query, pattern.target
             scores = query.fused.new_full((len(query.ids),), torch.nan) if encoded.scores is None else encoded.scores.to(query.fused)

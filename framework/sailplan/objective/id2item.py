@@ -23,7 +23,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from sailplan.config.schema import DatasetConfig
 from sailplan.errors import ConfigurationError
-from sailplan.objective.patterns import check_positive
+from sailplan.objective.patterns import check_positive, zero_loss
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 
 FORMS = ("cosine", "mse", "relational")
@@ -54,9 +54,9 @@ class ID2Item(Objective):
     ) -> None:
         super().__init__()
         if not teachers or any(not isinstance(size, int) or size < 1 for size in teachers.values()):
-            raise ConfigurationError(f"objectives.id2item.teachers={dict(teachers or {})}: expected name: dimension of at least one teacher")
+            raise ConfigurationError(f"objectives.id2item.teachers={dict(teachers or {})}: expected name: dimension, at least one")
         if any("." in name for name in teachers):
-            raise ConfigurationError(f"objectives.id2item.teachers={dict(teachers)}: found a dot in a name, expected none; rename the teacher")
+            raise ConfigurationError(f"objectives.id2item.teachers={dict(teachers)}: found a dot in a name; rename the teacher")
         if form not in FORMS:
             raise ConfigurationError(f"objectives.id2item.form={form}: expected one of {', '.join(FORMS)}")
         if hidden is not None:
@@ -86,7 +86,7 @@ class ID2Item(Objective):
             if vectors.shape != (len(view.fused), self.sizes[teacher]):
                 raise ConfigurationError(
                     f"objectives.id2item.teachers.{teacher}={self.sizes[teacher]}: found vectors {tuple(vectors.shape)}, expected "
-                    f"{self.sizes[teacher]} values for each of the {len(view.fused)} rows of view '{view_name}'; set the dimension to the table's"
+                    f"{self.sizes[teacher]} values for each of the {len(view.fused)} rows of '{view_name}'; set the table's dimension"
                 )
             projected = self.projections[teacher](normalize(view.fused, dim=1))
             known = view.valid & (vectors != 0).any(1)
@@ -104,7 +104,7 @@ class ID2Item(Objective):
             names = ", ".join(sorted(encoded.teachers))
             raise ConfigurationError(f"objectives.id2item.teachers: found {', '.join(self.sizes)}, expected some of the batch's {names}")
         if not losses:
-            return ObjectiveOutput(next(iter(encoded.views.values())).fused.new_zeros(()))
+            return ObjectiveOutput(zero_loss(encoded))
         return ObjectiveOutput(torch.stack(losses).mean(), metrics)
 
     def _relational(

@@ -14,12 +14,13 @@ positive (Qwen3-Embedding: s_ij > s_ii + 0.1; NV-Retriever: s_ij > 0.95 s_ii).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from sailplan.config.schema import DatasetConfig
 from sailplan.errors import ConfigurationError
-from sailplan.objective.patterns import Pattern, check_margins, contrast, has_history, patterns_of
+from sailplan.objective.patterns import Pattern, check_margins, contrast, has_history, patterns_of, zero_loss
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 
 
@@ -56,23 +57,24 @@ class InfoNCE(Objective):
         check_margins("infonce", margin_absolute, margin_relative)
         if prefix_weights is not None:
             if not matryoshka:
-                raise ConfigurationError("objectives.infonce.prefix_weights: given with matryoshka=false, expected one of the two; remove it")
+                raise ConfigurationError("objectives.infonce.prefix_weights: found beside matryoshka=false, expected one of them")
             if any(weight < 0 for weight in prefix_weights.values()) or not any(prefix_weights.values()):
                 raise ConfigurationError(f"objectives.infonce.prefix_weights={dict(prefix_weights)}: expected at least 0, one above 0")
         self.matryoshka = matryoshka
         self.prefix_weights = None if prefix_weights is None else {int(size): float(weight) for size, weight in prefix_weights.items()}
         self.symmetric = symmetric
         self.mask_same_ids = mask_same_ids
-        self.margins = {"margin_absolute": margin_absolute, "margin_relative": margin_relative}
+        self.margins: dict[str, Any] = {"margin_absolute": margin_absolute, "margin_relative": margin_relative}
         self.shared_hard_negatives = shared_hard_negatives
-        self.more_negatives = {"query_negatives": query_negatives, "key_negatives": key_negatives}
+        self.more_negatives: dict[str, Any] = {"query_negatives": query_negatives, "key_negatives": key_negatives}
 
     def applies(self, dataset: DatasetConfig) -> bool:
         return any(not has_history(dataset, pattern) for pattern in dataset.patterns)
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         """Sum over patterns of weight times InfoNCE; per pattern: accuracy, mean cosine of the positives, loss of each prefix."""
-        total, metrics = next(iter(encoded.views.values())).fused.new_zeros(()), {}
+        total = zero_loss(encoded)
+        metrics: dict[str, Tensor] = {}
         for pattern in patterns_of(encoded, context, histories=False):
             loss, found = contrast(
                 encoded,
@@ -104,12 +106,12 @@ class InfoNCE(Objective):
             )
         return [self.prefix_weights[prefix] for prefix in prefixes]
 
-    def _identities(self, pattern: Pattern) -> dict[str, Tensor]:
+    def _identities(self, pattern: Pattern) -> dict[str, Any]:
         if not self.mask_same_ids:
             return {}
         return {"query_ids": pattern.query.ids, "key_ids": pattern.target.ids, "key_query_ids": pattern.query.ids}
 
-    def _hard_negatives(self, encoded: EncodedStep, pattern: Pattern) -> dict[str, Tensor | bool]:
+    def _hard_negatives(self, encoded: EncodedStep, pattern: Pattern) -> dict[str, Any]:
         view = encoded.views.get(f"negatives/{pattern.name}")
         if view is None:
             return {}

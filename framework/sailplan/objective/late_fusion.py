@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sailplan.config.schema import DatasetConfig, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.micl import present
-from sailplan.objective.patterns import contrast, has_history, patterns_of
+from sailplan.objective.patterns import contrast, has_history, patterns_of, zero_loss
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext, ObjectiveOutput
 
 
@@ -52,7 +52,8 @@ class LateFusion(Objective):
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         """Sum over the patterns with a fused side of weight times InfoNCE over n."""
-        total, metrics = next(iter(encoded.views.values())).fused.new_zeros(()), {}
+        total = zero_loss(encoded)
+        metrics: dict[str, Tensor] = {}
         for pattern in patterns_of(encoded, context, histories=False):
             if not (is_fused(pattern.query_view) or is_fused(pattern.target_view)):
                 continue

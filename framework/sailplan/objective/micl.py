@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sailplan.config.schema import DatasetConfig, ViewConfig
 from sailplan.errors import ConfigurationError
-from sailplan.objective.patterns import contrast, has_history, patterns_of
+from sailplan.objective.patterns import contrast, has_history, patterns_of, zero_loss
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 
 MODALITIES = ("text", "vision")
@@ -51,7 +51,8 @@ class MICL(Objective):
     ) -> None:
         super().__init__()
         if min(text_weight, vision_weight) < 0 or text_weight + vision_weight == 0:
-            raise ConfigurationError(f"objectives.micl: text_weight={text_weight}, vision_weight={vision_weight}, expected at least 0, not both 0")
+            found = f"text_weight={text_weight}, vision_weight={vision_weight}"
+            raise ConfigurationError(f"objectives.micl: found {found}, expected at least 0, not both 0")
         self.weights = {"text": text_weight, "vision": vision_weight}
         self.symmetric = symmetric
 
@@ -64,7 +65,8 @@ class MICL(Objective):
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         """Sum over patterns and shared modalities of pattern weight times modality weight times InfoNCE."""
-        total, metrics = next(iter(encoded.views.values())).fused.new_zeros(()), {}
+        total = zero_loss(encoded)
+        metrics: dict[str, Tensor] = {}
         for pattern in patterns_of(encoded, context, histories=False):
             for modality in shared_modalities(pattern.query_view, pattern.target_view):
                 if self.weights[modality] == 0:

@@ -63,6 +63,11 @@ def patterns_of(encoded: EncodedStep, context: ObjectiveContext, *, histories: b
     return found
 
 
+def zero_loss(encoded: EncodedStep) -> Tensor:
+    """0-d zero of the encodings' dtype and device, to which losses are added."""
+    return next(iter(encoded.views.values())).fused.new_zeros(())
+
+
 def contrast(
     encoded: EncodedStep,
     context: ObjectiveContext,

@@ -52,9 +52,9 @@ def build_objectives(
 def _target(name: str, target: Any, allowed: Sequence[str]) -> type[Objective]:
     key = f"objectives.{name}._target_"
     if not isinstance(target, str) or not target:
-        raise ConfigurationError(f"{key}: found {target!r}, expected the dotted path of a class, such as sailplan.objective.infonce.InfoNCE")
+        raise ConfigurationError(f"{key}: found {target!r}, expected a class, such as sailplan.objective.infonce.InfoNCE")
     if not any(target.startswith(prefix) for prefix in allowed):
-        raise ConfigurationError(f"{key}={target}: expected a class below {', '.join(allowed)}; add your module's prefix to allowed_targets")
+        raise ConfigurationError(f"{key}={target}: expected a class below {', '.join(allowed)}; add your module to allowed_targets")
     try:
         cls = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:

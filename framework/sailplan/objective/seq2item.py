@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from sailplan.config.schema import DatasetConfig
 from sailplan.errors import ConfigurationError
-from sailplan.objective.patterns import contrast, has_history, patterns_of
+from sailplan.objective.patterns import contrast, has_history, patterns_of, zero_loss
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 
 POOLINGS = ("mean", "encoder")
@@ -52,10 +52,10 @@ class Seq2Item(Objective):
         if pooling not in POOLINGS:
             raise ConfigurationError(f"objectives.seq2item.pooling={pooling}: expected one of {', '.join(POOLINGS)}")
         if pooling == "mean" and (positions or dropout):
-            raise ConfigurationError("objectives.seq2item: found positions or dropout with pooling=mean, expected pooling=encoder; choose it")
+            raise ConfigurationError("objectives.seq2item: found positions or dropout with pooling=mean, expected pooling=encoder")
         if pooling == "encoder" and (layers < 1 or embedding % heads):
             raise ConfigurationError(
-                f"objectives.seq2item: found layers={layers}, heads={heads}, expected at least 1 and a divisor of model.embedding={embedding}"
+                f"objectives.seq2item: found layers={layers}, heads={heads}, expected at least 1, and a divisor of {embedding} (embedding)"
             )
         if not 0 <= dropout < 1:
             raise ConfigurationError(f"objectives.seq2item.dropout={dropout}: expected at least 0 and below 1")
@@ -94,7 +94,7 @@ class Seq2Item(Objective):
         if self.positions is not None:
             if group > len(self.positions):
                 raise ConfigurationError(
-                    f"objectives.seq2item.positions: found a history of {group} items, expected at most {len(self.positions)}; raise history_length"
+                    f"objectives.seq2item.positions: found {group} items, expected at most {len(self.positions)}; raise history_length"
                 )
             tokens = tokens + self.positions[:group]
         tokens = torch.cat([self.token.expand(len(tokens), 1, -1), tokens], 1)
@@ -103,7 +103,8 @@ class Seq2Item(Objective):
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         """Sum over the patterns from a history of weight times InfoNCE; absent history items are masked."""
-        total, metrics = next(iter(encoded.views.values())).fused.new_zeros(()), {}
+        total = zero_loss(encoded)
+        metrics: dict[str, Tensor] = {}
         for pattern in patterns_of(encoded, context, histories=True):
             history, target = pattern.query, pattern.target
             loss, found = contrast(

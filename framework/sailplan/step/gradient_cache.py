@@ -58,7 +58,8 @@ def view_is_trainable(encoder: nn.Module, modalities: Iterable[str]) -> bool:
         used |= {"vision", "perceiver"}
     if "audio" in modalities:
         used.add("audio")
-    return any(parameter.requires_grad for name, part in encoder.parts().items() if name in used for parameter in part)
+    parts: dict[str, list[nn.Parameter]] = encoder.parts()  # type: ignore[operator]
+    return any(parameter.requires_grad for name, part in parts.items() if name in used for parameter in part)
 
 
 class GradientCache:

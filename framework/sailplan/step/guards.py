@@ -41,7 +41,8 @@ class FiniteGuard:
         self.skips += 1
         if self.skips >= self.max_skips:
             raise SailplanError(
-                f"loss or gradient norm not finite in {self.skips} steps in a row, expected finite values; lower the learning rate, or see quarantine.jsonl"
+                f"loss or gradient norm: not finite in {self.skips} steps in a row, expected finite values; "
+                "lower the learning rate, or look at the records in quarantine.jsonl"
             )
         return False
 

@@ -22,7 +22,17 @@ from sailplan.model.parallelize import shard
 from sailplan.model.testing import join_layout
 from sailplan.runtime.process import Parallel
 from sailplan.step.optimizer import build_optimizer
-from sailplan.step.testing import ROWS, THRESHOLDS, WEIGHTS, build_modules, full_batch_gradients, global_batches, named_gradients, share, step_config
+from sailplan.step.testing import (
+    ROWS,
+    THRESHOLDS,
+    WEIGHTS,
+    build_modules,
+    full_batch_gradients,
+    global_batches,
+    named_gradients,
+    share,
+    step_config,
+)
 from sailplan.step.training_step import TrainingStep
 from sailplan_kernels.exchange import AllGather
 from sailplan_kernels.testing import run_ranks
@@ -79,7 +89,7 @@ def cached_step(
     """A training step on this rank's share, run up to its gradients: the step, and what `gradients` returned."""
     config = step_config(kept_graphs=kept_graphs, dropout=dropout)
     encoder, objectives, temperatures = build_modules(config)
-    encoder = shard(encoder, parallel, shard=sharded)
+    shard(encoder, parallel, shard=sharded)
     optimizer = build_optimizer(encoder, objectives, temperatures, OptimizerConfig())
     step = TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, AllGather(parallel.data_parallel_group))
     batches = [
@@ -112,9 +122,15 @@ def reference(weights: dict[str, float] = WEIGHTS, datasets: Sequence[str] = tup
 
 
 def _layout(
-    rank: int, world_size: int, tensor_parallel: int, cases: Sequence[tuple[int, int]], expected: tuple[float, dict[str, Tensor]], weights: dict[str, float],
-    datasets: Sequence[str], sharded: bool,
-) -> list[Row]:  # fmt: skip
+    rank: int,
+    world_size: int,
+    tensor_parallel: int,
+    cases: Sequence[tuple[int, int]],
+    expected: tuple[float, dict[str, Tensor]],
+    weights: dict[str, float],
+    datasets: Sequence[str],
+    sharded: bool,
+) -> list[Row]:
     parallel = join_layout(tensor_parallel)
     rows = []
     for micro_batches, kept_graphs in cases:
@@ -148,10 +164,8 @@ def main() -> None:
     for world_size, tensor_parallel in LAYOUTS:
         for row in compare(world_size, tensor_parallel, expected=expected):
             kept = "all" if row.kept_graphs < 0 else row.kept_graphs
-            print(
-                f"{row.world:>5} {row.tensor_parallel:>3} {row.world // row.tensor_parallel:>3} {row.micro_batches:>13} {kept:>5} {row.encoder_calls:>13} "
-                f"{row.error:>18.1e}  {row.worst}"
-            )
+            layout = f"{row.world:>5} {row.tensor_parallel:>3} {row.world // row.tensor_parallel:>3}"
+            print(f"{layout} {row.micro_batches:>13} {kept:>5} {row.encoder_calls:>13} {row.error:>18.1e}  {row.worst}")
 
 
 if __name__ == "__main__":

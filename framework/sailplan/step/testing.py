@@ -26,6 +26,7 @@ WEIGHTS = {"infonce": 1.0, "cosent": 0.3, "micl": 0.4, "late_fusion": 0.5, "seq2
 THRESHOLDS = {"items/name_to_item": 0.6}
 ROWS = {"items": 32, "pairs": 16, "sequences": 8}
 HISTORY, HARD_NEGATIVES = 3, 2
+TEACHERS = {"svd": 3, "nmf": 5}
 
 
 def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: str = "chunked") -> Config:
@@ -70,8 +71,14 @@ def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: str = "c
             "cosent": {"_target_": "sailplan.objective.cosent.CoSENT", "matryoshka": True},
             "micl": {"_target_": "sailplan.objective.micl.MICL"},
             "late_fusion": {"_target_": "sailplan.objective.late_fusion.LateFusion"},
-            "seq2item": {"_target_": "sailplan.objective.seq2item.Seq2Item", "pooling": "encoder", "layers": 1, "heads": 2, "positions": True},
-            "id2item": {"_target_": "sailplan.objective.id2item.ID2Item", "teachers": {"svd": 3, "nmf": 5}, "form": "relational"},
+            "seq2item": {
+                "_target_": "sailplan.objective.seq2item.Seq2Item",
+                "pooling": "encoder",
+                "layers": 1,
+                "heads": 2,
+                "positions": True,
+            },
+            "id2item": {"_target_": "sailplan.objective.id2item.ID2Item", "teachers": TEACHERS, "form": "relational"},
         },
     )
 
@@ -84,7 +91,7 @@ def build_modules(config: Config) -> tuple[OmniEncoder, nn.ModuleDict, Temperatu
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in objectives.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return encoder, objectives, temperatures
 
 
@@ -114,7 +121,7 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
         generator = torch.Generator().manual_seed(seed + 60)
         unknown = torch.rand(rows, 1, generator=generator) < 0.2
         teachers = {
-            f"item/{teacher}": torch.randn(rows, size, generator=generator).masked_fill(unknown, 0.0) for teacher, size in (("svd", 3), ("nmf", 5))
+            f"item/{teacher}": torch.randn(rows, size, generator=generator).masked_fill(unknown, 0.0) for teacher, size in TEACHERS.items()
         }
         batches.append(
             StepBatch(
@@ -155,7 +162,9 @@ def share(batch: StepBatch, rank: int, size: int, micro_batches: int) -> StepBat
     )
 
 
-def full_batch_gradients(weights: dict[str, float], step: int = 1, datasets: Sequence[str] = tuple(ROWS)) -> tuple[float, dict[str, Tensor]]:
+def full_batch_gradients(
+    weights: dict[str, float], step: int = 1, datasets: Sequence[str] = tuple(ROWS)
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the whole batch in one process by plain autograd: no cache, no exchange, reference backend."""
     config = step_config(backend="reference")
     encoder, objectives, temperatures = build_modules(config)
@@ -181,6 +190,5 @@ def full_batch_gradients(weights: dict[str, float], step: int = 1, datasets: Seq
 def named_gradients(encoder: nn.Module, objectives: nn.Module, temperatures: nn.Module) -> dict[str, Tensor]:
     """The gradients that exist, by name, as they lie in `.grad`."""
     modules = (("encoder", encoder), ("objectives", objectives), ("temperatures", temperatures))
-    return {
-        f"{prefix}.{name}": parameter.grad for prefix, module in modules for name, parameter in module.named_parameters() if parameter.grad is not None
-    }
+    named = ((f"{prefix}.{name}", parameter) for prefix, module in modules for name, parameter in module.named_parameters())
+    return {name: parameter.grad for name, parameter in named if parameter.grad is not None}

@@ -96,7 +96,7 @@ class TrainingStep:
         Raises ConfigurationError for no batch, an unknown objective, or a data set that no objective of the stage can
         use; SailplanError after too many skipped steps in a row.
         """
-        seconds = {}
+        seconds: dict[str, float] = {}
         result = self.gradients(batches, weights, step=step, stage=stage, thresholds=thresholds, seconds=seconds)
         began = time.perf_counter()
         loss, losses, metrics, encoded, replayed = result
@@ -122,7 +122,10 @@ class TrainingStep:
         thresholds: Mapping[str, float] | None = None,
         seconds: dict[str, float] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], list[EncodedStep], int]:
-        """The step up to the full-batch gradients in `.grad`: (loss, losses, metrics, encoded batches, micro-batches run backward)."""
+        """The step up to the full-batch gradients in `.grad`.
+
+        Returns (loss, losses, metrics, encoded batches, micro-batches run backward); see StepResult.
+        """
         applied = self._applied(batches, weights)
         seconds = {} if seconds is None else seconds
         devices = [self.parallel.device] if self.parallel.device.type == "cuda" else []
@@ -155,17 +158,17 @@ class TrainingStep:
     def _applied(self, batches: Sequence[StepBatch], weights: Mapping[str, float]) -> list[list[str]]:
         """For each batch, the names of the objectives with a weight that have a meaning for its data set."""
         if not batches:
-            raise ConfigurationError("training step: found no batch, expected at least one; look at the stage's data weights and mixed_fraction")
+            raise ConfigurationError("training step: found no batch, expected at least one; look at the stage's data weights")
         unknown = [name for name in weights if name not in self.objectives]
         if unknown:
-            raise ConfigurationError(f"stages.*.objectives: found {', '.join(unknown)}, expected some of {', '.join(self.objectives)}; correct the name")
+            raise ConfigurationError(f"stages.*.objectives: found {', '.join(unknown)}, expected some of {', '.join(self.objectives)}")
         applied = []
         for batch in batches:
             dataset = self.config.data.sets[batch.dataset]
             names = [name for name in sorted(weights) if weights[name] and self._objective(name).applies(dataset)]
             if not names:
                 raise ConfigurationError(
-                    f"stages.*.objectives: none of {', '.join(weights)} applies to data set '{batch.dataset}' (kind {dataset.kind}); add one that does"
+                    f"stages.*.objectives: none of {', '.join(weights)} applies to '{batch.dataset}' ({dataset.kind}), expected one that does; add it"
                 )
             applied.append(names)
         return applied
@@ -205,7 +208,8 @@ class TrainingStep:
         return objective
 
     def _replicated(self) -> list[nn.Parameter]:
-        return [parameter for module in (self.objectives, self.temperatures) for parameter in module.parameters() if parameter.requires_grad]
+        modules = (self.objectives, self.temperatures)
+        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     def _parameters(self) -> list[nn.Parameter]:
         return [*self.encoder.parameters(), *self.objectives.parameters(), *self.temperatures.parameters()]

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from sailplan_kernels.exchange import AllGather
-from sailplan_kernels.testing import RankFailure, run_ranks
 
 from sailplan.config.schema import OptimizerConfig
 from sailplan.errors import ConfigurationError, SailplanError
@@ -18,6 +16,8 @@ from sailplan.step.gradient_cache import view_is_trainable
 from sailplan.step.optimizer import build_optimizer, configure, set_learning_rate, set_trainable
 from sailplan.step.testing import build_modules, global_batches, share, step_config
 from sailplan.step.training_step import TrainingStep
+from sailplan_kernels.exchange import AllGather
+from sailplan_kernels.testing import RankFailure, run_ranks
 
 WEIGHTS = {"infonce": 1.0, "late_fusion": 0.5}
 
