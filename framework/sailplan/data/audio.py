@@ -22,7 +22,7 @@ from torch import Tensor
 
 WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
 FLOOR = 1e-8  # power; about 80 dB below a full-scale tone's mean power
-LOG_MEAN, LOG_SCALE = -3.2, 1.9  # of log10 power, measured on the quick start's recordings of speech
+LOG_MEAN, LOG_SCALE = -5.5, 2.2  # of log10 power, measured on the quick start's recordings of speech
 
 
 def decode(content: bytes, rate: int) -> NDArray[np.float32]:
