@@ -8,7 +8,7 @@ import torch
 from sailplan.model import parallelize
 from sailplan.model.count import count_parameters
 from sailplan.model.testing import join_layout, random_inputs, rows_of, small_config, whole_tensor
-from sailplan.model.tower import OmniEncoder
+from sailplan.model.tower import PARTS, OmniEncoder
 from sailplan_kernels.testing import run_ranks
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # (tensor, data)
@@ -91,12 +91,14 @@ def frozen_stages(rank, world, tensor):
     parallel = join_layout(tensor)
     model = parallelize.shard(OmniEncoder(small_config(), dtype=torch.float64, seed=1), parallel, shard=True)
     found = []
-    stages = [(["all"], [(("text",), 4)]), (["perceiver"], [(("vision",), 4), (("text",), 4)]), (["all"], STEP)]
+    stages = [(PARTS, [(("text",), 4)]), (("perceiver",), [(("vision",), 4), (("text",), 4)]), (PARTS, STEP)]
     for names, step in stages:
         with torch.no_grad():  # an evaluation between stages leaves parameters gathered
             model(random_inputs(("vision", "text"), 2, 50))
         parallelize.reshard(model)
-        parallelize.set_trainable(model.parts(), names)
+        for name, parameters in model.parts().items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in names)
         run_step(model, parallel, step, per_modality=False)
         found.append(whole_gradients(model, parallel))
         model.zero_grad()

@@ -38,7 +38,7 @@ def build(tensor, seed=1, sharded=True):
     parallelize.shard(bundle.encoder, parallel, shard=sharded)
     encoder = list(bundle.encoder.parameters())
     plain = [p for name, p in bundle.named_parameters() if not name.startswith("encoder.")]
-    optimizer = torch.optim.AdamW([{"params": encoder}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, foreach=False)
+    optimizer = torch.optim.AdamW([{"params": encoder}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, fused=True)
     return parallel, bundle, optimizer
 
 

@@ -80,19 +80,12 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees gathered parameters, so that `model.parameters()` are the sharded ones (no-op where they are)."""
+    """Frees gathered parameters, so that `model.parameters()` are the sharded ones (no-op where they are).
+
+    Needed before `requires_grad` is changed: FSDP2 copies it from the sharded parameter when it gathers.
+    """
     for module in _sharded_modules(model):
         module.reshard()
-
-
-def set_trainable(parts: dict[str, list[nn.Parameter]], names: Iterable[str]) -> None:
-    """Lets only the named parts (of `OmniEncoder.parts()`, taken after `reshard`) have gradients; frozen gradients are dropped."""
-    wanted = set(names)
-    for name, parameters in parts.items():
-        for parameter in parameters:
-            parameter.requires_grad_(name in wanted or "all" in wanted)
-            if not parameter.requires_grad:
-                parameter.grad = None
 
 
 def _local(tensor: Tensor) -> Tensor:
