@@ -49,7 +49,8 @@ def _stages(data: RunData) -> list[dict[str, Any]]:
     total = data.seconds or 1.0
     rows = []
     for position, stage in enumerate(data.stages):
-        seconds = float(stage.get("seconds") or 0.0)
+        preparing = data.preparing(stage["name"])
+        seconds = float(stage.get("seconds") or 0.0) + preparing
         rate = stage.get("learning_rate")
         weights = stage.get("weights") or dict.fromkeys(stage.get("data") or [], None)
         done = min(max(data.steps - stage["first_step"] + 1, 0), stage["last_step"] - stage["first_step"] + 1)
@@ -62,6 +63,7 @@ def _stages(data: RunData) -> list[dict[str, Any]]:
                 "done": done,
                 "steps": stage["last_step"] - stage["first_step"] + 1,
                 "duration": duration(seconds),
+                "preparing": duration(preparing) if preparing else "",
                 "share": 100.0 * seconds / total,
                 "data": weights,
                 "objectives": stage.get("objectives") or {},
@@ -105,14 +107,11 @@ def _numbers(value: Any) -> dict[str, float]:
     return {str(key): float(number) for key, number in entries if isinstance(number, (int, float)) and not isinstance(number, bool)}
 
 
-def _balance(state: Any) -> dict[str, Any]:
-    """Scores of the balancing as a table: a row per training set, its similarity to each benchmark set and the mean."""
-    if not isinstance(state, dict):
-        return {"columns": [], "rows": []}
-    pairs = {name: _numbers(row) for name, row in (state.get("pairs") or {}).items()}
-    columns = list(dict.fromkeys(benchmark for row in pairs.values() for benchmark in row))
-    scores = _numbers(state.get("scores") or state)
-    rows = [{"name": name, "mean": score, "values": [pairs.get(name, {}).get(column) for column in columns]} for name, score in scores.items()]
+def _balance(similarities: Any) -> dict[str, Any]:
+    """{training set: {benchmark: similarity, "mean": mean}} as a table: a column per benchmark, a row per training set."""
+    pairs = {str(name): _numbers(row) for name, row in similarities.items()} if isinstance(similarities, dict) else {}
+    columns = [column for column in dict.fromkeys(name for row in pairs.values() for name in row) if column != "mean"]
+    rows = [{"name": name, "mean": row.get("mean"), "values": [row.get(column) for column in columns]} for name, row in pairs.items()]
     return {"columns": columns, "rows": rows}
 
 
@@ -125,7 +124,8 @@ def _weights(data: RunData) -> list[dict[str, Any]]:
         state = data.curriculum.get(name, {})
         total = sum(weights.values()) or 1.0
         bars = [{"name": dataset, "share": value / total} for dataset, value in sorted(weights.items(), key=lambda item: -item[1])]
-        subsets = state.get("subsets") if isinstance(state.get("subsets"), dict) else {}
+        kept, whole = _numbers(state.get("subsets")), _numbers(state.get("subsets_of"))
+        subsets = [{"name": dataset, "kept": int(count), "whole": int(whole.get(dataset, 0))} for dataset, count in kept.items()]
         rows.append({"stage": name, "bars": bars, "balance": _balance(state.get("balance")), "subsets": subsets})
     return [row for row in rows if row["bars"]]
 

@@ -71,10 +71,14 @@ class RunData:
     @property
     def seconds(self) -> float:
         """Wall time: that of the stages where recorded, else the time between first and last metric line."""
-        total = sum(float(stage.get("seconds") or 0.0) for stage in self.stages)
+        total = sum(float(stage.get("seconds") or 0.0) + self.preparing(stage["name"]) for stage in self.stages)
         if total == 0.0 and self.metrics:
             total = float(self.metrics[-1].get("time", 0.0)) - float(self.metrics[0].get("time", 0.0))
         return total
+
+    def preparing(self, stage: str) -> float:
+        """Seconds that the stage's start took (balancing, subsets, mining), before its first step."""
+        return float(self.curriculum.get(stage, {}).get("seconds") or 0.0)
 
     @property
     def world_size(self) -> int | None:

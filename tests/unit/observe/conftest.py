@@ -54,7 +54,7 @@ def make_run(folder: Path) -> Path:
             line |= {
                 "rows_per_second": 900 + 50 * chance.random(),
                 "seconds/encode": 0.1,
-                "seconds/replay": 0.2,
+                "seconds/backward": 0.2,
                 "temperature/emoji/image_to_name": 0.05 - step * 1e-5,
             }
             line |= {f"loss/{objective}": loss * weight for objective, weight in objectives.items()}
@@ -80,8 +80,9 @@ def make_run(folder: Path) -> Path:
     threshold = {"value": 0.61, "f1": 0.7, "precision": 0.75, "recall": 0.66, "tp": 660, "fp": 220, "fn": 340, "tn": 998780}
     mined = [{"query": item(n), "positive": {"text": HOSTILE}, "negatives": [item(n + k, score=0.6 - k / 50) for k in (1, 2)]} for n in range(3)]
     write(folder / "curriculum" / "hard" / "state.json", {"thresholds": {"emoji/image_to_name": threshold}, "examples": {"emoji/image_to_name": mined}})
-    similar = {"scores": {"emoji": 0.52, "icons": 0.48}, "pairs": {"emoji": {"benchmark_one": 0.5, "benchmark_two": 0.54}, "icons": {"benchmark_one": 0.48}}}
-    balance = {"weights": {"emoji": 0.6, "icons": 0.3, "prompts": 0.1}, "balance": similar, "subsets": {"icons": 5000}}
+    similar = {"emoji": {"benchmark_one": 0.5, "benchmark_two": 0.54, "mean": 0.52}, "icons": {"benchmark_one": 0.48, "mean": 0.48}}
+    weights = {"emoji": 0.6, "icons": 0.3, "prompts": 0.1}
+    balance = {"weights": weights, "balance": similar, "subsets": {"icons": 5000}, "subsets_of": {"icons": 6470}, "seconds": 30.0}
     write(folder / "curriculum" / "diverse" / "state.json", balance)
     (folder / "quarantine.jsonl").write_text(json.dumps({"step": 3, "id": HOSTILE, "reason": "truncated image"}) + "\n")
     return folder

@@ -76,7 +76,7 @@ def test_every_part_of_the_run_is_there(run_folder: Path) -> None:
     for expected in (
         "made-up",
         "0123456789abcdef",
-        "4 min 30 s",
+        "5 min 00 s",
         "truncated image",
         "998,780",
         "recall@10",
@@ -86,7 +86,8 @@ def test_every_part_of_the_run_is_there(run_folder: Path) -> None:
         "192 dimensions",
         "7,188",
         "benchmark_two",
-        "replay",
+        "5,000 of 6,470",
+        "backward",
     ):
         assert expected in text, expected
     assert [name for name, _ in parsed.tags].count("svg") >= 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ def test_offline_run_holds_stage_progress_evaluation_and_tables(tmp_path: Path, 
     sink.close(finished=True)
     assert not sink.failed
     [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 30  # the tracker's own process writes the last records just after finish() returned
+    while not any(record.WhichOneof("record_type") == "exit" for record in records(path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
     found = list(records(path))
     history = [
         {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
