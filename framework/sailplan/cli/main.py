@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("action", choices=["index", "validate", "build"], help="what to do")
             command.add_argument("--out", default=None, help="build: folder for the rebuilt quick-start pack")
             command.add_argument("--sources", default=None, help="build: folder for the downloaded sources")
+        if name == "plan":
+            command.add_argument("--ranks", type=int, default=None, help="world size to plan for (default: this launch's)")
+            command.add_argument("--json", action="store_true", help="as JSON, with the digest of every step's samples")
         if name in ("mine", "balance", "evaluate", "embed", "export", "report"):
             command.add_argument("--run", default=None, help="run folder (default: runs/NAME of the overrides)")
         if name in ("mine", "balance", "evaluate", "embed", "export"):

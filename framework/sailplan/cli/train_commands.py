@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from sailplan.config.checks import check as check_config
 from sailplan.config.compose import compose, config_hash
@@ -24,9 +25,13 @@ def train(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    from sailplan.train.preview import preview
+    from sailplan.train.preview import describe, render
 
-    print(preview(_config(options), world_size_from_environment()))
+    world_size = options.ranks or world_size_from_environment()
+    config = compose(options.overrides)
+    check_config(config, world_size)
+    described = describe(config, world_size)
+    print(json.dumps(described, indent=1) if options.json else render(described))
     return 0
 
 

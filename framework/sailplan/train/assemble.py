@@ -32,7 +32,9 @@ class Whole:
 def assemble(config: Config, parallel: Parallel) -> Whole:
     """Builds everything from `config.seed`; equal on all ranks and layouts."""
     encoder = build_encoder(config.model, config.parallel, parallel, config.seed)
-    objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, seed=config.seed)
+    objectives = build_objectives(
+        config.objectives, config.model.embedding, config.data.sets, allowed_targets=config.allowed_targets, seed=config.seed
+    )
     temperatures = Temperatures(config.data.sets)
     if config.parallel.dtype == "float64":
         objectives, temperatures = objectives.double(), temperatures.double()

@@ -1,0 +1,147 @@
+"""Commands that work with a run's checkpoint: `evaluate`, `embed`, `mine`, `balance`, `export`.
+
+All but `export` run on all ranks of the launch, at any layout, whatever layout wrote the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sailplan.config.checks import check
+from sailplan.config.compose import changed, compose
+from sailplan.config.schema import BalanceConfig, Config
+from sailplan.data.datasets import open_datasets
+from sailplan.data.reader import RecordReader
+from sailplan.errors import EXIT_DONE, ConfigurationError
+from sailplan.runtime.process import Parallel, started, world_size_from_environment
+from sailplan.train.assemble import Whole, load_whole, newest_checkpoint
+from sailplan.train.run_folder import RunFolder
+
+
+@dataclass
+class _Run:
+    config: Config
+    folder: RunFolder
+    checkpoint: Path
+    parallel: Parallel
+    whole: Whole
+    step: int
+    readers: dict[str, RecordReader]
+
+
+def _configuration(options: argparse.Namespace) -> tuple[Config, RunFolder]:
+    if options.run:
+        folder = RunFolder(Path(options.run))
+        return changed(folder.load_config(), options.overrides), folder
+    config = compose(options.overrides)
+    folder = RunFolder(Path(config.runs) / config.name)
+    return changed(folder.load_config(), [line for line in options.overrides if "." in line.split("=", 1)[0]]), folder
+
+
+def _artifacts(folder: RunFolder, config: Config) -> dict[str, Path]:
+    """Folders of the data sets that the run's stages made; a later stage's wins."""
+    return {name: folder.curriculum(stage) / name for stage in config.order for name in config.stages[stage].artifacts if (folder.curriculum(stage) / name).is_dir()}
+
+
+@contextmanager
+def _opened(options: argparse.Namespace) -> Iterator[_Run]:
+    config, folder = _configuration(options)
+    check(config, world_size_from_environment())
+    checkpoint = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(folder)
+    with started(config.parallel) as parallel:
+        whole, extra = load_whole(config, parallel, checkpoint)
+        yield _Run(config, folder, checkpoint, parallel, whole, int(extra["step"]), open_datasets(config, _artifacts(folder, config)))
+
+
+def _say(run: _Run, text: str) -> None:
+    if run.parallel.is_main:
+        print(text, flush=True)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Prints the tasks' metrics as JSON and writes them to evaluation/step-XXXXXXXX.json of the run."""
+    from sailplan.evaluate.runner import evaluate as run_tasks
+    from sailplan.observe.run_files import write_json
+
+    with _opened(options) as run:
+        found = run_tasks(run.whole.encoder, run.whole.objectives, run.readers, run.config, run.parallel)
+        if run.parallel.is_main:
+            write_json(run.folder.root / "evaluation" / f"step-{run.step:08d}.json", found.as_dict(run.step, "evaluate"))
+        _say(run, json.dumps(found.tasks, indent=1))
+    return EXIT_DONE
+
+
+def embed(options: argparse.Namespace) -> int:
+    """All records of a view: vectors, ids, and semantic IDs where sizes are given."""
+    from sailplan.export.embeddings import export_embeddings
+
+    sizes = [int(size) for size in options.semantic_ids.split(",")] if options.semantic_ids else []
+    with _opened(options) as run:
+        if options.dataset not in run.readers:
+            raise ConfigurationError(f"--dataset {options.dataset}: expected one of {', '.join(run.readers)}")
+        out = Path(options.out) if options.out else run.folder.root / "embeddings" / options.dataset / options.view
+        told = export_embeddings(
+            run.whole.encoder, run.readers[options.dataset], options.view, out, parallel=run.parallel, config=run.config, semantic_id_sizes=sizes
+        )
+        _say(run, json.dumps(told, indent=1))
+    return EXIT_DONE
+
+
+def mine(options: argparse.Namespace) -> int:
+    """Hard negatives of a stage's data sets with the checkpoint's model: an .npz, and the thresholds as JSON."""
+    from sailplan.curriculum.hard_negatives import chosen_patterns
+    from sailplan.curriculum.hard_negatives import mine as mine_patterns
+
+    with _opened(options) as run:
+        stage = _stage(run.config, options.stage)
+        if stage.hard_negatives is None:
+            raise ConfigurationError(f"stages.{options.stage}.hard_negatives is not set: name a stage that mines")
+        patterns = chosen_patterns(stage.hard_negatives, stage.data, run.config.data.sets)
+        found = mine_patterns(run.whole.encoder, run.readers, patterns, stage.hard_negatives, run.parallel, run.config)
+        out = Path(options.out) if options.out else run.folder.root / f"hard_negatives-{run.step:08d}.npz"
+        if run.parallel.is_main:
+            found.store.save(out)
+        _say(run, json.dumps({"file": str(out), "thresholds": {name: one.as_dict() for name, one in found.thresholds.items()}}, indent=1))
+    return EXIT_DONE
+
+
+def balance(options: argparse.Namespace) -> int:
+    """Weights of a stage's data sets from their similarity to the benchmark, with the checkpoint's model."""
+    from sailplan.curriculum.kinds import summarise_benchmark
+    from sailplan.curriculum.stages import balance_sets
+
+    with _opened(options) as run:
+        stage = _stage(run.config, options.stage)
+        settings = stage.balance or BalanceConfig()
+        missing = [name for name in stage.data if name not in run.readers]
+        if missing:
+            raise ConfigurationError(f"stages.{options.stage}.data.{missing[0]}: made at the stage's start and not in {run.folder.root} yet")
+        benchmark = summarise_benchmark(run.whole.encoder, run.readers, settings, run.parallel, run.config)
+        found = balance_sets(replace(stage, balance=settings), run.whole.encoder, run.readers, benchmark, settings, run.parallel, run.config)
+        text = json.dumps({"weights": found.weights, "scores": found.scores, "pairs": found.pairs}, indent=1)
+        if options.out and run.parallel.is_main:
+            Path(options.out).write_text(text)
+        _say(run, text)
+    return EXIT_DONE
+
+
+def export(options: argparse.Namespace) -> int:
+    """The weights as one safetensors file, with model.json (shape, prompts, prefixes) and the tokenizer."""
+    from sailplan.export.weights import export_weights
+
+    with _opened(options) as run:
+        out = Path(options.out) if options.out else run.folder.root / "export"
+        export_weights(run.checkpoint, out, config=run.config, parallel=run.parallel)
+        _say(run, str(out))
+    return EXIT_DONE
+
+
+def _stage(config: Config, name: str):  # type: ignore[no-untyped-def]
+    if name not in config.stages:
+        raise ConfigurationError(f"--stage {name}: expected one of {', '.join(config.stages)}")
+    return config.stages[name]

@@ -1,0 +1,110 @@
+"""`sailplan plan`: what a job will do, computed by the functions that then do it.
+
+Stages, steps and learning rates come from the trainer's schedule; the order of the data from the trainer's plan.
+Where a stage's weights or subsets are computed from the model at its start, the preview says so instead of guessing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sailplan.config.compose import config_hash
+from sailplan.config.schema import Config, StageConfig
+from sailplan.data.datasets import open_datasets
+from sailplan.data.plan import Plan
+from sailplan.data.reader import RecordReader
+from sailplan.model.count import count_parameters, estimate_memory
+from sailplan.train.schedule import StageSpan, learning_rate_scale, spans
+
+
+def describe(config: Config, world_size: int) -> dict[str, Any]:
+    """Everything that `render` shows, as JSON values. Opens the data sets; makes no weights."""
+    readers = open_datasets(config)
+    data_parallel = world_size // config.parallel.tensor
+    rank_rows = config.global_batch // data_parallel
+    most_views = max(len(config.data.sets[name].views) for stage in config.stages.values() for name in stage.data)
+    live = rank_rows * most_views if config.step.kept_graphs < 0 else config.step.micro_batch * (1 + config.step.kept_graphs)
+    memory = estimate_memory(
+        config.model,
+        tensor=config.parallel.tensor,
+        data=data_parallel,
+        shard=config.parallel.shard,
+        rows=min(live, rank_rows * most_views),
+        tokens=config.data.max_tokens,
+        image_size=config.data.image_size,
+        frames=config.data.frames,
+        parameter_dtype=torch.float64 if config.parallel.dtype == "float64" else torch.float32,
+        compute_dtype=getattr(torch, config.parallel.dtype),
+    )
+    return {
+        "name": config.name,
+        "config_hash": config_hash(config),
+        "world": {"ranks": world_size, "data_parallel": data_parallel, "tensor_parallel": config.parallel.tensor},
+        "global_batch": config.global_batch,
+        "parameters": count_parameters(config.model),
+        "memory_bytes": asdict(memory) | {"total": memory.total},
+        "records": {name: len(reader) for name, reader in readers.items()},
+        "stages": [_stage(config, span, readers) for span in spans(config)],
+    }
+
+
+def _stage(config: Config, span: StageSpan, readers: dict[str, RecordReader]) -> dict[str, Any]:
+    stage = config.stages[span.name]
+    scales = [learning_rate_scale(stage.optimizer, step, span.steps) * stage.optimizer.learning_rate for step in range(span.steps)]
+    made = {"balance": stage.balance, "subset": stage.subset, "hard_negatives": stage.hard_negatives, "artifacts": stage.artifacts}
+    return {
+        "name": span.name,
+        "first_step": span.first,
+        "last_step": span.last,
+        "data": dict(stage.data),
+        "objectives": dict(stage.objectives),
+        "trainable": list(stage.trainable),
+        "learning_rate": {"first": scales[0], "peak": max(scales), "last": scales[-1]},
+        "at_start": [name for name, value in made.items() if value],
+        "digests": _digests(config, span, stage, readers),
+    }
+
+
+def _digests(config: Config, span: StageSpan, stage: StageConfig, readers: dict[str, RecordReader]) -> list[str] | None:
+    """`data/digest` of each step, or None where the order depends on what the stage's start computes from the model."""
+    if stage.balance or stage.subset or not all(name in readers for name in stage.data):
+        return None
+    plan = Plan(config, span.name, stage, stage.data, readers)
+    return [plan.digest(step) for step in range(span.steps)]
+
+
+def render(plan: dict[str, Any]) -> str:
+    """The description as text for a terminal."""
+    world, stream = plan["world"], io.StringIO()
+    console = Console(file=stream, width=150)
+    console.print(f"{plan['name']}: configuration {plan['config_hash']}, {plan['stages'][-1]['last_step']} steps of {plan['global_batch']} rows", highlight=False)
+    console.print(f"ranks {world['ranks']} = data-parallel {world['data_parallel']} x tensor-parallel {world['tensor_parallel']}", highlight=False)
+    console.print("parameters " + ", ".join(f"{part} {count:,}" for part, count in plan["parameters"].items()), highlight=False)
+    parts = ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in plan["memory_bytes"].items())
+    console.print(f"memory of a rank (estimate) {parts}", highlight=False)
+    console.print("records " + ", ".join(f"{name} {count:,}" for name, count in plan["records"].items()), highlight=False)
+    table = Table()
+    for heading in ("stage", "steps", "data (weight)", "objectives (weight)", "learning rate", "computed at its start", "order of the data"):
+        table.add_column(heading)
+    for stage in plan["stages"]:
+        rate = stage["learning_rate"]
+        digests = stage["digests"]
+        order = "follows from its start" if digests is None else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        table.add_row(
+            stage["name"],
+            f"{stage['first_step']}-{stage['last_step']}",
+            ", ".join(f"{name} {weight:g}" for name, weight in stage["data"].items()),
+            ", ".join(f"{name} {weight:g}" for name, weight in stage["objectives"].items()),
+            f"{rate['first']:.1e} > {rate['peak']:.1e} > {rate['last']:.1e}",
+            ", ".join(stage["at_start"]) or "-",
+            order,
+        )
+    console.print(table)
+    return stream.getvalue().rstrip()
