@@ -85,10 +85,13 @@ def contrast(
     """InfoNCE of row i's query [r, D] with row i's key [r, D] at the pattern's temperature, and its metrics.
 
     `symmetric` None: as the data set says. `name` goes into the metrics' names. Other options are those of
-    `sailplan_kernels.infonce`. Returns (loss, metrics): both are this rank's shares, their mean over ranks is the
-    value over all valid rows.
+    `sailplan_kernels.infonce`. A graded pair whose score is not above the data set's `positive_score` is no positive: its
+    row does not count, its key is still a negative of others. Returns (loss, metrics): both are this rank's shares,
+    their mean over ranks is the value over all valid rows.
     """
     temperature = context.temperatures.get(encoded.dataset, pattern)
+    if encoded.scores is not None:
+        query_valid = query_valid & ~(encoded.scores <= context.datasets[encoded.dataset].positive_score)
     output = infonce(
         queries,
         keys,

@@ -131,6 +131,16 @@ def test_symmetric_is_the_data_sets_choice_unless_the_objective_says() -> None:
     torch.testing.assert_close(InfoNCE(**options, symmetric=True)(encoded, context()).loss, (one_way + other_way) / 2)
 
 
+def test_pairs_graded_as_unrelated_are_no_positives() -> None:
+    views = {"query": view(1), "item": view(2)}
+    scores = torch.tensor([0.5, 0.0, 0.2, 0.0, float("nan"), 0.1])  # nan: not graded
+    objective = InfoNCE(embedding=D, datasets=DATASETS, matryoshka=False)
+    output = objective(step("pairs", views, scores=scores), context())
+    similarities = normalize(views["query"].fused, dim=1) @ normalize(views["item"].fused, dim=1).T
+    expected = -(similarities / 0.1).log_softmax(1).diagonal()[[0, 2, 4, 5]].mean()
+    torch.testing.assert_close(output.loss, expected)
+
+
 def test_cosent_is_the_sum_over_all_ordered_pairs() -> None:
     generator = torch.Generator().manual_seed(0)
     cosines = (2 * torch.rand(40, generator=generator, dtype=torch.float64) - 1).requires_grad_()
