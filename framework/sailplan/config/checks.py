@@ -60,8 +60,10 @@ def _check_parallel(config: Config, world_size: int) -> None:
         raise ConfigurationError(
             f"data.lanes={config.data.lanes} does not divide by the data-parallel size {data_parallel}: use a multiple of every size you plan to use"
         )
-    if config.global_batch % config.data.lanes:
-        raise ConfigurationError(f"global_batch={config.global_batch} does not divide by data.lanes={config.data.lanes}: use a multiple of data.lanes")
+    batches = {"global_batch": config.global_batch} | {f"stages.{name}.global_batch": stage.global_batch for name, stage in config.stages.items()}
+    for key, rows in batches.items():
+        if rows is not None and (rows < 1 or rows % config.data.lanes):
+            raise ConfigurationError(f"{key}={rows} does not divide by data.lanes={config.data.lanes}: use a multiple of data.lanes")
     _positive("step.micro_batch", config.step.micro_batch)
 
 

@@ -170,6 +170,7 @@ class BalanceConfig:
 @dataclass
 class StageConfig:
     steps: int = 100
+    global_batch: int | None = None  # rows of a step over all data-parallel ranks; None: the run's
     data: dict[str, float] = field(default_factory=dict)  # data set -> weight (fixed weights, or floor shares under `balance`)
     balance: BalanceConfig | None = None  # weights from the balancing algorithm instead of `data`'s values
     mixed_fraction: float = 0.0  # share of steps whose batch mixes data sets in homogeneous sub-batches

@@ -87,20 +87,21 @@ class Plan:
         subsets: Mapping[str, NDArray[np.int64]] | None = None,
     ) -> None:
         data = config.data
+        self.global_batch = stage.global_batch or config.global_batch
         for key, value in (
             ("data.lanes", data.lanes),
             ("data.segment", data.segment),
             ("data.window", data.window),
-            ("global_batch", config.global_batch),
+            ("global_batch", self.global_batch),
         ):
             if value < 1:
                 raise ConfigurationError(f"{key}={value}: expected at least 1")
-        if config.global_batch % data.lanes:
+        if self.global_batch % data.lanes:
             raise ConfigurationError(
-                f"global_batch={config.global_batch} does not divide by data.lanes={data.lanes}: use a multiple of data.lanes"
+                f"global_batch={self.global_batch} does not divide by data.lanes={data.lanes}: use a multiple of data.lanes"
             )
         self.steps, self.stage_name, self.seed = stage.steps, stage_name, config.seed
-        self.lanes, self.segment, self.window, self.global_batch = data.lanes, data.segment, data.window, config.global_batch
+        self.lanes, self.segment, self.window = data.lanes, data.segment, data.window
         self.names = sorted(name for name, weight in weights.items() if weight != 0)
         values = np.array([weights[name] for name in self.names], dtype=np.float64)
         if not self.names or (values < 0).any() or not np.isfinite(values).all():
@@ -117,7 +118,7 @@ class Plan:
         self._keys = {name: derive("order", stage_name, name) for name in self.names}
         self._draw_key, self._order_seed = derive("draw", config.seed, stage_name), derive("order", config.seed)
         self._mixed_fraction = stage.mixed_fraction
-        units = config.global_batch // data.lanes
+        units = self.global_batch // data.lanes
         parts = min(MIXED_PARTS, units)
         self._part_rows = [(units // parts + (turn < units % parts)) * data.lanes for turn in range(parts)]
         self._prefix = [np.zeros(len(self.names), dtype=np.int64)]  # rows drawn per set before block b

@@ -28,15 +28,14 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
     """Everything that `render` shows, as JSON values. Opens the data sets; makes no weights."""
     readers = open_datasets(config)
     data_parallel = world_size // config.parallel.tensor
-    rank_rows = config.global_batch // data_parallel
-    most_views = max(len(config.data.sets[name].views) for stage in config.stages.values() for name in stage.data)
-    live = rank_rows * most_views if config.step.kept_graphs < 0 else config.step.micro_batch * (1 + config.step.kept_graphs)
+    rank_rows = max((stage.global_batch or config.global_batch) * _views(config, stage) for stage in config.stages.values()) // data_parallel
+    live = rank_rows if config.step.kept_graphs < 0 else config.step.micro_batch * (1 + config.step.kept_graphs)
     memory = estimate_memory(
         config.model,
         tensor=config.parallel.tensor,
         data=data_parallel,
         shard=config.parallel.shard,
-        rows=min(live, rank_rows * most_views),
+        rows=min(live, rank_rows),
         tokens=config.data.max_tokens,
         image_size=config.data.image_size,
         frames=config.data.frames,
@@ -47,12 +46,17 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
         "name": config.name,
         "config_hash": config_hash(config),
         "world": {"ranks": world_size, "data_parallel": data_parallel, "tensor_parallel": config.parallel.tensor},
-        "global_batch": config.global_batch,
         "parameters": count_parameters(config.model),
         "memory_bytes": asdict(memory) | {"total": memory.total},
         "records": {name: len(reader) for name, reader in readers.items()},
         "stages": [_stage(config, span, readers) for span in spans(config)],
     }
+
+
+def _views(config: Config, stage: StageConfig) -> int:
+    """Encoder rows for each row of a step: the most of any data set of the stage, histories counted in full."""
+    sets = [config.data.sets[name] for name in stage.data]
+    return max(sum(dataset.history_length if view.of == "history" else 1 for view in dataset.views.values()) for dataset in sets)
 
 
 def _stage(config: Config, span: StageSpan, readers: dict[str, RecordReader]) -> dict[str, Any]:
@@ -63,6 +67,7 @@ def _stage(config: Config, span: StageSpan, readers: dict[str, RecordReader]) ->
         "name": span.name,
         "first_step": span.first,
         "last_step": span.last,
+        "global_batch": stage.global_batch or config.global_batch,
         "data": dict(stage.data),
         "objectives": dict(stage.objectives),
         "trainable": list(stage.trainable),
@@ -84,14 +89,14 @@ def render(plan: dict[str, Any]) -> str:
     """The description as text for a terminal."""
     world, stream = plan["world"], io.StringIO()
     console = Console(file=stream, width=150)
-    console.print(f"{plan['name']}: configuration {plan['config_hash']}, {plan['stages'][-1]['last_step']} steps of {plan['global_batch']} rows", highlight=False)
+    console.print(f"{plan['name']}: configuration {plan['config_hash']}, {plan['stages'][-1]['last_step']} steps", highlight=False)
     console.print(f"ranks {world['ranks']} = data-parallel {world['data_parallel']} x tensor-parallel {world['tensor_parallel']}", highlight=False)
     console.print("parameters " + ", ".join(f"{part} {count:,}" for part, count in plan["parameters"].items()), highlight=False)
     parts = ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in plan["memory_bytes"].items())
     console.print(f"memory of a rank (estimate) {parts}", highlight=False)
     console.print("records " + ", ".join(f"{name} {count:,}" for name, count in plan["records"].items()), highlight=False)
     table = Table()
-    for heading in ("stage", "steps", "data (weight)", "objectives (weight)", "learning rate", "computed at its start", "order of the data"):
+    for heading in ("stage", "steps", "rows", "data (weight)", "objectives (weight)", "learning rate", "computed at its start", "order of the data"):
         table.add_column(heading)
     for stage in plan["stages"]:
         rate = stage["learning_rate"]
@@ -100,6 +105,7 @@ def render(plan: dict[str, Any]) -> str:
         table.add_row(
             stage["name"],
             f"{stage['first_step']}-{stage['last_step']}",
+            str(stage["global_batch"]),
             ", ".join(f"{name} {weight:g}" for name, weight in stage["data"].items()),
             ", ".join(f"{name} {weight:g}" for name, weight in stage["objectives"].items()),
             f"{rate['first']:.1e} > {rate['peak']:.1e} > {rate['last']:.1e}",

@@ -180,7 +180,7 @@ class Trainer:
             "loss/total": result.loss.item(),
             "grad_norm": result.grad_norm.item(),
             "learning_rate": learning_rate,
-            "rows_per_second": self.config.global_batch / seconds,
+            "rows_per_second": self.parallel.data_parallel_size * sum(len(batch.record_ids) for batch in batches) / seconds,
             "seconds": round(seconds, 4),
         }
         values |= {f"loss/{name}": value.item() for name, value in result.losses.items()}
