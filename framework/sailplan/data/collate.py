@@ -20,7 +20,7 @@ from sailplan.data.plan import Plan, PlannedRows
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import Item, Record, StepBatch, ViewBatch
 from sailplan.data.teachers import TeacherTable
-from sailplan.data.views import ViewDecoder, ViewRow
+from sailplan.data.views import ViewRow, shared_decoder
 from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
 
@@ -69,7 +69,7 @@ class Collator:
         plan.check_ranks(size)
         self.config, self.stage, self.plan, self.readers = config, stage, plan, dict(readers)
         self.rank, self.size, self.negatives, self.teachers = rank, size, negatives, teachers
-        self.decoder = ViewDecoder(config.data)
+        self.decoder = shared_decoder(config.data)
 
     def batches(self, step: int) -> list[StepBatch]:
         """One StepBatch per data set of the step (one, or several in a mixed step). Raises BadDataError when a row finds no usable spare."""
@@ -95,9 +95,7 @@ class Collator:
         views = {name: self._view_batch(rows.views[name], dataset.views[name], dataset) for name in names}
         for name in mined:
             key = f"negatives/{name}"
-            views[key] = self._view_batch(
-                rows.views[key], dataset.views[dataset.patterns[name].target], dataset, group=mined[name].shape[1]
-            )
+            views[key] = self._view_batch(rows.views[key], dataset.views[dataset.patterns[name].target], dataset, group=mined[name].shape[1])
         return StepBatch(
             step=step,
             dataset=part.dataset,

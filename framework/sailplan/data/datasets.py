@@ -15,15 +15,13 @@ from sailplan.data.index import ShardIndex
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.shards import ARTIFACT, resolve
 from sailplan.data.tar import scan
-from sailplan.data.views import ViewDecoder
+from sailplan.data.views import ViewDecoder, shared_decoder
 from sailplan.errors import BadDataError, ConfigurationError
 
 PARTS = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}
 
 
-def open_datasets(
-    config: Config, artifacts: Mapping[str, str | Path] | None = None, names: Iterable[str] | None = None
-) -> dict[str, RecordReader]:
+def open_datasets(config: Config, artifacts: Mapping[str, str | Path] | None = None, names: Iterable[str] | None = None) -> dict[str, RecordReader]:
     """Data set name -> reader, catalogues included.
 
     artifacts: folders of the data sets whose shards are `artifact:NAME`; those without a folder yet are left out.
@@ -76,9 +74,7 @@ def check_dataset(config: Config, name: str) -> None:
     for pattern_name, pattern in dataset.patterns.items():
         for side in (pattern.query, pattern.target):
             if side not in dataset.views:
-                raise ConfigurationError(
-                    f"{key}.patterns.{pattern_name}: no view '{side}'; this data set has: {', '.join(dataset.views) or 'none'}"
-                )
+                raise ConfigurationError(f"{key}.patterns.{pattern_name}: no view '{side}'; this data set has: {', '.join(dataset.views) or 'none'}")
 
 
 def _check_catalogue(config: Config, name: str, dataset: DatasetConfig) -> None:
@@ -112,7 +108,7 @@ def validate(config: Config, names: Iterable[str] | None = None) -> list[Problem
     Data sets that a stage makes (`artifact:NAME`) are not there to be read. Raises ConfigurationError as open_datasets.
     """
     problems: list[Problem] = []
-    decoder = ViewDecoder(config.data)
+    decoder = shared_decoder(config.data)
     for name in names if names is not None else config.data.sets:
         if config.data.sets[name].shards.startswith(ARTIFACT):
             continue

@@ -21,11 +21,10 @@ from sailplan.data.collate import media_of, view_item
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import EncoderInputs, Item
 from sailplan.data.text import clean
-from sailplan.data.views import ViewDecoder, ViewRow
+from sailplan.data.views import ViewDecoder, ViewRow, shared_decoder
 from sailplan.errors import ConfigurationError
 
 logger = logging.getLogger("sailplan.data")
-_DECODERS: dict[tuple[str, int, int], tuple[DataConfig, ViewDecoder]] = {}
 
 
 class EvaluationRows:
@@ -134,12 +133,3 @@ def sequence_positions(reader: RecordReader, positions: Sequence[int] | NDArray[
         histories[row, : len(history)] = [-1 if place is None else place for place in found[:-1]]
         targets[row] = -1 if found[-1] is None else found[-1]
     return histories, targets
-
-
-def shared_decoder(config: DataConfig) -> ViewDecoder:
-    """One decoder per data configuration and process, so that its decoded pictures serve every evaluation."""
-    key = (config.tokenizer, config.max_tokens, config.image_size)
-    known = _DECODERS.get(key)
-    if known is None or known[0] is not config:
-        known = _DECODERS[key] = (config, ViewDecoder(config))
-    return known[1]

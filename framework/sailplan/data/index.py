@@ -141,9 +141,7 @@ class ShardIndex:
 
     def _hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         if self._lookup is None:
-            values = np.fromiter(
-                (id_hash(name) for shard in range(len(self.shards)) for name in self._table(shard).ids), np.uint64, len(self)
-            )
+            values = np.fromiter((id_hash(name) for shard in range(len(self.shards)) for name in self._table(shard).ids), np.uint64, len(self))
             order = np.argsort(values, kind="stable")
             self._lookup = values[order], order
         return self._lookup

@@ -97,9 +97,7 @@ class Plan:
             if value < 1:
                 raise ConfigurationError(f"{key}={value}: expected at least 1")
         if self.global_batch % data.lanes:
-            raise ConfigurationError(
-                f"global_batch={self.global_batch} does not divide by data.lanes={data.lanes}: use a multiple of data.lanes"
-            )
+            raise ConfigurationError(f"global_batch={self.global_batch} does not divide by data.lanes={data.lanes}: use a multiple of data.lanes")
         self.steps, self.stage_name, self.seed = stage.steps, stage_name, config.seed
         self.lanes, self.segment, self.window = data.lanes, data.segment, data.window
         self.names = sorted(name for name, weight in weights.items() if weight != 0)

@@ -84,9 +84,7 @@ class RecordReader:
         """Position of the record with this id, or None."""
         return self.index.find(record_id)
 
-    def read(
-        self, position: int, *, seed: int | None = None, media: frozenset[str] = ALL_MEDIA, needs: Iterable[str] | None = None
-    ) -> Record:
+    def read(self, position: int, *, seed: int | None = None, media: frozenset[str] = ALL_MEDIA, needs: Iterable[str] | None = None) -> Record:
         """The record at a position.
 
         seed: draws a sequence's target and history among its `items`; None: a fixed draw that depends on the record's
@@ -230,9 +228,7 @@ class RecordReader:
             self._files.move_to_end(shard)
             content = os.pread(self._files[shard], size, offset)  # no shared file position: safe in forked workers
         if len(content) != size:
-            raise BadSample(
-                self.index.shards[shard].name, f"read {len(content)} of {size} bytes at byte {offset}: the shard was cut while in use"
-            )
+            raise BadSample(self.index.shards[shard].name, f"read {len(content)} of {size} bytes at byte {offset}: the shard was cut while in use")
         return content
 
 

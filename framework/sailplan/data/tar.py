@@ -58,9 +58,7 @@ def scan(shard: Path) -> list[RecordPlace]:
                 records[-1].members.append((extension, member.offset_data, member.size))
             end = archive.offset
     except (tarfile.TarError, EOFError) as error:
-        raise BadDataError(
-            f"{shard}: not a whole uncompressed tar ({error}); expected a webdataset shard: copy or write it again"
-        ) from error
+        raise BadDataError(f"{shard}: not a whole uncompressed tar ({error}); expected a webdataset shard: copy or write it again") from error
     with open(shard, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         _expect_end_mark(shard, file.fileno(), end, size)

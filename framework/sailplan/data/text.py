@@ -66,25 +66,26 @@ def compose(fields: Mapping[str, Mapping[str, Any]], view: ViewConfig, dataset: 
 def choose_language(languages: Mapping[str, Any], weights: Mapping[str, float], source: random.Random | None) -> str | None:
     """One of the field's languages, or None if it has none.
 
-    Listed languages have their weight; what is left of 1 is shared equally by the others. Weights of languages that
-    the field lacks are shared out in proportion. Without a source: English, else the first language.
+    Listed languages have their weight; what is left of 1 is shared equally by the others that the field has. Weights
+    of languages that it lacks are shared out in proportion. Without a source: English, else the first language.
     """
     available = [language for language, value in languages.items() if value]
     if not available:
         return None
     if source is None or len(available) == 1:
         return PREFERRED_LANGUAGE if PREFERRED_LANGUAGE in available else available[0]
-    unlisted = sum(language not in weights for language in available)
-    rest = max(0.0, 1.0 - sum(weights.values())) / unlisted if unlisted else 0.0
-    shares = [weights.get(language, rest) for language in available]
-    if sum(shares) <= 0:
-        shares = [1.0] * len(available)
-    left = source.random() * sum(shares)
-    for language, share in zip(available, shares, strict=True):
-        left -= share
+    listed = {language: weight for language, weight in weights.items() if languages.get(language)}
+    unlisted = [language for language in available if language not in listed]
+    rest = max(0.0, 1.0 - sum(weights.values())) if unlisted else 0.0
+    left = source.random() * (sum(listed.values()) + rest)
+    for language, weight in listed.items():
+        left -= weight
         if left < 0:
             return language
-    return available[-1]
+    if rest > 0:
+        return unlisted[min(int(left / rest * len(unlisted)), len(unlisted) - 1)]
+    # nothing left for the unlisted ones: take them only where no listed language is there with a weight
+    return next((language for language in reversed(listed) if listed[language] > 0), None) or available[int(source.random() * len(available))]
 
 
 def _drop(entries: dict[str, list[str]], probability: float, source: random.Random) -> dict[str, list[str]]:
@@ -130,9 +131,7 @@ class Tokenizer:
         if text not in self._prompts:
             ids = self._tokenizer.encode(clean(text), add_special_tokens=False).ids if text else []
             if len(ids) > self.max_tokens - TEXT_TOKENS_LEFT:
-                raise ConfigurationError(
-                    f"data.max_tokens={self.max_tokens}: the prompt {text!r} alone takes {len(ids)}; shorten it or raise data.max_tokens"
-                )
+                raise ConfigurationError(f"data.max_tokens={self.max_tokens}: the prompt {text!r} alone takes {len(ids)}; shorten it or raise data.max_tokens")
             self._prompts[text] = ids
         return self._prompts[text]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sailplan.config.schema import DataConfig, DatasetConfig, ViewConfig
@@ -24,6 +25,7 @@ from sailplan.data.text import Tokenizer, compose
 from sailplan.runtime.seeds import derive
 
 DECODED_BYTES = 128 << 20  # pictures and spectrograms kept between epochs, per process
+_DECODERS: dict[object, ViewDecoder] = {}
 
 
 @dataclass(slots=True)
@@ -113,18 +115,23 @@ class ViewDecoder:
         return known
 
     def _audio(self, item_id: str, content: bytes, source: random.Random | None, strength: float) -> Tensor:
-        known = self._decoded.get(content)
-        if known is None:
-            length = round(self.config.audio_chunk_seconds * self.config.audio_rate)
-            try:
-                samples = audio.decode(content, self.config.audio_rate)
-            except ValueError as error:
-                raise BadSample(item_id, str(error)) from error
+        """float16 log-mel [c, frames, mels]. Kept decoded: the spectrogram, or of a recording longer than its chunks,
+        which starts elsewhere each time, the samples."""
+        length = round(self.config.audio_chunk_seconds * self.config.audio_rate)
+        mel = self._decoded.get(content)
+        if mel is None or mel.dtype != torch.float16:
+            samples = mel.numpy() if mel is not None else self._samples(item_id, content)
             waves = audio.chunks(samples, length, self.config.audio_chunks, source)
-            known = audio.log_mel(waves, self.config.audio_rate, self.config.mel_bins).half()
-            if len(samples) <= length * self.config.audio_chunks:  # longer ones start elsewhere each time
-                self._decoded.put(content, known, known.nbytes + len(content))
-        return audio.augment(known.float(), source, strength).half() if source is not None and strength > 0 else known
+            mel = audio.log_mel(waves, self.config.audio_rate, self.config.mel_bins).half()
+            kept = mel if len(samples) <= length * self.config.audio_chunks else torch.from_numpy(samples)
+            self._decoded.put(content, kept, kept.nbytes + len(content))
+        return audio.augment(mel.float(), source, strength).half() if source is not None and strength > 0 else mel
+
+    def _samples(self, item_id: str, content: bytes) -> NDArray[np.float32]:
+        try:
+            return audio.decode(content, self.config.audio_rate)
+        except ValueError as error:
+            raise BadSample(item_id, str(error)) from error
 
     def _stack_images(self, rows: Sequence[ViewRow]) -> tuple[Tensor, Tensor]:
         size, frames = self.config.image_size, max((len(row.images) for row in rows if row.images), default=1)
@@ -146,3 +153,13 @@ class ViewDecoder:
                 mels[place, : len(row.audio)] = row.audio
                 mask[place, : len(row.audio)] = True
         return mels, mask
+
+
+def shared_decoder(config: DataConfig) -> ViewDecoder:
+    """The process's decoder for these decoding options: stages and evaluations share what is decoded already."""
+    options = (config.tokenizer, config.max_tokens, config.image_size, config.frames)
+    sound = (config.audio_rate, config.audio_chunk_seconds, config.audio_chunks, config.mel_bins)
+    if (options, sound) not in _DECODERS:
+        _DECODERS.clear()  # one at a time: its caches are large
+        _DECODERS[options, sound] = ViewDecoder(config)
+    return _DECODERS[options, sound]

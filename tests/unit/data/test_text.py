@@ -49,6 +49,8 @@ def test_languages_follow_their_weights() -> None:
     assert abs(drawn["en"] / 4000 - 0.5) < 0.04 and abs(drawn["de"] / 4000 - 0.2) < 0.04 and abs(drawn["fr"] / 4000 - 0.15) < 0.04
     assert choose_language({"ko": "x", "en": ""}, {"en": 1.0}, random.Random(1)) == "ko", "an empty text is no language"
     assert {choose_language({"ko": "x", "ja": "x"}, {"en": 1.0}, random.Random(seed)) for seed in range(20)} == {"ko", "ja"}
+    assert {choose_language(names, {"en": 0.7, "de": 0.3}, random.Random(seed)) for seed in range(40)} == {"en", "de"}
+    assert {choose_language({"de": "x", "fr": "x"}, {"en": 0.5, "de": 0.5}, random.Random(seed)) for seed in range(20)} == {"de"}
     assert choose_language({}, {"en": 1.0}, random.Random(1)) is None
 
 
