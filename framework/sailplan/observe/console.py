@@ -1,6 +1,6 @@
 """The run on a screen: one progress bar per stage on a terminal, one plain line every few steps in a log file.
 
-A table follows each evaluation, with the change since the one before, and a last table at the end of the run.
+A table of the tasks' headline metrics follows each evaluation, and one over all stages ends the run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from sailplan.observe.report_data import headline_metric
 from sailplan.observe.sink import Examples, Results, Sink, StageInfo, Value
 
 
@@ -44,7 +45,7 @@ class ConsoleSink(Sink):
         self.stage: StageInfo | None = None
         self.seconds_per_step: float | None = None
         self.last: tuple[int, float] | None = None  # step, monotonic time of the last call
-        self.results: Results = {}
+        self.evaluations: list[tuple[str, Results]] = []
         self.begin = time.monotonic()
 
     def _say(self, text: str) -> None:
@@ -92,22 +93,29 @@ class ConsoleSink(Sink):
             self._say(f"[{self.stage.index}/{self.stage.count} {stage}] step {step}/{self.stage.last_step}  {text}")
 
     def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
-        self.console.print(self._table(f"after {stage}, step {step}", results, self.results))
-        self.results = results
-
-    @staticmethod
-    def _table(title: str, results: Results, before: Results) -> Table:
-        table = Table(title=title, title_justify="left")
-        for heading in ("task", "metric"):
-            table.add_column(heading, no_wrap=True)
+        """One row a task: its headline metric and the change since the evaluation before; the files have all metrics."""
+        table = Table("task", "metric", title=f"after {stage}, step {step}", title_justify="left")
         table.add_column("value", justify="right")
         table.add_column("change", justify="right")
+        before = {task: metrics for _, known in self.evaluations for task, metrics in known.items()}
         for task, metrics in results.items():
-            for position, (metric, value) in enumerate(metrics.items()):
-                old = before.get(task, {}).get(metric)
-                change = "" if old is None else f"{value - old:+.4f}"
-                table.add_row(Text(task if position == 0 else ""), Text(metric), f"{value:.4f}", change)
-            table.add_section()
+            name = headline_metric(metrics)
+            if name is not None:
+                old = before.get(task, {}).get(name)
+                table.add_row(Text(task), Text(name), f"{metrics[name]:.4f}", "" if old is None else f"{metrics[name] - old:+.4f}")
+        self.console.print(table)
+        self.evaluations.append((stage, results))
+
+    def _final_table(self) -> Table:
+        """One row a task, one column a stage: the headline metric after each stage's last evaluation."""
+        stages = dict(self.evaluations)
+        table = Table("task", "metric", title="results after each stage", title_justify="left")
+        for stage in stages:
+            table.add_column(Text(stage), justify="right")
+        for task in dict.fromkeys(task for results in stages.values() for task in results):
+            name = headline_metric(next(results[task] for results in stages.values() if task in results))
+            values = [results.get(task, {}).get(name or "") for results in stages.values()]
+            table.add_row(Text(task), Text(name or "-"), *("-" if value is None else f"{value:.4f}" for value in values))
         return table
 
     def _stop_progress(self) -> None:
@@ -120,6 +128,6 @@ class ConsoleSink(Sink):
 
     def close(self, finished: bool) -> None:
         self._stop_progress()
-        if finished and self.results:
-            self.console.print(self._table("final results", self.results, {}))
+        if finished and len(self.evaluations) > 1:
+            self.console.print(self._final_table())
         self._say(f"{'finished' if finished else 'stopped'} after {duration(time.monotonic() - self.begin)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ def is_baseline(metric: str) -> bool:
     return any(name in metric for name in BASELINES)
 
 
-def headline_metric(metrics: dict[str, Any]) -> str | None:
+def headline_metric(metrics: Mapping[str, Any]) -> str | None:
     """The metric that stands for a task in curves and summaries: recall@10 where there is one, else another recall, else the first."""
     own = [name for name, value in metrics.items() if isinstance(value, (int, float)) and not is_baseline(name)]
     for wanted in ("recall@10", "recall@", "nmi", "kendall", "auc"):

@@ -102,11 +102,18 @@ def test_plain_console_prints_every_few_steps_and_tables(tmp_path: Path) -> None
         for step in range(1, 7):
             writer.log_step(step, "first", {"loss/total": 2.5, "accuracy": 0.25, "rows_per_second": 1000.0})
         writer.log_evaluation(6, "first", {"emoji [x]": {"recall@1": 0.5}})
-        writer.log_evaluation(6, "first", {"emoji [x]": {"recall@1": 0.625}})
+        writer.log_evaluation(6, "first", {"emoji [x]": {"recall@1": 0.625, "candidates": 12.0}})
+        writer.finish_stage()
+        writer.start_stage(SECOND)
+        writer.log_evaluation(8, "second", {"emoji [x]": {"recall@1": 0.75}, "speech": {"auc": 0.9}})
+        writer.finish_stage()
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert [line.split("step ")[1].split("/")[0] for line in text.splitlines() if line.startswith("[1/2 first]")] == ["1", "2", "4", "6"]
-    assert "emoji [x]" in text and "+0.1250" in text and "stopped after" in text
+    assert "emoji [x]" in text and "+0.1250" in text and "candidates" not in text
+    final = text[text.index("results after each stage") :]
+    assert [word for word in ("0.6250", "0.7500", "0.9000") if word in final] == ["0.6250", "0.7500", "0.9000"]
+    assert "finished after" in final
 
 
 def test_a_terminal_gets_a_live_bar_that_is_closed_on_an_error(tmp_path: Path) -> None:
