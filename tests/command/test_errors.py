@@ -1,0 +1,61 @@
+"""What a newcomer gets wrong is answered in one line that says what to do, with the documented exit code."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sailplan.train.testing import SMALL, run
+
+PACK = Path(__file__).resolve().parents[2] / "data" / "quickstart"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["trian", "train"]),
+        (["train", "--fast"], ["--fast", "key=value"]),
+        (["train", "quickstart"], ["quickstart", "experiment=quickstart"]),
+        (["train", "experiment=quickstartt"], ["quickstartt", "quickstart"]),
+        (["plan", "experiment=quickstart", "globl_batch=3"], ["globl_batch", "global_batch"]),
+        (["plan", "experiment=quickstart", "parallel.tensor=3", "--ranks", "3"], ["tensor"]),
+        (["train", "experiment=quickstart", "data.root=/nowhere"], ["/nowhere"]),
+        (["evaluate", "--run", "/nowhere"], ["/nowhere/config.yaml"]),
+        (["report", "--run", "/nowhere"], ["/nowhere/config.yaml"]),
+        (["data", "build"], ["--out"]),
+        (["embed", "--run", "x", "--dataset", "emoji"], ["--view"]),
+    ],
+)
+def test_bad_usage_is_one_line_and_64(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    result = run(*arguments, *(["name=bad", f"runs={tmp_path}"] if arguments[0] == "train" and "=" in arguments[-1] else []))
+    assert result.returncode == 64, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("sailplan: "), result.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_help_names_every_command() -> None:
+    text = run("--help").stdout
+    for name in ("train", "plan", "check", "data", "mine", "balance", "evaluate", "embed", "export", "report"):
+        assert name in text
+
+
+def test_a_damaged_shard_is_named_by_check_and_ends_training_without_a_hang(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(PACK, root, ignore=shutil.ignore_patterns(".index"))
+    victim = sorted((root / "prompts").glob("*.tar"))[0]
+    with victim.open("r+b") as file:
+        file.truncate(victim.stat().st_size // 2)
+    checked = run("check", *SMALL, f"data.root={root}")
+    assert checked.returncode == 65 and victim.name in checked.stderr
+    trained = run("train", *SMALL, f"data.root={root}", "name=bad", f"runs={tmp_path}", ranks=2, timeout=180)
+    assert trained.returncode == 65 and victim.name in trained.stderr
+
+
+def test_check_tells_data_and_ranks() -> None:
+    found = run("check", *SMALL, ranks=2)
+    assert found.returncode == 0, found.stderr
+    assert "1899 records" in found.stdout and "data-parallel 2" in found.stdout
