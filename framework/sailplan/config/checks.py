@@ -43,6 +43,8 @@ def check(config: Config, world_size: int) -> None:
                 raise ConfigurationError(
                     f"evaluation.tasks.{name}.{side}={view}: data set '{task.dataset}' has the views {', '.join(config.data.sets[task.dataset].views)}"
                 )
+    if config.model.audio.mel_bins != config.data.mel_bins:
+        raise ConfigurationError(f"model.audio.mel_bins={config.model.audio.mel_bins}: expected data.mel_bins={config.data.mel_bins}, what the decoder makes")
     prefixes = config.model.prefixes
     if not prefixes or sorted(set(prefixes)) != list(prefixes) or prefixes[-1] > config.model.embedding:
         raise ConfigurationError(f"model.prefixes={prefixes}: expected rising sizes up to model.embedding={config.model.embedding}")
