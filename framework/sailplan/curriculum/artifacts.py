@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from sailplan.config.schema import Config, StageConfig
-from sailplan.curriculum.embedding import embed_view
+from sailplan.curriculum.embedder import Embedder
 from sailplan.curriculum.histories import ARTIFACT, Histories, read_histories, source_of_histories, write_artifact
 from sailplan.curriculum.interests import records, sequences, views_count
 from sailplan.curriculum.teachers import TEACHERS, co_occurrence, factorise, pair_records
@@ -53,18 +52,19 @@ def artifact_sets(config: Config, stage: StageConfig, name: str) -> list[str]:
 
 
 def make_artifacts(
-    stage_name: str, stage: StageConfig, encoder: nn.Module, readers: Mapping[str, RecordReader], config: Config, parallel: Parallel, folder: Path
+    stage_name: str, stage: StageConfig, embedder: Embedder, readers: Mapping[str, RecordReader], folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Writes the stage's artifacts below `folder`; returns what there is to tell of each. Collective.
 
     Raises ConfigurationError where no data set reads an artifact, or where it is not clear which histories make it.
     """
+    config = embedder.config
     told: dict[str, dict[str, Any]] = {}
     for artifact in stage.artifacts:
         reader = readers[source_of_histories(config, _catalogue(config, stage_name, stage, artifact))]
         histories = read_histories(reader, "train")
         told[artifact] = {"users": len(histories.users), "unknown_items": histories.unknown}
-        told[artifact] |= _make(artifact, stage, encoder, reader, histories, config, parallel, folder)
+        told[artifact] |= _make(artifact, stage, embedder, reader, histories, folder)
     return told
 
 
@@ -87,17 +87,9 @@ def _catalogue(config: Config, stage_name: str, stage: StageConfig, artifact: st
     return catalogue
 
 
-def _make(
-    artifact: str,
-    stage: StageConfig,
-    encoder: nn.Module,
-    reader: RecordReader,
-    histories: Histories,
-    config: Config,
-    parallel: Parallel,
-    folder: Path,
-) -> dict[str, Any]:
+def _make(artifact: str, stage: StageConfig, embedder: Embedder, reader: RecordReader, histories: Histories, folder: Path) -> dict[str, Any]:
     assert reader.catalogue is not None
+    config, parallel = embedder.config, embedder.parallel
     catalogue, used = reader.catalogue, histories.used()
     if artifact == "interests":
         name = artifact_sets(config, stage, artifact)[0]
@@ -105,7 +97,7 @@ def _make(
         view = next((view for view in dataset.views.values() if view.of == "history"), None)
         if view is None:
             raise ConfigurationError(f"data.sets.{name}.views: none is `of: history`; a set of sequences needs one")
-        content = embed_view(encoder, catalogue, replace(view, of="item"), used, parallel=parallel, config=config).fused.numpy()
+        content = embedder.rows(catalogue, replace(view, of="item"), used).fused.numpy()
 
         def interests() -> dict[str, Any]:
             found = sequences(histories, used, content, length=dataset.history_length, seed=config.seed)

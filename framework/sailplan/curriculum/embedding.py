@@ -44,11 +44,28 @@ class EmbeddedRows:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def take(self, rows: NDArray[np.int64]) -> EmbeddedRows:
+        """The rows of these indices int64 [k], in their order."""
+        index = torch.from_numpy(rows)
+        vision, text = (None if part is None else part[index] for part in (self.vision, self.text))
+        return EmbeddedRows(self.fused[index], self.ids[index], self.positions[rows], self.valid[rows], vision, text)
+
     def where(self, keep: NDArray[np.bool_]) -> EmbeddedRows:
         """The rows of a bool mask [n]."""
-        mask = torch.from_numpy(keep)
-        vision, text = (None if part is None else part[mask] for part in (self.vision, self.text))
-        return EmbeddedRows(self.fused[mask], self.ids[mask], self.positions[keep], self.valid[keep], vision, text)
+        return self.take(np.flatnonzero(keep))
+
+    def joined(self, other: EmbeddedRows) -> EmbeddedRows:
+        """These rows, then the other's."""
+        pairs = ((self.vision, other.vision), (self.text, other.text))
+        vision, text = (None if one is None or two is None else torch.cat([one, two]) for one, two in pairs)
+        return EmbeddedRows(
+            torch.cat([self.fused, other.fused]),
+            torch.cat([self.ids, other.ids]),
+            np.concatenate([self.positions, other.positions]),
+            np.concatenate([self.valid, other.valid]),
+            vision,
+            text,
+        )
 
 
 def exchange_of(parallel: Parallel) -> Exchange:

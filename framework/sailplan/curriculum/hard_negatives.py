@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sailplan.config.schema import Config, DatasetConfig, HardNegativeConfig
-from sailplan.curriculum.embedding import EmbeddedRows, embed_view, exchange_of
+from sailplan.curriculum.embedder import Embedder
+from sailplan.curriculum.embedding import EmbeddedRows
 from sailplan.curriculum.pictures import show
 from sailplan.curriculum.scoring import Pairs, labelled_pairs, share
 from sailplan.curriculum.threshold import Threshold, f1_threshold
@@ -65,14 +66,16 @@ def mine(
     parallel: Parallel,
     config: Config,
     subsets: Mapping[str, NDArray[np.int64]] | None = None,
+    embedder: Embedder | None = None,
 ) -> Mined:
     """Mines for every named pattern over the train split, or over `subsets` (data set -> positions). Collective; the same
-    result on all ranks. Raises ConfigurationError for a pattern from a history."""
+    result on all ranks. embedder: one that has embedded with this encoder already, to save work. Raises
+    ConfigurationError for a pattern from a history."""
+    embedder = embedder or Embedder(encoder, parallel, config)
     found = Mined()
     for name, names in patterns.items():
         reader = readers[name]
         positions = (subsets or {}).get(name, reader.positions("train"))
-        embedded: dict[str, EmbeddedRows] = {}
         for pattern in names:
             key, sides = f"{name}/{pattern}", reader.config.patterns[pattern]
             for view in (sides.query, sides.target):
@@ -80,12 +83,10 @@ def mine(
                     raise ConfigurationError(
                         f"hard_negatives.patterns.{name}: pattern '{pattern}' starts from a history; name patterns of single items"
                     )
-                if view not in embedded:
-                    embedded[view] = embed_view(encoder, reader, view, positions, parallel=parallel, config=config)
-            queries, targets = embedded[sides.query], embedded[sides.target]
+            queries, targets = (embedder.rows(reader, view, positions) for view in (sides.query, sides.target))
             both = np.intersect1d(queries.positions[queries.valid], targets.positions[targets.valid])
             queries, targets = queries.where(np.isin(queries.positions, both)), targets.where(np.isin(targets.positions, both))
-            threshold, table, scores = mine_rows(queries, targets, hard, exchange_of(parallel), parallel.device, key, config.seed)
+            threshold, table, scores = mine_rows(queries, targets, hard, embedder.exchange, parallel.device, key, config.seed)
             found.thresholds[key] = threshold
             store = np.full((len(reader), hard.per_query), -1, dtype=np.int64)
             store[queries.positions] = table

@@ -7,7 +7,7 @@ first such view, so a set is encoded once per kind and not once per pattern.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch import nn
 
 from sailplan.config.schema import BalanceConfig, Config
 from sailplan.curriculum.balance import Summary, cluster
-from sailplan.curriculum.embedding import EmbeddedRows, embed_view
+from sailplan.curriculum.embedder import Embedder
+from sailplan.curriculum.embedding import EmbeddedRows
 from sailplan.data.reader import RecordReader
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.seeds import generator
@@ -39,13 +40,20 @@ def pattern_views(reader: RecordReader, patterns: Sequence[str]) -> list[str]:
 
 
 def embed_kinds(
-    encoder: nn.Module, reader: RecordReader, views: Sequence[str], positions: NDArray[np.int64], parallel: Parallel, config: Config
+    embedder: Embedder, reader: RecordReader, views: Sequence[str], positions: NDArray[np.int64], wanted: Collection[str] | None = None
 ) -> dict[str, EmbeddedRows]:
-    """Kind -> rows at the positions int64 [n], in their order (EmbeddedRows.fused holds the kind's vectors). Collective."""
+    """Kind -> rows at the positions int64 [n], in their order (EmbeddedRows.fused holds the kind's vectors). Collective.
+
+    wanted: the only kinds that matter to the caller; fused alone is enough where it is among them and the set has it.
+    """
     chosen = kind_views(reader, views)
+    if wanted is not None:
+        chosen = {kind: view for kind, view in chosen.items() if kind in wanted or kind == "fused"}
+        if "fused" in wanted and "fused" in chosen:
+            chosen = {"fused": chosen["fused"]}
     result: dict[str, EmbeddedRows] = {}
     for kind, view in chosen.items():
-        rows = embed_view(encoder, reader, view, positions, parallel=parallel, config=config, per_modality=kind == "fused")
+        rows = embedder.rows(reader, view, positions, per_modality=kind == "fused")
         result[kind] = rows
         for part, vectors in (("vision", rows.vision), ("text", rows.text)):
             if vectors is not None and part not in chosen:
@@ -59,31 +67,29 @@ def sample(positions: NDArray[np.int64], size: int, *seed: int | str) -> NDArray
 
 
 def summarise(
-    encoder: nn.Module,
-    reader: RecordReader,
-    views: Sequence[str],
-    positions: NDArray[np.int64],
-    settings: BalanceConfig,
-    parallel: Parallel,
-    config: Config,
-    name: str,
+    embedder: Embedder, reader: RecordReader, views: Sequence[str], positions: NDArray[np.int64], settings: BalanceConfig, name: str
 ) -> Summary:
     """Clusters of every kind over a sample of the positions. Collective; the same on all ranks."""
-    chosen = sample(positions, settings.sample, config.seed, name)
-    found = embed_kinds(encoder, reader, views, chosen, parallel, config)
-    return {
-        kind: cluster(rows.fused.numpy()[rows.valid], settings.clusters, config.seed, name, kind) for kind, rows in found.items() if rows.valid.any()
-    }
+    seed = embedder.config.seed
+    found = embed_kinds(embedder, reader, views, sample(positions, settings.sample, seed, name))
+    return {kind: cluster(rows.fused.numpy()[rows.valid], settings.clusters, seed, name, kind) for kind, rows in found.items() if rows.valid.any()}
 
 
 def summarise_benchmark(
-    encoder: nn.Module, readers: Mapping[str, RecordReader], settings: BalanceConfig, parallel: Parallel, config: Config
+    encoder: nn.Module,
+    readers: Mapping[str, RecordReader],
+    settings: BalanceConfig,
+    parallel: Parallel,
+    config: Config,
+    embedder: Embedder | None = None,
 ) -> dict[str, Summary]:
     """Clusters of the tasks in `evaluation.benchmark`. Collective.
 
     A task is represented by *training* records of its data set where there are any, seen through the task's views, so
     that held-out records never steer what is trained; a data set without a train split is sampled from the task's own.
+    embedder: one that has embedded with this encoder already, to save work.
     """
+    embedder = embedder or Embedder(encoder, parallel, config)
     result = {}
     for name in config.evaluation.benchmark:
         task = config.evaluation.tasks[name]
@@ -92,5 +98,5 @@ def summarise_benchmark(
         if not len(positions):
             positions = reader.positions(None if task.split == "all" else task.split)
         views = [view for view in (task.query, task.target) if view]
-        result[name] = summarise(encoder, reader, views, positions, settings, parallel, config, f"benchmark/{name}")
+        result[name] = summarise(embedder, reader, views, positions, settings, f"benchmark/{name}")
     return result

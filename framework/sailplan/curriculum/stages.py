@@ -27,7 +27,7 @@ from torch import nn
 from sailplan.config.schema import BalanceConfig, Config, StageConfig
 from sailplan.curriculum.artifacts import TEACHERS_FILE, make_artifacts, on_main
 from sailplan.curriculum.balance import Balance, Summary, balance, with_floor
-from sailplan.curriculum.embedding import embed_view
+from sailplan.curriculum.embedder import Embedder
 from sailplan.curriculum.hard_negatives import chosen_patterns, mine
 from sailplan.curriculum.histories import ARTIFACT
 from sailplan.curriculum.kinds import embed_kinds, pattern_views, summarise, summarise_benchmark
@@ -60,7 +60,7 @@ def prepare_stage(
     stage_name: str,
     stage: StageConfig,
     encoder: nn.Module,
-    objectives: Mapping[str, nn.Module],
+    objectives: Mapping[str, nn.Module] | nn.ModuleDict,
     readers: Mapping[str, RecordReader],
     config: Config,
     parallel: Parallel,
@@ -71,7 +71,7 @@ def prepare_stage(
     readers: all data sets with recorded shards; those of earlier stages' artifacts may be among them. Raises
     ConfigurationError for settings that the data cannot serve, SailplanError on all ranks when rank 0 cannot write.
     """
-    began = time.monotonic()
+    began, embedder = time.monotonic(), Embedder(encoder, parallel, config)
     told: dict[str, Any] = {"stage": stage_name}
     for name in stage.data:
         shards = config.data.sets[name].shards
@@ -79,22 +79,22 @@ def prepare_stage(
             raise ConfigurationError(f"stages.{stage_name}.data.{name}: its shards are {shards}; list that in stages.{stage_name}.artifacts")
     on_main(parallel, f"stage {stage_name}: clearing {folder}", lambda: _clear(folder))
     if stage.artifacts:
-        told["artifacts"] = make_artifacts(stage_name, stage, encoder, readers, config, parallel, folder)
+        told["artifacts"] = make_artifacts(stage_name, stage, embedder, readers, folder)
     readers = {**readers, **_artifact_readers(stage, config, folder)}
     needed = stage.balance is not None or (stage.subset is not None and stage.subset.nearest is not None)
     settings = stage.balance or BalanceConfig()
-    benchmark = summarise_benchmark(encoder, readers, settings, parallel, config) if needed else {}
+    benchmark = summarise_benchmark(encoder, readers, settings, parallel, config, embedder) if needed else {}
     told["weights"] = dict(stage.data)
     if stage.balance is not None:
-        found = balance_sets(stage, encoder, readers, benchmark, settings, parallel, config)
+        found = balance_sets(stage, encoder, readers, benchmark, settings, parallel, config, embedder)
         told["weights"] = with_floor(found.weights, stage.data)
         told["balance"] = {name: {**pairs, "mean": found.scores[name]} for name, pairs in found.pairs.items()}
         told["balance_kinds"], told["balance_weights"] = found.kinds, found.weights
-    subsets = _subsets(stage, encoder, readers, benchmark, parallel, config)
+    subsets = _subsets(stage, embedder, readers, benchmark)
     told["subsets"] = {name: len(kept) for name, kept in subsets.items()}
     told["subsets_of"] = {name: len(readers[name].positions("train")) for name in subsets}
     if stage.hard_negatives is not None:
-        told |= _mine(stage, encoder, readers, config, parallel, folder, subsets, step=0)
+        told |= _mine(stage, embedder, readers, folder, subsets, step=0)
     told["seconds"] = round(time.monotonic() - began, 2)
 
     def publish() -> None:
@@ -143,7 +143,8 @@ def refresh_hard_negatives(
     folder: Path,
 ) -> StageState:
     """Mines again with the model after `done` steps of the stage; the state with the new negatives and thresholds. Collective."""
-    told = state.told | _mine(stage, encoder, {**readers, **state.readers}, config, parallel, folder, state.subsets, step=done)
+    embedder = Embedder(encoder, parallel, config)
+    told = state.told | _mine(stage, embedder, {**readers, **state.readers}, folder, state.subsets, step=done)
     on_main(parallel, f"saving {folder / STATE}", lambda: _write_state(folder, told))
     fresh = load_stage(folder, done, readers, config, stage)
     return replace(fresh, readers=state.readers)
@@ -157,15 +158,15 @@ def balance_sets(
     settings: BalanceConfig,
     parallel: Parallel,
     config: Config,
+    embedder: Embedder | None = None,
 ) -> Balance:
-    """Similarities of the stage's data sets to the benchmark and the weights they give. Collective."""
-    training = {
-        name: summarise(
-            encoder, readers[name], pattern_views(readers[name], _patterns(stage, readers[name])), readers[name].positions("train"),
-            settings, parallel, config, name,
-        )
-        for name in stage.data
-    }  # fmt: skip
+    """Similarities of the stage's data sets to the benchmark and the weights they give. Collective.
+
+    embedder: one that has embedded with this encoder already, to save work.
+    """
+    embedder = embedder or Embedder(encoder, parallel, config)
+    views = {name: pattern_views(readers[name], _patterns(stage, readers[name])) for name in stage.data}
+    training = {name: summarise(embedder, readers[name], views[name], readers[name].positions("train"), settings, name) for name in stage.data}
     return balance(training, benchmark, settings)
 
 
@@ -183,7 +184,7 @@ def _patterns(stage: StageConfig, reader: RecordReader) -> list[str]:
 
 
 def _subsets(
-    stage: StageConfig, encoder: nn.Module, readers: Mapping[str, RecordReader], benchmark: dict[str, Summary], parallel: Parallel, config: Config
+    stage: StageConfig, embedder: Embedder, readers: Mapping[str, RecordReader], benchmark: dict[str, Summary]
 ) -> dict[str, NDArray[np.int64]]:
     subset = stage.subset
     if subset is None:
@@ -195,14 +196,15 @@ def _subsets(
         reader, patterns = readers[name], _patterns(stage, readers[name])
         positions = reader.positions("train")
         if subset.nearest is not None:
-            rows = embed_kinds(encoder, reader, pattern_views(reader, patterns), positions, parallel, config)
+            wanted = {kind for summary in benchmark.values() for kind in summary}
+            rows = embed_kinds(embedder, reader, pattern_views(reader, patterns), positions, wanted)
             vectors = {kind: np.where(found.valid[:, None], found.fused.numpy(), 0.0) for kind, found in rows.items()}
             scores = nearness(vectors, list(benchmark.values()))
             if scores is not None:
                 positions = keep_highest(positions, scores, subset.nearest)
         if subset.drop_noisy is not None:
             pattern = reader.config.patterns[patterns[0]]
-            sides = [embed_view(encoder, reader, view, positions, parallel=parallel, config=config) for view in (pattern.query, pattern.target)]
+            sides = [embedder.rows(reader, view, positions) for view in (pattern.query, pattern.target)]
             own = (unit(sides[0].fused) * unit(sides[1].fused)).sum(1)
             own = torch.where(torch.from_numpy(sides[0].valid & sides[1].valid), own, torch.nan)
             positions = drop_lowest(positions, own.numpy(), subset.drop_noisy)
@@ -211,18 +213,12 @@ def _subsets(
 
 
 def _mine(
-    stage: StageConfig,
-    encoder: nn.Module,
-    readers: Mapping[str, RecordReader],
-    config: Config,
-    parallel: Parallel,
-    folder: Path,
-    subsets: Mapping[str, NDArray[np.int64]],
-    step: int,
+    stage: StageConfig, embedder: Embedder, readers: Mapping[str, RecordReader], folder: Path, subsets: Mapping[str, NDArray[np.int64]], step: int
 ) -> dict[str, Any]:
     assert stage.hard_negatives is not None
+    config, parallel = embedder.config, embedder.parallel
     patterns = chosen_patterns(stage.hard_negatives, stage.data, config.data.sets)
-    found = mine(encoder, readers, patterns, stage.hard_negatives, parallel, config, subsets)
+    found = mine(embedder.encoder, readers, patterns, stage.hard_negatives, parallel, config, subsets, embedder)
     path = folder / f"hard_negatives-{step:08d}.npz"
     on_main(parallel, f"saving {path}", lambda: found.store.save(path))
     return {

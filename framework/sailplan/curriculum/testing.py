@@ -57,9 +57,15 @@ def write_pack(root: Path, items: int = 48, users: int = 20, held_out_seed: int 
         seed = (held_out_seed, number) if split[number] == "held_out" else (0, number)
         things.append(Record(body, picture(colours[number], shapes[number], np.random.default_rng(seed))))
     choices = [
-        {"id": f"choices/{number:03d}", "split": split[number], "text": {"en": f"want {COLOURS[colours[number]]} {number}"}, "item": f"things/{number:03d}", "score": (number % 10) / 10}
+        {
+            "id": f"choices/{number:03d}",
+            "split": split[number],
+            "text": {"en": f"want {COLOURS[colours[number]]} {number}"},
+            "item": f"things/{number:03d}",
+            "score": (number % 10) / 10,
+        }
         for number in range(items)
-    ]  # fmt: skip
+    ]
     histories = []
     for user in range(users):
         liked = noise.permutation(np.flatnonzero(colours == user % 4))[:7]
@@ -111,7 +117,9 @@ def pack_config(root: Path) -> Config:
         ),
     }
     config.evaluation.tasks = {
-        "names": EvaluationTask("things", query="image", target="name", split="all", metrics=["recall", "auc", "gap", "bijection"], recall_at=[1, 5]),
+        "names": EvaluationTask(
+            "things", query="image", target="name", split="all", metrics=["recall", "prefixes", "auc", "gap", "bijection"], recall_at=[1, 5]
+        ),
         "tags": EvaluationTask("things", query="keyword", target="item", query_text="held_out_tags", split="all", candidates="all", recall_at=[1]),
         "choice": EvaluationTask("choices", query="text", target="item", candidates="all", metrics=["recall", "kendall", "overlap"], recall_at=[5]),
         "labels": EvaluationTask("things", kind="classification", query="image", target="keyword", split="all", recall_at=[1]),

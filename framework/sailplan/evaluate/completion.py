@@ -43,9 +43,9 @@ def set_completion_task(
     split = read_histories(reader, task.split)
     pool = split.used() if task.candidates == "split" else np.arange(len(catalogue), dtype=np.int64)
     view, target_view = item_view(config.views[task.query]), item_view(config.views[task.target])
-    candidates = runner.embed(catalogue, target_view, pool)
+    candidates = runner.embedder.rows(catalogue, target_view, pool)
     candidates = candidates.where(candidates.valid)
-    items = runner.embed(catalogue, view, pool if view == target_view else split.used())
+    items = runner.embedder.rows(catalogue, view, pool if view == target_view else split.used())
     shown, wanted = metrics.set_completion(dict(zip(split.users, split.items, strict=True)), config.history_length)
     if task.limit is not None:
         kept = np.sort(generator("evaluation", name).permutation(len(wanted))[: task.limit])

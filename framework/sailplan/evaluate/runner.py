@@ -1,6 +1,6 @@
 """The evaluation of a model: every task of the configuration, on all ranks, to a dictionary of numbers.
 
-A view is encoded once per evaluation however many tasks ask for it. Held-out numbers only ever come from held-out
+An item is encoded once per view and evaluation, however many tasks ask for it. Held-out numbers only ever come from held-out
 queries; what a task's baselines know comes from the train split.
 """
 
@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sailplan.config.schema import Config, EvaluationTask, ViewConfig
-from sailplan.curriculum.embedding import EmbeddedRows, embed_view, exchange_of
+from sailplan.config.schema import Config, EvaluationTask
+from sailplan.curriculum.embedder import Embedder
+from sailplan.curriculum.embedding import EmbeddedRows
 from sailplan.curriculum.scoring import Pairs, pair_scores, unit
 from sailplan.data.reader import RecordReader
 from sailplan.errors import ConfigurationError
@@ -27,7 +27,7 @@ from sailplan.evaluate.sides import Sides, prepare, query_positions
 from sailplan.runtime.process import Parallel
 
 KINDS = ("retrieval", "classification", "clustering", "sequence")
-METRICS = ("recall", "auc", "gap", "bijection", "kendall", "overlap", "nmi")
+METRICS = ("recall", "prefixes", "auc", "gap", "bijection", "kendall", "overlap", "nmi")
 
 
 @dataclass
@@ -43,21 +43,12 @@ class Evaluation:
 
 
 class Runner:
-    """Embeds with one model state and remembers what it embedded."""
+    """Runs tasks with one model state."""
 
-    def __init__(self, encoder: nn.Module, objectives: Mapping[str, nn.Module], config: Config, parallel: Parallel) -> None:
+    def __init__(self, encoder: nn.Module, objectives: Mapping[str, nn.Module] | nn.ModuleDict, config: Config, parallel: Parallel) -> None:
         self.encoder, self.objectives, self.config, self.parallel = encoder, objectives, config, parallel
-        self.exchange = exchange_of(parallel)
-        self._done: dict[tuple[str, str, bytes, str | None], EmbeddedRows] = {}
-
-    def embed(self, reader: RecordReader, view: ViewConfig, positions: NDArray[np.int64], text_from: str | None = None) -> EmbeddedRows:
-        """embed_view, once per (data set, view, positions)."""
-        key = (reader.name, repr(view), positions.tobytes(), text_from)
-        if key not in self._done:
-            self._done[key] = embed_view(
-                self.encoder, reader, view, positions, parallel=self.parallel, config=self.config, text_from=text_from
-            )
-        return self._done[key]
+        self.embedder = Embedder(encoder, parallel, config)
+        self.exchange = self.embedder.exchange
 
     def run(self, name: str, task: EvaluationTask, reader: RecordReader) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """One task's metrics and examples. Collective. Raises ConfigurationError for a task that cannot be."""
@@ -70,7 +61,7 @@ class Runner:
             return self._clustering(name, task, reader), []
         if task.kind == "sequence":
             return set_completion_task(self, name, task, reader)
-        sides = prepare(reader, task, name, self.embed)
+        sides = prepare(reader, task, name, self.embedder)
         return self._retrieval(task, reader, sides), retrieval_examples(task, reader, sides)
 
     def on_device(self, rows: EmbeddedRows) -> Tensor:
@@ -86,6 +77,8 @@ class Runner:
             ranks = metrics.best_positive_ranks(queries, candidates, positives, excluded, self.exchange)
             result |= metrics.recall(ranks, task.recall_at)
             result["candidates"] = float(len(candidates))
+        if "prefixes" in task.metrics:
+            result |= self._prefixes(task, sides)
         if "auc" in task.metrics and len(positives.rows):
             result["auc"] = metrics.auc(queries, candidates, positives, self.exchange)
         if "gap" in task.metrics:
@@ -95,6 +88,19 @@ class Runner:
         if "kendall" in task.metrics or "overlap" in task.metrics:
             found = self._graded(reader, sides)
             result |= {metric: found[metric] for metric in ("kendall", "overlap") if metric in task.metrics}
+        return result
+
+    def _prefixes(self, task: EvaluationTask, sides: Sides) -> dict[str, float]:
+        """recall@k of each shorter Matryoshka prefix, as prefix_D/recall@k: what cutting the vectors costs."""
+        excluded = None if sides.excluded is None else sides.excluded.to(self.parallel.device)
+        queries, candidates = self.on_device(sides.queries), self.on_device(sides.candidates)
+        result: dict[str, float] = {}
+        for size in self.config.model.prefixes:
+            if size < queries.shape[1]:
+                positives = sides.positives.to(self.parallel.device)
+                ranks = metrics.best_positive_ranks(queries[:, :size], candidates[:, :size], positives, excluded, self.exchange)
+                found = metrics.recall(ranks, task.recall_at)
+                result |= {f"prefix_{size}/{key}": value for key, value in found.items() if key.startswith("recall")}
         return result
 
     def _graded(self, reader: RecordReader, sides: Sides) -> dict[str, float]:
@@ -109,7 +115,7 @@ class Runner:
             raise ConfigurationError(
                 f"evaluation.tasks.{name}.label is empty: expected the key of the records that holds the label, such as subgroup"
             )
-        rows = self.embed(reader, reader.config.views[task.query], query_positions(reader, task, name))
+        rows = self.embedder.rows(reader, task.query, query_positions(reader, task, name))
         labels = [reader.body(int(position)).get(task.label) for position in rows.positions]
         keep = rows.valid & np.array([label is not None for label in labels])
         if not keep.any():
@@ -122,7 +128,7 @@ class Runner:
 
 def evaluate(
     encoder: nn.Module,
-    objectives: Mapping[str, nn.Module],
+    objectives: Mapping[str, nn.Module] | nn.ModuleDict,
     readers: Mapping[str, RecordReader],
     config: Config,
     parallel: Parallel,

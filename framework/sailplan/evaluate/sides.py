@@ -6,7 +6,6 @@ the same text (or the same document) are all right. So a name that two emoji sha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,13 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from sailplan.config.schema import EvaluationTask, ViewConfig
+from sailplan.curriculum.embedder import Embedder
 from sailplan.curriculum.embedding import EmbeddedRows
 from sailplan.curriculum.scoring import Pairs, labelled_pairs
 from sailplan.data.reader import RecordReader
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.seeds import generator
-
-Embed = Callable[[RecordReader, ViewConfig, NDArray[np.int64], str | None], EmbeddedRows]
 
 
 @dataclass(frozen=True)
@@ -54,15 +52,7 @@ def query_positions(reader: RecordReader, task: EvaluationTask, name: str) -> ND
     return positions
 
 
-def catalogue_positions(reader: RecordReader, positions: NDArray[np.int64], key: str) -> NDArray[np.int64]:
-    """Catalogue position of the item that each pair names under `key` (item | query); -1 where it names none or an unknown one."""
-    assert reader.catalogue is not None
-    names = [reader.body(int(position)).get(key) for position in positions]
-    found = [reader.catalogue.find(str(name)) if name else None for name in names]
-    return np.array([-1 if place is None else place for place in found], dtype=np.int64)
-
-
-def prepare(reader: RecordReader, task: EvaluationTask, name: str, embed: Embed) -> Sides:
+def prepare(reader: RecordReader, task: EvaluationTask, name: str, embedder: Embedder) -> Sides:
     """Embeds both sides of a retrieval or classification task. Collective.
 
     candidates=split: the targets of the query records; all: every record of the data set, for pairs every item of the
@@ -70,7 +60,7 @@ def prepare(reader: RecordReader, task: EvaluationTask, name: str, embed: Embed)
     """
     positions = query_positions(reader, task, name)
     target_view = reader.config.views[task.target]
-    queries = embed(reader, reader.config.views[task.query], positions, task.query_text)
+    queries = embedder.rows(reader, task.query, positions, text_from=task.query_text)
     queries = queries.where(queries.valid)
     own_query: NDArray[np.int64] | None = None
     if reader.config.kind == "items":
@@ -79,14 +69,14 @@ def prepare(reader: RecordReader, task: EvaluationTask, name: str, embed: Embed)
     elif reader.config.kind == "pairs":
         assert reader.catalogue is not None
         target_reader, target_view = reader.catalogue, item_view(target_view)
-        wanted = catalogue_positions(reader, queries.positions, "item")
-        own_query = catalogue_positions(reader, queries.positions, "query")
+        wanted = embedder.catalogue_positions(reader, queries.positions, "item")
+        own_query = embedder.catalogue_positions(reader, queries.positions, "query")
         pool = np.arange(len(target_reader)) if task.candidates == "all" else np.unique(wanted[wanted >= 0])
     else:
         raise ConfigurationError(
             f"evaluation.tasks.{name}.kind={task.kind}: data set '{task.dataset}' holds sequences; expected kind: sequence"
         )
-    candidates = embed(target_reader, target_view, pool.astype(np.int64), None)
+    candidates = embedder.rows(target_reader, target_view, pool.astype(np.int64))
     candidates = candidates.where(candidates.valid)
     own = index_of(candidates.positions, wanted)
     labels = candidates.ids[torch.from_numpy(own.clip(min=0))]

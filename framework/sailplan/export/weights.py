@@ -1,0 +1,107 @@
+"""One folder that stands alone: the model's whole weights, its shape, how its inputs were made, and the tokenizer.
+
+A checkpoint holds whole tensors whatever the layout it was saved at, so one process reads it without any process
+group. Prompts are part of the model: a view's vector is only right with the prompt it was trained with.
+
+    model.safetensors   encoder.*, objectives.*, temperatures.*; the encoder's names are OmniEncoder's at tensor-parallel size 1
+    model.json          model: ModelConfig; views: data set -> view -> modalities, fields, prompt; data: sizes of the inputs
+    tokenizer.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from sailplan.checkpoint.store import is_complete
+from sailplan.config.schema import AudioConfig, Config, ModelConfig, TransformerShape, VisionConfig
+from sailplan.curriculum.artifacts import on_main
+from sailplan.errors import ConfigurationError
+from sailplan.model.tower import OmniEncoder
+from sailplan.runtime.process import Parallel
+
+WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
+INPUT_KEYS = ("max_tokens", "image_size", "frames", "audio_rate", "audio_chunk_seconds", "audio_chunks", "mel_bins")
+
+
+def read_whole(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of the model in a checkpoint, whole, on the CPU, by name. Raises ConfigurationError for an incomplete one."""
+    if not is_complete(checkpoint):
+        raise ConfigurationError(f"{checkpoint}: not a complete checkpoint; expected a folder runs/NAME/checkpoints/step-XXXXXXXX")
+    reader = dcp.FileSystemReader(checkpoint)
+    entries = reader.read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return {key.removeprefix("model."): value for key, value in state.items()}
+
+
+def export_weights(checkpoint: Path, out: Path, *, config: Config, parallel: Parallel | None = None) -> Path:
+    """Writes the folder `out` from a checkpoint of a run with this configuration; returns it.
+
+    parallel: called by all ranks of a launch: rank 0 writes, the others wait. None: one process without any group.
+    model.json is written last. Raises ConfigurationError for an incomplete checkpoint or a missing tokenizer.
+    """
+    if parallel is None:
+        _write(checkpoint, out, config)
+    else:
+        on_main(parallel, f"export to {out}", lambda: _write(checkpoint, out, config))
+    return out
+
+
+def _write(checkpoint: Path, out: Path, config: Config) -> None:
+    weights = read_whole(checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / DESCRIPTION).unlink(missing_ok=True)
+    save_file({name: value.contiguous() for name, value in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
+    if not Path(config.data.tokenizer).is_file():
+        raise ConfigurationError(f"data.tokenizer={config.data.tokenizer}: no such file; the export needs the tokenizer that the run was trained with")
+    shutil.copyfile(config.data.tokenizer, out / TOKENIZER)
+    description = {
+        "model": asdict(config.model),
+        "views": {name: {view: asdict(found) for view, found in dataset.views.items()} for name, dataset in config.data.sets.items()},
+        "data": {key: getattr(config.data, key) for key in INPUT_KEYS},
+        "similarity": "cosine of the fused vectors, of the whole or of a prefix",
+        "run": config.name,
+        "checkpoint": checkpoint.name,
+    }
+    temporary = out / f".{DESCRIPTION}.tmp"
+    temporary.write_text(json.dumps(description, ensure_ascii=False, indent=1), encoding="utf-8")
+    os.replace(temporary, out / DESCRIPTION)
+
+
+def load_exported(folder: Path) -> tuple[OmniEncoder, dict[str, Any]]:
+    """(encoder in evaluation mode on the CPU, content of model.json). Raises ConfigurationError for a folder that is no export.
+
+    To be called within `sailplan.runtime.process.started` (a single process will do): megatron-core's layers ask for
+    their process group when they are built.
+    """
+    if not (folder / DESCRIPTION).is_file():
+        raise ConfigurationError(f"{folder}: no {DESCRIPTION}; expected a folder that `sailplan export` has completed")
+    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    weights = {name.removeprefix("encoder."): value for name, value in load_file(folder / WEIGHTS).items() if name.startswith("encoder.")}
+    encoder = OmniEncoder(model_config(description["model"]), dtype=next(iter(weights.values())).dtype)
+    encoder.load_state_dict(weights, strict=True)
+    return encoder.eval(), description
+
+
+def model_config(values: dict[str, Any]) -> ModelConfig:
+    """The typed model configuration from plain values, as in model.json."""
+    vision, audio = dict(values["vision"]), dict(values["audio"])
+    for key in ("encoder", "perceiver"):
+        vision[key] = TransformerShape(**vision[key])
+    audio["encoder"] = TransformerShape(**audio["encoder"])
+    return ModelConfig(**{**values, "tower": TransformerShape(**values["tower"]), "vision": VisionConfig(**vision), "audio": AudioConfig(**audio)})
