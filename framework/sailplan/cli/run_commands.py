@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sailplan.config.checks import check
 from sailplan.config.compose import changed, compose
-from sailplan.config.schema import BalanceConfig, Config
+from sailplan.config.schema import BalanceConfig, Config, StageConfig
 from sailplan.data.datasets import open_datasets
 from sailplan.data.reader import RecordReader
 from sailplan.errors import EXIT_DONE, ConfigurationError
@@ -45,7 +45,8 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, RunFolder]:
 
 def _artifacts(folder: RunFolder, config: Config) -> dict[str, Path]:
     """Folders of the data sets that the run's stages made; a later stage's wins."""
-    return {name: folder.curriculum(stage) / name for stage in config.order for name in config.stages[stage].artifacts if (folder.curriculum(stage) / name).is_dir()}
+    made = {name: folder.curriculum(stage) / name for stage in config.order for name in config.stages[stage].artifacts}
+    return {name: path for name, path in made.items() if path.is_dir()}
 
 
 @contextmanager
@@ -141,7 +142,7 @@ def export(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _stage(config: Config, name: str):  # type: ignore[no-untyped-def]
+def _stage(config: Config, name: str) -> StageConfig:
     if name not in config.stages:
         raise ConfigurationError(f"--stage {name}: expected one of {', '.join(config.stages)}")
     return config.stages[name]

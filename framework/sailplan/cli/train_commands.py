@@ -49,5 +49,6 @@ def check(options: argparse.Namespace) -> int:
             print(f"configuration {config_hash(config)}: {len(config.order)} stages, {sum(config.stages[name].steps for name in config.order)} steps")
             for name, reader in readers.items():
                 print(f"data set {name}: {len(reader)} records")
-            print(f"ranks: {parallel.world_size} (data-parallel {parallel.data_parallel_size} x tensor-parallel {parallel.tensor_parallel_size}), {parallel.device.type}")
+            layout = f"data-parallel {parallel.data_parallel_size} x tensor-parallel {parallel.tensor_parallel_size}"
+            print(f"ranks: {parallel.world_size} ({layout}), {parallel.device.type}")
     return 0

@@ -8,6 +8,7 @@ Use: python -m sailplan.runtime.torchrun --nproc-per-node 2 -m sailplan train ..
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -18,6 +19,7 @@ from sailplan.errors import EXIT_FAILURE, EXIT_STOPPED
 
 
 def main() -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning; ranks set torch's threads themselves
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks have said it already, in one line
     try:
         torchrun()
