@@ -58,6 +58,15 @@ def chosen_patterns(
     return {name: list(datasets[name].patterns)[:1] for name in fitting}
 
 
+def matched(reader: RecordReader, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """bool [n]: whether a record's two sides are a match. All are, except graded pairs whose score is not above the data
+    set's `positive_score`: those say how alike two items are, not that they belong together."""
+    if not reader.scored:
+        return np.ones(len(positions), dtype=bool)
+    scores = [reader.body(int(position)).get("score") for position in positions]
+    return np.array([score is not None and float(score) > reader.config.positive_score for score in scores], dtype=bool)
+
+
 def mine(
     encoder: nn.Module,
     readers: Mapping[str, RecordReader],
@@ -76,6 +85,7 @@ def mine(
     for name, names in patterns.items():
         reader = readers[name]
         positions = (subsets or {}).get(name, reader.positions("train"))
+        positions = positions[matched(reader, positions)]
         for pattern in names:
             key, sides = f"{name}/{pattern}", reader.config.patterns[pattern]
             for view in (sides.query, sides.target):

@@ -28,7 +28,7 @@ from sailplan.config.schema import BalanceConfig, Config, StageConfig
 from sailplan.curriculum.artifacts import TEACHERS_FILE, make_artifacts, on_main
 from sailplan.curriculum.balance import Balance, Summary, balance, with_floor
 from sailplan.curriculum.embedder import Embedder
-from sailplan.curriculum.hard_negatives import chosen_patterns, mine
+from sailplan.curriculum.hard_negatives import chosen_patterns, matched, mine
 from sailplan.curriculum.histories import ARTIFACT
 from sailplan.curriculum.kinds import embed_kinds, pattern_views, summarise, summarise_benchmark
 from sailplan.curriculum.scoring import unit
@@ -207,7 +207,9 @@ def _subsets(
             sides = [embedder.rows(reader, view, positions) for view in (pattern.query, pattern.target)]
             own = (unit(sides[0].fused) * unit(sides[1].fused)).sum(1)
             own = torch.where(torch.from_numpy(sides[0].valid & sides[1].valid), own, torch.nan)
-            positions = drop_lowest(positions, own.numpy(), subset.drop_noisy)
+            positive = matched(reader, positions)  # a low cosine of a pair that is graded low is no noise
+            kept = drop_lowest(positions[positive], own.numpy()[positive], subset.drop_noisy)
+            positions = np.sort(np.concatenate([kept, positions[~positive]]))
         result[name] = positions
     return result
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sailplan.config.schema import EvaluationTask, ViewConfig
 from sailplan.curriculum.embedder import Embedder
 from sailplan.curriculum.embedding import EmbeddedRows
+from sailplan.curriculum.hard_negatives import matched
 from sailplan.curriculum.scoring import Pairs, labelled_pairs
 from sailplan.data.reader import RecordReader
 from sailplan.errors import ConfigurationError
@@ -84,7 +85,7 @@ def prepare(reader: RecordReader, task: EvaluationTask, name: str, embedder: Emb
         first = np.sort(np.unique(candidates.ids.numpy(), return_index=True)[1])
         candidates = candidates.where(np.isin(np.arange(len(candidates)), first))
         own = np.where(own >= 0, index_of(candidates.ids.numpy(), labels.numpy()), -1)
-    known = torch.from_numpy(own >= 0)
+    known = torch.from_numpy((own >= 0) & matched(reader, queries.positions))
     positives = labelled_pairs(queries.ids, candidates.ids, torch.unique(torch.stack([queries.ids[known], labels[known]]), dim=1))
     excluded = None
     if own_query is not None and (own_query >= 0).any():

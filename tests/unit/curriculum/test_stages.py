@@ -14,7 +14,7 @@ import torch
 from sailplan.config.schema import BalanceConfig, Config, HardNegativeConfig, StageConfig, SubsetConfig
 from sailplan.curriculum.artifacts import on_main
 from sailplan.curriculum.embedding import EmbeddedRows, embed_view
-from sailplan.curriculum.hard_negatives import mine_rows
+from sailplan.curriculum.hard_negatives import matched, mine_rows
 from sailplan.curriculum.histories import read_histories
 from sailplan.curriculum.stages import load_stage, prepare_stage, refresh_hard_negatives
 from sailplan.curriculum.testing import write_pack
@@ -188,6 +188,13 @@ def test_mined_negatives_equal_brute_force(world_size: int) -> None:
             ranked = sorted((item for item in set(own.tolist()) - right if cosines[row, item] < threshold.value), key=lambda item: -cosines[row, item])
             found = [int(own[position - 100]) for position in table[row] if position >= 0]
             assert found == ranked[:3]
+
+
+def test_graded_pairs_below_the_positive_score_are_no_matches(config: Config) -> None:
+    reader = open_datasets(config)["choices"]
+    scores = np.array([reader.body(position)["score"] for position in range(len(reader))])
+    assert matched(reader, np.arange(len(reader))).tolist() == (scores > 0).tolist()
+    assert matched(open_datasets(config)["things"], np.arange(48)).all()
 
 
 def test_embeddings_keep_the_order_of_the_positions(config: Config) -> None:
