@@ -39,8 +39,8 @@ class Tower(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        kinds = torch.randn(3, config.tower.hidden) * initial_deviation(config.tower.hidden)  # text, vision, audio
-        self.kinds = nn.Parameter(kinds.to(dtype))
+        # From zero: what all rows share would make them alike at the start, and contrastive learning slow to leave it.
+        self.kinds = nn.Parameter(torch.zeros(3, config.tower.hidden, dtype=dtype))  # text, vision, audio
         self.blocks = Blocks(config.tower, dtype, config.rope_base)
 
     def forward(self, sequence: Tensor, kind: Tensor, keep: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class Perceiver(nn.Module):
         self.input = nn.Linear(config.encoder.hidden, hidden, bias=False)
         self.frame_gain = nn.Parameter(torch.full((hidden,), 0.1))
         self.output = nn.Linear(hidden, output, bias=False)
-        nn.init.normal_(self.latents, std=1.0)
+        nn.init.normal_(self.latents, std=0.1)
         nn.init.normal_(self.input.weight, std=1 / math.sqrt(config.encoder.hidden))
         nn.init.normal_(self.output.weight, std=initial_deviation(hidden))
         self.to(dtype)
