@@ -5,7 +5,7 @@ from __future__ import annotations
 from sailplan.config.schema import MODALITIES, Config, DatasetConfig, StageConfig
 from sailplan.errors import ConfigurationError
 
-KINDS = ("items", "pairs", "sequences")
+KINDS = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}  # and the parts that their records have
 PARTS = ("all", "text", "vision", "perceiver", "audio", "tower", "objectives", "temperatures")
 ARTIFACTS = ("interests", "teachers", "co_occurrence")
 
@@ -28,8 +28,8 @@ def check(config: Config, world_size: int) -> None:
     _one_of("step.backend", config.step.backend, ("auto", "reference", "chunked", "triton"))
     if "/" in config.name or not config.name:
         raise ConfigurationError(f"name={config.name!r}: expected a folder name without '/'")
-    for name, dataset in config.data.sets.items():
-        _check_dataset(config, name, dataset)
+    for name in config.data.sets:
+        check_dataset(config, name)
     if not config.order:
         raise ConfigurationError("order is empty: list the stages to run, as in conf/experiment/quickstart.yaml, or choose experiment=quickstart")
     for name in config.order:
@@ -69,21 +69,39 @@ def _check_parallel(config: Config, world_size: int) -> None:
     _positive("step.micro_batch", config.step.micro_batch)
 
 
-def _check_dataset(config: Config, name: str, dataset: DatasetConfig) -> None:
-    key = f"data.sets.{name}"
-    _one_of(f"{key}.kind", dataset.kind, KINDS)
-    _positive(f"{key}.temperature", dataset.temperature)
-    if dataset.catalogue is not None:
-        _one_of(f"{key}.catalogue", dataset.catalogue, list(config.data.sets))
+def check_dataset(config: Config, name: str) -> None:
+    """Raises ConfigurationError at the first thing in data.sets.NAME that cannot work, whatever the shards hold."""
+    dataset, key = config.data.sets[name], f"data.sets.{name}"
+    if dataset.kind not in KINDS:
+        raise ConfigurationError(f"{key}.kind={dataset.kind}: expected one of {', '.join(KINDS)}")
+    _check_catalogue(config, name, dataset)
     for view_name, view in dataset.views.items():
-        for modality in view.modalities:
-            _one_of(f"{key}.views.{view_name}.modalities", modality, MODALITIES)
-        _one_of(f"{key}.views.{view_name}.of", view.of, ("item", "query", "target", "history"))
-        _one_of(f"{key}.views.{view_name}.pick", view.pick, ("join", "one"))
+        place = f"{key}.views.{view_name}"
+        if view.of not in KINDS[dataset.kind]:
+            raise ConfigurationError(f"{place}.of={view.of}: a data set of kind '{dataset.kind}' has {', '.join(KINDS[dataset.kind])}")
+        unknown = [modality for modality in view.modalities if modality not in MODALITIES]
+        if unknown or not view.modalities:
+            raise ConfigurationError(f"{place}.modalities={view.modalities}: expected some of {', '.join(MODALITIES)}")
+        if "text" in view.modalities and not view.fields:
+            raise ConfigurationError(f"{place}.fields is empty: a view with text needs the names of its text fields, such as title")
+        if view.pick not in ("join", "one"):
+            raise ConfigurationError(f"{place}.pick={view.pick}: expected join or one")
     for pattern_name, pattern in dataset.patterns.items():
         for side in (pattern.query, pattern.target):
             if side not in dataset.views:
                 raise ConfigurationError(f"{key}.patterns.{pattern_name}: no view '{side}'; this data set has: {', '.join(dataset.views) or 'none'}")
+
+
+def _check_catalogue(config: Config, name: str, dataset: DatasetConfig) -> None:
+    key = f"data.sets.{name}.catalogue"
+    if dataset.kind == "items":
+        return
+    if not dataset.catalogue:
+        raise ConfigurationError(f"{key} is missing: a data set of kind '{dataset.kind}' refers to the items of another data set by id")
+    if dataset.catalogue not in config.data.sets:
+        raise ConfigurationError(f"{key}={dataset.catalogue}: no such data set; data.sets has: {', '.join(config.data.sets)}")
+    if config.data.sets[dataset.catalogue].kind != "items":
+        raise ConfigurationError(f"{key}={dataset.catalogue}: is of kind '{config.data.sets[dataset.catalogue].kind}', expected 'items'")
 
 
 def _check_stage(config: Config, name: str, stage: StageConfig) -> None:

@@ -10,15 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sailplan.config.schema import MODALITIES, Config, DatasetConfig
+from sailplan.config.checks import check_dataset
+from sailplan.config.schema import Config
 from sailplan.data.index import ShardIndex
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.shards import ARTIFACT, resolve
 from sailplan.data.tar import scan
 from sailplan.data.views import ViewDecoder, shared_decoder
 from sailplan.errors import BadDataError, ConfigurationError
-
-PARTS = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}
 
 
 def open_datasets(config: Config, artifacts: Mapping[str, str | Path] | None = None, names: Iterable[str] | None = None) -> dict[str, RecordReader]:
@@ -52,41 +51,6 @@ def _open(config: Config, name: str, folders: Mapping[str, str | Path], readers:
     cache = Path(config.data.cache) if config.data.cache else None
     readers[name] = RecordReader(name, dataset, ShardIndex(resolve(name, shards, cache), cache), catalogue)
     return readers[name]
-
-
-def check_dataset(config: Config, name: str) -> None:
-    """Raises ConfigurationError at the first thing in data.sets.NAME that cannot work, whatever the shards hold."""
-    dataset, key = config.data.sets[name], f"data.sets.{name}"
-    if dataset.kind not in PARTS:
-        raise ConfigurationError(f"{key}.kind={dataset.kind}: expected one of {', '.join(PARTS)}")
-    _check_catalogue(config, name, dataset)
-    for view_name, view in dataset.views.items():
-        place = f"{key}.views.{view_name}"
-        if view.of not in PARTS[dataset.kind]:
-            raise ConfigurationError(f"{place}.of={view.of}: a data set of kind '{dataset.kind}' has {', '.join(PARTS[dataset.kind])}")
-        unknown = [modality for modality in view.modalities if modality not in MODALITIES]
-        if unknown or not view.modalities:
-            raise ConfigurationError(f"{place}.modalities={view.modalities}: expected some of {', '.join(MODALITIES)}")
-        if "text" in view.modalities and not view.fields:
-            raise ConfigurationError(f"{place}.fields is empty: a view with text needs the names of its text fields, such as title")
-        if view.pick not in ("join", "one"):
-            raise ConfigurationError(f"{place}.pick={view.pick}: expected join or one")
-    for pattern_name, pattern in dataset.patterns.items():
-        for side in (pattern.query, pattern.target):
-            if side not in dataset.views:
-                raise ConfigurationError(f"{key}.patterns.{pattern_name}: no view '{side}'; this data set has: {', '.join(dataset.views) or 'none'}")
-
-
-def _check_catalogue(config: Config, name: str, dataset: DatasetConfig) -> None:
-    key = f"data.sets.{name}.catalogue"
-    if dataset.kind == "items":
-        return
-    if not dataset.catalogue:
-        raise ConfigurationError(f"{key} is missing: a data set of kind '{dataset.kind}' refers to the items of another data set by id")
-    if dataset.catalogue not in config.data.sets:
-        raise ConfigurationError(f"{key}={dataset.catalogue}: no such data set; data.sets has: {', '.join(config.data.sets)}")
-    if config.data.sets[dataset.catalogue].kind != "items":
-        raise ConfigurationError(f"{key}={dataset.catalogue}: is of kind '{config.data.sets[dataset.catalogue].kind}', expected 'items'")
 
 
 @dataclass(frozen=True)
