@@ -23,9 +23,9 @@ POSITION_GRID = 16  # learned positions lie on a 16 x 16 grid and are interpolat
 
 
 def convolutional_stem(inputs: int, width: int, output: int, halvings: int, dimensions: int) -> nn.Sequential:
-    """Strided 3-wide convolutions, each halving every axis and doubling the width, with norm and GELU between.
+    """Strided 3-wide convolutions, each halving every axis and doubling the width, with norm and ReLU between.
 
-    The last one ends at `output` channels with a norm and no GELU. Zero halvings: one convolution of stride 1.
+    The last one ends at `output` channels with a norm and no ReLU. Zero halvings: one convolution of stride 1.
     """
     convolution = nn.Conv2d if dimensions == 2 else nn.Conv1d
     layers: list[nn.Module] = []
@@ -37,7 +37,7 @@ def convolutional_stem(inputs: int, width: int, output: int, halvings: int, dime
         nn.init.kaiming_normal_(layer.weight, nonlinearity="linear" if last else "relu")
         layers += [layer, nn.GroupNorm(1, channels)]
         if not last:
-            layers.append(nn.GELU(approximate="tanh"))
+            layers.append(nn.ReLU())
         inputs = channels
     return nn.Sequential(*layers)
 
