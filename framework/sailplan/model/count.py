@@ -86,7 +86,7 @@ def activation_elements(
         halvings = int(math.log2(vision.patch)) if vision.stem == "convolutional" else 0
         for step in range(halvings):
             channels = vision.encoder.hidden if step == halvings - 1 else min(vision.stem_width * 2**step, vision.encoder.hidden)
-            elements += 3 * frames * channels * (image_size / 2 ** (step + 1)) ** 2  # convolution, norm, GELU
+            elements += 3 * frames * channels * (image_size / 2 ** (step + 1)) ** 2  # convolution, norm, ReLU
         elements += vision.encoder.layers * frames * patches * _layer_elements(vision.encoder, tensor)
         elements += vision.perceiver.layers * joint * _layer_elements(vision.perceiver, tensor) + 4 * joint * vision.perceiver.hidden
         positions += vision.latents

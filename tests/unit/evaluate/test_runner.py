@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from sailplan.config.schema import Config, EvaluationTask
+from sailplan.curriculum.embedding import embed_view
 from sailplan.curriculum.testing import write_pack
 from sailplan.data.datasets import open_datasets
 from sailplan.errors import ConfigurationError
-from sailplan.evaluate.embed import embed_view
 from sailplan.evaluate.runner import evaluate
 from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout
