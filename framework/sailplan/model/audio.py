@@ -1,7 +1,7 @@
 """Sound in, one token out.
 
 A recording comes as log-mel chunks of equal length. Each chunk is encoded alone: normalised per mel bin,
-shortened by strided convolutions over time, read by blocks with rotary positions and averaged over time to
+shortened by strided convolutions over time, read by blocks with rotary positions and pooled over time to
 one vector (512 wide, as CLAP's). The item's vector is the mean over its real chunks, and a linear adapter
 turns it into one token of the tower.
 
@@ -49,7 +49,10 @@ class AudioEncoder(nn.Module):
         rows, chunks = chunk_mask.shape
         log_mel = log_mel.masked_fill(~chunk_mask[:, :, None, None], 0).to(self.bin_gain.dtype).flatten(0, 1)
         hidden = self.stem(self.normalise(log_mel).transpose(1, 2)).transpose(1, 2)
-        vector = self.output(self.blocks(hidden).mean(1)).view(rows, chunks, -1)
+        hidden = self.blocks(hidden)
+        # Mean plus maximum over time, as CLAP's CNN14 encoder (Kong et al., "PANNs", arXiv 1912.10211): the mean alone
+        # is nearly the same for any speech, the maximum keeps which sounds occurred.
+        vector = self.output(hidden.mean(1) + hidden.amax(1)).view(rows, chunks, -1)
         weight = chunk_mask.to(vector.dtype)
         mean = (vector * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
         return self.norm(mean)

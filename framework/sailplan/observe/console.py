@@ -5,6 +5,7 @@ A table of the tasks' headline metrics follows each evaluation, and one over all
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 
@@ -38,7 +39,7 @@ class ConsoleSink(Sink):
     """Prints progress with `rich`; `log_every` is the number of steps between plain lines."""
 
     def __init__(self, log_every: int, console: Console | None = None) -> None:
-        self.console = console or Console(soft_wrap=True)
+        self.console = console or Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
         self.log_every = max(1, log_every)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
