@@ -11,16 +11,20 @@ from sailplan.config.schema import Config
 from sailplan.runtime.process import started, world_size_from_environment
 
 
-def _config(options: argparse.Namespace) -> Config:
+def _config(options: argparse.Namespace, world_size: int) -> Config:
+    """The composed configuration, refused where a world of this size could not run it."""
+    from sailplan.model.check import check_model
+
     config = compose(options.overrides)
-    check_config(config, world_size_from_environment())
+    check_config(config, world_size)
+    check_model(config.model, config.parallel.tensor)
     return config
 
 
 def train(options: argparse.Namespace) -> int:
     from sailplan.train.run import train as run
 
-    run(_config(options))
+    run(_config(options, world_size_from_environment()))
     return 0
 
 
@@ -28,8 +32,7 @@ def plan(options: argparse.Namespace) -> int:
     from sailplan.train.preview import describe, render
 
     world_size = options.ranks or world_size_from_environment()
-    config = compose(options.overrides)
-    check_config(config, world_size)
+    config = _config(options, world_size)
     described = describe(config, world_size)
     print(json.dumps(described, indent=1) if options.json else render(described))
     return 0
@@ -38,10 +41,8 @@ def plan(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """Configuration and model sizes, then every shard's index, then a collective over the ranks."""
     from sailplan.data.datasets import open_datasets
-    from sailplan.model.check import check_model
 
-    config = _config(options)
-    check_model(config.model, config.parallel.tensor)
+    config = _config(options, world_size_from_environment())
     readers = open_datasets(config)
     with started(config.parallel) as parallel:
         parallel.barrier()

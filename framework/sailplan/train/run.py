@@ -8,7 +8,6 @@ from sailplan.checkpoint.store import latest
 from sailplan.config.compose import as_dict, config_hash, identity
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
-from sailplan.model.check import check_model
 from sailplan.observe.metrics import MetricWriter
 from sailplan.observe.report import write_report
 from sailplan.runtime.process import Parallel, started
@@ -32,7 +31,6 @@ def _starting_point(config: Config, folder: RunFolder) -> Path | None:
 
 def train(config: Config) -> Path:
     """Runs the job; returns the report's path. All ranks call it. Raises the errors of `sailplan.errors`."""
-    check_model(config.model, config.parallel.tensor)
     folder = RunFolder(Path(config.runs) / config.name)
     with stop_flag() as flag, started(config.parallel) as parallel, watchdog(config.parallel.timeout_seconds) as dog:
         checkpoint = _agreed_start(config, folder, parallel)
