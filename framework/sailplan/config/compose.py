@@ -111,6 +111,9 @@ def _explain(error: HydraException) -> str:
     marker = "Could not override '"
     if marker in message:
         path = message.split(marker, 1)[1].split("'", 1)[0].split(".")
+        holder = _type_at(path)
+        if is_dataclass(holder) and path[-1] in [one.name for one in fields(holder)]:
+            return f"{'.'.join(path)}: the value has a key that is not there yet; add it with +{'.'.join(path)}.KEY=value"
         return f"unknown key '{'.'.join(path)}'{_nearest_key(path[-1], _type_at(path))}"
     return message
 
