@@ -33,8 +33,8 @@ SMALL = [
     "~stages.hard.hard_negatives.patterns.icon_choices",
     "stages.nearest.data={prompts: 3, emoji: 1, icons: 0.001, icon_choices: 0.001}",
     "stages.hard.data={prompts: 3, emoji: 1, icon_choices: 0.001}",
-    "stages.seq2item={global_batch: 8, data: {emoji: 0.001, icon_choices: 0.001}}",
-    "stages.id2item={global_batch: 8, data: {emoji: 0.001, icon_choices: 0.001}}",
+    "stages.seq2item.global_batch=8",
+    "stages.id2item.global_batch=8",
     "evaluation.benchmark=[speech_to_transcript]",
     *(f"~evaluation.tasks.{name}" for name in ("icon_choice", "set_completion", "emoji_subgroups", "emoji_keyword_to_image", "emoji_pair_order")),
 ]
