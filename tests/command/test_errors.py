@@ -22,10 +22,10 @@ PACK = Path(__file__).resolve().parents[2] / "data" / "quickstart"
         (["plan", "experiment=quickstart", "globl_batch=3"], ["globl_batch", "global_batch"]),
         (["plan", "experiment=quickstart", "parallel.tensor=3", "--ranks", "3"], ["tensor"]),
         (["train", "experiment=quickstart", "data.root=/nowhere"], ["/nowhere"]),
-        (["evaluate", "--run", "/nowhere"], ["/nowhere/config.yaml"]),
-        (["report", "--run", "/nowhere"], ["/nowhere/config.yaml"]),
+        (["evaluate", "--run-folder", "/nowhere"], ["/nowhere/config.yaml"]),
+        (["report", "--run-folder", "/nowhere"], ["/nowhere/config.yaml"]),
         (["data", "build"], ["--out"]),
-        (["embed", "--run", "x", "--dataset", "emoji"], ["--view"]),
+        (["embed", "--run-folder", "x", "--dataset", "emoji"], ["--view"]),
     ],
 )
 def test_bad_usage_is_one_line_and_64(arguments: list[str], words: list[str], tmp_path: Path) -> None:

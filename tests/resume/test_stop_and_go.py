@@ -76,27 +76,27 @@ def test_commands_work_on_the_run_at_another_layout(uninterrupted: Path, tmp_pat
     import json
 
     written = json.loads((sorted((uninterrupted / "evaluation").glob("*.json"))[-1]).read_text())["tasks"]
-    found = run("evaluate", "--run", str(uninterrupted))
+    found = run("evaluate", "--run-folder", str(uninterrupted))
     assert found.returncode == 0, found.stderr
     again = json.loads(found.stdout)
     assert again.keys() == written.keys()
     for task, values in written.items():
         assert again[task] == pytest.approx(values, abs=0.06)  # a tie may fall the other way on another number of ranks
-    tensor = run("evaluate", "--run", str(uninterrupted), "parallel.tensor=2", ranks=2)
+    tensor = run("evaluate", "--run-folder", str(uninterrupted), "parallel.tensor=2", ranks=2)
     assert tensor.returncode == 0, tensor.stderr
 
     out = tmp_path / "vectors"
-    embedded = run("embed", "--run", str(uninterrupted), "--dataset", "prompts", "--view", "transcript", "--out", str(out), "--semantic-ids", "8,8", ranks=2)
+    embedded = run("embed", "--run-folder", str(uninterrupted), "--dataset", "prompts", "--view", "transcript", "--out", str(out), "--semantic-ids", "8,8", ranks=2)
     assert embedded.returncode == 0, embedded.stderr
     assert any(out.iterdir())
-    mined = run("mine", "--run", str(uninterrupted), "--stage", "hard", "--out", str(tmp_path / "mined.npz"))
+    mined = run("mine", "--run-folder", str(uninterrupted), "--stage", "hard", "--out", str(tmp_path / "mined.npz"))
     assert mined.returncode == 0 and (tmp_path / "mined.npz").is_file(), mined.stderr
-    balanced = run("balance", "--run", str(uninterrupted), "--stage", "diverse")
+    balanced = run("balance", "--run-folder", str(uninterrupted), "--stage", "diverse")
     assert balanced.returncode == 0 and sum(json.loads(balanced.stdout)["weights"].values()) == pytest.approx(1.0), balanced.stderr
-    exported = run("export", "--run", str(uninterrupted), "--out", str(tmp_path / "export"))
+    exported = run("export", "--run-folder", str(uninterrupted), "--out", str(tmp_path / "export"))
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "export" / "model.json").is_file()
-    report = run("report", "--run", str(uninterrupted))
+    report = run("report", "--run-folder", str(uninterrupted))
     assert report.returncode == 0, report.stderr
     page = (uninterrupted / "report.html").read_text()
     assert "data:image" in page and 'src="http' not in page

@@ -39,11 +39,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sailplan", description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog="sailplan", description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"sailplan {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == "data":
             command.add_argument("action", choices=["index", "validate", "build"], help="what to do")
             command.add_argument("--out", default=None, help="build: folder for the rebuilt quick-start pack")
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--ranks", type=int, default=None, help="world size to plan for (default: this launch's)")
             command.add_argument("--json", action="store_true", help="as JSON, with the digest of every step's samples")
         if name in ("mine", "balance", "evaluate", "embed", "export", "report"):
-            command.add_argument("--run", default=None, help="run folder (default: runs/NAME of the overrides)")
+            command.add_argument("--run-folder", default=None, help="run folder (default: runs/NAME of the overrides)")
         if name in ("mine", "balance", "evaluate", "embed", "export"):
             command.add_argument("--checkpoint", default=None, help="checkpoint folder (default: the run's newest complete one)")
         if name in ("mine", "balance", "embed", "export"):

@@ -35,8 +35,8 @@ class _Run:
 
 
 def _configuration(options: argparse.Namespace) -> tuple[Config, RunFolder]:
-    if options.run:
-        folder = RunFolder(Path(options.run))
+    if options.run_folder:
+        folder = RunFolder(Path(options.run_folder))
         return changed(folder.load_config(), options.overrides), folder
     config = compose(options.overrides)
     folder = RunFolder(Path(config.runs) / config.name)
