@@ -86,7 +86,8 @@ def test_commands_work_on_the_run_at_another_layout(uninterrupted: Path, tmp_pat
     assert tensor.returncode == 0, tensor.stderr
 
     out = tmp_path / "vectors"
-    embedded = run("embed", "--run-folder", str(uninterrupted), "--dataset", "prompts", "--view", "transcript", "--out", str(out), "--semantic-ids", "8,8", ranks=2)
+    wanted = ("--dataset", "prompts", "--view", "transcript", "--semantic-ids", "8,8")
+    embedded = run("embed", "--run-folder", str(uninterrupted), *wanted, "--out", str(out), ranks=2)
     assert embedded.returncode == 0, embedded.stderr
     assert any(out.iterdir())
     mined = run("mine", "--run-folder", str(uninterrupted), "--stage", "hard", "--out", str(tmp_path / "mined.npz"))
