@@ -15,7 +15,7 @@ import warnings
 from typing import NoReturn
 
 from sailplan import __version__
-from sailplan.errors import EXIT_FAILURE, ConfigurationError, SailplanError
+from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError
 
 COMMANDS = {
     "train": "train the stages of an experiment (name=NAME resume=auto continues after a stop)",
@@ -112,6 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
     except SailplanError as error:
         print(f"sailplan: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
     except KeyboardInterrupt:
         return EXIT_FAILURE
     except Exception:
