@@ -26,6 +26,7 @@ def _make_case(
     masks=False,
     positives=False,
     per_row_temperature=False,
+    sampling=False,
     temperature=0.1,
     noise=0.8,
     dtype=torch.float64,
@@ -64,6 +65,8 @@ def _make_case(
         if masks:
             case["query_valid"] = torch.rand(n, generator=g) < 0.8
             case["key_valid"] = torch.rand(m, generator=g) < 0.8
+        if sampling:
+            case["key_log_probability"] = torch.rand(m, generator=g, dtype=torch.float64).add(0.01).log()
         if per_row_temperature:
             case["temperature"] = temperature * (0.5 + torch.rand(n, generator=g, dtype=torch.float64))
         case = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.items()}

@@ -38,7 +38,7 @@ def test_chunked_equals_reference(make_case, data):
     rows, hard = draw(st.integers(1, 9)), draw(st.integers(0, 2))
     flags = {
         name: draw(st.booleans())
-        for name in ("ids", "query_ids", "masks", "positives", "per_row_temperature", "symmetric", "query_negatives", "key_negatives")
+        for name in ("ids", "query_ids", "masks", "positives", "per_row_temperature", "sampling", "symmetric", "query_negatives", "key_negatives")
     }
     filters = {
         "max_negative_score": draw(st.sampled_from([None, 0.3])),

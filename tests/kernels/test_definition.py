@@ -38,12 +38,13 @@ def loops(case: dict) -> tuple[float, int, float]:
             and not (case.get("margin_relative") is not None and cosine > start * case["margin_relative"])
         )
 
-    def loss_of(positive: float, negatives: list[float], t: float) -> float:
+    log_probability = case["key_log_probability"].tolist() if "key_log_probability" in case else [0.0] * m
+
+    def loss_of(positive: float, negatives: list[float]) -> float:
         if not negatives:
             return 0.0
         top = max(negatives)
-        log_negatives = top / t + math.log(sum(math.exp((x - top) / t) for x in negatives))
-        gap = log_negatives - positive / t
+        gap = top + math.log(sum(math.exp(x - top) for x in negatives)) - positive
         return max(gap, 0.0) + math.log1p(math.exp(-abs(gap)))
 
     def same(a: int, b: int) -> bool:
@@ -62,18 +63,19 @@ def loops(case: dict) -> tuple[float, int, float]:
             negatives = []
             for j in range(m):
                 if key_ok[j] and j != p[i] and not same(positive_id, key_ids[j]) and not same(query_ids[i], paired[j]):
-                    negatives.append(float(q[i] @ k[j]))
+                    negatives.append((float(q[i] @ k[j]), log_probability[j]))
                     if case.get("key_negatives"):
-                        negatives.append(float(k[p[i]] @ k[j]))
+                        negatives.append((float(k[p[i]] @ k[j]), log_probability[j]))
             for j in range(n if case.get("query_negatives") else 0):
                 other_id = key_ids[p[j]] if p[j] >= 0 else -1
                 if query_ok[j] and p[j] != p[i] and not same(positive_id, other_id) and not same(query_ids[i], query_ids[j]):
-                    negatives.append(float(q[i] @ q[j]))
+                    negatives.append((float(q[i] @ q[j]), 0.0))
             for j in range(n) if case.get("shared_hard_negatives") else [i]:
-                negatives += [float(q[i] @ h[j, x]) for x in range(hard.shape[1]) if hard_ok[j, x] and query_ok[j]]
-            negatives = [x for x in negatives if kept(x, start)]
-            right += all(start > x for x in negatives)
-            losses.append(loss_of(start, negatives, temperature[i]))
+                negatives += [(float(q[i] @ h[j, x]), 0.0) for x in range(hard.shape[1]) if hard_ok[j, x] and query_ok[j]]
+            logits = [x / temperature[i] - correction for x, correction in negatives if kept(x, start)]
+            own = start / temperature[i] - log_probability[p[i]]
+            right += all(own > x for x in logits)
+            losses.append(loss_of(own, logits))
             if case.get("symmetric"):
                 sharing = [x for x in counted if p[x] == p[i]]
                 best = max(float(q[x] @ k[p[i]]) for x in sharing)
@@ -83,7 +85,7 @@ def loops(case: dict) -> tuple[float, int, float]:
                     other_id = key_ids[p[j]] if p[j] >= 0 else -1
                     if query_ok[j] and p[j] != p[i] and not same(positive_id, other_id) and not same(paired[p[i]], query_ids[j]):
                         negatives.append(float(q[j] @ k[p[i]]))
-                losses[-1] = (losses[-1] + loss_of(start, [x for x in negatives if kept(x, best)], t)) / 2
+                losses[-1] = (losses[-1] + loss_of(start / t, [x / t for x in negatives if kept(x, best)])) / 2
         total += weight * (sum(losses) / max(len(counted), 1))
     return total, len(counted), right / max(len(counted), 1)
 
@@ -95,7 +97,7 @@ def test_reference_equals_the_definition_in_loops(make_case, data):
     rows = draw(st.integers(1, 6))
     flags = {
         name: draw(st.booleans())
-        for name in ("ids", "query_ids", "masks", "positives", "per_row_temperature", "symmetric", "query_negatives", "key_negatives")
+        for name in ("ids", "query_ids", "masks", "positives", "per_row_temperature", "sampling", "symmetric", "query_negatives", "key_negatives")
     }
     hard = draw(st.integers(0, 2))
     _, case = make_case(

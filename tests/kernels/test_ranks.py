@@ -26,7 +26,8 @@ OPTIONS = [
     {"margin_relative": 0.95, "symmetric": True, "positives": True},
     {"symmetric": True},
     {"symmetric": True, "ids": True, "masks": True, "max_negative_score": 0.3},
-    {"query_negatives": True, "ids": True},
+    {"query_negatives": True, "ids": True, "sampling": True},
+    {"sampling": True, "symmetric": True, "masks": True},
     {"key_negatives": True, "masks": True},
     {"prefixes": (3, 7), "prefix_weights": (0.5, 1.0), "symmetric": True},
     {

@@ -53,6 +53,7 @@ def infonce(
     shared_hard_negatives: bool = False,
     query_valid: Tensor | None = None,
     key_valid: Tensor | None = None,
+    key_log_probability: Tensor | None = None,
     max_negative_score: float | None = None,
     margin_absolute: float | None = None,
     margin_relative: float | None = None,
@@ -77,6 +78,9 @@ def infonce(
         everybody's. They carry no ids. Those of an invalid query do not count.
     query_valid [N], key_valid [M]: bool; False is padding, whatever it holds. A row counts if it and its positive
         are valid.
+    key_log_probability: float [M], log of the probability that the key is drawn as a candidate. It is subtracted from the
+        key's logit, as a positive and as a negative, so that frequent keys are not pushed away for being drawn often
+        (sampling-bias correction, Yi et al., RecSys 2019, eq. 3). No gradient; the symmetric part is not corrected.
     max_negative_score, margin_absolute, margin_relative: drop negatives that look like false ones, by cosine (see
         InfoNCEOptions).
     symmetric: the average of this loss and the loss of finding the query of each row's positive among all queries
@@ -94,6 +98,7 @@ def infonce(
     chosen = checks.choose_backend(backend)
     checks.check_embeddings(queries, keys, hard_negatives)
     checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid)
+    checks.check_log_probability(key_log_probability, len(keys), queries.device)
     if hard_negatives is not None:
         checks.check_vector("hard_negative_valid", hard_negative_valid, hard_negatives.shape[:2], torch.bool, queries.device)
     elif hard_negative_valid is not None:
@@ -129,6 +134,7 @@ def infonce(
             hard_negative_valid=hard_negative_valid,
             query_valid=query_valid,
             key_valid=key_valid,
+            key_log_probability=key_log_probability,
             options=options,
             exchange=exchange,
             backend=chosen,

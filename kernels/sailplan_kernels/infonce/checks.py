@@ -71,6 +71,12 @@ def check_vector(name: str, x: Tensor | None, shape: Sequence[int], dtype: torch
         raise ValueError(f"{name}: found {x.dtype} {tuple(x.shape)} on {x.device}, expected {dtype} {tuple(shape)} on {device}")
 
 
+def check_log_probability(x: Tensor | None, n_keys: int, device: torch.device) -> None:
+    """One float a key, or none."""
+    if x is not None and (tuple(x.shape) != (n_keys,) or x.dtype not in FLOATS or x.device != device):
+        raise ValueError(f"key_log_probability: found {x.dtype} {tuple(x.shape)} on {x.device}, expected a float tensor ({n_keys},) on {device}")
+
+
 def check_positives(positives: Tensor | None, n: int, m: int) -> None:
     """Indices into this rank's keys, -1 for none; the diagonal needs a key for every query."""
     if positives is None:

@@ -52,8 +52,11 @@ class _ChunkedInfoNCE(torch.autograd.Function):
 class _Block:
     """Candidates of one kind for all rows, and the accumulator of their gradient (None: nobody needs it)."""
 
-    def __init__(self, rows: Tensor, candidates: Candidates, gradient: Tensor | None, against_positive: bool = False):
+    def __init__(
+        self, rows: Tensor, candidates: Candidates, gradient: Tensor | None, correction: Tensor | None = None, against_positive: bool = False
+    ):
         self.rows, self.candidates, self.gradient = rows, candidates, gradient
+        self.correction = correction  # [C] subtracted from the logits
         self.against_positive = against_positive  # scored against the row's positive key instead of its query
 
 
@@ -83,14 +86,14 @@ class _Pass:
         problem, options = self.problem, self.options
         all_keys = self.exchange.gather(self.keys, problem.key_sizes)
         self.d_all_keys = self._zeros(all_keys) if self.needs.keys else None
-        self.blocks = [_Block(all_keys, problem.all_keys, self.d_all_keys)]
+        self.blocks = [_Block(all_keys, problem.all_keys, self.d_all_keys, problem.key_correction)]
         self.d_all_queries = self.d_all_hard = None
         if options.query_negatives:
             all_queries = self.exchange.gather(self.queries, problem.query_sizes)
             self.d_all_queries = self._zeros(all_queries) if self.needs.queries else None
             self.blocks.append(_Block(all_queries, problem.all_queries, self.d_all_queries))
         if options.key_negatives:
-            self.blocks.append(_Block(all_keys, problem.all_keys, self.d_all_keys, against_positive=True))
+            self.blocks.append(_Block(all_keys, problem.all_keys, self.d_all_keys, problem.key_correction, against_positive=True))
         if options.shared_hard_negatives:
             all_hard = self.exchange.gather(self.hard.flatten(0, 1), problem.hard_sizes)
             self.d_all_hard = self._zeros(all_hard) if self.needs.hard else None
@@ -131,7 +134,10 @@ class _Pass:
                 column_mask = self.columns.mask(keep, problem.query_valid[rows], cosine)
             drop_by_score(keep, cosine, positive, options)
             cosines.append(cosine)
-            scores.append((cosine * inverse[:, None]).masked_fill_(keep.logical_not_(), -torch.inf))
+            score = cosine * inverse[:, None]
+            if block.correction is not None:
+                score -= block.correction
+            scores.append(score.masked_fill_(keep.logical_not_(), -torch.inf))
         if self.own_hard.shape[1]:
             own = self.own_hard[rows]
             cosine = product(own, left[:, :, None], self.accumulate)[..., 0]
@@ -144,9 +150,10 @@ class _Pass:
         shift = torch.where(top.isinf(), 0.0, top)
         exponentials = [score.sub_(shift[:, None]).exp_() for score in scores]
         total = torch.stack([e.sum(1) for e in exponentials], 1).sum(1)
-        gap = total.log() + shift - positive * inverse  # lse of the negatives - positive; -inf without negatives
+        own_score = positive * inverse - problem.positive_correction[rows]
+        gap = total.log() + shift - own_score  # lse of the negatives - positive; -inf without negatives
         loss = (weight * -F.logsigmoid(-gap)).sum()
-        self.correct[rows] = problem.row_valid[rows] & (top < positive * inverse)
+        self.correct[rows] = problem.row_valid[rows] & (top < own_score)
 
         push = weight * torch.sigmoid(gap)
         share = push / torch.where(total > 0, total, 1.0)

@@ -37,6 +37,7 @@ class Problem:
     positive: Tensor  # int64 [N], index into this rank's keys
     row_valid: Tensor  # bool [N], the row counts
     row_weight: Tensor  # [N], world_size / valid rows of all ranks, 0 where the row does not count
+    positive_correction: Tensor  # [N] subtracted from the positive's logit; key_log_probability of its key, or 0
     inverse_temperature: Tensor  # [N], differentiable
     column_inverse_temperature: Tensor  # [M], differentiable; mean over the rows that point to the key
     anchor_tags: Tensor  # int64 [N, 3], positive's global index and id, own query id
@@ -46,6 +47,7 @@ class Problem:
     all_keys: Candidates
     all_queries: Candidates  # empty unless a loss term reads them
     all_hard: Candidates  # empty unless hard negatives are shared
+    key_correction: Tensor | None  # [all keys] subtracted from their logits, None: nothing to correct
     tags_in_use: tuple[int, ...]
     query_sizes: list[int]
     key_sizes: list[int]
@@ -80,6 +82,7 @@ def build_problem(
     hard_negative_valid: Tensor | None,
     query_valid: Tensor | None,
     key_valid: Tensor | None,
+    key_log_probability: Tensor | None = None,
     options: InfoNCEOptions,
     exchange: Exchange,
     backend: str,
@@ -111,7 +114,7 @@ def build_problem(
         hard_negatives = queries.new_zeros(n, 0, queries.shape[1])
     h = hard_negatives.shape[1]
     call = options.fingerprint(
-        queries.shape[1], h, queries.dtype, backend, key_ids is None, query_ids is None
+        queries.shape[1], h, queries.dtype, backend, key_ids is None, query_ids is None, key_log_probability is None
     )
     numbers = torch.tensor([n, m, call, *needs, 0], dtype=torch.int64, device=device)
     numbers[-1] = row_valid.sum()
@@ -146,6 +149,12 @@ def build_problem(
         tags = none.new_full((n * h, 3), -1)
         all_hard = _gather_candidates(exchange, tags, hard_valid.reshape(-1), [rows * h for rows in query_sizes])
 
+    key_correction, positive_correction = None, queries.new_zeros(n, dtype=compute)
+    if key_log_probability is not None:
+        correction = key_log_probability.detach().to(compute)
+        key_correction = exchange.gather(correction, key_sizes)
+        positive_correction = correction[positive]
+
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=torch.float64)
     inverse = temperature.to(device, compute).reciprocal().expand(n)
@@ -160,6 +169,7 @@ def build_problem(
         positive=positive,
         row_valid=row_valid,
         row_weight=row_valid.to(compute) * (exchange.world_size / max(valid_rows, 1)),
+        positive_correction=positive_correction,
         inverse_temperature=inverse,
         column_inverse_temperature=column_inverse,
         anchor_tags=query_tags,
@@ -169,6 +179,7 @@ def build_problem(
         all_keys=all_keys,
         all_queries=all_queries,
         all_hard=all_hard,
+        key_correction=key_correction,
         tags_in_use=tags_in_use,
         query_sizes=query_sizes,
         key_sizes=key_sizes,

@@ -40,30 +40,43 @@ def reference_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor
     else:
         blocks.append((torch.einsum("nd,nhd->nh", queries, hard), problem.hard_valid))
     cosine = torch.cat([block for block, _ in blocks], 1)
+    correction = _corrections(problem, blocks)
     keep = torch.cat([mask for _, mask in blocks], 1)
     drop_by_score(keep, cosine.detach(), positive.detach(), options)
-    losses = _losses(cosine, keep, positive, problem.inverse_temperature)
-    total = (problem.row_weight * losses).sum()
-    best_negative = F.pad(cosine.detach().masked_fill(~keep, -torch.inf), (0, 1), value=-torch.inf).amax(1)
-    correct = problem.row_valid & (positive.detach() > best_negative)
+    own = positive * problem.inverse_temperature - problem.positive_correction
+    scores = (cosine * problem.inverse_temperature[:, None] - correction).masked_fill(~keep, -torch.inf)
+    total = (problem.row_weight * _losses(scores, keep, own)).sum()
+    best_negative = F.pad(scores.detach(), (0, 1), value=-torch.inf).amax(1)
+    correct = problem.row_valid & (own.detach() > best_negative)
 
     if options.symmetric:
         cosine = positive_keys @ all_queries.T
         keep = negatives(problem.column_tags[problem.positive], problem.all_queries, tags)
         best = best_per_key(problem.positive, positive.detach(), problem.row_valid, len(keys))[problem.positive]
         drop_by_score(keep, cosine.detach(), best, options)
-        losses = _losses(cosine, keep, positive, problem.column_inverse_temperature[problem.positive])
-        total = (total + (problem.row_weight * losses).sum()) / 2
+        inverse = problem.column_inverse_temperature[problem.positive]
+        scores = (cosine * inverse[:, None]).masked_fill(~keep, -torch.inf)
+        total = (total + (problem.row_weight * _losses(scores, keep, positive * inverse)).sum()) / 2
     return total, positive.detach(), correct
 
 
-def _losses(cosine: Tensor, keep: Tensor, positive: Tensor, inverse_temperature: Tensor) -> Tensor:
-    """[N] softplus(lse over kept negatives - positive); 0 where none is kept."""
-    scores = (cosine * inverse_temperature[:, None]).masked_fill(~keep, -torch.inf)
+def _corrections(problem: Problem, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """[all candidates] log probability of each as a sampled key; 0 for queries and hard negatives, which are not."""
+    correction = torch.zeros(sum(block.shape[1] for block, _ in blocks), dtype=blocks[0][0].dtype, device=blocks[0][0].device)
+    if problem.key_correction is not None:
+        keys, queries = len(problem.key_correction), blocks[1][0].shape[1] if problem.options.query_negatives else 0
+        correction[:keys] = problem.key_correction
+        if problem.options.key_negatives:
+            correction[keys + queries : 2 * keys + queries] = problem.key_correction
+    return correction
+
+
+def _losses(scores: Tensor, keep: Tensor, positive: Tensor) -> Tensor:
+    """[N] softplus(lse over kept negatives - positive), of logits; 0 where none is kept."""
     some = keep.any(1)
     log_negatives = torch.logsumexp(torch.where(some[:, None], scores, 0.0), 1)
     # -logsigmoid(-x) is softplus(x) without softplus's cut-off at 20.
-    losses = -F.logsigmoid(positive * inverse_temperature - log_negatives)
+    losses = -F.logsigmoid(positive - log_negatives)
     return torch.where(some, losses, 0.0)
 
 
