@@ -42,6 +42,7 @@ class Rule:
     prefixes: tuple[int, ...]
     tags_in_use: tuple[int, ...]  # columns of the tags to compare; () for candidates without tags
     columns: bool  # the column loss is wanted too: rows are then candidates of the columns
+    sigmoid: bool = False  # pairwise sigmoid loss instead of a softmax (SigLIP); its bias is in ``correction``, negated; without columns
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Statistics:
     Row logit: cosine * row inverse temperature - correction, over pairs with valid column, different tags and a cosine
     within the row's limit. Column logit: cosine * column inverse temperature, over pairs with valid row AND column,
     different tags and a cosine within the column's limit.
+    With Rule.sigmoid there is no maximum (0) and row_sum is the sum of softplus(logit).
     """
 
     row_maximum: Tensor  # fp [P, n]
@@ -63,7 +65,7 @@ class Statistics:
 class Coefficients:
     """What the whole denominators say: softmax weight = exp(logit - log_negatives), times push = d loss / d log_negatives."""
 
-    row_log_negatives: Tensor  # fp [P, n] finite (0 where there are no negatives)
+    row_log_negatives: Tensor  # fp [P, n] finite (0 where there are no negatives); unused with Rule.sigmoid
     row_push: Tensor  # fp [P, n] prefix weight included, 0 for rows that do not count
     column_log_negatives: Tensor | None = None  # fp [P, m]
     column_push: Tensor | None = None  # fp [P, m]
@@ -72,6 +74,7 @@ class Coefficients:
 @dataclass(frozen=True)
 class Gradient:
     """d loss / d cosine, G = R + C with R = push * softmax * inverse temperature of the row, C likewise of the column.
+    With Rule.sigmoid: R = push * sigmoid(logit) * inverse temperature.
 
     weights[s] [n, m] in the vectors' dtype belongs to dimensions d_{s-1} to d_s: the sum over prefixes p >= s of
     G_p * (row's inverse norm) * (column's inverse norm), so that the rows' gradient in those dimensions is
@@ -83,6 +86,7 @@ class Gradient:
     column_moment: Tensor  # fp [P, m] sum over rows of G * cosine
     row_temperature: Tensor  # fp [P, n] sum over columns of R * cosine (for the temperature); equals row_moment without columns
     column_temperature: Tensor | None  # fp [P, m] sum over rows of C * cosine, with Rule.columns
+    row_total: Tensor | None = None  # fp [P, n] sum over columns of push * sigmoid(logit), with Rule.sigmoid (for the bias)
 
 
 class Tile(Protocol):
@@ -95,7 +99,7 @@ class Tile(Protocol):
 
 class Engine(Protocol):
     """Makes tiles. ``keep``: what the statistics computed may stay in memory until ``gradient`` (kept_bytes a pair), else
-    the scores are computed anew; the result is the same."""
+    the scores are computed anew. Both give the same masks; results agree up to rounding."""
 
     name: str
 
