@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 import traceback
@@ -107,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry of the `sailplan` script; returns the exit code."""
     if not os.environ.get("SAILPLAN_WARNINGS"):
         warnings.filterwarnings("ignore")  # dependencies warn about apex, TransformerEngine, pynvml on every rank
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news here
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except SailplanError as error:
