@@ -87,7 +87,9 @@ def sequences(
 
 
 def records(found: list[dict[str, Any]], ids: dict[int, str]) -> list[dict[str, Any]]:
-    """Sequence records {"id", "split", "history": [ids], "target": id, "view", "user"} in a shuffled, reproducible order."""
+    """Sequence records {"id", "split", "history": [ids], "target": id, "target_probability", "view", "user"} in a shuffled,
+    reproducible order; the probability is the target's share of all records (seq2item's sampling correction)."""
+    targets = Counter(sequence["target"] for sequence in found)
     order = generator("interests", "order").permutation(len(found))
     return [
         {
@@ -95,6 +97,7 @@ def records(found: list[dict[str, Any]], ids: dict[int, str]) -> list[dict[str, 
             "split": "train",
             "history": [ids[place] for place in found[index]["history"]],
             "target": ids[found[index]["target"]],
+            "target_probability": targets[found[index]["target"]] / len(found),
             "view": found[index]["view"],
             "user": found[index]["user"],
         }

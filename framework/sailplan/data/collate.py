@@ -102,6 +102,7 @@ class Collator:
             record_ids=[record.id for record in rows.records],
             views=views,
             scores=torch.tensor([record.score for record in rows.records], dtype=torch.float32) if reader.scored else None,
+            target_log_probability=_log_probabilities(rows.records),
             teachers=self._teachers(rows.records, {name: dataset.views[name] for name in names}),
             patterns=patterns,
             quarantined=rows.quarantined,
@@ -179,3 +180,9 @@ class Collator:
                 for teacher in self.teachers.names:
                     result[f"{name}/{teacher}"] = self.teachers.look_up(teacher, [item.id if item is not None else "" for item in items])
         return result
+
+
+def _log_probabilities(records: list[Record]) -> torch.Tensor | None:
+    """float32 [r]: log of each record's target_probability; None unless every record has one."""
+    found = [record.target_probability for record in records if record.target_probability is not None]
+    return torch.tensor(found, dtype=torch.float32).log() if found and len(found) == len(records) else None

@@ -109,10 +109,12 @@ class RecordReader:
                 score=None if score is None else float(score),
                 extra={key: value for key, value in body.items() if key not in used},
             )
+        used |= {"target_probability"}
         history, target = self.draw(record_id, body, seed)
         return Record(
             record_id,
             split,
+            target_probability=_probability(record_id, body.get("target_probability")),
             history=tuple(self._catalogue_item(record_id, name, media) for name in history) if "history" in wanted else (),
             target=self._catalogue_item(record_id, target, media) if "target" in wanted else None,
             extra={**{key: value for key, value in body.items() if key not in used}, "history": history, "target": target},
@@ -230,6 +232,14 @@ class RecordReader:
         if len(content) != size:
             raise BadSample(self.index.shards[shard].name, f"read {len(content)} of {size} bytes at byte {offset}: the shard was cut while in use")
         return content
+
+
+def _probability(record_id: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise BadSample(record_id, f"target_probability is {value!r}, expected a number above 0, at most 1")
+    return float(value)
 
 
 def _fields(record_id: str, fields: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -39,6 +39,7 @@ class Record:
     target: Item | None = None  # kinds pairs and sequences
     history: tuple[Item, ...] = ()  # kind sequences
     score: float | None = None  # graded pairs, 0..1
+    target_probability: float | None = None  # sequences: how often a record of the set has this target, 0..1
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -89,3 +90,4 @@ class StepBatch:
     patterns: dict[str, float] = field(default_factory=dict)  # pattern name -> weight, of this step
     quarantined: list[tuple[str, str]] = field(default_factory=list)  # (record id, reason), replaced by spares
     digest: str = ""  # 16 hex digits over the record ids of the whole step's global batch; equal on all ranks
+    target_log_probability: Tensor | None = None  # float32 [r] log of the records' target_probability; None unless all have it

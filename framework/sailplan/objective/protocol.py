@@ -36,6 +36,7 @@ class EncodedStep:
     patterns: dict[str, float]  # pattern name -> weight
     scores: Tensor | None = None
     teachers: dict[str, Tensor] = field(default_factory=dict)
+    target_log_probability: Tensor | None = None  # [r], see data.record.StepBatch
 
 
 @dataclass

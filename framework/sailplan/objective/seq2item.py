@@ -5,6 +5,11 @@
 The history's items are encoded like any item; their vectors, each L2-normalised so that no item outweighs the
 others, become one: their mean (default), or a small transformer over them with a special token. The transformer's
 output is added to the mean through a projection that starts at zero, so training starts from mean pooling.
+
+Targets are drawn as often as users use them, so the other rows' targets are popular items, and plain InfoNCE learns
+association net of popularity. The sampling correction takes that back (Yi et al., "Sampling-Bias-Corrected Neural
+Modeling for Large Corpus Item Recommendations", RecSys 2019, section 3): logit s_ij / t - gamma * log p_j, with p_j the
+probability that a record has target j.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ class Seq2Item(Objective):
     dropout: of the encoder.
     symmetric: True, False, or None for each data set's own switch.
     matryoshka: the loss at every prefix, summed.
+    sampling_correction: gamma, 0 (none) to 1 (full); needs records with `target_probability`, as the artifact `interests` has.
 
     Raises ConfigurationError for options that mean nothing together.
     """
@@ -47,6 +53,7 @@ class Seq2Item(Objective):
         positions: bool = False,
         symmetric: bool | None = None,
         matryoshka: bool = True,
+        sampling_correction: float = 0.0,
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
@@ -59,6 +66,9 @@ class Seq2Item(Objective):
             )
         if not 0 <= dropout < 1:
             raise ConfigurationError(f"objectives.seq2item.dropout={dropout}: expected at least 0 and below 1")
+        if not 0 <= sampling_correction <= 1:
+            raise ConfigurationError(f"objectives.seq2item.sampling_correction={sampling_correction}: expected 0 (none) to 1 (full)")
+        self.sampling_correction = sampling_correction
         self.symmetric = symmetric
         self.matryoshka = matryoshka
         self.encoder: nn.TransformerEncoder | None = None
@@ -118,8 +128,20 @@ class Seq2Item(Objective):
                 symmetric=self.symmetric,
                 prefixes=context.prefixes if self.matryoshka else None,
                 key_ids=target.ids,
+                key_log_probability=self._correction(encoded),
                 max_negative_score=context.thresholds.get(f"{encoded.dataset}/{pattern.name}"),
             )
             total = total + pattern.weight * loss
             metrics |= found
         return ObjectiveOutput(total, metrics)
+
+    def _correction(self, encoded: EncodedStep) -> Tensor | None:
+        """gamma times the log probability of each row's target [r]; None without a correction."""
+        if not self.sampling_correction:
+            return None
+        if encoded.target_log_probability is None:
+            raise ConfigurationError(
+                f"objectives.seq2item.sampling_correction={self.sampling_correction}: records of '{encoded.dataset}' have no "
+                "`target_probability`, expected it in all of them; add it, or set the correction to 0"
+            )
+        return self.sampling_correction * encoded.target_log_probability

@@ -147,5 +147,6 @@ class GradientCache:
             views=views,
             patterns=batch.patterns,
             scores=None if batch.scores is None else batch.scores.to(device),
+            target_log_probability=None if batch.target_log_probability is None else batch.target_log_probability.to(device),
             teachers={name: vectors.to(device) for name, vectors in batch.teachers.items()},
         )

@@ -159,6 +159,7 @@ def share(batch: StepBatch, rank: int, size: int, micro_batches: int) -> StepBat
         views=views,
         scores=None if batch.scores is None else batch.scores[own],
         teachers={name: vectors[own] for name, vectors in batch.teachers.items()},
+        target_log_probability=None if batch.target_log_probability is None else batch.target_log_probability[own],
     )
 
 
@@ -177,7 +178,7 @@ def full_batch_gradients(
         for name, view in batch.views.items():
             vectors = encoder(view.micro_batches[0], per_modality=True)
             views[name] = EncodedView(vectors.fused, view.valid, view.ids, view.group, vectors.vision, vectors.text)
-        encoded = EncodedStep(batch.dataset, views, batch.patterns, batch.scores, batch.teachers)
+        encoded = EncodedStep(batch.dataset, views, batch.patterns, batch.scores, batch.teachers, batch.target_log_probability)
         for name, weight in weights.items():
             objective = objectives[name]
             assert isinstance(objective, Objective)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -96,3 +97,5 @@ def test_records_name_items_by_id() -> None:
     bodies = records(sequences(histories, used, content), {int(place): f"set/{place}" for place in used})
     assert len({body["id"] for body in bodies}) == len(bodies)
     assert all(body["split"] == "train" and body["target"].startswith("set/") for body in bodies)
+    counts = Counter(body["target"] for body in bodies)
+    assert all(body["target_probability"] == pytest.approx(counts[body["target"]] / len(bodies)) for body in bodies)

@@ -16,7 +16,7 @@ from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.plan import Plan
 from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
 from sailplan.data.teachers import TeacherTable
-from sailplan.data.testing import item_record, png, write_set
+from sailplan.data.testing import item_record, json_member, png, write_set
 from sailplan.errors import BadDataError, ConfigurationError
 
 Make = Callable[..., Config]
@@ -192,3 +192,14 @@ def test_more_ranks_than_the_lanes_allow_are_refused(make_config: Make) -> None:
 def test_inputs_move_as_a_whole(make_config: Make) -> None:
     inputs: EncoderInputs = one(collator(make_config(), {"things": 1.0}).batches(0)).views["full"].micro_batches[0]
     assert inputs.to("meta").images.device.type == "meta" and inputs.to("cpu").rows == 5  # type: ignore[union-attr]
+
+
+def test_target_probabilities_travel_with_their_rows(make_config: Make, tmp_path: Path) -> None:
+    config = make_config()
+    bodies = [{"id": f"s/{n}", "history": ["things/1"], "target": f"things/{2 + n}", "target_probability": 1 / (n + 1)} for n in range(24)]
+    config.data.sets["histories"].shards = str(write_set(tmp_path / "set", [[json_member(f"{n}", body)] for n, body in enumerate(bodies)]))
+    batch = one(collator(config, {"histories": 1.0}).batches(0))
+    assert batch.target_log_probability is not None
+    expected = [-np.log(int(name.split("/")[1]) + 1) for name in batch.record_ids]
+    torch.testing.assert_close(batch.target_log_probability, torch.tensor(expected, dtype=torch.float32))
+    assert one(collator(make_config(), {"histories": 1.0}).batches(0)).target_log_probability is None

@@ -89,6 +89,7 @@ def test_unusable_json_is_a_bad_sample_and_not_the_end(tmp_path: Path, content: 
         ("choices", {"id": "a", "item": "things/1"}, "needs `text` or `query`"),
         ("histories", {"id": "a", "items": ["things/1", "things/1"]}, "at least 2 different"),
         ("histories", {"id": "a", "history": ["things/1"], "target": "nothing"}, "nothing is not in the catalogue"),
+        ("histories", {"id": "a", "history": ["things/1"], "target": "things/2", "target_probability": 2}, "at most 1"),
     ],
 )
 def test_unknown_ids_are_named(make_config: Make, tmp_path: Path, name: str, body: dict[str, Any], reason: str) -> None:

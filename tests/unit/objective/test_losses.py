@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from sailplan.config.schema import DatasetConfig, PatternConfig, ViewConfig
+from sailplan.errors import ConfigurationError
 from sailplan.objective.cosent import CoSENT, cosent
 from sailplan.objective.id2item import ID2Item
 from sailplan.objective.infonce import InfoNCE
@@ -228,6 +229,21 @@ def test_seq2item_masks_rows_without_history() -> None:
         scores = torch.stack([cosine_similarity(represented[i], views["item"].fused[j], dim=0) for j in range(ROWS)])
         losses.append(-(scores / 0.1).log_softmax(0)[i])
     torch.testing.assert_close(output.loss, torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_seq2item_sampling_correction(gamma: float) -> None:
+    objective = Seq2Item(embedding=D, datasets=DATASETS, matryoshka=False, sampling_correction=gamma)
+    views = {"history": view(1, 3), "item": view(2)}
+    probability = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
+    found = objective(step("sequences", views, target_log_probability=probability.log()), context()).loss
+    represented = objective.represent(views["history"].fused, views["history"].valid, 3)
+    scores = cosine_similarity(represented[:, None], views["item"].fused[None], dim=-1) / 0.1 - gamma * probability.log()
+    torch.testing.assert_close(found, -scores.log_softmax(1).diagonal().mean())
+    with pytest.raises(ConfigurationError, match="target_probability"):
+        objective(step("sequences", views), context())
+    with pytest.raises(ConfigurationError, match="sampling_correction"):
+        Seq2Item(embedding=D, datasets=DATASETS, sampling_correction=1.5)
 
 
 @pytest.mark.parametrize("form", ["cosine", "mse", "relational"])
