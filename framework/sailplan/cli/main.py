@@ -21,7 +21,7 @@ from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, Sailpla
 COMMANDS = {
     "train": "train the stages of an experiment (name=NAME resume=auto continues after a stop)",
     "plan": "print stages, steps, data, learning rates and memory; trains nothing; equals what then runs",
-    "check": "check configuration, data and ranks before a long run",
+    "check": "check configuration, data and ranks before a long run; sailplan check parity --loss module:function: is this loss exact across ranks",
     "data": "index, validate or build data sets: sailplan data index|validate|build",
     "mine": "mine hard negatives with a run's newest checkpoint",
     "balance": "compute data weights with a run's newest checkpoint",
@@ -52,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             command.add_argument("--ranks", type=int, default=None, help="world size to plan for (default: this launch's)")
             command.add_argument("--json", action="store_true", help="as JSON, with the digest of every step's samples")
+        if name == "check":
+            command.add_argument("--loss", default=None, metavar="MODULE:FUNCTION", help="check parity: the loss, called as function(queries, keys) on each rank")
+            command.add_argument("--world-size", type=int, default=4, help="check parity: ranks to fork (default: 4)")
+            command.add_argument("--timeout", type=float, default=60.0, help="check parity: seconds after which a hang is reported (default: 60)")
         if name in ("mine", "balance", "evaluate", "embed", "export", "report"):
             command.add_argument("--run-folder", default=None, help="run folder (default: runs/NAME of the overrides)")
         if name in ("mine", "balance", "evaluate", "embed", "export"):
@@ -86,6 +90,13 @@ def run(arguments: list[str]) -> int:
         parser.print_help()
         return 0
     options.overrides += rest  # overrides after a flag
+    if options.command == "check" and options.overrides[:1] == ["parity"]:
+        from sailplan.cli import parity_command
+
+        options.overrides = options.overrides[1:]
+        return parity_command.run(options)
+    if options.command == "check" and options.loss:
+        raise ConfigurationError("check --loss: expected the word parity: sailplan check parity --loss module:function")
     _check_overrides(options.overrides)
     if options.command == "data":
         from sailplan.cli import data_commands

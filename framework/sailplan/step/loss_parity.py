@@ -1,0 +1,101 @@
+"""Is a contrastive loss exact across ranks? The test that `sailplan check parity --loss module:function` runs on a loss it is handed.
+
+Every row of a batch is a parameter of its own here, so that no encoder can hide a wrong gradient. The loss is called once by
+a world of one on all rows: that is the reference. Then several forked gloo ranks call it on their rows each. A data-parallel
+trainer takes the mean over ranks of the parameters' gradients; a rank's rows have a gradient on that rank only, so the mean is
+the concatenation of the ranks' gradients divided by their number. It must be the reference (docs/exactness.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sailplan_kernels.testing import RankFailure, run_ranks
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+ROWS, SIZE = 6, 16  # of a rank
+TOLERANCE = 1e-10  # of the largest element of the true gradient
+
+
+@dataclass(frozen=True)
+class LossParity:
+    """What was found; `problem` says in words why no gradient could be compared."""
+
+    exact: bool
+    scale: float = float("nan")  # least-squares factor of the found gradient over the true one
+    cosine: float = float("nan")  # between the two
+    error: float = float("inf")  # largest difference over the largest true element
+    loss: float = float("nan")  # mean of the ranks' losses
+    full_batch_loss: float = float("nan")
+    problem: str = ""
+
+    def __str__(self) -> str:
+        if self.problem:
+            return self.problem
+        return f"scale factor {self.scale:.6g}, cosine {self.cosine:.6f}, relative error {self.error:.1e}"
+
+
+def _batch(rows: int) -> list[Tensor]:
+    """Queries and keys [rows, SIZE], float64, of length one; a key resembles its query, as after some training."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(rows, SIZE, dtype=torch.float64, generator=generator)
+    keys = queries + torch.randn(rows, SIZE, dtype=torch.float64, generator=generator)
+    return [torch.nn.functional.normalize(side, dim=1) for side in (queries, keys)]
+
+
+def _gradients(rank: int, world_size: int, function: Loss, rows: int) -> tuple[float, list[Any]]:
+    """The loss and the gradients of this rank's rows, as lists of numpy arrays; None where there is none."""
+    sides = [side.chunk(world_size)[rank].clone().requires_grad_() for side in _batch(rows)]
+    loss = function(*sides)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"the loss returned {found}, expected a tensor of one element")
+    if loss.requires_grad:
+        loss.backward()
+    return float(loss), [None if side.grad is None else side.grad.numpy() for side in sides]
+
+
+def check_loss(function: Loss, world_size: int = 4, timeout: float = 60.0) -> LossParity:
+    """Compares `function(queries, keys)` on `world_size` ranks with the same function on one.
+
+    The function gets the rank's rows [6, 16], float64, inside an initialised default group (gloo), and returns the rank's loss.
+    A rank that raises, returns no finite gradient or does not finish within `timeout` seconds is a finding, not an error.
+    """
+    rows = ROWS * world_size
+    try:
+        ((full_loss, reference),) = run_ranks(_gradients, 1, function, rows, timeout=timeout)
+    except RankFailure as failure:
+        return LossParity(False, problem=f"on one rank, with the full batch: {_last_line(failure)}")
+    try:
+        found = run_ranks(_gradients, world_size, function, rows, timeout=timeout)
+    except RankFailure as failure:
+        return LossParity(False, problem=_last_line(failure))
+    for name, (loss, sides) in [("the full batch on one rank", (full_loss, reference)), *((f"rank {rank}", one) for rank, one in enumerate(found))]:
+        for side, gradient in zip(("queries", "keys"), sides, strict=True):
+            if gradient is None:
+                return LossParity(False, problem=f"{name}: {side} get no gradient")
+            if not torch.from_numpy(gradient).isfinite().all() or loss != loss:
+                return LossParity(False, problem=f"{name}: the loss or the gradient of {side} is not finite")
+    true = torch.cat([torch.from_numpy(side) for side in reference]).flatten()
+    mean = torch.cat([torch.from_numpy(sides[side]) for side in (0, 1) for _, sides in found]).flatten() / world_size
+    if not true.any():
+        return LossParity(False, problem="the full batch on one rank: the gradient is zero everywhere, nothing can be compared")
+    error = float((mean - true).abs().max() / true.abs().max())
+    return LossParity(
+        exact=error <= TOLERANCE,
+        scale=float(mean @ true / (true @ true)),
+        cosine=float(torch.nn.functional.cosine_similarity(mean, true, dim=0, eps=1e-300)),
+        error=error,
+        loss=sum(loss for loss, _ in found) / world_size,
+        full_batch_loss=full_loss,
+    )
+
+
+def _last_line(failure: RankFailure) -> str:
+    lines = str(failure).strip().splitlines()
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1].strip()}"
