@@ -45,6 +45,12 @@ def test_replicated_parameters_have_the_full_batch_gradient_too(expected: Any) -
     assert row.error <= EXACT, row
 
 
+def test_hybrid_sharding_has_the_full_batch_gradient_too(expected: Any) -> None:
+    """Two copies of the parameters, each cut over two ranks."""
+    for row in compare(4, 1, ((1, 0), (3, 1)), expected=expected, replicas=2):
+        assert row.error <= EXACT, row
+
+
 @pytest.mark.parametrize(
     ("objective", "dataset"),
     [("cosent", "pairs"), ("micl", "items"), ("late_fusion", "pairs"), ("seq2item", "sequences"), ("id2item", "items")],
@@ -93,7 +99,7 @@ class _Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _reductions(rank: int, world_size: int, micro_batches: int, kept_graphs: int) -> tuple[dict[str, int], int]:
+def _reductions(rank: int, world_size: int, micro_batches: int, kept_graphs: int, layout: dict[str, Any]) -> tuple[dict[str, int], int]:
     from sailplan.step.gradient_cache import GradientCache
 
     parallel = join_layout(1)
@@ -105,16 +111,24 @@ def _reductions(rank: int, world_size: int, micro_batches: int, kept_graphs: int
             return whole(cache)
 
     GradientCache.backward = watched  # type: ignore[method-assign]  # this rank is a process of its own
-    step, _ = cached_step(parallel, micro_batches, kept_graphs, WEIGHTS)
+    step, _ = cached_step(parallel, micro_batches, kept_graphs, WEIGHTS, **layout)
     units = sum(hasattr(module, "set_requires_gradient_sync") for module in step.encoder.modules())
     return dict(collectives.counts), units
 
 
 @pytest.mark.parametrize(("micro_batches", "kept_graphs"), [(1, 0), (4, 0), (4, 3)])
 def test_one_reduction_a_step_whatever_the_number_of_micro_batches(micro_batches: int, kept_graphs: int) -> None:
-    for counts, units in run_ranks(_reductions, 2, micro_batches, kept_graphs):
+    for counts, units in run_ranks(_reductions, 2, micro_batches, kept_graphs, {}):
         assert units == 6
         assert counts == {"_reduce_scatter_base_": units}  # and no parameter is gathered a second time
+
+
+@pytest.mark.parametrize("micro_batches", [1, 8])
+def test_one_reduction_a_step_in_hybrid_and_replicated_layouts(micro_batches: int) -> None:
+    for counts, units in run_ranks(_reductions, 4, micro_batches, 0, {"replicas": 2}):
+        assert counts == {"_reduce_scatter_base_": units, "allreduce_": units}  # within a copy, then between the copies
+    for counts, units in run_ranks(_reductions, 2, micro_batches, 0, {"sharded": False}):
+        assert counts == {"allreduce_": units}
 
 
 def test_thresholds_matter_in_the_case_under_test() -> None:

@@ -173,3 +173,23 @@ def test_bfloat16_computation_keeps_float32_parameters_and_gradients():
     for error, out, parameters, gradients in run_ranks(mixed_precision, 2):
         assert 1e-5 < error < 0.03
         assert {out} == parameters == gradients == {torch.float32}
+
+
+def hybrid_step(rank, world):
+    parallel = join_layout(1)
+    model = parallelize.shard(OmniEncoder(small_config(), dtype=torch.float64, seed=1), parallel, shard=True, replicas=2)
+    held = sum(p.to_local().numel() for p in model.parameters())
+    run_step(model, parallel)
+    gradients = whole_gradients(model, parallel)
+    return held, gradients, parallelize.clip_gradient_norm(model.parameters(), 1e9, parallel)
+
+
+def test_hybrid_sharding_holds_half_on_each_of_four_ranks_and_has_the_same_gradients(alone):
+    whole = sum(weight.numel() for weight in alone[0].values())
+    norm = sum(float(gradient.square().sum()) for gradient in alone[2].values()) ** 0.5
+    found = run_ranks(hybrid_step, 4)
+    assert [held for held, _, _ in found[:2]] == [held for held, _, _ in found[2:]] and found[0][0] + found[1][0] == whole
+    for _, gradients, found_norm in found:
+        assert float(found_norm) == pytest.approx(norm, rel=1e-10)
+        for name, expected in alone[2].items():
+            torch.testing.assert_close(gradients[name], expected, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--ranks", type=int, default=None, help="world size to plan for (default: this launch's)")
             command.add_argument("--json", action="store_true", help="as JSON, with the digest of every step's samples")
         if name == "check":
-            command.add_argument("--loss", default=None, metavar="MODULE:FUNCTION", help="check parity: the loss, called as function(queries, keys) on each rank")
+            command.add_argument("--loss", default=None, metavar="MODULE:FUNCTION", help="check parity: the loss, called with (queries, keys) on each rank")
             command.add_argument("--world-size", type=int, default=4, help="check parity: ranks to fork (default: 4)")
             command.add_argument("--timeout", type=float, default=60.0, help="check parity: seconds after which a hang is reported (default: 60)")
         if name in ("mine", "balance", "evaluate", "embed", "export", "report"):

@@ -57,7 +57,12 @@ def _check_parallel(config: Config, world_size: int) -> None:
             f"parallel.tensor={tensor} does not divide the world of {world_size} processes: use a divisor, or start another number of processes"
         )
     _one_of("parallel.dtype", config.parallel.dtype, ("float32", "bfloat16", "float64"))
+    _one_of("parallel.sharding", config.parallel.sharding, ("shard", "hybrid", "replicate"))
     data_parallel = world_size // tensor
+    replicas = config.parallel.replicas
+    if config.parallel.sharding == "hybrid" and (replicas < 1 or data_parallel % replicas):
+        allowed = ", ".join(str(size) for size in range(1, data_parallel + 1) if data_parallel % size == 0)
+        raise ConfigurationError(f"parallel.replicas={replicas} does not divide the data-parallel size {data_parallel}: expected one of {allowed}")
     if config.data.lanes % data_parallel:
         raise ConfigurationError(
             f"data.lanes={config.data.lanes} does not divide by the data-parallel size {data_parallel}: use a multiple of every size you plan to use"

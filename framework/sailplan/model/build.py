@@ -21,4 +21,6 @@ def build_encoder(config: ModelConfig, parallel_config: ParallelConfig, parallel
     check_model(config, parallel.tensor_parallel_size)
     dtype = torch.float64 if parallel_config.dtype == "float64" else torch.float32
     compute = torch.bfloat16 if parallel_config.dtype == "bfloat16" else None
-    return shard(OmniEncoder(config, dtype=dtype, seed=seed), parallel, shard=parallel_config.shard, compute_dtype=compute)
+    encoder = OmniEncoder(config, dtype=dtype, seed=seed)
+    replicas = parallel_config.replicas if parallel_config.sharding == "hybrid" else 1
+    return shard(encoder, parallel, shard=parallel_config.sharding != "replicate", replicas=replicas, compute_dtype=compute)

@@ -1,7 +1,7 @@
 """Data parallelism put onto a model from outside: the model's own code knows nothing of it.
 
 Tensor parallelism is inside megatron-core's layers. Over the data-parallel group, FSDP2 shards every
-parameter's first dimension, one unit per transformer layer and one for the rest, and averages gradients over
+parameter's first dimension (or keeps whole copies, or several copies that are each cut), one unit per transformer layer and one for the rest, and averages gradients over
 the ranks. Parameters stay gathered from the first forward of a step to its last backward, so a step of many
 micro-batches gathers once and reduces once.
 
@@ -27,12 +27,13 @@ from sailplan.runtime.process import Parallel
 TENSOR_PARALLEL_NOTES = ("tensor_model_parallel", "partition_dim", "partition_stride", "tensor_parallel_partial")
 
 
-def shard(model: nn.Module, parallel: Parallel, *, shard: bool, compute_dtype: torch.dtype | None = None) -> nn.Module:
+def shard(model: nn.Module, parallel: Parallel, *, shard: bool, replicas: int = 1, compute_dtype: torch.dtype | None = None) -> nn.Module:
     """Moves `model` to the rank's device and spreads it over the data-parallel group, in place; returns it.
 
     shard: True cuts every parameter over the data-parallel ranks. False keeps whole copies and only averages
-    gradients: the same machinery over a mesh of (data-parallel size) x 1, so that both run one path, and a
-    world of one runs it too.
+    gradients: the same machinery over a mesh of (data-parallel size) x 1, so that both run one path.
+    replicas: hybrid sharding where above 1: so many copies, each cut over neighbouring data-parallel ranks (those of a
+    node, where their number is the node's); gradients are averaged over both. A divisor of the data-parallel size.
     compute_dtype: None computes in the parameters' dtype; bfloat16 over float32 parameters gathers and computes
     in bfloat16 and reduces gradients in float32 (the optimizer then updates float32 parameters).
 
@@ -40,7 +41,7 @@ def shard(model: nn.Module, parallel: Parallel, *, shard: bool, compute_dtype: t
     """
     model.to(parallel.device)
     notes = {name: {key: getattr(p, key) for key in TENSOR_PARALLEL_NOTES if hasattr(p, key)} for name, p in model.named_parameters()}
-    mesh = _mesh(parallel, shard)
+    mesh = _mesh(parallel, replicas if shard else parallel.data_parallel_size)
     policy = MixedPrecisionPolicy()
     if compute_dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=next(model.parameters()).dtype, cast_forward_inputs=False)
@@ -54,13 +55,21 @@ def shard(model: nn.Module, parallel: Parallel, *, shard: bool, compute_dtype: t
     return model
 
 
-def _mesh(parallel: Parallel, shard: bool) -> DeviceMesh:
-    kind = parallel.device.type
-    if shard:
+def _mesh(parallel: Parallel, replicas: int) -> DeviceMesh:
+    """The data-parallel ranks as (copies) x (ranks that share a copy), or in one dimension where there is one copy.
+
+    Raises ValueError where `replicas` does not divide the data-parallel size.
+    """
+    kind, size = parallel.device.type, parallel.data_parallel_size
+    if replicas < 1 or size % replicas:
+        raise ValueError(f"replicas={replicas}: expected a divisor of the data-parallel size {size}")
+    if replicas == 1:
         return DeviceMesh.from_group(parallel.data_parallel_group, kind)
-    ranks = dist.get_process_group_ranks(parallel.data_parallel_group)
-    alone = dist.new_group([parallel.rank], use_local_synchronization=True)
-    return DeviceMesh.from_group([parallel.data_parallel_group, alone], kind, mesh=torch.tensor(ranks)[:, None], mesh_dim_names=("replicate", "shard"))
+    mesh = torch.tensor(dist.get_process_group_ranks(parallel.data_parallel_group)).view(replicas, -1)
+    copies = mesh[:, parallel.data_parallel_rank % mesh.size(1)].tolist()
+    cut = mesh[parallel.data_parallel_rank // mesh.size(1)].tolist()
+    groups = [parallel.data_parallel_group if len(ranks) == size else dist.new_group(ranks, use_local_synchronization=True) for ranks in (copies, cut)]
+    return DeviceMesh.from_group(groups, kind, mesh=mesh, mesh_dim_names=("replicate", "shard"))
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:

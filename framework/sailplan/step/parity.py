@@ -84,12 +84,13 @@ def cached_step(
     *,
     dropout: float = 0.0,
     sharded: bool = True,
+    replicas: int = 1,
     datasets: Sequence[str] = tuple(ROWS),
 ) -> tuple[TrainingStep, tuple[Any, ...]]:
     """A training step on this rank's share, run up to its gradients: the step, and what `gradients` returned."""
     config = step_config(kept_graphs=kept_graphs, dropout=dropout)
     encoder, objectives, temperatures = build_modules(config)
-    shard(encoder, parallel, shard=sharded)
+    shard(encoder, parallel, shard=sharded, replicas=replicas)
     optimizer = build_optimizer(encoder, objectives, temperatures, OptimizerConfig())
     step = TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, AllGather(parallel.data_parallel_group))
     batches = [
@@ -130,11 +131,12 @@ def _layout(
     weights: dict[str, float],
     datasets: Sequence[str],
     sharded: bool,
+    replicas: int,
 ) -> list[Row]:
     parallel = join_layout(tensor_parallel)
     rows = []
     for micro_batches, kept_graphs in cases:
-        step, (loss, *_, calls) = cached_step(parallel, micro_batches, kept_graphs, weights, datasets=datasets, sharded=sharded)
+        step, (loss, *_, calls) = cached_step(parallel, micro_batches, kept_graphs, weights, datasets=datasets, sharded=sharded, replicas=replicas)
         errors = relative_errors(gathered_gradients(step, parallel), expected[1])
         errors["loss"] = abs(float(loss) - expected[0]) / abs(expected[0])
         worst = max(errors, key=lambda name: errors[name])
@@ -151,10 +153,11 @@ def compare(
     datasets: Sequence[str] = tuple(ROWS),
     expected: tuple[float, dict[str, Tensor]] | None = None,
     sharded: bool = True,
+    replicas: int = 1,
 ) -> list[Row]:
     """One line for each case at a layout, run on forked ranks; the errors are rank 0's, gathered from all."""
     expected = reference(weights, datasets) if expected is None else expected
-    return run_ranks(_layout, world_size, tensor_parallel, cases, expected, weights, datasets, sharded, timeout=120)[0]
+    return run_ranks(_layout, world_size, tensor_parallel, cases, expected, weights, datasets, sharded, replicas, timeout=120)[0]
 
 
 def main() -> None:

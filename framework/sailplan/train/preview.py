@@ -33,8 +33,8 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
     memory = estimate_memory(
         config.model,
         tensor=config.parallel.tensor,
-        data=data_parallel,
-        shard=config.parallel.shard,
+        data=data_parallel // config.parallel.replicas if config.parallel.sharding == "hybrid" else data_parallel,
+        shard=config.parallel.sharding != "replicate",
         rows=min(live, rank_rows),
         tokens=config.data.max_tokens,
         image_size=config.data.image_size,
