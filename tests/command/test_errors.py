@@ -21,6 +21,8 @@ PACK = Path(__file__).resolve().parents[2] / "data" / "quickstart"
         (["train", "experiment=quickstartt"], ["quickstartt", "quickstart"]),
         (["plan", "experiment=quickstart", "globl_batch=3"], ["globl_batch", "global_batch"]),
         (["plan", "experiment=quickstart", "parallel.tensor=3", "--ranks", "3"], ["tensor"]),
+        (["plan", "experiment=quickstart", "parallel.sharding=fully", "--ranks", "2"], ["parallel.sharding=fully", "shard, hybrid, replicate"]),
+        (["plan", "experiment=quickstart", "parallel.sharding=hybrid", "parallel.replicas=3", "--ranks", "4"], ["parallel.replicas=3", "size 4", "1, 2, 4"]),
         (["train", "experiment=quickstart", "data.root=/nowhere"], ["/nowhere"]),
         (["evaluate", "--run-folder", "/nowhere"], ["/nowhere/config.yaml"]),
         (["report", "--run-folder", "/nowhere"], ["/nowhere/config.yaml"]),
