@@ -1,7 +1,8 @@
 """Data parallelism put onto a model from outside: the model's own code knows nothing of it.
 
 Tensor parallelism is inside megatron-core's layers. Over the data-parallel group, FSDP2 shards every
-parameter's first dimension (or keeps whole copies, or several copies that are each cut), one unit per transformer layer and one for the rest, and averages gradients over
+parameter's first dimension (or keeps whole copies, or several copies that are each cut),
+one unit per transformer layer and one for the rest, and averages gradients over
 the ranks. Parameters stay gathered from the first forward of a step to its last backward, so a step of many
 micro-batches gathers once and reduces once.
 
