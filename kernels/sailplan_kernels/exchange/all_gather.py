@@ -1,7 +1,7 @@
 """All ranks receive all rows: all-gather forward, reduce-scatter-sum backward.
 
 Bytes per rank: 2(W-1)mD for the gather in bf16 and 4(W-1)mD for the gradient in fp32 (m rows a rank). Memory: the
-gathered rows and their gradient, O(W m D).
+gathered rows and their gradient, O(W m D). A stream hands out this rank's own rows while the others are in flight.
 
 Ranks may hold different numbers of rows: the rows are padded to the longest, gathered, and the padding cut away.
 The gather owns its autograd function because the one torch ships returned silently wrong gradients on gloo for a
@@ -10,9 +10,13 @@ non-contiguous upstream gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sailplan_kernels.exchange.base import Shard
 
 # torch 2.13 renamed both collectives and warns at each call under the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -21,6 +25,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 class AllGather:
     """Exchange over a torch.distributed process group (None: the default group), gloo or nccl."""
+
+    whole = True
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -53,6 +59,9 @@ class AllGather:
         _reduce_scatter(mine, x.contiguous(), group=self.group)
         return mine[: sizes[self.rank]]
 
+    def stream(self, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> _Gathered:
+        return _Gathered(self, x.detach(), sizes, accumulate)
+
     def sum(self, x: Tensor) -> Tensor:
         return self._reduce(x, dist.ReduceOp.SUM)
 
@@ -77,6 +86,44 @@ class AllGather:
         if all(size == longest for size in sizes):
             return everyone
         return torch.cat([part[:size] for part, size in zip(everyone.split(longest), sizes, strict=True)])
+
+
+class _Gathered:
+    """The stream: one gather, started at once, waited for after the own rows; one buffer of gradients."""
+
+    def __init__(self, exchange: AllGather, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> None:
+        self.exchange, self.x, self.sizes, self.accumulate = exchange, x, sizes, accumulate
+        self.longest = max(sizes)
+        mine = x
+        if len(x) != self.longest:
+            mine = x.new_zeros((self.longest, *x.shape[1:]))
+            mine[: len(x)] = x
+        self.everyone = x.new_empty((exchange.world_size * self.longest, *x.shape[1:]))
+        self.work = _all_gather(self.everyone, mine.contiguous(), group=exchange.group, async_op=True)
+        self.gradient: Tensor | None = None
+
+    def shards(self, accumulate: bool = False) -> Iterator[Shard]:
+        if accumulate and self.gradient is None:
+            self.gradient = torch.zeros_like(self.everyone, dtype=self.accumulate)
+        rank, longest = self.exchange.rank, self.longest
+        for first, last in ((rank, rank + 1), (0, rank), (rank + 1, len(self.sizes))):
+            if first != rank and self.work is not None:
+                self.work.wait()
+                self.work = None
+            # Padding lies between ranks of different sizes; without it neighbours are one shard.
+            even = all(size == longest for size in self.sizes[first:last])
+            for one in [(first, last)] if even else [(r, r + 1) for r in range(first, last)]:
+                rows = slice(one[0] * longest, one[0] * longest + sum(self.sizes[slice(*one)]))
+                if rows.stop > rows.start:
+                    vectors = self.x if one == (rank, rank + 1) else self.everyone[rows]
+                    yield Shard(sum(self.sizes[: one[0]]), vectors, self.gradient[rows] if accumulate and self.gradient is not None else None)
+
+    def finish(self) -> Tensor:
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.everyone, dtype=self.accumulate)
+        mine = self.gradient.new_empty((self.longest, *self.x.shape[1:]))
+        _reduce_scatter(mine, self.gradient, group=self.exchange.group)
+        return mine[: len(self.x)]
 
 
 class _Gather(torch.autograd.Function):

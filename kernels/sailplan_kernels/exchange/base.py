@@ -1,16 +1,39 @@
 """What a loss needs from the other ranks, and nothing more.
 
 Every method is a collective: all ranks of the exchange call it, in the same order, whether or not their own tensors
-need gradients. A loss that computes its gradient in the forward pass uses ``gather`` without autograd and
-``reduce_scatter``; a loss that leaves the gradient to autograd uses ``gather`` alone, whose backward is that same
-reduce-scatter. Sums, never means: the convention across ranks is the loss's business (see infonce/api.py).
+need gradients. A loss that computes its gradient in the forward pass streams over everybody's rows and hands each
+shard's gradient in; a loss that leaves the gradient to autograd uses ``gather`` alone, whose backward is the same sum.
+Sums, never means: the convention across ranks is the loss's business (see infonce/api.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive rows of all ranks' rows, in memory now."""
+
+    start: int  # index of the first of them among all ranks' rows, in rank order
+    vectors: Tensor  # [s, D]
+    gradient: Tensor | None  # [s, D] add to it; None: this round carries no gradient
+
+
+class Stream(Protocol):
+    """All ranks' rows, a shard at a time, own rows first."""
+
+    def shards(self, accumulate: bool = False) -> Iterator[Shard]:
+        """One round over all rows. With ``accumulate`` each shard has a place for its gradient, zero at the first such round
+        (a stream of an exchange that is not ``whole`` allows one such round). Use a shard before you ask for the next."""
+
+    def finish(self) -> Tensor:
+        """[n, D] sum over ranks of the gradients of this rank's own rows, after the round that accumulated them."""
 
 
 @runtime_checkable
@@ -19,6 +42,7 @@ class Exchange(Protocol):
 
     rank: int
     world_size: int
+    whole: bool  # a stream keeps all shards in memory: another round costs nothing
 
     def sizes(self, n: int) -> list[int]:
         """Every rank's ``n``, in rank order."""
@@ -33,6 +57,9 @@ class Exchange(Protocol):
 
     def reduce_scatter(self, x: Tensor, sizes: list[int]) -> Tensor:
         """Sum of all ranks' ``x`` [sum(sizes), ...], of which this rank gets its ``sizes[rank]`` rows. No gradient."""
+
+    def stream(self, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> Stream:
+        """All ranks' ``x`` [n, D] as a stream; gradients accumulate in ``accumulate``. May start to send at once."""
 
     def sum(self, x: Tensor) -> Tensor:
         """Elementwise sum over ranks, as a new tensor. No gradient."""

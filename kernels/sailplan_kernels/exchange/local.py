@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
+
+from sailplan_kernels.exchange.base import Shard
 
 
 class Local:
@@ -10,6 +15,7 @@ class Local:
 
     rank = 0
     world_size = 1
+    whole = True
 
     def sizes(self, n: int) -> list[int]:
         return [n]
@@ -20,8 +26,25 @@ class Local:
     def reduce_scatter(self, x: Tensor, sizes: list[int]) -> Tensor:
         return x.detach()
 
+    def stream(self, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> _OwnRows:
+        return _OwnRows(x, accumulate)
+
     def sum(self, x: Tensor) -> Tensor:
         return x.detach().clone()
 
     def max(self, x: Tensor) -> Tensor:
         return x.detach().clone()
+
+
+class _OwnRows:
+    def __init__(self, x: Tensor, accumulate: torch.dtype) -> None:
+        self.x, self.accumulate = x.detach(), accumulate
+        self.gradient: Tensor | None = None
+
+    def shards(self, accumulate: bool = False) -> Iterator[Shard]:
+        if accumulate and self.gradient is None:
+            self.gradient = torch.zeros_like(self.x, dtype=self.accumulate)
+        yield Shard(0, self.x, self.gradient if accumulate else None)
+
+    def finish(self) -> Tensor:
+        return torch.zeros_like(self.x, dtype=self.accumulate) if self.gradient is None else self.gradient

@@ -1,4 +1,4 @@
-"""The call: check, agree with the other ranks, run a backend for every prefix, report.
+"""The call: check, agree with the other ranks, run a backend, report.
 
 Row i with query q, positive key p and temperature t pays softplus(lse_neg - cos(q, p) / t), lse_neg the logsumexp of
 cos / t over its negatives; that equals -log softmax, but stays exact when the loss is tiny and is 0, not NaN, when
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
-from sailplan_kernels.infonce.chunked import chunked_loss
+from sailplan_kernels.infonce.fused import fused_loss
 from sailplan_kernels.infonce.normalize import normalize
 from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.infonce.problem import build_problem
 from sailplan_kernels.infonce.reference import reference_loss
+from sailplan_kernels.infonce.torch_engine import TorchEngine
 
 
 @dataclass(frozen=True)
@@ -139,15 +140,13 @@ def infonce(
             exchange=exchange,
             backend=chosen,
         )
-        run = reference_loss if chosen == "reference" else chunked_loss
-        losses = []
-        for prefix in options.prefixes:
-            q, k, h = (normalize(x[..., :prefix]) for x in (problem.queries, problem.keys, problem.hard))
-            loss, positive_score, correct = run(problem, q, k, h)
-            losses.append(loss)
-        total = torch.stack([w * loss for w, loss in zip(options.prefix_weights, losses, strict=True)]).sum()
-        detached = torch.stack(losses).detach() / exchange.world_size
-        summary = exchange.sum(torch.cat([detached, correct.sum()[None].to(detached.dtype)]))
+        if chosen == "reference":
+            total, losses, positive_score, correct = reference_loss(problem)
+        else:
+            longest = options.prefixes[-1]
+            q, k, h = (normalize(x[..., :longest]) for x in (problem.queries, problem.keys, problem.hard))
+            total, losses, positive_score, correct = fused_loss(problem, TorchEngine(), q, k, h)
+        summary = exchange.sum(torch.cat([losses / exchange.world_size, correct.sum()[None].to(losses.dtype)]))
     return InfoNCEOutput(
         loss=total,
         prefix_losses=summary[:-1],

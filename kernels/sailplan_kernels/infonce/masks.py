@@ -47,6 +47,21 @@ def drop_by_score(keep: Tensor, cosine: Tensor, positive: Tensor, options: InfoN
         keep &= cosine <= positive * options.margin_relative
 
 
+def limits(positive: Tensor, options: InfoNCEOptions) -> Tensor | None:
+    """Cosines, as ``positive`` [P, n], above which a pair is dropped: drop_by_score as one comparison. None: nothing is."""
+    if not options.filters:
+        return None
+    limit = torch.full_like(positive, torch.inf)
+    if options.max_negative_score is not None:
+        highest = torch.full_like(positive, options.max_negative_score)
+        limit = torch.minimum(limit, torch.nextafter(highest, torch.full_like(highest, -torch.inf)))
+    if options.margin_absolute is not None:
+        limit = torch.minimum(limit, positive + options.margin_absolute)
+    if options.margin_relative is not None:
+        limit = torch.minimum(limit, positive * options.margin_relative)
+    return limit
+
+
 def best_per_key(positive: Tensor, scores: Tensor, counts: Tensor, n_keys: int) -> Tensor:
     """[M] the best positive cosine of the counted rows pointing to each key (1 where none does: no filter).
 

@@ -12,10 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sailplan_kernels.infonce.masks import best_per_key, drop_by_score, negatives
+from sailplan_kernels.infonce.normalize import normalize
 from sailplan_kernels.infonce.problem import Problem
 
 
-def reference_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """This rank's weighted loss (0-d), loss of each prefix [P] without gradient, and of the longest prefix the positives'
+    cosines [N] and whether each row is right [N]."""
+    losses, options = [], problem.options
+    for prefix in options.prefixes:
+        q, k, h = (normalize(x[..., :prefix]) for x in (problem.queries, problem.keys, problem.hard))
+        loss, positive, correct = _prefix_loss(problem, q, k, h)
+        losses.append(loss)
+    total = torch.stack([weight * loss for weight, loss in zip(options.prefix_weights, losses, strict=True)]).sum()
+    return total, torch.stack(losses).detach(), positive, correct
+
+
+def _prefix_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's loss (0-d), its positives' cosines [N] and whether each row is right [N], of one prefix.
 
     Arguments: normalised [N, d], [M, d], [N, H, d].

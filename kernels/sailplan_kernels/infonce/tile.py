@@ -42,6 +42,7 @@ class Rule:
     prefixes: tuple[int, ...]
     tags_in_use: tuple[int, ...]  # columns of the tags to compare; () for candidates without tags
     columns: bool  # the column loss is wanted too: rows are then candidates of the columns
+    moments: bool = True  # row_moment, column_moment and the temperature sums are read; an engine may leave them 0 otherwise
     sigmoid: bool = False  # pairwise sigmoid loss instead of a softmax (SigLIP); its bias is in ``correction``, negated; without columns
 
 

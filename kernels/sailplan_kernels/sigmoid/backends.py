@@ -1,7 +1,7 @@
 """Two ways to the same sum: all scores at once under autograd, or row chunks with the gradient in the forward pass.
 
 The chunked pass needs no logsumexp, so a chunk's scores are read once: value, both embedding gradients (6 NMD) and
-the gradients of temperature and bias come out together. Collectives as in infonce/chunked.py: a gather of keys and a
+the gradients of temperature and bias come out together. Collectives as in infonce/fused.py: a gather of keys and a
 reduce-scatter sum of their gradient, both in the forward.
 """
 
