@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sailplan_kernels import AllGather, Exchange, Local, infonce
+from sailplan_kernels import EXCHANGES, AllGather, Exchange, Local, infonce
 from sailplan_kernels.testing import RankFailure, run_ranks
 
 LEAVES = ("queries", "keys", "hard_negatives", "temperature")
@@ -64,8 +64,8 @@ def check(parts: list, expected) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_ranks_equal_one_process(make_case, world_size, backend):
+@pytest.mark.parametrize("backend, exchange_name", [("reference", "all_gather"), *(("chunked", name) for name in EXCHANGES)])
+def test_ranks_equal_one_process(make_case, world_size, backend, exchange_name):
     cases = []
     for (seed, options), per_row in itertools.product(enumerate(OPTIONS), (False, True)):
         cases.append(make_case(seed, *SHAPES[world_size], per_row_temperature=per_row, **options))
@@ -75,7 +75,7 @@ def test_ranks_equal_one_process(make_case, world_size, backend):
         case["query_valid"] = torch.zeros_like(case["query_valid"])  # no valid row anywhere
 
     def work(rank, _):
-        exchange = AllGather()
+        exchange = EXCHANGES[exchange_name]()
         results = []
         for ranks, _ in cases:
             out, gradients = call(ranks[rank], exchange=exchange, backend=backend, memory_budget=1500)
@@ -146,7 +146,8 @@ def test_gather_of_uneven_rows_and_its_gradient():
         assert total.tolist() == [3, 3] and top.tolist() == [1, 2]
 
 
-def test_exchange_over_a_subgroup(make_case):
+@pytest.mark.parametrize("exchange_name", EXCHANGES)
+def test_exchange_over_a_subgroup(make_case, exchange_name):
     """Group ranks are not global ranks: ranks 1 and 2 of three share their negatives, rank 0 stays alone."""
     ranks, whole = make_case(4, *SHAPES[2], symmetric=True)
 
@@ -154,10 +155,33 @@ def test_exchange_over_a_subgroup(make_case):
         group = dist.new_group([1, 2])
         if rank == 0:
             return None
-        out, gradients = call(ranks[rank - 1], exchange=AllGather(group))
+        out, gradients = call(ranks[rank - 1], exchange=EXCHANGES[exchange_name](group))
         return out.loss.detach(), out.prefix_losses, out.valid_rows, out.accuracy, out.positive_score, gradients
 
     check(run_ranks(work, 3)[1:], call(whole, backend="reference"))
+
+
+def test_exchanges_agree_on_four_uneven_ranks(make_case):
+    """Loss and gradients of every exchange, one rank at a time, to 1e-12 in float64; ranks in an order that is not theirs."""
+    shapes = ((5, 3, 0, 4), (7, 4, 2, 4))
+    cases = [make_case(i, *shapes, **options) for i, options in enumerate(({}, {"symmetric": True, "prefixes": (3, 7)}, {"query_negatives": True}))]
+
+    def work(rank, _):
+        group = dist.new_group([3, 1, 0, 2], sort_ranks=False)
+        place = [3, 1, 0, 2].index(rank)
+        results = []
+        for ranks, _ in cases:
+            found = {name: call(ranks[place], exchange=exchange(group), memory_budget=1500) for name, exchange in EXCHANGES.items()}
+            results.append({name: (out.loss.detach(), gradients) for name, (out, gradients) in found.items()})
+        return results
+
+    for results in run_ranks(work, 4):
+        for found in results:
+            loss, gradients = found["all_gather"]
+            for other, other_gradients in found.values():
+                torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-13)
+                for name, gradient in gradients.items():
+                    torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-12, atol=1e-13)
 
 
 def test_local_exchange_is_the_default(make_case):

@@ -1,7 +1,11 @@
 """How ranks show each other their embeddings: one interface, several ways."""
 
 from sailplan_kernels.exchange.all_gather import AllGather
-from sailplan_kernels.exchange.base import Exchange
+from sailplan_kernels.exchange.base import Exchange, Shard, Stream
 from sailplan_kernels.exchange.local import Local
+from sailplan_kernels.exchange.ring import Ring
 
-__all__ = ["AllGather", "Exchange", "Local"]
+# Name in configuration files -> class, which takes a process group.
+EXCHANGES: dict[str, type[AllGather]] = {"all_gather": AllGather, "ring": Ring}
+
+__all__ = ["EXCHANGES", "AllGather", "Exchange", "Local", "Ring", "Shard", "Stream"]
