@@ -20,12 +20,12 @@ from torch import Tensor
 
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
+from sailplan_kernels.infonce.engines import make_engine
 from sailplan_kernels.infonce.fused import fused_loss
 from sailplan_kernels.infonce.normalize import normalize
 from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.infonce.problem import build_problem
 from sailplan_kernels.infonce.reference import reference_loss
-from sailplan_kernels.infonce.torch_engine import TorchEngine
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,15 @@ def infonce(
     prefixes, prefix_weights: Matryoshka; the first d dimensions are normalised anew and pay a loss of their own; the
         loss is the weighted sum (weights 1).
     exchange: how ranks see each other's keys; None: this rank alone. All ranks must call, with equal options.
-    memory_budget: bytes that one chunk of rows may take (chunked).
+    backend: "reference" (the definition, N x M memory), "chunked" (torch, gradient in the forward), "triton"; "auto"
+        takes triton for half-precision inputs on CUDA where it can run, else chunked. The output says which one ran.
+    memory_budget: bytes that the scores in memory may take (chunked, triton): rows of a chunk, and how many tiles wait
+        for their gradient instead of being computed again.
 
     Raises ValueError on a wrong call. No valid row anywhere gives loss 0 with zero gradients.
     """
-    chosen = checks.choose_backend(backend)
     checks.check_embeddings(queries, keys, hard_negatives)
+    chosen = checks.choose_backend(backend, queries)
     checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid)
     checks.check_log_probability(key_log_probability, len(keys), queries.device)
     if hard_negatives is not None:
@@ -145,7 +148,7 @@ def infonce(
         else:
             longest = options.prefixes[-1]
             q, k, h = (normalize(x[..., :longest]) for x in (problem.queries, problem.keys, problem.hard))
-            total, losses, positive_score, correct = fused_loss(problem, TorchEngine(), q, k, h)
+            total, losses, positive_score, correct = fused_loss(problem, make_engine(chosen), q, k, h)
         summary = exchange.sum(torch.cat([losses / exchange.world_size, correct.sum()[None].to(losses.dtype)]))
     return InfoNCEOutput(
         loss=total,

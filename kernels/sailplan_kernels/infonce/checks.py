@@ -7,17 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sailplan_kernels.infonce.engines import why_no_triton
+
 BACKENDS = ("auto", "reference", "chunked", "triton")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def choose_backend(backend: str) -> str:
-    """The backend that will run."""
+def choose_backend(backend: str, queries: Tensor, engines: bool = True) -> str:
+    """The backend that will run. "auto" takes triton for half-precision inputs on CUDA where it can run, else chunked.
+
+    engines: whether the loss goes by engines of tiles; without, there is no triton.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        raise ValueError("backend: found 'triton', which is not built yet, expected 'auto', 'chunked' or 'reference'")
-    return "chunked" if backend == "auto" else backend
+    if backend not in ("auto", "triton"):
+        return backend
+    obstacle = why_no_triton(queries.device, queries.dtype) if engines else "this loss has no Triton form"
+    if backend == "triton" and obstacle is not None:
+        raise ValueError(f"backend: found 'triton', but {obstacle}, expected 'auto', 'chunked' or 'reference'")
+    half = queries.dtype in (torch.float16, torch.bfloat16)
+    return "triton" if obstacle is None and (backend == "triton" or (half and queries.is_cuda)) else "chunked"
 
 
 def check_embeddings(queries: Tensor, keys: Tensor, hard: Tensor | None) -> None:

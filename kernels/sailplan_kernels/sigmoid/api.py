@@ -55,8 +55,8 @@ def sigmoid(
     bias: number or 0-d tensor, added to every logit (SigLIP starts at -10 with temperature 0.1); the gradient
     reaches a tensor. All other arguments mean what they mean for infonce. Raises ValueError on a wrong call.
     """
-    chosen = checks.choose_backend(backend)
     checks.check_embeddings(queries, keys, None)
+    chosen = checks.choose_backend(backend, queries, engines=False)
     checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid)
     if isinstance(bias, Tensor) and (bias.dim() != 0 or bias.dtype not in checks.FLOATS):
         raise ValueError(f"bias: found {bias.dtype} {tuple(bias.shape)}, expected a number or a 0-d float tensor")

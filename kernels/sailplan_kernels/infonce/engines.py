@@ -1,0 +1,32 @@
+"""Which engine goes through the tiles, or a clear word why it cannot."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+
+import torch
+
+from sailplan_kernels.infonce.tile import Engine
+from sailplan_kernels.infonce.torch_engine import TorchEngine
+
+_TRITON_ENGINE = "sailplan_kernels.infonce.triton_engine"
+
+
+def make_engine(backend: str) -> Engine:
+    """The engine of a checked backend, "chunked" or "triton"."""
+    return TorchEngine() if backend == "chunked" else importlib.import_module(_TRITON_ENGINE).TritonEngine()
+
+
+def why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What stands in the way of "triton" for such tensors; None: nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec(_TRITON_ENGINE) is None:
+        return "this build has no Triton engine"
+    if dtype is torch.float64:
+        return "the Triton engine computes in float32 and the inputs are float64"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the inputs are on {device.type} and Triton's interpreter is off"
+    return None
