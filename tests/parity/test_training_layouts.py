@@ -10,7 +10,12 @@ from sailplan.train.testing import SMALL, metrics, run
 
 # One stage with fixed weights: what its start computes from the model would feel the last bits of a float32.
 JOB = [*SMALL, "order=[diverse]", "stages.diverse.balance=null", "stages.diverse.steps=4", "parallel.dtype=float64", "~evaluation.tasks.emoji_image_to_name"]
-LAYOUTS = {"one": (1, []), "data_parallel": (2, []), "tensor_parallel": (2, ["parallel=tensor_2", "parallel.dtype=float64"])}
+LAYOUTS = {
+    "one": (1, []),
+    "data_parallel": (2, []),
+    "ring": (2, ["parallel.exchange=ring"]),
+    "tensor_parallel": (2, ["parallel=tensor_2", "parallel.dtype=float64"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +29,7 @@ def runs(tmp_path_factory) -> dict[str, list[dict]]:
     return found
 
 
-@pytest.mark.parametrize("layout", ["data_parallel", "tensor_parallel"])
+@pytest.mark.parametrize("layout", ["data_parallel", "ring", "tensor_parallel"])
 def test_four_optimizer_steps_stay_together(runs: dict[str, list[dict]], layout: str) -> None:
     assert len(runs["one"]) == 4
     for alone, spread in zip(runs["one"], runs[layout], strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sailplan.config.schema import MODALITIES, Config, DatasetConfig, StageConfig
 from sailplan.errors import ConfigurationError
+from sailplan_kernels.exchange import EXCHANGES
 
 KINDS = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}  # and the parts that their records have
 PARTS = ("all", "text", "vision", "perceiver", "audio", "tower", "objectives", "temperatures")
@@ -25,6 +26,7 @@ def check(config: Config, world_size: int) -> None:
     _check_parallel(config, world_size)
     _one_of("resume", config.resume, ("never", "auto"))
     _one_of("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled"))
+    _one_of("parallel.exchange", config.parallel.exchange, tuple(EXCHANGES))
     _one_of("step.backend", config.step.backend, ("auto", "reference", "chunked", "triton"))
     if "/" in config.name or not config.name:
         raise ConfigurationError(f"name={config.name!r}: expected a folder name without '/'")

@@ -189,6 +189,7 @@ class ParallelConfig:
     tensor: int = 1  # tensor-parallel size; data-parallel size = world size / tensor
     sharding: str = "shard"  # shard: FSDP2 over all data-parallel ranks | hybrid: over a part of them, `replicas` times | replicate: whole copies
     replicas: int = 2  # hybrid: copies of the parameters; each is cut over data-parallel size / replicas ranks
+    exchange: str = "all_gather"  # how ranks show each other their negatives in training: all_gather | ring (less memory)
     dtype: str = "float32"  # float32 | bfloat16 | float64: compute dtype
     timeout_seconds: float = 600.0  # collective time-out; the watchdog exits with 70
     threads: int = 0  # torch threads per rank on CPU; 0: cores / local ranks

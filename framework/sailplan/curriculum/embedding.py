@@ -26,7 +26,7 @@ from sailplan.data.reader import RecordReader
 from sailplan.data.record import EncoderInputs
 from sailplan.model.parallelize import reshard
 from sailplan.runtime.process import Parallel
-from sailplan_kernels.exchange import AllGather, Local
+from sailplan_kernels.exchange import EXCHANGES, Local
 from sailplan_kernels.exchange.base import Exchange
 
 
@@ -68,9 +68,9 @@ class EmbeddedRows:
         )
 
 
-def exchange_of(parallel: Parallel) -> Exchange:
-    """The exchange over this rank's data-parallel group."""
-    return Local() if parallel.data_parallel_size == 1 else AllGather(parallel.data_parallel_group)
+def exchange_of(parallel: Parallel, kind: str = "all_gather") -> Exchange:
+    """The exchange over this rank's data-parallel group; kind: a name in EXCHANGES."""
+    return Local() if parallel.data_parallel_size == 1 else EXCHANGES[kind](parallel.data_parallel_group)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Trainer:
         self.writer, self.dog, self.flag = writer, dog, flag
         self.optimizer = build_optimizer(whole.encoder, whole.objectives, whole.temperatures, config.optimizer)
         self.training_step = TrainingStep(
-            whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, exchange_of(parallel)
+            whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, exchange_of(parallel, config.parallel.exchange)
         )
         self.readers = open_datasets(config)
         self.step = 0

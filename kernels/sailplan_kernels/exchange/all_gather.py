@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sailplan_kernels.exchange.base import Shard
+from sailplan_kernels.exchange.base import Shard, Stream
 
 # torch 2.13 renamed both collectives and warns at each call under the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -59,7 +59,7 @@ class AllGather:
         _reduce_scatter(mine, x.contiguous(), group=self.group)
         return mine[: sizes[self.rank]]
 
-    def stream(self, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> _Gathered:
+    def stream(self, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> Stream:
         return _Gathered(self, x.detach(), sizes, accumulate)
 
     def sum(self, x: Tensor) -> Tensor:

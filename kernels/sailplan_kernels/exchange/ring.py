@@ -34,7 +34,7 @@ class Ring(AllGather):
 class _Travelling:
     def __init__(self, exchange: Ring, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> None:
         self.exchange, self.x, self.sizes, self.accumulate = exchange, x, sizes, accumulate
-        group = exchange.group if exchange.group is not None else dist.group.WORLD
+        group = exchange.group or dist.distributed_c10d._get_default_group()
         ranks, rank = exchange.world_size, exchange.rank
         self.next = dist.get_global_rank(group, (rank + 1) % ranks)
         self.before = dist.get_global_rank(group, (rank - 1) % ranks)
@@ -43,7 +43,9 @@ class _Travelling:
 
     def shards(self, accumulate: bool = False) -> Iterator[Shard]:
         ranks, rank = self.exchange.world_size, self.exchange.rank
-        current, arriving, following = self.x, None, []
+        current = self.x
+        arriving: Tensor | None = None
+        following: list[dist.Work] = []
         for step in range(ranks):
             owner, coming = (rank - step) % ranks, (rank - step - 1) % ranks
             ahead = self._empty(coming, self.x.dtype) if step + 1 < ranks else None
