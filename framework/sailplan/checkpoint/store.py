@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,35 +45,57 @@ def folder_of(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What this rank puts into a checkpoint, apart from the model: views of tensors in the CPU's memory, and the small data."""
+
+    tensors: ModelState
+    small: dict[str, Any]
+
+
 def save(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: dict[str, Any], parallel: Parallel) -> Path:
     """Writes a checkpoint to `folder` (see `folder_of`; an older one of the same name is replaced) and returns it.
 
     All ranks call it. model: the module that holds everything to be kept, sharded parts and plain ones.
     extra: what rank 0 passes is kept; JSON-like values and tensors. Raises SailplanError on all ranks when any failed.
     """
+    what = f"checkpoint {folder} could not be written"
+    return write(folder, _together(lambda: state_of(model, optimizer, extra, parallel), what), parallel)
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: dict[str, Any], parallel: Parallel) -> Snapshot:
+    """Views of the live model and optimizer; they change with the next step."""
+    tensors = model_state(model, parallel)
+    scalars: dict[str, dict[str, float]] = {}
+    if optimizer is not None:
+        moments, scalars = optimizer_state(model, optimizer, parallel)
+        tensors |= moments
+    return Snapshot(tensors, {"extra": extra, "scalars": scalars})
+
+
+def write(folder: Path, snapshot: Snapshot, parallel: Parallel, group: dist.ProcessGroup | None = None) -> Path:
+    """The part of `save` after the snapshot; touches neither model nor optimizer, so a thread of its own may run it.
+
+    group: all ranks, for the messages between the writers (None: the default group, which the calling thread then must
+    have for itself). Raises as `save`.
+    """
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     what = f"checkpoint {folder} could not be written"
 
-    def prepare() -> tuple[ModelState, dict[str, Any]]:
+    def prepare() -> None:
         if parallel.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        tensors = model_state(model, parallel)
-        scalars: dict[str, dict[str, float]] = {}
-        if optimizer is not None:
-            moments, scalars = optimizer_state(model, optimizer, parallel)
-            tensors |= moments
-        return tensors, {"extra": extra, "scalars": scalars}
 
-    def write() -> None:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
+    def write_tensors() -> None:
+        dcp.save(dict(snapshot.tensors), storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
 
     def publish() -> None:
         if not parallel.is_main:
             return
         with open(temporary / SMALL, "wb") as file:
-            torch.save(small, file)
+            torch.save(snapshot.small, file)
             _flush(file)
         replaced = folder.with_name(folder.name + ".old")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -86,9 +109,8 @@ def save(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | N
         shutil.rmtree(replaced, ignore_errors=True)
 
     try:
-        tensors, small = _together(prepare, what)
-        _together(write, what)
-        _together(publish, what)
+        for action in (prepare, write_tensors, publish):
+            _together(action, what, group)
     except SailplanError:
         if parallel.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
@@ -192,7 +214,7 @@ def _read(path: Path, target: Callable[[], ModelState]) -> None:
     _together(lambda: dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path)), what)
 
 
-def _together(action: Callable[[], Value], what: str) -> Value:
+def _together(action: Callable[[], Value], what: str, group: dist.ProcessGroup | None = None) -> Value:
     """Runs `action` on every rank; if it fails on any, raises on all: ConfigurationError as it is, else SailplanError in one line."""
     failure: Exception | CheckpointException | None = None
     value: Value
@@ -201,7 +223,7 @@ def _together(action: Callable[[], Value], what: str) -> Value:
     except (Exception, CheckpointException) as error:  # torch derives its exception from BaseException
         failure = error
     reports: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, None if failure is None else _report(failure))
+    dist.all_gather_object(reports, None if failure is None else _report(failure), group=group)
     report = next((report for report in reports if report is not None), None)
     if report is not None:
         configuration, text = report

@@ -207,6 +207,7 @@ class CheckpointConfig:
     every_steps: int = 200
     every_minutes: float = 10.0
     keep: int = 2
+    asynchronous: bool = True  # training goes on while a checkpoint is written, from a copy in the CPU's memory
 
 
 @dataclass

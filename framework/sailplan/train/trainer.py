@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sailplan.checkpoint.store import folder_of, load, prune, save
+from sailplan.checkpoint.background import Saver
+from sailplan.checkpoint.store import folder_of, load
 from sailplan.config.compose import config_hash, identity
 from sailplan.config.schema import Config
 from sailplan.curriculum.embedding import exchange_of
@@ -51,6 +52,8 @@ class Trainer:
             whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, exchange_of(parallel, config.parallel.exchange)
         )
         self.readers = open_datasets(config)
+        options = config.checkpoint
+        self.saver = Saver(parallel, asynchronous=options.asynchronous, keep=options.keep, timeout_seconds=config.parallel.timeout_seconds)
         self.step = 0
         self._saved_at = time.monotonic()
         self._saved_step = -1
@@ -64,16 +67,21 @@ class Trainer:
         if self._saved_step == self.step:
             return
         extra = {"step": self.step, "stage": stage, "identity": identity(self.config), "config_hash": config_hash(self.config)}
-        save(folder_of(self.folder.checkpoints, self.step), model=self.whole.module, optimizer=self.optimizer, extra=extra, parallel=self.parallel)
-        if self.parallel.is_main:
-            prune(self.folder.checkpoints, self.config.checkpoint.keep)
+        self.saver.save(folder_of(self.folder.checkpoints, self.step), model=self.whole.module, optimizer=self.optimizer, extra=extra)
         self._saved_at, self._saved_step = time.monotonic(), self.step
 
     # ---------------------------------------------------------------- loop
     def run(self) -> None:
-        for span in spans(self.config):
-            if self.step < span.last:
-                self._run_stage(span)
+        with self.saver:
+            for span in spans(self.config):
+                if self.step < span.last:
+                    self._run_stage(span)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Until nothing is being saved any more."""
+        with self.dog.paused():
+            self.saver.wait()
 
     def _stage_state(self, span: StageSpan) -> StageState:
         """What the stage's start computes from the model as it is then; read back when the stage is continued."""
@@ -118,6 +126,8 @@ class Trainer:
             data_parallel_rank=self.parallel.data_parallel_rank, data_parallel_size=self.parallel.data_parallel_size,
             start_step=first, stop_step=last, negatives=state.negatives, teachers=state.teachers,
         )  # fmt: skip
+        if self.config.data.workers:
+            self._settle()  # workers are forked: a lock that the saving thread holds would stay locked in them
         with loader:
             began = time.perf_counter()
             for stage_step, batches in enumerate(loader, start=first):
@@ -154,6 +164,7 @@ class Trainer:
             with self.dog.paused():
                 self.save(span.name)
         if stop:
+            self._settle()
             raise StopRequested(f"stopped at step {self.step} (stage {span.name}), saved; go on with the same command and resume=auto")
         every = self.config.evaluation.every_steps
         if every and self.step % every == 0:
