@@ -17,7 +17,7 @@ from sailplan.model.testing import join_layout, random_inputs, rows_of, small_co
 from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import RankFailure, run_ranks
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # (tensor, data)
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]  # (tensor, data)
 
 
 class Bundle(nn.Module):
@@ -80,7 +80,7 @@ def save_run(rank, world, tensor, folder, sharded):
     extra = {"step": 2, "stages": ["one"], "thresholds": {"icons/image": 0.25}, "centroids": torch.arange(3.0)}
     store.save(folder, model=bundle, optimizer=optimizer, extra=extra, parallel=parallel)
     state = everything(parallel, bundle, optimizer)
-    return state, train(parallel, bundle, optimizer, range(2, 4))
+    return state, train(parallel, bundle, optimizer, range(2, 7))
 
 
 def load_runs(rank, world, tensor, folders, sharded):
@@ -93,7 +93,7 @@ def load_runs(rank, world, tensor, folders, sharded):
             bundle.encoder(random_inputs(("vision", "text"), 2, 50))  # gathered parameters must not be what is filled
         extra = store.load(folder, model=bundle, optimizer=optimizer, parallel=parallel)
         assert extra["step"] == 2 and extra["thresholds"] == {"icons/image": 0.25} and torch.equal(extra["centroids"], torch.arange(3.0))
-        results.append((everything(parallel, bundle, optimizer), train(parallel, bundle, optimizer, range(2, 4))))
+        results.append((everything(parallel, bundle, optimizer), train(parallel, bundle, optimizer, range(2, 7))))
     return results
 
 

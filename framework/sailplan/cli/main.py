@@ -58,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--timeout", type=float, default=60.0, help="check parity: seconds after which a hang is reported (default: 60)")
         if name in ("mine", "balance", "evaluate", "embed", "export", "report"):
             command.add_argument("--run-folder", default=None, help="run folder (default: runs/NAME of the overrides)")
-        if name in ("mine", "balance", "evaluate", "embed", "export"):
+        if name == "export":
+            command.add_argument("--checkpoint", action="append", default=None, help="checkpoint folder (default: the run's newest); merge: once for each")
+            command.add_argument("--weights", default=None, metavar="W,W", help="merge: one positive number for each checkpoint (default: equal)")
+        if name in ("mine", "balance", "evaluate", "embed"):
             command.add_argument("--checkpoint", default=None, help="checkpoint folder (default: the run's newest complete one)")
         if name in ("mine", "balance", "embed", "export"):
             command.add_argument("--out", default=None, help="where to write (default: below the run folder)")
@@ -97,6 +100,9 @@ def run(arguments: list[str]) -> int:
         return parity_command.run(options)
     if options.command == "check" and options.loss:
         raise ConfigurationError("check --loss: expected the word parity: sailplan check parity --loss module:function")
+    options.merge = options.command == "export" and options.overrides[:1] == ["merge"]
+    if options.merge:
+        del options.overrides[0]
     _check_overrides(options.overrides)
     if options.command == "data":
         from sailplan.cli import data_commands

@@ -135,10 +135,32 @@ def export(options: argparse.Namespace) -> int:
     """The weights as one safetensors file, with model.json (shape, prompts, prefixes) and the tokenizer."""
     from sailplan.export.weights import export_weights
 
+    if options.merge:
+        return _merge(options)
+    if options.weights or len(options.checkpoint or []) > 1:
+        raise ConfigurationError("export: found several checkpoints or --weights, expected one checkpoint; for an average write: sailplan export merge")
+    options.checkpoint = options.checkpoint[0] if options.checkpoint else None
     with _opened(options) as run:
         out = Path(options.out) if options.out else run.folder.root / "export"
         export_weights(run.checkpoint, out, config=run.config, parallel=run.parallel)
         _say(run, str(out))
+    return EXIT_DONE
+
+
+def _merge(options: argparse.Namespace) -> int:
+    """The weighted average of checkpoints and exported folders; the work of one process."""
+    from sailplan.export.merge import merge
+
+    if not options.out:
+        raise ConfigurationError("export merge: --out is missing; give the folder to write")
+    sources = [Path(source) for source in options.checkpoint or []]
+    try:
+        weights = [float(weight) for weight in options.weights.split(",")] if options.weights else None
+    except ValueError as error:
+        raise ConfigurationError(f"--weights {options.weights}: expected numbers such as 0.5,0.5") from error
+    folder = Path(options.run_folder) if options.run_folder else next((s.parents[1] for s in sources if s.resolve().parent.name == "checkpoints"), None)
+    config = RunFolder(folder).load_config() if folder and (options.run_folder or (folder / "config.yaml").is_file()) else None
+    print(merge(sources, Path(options.out), weights=weights, config=config), flush=True)
     return EXIT_DONE
 
 

@@ -70,17 +70,21 @@ def _write(checkpoint: Path, out: Path, config: Config) -> None:
     if not Path(config.data.tokenizer).is_file():
         raise ConfigurationError(f"data.tokenizer={config.data.tokenizer}: no such file; the export needs the tokenizer that the run was trained with")
     shutil.copyfile(config.data.tokenizer, out / TOKENIZER)
-    description = {
+    temporary = out / f".{DESCRIPTION}.tmp"
+    temporary.write_text(json.dumps(describe(config, checkpoint.name), ensure_ascii=False, indent=1), encoding="utf-8")
+    os.replace(temporary, out / DESCRIPTION)
+
+
+def describe(config: Config, checkpoint: str) -> dict[str, Any]:
+    """The content of model.json. checkpoint: name of what the weights come from."""
+    return {
         "model": asdict(config.model),
         "views": {name: {view: asdict(found) for view, found in dataset.views.items()} for name, dataset in config.data.sets.items()},
         "data": {key: getattr(config.data, key) for key in INPUT_KEYS},
         "similarity": "cosine of the fused vectors, of the whole or of a prefix",
         "run": config.name,
-        "checkpoint": checkpoint.name,
+        "checkpoint": checkpoint,
     }
-    temporary = out / f".{DESCRIPTION}.tmp"
-    temporary.write_text(json.dumps(description, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(temporary, out / DESCRIPTION)
 
 
 def load_exported(folder: Path) -> tuple[OmniEncoder, dict[str, Any]]:

@@ -1,0 +1,140 @@
+"""The weighted average of several checkpoints' weights, as a folder that stands alone.
+
+Averaging the weights of checkpoints of one run, or of runs that started from the same weights, often generalises better
+than any one of them and costs nothing at inference (Izmailov et al., arXiv 1803.05407; Wortsman et al., "Model soups",
+arXiv 2203.05482). Sources are checkpoints and exported folders in any mix; they are read one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from sailplan.checkpoint.store import is_complete
+from sailplan.config.schema import Config
+from sailplan.errors import ConfigurationError
+from sailplan.export.weights import DESCRIPTION, TOKENIZER, WEIGHTS, describe
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class _Checkpoint:
+    """The model's tensors of a checkpoint, one by one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.reader = dcp.FileSystemReader(folder)
+        entries = self.reader.read_metadata().state_dict_metadata
+        self.shapes: Shapes = {
+            key.removeprefix("model."): (tuple(entry.size), entry.properties.dtype)
+            for key, entry in entries.items()
+            if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, name: str) -> Tensor:
+        shape, dtype = self.shapes[name]
+        state: dict[str, Any] = {f"model.{name}": torch.empty(shape, dtype=dtype)}
+        dcp.load(state, storage_reader=self.reader, no_dist=True)
+        return state[f"model.{name}"]
+
+
+class _Exported:
+    """The tensors of an exported folder, one by one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = safe_open(folder / WEIGHTS, framework="pt")
+        self.shapes: Shapes = {}
+        for name in self.file.keys():  # noqa: SIM118  not a dictionary
+            tensor = self.file.get_tensor(name)
+            self.shapes[name] = (tuple(tensor.shape), tensor.dtype)
+
+    def read(self, name: str) -> Tensor:
+        return self.file.get_tensor(name)
+
+
+def merge(sources: Sequence[Path], out: Path, *, weights: Sequence[float] | None = None, config: Config | None = None) -> Path:
+    """Writes the average of `sources` to `out`, in the form of `export_weights`; returns it. One process, without any group.
+
+    weights: one for each source, positive, scaled to the sum 1 (None: equal). Sums are formed in float64 and rounded once to
+    the sources' dtype; tensors that are not floating point are the first source's. config: of the run; None where an
+    exported folder is among the sources, whose description and tokenizer are then taken.
+
+    Raises ConfigurationError for fewer than one source, bad weights, an incomplete source, and tensors that differ in
+    name, shape or dtype.
+    """
+    shares = _shares(sources, weights)
+    opened = [_open(source) for source in sources]
+    for source, found in zip(sources[1:], opened[1:], strict=True):
+        _check_alike(sources[0], opened[0].shapes, source, found.shapes)
+    averaged: dict[str, Tensor] = {}
+    for name, (shape, dtype) in opened[0].shapes.items():
+        if not dtype.is_floating_point:
+            averaged[name] = opened[0].read(name)
+            continue
+        total = torch.zeros(shape, dtype=torch.float64)
+        for share, source in zip(shares, opened, strict=True):
+            total.add_(source.read(name).double(), alpha=share)
+        averaged[name] = total.to(dtype)
+    description, tokenizer = _description(sources, config)
+    description |= {"merged": [{"source": source.name, "weight": share} for source, share in zip(sources, shares, strict=True)]}
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(description, ensure_ascii=False, indent=1)
+    if tokenizer.resolve() != (out / TOKENIZER).resolve():
+        shutil.copyfile(tokenizer, out / TOKENIZER)
+    (out / DESCRIPTION).unlink(missing_ok=True)
+    save_file(averaged, out / WEIGHTS, metadata={"format": "pt"})
+    temporary = out / f".{DESCRIPTION}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, out / DESCRIPTION)
+    return out
+
+
+def _shares(sources: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
+    if not sources:
+        raise ConfigurationError("merge: found no source, expected at least one; give --checkpoint once for each")
+    weights = [1.0] * len(sources) if weights is None else list(weights)
+    if len(weights) != len(sources) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ConfigurationError(f"--weights: found {', '.join(map(str, weights))}, expected {len(sources)} positive numbers, one for each --checkpoint")
+    return [weight / sum(weights) for weight in weights]
+
+
+def _open(source: Path) -> _Checkpoint | _Exported:
+    if (source / DESCRIPTION).is_file():
+        return _Exported(source)
+    if is_complete(source):
+        return _Checkpoint(source)
+    raise ConfigurationError(f"--checkpoint {source}: expected a complete checkpoint (runs/NAME/checkpoints/step-XXXXXXXX) or an exported folder")
+
+
+def _check_alike(first: Path, wanted: Shapes, other: Path, found: Shapes) -> None:
+    for name in sorted(set(wanted) | set(found)):
+        if name not in found or name not in wanted:
+            lacking, having = (other, first) if name in wanted else (first, other)
+            raise ConfigurationError(f"merge: {having} has the tensor {name}, which {lacking} lacks: merge checkpoints of one model and set of objectives")
+        if wanted[name] != found[name]:
+            raise ConfigurationError(f"merge: {name} is {_shown(wanted[name])} in {first}, but {_shown(found[name])} in {other}; expected one model")
+
+
+def _shown(entry: tuple[tuple[int, ...], torch.dtype]) -> str:
+    return f"{list(entry[0])} {str(entry[1]).removeprefix('torch.')}"
+
+
+def _description(sources: Sequence[Path], config: Config | None) -> tuple[dict[str, Any], Path]:
+    exported = next((source for source in sources if (source / DESCRIPTION).is_file()), None)
+    if config is not None:
+        return describe(config, "merged"), Path(config.data.tokenizer)
+    if exported is None:
+        raise ConfigurationError("merge: found checkpoints only, expected --run-folder of the run that they belong to, for the model's shape and prompts")
+    description: dict[str, Any] = json.loads((exported / DESCRIPTION).read_text(encoding="utf-8"))
+    return description | {"checkpoint": "merged"}, exported / TOKENIZER

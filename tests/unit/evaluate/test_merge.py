@@ -1,0 +1,72 @@
+"""A merged folder holds the weighted average of its sources, and sources that do not fit are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sailplan.checkpoint.store import folder_of, save
+from sailplan.config.schema import Config
+from sailplan.curriculum.testing import write_pack
+from sailplan.errors import ConfigurationError
+from sailplan.export.merge import merge
+from sailplan.export.weights import WEIGHTS, export_weights, load_exported
+from sailplan.model.build import build_encoder
+from sailplan.model.testing import join_layout
+from sailplan_kernels.testing import run_ranks
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return write_pack(tmp_path_factory.mktemp("pack"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(config: Config, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two seeds, and a model with one more tensor."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def write(rank: int, world: int) -> None:
+        parallel = join_layout(1)
+        for seed in (1, 2, 3):
+            module = nn.ModuleDict({"encoder": build_encoder(config.model, config.parallel, parallel, seed=seed)})
+            if seed == 3:
+                module["head"] = nn.Linear(2, 2)
+            save(folder_of(folder, seed), model=module, optimizer=None, extra={}, parallel=parallel)
+
+    run_ranks(write, 2)
+    return [folder_of(folder, seed) for seed in (1, 2, 3)]
+
+
+def test_the_average_is_that_of_the_sources_checkpoints_or_exports(config: Config, checkpoints: list[Path], tmp_path: Path) -> None:
+    exported = export_weights(checkpoints[1], tmp_path / "exported", config=config)
+    one, two = load_file(export_weights(checkpoints[0], tmp_path / "first", config=config) / WEIGHTS), load_file(exported / WEIGHTS)
+    same = load_file(merge([checkpoints[0]] * 2, tmp_path / "same", config=config) / WEIGHTS)
+    assert same.keys() == one.keys() and all(torch.equal(same[name], one[name]) for name in one)
+    mixed = merge([checkpoints[0], exported], tmp_path / "mixed", weights=[3, 1])
+    for name, value in load_file(mixed / WEIGHTS).items():
+        assert torch.equal(value, (0.75 * one[name].double() + 0.25 * two[name].double()).to(value.dtype)), name
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+    def load(rank: int, world: int) -> str:
+        join_layout(1)
+        return load_exported(mixed)[1]["checkpoint"]
+
+    assert run_ranks(load, 1) == ["merged"]
+
+
+def test_what_does_not_fit_is_named(config: Config, checkpoints: list[Path], tmp_path: Path) -> None:
+    for sources, weights, words in (
+        (checkpoints[:1] + checkpoints[2:], None, r"head\.(bias|weight), which"),
+        (checkpoints[:2], [1.0], "expected 2 positive numbers"),
+        (checkpoints[:2], [1.0, -1.0], "expected 2 positive numbers"),
+        ([tmp_path / "none"], None, "complete checkpoint"),
+        ([], None, "at least one"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            merge(sources, tmp_path / "out", weights=weights, config=config)
+    assert not (tmp_path / "out").exists()
