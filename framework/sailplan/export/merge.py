@@ -83,8 +83,8 @@ def merge(sources: Sequence[Path], out: Path, *, weights: Sequence[float] | None
             averaged[name] = opened[0].read(name)
             continue
         total = torch.zeros(shape, dtype=torch.float64)
-        for share, source in zip(shares, opened, strict=True):
-            total.add_(source.read(name).double(), alpha=share)
+        for share, reader in zip(shares, opened, strict=True):
+            total.add_(reader.read(name).double(), alpha=share)
         averaged[name] = total.to(dtype)
     description, tokenizer = _description(sources, config)
     description |= {"merged": [{"source": source.name, "weight": share} for source, share in zip(sources, shares, strict=True)]}
