@@ -86,6 +86,14 @@ class TransformerShape:
     feed_forward: int = 512
     dropout: float = 0.0
     query_key_norm: bool = False  # RMSNorm on each head's queries and keys
+    norm: str = "rms"  # rms | layer
+    norm_epsilon: float = 1e-6
+    activation: str = "silu"  # silu | gelu | gelu_tanh
+    gated: bool = True  # feed-forward of two halves, activation(gate) * up; False: one matrix and the activation
+    bias: bool = False  # of every linear layer
+    query_key_value_bias: bool = False  # of the query, key and value projections alone (Qwen2)
+    head_size: int | None = None  # None: hidden / heads
+    causal: bool = False  # a position attends to itself and those before it
 
 
 @dataclass
@@ -98,6 +106,8 @@ class VisionConfig:
     encoder: TransformerShape = field(default_factory=TransformerShape)
     perceiver: TransformerShape = field(default_factory=TransformerShape)
     latents: int = 16
+    backbone: str = "own"  # own | siglip (also SigLIP2 at a fixed size) | siglip2 (its "naflex" files) | qwen3_vl
+    position_grid: int = 16  # side of the square grid of learned positions; interpolated to the image's own grid
 
 
 @dataclass
@@ -109,6 +119,27 @@ class AudioConfig:
     time_stride: int = 8  # log-mel frames per encoder position
     mel_bins: int = 64  # equals data.mel_bins
     output: int = 512
+    backbone: str = "own"  # own | whisper | clap
+    positions: int = 1500  # whisper: encoder positions of a chunk, two log-mel frames each
+
+
+@dataclass
+class WeightsConfig:
+    """Where parts start from: a folder in Hugging Face's safetensors format, or a model id of its hub. None: drawn from the seed."""
+
+    tower: str | None = None  # text embedding and blocks: Qwen2, Qwen2.5, Qwen3, or the text model of Qwen3-VL
+    vision: str | None = None  # what model.vision.backbone names
+    audio: str | None = None  # what model.audio.backbone names
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank updates beside frozen matrices (Hu et al., arXiv 2106.09685); a stage trains them as the part `lora`."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 16.0  # the update is alpha / rank times the product of the two factors
+    targets: list[str] = field(default_factory=lambda: ["all"])  # attention | mlp | all
+    parts: list[str] = field(default_factory=lambda: ["tower"])  # tower | vision | perceiver | audio
 
 
 @dataclass
@@ -119,8 +150,12 @@ class ModelConfig:
     tower: TransformerShape = field(default_factory=TransformerShape)
     vision: VisionConfig = field(default_factory=VisionConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
-    pooling: str = "tanh_mean"  # tanh_mean | mean
+    pooling: str = "tanh_mean"  # tanh_mean | mean | last_token | latent_attention
     rope_base: float = 10000.0
+    pooling_latents: int = 512  # latent_attention: learned latents that each position reads
+    pooling_heads: int = 8
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 # ---------------------------------------------------------------- stages

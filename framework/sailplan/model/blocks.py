@@ -1,7 +1,7 @@
-"""Bidirectional transformer blocks made of unmodified megatron-core parts.
+"""Transformer blocks, bidirectional or causal, made of unmodified megatron-core parts.
 
 megatron-core brings the tensor-parallel linears and the layer wiring; the core attention is torch's
-scaled_dot_product_attention (flash kernels on a GPU, plain on a CPU) and the norm is torch's RMSNorm.
+scaled_dot_product_attention (flash kernels on a GPU, plain on a CPU) and the norm is torch's RMSNorm or LayerNorm.
 Everything around a block sees [rows, positions, hidden]; megatron's [positions, rows, hidden] stays in here.
 
 Weights are drawn as whole matrices on the CPU and then cut, so that a seed gives the same model at every
@@ -14,6 +14,8 @@ the same hidden units; the dropped attention weights then depend on the tensor-p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +62,17 @@ class Norm(nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
+class CenteredNorm(nn.LayerNorm):
+    """torch's LayerNorm behind the same constructor."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+
+
+NORMS: dict[str, type[nn.Module]] = {"rms": Norm, "layer": CenteredNorm}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
 class HeadNorm(Norm):
     """Norm of each query or key head. One weight serves the heads of all tensor-parallel ranks, but each rank sees
     only its own heads: its gradient is a part of the sum (see `parallelize.finish_gradients`)."""
@@ -70,14 +83,17 @@ class HeadNorm(Norm):
 
 
 class ScaledDotProductAttention(nn.Module):
-    """Core attention over this rank's heads; every position attends to all positions that the mask keeps."""
+    """Core attention over this rank's heads; every position attends to all positions that the mask keeps, or, without
+    a mask and with `attn_mask_type` causal, to itself and those before it."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
         self.dropout = config.attention_dropout
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, key_value_heads, d], attention_mask bool [b, 1, 1, s], True = attend.
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attn_mask_type: AttnMaskType = AttnMaskType.no_mask, **_: Any
+    ) -> Tensor:
+        """query [s, b, heads, d], key and value [s, b, key_value_heads, d], attention_mask bool [b, 1, 1 or s, s], True = attend.
 
         Returns [s, b, heads * d].
         """
@@ -88,9 +104,14 @@ class ScaledDotProductAttention(nn.Module):
             value,
             attn_mask=attention_mask,
             dropout_p=self.dropout if self.training else 0.0,
+            is_causal=attention_mask is None and attn_mask_type == AttnMaskType.causal,
             enable_gqa=query.size(1) != key.size(1),
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def head_size(shape: TransformerShape) -> int:
+    return shape.head_size or shape.hidden // shape.heads
 
 
 def transformer_config(shape: TransformerShape, dtype: torch.dtype, tensor_parallel: int) -> TransformerConfig:
@@ -108,11 +129,13 @@ def transformer_config(shape: TransformerShape, dtype: torch.dtype, tensor_paral
         params_dtype=dtype,
         pipeline_dtype=dtype,
         use_cpu_initialization=True,
-        normalization="RMSNorm",
-        layernorm_epsilon=1e-6,
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
+        kv_channels=head_size(shape),
+        normalization="RMSNorm" if shape.norm == "rms" else "LayerNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        activation_func=ACTIVATIONS[shape.activation],
+        gated_linear_unit=shape.gated,
+        add_bias_linear=shape.bias,
+        add_qkv_bias=shape.query_key_value_bias,
         qk_layernorm=shape.query_key_norm,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -127,13 +150,15 @@ def _layer(shape: TransformerShape) -> ModuleSpec:
     head_norm = {"q_layernorm": HeadNorm, "k_layernorm": HeadNorm} if shape.query_key_norm else {}
     attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=ScaledDotProductAttention, linear_proj=RowParallelLinear, **head_norm)
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    norm = NORMS[shape.norm]
+    mask_type = AttnMaskType.causal if shape.causal else AttnMaskType.no_mask
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
-            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=attention),
+            input_layernorm=norm,
+            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask_type}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(module=MLP, params={"ffn_hidden_size": shape.feed_forward}, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -148,34 +173,44 @@ def rotary_angles(positions: int, head_size: int, base: float, device: torch.dev
 
 
 class Blocks(nn.Module):
-    """A stack of bidirectional pre-norm blocks and a final norm; a norm alone where `shape.layers` is 0."""
+    """A stack of pre-norm blocks and a final norm; a norm alone where `shape.layers` is 0.
 
-    def __init__(self, shape: TransformerShape, dtype: torch.dtype, rope_base: float | None = None) -> None:
+    final_norm: False leaves the last norm out, for backbones that norm later.
+    """
+
+    def __init__(self, shape: TransformerShape, dtype: torch.dtype, rope_base: float | None = None, *, final_norm: bool = True) -> None:
         super().__init__()
         groups = process_groups()
         config = transformer_config(shape, dtype, groups.tp.size() if groups.tp is not None else 1)
         self.rope_base = rope_base
-        self.head_size = shape.hidden // shape.heads
+        self.head_size = head_size(shape)
+        self.causal = shape.causal
+        norm = NORMS[shape.norm]
         if shape.layers:
-            submodules = TransformerBlockSubmodules(layer_specs=[_layer(shape)] * shape.layers, layer_norm=Norm)
+            submodules = TransformerBlockSubmodules(layer_specs=[_layer(shape)] * shape.layers, layer_norm=norm if final_norm else None)
             self.block: nn.Module = TransformerBlock(config, submodules, pg_collection=groups)
         else:
-            self.block = Norm(config, shape.hidden)
+            self.block = norm(config, shape.hidden, shape.norm_epsilon) if final_norm else nn.Identity()
         self.layers = shape.layers
 
-    def forward(self, hidden: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, keep: Tensor | None = None, angles: Tensor | None = None) -> Tensor:
         """hidden [b, s, h]; keep bool [b, s], True where a position may be attended to (None: everywhere). Returns [b, s, h].
 
+        angles: rotary angles float32 [s, 1, 1, head_size], where they are not those of the positions 0, 1, 2, ...
+
         A row that keeps nothing attends to everything instead: a softmax over nothing would be NaN, and such a
-        row's positions are left out of every later sum anyway.
+        row's positions are left out of every later sum anyway. For the same reason a position always sees itself
+        in a causal stack.
         """
         if not self.layers:
             return self.block(hidden)
         mask = None
         if keep is not None and not bool(keep.all()):  # nothing masked is common, and faster without a mask
             mask = (keep | ~keep.any(1, keepdim=True))[:, None, None, :]
-        angles = None
-        if self.rope_base is not None:
+            if self.causal:
+                square = torch.ones(hidden.size(1), hidden.size(1), dtype=torch.bool, device=hidden.device)
+                mask = mask & square.tril() | torch.eye(hidden.size(1), dtype=torch.bool, device=hidden.device)
+        if angles is None and self.rope_base is not None:
             angles = rotary_angles(hidden.size(1), self.head_size, self.rope_base, hidden.device)
         output = self.block(hidden.transpose(0, 1).contiguous(), attention_mask=mask, rotary_pos_emb=angles)
         return output.transpose(0, 1)

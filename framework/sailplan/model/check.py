@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 from sailplan.config.schema import ModelConfig, TransformerShape
 from sailplan.errors import ConfigurationError
+from sailplan.model.blocks import ACTIVATIONS, NORMS, head_size
 
 
 def _fail(key: str, found: object, expected: str, remedy: str) -> None:
@@ -23,17 +27,30 @@ def _check_shape(key: str, shape: TransformerShape, tensor_parallel: int, *, rot
         _fail(f"{key}.layers", shape.layers, "0 or more", "set the number of layers")
     if not 0 <= shape.dropout < 1:
         _fail(f"{key}.dropout", shape.dropout, "a probability below 1", "set 0 for none")
-    if shape.hidden % shape.heads:
-        _fail(f"{key}.hidden", shape.hidden, f"a multiple of {key}.heads={shape.heads}", "change one of the two")
-    if rotary and (shape.hidden // shape.heads) % 2:
+    if shape.head_size is None and shape.hidden % shape.heads:
+        _fail(f"{key}.hidden", shape.hidden, f"a multiple of {key}.heads={shape.heads}", "change one of the two, or set head_size")
+    if shape.head_size is not None:
+        _positive(f"{key}.head_size", shape.head_size)
+    _one_of(f"{key}.norm", shape.norm, NORMS)
+    _one_of(f"{key}.activation", shape.activation, ACTIVATIONS)
+    if shape.norm_epsilon <= 0:
+        _fail(f"{key}.norm_epsilon", shape.norm_epsilon, "more than 0", "1e-6 is usual")
+    if rotary and head_size(shape) % 2:
         _fail(f"{key}.hidden", shape.hidden, f"an even size of each of the {shape.heads} heads (rotary positions)", "change hidden or heads")
     if shape.heads % key_value_heads:
         _fail(f"{key}.key_value_heads", key_value_heads, f"a divisor of {key}.heads={shape.heads}", "change one of the two")
     if not shape.layers:
         return  # nothing of such a stack is spread over ranks
+    common = math.gcd(shape.heads, key_value_heads, shape.feed_forward)
+    sizes = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
     for name, value in (("heads", shape.heads), ("key_value_heads", key_value_heads), ("feed_forward", shape.feed_forward)):
         if value % tensor_parallel:
-            _fail(f"{key}.{name}", value, f"a multiple of parallel.tensor={tensor_parallel}", "change it, or use a smaller parallel.tensor")
+            _fail(f"{key}.{name}", value, f"a multiple of parallel.tensor={tensor_parallel}", f"this stack allows parallel.tensor {sizes}")
+
+
+def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        _fail(key, repr(value), f"one of {', '.join(allowed)}", "choose one")
 
 
 def _check_halvings(key: str, value: int, what: str) -> None:
