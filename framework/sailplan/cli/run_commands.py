@@ -132,7 +132,8 @@ def balance(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """The weights as one safetensors file, with model.json (shape, prompts, prefixes) and the tokenizer."""
+    """The weights as one safetensors file, with model.json (shape, prompts, prefixes) and the tokenizer; a part that started
+    from published weights also as a folder of their format, named after the part."""
     from sailplan.export.weights import export_weights
 
     if options.merge:

@@ -14,10 +14,12 @@ from sailplan.runtime.process import started, world_size_from_environment
 def _config(options: argparse.Namespace, world_size: int) -> Config:
     """The composed configuration, refused where a world of this size could not run it."""
     from sailplan.model.check import check_model
+    from sailplan.model.count import check_weights
 
     config = compose(options.overrides)
     check_config(config, world_size)
     check_model(config.model, config.parallel.tensor)
+    check_weights(config.model)
     return config
 
 

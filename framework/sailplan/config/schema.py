@@ -106,8 +106,8 @@ class VisionConfig:
     encoder: TransformerShape = field(default_factory=TransformerShape)
     perceiver: TransformerShape = field(default_factory=TransformerShape)
     latents: int = 16
-    backbone: str = "own"  # own | siglip (also SigLIP2 at a fixed size) | siglip2 (its "naflex" files) | qwen3_vl
-    position_grid: int = 16  # side of the square grid of learned positions; interpolated to the image's own grid
+    backbone: str = "own"  # own | siglip (SigLIP, and SigLIP2 of a fixed image size)
+    position_grid: int = 16  # siglip: side of the square grid of learned positions
 
 
 @dataclass
@@ -119,27 +119,14 @@ class AudioConfig:
     time_stride: int = 8  # log-mel frames per encoder position
     mel_bins: int = 64  # equals data.mel_bins
     output: int = 512
-    backbone: str = "own"  # own | whisper | clap
-    positions: int = 1500  # whisper: encoder positions of a chunk, two log-mel frames each
 
 
 @dataclass
 class WeightsConfig:
     """Where parts start from: a folder in Hugging Face's safetensors format, or a model id of its hub. None: drawn from the seed."""
 
-    tower: str | None = None  # text embedding and blocks: Qwen2, Qwen2.5, Qwen3, or the text model of Qwen3-VL
-    vision: str | None = None  # what model.vision.backbone names
-    audio: str | None = None  # what model.audio.backbone names
-
-
-@dataclass
-class LoraConfig:
-    """Low-rank updates beside frozen matrices (Hu et al., arXiv 2106.09685); a stage trains them as the part `lora`."""
-
-    rank: int = 0  # 0: none
-    alpha: float = 16.0  # the update is alpha / rank times the product of the two factors
-    targets: list[str] = field(default_factory=lambda: ["all"])  # attention | mlp | all
-    parts: list[str] = field(default_factory=lambda: ["tower"])  # tower | vision | perceiver | audio
+    tower: str | None = None  # text embedding and blocks: Qwen2, Qwen2.5 or Qwen3 (dense)
+    vision: str | None = None  # model.vision.backbone=siglip: the image tower
 
 
 @dataclass
@@ -150,12 +137,9 @@ class ModelConfig:
     tower: TransformerShape = field(default_factory=TransformerShape)
     vision: VisionConfig = field(default_factory=VisionConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
-    pooling: str = "tanh_mean"  # tanh_mean | mean | last_token | latent_attention
+    pooling: str = "tanh_mean"  # tanh_mean | mean | last_token
     rope_base: float = 10000.0
-    pooling_latents: int = 512  # latent_attention: learned latents that each position reads
-    pooling_heads: int = 8
     weights: WeightsConfig = field(default_factory=WeightsConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 # ---------------------------------------------------------------- stages

@@ -6,6 +6,7 @@ group. Prompts are part of the model: a view's vector is only right with the pro
     model.safetensors   encoder.*, objectives.*, temperatures.*; the encoder's names are OmniEncoder's at tensor-parallel size 1
     model.json          model: ModelConfig; views: data set -> view -> modalities, fields, prompt; data: sizes of the inputs
     tokenizer.json
+    tower/, vision/     only where the run started from published weights: that part in their format
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sailplan.checkpoint.store import is_complete
-from sailplan.config.schema import AudioConfig, Config, ModelConfig, TransformerShape, VisionConfig
+from sailplan.config.schema import AudioConfig, Config, ModelConfig, TransformerShape, VisionConfig, WeightsConfig
 from sailplan.curriculum.artifacts import on_main
 from sailplan.errors import ConfigurationError
+from sailplan.export.backbones import export_backbones
+from sailplan.model.backbones.load import published_parts
 from sailplan.model.tower import OmniEncoder
 from sailplan.runtime.process import Parallel
 
@@ -67,6 +70,8 @@ def _write(checkpoint: Path, out: Path, config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / DESCRIPTION).unlink(missing_ok=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
+    if published_parts(config.model):
+        export_backbones({name.removeprefix("encoder."): value for name, value in weights.items()}, out, config=config.model)
     if not Path(config.data.tokenizer).is_file():
         raise ConfigurationError(f"data.tokenizer={config.data.tokenizer}: no such file; the export needs the tokenizer that the run was trained with")
     shutil.copyfile(config.data.tokenizer, out / TOKENIZER)
@@ -108,4 +113,5 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     for key in ("encoder", "perceiver"):
         vision[key] = TransformerShape(**vision[key])
     audio["encoder"] = TransformerShape(**audio["encoder"])
-    return ModelConfig(**{**values, "tower": TransformerShape(**values["tower"]), "vision": VisionConfig(**vision), "audio": AudioConfig(**audio)})
+    typed: dict[str, Any] = {"tower": TransformerShape(**values["tower"]), "vision": VisionConfig(**vision), "audio": AudioConfig(**audio)}
+    return ModelConfig(**{**values, **typed, "weights": WeightsConfig(**values.get("weights", {}))})

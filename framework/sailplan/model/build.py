@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sailplan.config.schema import ModelConfig, ParallelConfig
+from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.check import check_model
 from sailplan.model.parallelize import shard
 from sailplan.model.tower import OmniEncoder
@@ -16,11 +17,17 @@ def build_encoder(config: ModelConfig, parallel_config: ParallelConfig, parallel
     """The omni tower over the data-parallel and tensor-parallel groups; equal weights for a seed at every layout.
 
     parallel_config.dtype float32 or float64 is the dtype of everything; bfloat16 computes in bfloat16 over float32
-    master weights and reduces gradients in float32. Raises ConfigurationError for sizes that do not divide.
+    master weights and reduces gradients in float32. Parts that `model.weights` names start from published weights, of
+    which each tensor-parallel rank reads its own part. Raises ConfigurationError for sizes that do not divide, and for
+    files that are not of the configured model.
     """
     check_model(config, parallel.tensor_parallel_size)
+    sources = open_sources(config)
     dtype = torch.float64 if parallel_config.dtype == "float64" else torch.float32
     compute = torch.bfloat16 if parallel_config.dtype == "bfloat16" else None
-    encoder = OmniEncoder(config, dtype=dtype, seed=seed)
+    encoder = OmniEncoder(config, dtype=dtype, seed=seed, published=[source.part for source in sources])
+    for source in sources:
+        allocate(encoder)
+        load(source, encoder, parallel.tensor_parallel_rank, parallel.tensor_parallel_size)
     replicas = parallel_config.replicas if parallel_config.sharding == "hybrid" else 1
     return shard(encoder, parallel, shard=parallel_config.sharding != "replicate", replicas=replicas, compute_dtype=compute)

@@ -74,12 +74,13 @@ def check_model(config: ModelConfig, tensor_parallel: int) -> None:
         _fail("model.prefixes", list(config.prefixes), "sizes in increasing order", "for example [64, 128, 256]")
     if config.prefixes[-1] > config.embedding:
         _fail("model.prefixes", list(config.prefixes), f"sizes up to model.embedding={config.embedding}", "end the list with the full size")
-    if config.pooling not in ("tanh_mean", "mean"):
-        _fail("model.pooling", repr(config.pooling), "tanh_mean or mean", "choose one")
+    _one_of("model.pooling", config.pooling, ("tanh_mean", "mean", "last_token"))
     if vision.stem not in ("convolutional", "patch"):
         _fail("model.vision.stem", repr(vision.stem), "convolutional or patch", "choose one")
+    _one_of("model.vision.backbone", vision.backbone, ("own", "siglip"))
+    _positive("model.vision.position_grid", vision.position_grid)
     _positive("model.vision.patch", vision.patch)
-    if vision.stem == "convolutional":
+    if vision.backbone == "own" and vision.stem == "convolutional":
         _check_halvings("model.vision.patch", vision.patch, "each convolution of the stem halves the image")
     _positive("model.vision.stem_width", vision.stem_width)
     _positive("model.vision.latents", vision.latents)

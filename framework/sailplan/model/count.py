@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from sailplan.config.schema import ModelConfig, TransformerShape
-from sailplan.model.blocks import process_groups
+from sailplan.model.backbones.load import check_shapes, open_sources
+from sailplan.model.blocks import head_size, process_groups
 from sailplan.model.tower import OmniEncoder
 
 BYTES = {torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
@@ -22,6 +23,15 @@ def build_on_meta(config: ModelConfig) -> OmniEncoder:
     """The model's shapes without its numbers."""
     with torch.device("meta"):
         return OmniEncoder(config)
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Raises ConfigurationError where the published weights of `model.weights` do not fit the configured model.
+
+    Reads headers only and needs no process group, so that every rank can refuse before any group is formed.
+    """
+    for source in open_sources(config):
+        check_shapes(source, build_on_meta(config))
 
 
 def _split_sizes(model: OmniEncoder, part: str) -> tuple[int, int]:
@@ -64,8 +74,8 @@ class MemoryEstimate:
 
 
 def _layer_elements(shape: TransformerShape, tensor: int) -> float:
-    key_value = shape.hidden * (shape.key_value_heads or shape.heads) / shape.heads
-    return 7 * shape.hidden + (4 * shape.hidden + 4 * key_value + 4 * shape.feed_forward) / tensor
+    query, key_value = head_size(shape) * shape.heads, head_size(shape) * (shape.key_value_heads or shape.heads)
+    return 7 * shape.hidden + (4 * query + 4 * key_value + (4 if shape.gated else 2) * shape.feed_forward) / tensor
 
 
 def activation_elements(
@@ -83,7 +93,7 @@ def activation_elements(
     if "vision" in modalities:
         patches = (image_size // vision.patch) ** 2
         joint = vision.latents + frames * patches
-        halvings = int(math.log2(vision.patch)) if vision.stem == "convolutional" else 0
+        halvings = int(math.log2(vision.patch)) if vision.backbone == "own" and vision.stem == "convolutional" else 0
         for step in range(halvings):
             channels = vision.encoder.hidden if step == halvings - 1 else min(vision.stem_width * 2**step, vision.encoder.hidden)
             elements += 3 * frames * channels * (image_size / 2 ** (step + 1)) ** 2  # convolution, norm, ReLU
@@ -121,7 +131,7 @@ def estimate_memory(
     gradients b P + b P / S (summed whole over the micro-batches, then sharded); optimizer 2 b P / S (AdamW).
 
     activations: c x rows x elements of a row. A layer keeps about 7 h + (4 h + 4 h_kv + 4 f) / tensor elements a
-    position: the residual stream, two norms with their factors, queries, keys and values before and after the
+    position (2 f where the feed-forward is not gated): the residual stream, two norms with their factors, queries, keys and values before and after the
     rotation, the attention's output, and the gated feed-forward's 2 f, f and f. Attention matrices are never stored.
 
     rows: rows with a live graph, that is micro_batch x (1 + kept graphs). The loss and the decoded batches come on top.

@@ -1,8 +1,8 @@
 """The omni-modal encoder: whatever an item has of sound, pictures and text becomes one vector.
 
 Sound is one token, pictures are a few latents, text is its tokens; they stand in this order in one sequence
-that bidirectional blocks read. The vector is the mean over the present positions of tanh(hidden), without a
-head: the similarity of two items is the cosine of their vectors (SAIL-Embedding, arXiv 2510.12709).
+that bidirectional (or causal) blocks read. The vector is the mean over the present positions of tanh(hidden), or
+another pooling that the configuration names, without a head: the similarity of two items is the cosine of their vectors (SAIL-Embedding, arXiv 2510.12709).
 
 Which towers run is decided by the view's declared modalities, never by what a row really has: the ranks
 must meet in the same collectives. An absent part is masked out of attention and pooling.
@@ -13,6 +13,8 @@ Shape legend: b rows, t text tokens, s positions of the sequence, h hidden.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,28 +22,35 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from sailplan.config.schema import ModelConfig
+from sailplan.config.schema import ModelConfig, VisionConfig
 from sailplan.data.record import EncoderInputs
 from sailplan.model.audio import AudioAdapter, AudioEncoder
+from sailplan.model.backbones.siglip import SiglipVisionEncoder
 from sailplan.model.blocks import Blocks, initial_deviation, process_groups, transformer_config
 from sailplan.model.check import check_model
 from sailplan.model.protocol import Embeddings
 from sailplan.model.vision import Perceiver, VisionEncoder
 
+VISION: dict[str, Callable[[VisionConfig, torch.dtype], nn.Module]] = {"own": VisionEncoder, "siglip": SiglipVisionEncoder}
 PARTS = ("text", "vision", "perceiver", "audio", "tower")
 
 # FSDP2 looks for the outputs that need gradients through pytree: it must see into our dataclass.
 _pytree.register_dataclass(Embeddings)
 
 
+def _meta_if(published: bool) -> AbstractContextManager[object]:
+    return torch.device("meta") if published else nullcontext()
+
+
 class Tower(nn.Module):
     """The shared blocks over the joint sequence, and what tells its parts from each other."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, blocks_on: AbstractContextManager[object]) -> None:
         super().__init__()
         # From zero: what all rows share would make them alike at the start, and contrastive learning slow to leave it.
         self.kinds = nn.Parameter(torch.zeros(3, config.tower.hidden, dtype=dtype))  # text, vision, audio
-        self.blocks = Blocks(config.tower, dtype, config.rope_base)
+        with blocks_on:
+            self.blocks = Blocks(config.tower, dtype, config.rope_base)
 
     def forward(self, sequence: Tensor, kind: Tensor, keep: Tensor) -> Tensor:
         """sequence [b, s, h], kind int64 [s], keep bool [b, s]. Returns [b, s, h]."""
@@ -55,9 +64,11 @@ class OmniEncoder(nn.Module):
     dtype: of the parameters and the computation (`parallelize.shard` can compute in another one).
     seed: the weights are a function of (config, seed), the same at every tensor-parallel size and in every dtype
     up to rounding; torch's global generator is left as it was.
+    published: parts that are laid out on the meta device instead of drawn, to be filled from published weights
+    (`backbones.load`): "tower" (the text embedding and the tower's blocks), "vision" (the frame encoder).
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, published: Collection[str] = ()) -> None:
         super().__init__()
         groups = process_groups()
         tensor_parallel = groups.tp.size() if groups.tp is not None else 1
@@ -67,19 +78,21 @@ class OmniEncoder(nn.Module):
         hidden = config.tower.hidden
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.text = VocabParallelEmbedding(
-                config.vocabulary,
-                hidden,
-                init_method=lambda weight: nn.init.normal_(weight, std=initial_deviation(hidden)),
-                config=transformer_config(config.tower, dtype, tensor_parallel),
-                tp_group=groups.tp,
-            )
-            self.vision = VisionEncoder(config.vision, dtype)
+            with _meta_if("tower" in published):
+                self.text = VocabParallelEmbedding(
+                    config.vocabulary,
+                    hidden,
+                    init_method=lambda weight: nn.init.normal_(weight, std=initial_deviation(hidden)),
+                    config=transformer_config(config.tower, dtype, tensor_parallel),
+                    tp_group=groups.tp,
+                )
+            with _meta_if("vision" in published):
+                self.vision: nn.Module = VISION[config.vision.backbone](config.vision, dtype)
             self.perceiver = Perceiver(config.vision, hidden, dtype)
             self.audio = nn.ModuleDict(
                 {"encoder": AudioEncoder(config.audio, config.rope_base, dtype), "adapter": AudioAdapter(config.audio.output, hidden, dtype)}
             )
-            self.tower = Tower(config, dtype)
+            self.tower = Tower(config, dtype, _meta_if("tower" in published))
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names that a stage's `trainable` list uses: text, vision, perceiver, audio, tower."""
@@ -123,7 +136,8 @@ class OmniEncoder(nn.Module):
         if self.config.pooling == "tanh_mean":
             hidden = hidden.tanh()
 
-        fused = masked_mean(hidden, keep)
+        pool = last_position if self.config.pooling == "last_token" else masked_mean
+        fused = pool(hidden, keep)
         if torch.is_grad_enabled() and not fused.requires_grad:
             # Nothing that ran is trainable. The backward must reach FSDP2's hooks all the same: gradients of
             # earlier micro-batches are reduced in the step's last backward.
@@ -131,10 +145,10 @@ class OmniEncoder(nn.Module):
         vision = text = None
         if per_modality:
             if "vision" in inputs.modalities:
-                vision = masked_mean(hidden, keep & (kind == 1))
+                vision = pool(hidden, keep & (kind == 1))
             own_text = torch.zeros_like(keep)
             own_text[:, keep.size(1) - inputs.text_mask.size(1) :] = inputs.text_mask & inputs.token_mask
-            text = masked_mean(hidden, own_text)
+            text = pool(hidden, own_text)
         return Embeddings(fused=fused, vision=vision, text=text)
 
 
@@ -142,6 +156,14 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of [b, s, h] over the positions where bool [b, s] is True; zeros where there is none."""
     weight = mask.to(values.dtype)
     return torch.einsum("bsh,bs->bh", values, weight) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def last_position(values: Tensor, mask: Tensor) -> Tensor:
+    """[b, s, h] at the last position where bool [b, s] is True; zeros where there is none."""
+    places = torch.arange(mask.size(1), device=mask.device)
+    last = torch.where(mask, places, -1).amax(1)
+    chosen = values[torch.arange(len(values), device=mask.device), last.clamp(min=0)]
+    return chosen * (last >= 0)[:, None].to(values.dtype)
 
 
 def _one_absent_row(inputs: EncoderInputs) -> EncoderInputs:

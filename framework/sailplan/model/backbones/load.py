@@ -1,0 +1,176 @@
+"""Published weights into the encoder's parameters, each tensor-parallel rank reading its own rows and columns.
+
+The parts that files fill are never drawn: they are laid out without numbers, given this rank's memory, and filled tensor
+by tensor. No rank holds more than its own part plus one slice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from sailplan.config.schema import ModelConfig
+from sailplan.errors import ConfigurationError
+from sailplan.model.backbones import qwen, siglip
+from sailplan.model.backbones.folder import PublishedFolder
+from sailplan.model.backbones.weight_map import Piece, WeightMap
+
+NOTES = ("tensor_model_parallel", "partition_dim", "partition_stride", "tensor_parallel_partial")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part's files and how their tensors make up ours."""
+
+    part: str
+    folder: PublishedFolder
+    weights: WeightMap
+    prefix: str
+
+
+class Family(Protocol):
+    """What a module of this package says of one kind of model."""
+
+    MODEL_TYPES: tuple[str, ...]
+
+    def weight_map(self, config: ModelConfig) -> WeightMap: ...
+
+    def expected(self, config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
+        """config.json's key -> (our key, our value, the value there)."""
+
+
+def published_parts(config: ModelConfig) -> dict[str, str]:
+    """Part -> folder or hub id, of the parts that start from published weights."""
+    places = {"tower": config.weights.tower, "vision": config.weights.vision}
+    return {part: place for part, place in places.items() if place is not None}
+
+
+def _family(config: ModelConfig, part: str) -> Family:
+    if part == "tower":
+        return cast(Family, qwen)
+    if config.vision.backbone != "siglip":
+        raise ConfigurationError(f"model.weights.vision is set, but model.vision.backbone is {config.vision.backbone}: expected siglip")
+    return cast(Family, siglip)
+
+
+def open_sources(config: ModelConfig) -> list[Source]:
+    """The folders that `model.weights` names, their config.json compared with the configured shape. Reads headers only.
+
+    Raises ConfigurationError for another kind of model, another size, or a tensor that is missing or unknown.
+    """
+    sources = []
+    for part, place in published_parts(config).items():
+        family, folder = _family(config, part), PublishedFolder(f"model.weights.{part}", place)
+        kind = folder.config.get("model_type")
+        if kind not in family.MODEL_TYPES:
+            raise ConfigurationError(f"{folder.key}={folder.path}: config.json has model_type {kind}; expected one of {', '.join(family.MODEL_TYPES)}")
+        for name, (ours, configured, found) in family.expected(config, folder.config).items():
+            if configured != found:
+                raise ConfigurationError(
+                    f"{ours} is {configured}, but {folder.path}/config.json has {name} {found}: expected equal; choose the conf/model of this size"
+                )
+        weights = family.weight_map(config)
+        sources.append(Source(part, folder, weights, _prefix(folder, weights)))
+    return sources
+
+
+def _prefix(folder: PublishedFolder, weights: WeightMap) -> str:
+    """What stands before the names of the weight map, after checking that both sides have the same names."""
+    found = [name.removesuffix(weights.anchor) for name in folder.files if name == weights.anchor or name.endswith("." + weights.anchor)]
+    if len(found) != 1:
+        raise ConfigurationError(f"{folder.key}={folder.path}: found {len(found)} tensors named {weights.anchor}; expected one")
+    prefix = found[0]
+    wanted = {prefix + piece.name for entry in weights.entries for piece in entry.pieces if piece.name is not None}
+    missing = sorted(wanted - set(folder.files))
+    if missing:
+        raise ConfigurationError(f"{folder.key}={folder.path}: no tensor {missing[0]} ({len(missing)} missing); expected every tensor of the model")
+    unknown = sorted(name for name in set(folder.files) - wanted if not any(re.fullmatch(pattern, name) for pattern in weights.left_out))
+    if unknown:
+        raise ConfigurationError(
+            f"{folder.key}={folder.path}: unknown tensor {unknown[0]} ({len(unknown)} in all); expected names such as {sorted(wanted)[0]}; "
+            "is it the model that the configuration describes?"
+        )
+    return prefix
+
+
+def check_shapes(source: Source, model: nn.Module, tensor_parallel: int = 1) -> None:
+    """Raises ConfigurationError where a tensor's shape is not what the parameter needs. model: may be on the meta device."""
+    parameters = dict(model.named_parameters())
+    for entry in source.weights.entries:
+        parameter = parameters[entry.ours]
+        whole = list(parameter.shape)
+        if getattr(parameter, "tensor_model_parallel", False):
+            whole[parameter.partition_dim] *= tensor_parallel  # type: ignore[attr-defined]
+        needed: dict[str, int] = {}
+        for piece in entry.pieces:
+            if piece.name is not None:
+                needed[piece.name] = max(needed.get(piece.name, 0), piece.start + (whole[0] if piece.rows is None else piece.rows))
+        for name, rows in needed.items():
+            found = source.folder.shapes[source.prefix + name]
+            if found != (rows, *whole[1:]):
+                raise ConfigurationError(
+                    f"{source.folder.key}={source.folder.path}: {source.prefix + name} has the shape {found}; expected {(rows, *whole[1:])} "
+                    f"for {entry.ours} of the configured model"
+                )
+
+
+def allocate(module: nn.Module) -> None:
+    """Gives a module that was built on the meta device memory of its own, numbers undefined, keeping the tensor-parallel notes."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                filled = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                for note in NOTES:
+                    if hasattr(parameter, note):
+                        setattr(filled, note, getattr(parameter, note))
+                owner.register_parameter(name, filled)
+
+
+def local_rows(parameter: nn.Parameter, rank: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """(first local row, first row of the whole parameter, rows) of each run of rows that this tensor-parallel rank holds."""
+    rows = parameter.shape[0]
+    if not getattr(parameter, "tensor_model_parallel", False) or parameter.partition_dim != 0:  # type: ignore[attr-defined]
+        yield 0, 0, rows
+        return
+    halves = max(parameter.partition_stride, 1)  # type: ignore[attr-defined]
+    piece = rows // halves
+    for half in range(halves):
+        yield half * piece, half * piece * size + rank * piece, piece
+
+
+@torch.no_grad()
+def load(source: Source, model: nn.Module, rank: int, size: int) -> None:
+    """Fills the parameters of `model` (not yet sharded over data-parallel ranks) that the source has.
+
+    rank, size: this rank's place in the tensor-parallel group. Values are cast to the parameters' type.
+    """
+    check_shapes(source, model, size)
+    parameters = dict(model.named_parameters())
+    for entry in source.weights.entries:
+        parameter = parameters[entry.ours]
+        columns = slice(None)
+        if getattr(parameter, "tensor_model_parallel", False) and parameter.partition_dim == 1:  # type: ignore[attr-defined]
+            columns = slice(rank * parameter.shape[1], (rank + 1) * parameter.shape[1])
+        for local, whole, rows in local_rows(parameter, rank, size):
+            for start, piece, first, count in _overlaps(entry.pieces, whole, rows):
+                target = parameter[local + start - whole : local + start - whole + count]
+                if piece.name is None:
+                    target.zero_()
+                else:
+                    target.copy_(source.folder.read(source.prefix + piece.name, slice(first, first + count), columns))
+
+
+def _overlaps(pieces: tuple[Piece, ...], start: int, rows: int) -> Iterator[tuple[int, Piece, int, int]]:
+    """(row of the whole parameter, piece, first row of its tensor, rows) for rows start..start+rows of the stack."""
+    offset = 0
+    for piece in pieces:
+        size = start + rows if piece.rows is None else piece.rows  # a piece without a size stands alone
+        first, last = max(start, offset), min(start + rows, offset + size)
+        if first < last:
+            yield first, piece, piece.start + first - offset, last - first
+        offset += size

@@ -1,0 +1,90 @@
+"""SigLIP's image tower, also of SigLIP2 in its files of a fixed image size (model_type siglip).
+
+One linear embedding of each patch, learned positions (bicubic where the image has another grid), pre-norm blocks with
+LayerNorm and biases, a last norm. The attention-pooling head and the text tower are left out: our perceiver reads the
+patch tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sailplan.config.schema import ModelConfig, VisionConfig
+from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap, grouped, same
+from sailplan.model.blocks import Blocks, initial_deviation
+
+MODEL_TYPES = ("siglip", "siglip_vision_model")
+
+
+class SiglipVisionEncoder(nn.Module):
+    """Frames [n, 3, height, width] in [-1, 1] to tokens [n, p, h], each frame alone."""
+
+    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden = config.encoder.hidden
+        self.patch, self.grid = config.patch, config.position_grid
+        self.embedding = nn.Conv2d(3, hidden, config.patch, stride=config.patch)
+        self.positions = nn.Parameter(torch.empty(config.position_grid**2, hidden))
+        nn.init.normal_(self.positions, std=initial_deviation(hidden))
+        self.to(dtype)
+        self.blocks = Blocks(config.encoder, dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raises ValueError where the image's sides are not multiples of the patch."""
+        if images.size(-1) % self.patch or images.size(-2) % self.patch:
+            raise ValueError(f"image of {tuple(images.shape[-2:])} pixels: both sides must be multiples of model.vision.patch={self.patch}")
+        grid = self.embedding(images.to(self.positions.dtype))
+        positions = self.positions
+        if grid.shape[-2:] != (self.grid, self.grid):
+            square = positions.T.unflatten(1, (self.grid, self.grid))[None]
+            positions = F.interpolate(square, size=grid.shape[-2:], mode="bicubic", align_corners=False)[0].flatten(1).T
+        return self.blocks(grid.flatten(2).transpose(1, 2) + positions)
+
+
+def weight_map(config: ModelConfig) -> WeightMap:
+    shape = config.vision.encoder
+    entries: list[Entry] = [
+        same("vision.embedding.weight", "embeddings.patch_embedding.weight"),
+        same("vision.embedding.bias", "embeddings.patch_embedding.bias"),
+        same("vision.positions", "embeddings.position_embedding.weight"),
+    ]
+    for kind in ("weight", "bias"):
+        entries.append(same(f"vision.blocks.block.final_layernorm.{kind}", f"post_layernorm.{kind}"))
+        for layer in range(shape.layers):
+            ours, theirs = f"vision.blocks.block.layers.{layer}", f"encoder.layers.{layer}"
+            query, key, value = (Piece(f"{theirs}.self_attn.{name}_proj.{kind}") for name in "qkv")
+            entries += [
+                same(f"{ours}.input_layernorm.{kind}", f"{theirs}.layer_norm1.{kind}"),
+                grouped(f"{ours}.self_attention.linear_qkv.{kind}", shape, query, key, value),
+                same(f"{ours}.self_attention.linear_proj.{kind}", f"{theirs}.self_attn.out_proj.{kind}"),
+                same(f"{ours}.pre_mlp_layernorm.{kind}", f"{theirs}.layer_norm2.{kind}"),
+                same(f"{ours}.mlp.linear_fc1.{kind}", f"{theirs}.mlp.fc1.{kind}"),
+                same(f"{ours}.mlp.linear_fc2.{kind}", f"{theirs}.mlp.fc2.{kind}"),
+            ]
+    left_out = (r"(vision_model\.)?head\..*", r"text_model\..*", r"logit_(scale|bias)")
+    return WeightMap(tuple(entries), anchor="embeddings.patch_embedding.weight", left_out=left_out)
+
+
+def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
+    """config.json's key -> (our key, our value, the value there); a key that is not there has SigLIP base's value."""
+    vision, shape = config.vision, config.vision.encoder
+    found = found.get("vision_config", found)
+    patch = found.get("patch_size", 16)
+    activation = {"gelu_pytorch_tanh": "gelu_tanh"}.get(found.get("hidden_act", "gelu_pytorch_tanh"), found.get("hidden_act"))
+    return {
+        "hidden_size": ("model.vision.encoder.hidden", shape.hidden, found.get("hidden_size", 768)),
+        "num_hidden_layers": ("model.vision.encoder.layers", shape.layers, found.get("num_hidden_layers", 12)),
+        "num_attention_heads": ("model.vision.encoder.heads", shape.heads, found.get("num_attention_heads", 12)),
+        "intermediate_size": ("model.vision.encoder.feed_forward", shape.feed_forward, found.get("intermediate_size", 3072)),
+        "patch_size": ("model.vision.patch", vision.patch, patch),
+        "image_size / patch_size": ("model.vision.position_grid", vision.position_grid, found.get("image_size", 224) // patch),
+        "layer_norm_eps": ("model.vision.encoder.norm_epsilon", shape.norm_epsilon, found.get("layer_norm_eps", 1e-6)),
+        "hidden_act": ("model.vision.encoder.activation", shape.activation, activation),
+        "model_type (norm)": ("model.vision.encoder.norm", shape.norm, "layer"),
+        "model_type (feed-forward)": ("model.vision.encoder.gated", shape.gated, False),
+        "model_type (biases)": ("model.vision.encoder.bias", shape.bias, True),
+    }

@@ -1,0 +1,297 @@
+"""Published models as parts of the encoder: the forward pass is transformers' own, a rank reads its share, what is exported is bit-equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from sailplan.config.schema import ModelConfig, ParallelConfig, TransformerShape, WeightsConfig
+from sailplan.errors import ConfigurationError
+from sailplan.export.backbones import export_backbones
+from sailplan.model.backbones.load import allocate, load, open_sources
+from sailplan.model.build import build_encoder
+from sailplan.model.count import check_weights
+from sailplan.model.testing import join_layout, small_config, whole_tensor
+from sailplan.model.tower import OmniEncoder, last_position
+from sailplan_kernels.testing import run_ranks
+
+SHARED = {
+    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+    "rope_theta": 5e4, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+FAMILIES = ("qwen2", "qwen3")
+
+
+def configured(family: str, folder: Path | None, *, causal: bool = True) -> ModelConfig:
+    """The small model's configuration with the tower of a family."""
+    config = small_config()
+    config.vocabulary, config.embedding, config.rope_base = 96, 32, 5e4
+    own = {"query_key_value_bias": True} if family == "qwen2" else {"query_key_norm": True, "head_size": 16}
+    config.tower = TransformerShape(2, 32, 4, 2, 48, norm_epsilon=1e-5, causal=causal, **own)
+    config.pooling = "last_token"
+    config.weights = WeightsConfig(tower=None if folder is None else str(folder))
+    return config
+
+
+def reference(family: str) -> torch.nn.Module:
+    torch.manual_seed(3)
+    model = Qwen2ForCausalLM(Qwen2Config(**SHARED)) if family == "qwen2" else Qwen3ForCausalLM(Qwen3Config(**SHARED, head_dim=16))
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms start as ones and biases as zeros: a mix-up would not show
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.mul_(5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def published(request, tmp_path_factory):
+    """(family, folder in several files, the model that wrote it)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = reference(request.param)
+    model.save_pretrained(folder, max_shard_size="30KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return request.param, folder, model
+
+
+def inputs():
+    ids = torch.randint(0, 96, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(7) < torch.tensor([[7], [4], [1]])
+    return ids, mask
+
+
+def hidden_states(encoder, ids, mask):
+    with torch.no_grad():
+        return encoder.tower(encoder.text(ids), torch.zeros(ids.size(1), dtype=torch.int64), mask)
+
+
+def loaded(rank, world, family, folder, causal):
+    parallel = join_layout(world)
+    config = configured(family, folder, causal=causal)
+    encoder = OmniEncoder(config, seed=0, published=["tower"])
+    allocate(encoder)
+    (source,) = open_sources(config)
+    load(source, encoder, parallel.tensor_parallel_rank, world)
+    found = hidden_states(encoder, *inputs())
+    whole = {name: whole_tensor(parameter, parameter, parallel) for name, parameter in encoder.named_parameters()}
+    return found, whole, source.folder.bytes_read, source.folder.largest_read
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_hidden_states_are_those_of_transformers(published, tensor, causal):
+    family, folder, model = published
+    ids, mask = inputs()
+    with torch.no_grad():
+        if causal:
+            wanted = model.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        else:  # a mask of four dimensions is taken as it is
+            wanted = model.model(input_ids=ids, attention_mask=mask[:, None, None, :].expand(-1, 1, 7, -1)).last_hidden_state
+    for found, *_ in run_ranks(loaded, tensor, family, folder, causal):
+        torch.testing.assert_close(found[mask], wanted[mask], rtol=0, atol=1e-5)
+    assert wanted[mask].std() > 0.5
+
+
+def test_each_tensor_parallel_rank_reads_its_own_part(published):
+    family, folder, model = published
+    [(_, _, alone, largest)] = run_ranks(loaded, 1, family, folder, True)
+    tower = sum(p.nbytes for p in model.model.parameters())
+    assert alone == tower and largest == model.model.embed_tokens.weight.nbytes
+    norms = sum(p.nbytes for name, p in model.model.named_parameters() if "norm" in name)
+    for _, _, read, most in run_ranks(loaded, 2, family, folder, True):
+        assert read == (tower - norms) // 2 + norms  # norms are every rank's, all else is halved
+        assert most == largest // 2
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_export_gives_the_same_bits_back(published, tmp_path, tensor, dtype):
+    family, folder, model = published
+    if dtype == torch.bfloat16:
+        folder = tmp_path / "narrow"
+        reference(family).to(dtype).save_pretrained(folder)
+    _, whole, _, _ = run_ranks(loaded, tensor, family, folder, True)[0]
+    (out,) = export_backbones(whole, tmp_path / "out", config=configured(family, folder))
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert files == sorted(path.name for path in out.glob("*.safetensors"))
+    for file in files:
+        before, after = load_file(folder / file), load_file(out / file)
+        assert before.keys() == after.keys()
+        assert all(before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]) for name in before)
+    again = type(model).from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        ids, _ = inputs()
+        wanted = type(model).from_pretrained(folder, dtype=torch.float32)(ids).logits
+        assert torch.equal(again(ids).logits, wanted)
+
+
+def test_training_moves_what_is_exported(published, tmp_path):
+    """The round trip would also hold if export copied its source: a changed weight must arrive, every row in its place."""
+    family, folder, _ = published
+    _, whole, _, _ = run_ranks(loaded, 1, family, folder, True)[0]
+    moved = {name: value + 1 for name, value in whole.items()}
+    (out,) = export_backbones(moved, tmp_path, config=configured(family, folder))
+    for file in out.glob("*.safetensors"):
+        before, after = load_file(folder / file.name), load_file(file)
+        for name, value in before.items():
+            assert torch.equal(after[name], value if name == "lm_head.weight" else value + 1), name
+
+
+def built(rank, world, config):
+    parallel = join_layout(world)
+    encoder = build_encoder(config, ParallelConfig(tensor=world), parallel, seed=5)
+    drawn = OmniEncoder(configured("qwen3", None), seed=5)
+    first = dict(drawn.named_parameters())
+    assert not any(parameter.is_meta for parameter in encoder.parameters())
+    return {name: whole_tensor(first[name], parameter, parallel) for name, parameter in encoder.named_parameters()}
+
+
+@pytest.mark.parametrize("published", ["qwen3"], indirect=True)
+def test_a_run_starts_from_the_weights_at_any_layout(published):
+    family, folder, model = published
+    one, two = run_ranks(built, 1, configured(family, folder))[0], run_ranks(built, 2, configured(family, folder))[0]
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert torch.equal(one["text.weight"], model.model.embed_tokens.weight)
+
+
+def test_last_position():
+    values = torch.arange(24.0).view(2, 4, 3)
+    mask = torch.tensor([[True, False, True, False], [False] * 4])
+    assert torch.equal(last_position(values, mask), torch.stack([values[0, 2], torch.zeros(3)]))
+
+
+def damaged(folder: Path, out: Path, change) -> Path:
+    """A copy of the folder as one file, after `change(tensors, config)`."""
+    tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    config = json.loads((folder / "config.json").read_text())
+    change(tensors, config)
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+NORM, QUERY = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, c: t.pop(NORM), ["model.weights.tower", NORM, "1 missing"]),
+        (lambda t, c: t.update({"model.layers.7.extra.weight": torch.ones(2)}), ["unknown tensor model.layers.7.extra.weight"]),
+        (lambda t, c: t.update({NORM: t[NORM].to(torch.int8)}), [NORM, "type I8", "F32, BF16"]),
+        (lambda t, c: t.update({QUERY: t[QUERY][:-1].clone()}), [QUERY, "(63, 32)", "(64, 32)"]),
+        (lambda t, c: c.update(hidden_size=64), ["model.tower.hidden is 32", "hidden_size 64"]),
+        (lambda t, c: c.update(num_hidden_layers=3), ["model.tower.layers is 2", "num_hidden_layers 3"]),
+        (lambda t, c: c.update(model_type="llama"), ["model_type llama", "qwen2, qwen3"]),
+        (lambda t, c: c.update(rope_parameters={"rope_type": "yarn", "rope_theta": 5e4}), ["rope_type yarn"]),
+    ],
+)
+@pytest.mark.parametrize("published", ["qwen3"], indirect=True)
+def test_files_that_do_not_fit_are_one_line(published, tmp_path, change, words):
+    family, folder, _ = published
+    check_weights(configured(family, folder))
+    with pytest.raises(ConfigurationError) as caught:
+        check_weights(configured(family, damaged(folder, tmp_path / "bad", change)))
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_file_and_a_missing_folder(published, tmp_path):
+    family, folder, _ = published
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    victim = sorted(copy.glob("*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(ConfigurationError, match=f"{victim.name} is missing or broken"):
+        check_weights(configured(family, copy))
+    with pytest.raises(ConfigurationError, match="no such folder"):
+        check_weights(configured(family, tmp_path / "nowhere"))
+    with pytest.raises(ConfigurationError, match=r"model\.tower\.head_size is"):
+        check_weights(configured("qwen2" if family == "qwen3" else "qwen3", folder))
+
+
+def vision_config(folder: Path | None) -> ModelConfig:
+    config = small_config()
+    shape = TransformerShape(2, 32, 4, None, 48, norm="layer", activation="gelu_tanh", gated=False, bias=True)
+    config.vision = dataclasses.replace(config.vision, backbone="siglip", patch=4, position_grid=5, encoder=shape)
+    config.weights.vision = None if folder is None else str(folder)
+    return config
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["both_towers", "image_tower"])
+def siglip(request, tmp_path_factory):
+    """(folder, image tower) of a SigLIP of two towers, or of its image tower alone."""
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    vision = SiglipVisionConfig(**sizes, image_size=20, patch_size=4)
+    text = SiglipTextConfig(**sizes, vocab_size=20, max_position_embeddings=8)
+    whole = SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())) if request.param else SiglipVisionModel(vision)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = tmp_path_factory.mktemp("siglip")
+    whole.eval().save_pretrained(folder)
+    return folder, whole.vision_model if request.param else whole
+
+
+def seen(rank, world, folder, sizes):
+    parallel = join_layout(world)
+    config = vision_config(folder)
+    encoder = OmniEncoder(config, published=["vision"])
+    allocate(encoder)
+    (source,) = open_sources(config)
+    load(source, encoder, parallel.tensor_parallel_rank, world)
+    with torch.no_grad():
+        tokens = [encoder.vision(pictures(size)) for size in sizes]
+    return tokens, {name: whole_tensor(parameter, parameter, parallel) for name, parameter in encoder.named_parameters()}, source.folder.bytes_read
+
+
+def pictures(size):
+    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2)) * 2 - 1
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_siglip_sees_as_transformers_does_and_comes_back_bit_equal(siglip, tmp_path, tensor):
+    folder, model = siglip
+    sizes = [(20, 20), (12, 28)]  # its own grid, and one to which its positions are interpolated
+    tokens, whole, read = run_ranks(seen, tensor, folder, sizes)[0]
+    for size, found in zip(sizes, tokens, strict=True):
+        with torch.no_grad():
+            wanted = model(pictures(size), interpolate_pos_encoding=True).last_hidden_state
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    bytes_of_all = sum(value.nbytes for name, value in whole.items() if name.startswith("vision."))
+    assert read == bytes_of_all if tensor == 1 else read < 0.65 * bytes_of_all
+    (out,) = export_backbones(whole, tmp_path, config=vision_config(folder))
+    before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_siglip_files_of_another_size_are_one_line(siglip):
+    folder, _ = siglip
+    check_weights(vision_config(folder))
+    for change, words in (({"position_grid": 6}, "model.vision.position_grid is 6.* 5"), ({"backbone": "own"}, "model.vision.backbone is own: expected siglip")):
+        config = vision_config(folder)
+        config.vision = dataclasses.replace(config.vision, **change)
+        with pytest.raises(ConfigurationError, match=words):
+            check_weights(config)
