@@ -1,0 +1,71 @@
+"""The published sizes: counted without being made, and a training step at their full width."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from sailplan.config.compose import compose
+from sailplan.config.schema import ModelConfig
+from sailplan.model.count import count_parameters
+from sailplan.model.testing import join_layout, random_inputs
+from sailplan.model.tower import OmniEncoder
+from sailplan.train.testing import run
+from sailplan_kernels.testing import run_ranks
+
+SIZES = ("sail_1b5", "siglip2_qwen3_0b6")
+
+
+def test_counts_are_those_of_the_published_models():
+    """Qwen2.5-1.5B has 1.5437 B parameters, Qwen3-0.6B 0.5960 B (its head shares the embedding); SigLIP2's image tower is 428 M
+    with its pooling head, of which 15.2 M are the head."""
+    sail, other = (count_parameters(compose([f"model={name}"]).model) for name in SIZES)
+    assert sail["text"] + sail["tower"] - 3 * 1536 == 1_543_714_304
+    assert other["text"] + other["tower"] - 3 * 1024 == 596_049_920
+    assert sail["vision"] == other["vision"] and 0.410e9 < sail["vision"] < 0.415e9
+
+
+def test_plan_of_the_full_recipe_tells_parameters_and_memory():
+    found = run("plan", "experiment=sail_1b5", "--ranks", "16", "--json")
+    assert found.returncode == 0, found.stderr
+    told = json.loads(found.stdout)
+    assert told["parameters"]["total"] > 2e9 and told["memory_bytes"]["total"] > 2e9
+    assert told["stages"][0]["learning_rate"]["peak"] == 1e-5
+
+
+def shallow(name: str) -> ModelConfig:
+    """Full width, two layers a stack; 4096 of the vocabulary's entries, because drawing them all takes longer than the step."""
+    config = compose([f"model={name}"]).model
+    two = {part: dataclasses.replace(getattr(config.vision, part), layers=2) for part in ("encoder", "perceiver")}
+    config.vision = dataclasses.replace(config.vision, **two)
+    config.audio.encoder.layers = config.tower.layers = 2
+    config.vocabulary = 4096
+    return config
+
+
+def step(rank, world, name):
+    join_layout(1)
+    encoder = OmniEncoder(shallow(name))
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-4)
+    inputs = random_inputs(("vision", "audio", "text"), 2, 0, dtype=torch.float32, absent=False, frames=1)
+    inputs.images = torch.randn(2, 1, 3, 56, 56)
+    inputs.audio, inputs.audio_mask = torch.randn(2, 1, 64, 64), torch.ones(2, 1, dtype=torch.bool)
+    losses = []
+    for _ in range(2):
+        left, right = torch.nn.functional.normalize(encoder(inputs).fused, dim=-1)
+        loss = left @ right
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in encoder.parameters())
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_step_at_full_width(name):
+    [losses] = run_ranks(step, 1, name, timeout=120)
+    assert losses[1] < losses[0]  # the two rows were pushed apart
