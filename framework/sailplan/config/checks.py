@@ -7,7 +7,7 @@ from sailplan.errors import ConfigurationError
 from sailplan_kernels.exchange import EXCHANGES
 
 KINDS = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}  # and the parts that their records have
-PARTS = ("all", "text", "vision", "perceiver", "audio", "tower", "objectives", "temperatures")
+PARTS = ("all", "text", "vision", "perceiver", "audio", "tower", "lora", "objectives", "temperatures")
 ARTIFACTS = ("interests", "teachers", "co_occurrence")
 
 
@@ -125,6 +125,8 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
         raise ConfigurationError(f"{key}.objectives is empty: name at least one of {', '.join(config.objectives)} and its weight")
     for part in stage.trainable:
         _one_of(f"{key}.trainable", part, PARTS)
+        if part == "lora" and not config.model.lora.rank:
+            raise ConfigurationError(f"{key}.trainable names lora, but model.lora.rank is 0: set a rank, 8 to 32 are usual")
     for artifact in stage.artifacts:
         _one_of(f"{key}.artifacts", artifact, ARTIFACTS)
     named = {**stage.patterns, **(stage.hard_negatives.patterns if stage.hard_negatives else {})}

@@ -130,6 +130,16 @@ class WeightsConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank updates beside matrices that may stay frozen; stages train them as the part `lora`."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 16.0  # the update is alpha / rank times the product of the two factors
+    targets: list[str] = field(default_factory=lambda: ["all"])  # attention | mlp | all
+    parts: list[str] = field(default_factory=lambda: ["tower"])  # tower | vision | perceiver | audio
+
+
+@dataclass
 class ModelConfig:
     vocabulary: int = 8192
     embedding: int = 192  # D of the fused vector; equals tower.hidden
@@ -140,6 +150,7 @@ class ModelConfig:
     pooling: str = "tanh_mean"  # tanh_mean | mean | last_token
     rope_base: float = 10000.0
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 # ---------------------------------------------------------------- stages
@@ -195,7 +206,7 @@ class StageConfig:
     mixed_fraction: float = 0.0  # share of steps whose batch mixes data sets in homogeneous sub-batches
     patterns: dict[str, list[str]] = field(default_factory=dict)  # data set -> patterns used; missing: all
     objectives: dict[str, float] = field(default_factory=dict)  # objective name -> weight
-    trainable: list[str] = field(default_factory=lambda: ["all"])  # parts: all | text | vision | perceiver | audio | tower | objectives | temperatures
+    trainable: list[str] = field(default_factory=lambda: ["all"])  # parts: all | text | vision | perceiver | audio | tower | lora | objectives | temperatures
     subset: SubsetConfig | None = None
     hard_negatives: HardNegativeConfig | None = None
     artifacts: list[str] = field(default_factory=list)  # made at the stage's start: interests | teachers | co_occurrence

@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sailplan.checkpoint.store import is_complete
-from sailplan.config.schema import AudioConfig, Config, ModelConfig, TransformerShape, VisionConfig, WeightsConfig
+from sailplan.config.schema import AudioConfig, Config, LoraConfig, ModelConfig, TransformerShape, VisionConfig, WeightsConfig
 from sailplan.curriculum.artifacts import on_main
 from sailplan.errors import ConfigurationError
 from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import published_parts
+from sailplan.model.lora import merged
 from sailplan.model.tower import OmniEncoder
 from sailplan.runtime.process import Parallel
 
@@ -66,7 +67,7 @@ def export_weights(checkpoint: Path, out: Path, *, config: Config, parallel: Par
 
 
 def _write(checkpoint: Path, out: Path, config: Config) -> None:
-    weights = read_whole(checkpoint)
+    weights = merged(read_whole(checkpoint), config.model.lora)
     out.mkdir(parents=True, exist_ok=True)
     (out / DESCRIPTION).unlink(missing_ok=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
@@ -83,7 +84,7 @@ def _write(checkpoint: Path, out: Path, config: Config) -> None:
 def describe(config: Config, checkpoint: str) -> dict[str, Any]:
     """The content of model.json. checkpoint: name of what the weights come from."""
     return {
-        "model": asdict(config.model),
+        "model": asdict(config.model) | {"lora": asdict(LoraConfig())},  # its updates are merged into the weights
         "views": {name: {view: asdict(found) for view, found in dataset.views.items()} for name, dataset in config.data.sets.items()},
         "data": {key: getattr(config.data, key) for key in INPUT_KEYS},
         "similarity": "cosine of the fused vectors, of the whole or of a prefix",
@@ -114,4 +115,4 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
         vision[key] = TransformerShape(**vision[key])
     audio["encoder"] = TransformerShape(**audio["encoder"])
     typed: dict[str, Any] = {"tower": TransformerShape(**values["tower"]), "vision": VisionConfig(**vision), "audio": AudioConfig(**audio)}
-    return ModelConfig(**{**values, **typed, "weights": WeightsConfig(**values.get("weights", {}))})
+    return ModelConfig(**{**values, **typed, "weights": WeightsConfig(**values.get("weights", {})), "lora": LoraConfig(**values.get("lora", {}))})

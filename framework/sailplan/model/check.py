@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from sailplan.config.schema import ModelConfig, TransformerShape
 from sailplan.errors import ConfigurationError
 from sailplan.model.blocks import ACTIVATIONS, NORMS, head_size
+from sailplan.model.lora import PARTS as LORA_PARTS
+from sailplan.model.lora import TARGETS
 
 
 def _fail(key: str, found: object, expected: str, remedy: str) -> None:
@@ -88,5 +90,12 @@ def check_model(config: ModelConfig, tensor_parallel: int) -> None:
     _positive("model.audio.output", audio.output)
     _positive("model.audio.mel_bins", audio.mel_bins)
     _check_halvings("model.audio.time_stride", audio.time_stride, "each convolution of the stem halves the time axis")
+    lora = config.lora
+    if config.lora.rank < 0:
+        _fail("model.lora.rank", lora.rank, "0 (none) or more", "8 to 32 are usual")
+    for target in lora.targets:
+        _one_of("model.lora.targets", target, (*TARGETS, "all"))
+    for part in lora.parts:
+        _one_of("model.lora.parts", part, LORA_PARTS)
     if config.rope_base <= 1:
         _fail("model.rope_base", config.rope_base, "more than 1", "10000 is usual")

@@ -28,6 +28,7 @@ from sailplan.model.audio import AudioAdapter, AudioEncoder
 from sailplan.model.backbones.siglip import SiglipVisionEncoder
 from sailplan.model.blocks import Blocks, initial_deviation, process_groups, transformer_config
 from sailplan.model.check import check_model
+from sailplan.model.lora import add_lora, is_lora
 from sailplan.model.protocol import Embeddings
 from sailplan.model.vision import Perceiver, VisionEncoder
 
@@ -93,10 +94,14 @@ class OmniEncoder(nn.Module):
                 {"encoder": AudioEncoder(config.audio, config.rope_base, dtype), "adapter": AudioAdapter(config.audio.output, hidden, dtype)}
             )
             self.tower = Tower(config, dtype, _meta_if("tower" in published))
+            if config.lora.rank:
+                add_lora({name: getattr(self, name) for name in PARTS}, config.lora)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by the names that a stage's `trainable` list uses: text, vision, perceiver, audio, tower."""
-        return {name: list(getattr(self, name).parameters()) for name in PARTS}
+        """Parameters by the names that a stage's `trainable` list uses: text, vision, perceiver, audio, tower, and lora where there is any."""
+        found = {name: [value for key, value in getattr(self, name).named_parameters() if not is_lora(key)] for name in PARTS}
+        lora = [value for key, value in self.named_parameters() if is_lora(key)]
+        return found | ({"lora": lora} if lora else {})
 
     def forward(self, inputs: EncoderInputs, *, per_modality: bool = False) -> Embeddings:
         """Encodes one micro-batch; vectors are float32 (float64 in a float64 model), not normalised.

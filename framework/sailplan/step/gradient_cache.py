@@ -53,7 +53,7 @@ def view_is_trainable(encoder: nn.Module, modalities: Iterable[str]) -> bool:
     """
     if not hasattr(encoder, "parts"):
         return any(parameter.requires_grad for parameter in encoder.parameters())
-    used = {"text", "tower"}
+    used = {"text", "tower", "lora"}
     if "vision" in modalities:
         used |= {"vision", "perceiver"}
     if "audio" in modalities:

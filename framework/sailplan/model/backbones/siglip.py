@@ -38,7 +38,7 @@ class SiglipVisionEncoder(nn.Module):
         if images.size(-1) % self.patch or images.size(-2) % self.patch:
             raise ValueError(f"image of {tuple(images.shape[-2:])} pixels: both sides must be multiples of model.vision.patch={self.patch}")
         grid = self.embedding(images.to(self.positions.dtype))
-        positions = self.positions
+        positions: Tensor = self.positions
         if grid.shape[-2:] != (self.grid, self.grid):
             square = positions.T.unflatten(1, (self.grid, self.grid))[None]
             positions = F.interpolate(square, size=grid.shape[-2:], mode="bicubic", align_corners=False)[0].flatten(1).T
