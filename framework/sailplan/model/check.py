@@ -91,7 +91,7 @@ def check_model(config: ModelConfig, tensor_parallel: int) -> None:
     _positive("model.audio.mel_bins", audio.mel_bins)
     _check_halvings("model.audio.time_stride", audio.time_stride, "each convolution of the stem halves the time axis")
     lora = config.lora
-    if not 0 <= lora.rank:
+    if lora.rank <= -1:
         _fail("model.lora.rank", lora.rank, "0 (none) or more", "8 to 32 are usual")
     for target in lora.targets:
         _one_of("model.lora.targets", target, (*TARGETS, "all"))
