@@ -26,6 +26,7 @@ from sailplan.checkpoint.store import is_complete
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 from sailplan.export.weights import DESCRIPTION, TOKENIZER, WEIGHTS, describe
+from sailplan.model.lora import is_lora
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -70,11 +71,14 @@ def merge(sources: Sequence[Path], out: Path, *, weights: Sequence[float] | None
     the sources' dtype; tensors that are not floating point are the first source's. config: of the run; None where an
     exported folder is among the sources, whose description and tokenizer are then taken.
 
-    Raises ConfigurationError for fewer than one source, bad weights, an incomplete source, and tensors that differ in
-    name, shape or dtype.
+    Raises ConfigurationError for fewer than one source, bad weights, an incomplete source, tensors that differ in name,
+    shape or dtype, and checkpoints with LoRA factors.
     """
     shares = _shares(sources, weights)
     opened = [_open(source) for source in sources]
+    for source, found in zip(sources, opened, strict=True):
+        if any(is_lora(name) for name in found.shapes):  # the average of factors is not the factors of the average
+            raise ConfigurationError(f"merge: {source} holds LoRA factors, expected whole weights: run sailplan export on each, then merge those folders")
     for source, found in zip(sources[1:], opened[1:], strict=True):
         _check_alike(sources[0], opened[0].shapes, source, found.shapes)
     averaged: dict[str, Tensor] = {}

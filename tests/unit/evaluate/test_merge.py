@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,18 @@ def test_what_does_not_fit_is_named(config: Config, checkpoints: list[Path], tmp
         with pytest.raises(ConfigurationError, match=words):
             merge(sources, tmp_path / "out", weights=weights, config=config)
     assert not (tmp_path / "out").exists()
+
+
+def test_low_rank_factors_are_not_averaged(config: Config, tmp_path: Path) -> None:
+    """The average of A and of B is not the factors of the average."""
+    lora = copy.deepcopy(config)
+    lora.model.lora.rank = 2
+
+    def write(rank: int, world: int) -> None:
+        parallel = join_layout(1)
+        module = nn.ModuleDict({"encoder": build_encoder(lora.model, lora.parallel, parallel, seed=0)})
+        save(folder_of(tmp_path, 1), model=module, optimizer=None, extra={}, parallel=parallel)
+
+    run_ranks(write, 1)
+    with pytest.raises(ConfigurationError, match="LoRA factors.*sailplan export"):
+        merge([folder_of(tmp_path, 1)] * 2, tmp_path / "out", config=lora)
