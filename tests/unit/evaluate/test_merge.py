@@ -84,5 +84,5 @@ def test_low_rank_factors_are_not_averaged(config: Config, tmp_path: Path) -> No
         save(folder_of(tmp_path, 1), model=module, optimizer=None, extra={}, parallel=parallel)
 
     run_ranks(write, 1)
-    with pytest.raises(ConfigurationError, match="LoRA factors.*sailplan export"):
+    with pytest.raises(ConfigurationError, match=r"LoRA factors.*sailplan export"):
         merge([folder_of(tmp_path, 1)] * 2, tmp_path / "out", config=lora)
