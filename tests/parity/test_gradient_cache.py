@@ -51,6 +51,26 @@ def test_hybrid_sharding_has_the_full_batch_gradient_too(expected: Any) -> None:
         assert row.error <= EXACT, row
 
 
+FEWER = {"items": (14, 3, 0, 15), "pairs": (0, 9, 6, 1), "sequences": (2, 0, 5, 1)}
+NONE = {"items": (32, 0), "pairs": (5, 11), "sequences": (8, 0)}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor_parallel", "rows"), [(4, 1, FEWER), (2, 1, NONE), (4, 2, NONE)], ids=["fewer on each of four", "none", "none, tensor parallel"]
+)
+def test_ranks_with_fewer_rows_or_none(world_size: int, tensor_parallel: int, rows: Any, expected: Any) -> None:
+    """Ranks hold different mixes of the data sets: the weight of a data set is its part of all ranks' rows."""
+    for row in compare(world_size, tensor_parallel, ((3, 1),), expected=expected, rows=rows):
+        assert row.error <= EXACT, row
+
+
+def test_ranks_with_padded_rows_and_with_nothing_but_padding() -> None:
+    """A last batch that was filled up: the last rank has no real pair, no real sequence and few real items."""
+    absent = {"items": range(19, 32), "pairs": range(6, 16), "sequences": range(4, 8)}
+    for row in compare(2, 1, ((3, 0),), absent=absent):
+        assert row.error <= EXACT, row
+
+
 @pytest.mark.parametrize(
     ("objective", "dataset"),
     [("cosent", "pairs"), ("micl", "items"), ("late_fusion", "pairs"), ("seq2item", "sequences"), ("id2item", "items")],

@@ -123,7 +123,7 @@ class InfoNCE(Objective):
             ids = view.ids.view(rows, group)
             valid = valid & (ids != pattern.target.ids[:, None]) & (ids != pattern.query.ids[:, None])
         return {
-            "hard_negatives": view.fused.view(rows, group, -1),
+            "hard_negatives": view.fused.unflatten(0, (rows, group)),
             "hard_negative_valid": valid,
             "shared_hard_negatives": self.shared_hard_negatives,
         }

@@ -93,6 +93,10 @@ class Seq2Item(Objective):
 
         Not normalised; zero for a history without any valid item under mean pooling. Also used by evaluation.
         """
+        if self.encoder is not None and not len(valid):
+            # torch's attention refuses no rows: one absent history, cut away again, keeps the graph as other ranks have it.
+            one = torch.cat([history, history.new_zeros(group, history.shape[1])])
+            return self.represent(one, valid.new_zeros(group), group)[:0]
         mask = valid.view(-1, group, 1)
         items = normalize(history, dim=-1).view(-1, group, history.shape[-1])
         items = torch.where(mask, items, 0.0)

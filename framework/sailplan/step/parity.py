@@ -8,7 +8,7 @@ largest element of the true one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,16 +86,21 @@ def cached_step(
     sharded: bool = True,
     replicas: int = 1,
     datasets: Sequence[str] = tuple(ROWS),
+    rows: Mapping[str, Sequence[int]] | None = None,
+    absent: Mapping[str, range] | None = None,
 ) -> tuple[TrainingStep, tuple[Any, ...]]:
-    """A training step on this rank's share, run up to its gradients: the step, and what `gradients` returned."""
+    """A training step on this rank's share, run up to its gradients: the step, and what `gradients` returned.
+
+    rows: data set -> rows of each data-parallel rank (default: equal parts). absent: data set -> rows that are padding.
+    """
     config = step_config(kept_graphs=kept_graphs, dropout=dropout)
     encoder, objectives, temperatures = build_modules(config)
     shard(encoder, parallel, shard=sharded, replicas=replicas)
     optimizer = build_optimizer(encoder, objectives, temperatures, OptimizerConfig())
     step = TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, AllGather(parallel.data_parallel_group))
     batches = [
-        share(batch, parallel.data_parallel_rank, parallel.data_parallel_size, micro_batches)
-        for batch in global_batches(config, 1)
+        share(batch, parallel.data_parallel_rank, parallel.data_parallel_size, micro_batches, (rows or {}).get(batch.dataset))
+        for batch in global_batches(config, 1, absent)
         if batch.dataset in datasets
     ]
     return step, step.gradients(batches, weights, step=1, stage="parity", thresholds=THRESHOLDS)
@@ -110,15 +115,19 @@ def gathered_gradients(step: TrainingStep, parallel: Parallel) -> dict[str, Tens
     return {name: whole_gradient(parameters[name], gradient, parallel) for name, gradient in found.items()}
 
 
-def _reference(rank: int, world_size: int, weights: dict[str, float], datasets: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
+def _reference(
+    rank: int, world_size: int, weights: dict[str, float], datasets: Sequence[str], absent: Mapping[str, range] | None
+) -> tuple[float, dict[str, Tensor]]:
     join_layout(1)
-    loss, gradients = full_batch_gradients(weights, datasets=datasets)
+    loss, gradients = full_batch_gradients(weights, datasets=datasets, absent=absent)
     return loss, {name: gradient.numpy() for name, gradient in gradients.items()}  # type: ignore[misc]
 
 
-def reference(weights: dict[str, float] = WEIGHTS, datasets: Sequence[str] = tuple(ROWS)) -> tuple[float, dict[str, Tensor]]:
+def reference(
+    weights: dict[str, float] = WEIGHTS, datasets: Sequence[str] = tuple(ROWS), absent: Mapping[str, range] | None = None
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the full batch, computed in a process of its own."""
-    loss, gradients = run_ranks(_reference, 1, weights, datasets)[0]
+    loss, gradients = run_ranks(_reference, 1, weights, datasets, absent)[0]
     return loss, {name: torch.from_numpy(gradient) for name, gradient in gradients.items()}
 
 
@@ -130,13 +139,12 @@ def _layout(
     expected: tuple[float, dict[str, Tensor]],
     weights: dict[str, float],
     datasets: Sequence[str],
-    sharded: bool,
-    replicas: int,
+    options: dict[str, Any],
 ) -> list[Row]:
     parallel = join_layout(tensor_parallel)
     rows = []
     for micro_batches, kept_graphs in cases:
-        step, (loss, *_, calls) = cached_step(parallel, micro_batches, kept_graphs, weights, datasets=datasets, sharded=sharded, replicas=replicas)
+        step, (loss, *_, calls) = cached_step(parallel, micro_batches, kept_graphs, weights, datasets=datasets, **options)
         errors = relative_errors(gathered_gradients(step, parallel), expected[1])
         errors["loss"] = abs(float(loss) - expected[0]) / abs(expected[0])
         worst = max(errors, key=lambda name: errors[name])
@@ -152,12 +160,14 @@ def compare(
     weights: dict[str, float] = WEIGHTS,
     datasets: Sequence[str] = tuple(ROWS),
     expected: tuple[float, dict[str, Tensor]] | None = None,
-    sharded: bool = True,
-    replicas: int = 1,
+    **options: Any,
 ) -> list[Row]:
-    """One line for each case at a layout, run on forked ranks; the errors are rank 0's, gathered from all."""
-    expected = reference(weights, datasets) if expected is None else expected
-    return run_ranks(_layout, world_size, tensor_parallel, cases, expected, weights, datasets, sharded, replicas, timeout=120)[0]
+    """One line for each case at a layout, run on forked ranks; the errors are rank 0's, gathered from all.
+
+    options: those of `cached_step` besides.
+    """
+    expected = reference(weights, datasets, options.get("absent")) if expected is None else expected
+    return run_ranks(_layout, world_size, tensor_parallel, cases, expected, weights, datasets, options, timeout=240)[0]
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ rows are not valid. `global_batches` makes the whole batch; `share` cuts a rank'
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +107,11 @@ def _view(modalities: Sequence[str], rows: int, group: int, seed: int) -> ViewBa
     return ViewBatch([inputs], torch.arange(rows * group), valid, ids, group)
 
 
-def global_batches(config: Config, step: int) -> list[StepBatch]:
-    """The whole batch of a step: one StepBatch for each data set, each view in one micro-batch."""
+def global_batches(config: Config, step: int, absent: Mapping[str, range] | None = None) -> list[StepBatch]:
+    """The whole batch of a step: one StepBatch for each data set, each view in one micro-batch.
+
+    absent: data set -> rows that are padding, not valid in any view.
+    """
     batches = []
     for number, (name, dataset) in enumerate(config.data.sets.items()):
         rows, seed = ROWS[name], 1000 * step + 100 * number
@@ -118,6 +121,9 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
         }
         if name == "items":
             views["negatives/image_to_name"] = _view(["text"], rows, HARD_NEGATIVES, seed + 50)
+        for view in views.values():
+            for row in (absent or {}).get(name, ()):
+                view.valid[row * view.group : (row + 1) * view.group] = False
         generator = torch.Generator().manual_seed(seed + 60)
         unknown = torch.rand(rows, 1, generator=generator) < 0.2
         teachers = {
@@ -142,17 +148,25 @@ def _rows(inputs: EncoderInputs, chosen: Tensor) -> EncoderInputs:
     return dataclasses.replace(inputs, **{name: tensor[chosen] for name, tensor in tensors.items()})
 
 
-def share(batch: StepBatch, rank: int, size: int, micro_batches: int) -> StepBatch:
-    """A data-parallel rank's rows of a whole batch, in shuffled order, cut into micro-batches of rows / `micro_batches`."""
-    rows = len(batch.record_ids) // size
-    micro_batch = -(-rows // micro_batches)
+def share(batch: StepBatch, rank: int, size: int, micro_batches: int, rows: Sequence[int] | None = None) -> StepBatch:
+    """A data-parallel rank's rows of a whole batch, in shuffled order, cut into micro-batches of rows / `micro_batches`.
+
+    rows: of each rank, in rank order (default: equal parts). As in a real step, all ranks have as many micro-batches as
+    the one with most rows; those that others have no rows for are empty.
+    """
+    rows = [len(batch.record_ids) // size] * size if rows is None else rows
+    assert len(rows) == size and sum(rows) == len(batch.record_ids)
+    micro_batch = -(-max(rows) // micro_batches)
+    start, stop = sum(rows[:rank]), sum(rows[: rank + 1])
     views = {}
     for name, view in batch.views.items():
-        mine = slice(rank * rows * view.group, (rank + 1) * rows * view.group)
-        shuffled = torch.randperm(rows * view.group, generator=torch.Generator().manual_seed(rank))
-        parts = [_rows(view.micro_batches[0], mine.start + chosen) for chosen in shuffled.split(micro_batch)]
-        views[name] = ViewBatch(parts, shuffled.argsort(), view.valid[mine], view.ids[mine], view.group)
-    own = slice(rank * rows, (rank + 1) * rows)
+        mine = slice(start * view.group, stop * view.group)
+        shuffled = torch.randperm(mine.stop - mine.start, generator=torch.Generator().manual_seed(rank))
+        count = -(-max(rows) * view.group // micro_batch)
+        parts = [shuffled[number * micro_batch : (number + 1) * micro_batch] for number in range(count)]
+        inputs = [_rows(view.micro_batches[0], mine.start + chosen) for chosen in parts]
+        views[name] = ViewBatch(inputs, shuffled.argsort(), view.valid[mine], view.ids[mine], view.group)
+    own = slice(start, stop)
     return dataclasses.replace(
         batch,
         record_ids=batch.record_ids[own],
@@ -164,13 +178,13 @@ def share(batch: StepBatch, rank: int, size: int, micro_batches: int) -> StepBat
 
 
 def full_batch_gradients(
-    weights: dict[str, float], step: int = 1, datasets: Sequence[str] = tuple(ROWS)
+    weights: dict[str, float], step: int = 1, datasets: Sequence[str] = tuple(ROWS), absent: Mapping[str, range] | None = None
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the whole batch in one process by plain autograd: no cache, no exchange, reference backend."""
     config = step_config(backend="reference")
     encoder, objectives, temperatures = build_modules(config)
     context = ObjectiveContext(config.data.sets, Local(), temperatures, tuple(config.model.prefixes), "reference", dict(THRESHOLDS))
-    batches = [batch for batch in global_batches(config, step) if batch.dataset in datasets]
+    batches = [batch for batch in global_batches(config, step, absent) if batch.dataset in datasets]
     rows = sum(len(batch.record_ids) for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:

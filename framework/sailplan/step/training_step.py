@@ -4,7 +4,7 @@ Encode (gradient cache, A) -> losses on the embeddings (B) -> encoder gradients 
 parameters' gradients in one message -> norm and clipping -> guard -> optimizer. The step is exact: at any number of
 ranks, tensor-parallel size and micro-batch size the gradients are those of the full batch in one process.
 
-A mixed step has several batches, each of one data set; its loss is their mean weighted by rows.
+A mixed step has several batches, each of one data set; its loss is their mean weighted by the rows of all ranks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sailplan.config.schema import Config
@@ -189,10 +190,9 @@ class TrainingStep:
             backend=self.config.step.backend,
             thresholds=thresholds,
         )
-        rows = sum(len(batch.record_ids) for batch in batches)
         found = _Losses(next(iter(encoded[0].views.values())).fused.new_zeros(()))
-        for batch, views, names in zip(batches, encoded, applied, strict=True):
-            share = len(batch.record_ids) / max(rows, 1)
+        shares = self._shares(batches).to(found.total.dtype)
+        for batch, views, names, share in zip(batches, encoded, applied, shares, strict=True):
             for name in names:
                 output = self._objective(name)(views, context)
                 found.total = found.total + weights[name] * share * output.loss
@@ -201,6 +201,18 @@ class TrainingStep:
                 for metric, value in output.metrics.items():
                     found.values[f"metric/{name}/{batch.dataset}/{metric}"] = value
         return found
+
+    def _shares(self, batches: Sequence[StepBatch]) -> Tensor:
+        """Each batch's part of the step's rows, of all data-parallel ranks [batches]: ranks may hold different mixes.
+
+        One all-reduce of as many numbers as there are batches; none for a single one.
+        """
+        if len(batches) == 1:
+            return torch.ones(1, device=self.parallel.device)
+        rows = torch.tensor([len(batch.record_ids) for batch in batches], dtype=torch.float64, device=self.parallel.device)
+        if self.parallel.data_parallel_size > 1:
+            dist.all_reduce(rows, group=self.parallel.data_parallel_group)
+        return rows / rows.sum().clamp(min=1)
 
     def _objective(self, name: str) -> Objective:
         objective = self.objectives[name]
