@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sailplan.data.record import StepBatch
 from sailplan.model.testing import join_layout
 from sailplan.step.parity import cached_step, compare, gathered_gradients, reference, relative_errors
 from sailplan.step.testing import THRESHOLDS, WEIGHTS
@@ -41,13 +42,13 @@ def test_every_layout_has_the_full_batch_gradient(world_size: int, tensor_parall
 
 
 def test_replicated_parameters_have_the_full_batch_gradient_too(expected: Any) -> None:
-    (row,) = compare(2, 1, ((3, 1),), expected=expected, sharded=False)
+    (row,) = compare(2, 1, ((3, 1),), expected=expected, sharding="replicate")
     assert row.error <= EXACT, row
 
 
 def test_hybrid_sharding_has_the_full_batch_gradient_too(expected: Any) -> None:
     """Two copies of the parameters, each cut over two ranks."""
-    for row in compare(4, 1, ((1, 0), (3, 1)), expected=expected, replicas=2):
+    for row in compare(4, 1, ((1, 0), (3, 1)), expected=expected, sharding="hybrid"):
         assert row.error <= EXACT, row
 
 
@@ -66,8 +67,14 @@ def test_ranks_with_fewer_rows_or_none(world_size: int, tensor_parallel: int, ro
 
 def test_ranks_with_padded_rows_and_with_nothing_but_padding() -> None:
     """A last batch that was filled up: the last rank has no real pair, no real sequence and few real items."""
-    absent = {"items": range(19, 32), "pairs": range(6, 16), "sequences": range(4, 8)}
-    for row in compare(2, 1, ((3, 0),), absent=absent):
+    real = {"items": 19, "pairs": 6, "sequences": 4}
+
+    def padded(batch: StepBatch) -> StepBatch:
+        for view in batch.views.values():
+            view.valid[real[batch.dataset] * view.group :] = False
+        return batch
+
+    for row in compare(2, 1, ((3, 0),), change=padded):
         assert row.error <= EXACT, row
 
 
@@ -145,9 +152,9 @@ def test_one_reduction_a_step_whatever_the_number_of_micro_batches(micro_batches
 
 @pytest.mark.parametrize("micro_batches", [1, 8])
 def test_one_reduction_a_step_in_hybrid_and_replicated_layouts(micro_batches: int) -> None:
-    for counts, units in run_ranks(_reductions, 4, micro_batches, 0, {"replicas": 2}):
+    for counts, units in run_ranks(_reductions, 4, micro_batches, 0, {"sharding": "hybrid"}):
         assert counts == {"_reduce_scatter_base_": units, "allreduce_": units}  # within a copy, then between the copies
-    for counts, units in run_ranks(_reductions, 2, micro_batches, 0, {"sharded": False}):
+    for counts, units in run_ranks(_reductions, 2, micro_batches, 0, {"sharding": "replicate"}):
         assert counts == {"allreduce_": units}
 
 

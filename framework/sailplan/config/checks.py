@@ -61,6 +61,7 @@ def _check_parallel(config: Config, world_size: int) -> None:
     _one_of("parallel.dtype", config.parallel.dtype, ("float32", "bfloat16", "float64"))
     _one_of("parallel.sharding", config.parallel.sharding, ("shard", "hybrid", "replicate"))
     data_parallel = world_size // tensor
+    _one_of("parallel.activation_checkpointing", config.parallel.activation_checkpointing, ("none", "full"))
     replicas = config.parallel.replicas
     if config.parallel.sharding == "hybrid" and (replicas < 1 or data_parallel % replicas):
         allowed = ", ".join(str(size) for size in range(1, data_parallel + 1) if data_parallel % size == 0)

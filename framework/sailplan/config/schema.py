@@ -221,6 +221,7 @@ class ParallelConfig:
     replicas: int = 2  # hybrid: copies of the parameters; each is cut over data-parallel size / replicas ranks
     exchange: str = "all_gather"  # how ranks show each other their negatives in training: all_gather | ring (less memory)
     dtype: str = "float32"  # float32 | bfloat16 | float64: compute dtype
+    activation_checkpointing: str = "none"  # none | full: transformer layers keep their inputs alone and run again in the backward pass
     timeout_seconds: float = 600.0  # collective time-out; the watchdog exits with 70
     threads: int = 0  # torch threads per rank on CPU; 0: cores / local ranks
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -26,6 +27,18 @@ from sailplan.runtime.process import Parallel
 
 # What megatron-core (and blocks.HeadNorm) notes on a parameter; fully_shard makes new parameters without the notes.
 TENSOR_PARALLEL_NOTES = ("tensor_model_parallel", "partition_dim", "partition_stride", "tensor_parallel_partial")
+
+
+def checkpoint_activations(model: nn.Module) -> nn.Module:
+    """Every transformer layer keeps its input alone and runs again in the backward pass, with the random numbers it had; in place.
+
+    Memory of a micro-batch's graph: one [b, s, h] a layer instead of all that the layer saves; time: one more forward of the
+    layers. Parameters' names stay. Call it before `shard`, so that a repeated layer finds its parameters gathered.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, TransformerLayer):
+            checkpoint(module)
+    return model
 
 
 def shard(model: nn.Module, parallel: Parallel, *, shard: bool, replicas: int = 1, compute_dtype: torch.dtype | None = None) -> nn.Module:

@@ -1,25 +1,23 @@
-"""The proof of exactness as a table: `python -m sailplan.step.parity`.
+"""Does a layout give the full batch's gradients? The comparison; `python -m sailplan.step.parity` prints the whole matrix.
 
-For worlds of 1, 2 and 4 ranks, tensor-parallel sizes 1 and 2, and several micro-batch counts, one mixed step with
-every loss runs through the gradient cache on a sharded encoder; its gradients, gathered, are compared in float64 with
-those of the full batch by plain autograd in one process. Worst error of a parameter's gradient, relative to the
-largest element of the true one.
+One mixed step with every loss runs through the gradient cache on a sharded encoder; its gradients, gathered, are compared
+with those of the full batch by plain autograd in one process, in float64. Error: the worst of all parameters' gradients,
+each relative to the largest element of the true one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sailplan.config.schema import OptimizerConfig
-from sailplan.model.parallelize import shard
-from sailplan.model.testing import join_layout
+from sailplan.data.record import StepBatch
+from sailplan.model.parallelize import checkpoint_activations, shard
+from sailplan.model.testing import join_layout, whole_tensor
 from sailplan.runtime.process import Parallel
 from sailplan.step.optimizer import build_optimizer
 from sailplan.step.testing import (
@@ -34,46 +32,76 @@ from sailplan.step.testing import (
     step_config,
 )
 from sailplan.step.training_step import TrainingStep
-from sailplan_kernels.exchange import AllGather
+from sailplan_kernels.exchange import EXCHANGES
 from sailplan_kernels.testing import run_ranks
 
-LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2))  # (world, tensor parallel)
+Change = Callable[[StepBatch], StepBatch]
 CASES = ((1, 0), (3, 2), (8, 0), (3, -1))  # (micro-batches a view, kept graphs)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One comparison."""
 
     world: int
     tensor_parallel: int
     micro_batches: int  # per view
     kept_graphs: int
-    encoder_calls: int  # micro-batches of the step on a rank
+    encoder_calls: int  # micro-batches that a rank ran backward
     error: float
-    worst: str  # the parameter with that error
-
-
-def whole_gradient(parameter: Tensor, gradient: Tensor, parallel: Parallel) -> Tensor:
-    """A gradient gathered over the data-parallel shards and the tensor-parallel pieces. A collective."""
-    whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-    if parallel.tensor_parallel_size == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return whole
-    pieces = [torch.empty_like(whole) for _ in range(parallel.tensor_parallel_size)]
-    dist.all_gather(pieces, whole.contiguous(), group=parallel.tensor_parallel_group)
-    dimension, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
-    halves = [piece.chunk(stride, dimension) for piece in pieces]
-    return torch.cat([half[number] for number in range(stride) for half in halves], dimension)
+    worst: str  # the parameter with that error, or loss
 
 
 def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Parameter -> largest difference over the largest true element; a gradient that only one side has is an error of inf."""
     errors = {name: float("inf") for name in found.keys() ^ expected.keys()}
     # A gradient that is zero but for rounding has no scale of its own.
-    floor = 1e-6 * max(float(true.abs().max()) for true in expected.values())
+    floor = max(1e-6 * max(float(true.abs().max()) for true in expected.values()), 1e-30)
     for name in found.keys() & expected.keys():
         errors[name] = float((found[name] - expected[name]).abs().max()) / max(float(expected[name].abs().max()), floor)
     return errors
+
+
+def build_step(
+    parallel: Parallel,
+    *,
+    kept_graphs: int = 0,
+    dropout: float = 0.0,
+    sharding: str = "shard",
+    exchange: str = "all_gather",
+    dtype: torch.dtype = torch.float64,
+    checkpointing: bool = False,
+) -> TrainingStep:
+    """The step of step.testing at a layout; sharding: shard, hybrid (two copies) or replicate; checkpointing: of activations."""
+    config = step_config(kept_graphs=kept_graphs, dropout=dropout)
+    encoder, objectives, temperatures = build_modules(config, dtype)
+    if checkpointing:
+        checkpoint_activations(encoder)
+    shard(encoder, parallel, shard=sharding != "replicate", replicas=2 if sharding == "hybrid" else 1)
+    optimizer = build_optimizer(encoder, objectives, temperatures, OptimizerConfig())
+    return TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, EXCHANGES[exchange](parallel.data_parallel_group))
+
+
+def rank_batches(
+    step: TrainingStep,
+    micro_batches: int,
+    *,
+    number: int = 1,
+    datasets: Sequence[str] = tuple(ROWS),
+    rows: Mapping[str, Sequence[int]] | None = None,
+    change: Change | None = None,
+) -> list[StepBatch]:
+    """This rank's rows of a step's whole batch.
+
+    rows: data set -> rows of each data-parallel rank (default: equal parts). change: done to each data set's whole batch first.
+    """
+    place = step.parallel
+    dtype = next(step.temperatures.parameters()).dtype
+    return [
+        share(change(batch) if change else batch, place.data_parallel_rank, place.data_parallel_size, micro_batches, (rows or {}).get(batch.dataset), dtype)
+        for batch in global_batches(step.config, number)
+        if batch.dataset in datasets
+    ]
 
 
 def cached_step(
@@ -82,52 +110,46 @@ def cached_step(
     kept_graphs: int,
     weights: dict[str, float],
     *,
-    dropout: float = 0.0,
-    sharded: bool = True,
-    replicas: int = 1,
     datasets: Sequence[str] = tuple(ROWS),
     rows: Mapping[str, Sequence[int]] | None = None,
-    absent: Mapping[str, range] | None = None,
+    change: Change | None = None,
+    **layout: Any,
 ) -> tuple[TrainingStep, tuple[Any, ...]]:
     """A training step on this rank's share, run up to its gradients: the step, and what `gradients` returned.
 
-    rows: data set -> rows of each data-parallel rank (default: equal parts). absent: data set -> rows that are padding.
+    datasets, rows, change: see `rank_batches`; layout: the other options of `build_step`.
     """
-    config = step_config(kept_graphs=kept_graphs, dropout=dropout)
-    encoder, objectives, temperatures = build_modules(config)
-    shard(encoder, parallel, shard=sharded, replicas=replicas)
-    optimizer = build_optimizer(encoder, objectives, temperatures, OptimizerConfig())
-    step = TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, AllGather(parallel.data_parallel_group))
-    batches = [
-        share(batch, parallel.data_parallel_rank, parallel.data_parallel_size, micro_batches, (rows or {}).get(batch.dataset))
-        for batch in global_batches(config, 1, absent)
-        if batch.dataset in datasets
-    ]
+    step = build_step(parallel, kept_graphs=kept_graphs, **layout)
+    batches = rank_batches(step, micro_batches, datasets=datasets, rows=rows, change=change)
     return step, step.gradients(batches, weights, step=1, stage="parity", thresholds=THRESHOLDS)
+
+
+def named_parameters(step: TrainingStep) -> dict[str, nn.Parameter]:
+    """All parameters of a step, by the names that `step.testing.named_gradients` uses."""
+    modules = (("encoder", step.encoder), ("objectives", step.objectives), ("temperatures", step.temperatures))
+    return {f"{prefix}.{name}": parameter for prefix, module in modules for name, parameter in module.named_parameters()}
 
 
 def gathered_gradients(step: TrainingStep, parallel: Parallel) -> dict[str, Tensor]:
     """The whole gradients of a step's parameters, on every rank."""
-    parameters: dict[str, nn.Parameter] = {}
-    for prefix, module in (("encoder", step.encoder), ("objectives", step.objectives), ("temperatures", step.temperatures)):
-        parameters |= {f"{prefix}.{name}": parameter for name, parameter in module.named_parameters()}
+    parameters = named_parameters(step)
     found = named_gradients(step.encoder, step.objectives, step.temperatures)
-    return {name: whole_gradient(parameters[name], gradient, parallel) for name, gradient in found.items()}
+    return {name: whole_tensor(parameters[name], gradient, parallel) for name, gradient in found.items()}
 
 
 def _reference(
-    rank: int, world_size: int, weights: dict[str, float], datasets: Sequence[str], absent: Mapping[str, range] | None
+    rank: int, world_size: int, weights: dict[str, float], datasets: Sequence[str], change: Change | None
 ) -> tuple[float, dict[str, Tensor]]:
     join_layout(1)
-    loss, gradients = full_batch_gradients(weights, datasets=datasets, absent=absent)
+    loss, gradients = full_batch_gradients(weights, datasets=datasets, change=change)
     return loss, {name: gradient.numpy() for name, gradient in gradients.items()}  # type: ignore[misc]
 
 
 def reference(
-    weights: dict[str, float] = WEIGHTS, datasets: Sequence[str] = tuple(ROWS), absent: Mapping[str, range] | None = None
+    weights: dict[str, float] = WEIGHTS, datasets: Sequence[str] = tuple(ROWS), change: Change | None = None
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the full batch, computed in a process of its own."""
-    loss, gradients = run_ranks(_reference, 1, weights, datasets, absent)[0]
+    loss, gradients = run_ranks(_reference, 1, weights, datasets, change)[0]
     return loss, {name: torch.from_numpy(gradient) for name, gradient in gradients.items()}
 
 
@@ -138,13 +160,12 @@ def _layout(
     cases: Sequence[tuple[int, int]],
     expected: tuple[float, dict[str, Tensor]],
     weights: dict[str, float],
-    datasets: Sequence[str],
     options: dict[str, Any],
 ) -> list[Row]:
     parallel = join_layout(tensor_parallel)
     rows = []
     for micro_batches, kept_graphs in cases:
-        step, (loss, *_, calls) = cached_step(parallel, micro_batches, kept_graphs, weights, datasets=datasets, **options)
+        step, (loss, *_, calls) = cached_step(parallel, micro_batches, kept_graphs, weights, **options)
         errors = relative_errors(gathered_gradients(step, parallel), expected[1])
         errors["loss"] = abs(float(loss) - expected[0]) / abs(expected[0])
         worst = max(errors, key=lambda name: errors[name])
@@ -158,7 +179,6 @@ def compare(
     cases: Sequence[tuple[int, int]] = CASES,
     *,
     weights: dict[str, float] = WEIGHTS,
-    datasets: Sequence[str] = tuple(ROWS),
     expected: tuple[float, dict[str, Tensor]] | None = None,
     **options: Any,
 ) -> list[Row]:
@@ -166,20 +186,32 @@ def compare(
 
     options: those of `cached_step` besides.
     """
-    expected = reference(weights, datasets, options.get("absent")) if expected is None else expected
-    return run_ranks(_layout, world_size, tensor_parallel, cases, expected, weights, datasets, options, timeout=240)[0]
+    if expected is None:
+        expected = reference(weights, options.get("datasets", tuple(ROWS)), options.get("change"))
+    return run_ranks(_layout, world_size, tensor_parallel, cases, expected, weights, options, timeout=240)[0]
 
 
-def main() -> None:
-    """Prints the table."""
-    expected = reference()
-    print(f"{'world':>5} {'TP':>3} {'DP':>3} {'micro-batches':>13} {'kept':>5} {'encoder calls':>13} {'max relative error':>18}")
-    for world_size, tensor_parallel in LAYOUTS:
-        for row in compare(world_size, tensor_parallel, expected=expected):
-            kept = "all" if row.kept_graphs < 0 else row.kept_graphs
-            layout = f"{row.world:>5} {row.tensor_parallel:>3} {row.world // row.tensor_parallel:>3}"
-            print(f"{layout} {row.micro_batches:>13} {kept:>5} {row.encoder_calls:>13} {row.error:>18.1e}  {row.worst}")
+def _trajectory(
+    rank: int, world_size: int, tensor_parallel: int, micro_batches: int, steps: int, layout: dict[str, Any]
+) -> tuple[list[float], dict[str, Any]]:
+    parallel = join_layout(tensor_parallel)
+    step = build_step(parallel, **layout)
+    losses = []
+    for number in range(1, steps + 1):
+        batches = rank_batches(step, micro_batches, number=number)
+        losses.append(float(step.run(batches, WEIGHTS, step=number, stage="parity", thresholds=THRESHOLDS).loss))
+    return losses, {name: whole_tensor(parameter, parameter, parallel).numpy() for name, parameter in named_parameters(step).items()}
+
+
+def trajectory(world_size: int, tensor_parallel: int, micro_batches: int = 1, steps: int = 20, **layout: Any) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and final parameters, gathered, of a number of optimizer steps on different batches; layout: options of `build_step`."""
+    losses, parameters = run_ranks(_trajectory, world_size, tensor_parallel, micro_batches, steps, layout, timeout=400)[0]
+    return losses, {name: torch.from_numpy(parameter) for name, parameter in parameters.items()}
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    from sailplan.step.parity_matrix import main
+
+    sys.exit(main())

@@ -8,7 +8,7 @@ rows are not valid. `global_batches` makes the whole batch; `share` cuts a rank'
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,16 +83,16 @@ def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: str = "c
     )
 
 
-def build_modules(config: Config) -> tuple[OmniEncoder, nn.ModuleDict, Temperatures]:
-    """Encoder, objectives and temperatures in float64; the parameters that start at zero are moved away from it."""
-    encoder = OmniEncoder(config.model, dtype=torch.float64, seed=config.seed)
+def build_modules(config: Config, dtype: torch.dtype = torch.float64) -> tuple[OmniEncoder, nn.ModuleDict, Temperatures]:
+    """Encoder, objectives and temperatures; the parameters that start at zero are moved away from it. Equal in all dtypes up to rounding."""
+    encoder = OmniEncoder(config.model, dtype=dtype, seed=config.seed)
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, seed=config.seed).double()
     temperatures = Temperatures(config.data.sets).double()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in objectives.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return encoder, objectives, temperatures
+    return encoder, objectives.to(dtype), temperatures.to(dtype)
 
 
 def _view(modalities: Sequence[str], rows: int, group: int, seed: int) -> ViewBatch:
@@ -107,11 +107,8 @@ def _view(modalities: Sequence[str], rows: int, group: int, seed: int) -> ViewBa
     return ViewBatch([inputs], torch.arange(rows * group), valid, ids, group)
 
 
-def global_batches(config: Config, step: int, absent: Mapping[str, range] | None = None) -> list[StepBatch]:
-    """The whole batch of a step: one StepBatch for each data set, each view in one micro-batch.
-
-    absent: data set -> rows that are padding, not valid in any view.
-    """
+def global_batches(config: Config, step: int) -> list[StepBatch]:
+    """The whole batch of a step: one StepBatch for each data set, each view in one micro-batch."""
     batches = []
     for number, (name, dataset) in enumerate(config.data.sets.items()):
         rows, seed = ROWS[name], 1000 * step + 100 * number
@@ -121,9 +118,6 @@ def global_batches(config: Config, step: int, absent: Mapping[str, range] | None
         }
         if name == "items":
             views["negatives/image_to_name"] = _view(["text"], rows, HARD_NEGATIVES, seed + 50)
-        for view in views.values():
-            for row in (absent or {}).get(name, ()):
-                view.valid[row * view.group : (row + 1) * view.group] = False
         generator = torch.Generator().manual_seed(seed + 60)
         unknown = torch.rand(rows, 1, generator=generator) < 0.2
         teachers = {
@@ -143,12 +137,14 @@ def global_batches(config: Config, step: int, absent: Mapping[str, range] | None
     return batches
 
 
-def _rows(inputs: EncoderInputs, chosen: Tensor) -> EncoderInputs:
+def _rows(inputs: EncoderInputs, chosen: Tensor, dtype: torch.dtype) -> EncoderInputs:
     tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if isinstance(getattr(inputs, f.name), Tensor)}
-    return dataclasses.replace(inputs, **{name: tensor[chosen] for name, tensor in tensors.items()})
+    return dataclasses.replace(inputs, **{name: tensor[chosen].to(dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in tensors.items()})
 
 
-def share(batch: StepBatch, rank: int, size: int, micro_batches: int, rows: Sequence[int] | None = None) -> StepBatch:
+def share(
+    batch: StepBatch, rank: int, size: int, micro_batches: int, rows: Sequence[int] | None = None, dtype: torch.dtype = torch.float64
+) -> StepBatch:
     """A data-parallel rank's rows of a whole batch, in shuffled order, cut into micro-batches of rows / `micro_batches`.
 
     rows: of each rank, in rank order (default: equal parts). As in a real step, all ranks have as many micro-batches as
@@ -164,7 +160,7 @@ def share(batch: StepBatch, rank: int, size: int, micro_batches: int, rows: Sequ
         shuffled = torch.randperm(mine.stop - mine.start, generator=torch.Generator().manual_seed(rank))
         count = -(-max(rows) * view.group // micro_batch)
         parts = [shuffled[number * micro_batch : (number + 1) * micro_batch] for number in range(count)]
-        inputs = [_rows(view.micro_batches[0], mine.start + chosen) for chosen in parts]
+        inputs = [_rows(view.micro_batches[0], mine.start + chosen, dtype) for chosen in parts]
         views[name] = ViewBatch(inputs, shuffled.argsort(), view.valid[mine], view.ids[mine], view.group)
     own = slice(start, stop)
     return dataclasses.replace(
@@ -178,13 +174,16 @@ def share(batch: StepBatch, rank: int, size: int, micro_batches: int, rows: Sequ
 
 
 def full_batch_gradients(
-    weights: dict[str, float], step: int = 1, datasets: Sequence[str] = tuple(ROWS), absent: Mapping[str, range] | None = None
+    weights: dict[str, float], step: int = 1, datasets: Sequence[str] = tuple(ROWS), change: Callable[[StepBatch], StepBatch] | None = None
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the whole batch in one process by plain autograd: no cache, no exchange, reference backend."""
+    """Loss and gradients of the whole batch in one process by plain autograd: no cache, no exchange, reference backend.
+
+    change: done to each data set's whole batch first.
+    """
     config = step_config(backend="reference")
     encoder, objectives, temperatures = build_modules(config)
     context = ObjectiveContext(config.data.sets, Local(), temperatures, tuple(config.model.prefixes), "reference", dict(THRESHOLDS))
-    batches = [batch for batch in global_batches(config, step, absent) if batch.dataset in datasets]
+    batches = [change(batch) if change else batch for batch in global_batches(config, step) if batch.dataset in datasets]
     rows = sum(len(batch.record_ids) for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
