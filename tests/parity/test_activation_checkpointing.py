@@ -16,7 +16,7 @@ from sailplan.step.testing import WEIGHTS
 from sailplan_kernels.testing import run_ranks
 
 
-@pytest.mark.parametrize(("world_size", "tensor_parallel", "sharding"), [(2, 1, "shard"), (2, 1, "replicate"), (4, 2, "shard")])
+@pytest.mark.parametrize(("world_size", "tensor_parallel", "sharding"), [(2, 1, "replicate"), (4, 2, "shard")])
 def test_the_gradients_are_the_full_batchs(world_size: int, tensor_parallel: int, sharding: str) -> None:
     for row in compare(world_size, tensor_parallel, ((2, 1),), checkpointing=True, sharding=sharding):
         assert row.error <= 1e-10, row
@@ -31,9 +31,8 @@ def _dropout(rank: int, world_size: int, tensor_parallel: int) -> float:
     return max(relative_errors(gradients[1], gradients[0]).values())
 
 
-@pytest.mark.parametrize(("world_size", "tensor_parallel"), [(2, 1), (2, 2)])
-def test_a_repeated_layer_drops_the_same_units(world_size: int, tensor_parallel: int) -> None:
-    assert max(run_ranks(_dropout, world_size, tensor_parallel)) <= 1e-10
+def test_a_repeated_layer_drops_the_same_units() -> None:
+    assert max(run_ranks(_dropout, 2, 2)) <= 1e-10
 
 
 def _saved(rank: int, world_size: int, tensor_parallel: int) -> dict[str, Any]:

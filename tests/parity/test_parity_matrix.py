@@ -16,6 +16,7 @@ from sailplan.step.parity_matrix import COLUMNS, LIMITS, STEPS, Group, Reference
 from sailplan_kernels.exchange import EXCHANGES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
+FEW_STEPS = 5  # of the larger worlds; the command does all
 PLACE = len(COLUMNS) - 3  # the columns that say what was compared; then come encoder calls, error and parameter
 
 
@@ -72,10 +73,10 @@ def test_an_error_above_the_limit_is_shown(monkeypatch: pytest.MonkeyPatch, caps
         Group(4, 2, ((1, 0),), "replicate", "ring"),
         Group(2, 1, ((3, 0),), dtype=torch.float32),
         Group(4, 2, ((1, 0),), dtype=torch.float32),
-        *(Group(4, 2, ((2, 0),), loss=loss) for loss in ("infonce", "cosent", "micl", "late_fusion", "seq2item", "id2item")),
+        *(Group(4, 2, ((2, 0),), loss=loss) for loss in ("infonce", "cosent", "seq2item")),
         Group(2, 1, ((1, 0),), steps=STEPS),
-        Group(4, 1, ((1, 0),), "hybrid", "ring", steps=STEPS),
-        Group(4, 2, ((1, 0),), steps=STEPS),
+        Group(4, 1, ((1, 0),), "hybrid", "ring", steps=FEW_STEPS),
+        Group(4, 2, ((1, 0),), steps=FEW_STEPS),
     ],
     ids=lambda group: "-".join(map(str, group.place)),
 )
