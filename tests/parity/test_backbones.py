@@ -19,6 +19,9 @@ from transformers import (
     SiglipTextConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    WhisperModel,
 )
 
 from sailplan.config.schema import ModelConfig, ParallelConfig, TransformerShape, WeightsConfig
@@ -27,8 +30,9 @@ from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.build import build_encoder
 from sailplan.model.count import check_weights
+from sailplan.model.pooling import last_position
 from sailplan.model.testing import join_layout, small_config, whole_tensor
-from sailplan.model.tower import OmniEncoder, last_position
+from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks
 
 SHARED = {
@@ -294,5 +298,88 @@ def test_siglip_files_of_another_size_are_one_line(siglip):
     for change, words in wrong:
         config = vision_config(folder)
         config.vision = dataclasses.replace(config.vision, **change)
+        with pytest.raises(ConfigurationError, match=words):
+            check_weights(config)
+
+
+def audio_config(folder: Path | None) -> ModelConfig:
+    config = small_config()
+    shape = TransformerShape(2, 32, 4, None, 48, norm="layer", norm_epsilon=1e-5, activation="gelu", gated=False, bias=True)
+    config.audio = dataclasses.replace(config.audio, backbone="whisper", time_stride=2, mel_bins=6, encoder=shape)
+    config.weights.audio = None if folder is None else str(folder)
+    return config
+
+
+@pytest.fixture(scope="module", params=[WhisperForConditionalGeneration, WhisperModel], ids=["with_head", "without_head"])
+def whisper(request, tmp_path_factory):
+    """(folder, encoder) of a Whisper that reads 24 frames."""
+    torch.manual_seed(4)
+    sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 6, "max_source_positions": 12}
+    decoder = {"decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "max_target_positions": 8, "vocab_size": 20}
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)
+    whole = request.param(WhisperConfig(**sizes, **decoder, **tokens, suppress_tokens=None, begin_suppress_tokens=None))
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if "embed_positions" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = tmp_path_factory.mktemp("whisper")
+    whole.eval().save_pretrained(folder)
+    return folder, whole.get_encoder()
+
+
+def sounds():
+    return torch.randn(3, 24, 6, generator=torch.Generator().manual_seed(2))
+
+
+def heard(rank, world, folder):
+    parallel = join_layout(world)
+    config = audio_config(folder)
+    encoder = OmniEncoder(config, published=["audio"])
+    allocate(encoder)
+    (source,) = open_sources(config)
+    load(source, encoder, parallel.tensor_parallel_rank, world)
+    with torch.no_grad():
+        hidden = encoder.audio["encoder"].tower(sounds())
+    # A bias of the keys, which export drops, changes nothing: each query's scores move together.
+    whole = {name: whole_tensor(parameter, parameter, parallel) for name, parameter in encoder.named_parameters()}
+    with torch.no_grad():
+        for layer in encoder.audio["encoder"].tower.blocks.block.layers:
+            bias = layer.self_attention.linear_qkv.bias.view(-1, 3, 8)
+            assert torch.equal(bias[:, 1], torch.zeros_like(bias[:, 1]))
+            bias[:, 1] = torch.randn_like(bias[:, 1])
+        moved = encoder.audio["encoder"].tower(sounds())
+    vector = encoder.audio["encoder"](sounds()[:, None], torch.tensor([[True], [True], [False]]))
+    vector.square().sum().backward()
+    return hidden, moved, whole, source.folder.bytes_read, vector.detach()
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_whisper_hears_as_transformers_does_and_comes_back_bit_equal(whisper, tmp_path, tensor):
+    folder, model = whisper
+    with torch.no_grad():
+        wanted = model(sounds().transpose(1, 2)).last_hidden_state
+    assert wanted.std() > 0.5
+    hidden, moved, whole, read, vector = run_ranks(heard, tensor, folder)[0]
+    torch.testing.assert_close(hidden, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(moved, wanted, rtol=0, atol=1e-5)
+    assert vector.shape == (3, 12) and bool(vector[:2].any(1).all()) and not vector[2].any()
+    in_the_files = sum(p.nbytes for name, p in model.named_parameters() if "embed_positions" not in name)
+    assert read == in_the_files if tensor == 1 else read < 0.75 * in_the_files
+    for added, name in ((0, "same"), (1, "moved")):
+        (out,) = export_backbones({name: value + added for name, value in whole.items()}, tmp_path / name, config=audio_config(folder))
+        before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            ours = ".decoder." not in f".{name}" and "embed_positions" not in name and "proj_out" not in name
+            assert torch.equal(after[name], value + added if ours else value), name
+
+
+def test_whisper_files_of_another_size_are_one_line(whisper):
+    folder, _ = whisper
+    check_weights(audio_config(folder))
+    wrong = [({"mel_bins": 8}, "model.audio.mel_bins is 8.* 6"), ({"backbone": "own"}, "model.audio.backbone is own: expected whisper")]
+    for change, words in [*wrong, ({"time_stride": 4}, "model.audio.time_stride is 4: expected 2")]:
+        config = audio_config(folder)
+        config.audio = dataclasses.replace(config.audio, **change)
         with pytest.raises(ConfigurationError, match=words):
             check_weights(config)

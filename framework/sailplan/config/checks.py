@@ -47,6 +47,11 @@ def check(config: Config, world_size: int) -> None:
                 )
     if config.model.audio.mel_bins != config.data.mel_bins:
         raise ConfigurationError(f"model.audio.mel_bins={config.model.audio.mel_bins}: expected data.mel_bins={config.data.mel_bins}, what the decoder makes")
+    _one_of("data.spectrogram", config.data.spectrogram, ("own", "whisper"))
+    if config.data.spectrogram == "whisper" and config.data.audio_rate != 16000:
+        raise ConfigurationError(f"data.audio_rate={config.data.audio_rate}: expected 16000, the rate of data.spectrogram=whisper")
+    if config.model.audio.backbone == "whisper" and config.data.spectrogram != "whisper":
+        raise ConfigurationError(f"data.spectrogram={config.data.spectrogram}: expected whisper, what model.audio.backbone=whisper was made for")
     prefixes = config.model.prefixes
     if not prefixes or sorted(set(prefixes)) != list(prefixes) or prefixes[-1] > config.model.embedding:
         raise ConfigurationError(f"model.prefixes={prefixes}: expected rising sizes up to model.embedding={config.model.embedding}")

@@ -69,6 +69,7 @@ class DataConfig:
     audio_chunk_seconds: float = 10.0
     audio_chunks: int = 1
     mel_bins: int = 64
+    spectrogram: str = "own"  # own | whisper: the front end of Whisper's files (16000 Hz; 80 or 128 mel_bins; they know chunks of 30 s)
     bad_sample_limit: float = 0.01  # fraction of samples that may be replaced before the run stops with exit code 65
     cache: str | None = None  # folder for shards that are fetched from a URL
     sets: dict[str, DatasetConfig] = field(default_factory=dict)
@@ -119,6 +120,7 @@ class AudioConfig:
     time_stride: int = 8  # log-mel frames per encoder position
     mel_bins: int = 64  # equals data.mel_bins
     output: int = 512
+    backbone: str = "own"  # own | whisper (Whisper's encoder; needs data.spectrogram=whisper)
 
 
 @dataclass
@@ -127,6 +129,7 @@ class WeightsConfig:
 
     tower: str | None = None  # text embedding and blocks: Qwen2, Qwen2.5 or Qwen3 (dense)
     vision: str | None = None  # model.vision.backbone=siglip: the image tower
+    audio: str | None = None  # model.audio.backbone=whisper: the encoder
 
 
 @dataclass
@@ -147,7 +150,9 @@ class ModelConfig:
     tower: TransformerShape = field(default_factory=TransformerShape)
     vision: VisionConfig = field(default_factory=VisionConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
-    pooling: str = "tanh_mean"  # tanh_mean | mean | last_token
+    pooling: str = "tanh_mean"  # tanh_mean | mean | last_token | latent_attention (NV-Embed)
+    pooling_latents: int = 512  # latent_attention: entries of the learned dictionary
+    pooling_heads: int = 8  # latent_attention
     rope_base: float = 10000.0
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

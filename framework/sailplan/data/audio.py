@@ -1,8 +1,9 @@
 """Sound: soundfile decodes, scipy resamples, torch makes log-mel spectrograms of fixed-length chunks.
 
 Audio is cut into non-overlapping chunks (10 s, recipe section 1); a short one is repeated whole as often as it fits
-and padded with silence. The spectrogram is 25 ms windows every 10 ms, triangular filters on the HTK mel scale
+and padded with silence. Our own spectrogram is 25 ms windows every 10 ms, triangular filters on the HTK mel scale
 (2595 log10(1 + f/700)), log10 power, shifted and scaled by fixed constants to roughly zero mean and unit variance.
+Whisper's, which its published weights need, differs in window, mel scale and scaling, and a short sound is not repeated.
 Augmentation works on the spectrogram: a turn in time, a gain, and masked bands and times (SpecAugment).
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
 FLOOR = 1e-8  # power; about 80 dB below a full-scale tone's mean power
 LOG_MEAN, LOG_SCALE = -5.5, 2.2  # of log10 power, measured on the quick start's recordings of speech
+WHISPER_RATE, WHISPER_WINDOW, WHISPER_HOP, WHISPER_SCALE = 16000, 400, 160, 4.0
 
 
 def decode(content: bytes, rate: int) -> NDArray[np.float32]:
@@ -43,14 +45,15 @@ def decode(content: bytes, rate: int) -> NDArray[np.float32]:
     return mono
 
 
-def chunks(samples: NDArray[np.float32], length: int, count: int, source: random.Random | None = None) -> NDArray[np.float32]:
+def chunks(samples: NDArray[np.float32], length: int, count: int, source: random.Random | None = None, *, repeat: bool = True) -> NDArray[np.float32]:
     """Non-overlapping chunks: float32 [c, length] with 1 <= c <= count.
 
-    A recording shorter than a chunk is repeated whole and padded with zeros; the last of several chunks is padded.
+    A recording shorter than a chunk is repeated whole (unless `repeat` is False) and padded with zeros; the last of
+    several chunks is padded.
     In training a recording longer than count chunks starts at a random sample, else at its beginning.
     """
     if len(samples) < length:
-        samples = np.tile(samples, length // len(samples))
+        samples = np.tile(samples, length // len(samples)) if repeat else samples
         return np.pad(samples, (0, length - len(samples)))[None]
     spare = len(samples) - count * length
     start = int(source.random() * (spare + 1)) if source is not None and spare > 0 else 0
@@ -91,18 +94,42 @@ def log_mel(waves: NDArray[np.float32], rate: int, bins: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+def slaney_filters(bins: int) -> Tensor:
+    """Triangular filters of area 1 (in Hz), float32 [WHISPER_WINDOW / 2 + 1, bins], centres equally spaced on Slaney's mel
+    scale from 0 to 8000 Hz: f / (200 / 3) up to 1000 Hz, then 15 + 27 ln(f / 1000) / ln 6.4 (Auditory Toolbox, 1998)."""
+    top = 15.0 + 27.0 * math.log(WHISPER_RATE / 2 / 1000.0) / math.log(6.4)
+    mels = torch.linspace(0.0, top, bins + 2, dtype=torch.float64)
+    edges = torch.where(mels < 15.0, mels * (200.0 / 3.0), 1000.0 * torch.exp((mels - 15.0) * (math.log(6.4) / 27.0)))
+    frequencies = torch.linspace(0.0, WHISPER_RATE / 2, WHISPER_WINDOW // 2 + 1, dtype=torch.float64)[:, None]
+    rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
+    return (torch.minimum(rising, falling).clamp(min=0.0) * (2.0 / (edges[2:] - edges[:-2]))).float()
+
+
+def whisper_log_mel(waves: NDArray[np.float32], bins: int) -> Tensor:
+    """float32 [c, samples] at 16000 Hz -> Whisper's log-mel float32 [c, samples / 160, bins].
+
+    log10 of the power, at least 1e-10 and at least the chunk's maximum less 8, plus 4, divided by 4 (Radford et al., arXiv 2212.04356).
+    """
+    spectrum = torch.stft(torch.from_numpy(waves), WHISPER_WINDOW, WHISPER_HOP, window=_window(WHISPER_WINDOW), return_complex=True)
+    power = torch.view_as_real(spectrum[:, :, :-1]).square().sum(-1)
+    logarithm = (power.transpose(1, 2) @ slaney_filters(bins)).clamp_(min=1e-10).log10_()
+    return torch.maximum(logarithm, logarithm.amax((1, 2), keepdim=True) - 8.0).add_(4.0).div_(WHISPER_SCALE)
+
+
+@lru_cache(maxsize=8)
 def _window(length: int) -> Tensor:
     return torch.hann_window(length, periodic=True)
 
 
-def augment(mel: Tensor, source: random.Random, strength: float) -> Tensor:
-    """A changed copy of log-mel float32 [c, frames, bins] at a strength 0..1.
+def augment(mel: Tensor, source: random.Random, strength: float, scale: float = LOG_SCALE) -> Tensor:
+    """A changed copy of log-mel float32 [c, frames, bins] at a strength 0..1. scale: what log10 power was divided by.
 
     At strength 1: a turn by any time, gain +-6 dB, one band of up to a quarter of the mel bins and one time of up to a
-    fifth of each chunk set to the mean (SpecAugment, Park et al. 2019).
+    fifth of each chunk set to 0, which is about the mean (SpecAugment, Park et al. 2019).
     """
     _, frames, bins = mel.shape
-    turn, gain = int(source.random() * strength * frames), (source.random() * 2 - 1) * 0.6 * strength / LOG_SCALE
+    turn, gain = int(source.random() * strength * frames), (source.random() * 2 - 1) * 0.6 * strength / scale
     changed = torch.roll(mel, turn, dims=1) + gain
     band, time = int(source.random() * strength * bins / 4), int(source.random() * strength * frames / 5)
     first_bin, first_frame = int(source.random() * (bins - band + 1)), int(source.random() * (frames - time + 1))

@@ -117,15 +117,18 @@ class ViewDecoder:
     def _audio(self, item_id: str, content: bytes, source: random.Random | None, strength: float) -> Tensor:
         """float16 log-mel [c, frames, mels]. Kept decoded: the spectrogram, or of a recording longer than its chunks,
         which starts elsewhere each time, the samples."""
-        length = round(self.config.audio_chunk_seconds * self.config.audio_rate)
+        length, whisper = round(self.config.audio_chunk_seconds * self.config.audio_rate), self.config.spectrogram == "whisper"
         mel = self._decoded.get(content)
         if mel is None or mel.dtype != torch.float16:
             samples = mel.numpy() if mel is not None else self._samples(item_id, content)
-            waves = audio.chunks(samples, length, self.config.audio_chunks, source)
-            mel = audio.log_mel(waves, self.config.audio_rate, self.config.mel_bins).half()
+            waves = audio.chunks(samples, length, self.config.audio_chunks, source, repeat=not whisper)
+            bins = self.config.mel_bins
+            mel = (audio.whisper_log_mel(waves, bins) if whisper else audio.log_mel(waves, self.config.audio_rate, bins)).half()
             kept = mel if len(samples) <= length * self.config.audio_chunks else torch.from_numpy(samples)
             self._decoded.put(content, kept, kept.nbytes + len(content))
-        return audio.augment(mel.float(), source, strength).half() if source is not None and strength > 0 else mel
+        if source is None or strength <= 0:
+            return mel
+        return audio.augment(mel.float(), source, strength, audio.WHISPER_SCALE if whisper else audio.LOG_SCALE).half()
 
     def _samples(self, item_id: str, content: bytes) -> NDArray[np.float32]:
         try:
@@ -158,7 +161,7 @@ class ViewDecoder:
 def shared_decoder(config: DataConfig) -> ViewDecoder:
     """The process's decoder for these decoding options: stages and evaluations share what is decoded already."""
     options = (config.tokenizer, config.max_tokens, config.image_size, config.frames)
-    sound = (config.audio_rate, config.audio_chunk_seconds, config.audio_chunks, config.mel_bins)
+    sound = (config.audio_rate, config.audio_chunk_seconds, config.audio_chunks, config.mel_bins, config.spectrogram)
     if (options, sound) not in _DECODERS:
         _DECODERS.clear()  # one at a time: its caches are large
         _DECODERS[options, sound] = ViewDecoder(config)

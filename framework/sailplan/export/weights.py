@@ -35,7 +35,7 @@ from sailplan.model.tower import OmniEncoder
 from sailplan.runtime.process import Parallel
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
-INPUT_KEYS = ("max_tokens", "image_size", "frames", "audio_rate", "audio_chunk_seconds", "audio_chunks", "mel_bins")
+INPUT_KEYS = ("max_tokens", "image_size", "frames", "audio_rate", "audio_chunk_seconds", "audio_chunks", "mel_bins", "spectrogram")
 
 
 def read_whole(checkpoint: Path) -> dict[str, Tensor]:

@@ -20,6 +20,12 @@ from sailplan.model.blocks import Blocks, initial_deviation
 from sailplan.model.vision import convolutional_stem
 
 
+def mean_of_chunks(vectors: Tensor, chunk_mask: Tensor) -> Tensor:
+    """Vectors [b * c, d] of chunks, chunk_mask bool [b, c]: their mean over each row's present chunks, [b, d]; zeros where there is none."""
+    weight = chunk_mask.to(vectors.dtype)
+    return (vectors.unflatten(0, chunk_mask.shape) * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
 class AudioEncoder(nn.Module):
     """Chunks of log-mel to the item's vector, [b, output]."""
 
@@ -46,16 +52,13 @@ class AudioEncoder(nn.Module):
 
     def forward(self, log_mel: Tensor, chunk_mask: Tensor) -> Tensor:
         """log_mel [b, c, frames, mel_bins], chunk_mask bool [b, c]. Returns [b, output]; zeros where no chunk is present."""
-        rows, chunks = chunk_mask.shape
         log_mel = log_mel.masked_fill(~chunk_mask[:, :, None, None], 0).to(self.bin_gain.dtype).flatten(0, 1)
         hidden = self.stem(self.normalise(log_mel).transpose(1, 2)).transpose(1, 2)
         hidden = self.blocks(hidden)
         # Mean plus maximum over time, as CLAP's CNN14 encoder (Kong et al., "PANNs", arXiv 1912.10211): the mean alone
         # is nearly the same for any speech, the maximum keeps which sounds occurred.
-        vector = self.output(hidden.mean(1) + hidden.amax(1)).view(rows, chunks, -1)
-        weight = chunk_mask.to(vector.dtype)
-        mean = (vector * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
-        return self.norm(mean)
+        vector = self.output(hidden.mean(1) + hidden.amax(1))
+        return self.norm(mean_of_chunks(vector, chunk_mask))
 
 
 class AudioAdapter(nn.Module):

@@ -10,6 +10,7 @@ from sailplan.errors import ConfigurationError
 from sailplan.model.blocks import ACTIVATIONS, NORMS, head_size
 from sailplan.model.lora import PARTS as LORA_PARTS
 from sailplan.model.lora import TARGETS
+from sailplan.model.pooling import POOLINGS
 
 
 def _fail(key: str, found: object, expected: str, remedy: str) -> None:
@@ -66,7 +67,7 @@ def check_model(config: ModelConfig, tensor_parallel: int) -> None:
     _check_shape("model.tower", config.tower, tensor_parallel, rotary=True)
     _check_shape("model.vision.encoder", vision.encoder, tensor_parallel, rotary=False)
     _check_shape("model.vision.perceiver", vision.perceiver, tensor_parallel, rotary=False)
-    _check_shape("model.audio.encoder", audio.encoder, tensor_parallel, rotary=True)
+    _check_shape("model.audio.encoder", audio.encoder, tensor_parallel, rotary=audio.backbone == "own")
     _positive("model.vocabulary", config.vocabulary)
     if config.vocabulary % tensor_parallel:
         _fail("model.vocabulary", config.vocabulary, f"a multiple of parallel.tensor={tensor_parallel}", "round it up; unused entries cost little")
@@ -76,7 +77,11 @@ def check_model(config: ModelConfig, tensor_parallel: int) -> None:
         _fail("model.prefixes", list(config.prefixes), "sizes in increasing order", "for example [64, 128, 256]")
     if config.prefixes[-1] > config.embedding:
         _fail("model.prefixes", list(config.prefixes), f"sizes up to model.embedding={config.embedding}", "end the list with the full size")
-    _one_of("model.pooling", config.pooling, ("tanh_mean", "mean", "last_token"))
+    _one_of("model.pooling", config.pooling, POOLINGS)
+    _positive("model.pooling_latents", config.pooling_latents)
+    _positive("model.pooling_heads", config.pooling_heads)
+    if config.pooling == "latent_attention" and config.tower.hidden % config.pooling_heads:
+        _fail("model.pooling_heads", config.pooling_heads, f"a divisor of model.tower.hidden={config.tower.hidden}", "change one of the two")
     if vision.stem not in ("convolutional", "patch"):
         _fail("model.vision.stem", repr(vision.stem), "convolutional or patch", "choose one")
     _one_of("model.vision.backbone", vision.backbone, ("own", "siglip"))
@@ -90,6 +95,12 @@ def check_model(config: ModelConfig, tensor_parallel: int) -> None:
     _positive("model.audio.output", audio.output)
     _positive("model.audio.mel_bins", audio.mel_bins)
     _check_halvings("model.audio.time_stride", audio.time_stride, "each convolution of the stem halves the time axis")
+    _one_of("model.audio.backbone", audio.backbone, ("own", "whisper"))
+    if audio.backbone == "whisper":
+        if audio.time_stride != 2:
+            _fail("model.audio.time_stride", audio.time_stride, "2 with model.audio.backbone=whisper", "set 2")
+        if audio.encoder.hidden % 2 or audio.encoder.hidden < 4:
+            _fail("model.audio.encoder.hidden", audio.encoder.hidden, "an even number from 4 on (sine and cosine positions)", "change it")
     lora = config.lora
     if lora.rank <= -1:
         _fail("model.lora.rank", lora.rank, "0 (none) or more", "8 to 32 are usual")

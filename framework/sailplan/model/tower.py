@@ -2,7 +2,8 @@
 
 Sound is one token, pictures are a few latents, text is its tokens; they stand in this order in one sequence
 that bidirectional (or causal) blocks read. The vector is the mean over the present positions of tanh(hidden), or
-another pooling that the configuration names, without a head: the similarity of two items is the cosine of their vectors (SAIL-Embedding, arXiv 2510.12709).
+another pooling that the configuration names, without an output projection: the similarity of two items is the cosine
+of their vectors (SAIL-Embedding, arXiv 2510.12709).
 
 Which towers run is decided by the view's declared modalities, never by what a row really has: the ranks
 must meet in the same collectives. An absent part is masked out of attention and pooling.
@@ -26,9 +27,11 @@ from sailplan.config.schema import ModelConfig, VisionConfig
 from sailplan.data.record import EncoderInputs
 from sailplan.model.audio import AudioAdapter, AudioEncoder
 from sailplan.model.backbones.siglip import SiglipVisionEncoder
+from sailplan.model.backbones.whisper import WhisperAudioEncoder
 from sailplan.model.blocks import Blocks, initial_deviation, process_groups, transformer_config
 from sailplan.model.check import check_model
 from sailplan.model.lora import add_lora, is_lora
+from sailplan.model.pooling import LatentAttention, last_position, masked_mean
 from sailplan.model.protocol import Embeddings
 from sailplan.model.vision import Perceiver, VisionEncoder
 
@@ -52,10 +55,13 @@ class Tower(nn.Module):
         self.kinds = nn.Parameter(torch.zeros(3, config.tower.hidden, dtype=dtype))  # text, vision, audio
         with blocks_on:
             self.blocks = Blocks(config.tower, dtype, config.rope_base)
+        latent = config.pooling == "latent_attention"
+        self.pooling = LatentAttention(config.tower.hidden, config.pooling_latents, config.pooling_heads, dtype) if latent else None
 
     def forward(self, sequence: Tensor, kind: Tensor, keep: Tensor) -> Tensor:
         """sequence [b, s, h], kind int64 [s], keep bool [b, s]. Returns [b, s, h]."""
-        return self.blocks(sequence + self.kinds[kind], keep)
+        hidden = self.blocks(sequence + self.kinds[kind], keep)
+        return hidden if self.pooling is None else self.pooling(hidden)
 
 
 class OmniEncoder(nn.Module):
@@ -66,7 +72,8 @@ class OmniEncoder(nn.Module):
     seed: the weights are a function of (config, seed), the same at every tensor-parallel size and in every dtype
     up to rounding; torch's global generator is left as it was.
     published: parts that are laid out on the meta device instead of drawn, to be filled from published weights
-    (`backbones.load`): "tower" (the text embedding and the tower's blocks), "vision" (the frame encoder).
+    (`backbones.load`): "tower" (the text embedding and the tower's blocks), "vision" (the frame encoder), "audio" (the audio
+    encoder without its projection).
     """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, published: Collection[str] = ()) -> None:
@@ -90,9 +97,11 @@ class OmniEncoder(nn.Module):
             with _meta_if("vision" in published):
                 self.vision: nn.Module = VISION[config.vision.backbone](config.vision, dtype)
             self.perceiver = Perceiver(config.vision, hidden, dtype)
-            self.audio = nn.ModuleDict(
-                {"encoder": AudioEncoder(config.audio, config.rope_base, dtype), "adapter": AudioAdapter(config.audio.output, hidden, dtype)}
-            )
+            if config.audio.backbone == "whisper":
+                sound: nn.Module = WhisperAudioEncoder(config.audio, dtype, _meta_if("audio" in published))
+            else:
+                sound = AudioEncoder(config.audio, config.rope_base, dtype)
+            self.audio = nn.ModuleDict({"encoder": sound, "adapter": AudioAdapter(config.audio.output, hidden, dtype)})
             self.tower = Tower(config, dtype, _meta_if("tower" in published))
             if config.lora.rank:
                 add_lora({name: getattr(self, name) for name in PARTS}, config.lora)
@@ -155,20 +164,6 @@ class OmniEncoder(nn.Module):
             own_text[:, keep.size(1) - inputs.text_mask.size(1) :] = inputs.text_mask & inputs.token_mask
             text = pool(hidden, own_text)
         return Embeddings(fused=fused, vision=vision, text=text)
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of [b, s, h] over the positions where bool [b, s] is True; zeros where there is none."""
-    weight = mask.to(values.dtype)
-    return torch.einsum("bsh,bs->bh", values, weight) / weight.sum(1, keepdim=True).clamp(min=1)
-
-
-def last_position(values: Tensor, mask: Tensor) -> Tensor:
-    """[b, s, h] at the last position where bool [b, s] is True; zeros where there is none."""
-    places = torch.arange(mask.size(1), device=mask.device)
-    last = torch.where(mask, places, -1).amax(1)
-    chosen = values[torch.arange(len(values), device=mask.device), last.clamp(min=0)]
-    return chosen * (last >= 0)[:, None].to(values.dtype)
 
 
 def _one_absent_row(inputs: EncoderInputs) -> EncoderInputs:

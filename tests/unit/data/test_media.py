@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from PIL import Image
+from transformers import WhisperFeatureExtractor
 
+from sailplan.config.schema import DataConfig, DatasetConfig, ViewConfig
 from sailplan.data import audio, image
+from sailplan.data.record import Item
 from sailplan.data.testing import png, wav
+from sailplan.data.views import ViewDecoder
 
 
 def encoded(picture: Image.Image, kind: str) -> bytes:
@@ -85,6 +90,30 @@ def test_mel_filters_are_the_htk_definition() -> None:
     assert filters.shape == (129, 8) and filters.min() == 0 and filters.max() <= 1
     inner = filters[(np.arange(129) * 4000 / 128 > 250) & (np.arange(129) * 4000 / 128 < 3000)]
     assert torch.allclose(inner.sum(1), torch.ones(len(inner)), atol=1e-5), "neighbouring triangles add up to 1"
+
+
+@pytest.mark.parametrize("bins", [80, 128])
+def test_whispers_spectrogram_is_that_of_transformers(bins: int) -> None:
+    random_numbers, time = np.random.default_rng(0), np.arange(48000) / 16000
+    waves = np.stack([np.sin(2 * np.pi * (200 + 900 * time) * time), random_numbers.standard_normal(48000) * time, np.zeros(48000)]).astype(np.float32)
+    extractor = WhisperFeatureExtractor(feature_size=bins, chunk_length=3)
+    wanted = extractor(list(waves), sampling_rate=16000, return_tensors="pt").input_features.transpose(1, 2)
+    found = audio.whisper_log_mel(waves, bins)
+    assert found.shape == (3, 300, bins) and wanted.std() > 0.3
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 1.7])
+def test_whispers_spectrogram_reaches_the_model_padded_as_transformers_pads(shards: Path, seconds: float) -> None:
+    config = DataConfig(tokenizer=str(shards / "tokenizer.json"), audio_chunk_seconds=1.0, audio_chunks=1, mel_bins=80, spectrogram="whisper")
+    samples = np.random.default_rng(1).uniform(-0.5, 0.5, round(16000 * seconds)).astype(np.float32)
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16000, format="WAV", subtype="FLOAT")
+    row = ViewDecoder(config).row(Item(id="one", audio=file.getvalue()), ViewConfig(modalities=["audio"]), DatasetConfig())
+    assert row.audio is not None
+    found = row.audio.float()
+    wanted = WhisperFeatureExtractor(chunk_length=1)(samples, sampling_rate=16000, return_tensors="pt").input_features.transpose(1, 2)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)  # kept in float16
 
 
 def test_short_sounds_are_repeated_whole_and_long_ones_cut_into_chunks() -> None:

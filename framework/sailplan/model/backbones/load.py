@@ -16,7 +16,7 @@ from torch import nn
 
 from sailplan.config.schema import ModelConfig
 from sailplan.errors import ConfigurationError
-from sailplan.model.backbones import qwen, siglip
+from sailplan.model.backbones import qwen, siglip, whisper
 from sailplan.model.backbones.folder import PublishedFolder
 from sailplan.model.backbones.weight_map import Piece, WeightMap
 
@@ -46,16 +46,17 @@ class Family(Protocol):
 
 def published_parts(config: ModelConfig) -> dict[str, str]:
     """Part -> folder or hub id, of the parts that start from published weights."""
-    places = {"tower": config.weights.tower, "vision": config.weights.vision}
+    places = {"tower": config.weights.tower, "vision": config.weights.vision, "audio": config.weights.audio}
     return {part: place for part, place in places.items() if place is not None}
 
 
 def _family(config: ModelConfig, part: str) -> Family:
     if part == "tower":
         return cast(Family, qwen)
-    if config.vision.backbone != "siglip":
-        raise ConfigurationError(f"model.weights.vision is set, but model.vision.backbone is {config.vision.backbone}: expected siglip")
-    return cast(Family, siglip)
+    name, found, family = ("siglip", config.vision.backbone, siglip) if part == "vision" else ("whisper", config.audio.backbone, whisper)
+    if found != name:
+        raise ConfigurationError(f"model.weights.{part} is set, but model.{part}.backbone is {found}: expected {name}")
+    return cast(Family, family)
 
 
 def open_sources(config: ModelConfig) -> list[Source]:
