@@ -42,10 +42,11 @@ def plan(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Configuration and model sizes, then every shard's index, then a collective over the ranks."""
-    from sailplan.data.datasets import open_datasets
+    from sailplan.data.datasets import check_tokenizer, open_datasets
 
     config = _config(options, world_size_from_environment())
     readers = open_datasets(config)
+    check_tokenizer(config)
     with started(config.parallel) as parallel:
         parallel.barrier()
         if parallel.is_main:

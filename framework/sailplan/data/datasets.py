@@ -53,6 +53,19 @@ def _open(config: Config, name: str, folders: Mapping[str, str | Path], readers:
     return readers[name]
 
 
+def check_tokenizer(config: Config) -> None:
+    """Raises ConfigurationError where the tokenizer has ids that the model has no embedding for: it may have fewer, never more.
+
+    A tensor-parallel embedding would answer such an id with zeros, without a word.
+    """
+    found = shared_decoder(config.data).tokenizer.vocabulary
+    if found > config.model.vocabulary:
+        raise ConfigurationError(
+            f"data.tokenizer={config.data.tokenizer} has {found} tokens, but model.vocabulary is {config.model.vocabulary}: "
+            "expected at most as many; choose the tokenizer.json of the model's own folder, or set model.vocabulary"
+        )
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something that `validate` found: in which data set, which record (or shard), and what."""

@@ -20,7 +20,7 @@ from sailplan.config.compose import config_hash, identity
 from sailplan.config.schema import Config
 from sailplan.curriculum.embedding import exchange_of
 from sailplan.curriculum.stages import StageState, load_stage, prepare_stage, refresh_hard_negatives
-from sailplan.data.datasets import open_datasets
+from sailplan.data.datasets import check_tokenizer, open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.record import StepBatch
@@ -52,6 +52,7 @@ class Trainer:
             whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, exchange_of(parallel, config.parallel.exchange)
         )
         self.readers = open_datasets(config)
+        check_tokenizer(config)
         options = config.checkpoint
         self.saver = Saver(parallel, asynchronous=options.asynchronous, keep=options.keep, timeout_seconds=config.parallel.timeout_seconds)
         self.step = 0

@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from sailplan.config.schema import DatasetConfig, ViewConfig
 from sailplan.data.text import Tokenizer, choose_language, compose
@@ -71,3 +73,20 @@ def test_unusable_tokenizers_and_prompts_name_their_key(shards: Path, tmp_path: 
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ConfigurationError, match=r"data\.tokenizer=.*not a tokenizer"):
         Tokenizer(str(tmp_path / "broken.json"), 8)
+
+
+def test_the_tokenizer_of_a_published_folder_gives_its_own_ids(tmp_path: Path) -> None:
+    """Byte-level BPE with end-of-text tokens that a chat template or a post-processor may add, as in Qwen's folders."""
+    base = tokenizers.Tokenizer(tokenizers.models.BPE())
+    base.normalizer = tokenizers.normalizers.NFC()
+    base.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    base.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    base.train_from_iterator(["the red fish and the moon"] * 4, tokenizers.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False))
+    published = PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"])
+    published.save_pretrained(tmp_path)
+    texts = ["the red fish", "Grüße, 月 🙂", "the moon and a longer text about the fish that is cut"]
+    found = Tokenizer(str(tmp_path / "tokenizer.json"), max_tokens=24)
+    assert found.vocabulary == len(published) == base.get_vocab_size() + 2
+    assert found.texts(texts) == [published(text, add_special_tokens=False).input_ids[:24] for text in texts]
+    assert published.decode(found.texts(texts)[1]) == texts[1]
