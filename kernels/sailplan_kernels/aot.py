@@ -1,0 +1,147 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and judge what comes out: `python -m sailplan_kernels.aot`.
+
+For every launch configuration and target it prints registers, stack, spills, shared memory and matrix instructions, and
+PASS or REJECT; the exit status is 1 on a REJECT. Rejected is what spills or uses a stack, needs more shared memory than
+the target has (the compiler itself does not look), or multiplies half-precision operands on sm_90 without WGMMA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+KERNELS = ("statistics", "gradient")
+KINDS = ("rows", "columns", "sigmoid")
+LENGTH = 256  # of a prefix; the number of steps is a loop's, so that code differs only by whether BK divides it
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as the engine may launch it."""
+
+    kernel: str
+    dtype: torch.dtype
+    kind: str
+    prefixes: int
+    options: bool  # all three tags and the limits, or the one tag that every call has
+    capability: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    wgmma: int
+    mma: int
+    reason: str  # empty: PASS
+
+
+def cases(capabilities: list[int], kernels=KERNELS, dtypes=tuple(TYPES), kinds=KINDS, prefixes=(1, 2, 4), options=(False, True)) -> Iterator[Case]:
+    for case in itertools.product(kernels, dtypes, kinds, prefixes, options, capabilities):
+        yield Case(*case)
+
+
+def compile_case(case: Case) -> Verdict:
+    """Compile in this process, which must not have the interpreter on. A compiler's error is a REJECT with its first line."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sailplan_kernels.triton_kernels import tiles
+    from sailplan_kernels.triton_kernels.configurations import configuration
+
+    function = getattr(tiles, f"{case.kernel}_kernel")
+    config = asdict(configuration(case.dtype, case.kind == "columns", case.capability))
+    launch = {"num_warps": config.pop("warps"), "num_stages": config.pop("stages")}
+    constants = {
+        "PREFIXES": tuple(range(0, LENGTH * case.prefixes + 1, LENGTH)),
+        "TAGS": 3 if case.options else 1,
+        "LIMITS": case.options,
+        "COLUMNS": case.kind == "columns",
+        "SIGMOID": case.kind == "sigmoid",
+        "PRECISION": "ieee",
+        **config,
+    }
+    kinds = {"rows": TYPES[case.dtype], "columns": TYPES[case.dtype], "weights": TYPES[case.dtype]}
+    kinds |= {"row_tags": "i64", "column_tags": "i64", "row_valid": "u8", "column_valid": "u8"}
+    signature = {
+        name: "constexpr" if name in constants else "i32" if name in ("n", "m", "D") else f"*{kinds.get(name, 'fp32')}"
+        for name in function.arg_names
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name not in constants}
+    try:
+        source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", case.capability, 32), options=launch)
+        return _judge(case, compiled)
+    except Exception as error:  # whatever a compiler throws is a verdict on this case, the others go on
+        return Verdict(0, 0, 0, 0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:120])
+
+
+def _judge(case: Case, compiled) -> Verdict:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        arch = re.search(r"\.target (sm_\w+)", ptx)[1]
+        command = [get_ptxas(case.capability).path, "-v", f"-arch={arch}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said).groups())
+    registers, shared = int(re.search(r"Used (\d+) registers", said)[1]), compiled.metadata.shared
+    wgmma, mma = ptx.count("wgmma.mma_async"), len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx))
+    half = case.dtype != torch.float32
+    reasons = [
+        f"stack {stack}" if stack else "",
+        f"spills {stores + loads}" if stores + loads else "",
+        f"shared {shared} > {SHARED_LIMIT[case.capability]}" if shared > SHARED_LIMIT[case.capability] else "",
+        "no WGMMA" if case.capability == 90 and half and not wgmma else "",
+        "no matrix instruction" if half and not wgmma + mma else "",
+    ]
+    return Verdict(registers, stack, stores + loads, shared, wgmma, mma, ", ".join(filter(None, reasons)))
+
+
+def compile_all(wanted: list[Case], workers: int = 2) -> Iterator[tuple[Case, Verdict]]:
+    """In worker processes, started afresh so that none inherits the interpreter."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from zip(wanted, pool.map(compile_case, wanted), strict=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sailplan_kernels.aot", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", nargs="+", choices=[f"sm_{c}" for c in SHARED_LIMIT], default=["sm_90", "sm_80", "sm_100"])
+    parser.add_argument("--workers", type=int, default=2)
+    chosen = parser.parse_args(arguments)
+    capabilities = [int(target[3:]) for target in chosen.target]
+    print(f"{'kernel':11}{'kind':9}{'dtype':6}{'P':>2} options  {'target':8}{'regs':>5}{'stack':>6}{'spills':>7}{'shared':>8}{'wgmma':>6}{'mma':>5}")
+    rejected = count = 0
+    for case, v in compile_all(list(cases(capabilities)), chosen.workers):
+        count, rejected = count + 1, rejected + bool(v.reason)
+        print(
+            f"{case.kernel:11}{case.kind:9}{TYPES[case.dtype]:6}{case.prefixes:>2} {'all' if case.options else 'few':8} sm_{case.capability:<5}"
+            f"{v.registers:>5}{v.stack:>6}{v.spills:>7}{v.shared:>8}{v.wgmma:>6}{v.mma:>5} {'REJECT ' + v.reason if v.reason else 'PASS'}",
+            flush=True,
+        )
+    print(f"{count - rejected} PASS, {rejected} REJECT")
+    return int(rejected > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

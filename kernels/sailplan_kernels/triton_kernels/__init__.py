@@ -1,0 +1,1 @@
+"""Triton kernels; imported only where the triton backend is asked for."""

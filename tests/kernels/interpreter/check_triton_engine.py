@@ -1,0 +1,205 @@
+"""The Triton engine on CPU, in the interpreter. Not collected by name: test_triton.py runs this file in a process of its own.
+
+Oracle: the contract of infonce/tile.py written out in float64 with whole matrices.
+"""
+
+from __future__ import annotations
+
+import sailplan_kernels.triton_kernels.interpreter  # noqa: F401  (first: kernels read the switch when they are defined)
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sailplan_kernels.infonce.tile import Coefficients, Rule, Side
+from sailplan_kernels.infonce.triton_engine import TritonEngine
+
+torch.set_num_threads(1)
+HALF, FULL = 3e-3, 1e-5
+TOLERANCE = {torch.bfloat16: HALF, torch.float16: HALF, torch.float32: FULL}
+
+
+@triton.jit
+def dot_kernel(a, b, c, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at)))
+
+
+@triton.jit
+def round_kernel(a, b, N: tl.constexpr):
+    tl.store(b + tl.arange(0, N), tl.load(a + tl.arange(0, N)).to(tl.bfloat16))
+
+
+def test_interpreter_multiplies_bfloat16():
+    a, b = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    c = torch.empty(32, 32)
+    dot_kernel[(1,)](a, b, c, 32)
+    torch.testing.assert_close(c, a.float() @ b.float())
+
+
+def test_interpreter_rounds_to_nearest_even_and_keeps_nan():
+    a = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    a[:5] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, torch.nan, torch.inf, -torch.inf])  # two ties, and what is no number
+    b = torch.empty(4096, dtype=torch.bfloat16)
+    round_kernel[(1,)](a, b, 4096)
+    torch.testing.assert_close(b, a.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def problem(seed, n, m, prefixes, dtype, columns, sigmoid, tags, limits, correction, temperature, trained):
+    g = torch.Generator().manual_seed(seed)
+    d, p = prefixes[-1] + seed % 3, len(prefixes)  # dimensions behind the last prefix belong to nobody
+    x = torch.randn(n, d, generator=g)
+    y = torch.randn(m, d, generator=g)
+    if trained:
+        y[: min(n, m)] = x[: min(n, m)] + 0.5 * y[: min(n, m)]
+    x[0] = 0
+    y[-1] = y[0]
+
+    def side(vectors, with_correction):
+        v = torch.nn.functional.normalize(vectors, dim=1).to(dtype)
+        norms = torch.stack([v[:, :e].float().norm(dim=1) for e in prefixes])
+        k = len(v)
+        ids = torch.randint(-1, 12, (k, 3), generator=g)
+        ids[:, 0] = torch.arange(k) + 2**40  # the low 32 bits alone would not tell: the other side has the high ones alone
+        ids[1::5, 0] -= 2**40
+        return Side(
+            vectors=v,
+            inverse_norm=torch.where(norms > 0, 1 / norms.clamp_min(1e-30), 0.0),
+            tags=ids,
+            valid=torch.rand(k, generator=g) < 0.9,
+            limit=0.3 + 0.4 * torch.rand(p, k, generator=g) if limits else None,
+            inverse_temperature=(0.7 + torch.rand(k, generator=g)) / temperature,
+            correction=torch.randn(k, generator=g) if with_correction else None,
+        )
+
+    return side(x, False), side(y, correction), Rule(prefixes, tags, columns, sigmoid)
+
+
+def oracle(rows, columns, rule, coefficients=None):
+    """All of the contract, in float64."""
+    same = torch.zeros(len(rows.valid), len(columns.valid), dtype=torch.bool)
+    for t in rule.tags_in_use:
+        same |= (rows.tags[:, t, None] == columns.tags[None, :, t]) & (rows.tags[:, t, None] >= 0)
+    keep = columns.valid[None] & ~same
+    rt, ct = rows.inverse_temperature.double()[:, None], columns.inverse_temperature.double()[None]
+    out = {name: [] for name in ("rmax", "rsum", "cmax", "csum", "g", "rmom", "cmom", "rtemp", "ctemp", "rtot")}
+    for p, end in enumerate(rule.prefixes):
+        rn, cn = rows.inverse_norm[p].double()[:, None], columns.inverse_norm[p].double()[None]
+        cosine = (rows.vectors[:, :end].double() @ columns.vectors[:, :end].double().T) * rn * cn
+        mask = keep if rows.limit is None else keep & (cosine <= rows.limit[p].double()[:, None])
+        shift = 0 if columns.correction is None else columns.correction.double()[None]
+        z = (cosine * rt - shift).masked_fill(~mask, -torch.inf)
+        zc = None
+        if rule.columns:
+            mask = keep & rows.valid[:, None]
+            mask = mask if columns.limit is None else mask & (cosine <= columns.limit[p].double()[None])
+            zc = (cosine * ct).masked_fill(~mask, -torch.inf)
+            out["cmax"].append(zc.amax(0))
+            out["csum"].append(torch.where(zc.isinf(), 0.0, (zc - zc.amax(0).clamp_min(-1e9)).exp()).sum(0))
+        if rule.sigmoid:
+            out["rmax"].append(torch.zeros(len(z), dtype=torch.float64))
+            out["rsum"].append(torch.where(z.isinf(), 0.0, -torch.nn.functional.logsigmoid(-z)).sum(1))
+        else:
+            out["rmax"].append(z.amax(1))
+            out["rsum"].append(torch.where(z.isinf(), 0.0, (z - z.amax(1, True).clamp_min(-1e9)).exp()).sum(1))
+        if coefficients is None:
+            continue
+        push = coefficients.row_push[p].double()[:, None]
+        share = push * (torch.sigmoid(z) if rule.sigmoid else (z - coefficients.row_log_negatives[p].double()[:, None]).exp())
+        r = torch.where(z.isinf(), 0.0, share) * rt
+        out["rtot"].append(torch.where(z.isinf(), 0.0, share).sum(1))
+        out["rtemp"].append((r * cosine).sum(1))
+        if zc is not None:
+            c = coefficients.column_push[p].double()[None] * (zc - coefficients.column_log_negatives[p].double()[None]).exp() * ct
+            c = torch.where(zc.isinf(), 0.0, c)
+            out["ctemp"].append((c * cosine).sum(0))
+            r = r + c
+        out["rmom"].append((r * cosine).sum(1))
+        out["cmom"].append((r * cosine).sum(0))
+        out["g"].append(r * rn * cn)
+    return {name: torch.stack(x) if x else None for name, x in out.items()}
+
+
+def log_of(maximum, total):
+    return torch.where(total > 0, maximum + total.log(), 0.0)
+
+
+def close(found, expected, tolerance, what):
+    assert found.isfinite().all(), what
+    error = (found.double() - expected).norm() / expected.norm().clamp_min(1e-12)
+    assert error <= tolerance, f"{what}: relative error {error:.1e}, expected <= {tolerance:.0e}"
+
+
+def check(rows, columns, rule, tolerance):
+    engine = TritonEngine()
+    found = engine.tile(rows, columns, rule, keep=False).statistics()
+    expected = oracle(rows, columns, rule)
+    assert torch.equal(found.row_sum == 0, expected["rsum"] == 0)
+    logs = log_of(found.row_maximum, found.row_sum) if not rule.sigmoid else found.row_sum
+    right = log_of(expected["rmax"], expected["rsum"]) if not rule.sigmoid else expected["rsum"]
+    torch.testing.assert_close(logs.double(), right, rtol=1e-5, atol=1e-4)
+    g = torch.Generator().manual_seed(1)
+    row_push = torch.rand(found.row_sum.shape, generator=g) * rows.valid
+    coefficients = Coefficients(logs, row_push)
+    if rule.columns:
+        column_logs = log_of(found.column_maximum, found.column_sum)
+        torch.testing.assert_close(column_logs.double(), log_of(expected["cmax"], expected["csum"]), rtol=1e-5, atol=1e-4)
+        column_push = torch.rand(found.column_sum.shape, generator=g) * columns.valid
+        coefficients = Coefficients(logs, row_push, column_logs, column_push)
+    expected = oracle(rows, columns, rule, coefficients)
+    gradient, again = (engine.tile(rows, columns, rule, keep).gradient(coefficients) for keep in (False, True))
+    for s, weights in enumerate(gradient.weights):
+        assert torch.equal(weights, again.weights[s])
+        assert weights.dtype == rows.vectors.dtype
+        close(weights, expected["g"][s:].sum(0), tolerance, f"weights[{s}]")
+    sums = [("row_moment", "rmom"), ("column_moment", "cmom"), ("row_temperature", "rtemp")]
+    sums += [("column_temperature", "ctemp")] * rule.columns + [("row_total", "rtot")] * rule.sigmoid
+    for name, key in sums:
+        assert torch.equal(getattr(gradient, name), getattr(again, name))
+        close(getattr(gradient, name), expected[key], 1e-4, name)
+
+
+@settings(max_examples=16, derandomize=True, deadline=None, database=None)
+@given(
+    seed=st.integers(0, 100),
+    n=st.integers(1, 70),
+    m=st.integers(1, 70),
+    prefixes=st.sampled_from([(33,), (16, 40), (8, 32, 64), (5, 20, 37, 70)]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    kind=st.sampled_from(["rows", "columns", "sigmoid"]),
+    tags=st.sampled_from([(), (0,), (0, 2), (0, 1, 2)]),
+    limits=st.booleans(),
+    correction=st.booleans(),
+    trained=st.booleans(),
+)
+def test_options_against_the_oracle(seed, n, m, prefixes, dtype, kind, tags, limits, correction, trained):
+    case = problem(seed, n, m, prefixes, dtype, kind == "columns", kind == "sigmoid", tags, limits, correction, 0.1, trained)
+    check(*case, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.02, 1.0])
+@pytest.mark.parametrize("trained", [False, True])
+def test_low_and_high_temperatures(temperature, trained):
+    # Logits of up to 340 at 0.005: float32 cosines, right to about 1e-7, leave 3e-5 in an exponential there.
+    check(*problem(5, 65, 97, (64,), torch.float32, True, False, (0,), False, False, temperature, trained), FULL * max(1, 0.04 / temperature))
+    check(*problem(5, 65, 97, (64,), torch.bfloat16, True, False, (0,), False, False, temperature, trained), HALF)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "sigmoid"])
+def test_nothing_left_is_zero(kind):
+    rows, columns, rule = problem(0, 40, 40, (16, 32), torch.bfloat16, kind == "columns", kind == "sigmoid", (0,), False, False, 0.05, True)
+    columns.valid[:] = False
+    found = TritonEngine().tile(rows, columns, rule, False).statistics()
+    assert not found.row_sum.any() and (rule.sigmoid or found.row_maximum.isneginf().all())
+    zeros, ones = torch.zeros(2, 40), torch.ones(2, 40)
+    gradient = TritonEngine().tile(rows, columns, rule, False).gradient(Coefficients(zeros, ones, zeros, ones))
+    assert not any(w.any() for w in gradient.weights) and not gradient.row_moment.any() and not gradient.column_moment.any()
+
+
+def test_float64_is_refused():
+    rows, columns, rule = problem(0, 4, 4, (8,), torch.float64, False, False, (), False, False, 0.1, False)
+    with pytest.raises(ValueError, match="backend triton: found float64, expected bfloat16, float16 or float32"):
+        TritonEngine().tile(rows, columns, rule, False)
