@@ -22,6 +22,7 @@ $(READY): requirements/runtime.txt requirements/test.txt requirements/constraint
 	@echo "installing the pinned packages into $(VENV) ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/runtime.txt -r requirements/test.txt -c requirements/constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e kernels -e .
+	@$(BIN)/python -c "import triton" 2> /dev/null || $(BIN)/pip install --quiet --disable-pip-version-check triton==3.6.0  # CUDA builds of torch bring their own
 	@touch $@
 
 quickstart: $(READY)

@@ -67,7 +67,7 @@ def compile_case(case: Case) -> Verdict:
     from sailplan_kernels.triton_kernels.configurations import configuration
 
     function = getattr(tiles, f"{case.kernel}_kernel")
-    config = asdict(configuration(case.dtype, case.kind == "columns", case.capability))
+    config = asdict(configuration(case.dtype, case.kind == "columns", case.prefixes, case.capability))
     launch = {"num_warps": config.pop("warps"), "num_stages": config.pop("stages")}
     constants = {
         "PREFIXES": tuple(range(0, LENGTH * case.prefixes + 1, LENGTH)),

@@ -54,7 +54,7 @@ class TritonTile:
         if self.rows.vectors.device.type != "cuda":
             return INTERPRETER
         major, minor = torch.cuda.get_device_capability(self.rows.vectors.device)
-        return configuration(self.rows.vectors.dtype, self.rule.columns, 10 * major + minor)
+        return configuration(self.rows.vectors.dtype, self.rule.columns, self.p, 10 * major + minor)
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.rows.vectors.device)

@@ -19,10 +19,12 @@ class Configuration:
     stages: int
 
 
-def configuration(dtype: torch.dtype, columns: bool, capability: int) -> Configuration:
+def configuration(dtype: torch.dtype, columns: bool, prefixes: int, capability: int) -> Configuration:
     """``capability``: 80, 90, 100. Statistics and gradient of one tile share it: the same sums in the same order."""
     if dtype == torch.float32:  # exact float32 products run outside the matrix units: registers limit the tile
         return Configuration(64, 64, 32, 8, 8, 2)
+    if columns or prefixes > 1:  # the sums stay in registers beside what is made of them: wider tiles spill
+        return Configuration(128, 64, 64, 8, 8, 3)
     return Configuration(128, 128, 64, 8, 8, 3)
 
 

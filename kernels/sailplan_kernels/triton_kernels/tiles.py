@@ -115,7 +115,7 @@ def statistics_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     for p in tl.static_range(len(PREFIXES) - 1):
         acc = add_segment(acc, rows, columns, om, on, n, m, D, PREFIXES[p], PREFIXES[p + 1], BK, PRECISION)
-        cosine, rn, cn = cosine_of(acc, row_norm, column_norm, om, on, n, m, p)
+        cosine, _, _ = cosine_of(acc, row_norm, column_norm, om, on, n, m, p)
         identity = masked_by_identity(cosine, row_tags, column_tags, column_valid, om, on, n, m, TAGS)
         z = row_logits(cosine, identity, row_limit, row_scale, correction, om, on, n, m, p, LIMITS)
         at = (p * tiles_n + pn).to(tl.int64) * n + om

@@ -5,7 +5,10 @@ Oracle: the contract of infonce/tile.py written out in float64 with whole matric
 
 from __future__ import annotations
 
+# isort: off
 import sailplan_kernels.triton_kernels.interpreter  # noqa: F401  (first: kernels read the switch when they are defined)
+
+# isort: on
 
 import pytest
 import torch
