@@ -22,23 +22,22 @@ from pathlib import Path
 
 import torch
 
+from sailplan_kernels.triton_kernels.configurations import KINDS, MASKS, Configuration, configuration, switches
+
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-KERNELS = ("statistics", "gradient")
-KINDS = ("rows", "columns", "sigmoid")
-LENGTH = 256  # of a prefix; the number of steps is a loop's, so that code differs only by whether BK divides it
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as the engine may launch it."""
+    """One kernel as the engine may launch it. The number of prefixes and all lengths are arguments at run time."""
 
     kernel: str
     dtype: torch.dtype
     kind: str
-    prefixes: int
-    options: bool  # all three tags and the limits, or the one tag that every call has
+    masks: str
     capability: int
+    keep: bool = False  # statistics that also write what the rescale kernel reads
 
 
 @dataclass(frozen=True)
@@ -52,43 +51,37 @@ class Verdict:
     reason: str  # empty: PASS
 
 
-def cases(capabilities: list[int], kernels=KERNELS, dtypes=tuple(TYPES), kinds=KINDS, prefixes=(1, 2, 4), options=(False, True)) -> Iterator[Case]:
-    for case in itertools.product(kernels, dtypes, kinds, prefixes, options, capabilities):
-        yield Case(*case)
+def cases(capabilities: list[int], dtypes=tuple(TYPES)) -> Iterator[Case]:
+    """Everything the engine can launch. Statistics of tiles with and without moments differ by their configuration alone."""
+    for capability, dtype in itertools.product(capabilities, dtypes):
+        for kind, masks in itertools.product(KINDS, MASKS):
+            yield Case("statistics", dtype, kind, masks, capability)
+            yield Case("gradient", dtype, kind, masks, capability)
+        yield from (Case("statistics", dtype, "plain", masks, capability, keep=True) for masks in MASKS)
+        yield Case("rescale", dtype, "plain", "few", capability)
 
 
-def compile_case(case: Case) -> Verdict:
+def compile_case(case: Case, config: Configuration | None = None) -> Verdict:
     """Compile in this process, which must not have the interpreter on. A compiler's error is a REJECT with its first line."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from sailplan_kernels.triton_kernels import tiles
-    from sailplan_kernels.triton_kernels.configurations import configuration
 
     function = getattr(tiles, f"{case.kernel}_kernel")
-    config = asdict(configuration(case.dtype, case.kind == "columns", case.prefixes, case.capability))
-    launch = {"num_warps": config.pop("warps"), "num_stages": config.pop("stages")}
-    constants = {
-        "PREFIXES": tuple(range(0, LENGTH * case.prefixes + 1, LENGTH)),
-        "TAGS": 3 if case.options else 1,
-        "LIMITS": case.options,
-        "COLUMNS": case.kind == "columns",
-        "SIGMOID": case.kind == "sigmoid",
-        "PRECISION": "ieee",
-        **config,
-    }
-    kinds = {"rows": TYPES[case.dtype], "columns": TYPES[case.dtype], "weights": TYPES[case.dtype]}
-    kinds |= {"row_tags": "i64", "column_tags": "i64", "row_valid": "u8", "column_valid": "u8"}
-    signature = {
-        name: "constexpr" if name in constants else "i32" if name in ("n", "m", "D") else f"*{kinds.get(name, 'fp32')}"
-        for name in function.arg_names
-    }
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name not in constants}
+    config = config or configuration(case.dtype, case.kind, case.masks, case.capability)
+    constants = {**switches(case.kind, case.masks), "MOMENTS": case.kind != "plain", "KEEP": case.keep, "PRECISION": "ieee", **asdict(config)}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    kinds = {name: f"*{TYPES[case.dtype]}" for name in ("rows", "columns", "weights", "kept")}
+    kinds |= {"row_tags": "*i64", "column_tags": "*i64", "bounds": "*i32", **dict.fromkeys(("n", "m", "D", "pitch", "prefixes"), "i32")}
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in function.arg_names}
+    free = {function.arg_names[i] if isinstance(i, int) else i for i in function.do_not_specialize} | ({"D"} if case.masks == "odd" else set())
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name not in constants and name not in free}
     try:
         source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", case.capability, 32), options=launch)
-        return _judge(case, compiled)
+        launch = {"num_warps": config.warps, "num_stages": config.stages}
+        return _judge(case, triton.compile(source, target=GPUTarget("cuda", case.capability, 32), options=launch))
     except Exception as error:  # whatever a compiler throws is a verdict on this case, the others go on
         return Verdict(0, 0, 0, 0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:120])
 
@@ -106,13 +99,13 @@ def _judge(case: Case, compiled) -> Verdict:
     stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said).groups())
     registers, shared = int(re.search(r"Used (\d+) registers", said)[1]), compiled.metadata.shared
     wgmma, mma = ptx.count("wgmma.mma_async"), len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx))
-    half = case.dtype != torch.float32
+    half, products = case.dtype != torch.float32, case.kernel != "rescale"
     reasons = [
         f"stack {stack}" if stack else "",
         f"spills {stores + loads}" if stores + loads else "",
         f"shared {shared} > {SHARED_LIMIT[case.capability]}" if shared > SHARED_LIMIT[case.capability] else "",
-        "no WGMMA" if case.capability == 90 and half and not wgmma else "",
-        "no matrix instruction" if half and not wgmma + mma else "",
+        "no WGMMA" if case.capability == 90 and half and products and not wgmma else "",
+        "no matrix instruction" if half and products and not wgmma + mma else "",
     ]
     return Verdict(registers, stack, stores + loads, shared, wgmma, mma, ", ".join(filter(None, reasons)))
 

@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: its arithmetic in the interpreter, in a process of its own (see interpreter.py)."""
+"""The Triton backend without a GPU: its arithmetic in the interpreter, in a process of its own (see interpreter/)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ pytest.importorskip("triton")
 
 
 def test_engine_in_the_interpreter():
-    file = Path(__file__).parent / "interpreter" / "check_triton_engine.py"
+    folder = Path(__file__).parent / "interpreter"
+    path = os.pathsep.join([str(folder), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "exact_interpreter", str(folder / "check_triton_engine.py")],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

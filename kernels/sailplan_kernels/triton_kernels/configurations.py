@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+KINDS = ("plain", "moments", "columns", "sigmoid")  # of a tile: rows alone without and with moments, rows and columns, pairwise sigmoid
+# few: one tag, no limits; all: TAGS tags and limits (unused ones never match); odd: all, with lengths that are not in whole STEPs.
+MASKS = ("few", "all", "odd")
+TAGS = 3  # at most, see infonce/masks.py
+STEP = 16  # prefixes and dimensions in whole steps are loaded in wide words; others work, slower
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -19,13 +25,26 @@ class Configuration:
     stages: int
 
 
-def configuration(dtype: torch.dtype, columns: bool, prefixes: int, capability: int) -> Configuration:
+def switches(kind: str, masks: str) -> dict[str, int | bool]:
+    """The compile-time switches that statistics and gradient share. The number of prefixes is none: their loop runs at run time."""
+    return {
+        "STEP": 1 if masks == "odd" else STEP,
+        "TAGS": 1 if masks == "few" else TAGS,
+        "LIMITS": masks != "few",
+        "COLUMNS": kind == "columns",
+        "SIGMOID": kind == "sigmoid",
+    }
+
+
+def configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) -> Configuration:
     """``capability``: 80, 90, 100. Statistics and gradient of one tile share it: the same sums in the same order."""
     if dtype == torch.float32:  # exact float32 products run outside the matrix units: registers limit the tile
         return Configuration(64, 64, 32, 8, 8, 2)
-    if columns or prefixes > 1:  # the sums stay in registers beside what is made of them: wider tiles spill
-        return Configuration(128, 64, 64, 8, 8, 3)
-    return Configuration(128, 128, 64, 8, 8, 3)
+    if masks == "odd" or (kind == "columns" and masks == "all"):  # vectors over columns fill the registers: wider tiles spill
+        return Configuration(128, 32, 64, 8, 8, 3)
+    if kind == "plain" and masks == "few":
+        return Configuration(128, 128, 64, 8, 8, 3)
+    return Configuration(128, 64, 64, 8, 8, 3)
 
 
 INTERPRETER = Configuration(32, 32, 32, 2, 4, 1)

@@ -1,14 +1,10 @@
-"""The Triton engine on CPU, in the interpreter. Not collected by name: test_triton.py runs this file in a process of its own.
+"""The Triton engine on CPU, in the interpreter. Not collected by name: test_triton.py runs this file in a process of its own,
+with the plugin exact_interpreter.
 
 Oracle: the contract of infonce/tile.py written out in float64 with whole matrices.
 """
 
 from __future__ import annotations
-
-# isort: off
-import sailplan_kernels.triton_kernels.interpreter  # noqa: F401  (first: kernels read the switch when they are defined)
-
-# isort: on
 
 import pytest
 import torch
@@ -51,7 +47,7 @@ def test_interpreter_rounds_to_nearest_even_and_keeps_nan():
     torch.testing.assert_close(b, a.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
-def problem(seed, n, m, prefixes, dtype, columns, sigmoid, tags, limits, correction, temperature, trained):
+def problem(seed, n, m, prefixes, dtype, columns, sigmoid, tags, limits, correction, temperature, trained, moments=True):
     g = torch.Generator().manual_seed(seed)
     d, p = prefixes[-1] + seed % 3, len(prefixes)  # dimensions behind the last prefix belong to nobody
     x = torch.randn(n, d, generator=g)
@@ -78,7 +74,7 @@ def problem(seed, n, m, prefixes, dtype, columns, sigmoid, tags, limits, correct
             correction=torch.randn(k, generator=g) if with_correction else None,
         )
 
-    return side(x, False), side(y, correction), Rule(prefixes, tags, columns, sigmoid)
+    return side(x, False), side(y, correction), Rule(prefixes, tags, columns, moments, sigmoid)
 
 
 def oracle(rows, columns, rule, coefficients=None):
@@ -154,10 +150,18 @@ def check(rows, columns, rule, tolerance):
         coefficients = Coefficients(logs, row_push, column_logs, column_push)
     expected = oracle(rows, columns, rule, coefficients)
     gradient, again = (engine.tile(rows, columns, rule, keep).gradient(coefficients) for keep in (False, True))
+    kept = engine.tile(rows, columns, rule, keep=True)
+    kept.statistics()
+    kept = kept.gradient(coefficients)
     for s, weights in enumerate(gradient.weights):
         assert torch.equal(weights, again.weights[s])
+        assert torch.equal(weights == 0, kept.weights[s] == 0) or weights.dtype != torch.float32  # half types may round small ones to 0
+        close(kept.weights[s], expected["g"][s:].sum(0), tolerance, f"weights[{s}] of a kept tile")
         assert weights.dtype == rows.vectors.dtype
         close(weights, expected["g"][s:].sum(0), tolerance, f"weights[{s}]")
+    if not (rule.moments or rule.columns or rule.sigmoid):
+        assert not gradient.row_moment.any() and gradient.column_moment.shape == columns.inverse_norm.shape
+        return
     sums = [("row_moment", "rmom"), ("column_moment", "cmom"), ("row_temperature", "rtemp")]
     sums += [("column_temperature", "ctemp")] * rule.columns + [("row_total", "rtot")] * rule.sigmoid
     for name, key in sums:
@@ -177,10 +181,39 @@ def check(rows, columns, rule, tolerance):
     limits=st.booleans(),
     correction=st.booleans(),
     trained=st.booleans(),
+    moments=st.booleans(),
 )
-def test_options_against_the_oracle(seed, n, m, prefixes, dtype, kind, tags, limits, correction, trained):
-    case = problem(seed, n, m, prefixes, dtype, kind == "columns", kind == "sigmoid", tags, limits, correction, 0.1, trained)
+def test_options_against_the_oracle(seed, n, m, prefixes, dtype, kind, tags, limits, correction, trained, moments):
+    case = problem(seed, n, m, prefixes, dtype, kind == "columns", kind == "sigmoid", tags, limits, correction, 0.1, trained, moments)
     check(*case, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_kept_tiles_are_rescaled(dtype):
+    case = problem(3, 70, 65, (48,), dtype, False, False, (0, 1), True, True, 0.05, True, moments=False)
+    check(*case, TOLERANCE[dtype])
+    kept = TritonEngine().tile(*case, keep=True)
+    kept.statistics()
+    assert kept.kept is not None and kept.kept[0].dtype == dtype
+
+
+def test_slices_of_larger_sides():
+    """As the driver cuts them: rows of norms and limits are then not contiguous, and vectors start anywhere."""
+    rows, columns, rule = problem(4, 60, 50, (16, 48), torch.float32, True, False, (0, 1), True, False, 0.1, True)
+    cut = slice(7, 40)
+    part = Side(rows.vectors[cut], rows.inverse_norm[:, cut], rows.tags[cut], rows.valid[cut], rows.limit[:, cut], rows.inverse_temperature[cut])
+    check(part, columns, rule, FULL)
+
+
+def test_many_prefixes_are_rounded_twice_at_most():
+    prefixes = tuple(range(16, 16 * 13, 16))
+    rows, columns, rule = problem(0, 40, 40, prefixes, torch.bfloat16, False, False, (0,), False, False, 0.2, False)
+    coefficients = Coefficients(torch.zeros(12, 40), torch.ones(12, 40))
+    found = TritonEngine().tile(rows, columns, rule, False).gradient(coefficients)
+    right = oracle(rows, columns, rule, coefficients)["g"]
+    for s, weights in enumerate(found.weights):
+        expected = right[s:].sum(0)
+        assert ((weights.double() - expected).abs() <= 2 * 2**-8 * 1.02 * expected).all()  # 2**-8: half a step of bfloat16
 
 
 @pytest.mark.parametrize("temperature", [0.005, 0.02, 1.0])

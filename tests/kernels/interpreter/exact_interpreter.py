@@ -1,4 +1,4 @@
-"""Triton's interpreter made right for bfloat16: import before any kernel, in a process of its own.
+"""Triton's interpreter made right for bfloat16: a pytest plugin, so that it comes before any kernel, in a process of its own.
 
 Versions 3.6 to 3.9 multiply the raw 16-bit patterns of bfloat16 in tl.dot, and cut float32 off instead of rounding it.
 Importing this turns the interpreter on (TRITON_INTERPRET must be set before a kernel is defined) and repairs both.
