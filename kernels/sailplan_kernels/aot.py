@@ -1,6 +1,6 @@
 """Compile the Triton kernels ahead of time, without a GPU, and judge what comes out: `python -m sailplan_kernels.aot`.
 
-For every launch configuration and target it prints registers, stack, spills, shared memory and matrix instructions, and
+For every launch configuration and target it prints, as Markdown, registers, stack, spills, shared memory and matrix instructions, and
 PASS or REJECT; the exit status is 1 on a REJECT. Rejected is what spills or uses a stack, needs more shared memory than
 the target has (the compiler itself does not look), or multiplies half-precision operands on sm_90 without WGMMA.
 """
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -93,21 +93,28 @@ def _judge(case: Case, compiled) -> Verdict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        arch = re.search(r"\.target (sm_\w+)", ptx)[1]
-        command = [get_ptxas(case.capability).path, "-v", f"-arch={arch}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        command = [get_ptxas(case.capability).path, "-v", f"-arch={_found(r'[.]target (sm_[0-9a-z]+)', ptx)}", str(path), "-o", str(path.with_suffix(".cubin"))]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said).groups())
-    registers, shared = int(re.search(r"Used (\d+) registers", said)[1]), compiled.metadata.shared
+    stack = int(_found(r"(\d+) bytes stack frame", said))
+    spills = int(_found(r"(\d+) bytes spill stores", said)) + int(_found(r"(\d+) bytes spill loads", said))
+    registers, shared = int(_found(r"Used (\d+) registers", said)), compiled.metadata.shared
     wgmma, mma = ptx.count("wgmma.mma_async"), len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx))
     half, products = case.dtype != torch.float32, case.kernel != "rescale"
     reasons = [
         f"stack {stack}" if stack else "",
-        f"spills {stores + loads}" if stores + loads else "",
+        f"spills {spills}" if spills else "",
         f"shared {shared} > {SHARED_LIMIT[case.capability]}" if shared > SHARED_LIMIT[case.capability] else "",
         "no WGMMA" if case.capability == 90 and half and products and not wgmma else "",
         "no matrix instruction" if half and products and not wgmma + mma else "",
     ]
-    return Verdict(registers, stack, stores + loads, shared, wgmma, mma, ", ".join(filter(None, reasons)))
+    return Verdict(registers, stack, spills, shared, wgmma, mma, ", ".join(filter(None, reasons)))
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"the assembler's report: found no {pattern!r}, expected it in {text[:200]!r}")
+    return match[1]
 
 
 def compile_all(wanted: list[Case], workers: int = 2) -> Iterator[tuple[Case, Verdict]]:
@@ -117,22 +124,34 @@ def compile_all(wanted: list[Case], workers: int = 2) -> Iterator[tuple[Case, Ve
         yield from zip(wanted, pool.map(compile_case, wanted), strict=True)
 
 
+def row(case: Case, v: Verdict) -> str:
+    """One line of the table, in Markdown."""
+    c = configuration(case.dtype, case.kind, case.masks, case.capability)
+    tile = f"{c.BM}x{c.BN}x{c.BK}, {c.warps} warps, {c.stages} stages"
+    kernel = case.kernel + (" keep" if case.keep else "")
+    cells = (f"sm_{case.capability}", TYPES[case.dtype], kernel, case.kind, case.masks, tile, *astuple(v)[:-1], f"REJECT {v.reason}" if v.reason else "PASS")
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def main(arguments: list[str] | None = None) -> int:
+    import triton
+
     parser = argparse.ArgumentParser(prog="python -m sailplan_kernels.aot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=[f"sm_{c}" for c in SHARED_LIMIT], default=["sm_90", "sm_80", "sm_100"])
+    parser.add_argument("--dtype", nargs="+", choices=list(TYPES.values()), default=list(TYPES.values()))
     parser.add_argument("--workers", type=int, default=2)
     chosen = parser.parse_args(arguments)
-    capabilities = [int(target[3:]) for target in chosen.target]
-    print(f"{'kernel':11}{'kind':9}{'dtype':6}{'P':>2} options  {'target':8}{'regs':>5}{'stack':>6}{'spills':>7}{'shared':>8}{'wgmma':>6}{'mma':>5}")
-    rejected = count = 0
-    for case, v in compile_all(list(cases(capabilities)), chosen.workers):
-        count, rejected = count + 1, rejected + bool(v.reason)
-        print(
-            f"{case.kernel:11}{case.kind:9}{TYPES[case.dtype]:6}{case.prefixes:>2} {'all' if case.options else 'few':8} sm_{case.capability:<5}"
-            f"{v.registers:>5}{v.stack:>6}{v.spills:>7}{v.shared:>8}{v.wgmma:>6}{v.mma:>5} {'REJECT ' + v.reason if v.reason else 'PASS'}",
-            flush=True,
-        )
-    print(f"{count - rejected} PASS, {rejected} REJECT")
+    wanted = list(cases([int(target[3:]) for target in chosen.target], [dtype for dtype, name in TYPES.items() if name in chosen.dtype]))
+    print("# Kernels compiled ahead of time, without a GPU\n")
+    print(f"`python -m sailplan_kernels.aot --target {' '.join(chosen.target)} --dtype {' '.join(chosen.dtype)}`, triton {triton.__version__}, ", end="")
+    print(f"torch {torch.__version__}. What the columns mean: see README.md. No time is measured here.\n")
+    print("| target | dtype | kernel | tile of | masks | BM x BN x BK | registers | stack | spills | shared | WGMMA | other MMA | verdict |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    rejected = 0
+    for case, verdict in compile_all(wanted, chosen.workers):
+        rejected += bool(verdict.reason)
+        print(row(case, verdict), flush=True)
+    print(f"\n{len(wanted) - rejected} PASS, {rejected} REJECT")
     return int(rejected > 0)
 
 

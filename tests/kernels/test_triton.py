@@ -1,4 +1,6 @@
-"""The Triton backend without a GPU: its arithmetic in the interpreter, in a process of its own (see interpreter/)."""
+"""The Triton backend without a GPU: its arithmetic in the interpreter, in a process of its own (see interpreter/), and a
+part of the ahead-of-time compilation; the whole table is `python -m sailplan_kernels.aot`.
+"""
 
 from __future__ import annotations
 
@@ -20,3 +22,37 @@ def test_engine_in_the_interpreter():
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_kernels_compile_for_their_targets():
+    """The widest of each kernel where spills come first, and what the compiler thinks of a tile that is too wide."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300, env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+COMPILE = """
+import torch
+from sailplan_kernels.aot import Case, compile_case
+from sailplan_kernels.triton_kernels.configurations import Configuration
+
+half, full = torch.bfloat16, torch.float32
+for case in (
+    Case("statistics", half, "plain", "few", 90, keep=True),
+    Case("gradient", half, "plain", "few", 90),
+    Case("gradient", half, "columns", "all", 90),
+    Case("rescale", half, "plain", "few", 90),
+    Case("gradient", full, "columns", "all", 90),
+    Case("statistics", half, "columns", "all", 80),
+    Case("gradient", half, "moments", "few", 80),
+    Case("gradient", half, "moments", "few", 100),
+):
+    verdict = compile_case(case)
+    print(case, verdict)
+    assert not verdict.reason, verdict.reason
+wide = compile_case(Case("gradient", half, "columns", "all", 90), Configuration(128, 128, 64, 8, 8, 3))
+assert "spills" in wide.reason, wide
+assert compile_case(Case("gradient", full, "plain", "few", 90)).wgmma == 0
+"""
