@@ -43,8 +43,8 @@ def configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) ->
     if capability == 100:  # a thread reads one row of the accumulator, and twice the columns
         return Configuration(128, 64 if kind == "plain" and masks == "few" else 32, 32 if masks == "odd" else 64, 8, 8, 3)
     if masks == "odd" or (kind == "columns" and masks == "all"):  # vectors over columns fill the registers: wider tiles spill
-        return Configuration(128, 32, 64, 8, 8, 3)
-    if kind == "plain" and masks == "few":
+        return Configuration(128, 32, 32 if capability == 80 and masks == "odd" else 64, 8, 8, 3)
+    if kind == "plain" and masks == "few" and capability == 90:
         return Configuration(128, 128, 64, 8, 8, 3)
     return Configuration(128, 64, 64, 8, 8, 3)
 
