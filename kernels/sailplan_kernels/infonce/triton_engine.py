@@ -124,7 +124,7 @@ class TritonTile:
         column_log, column_push = row_log, row_push
         if rule.columns:
             assert coefficients.column_log_negatives is not None and coefficients.column_push is not None
-            column_log, column_push = coefficients.column_log_negatives.contiguous(), coefficients.column_push * self.columns.valid
+            column_log, column_push = coefficients.column_log_negatives.contiguous(), (coefficients.column_push * self.columns.valid).contiguous()
         outputs = (row_log, row_push, column_log, column_push, weights, row_moment, column_moment, row_temperature, column_temperature, row_total)
         self._launch(gradient_kernel, *outputs, MOMENTS=self.moments)
         if not self.moments:

@@ -13,6 +13,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sailplan_kernels import infonce
 from sailplan_kernels.infonce.tile import Coefficients, Rule, Side
 from sailplan_kernels.infonce.triton_engine import TritonEngine
 
@@ -208,7 +209,7 @@ def test_slices_of_larger_sides():
 def test_many_prefixes_are_rounded_twice_at_most():
     prefixes = tuple(range(16, 16 * 13, 16))
     rows, columns, rule = problem(0, 40, 40, prefixes, torch.bfloat16, False, False, (0,), False, False, 0.2, False)
-    coefficients = Coefficients(torch.zeros(12, 40), torch.ones(12, 40))
+    coefficients = Coefficients(torch.full((12, 40), 10.0), torch.ones(12, 40))  # above every logit, as a logsumexp is
     found = TritonEngine().tile(rows, columns, rule, False).gradient(coefficients)
     right = oracle(rows, columns, rule, coefficients)["g"]
     for s, weights in enumerate(found.weights):
@@ -233,6 +234,23 @@ def test_nothing_left_is_zero(kind):
     zeros, ones = torch.zeros(2, 40), torch.ones(2, 40)
     gradient = TritonEngine().tile(rows, columns, rule, False).gradient(Coefficients(zeros, ones, zeros, ones))
     assert not any(w.any() for w in gradient.weights) and not gradient.row_moment.any() and not gradient.column_moment.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True, "prefixes": (16, 48)}], ids=["plain", "symmetric with prefixes"])
+def test_the_loss_through_the_engine(options):
+    """The driver over this engine against the same driver over torch."""
+    g = torch.Generator().manual_seed(2)
+    start = torch.randn(2, 70, 48, generator=g)
+    found = []
+    for backend in ("chunked", "triton"):
+        queries, keys = start.clone().requires_grad_().unbind(0)
+        queries.retain_grad(), keys.retain_grad()
+        out = infonce(queries, keys, 0.05, backend=backend, **options)
+        assert out.backend == backend
+        out.loss.backward()
+        found.append((out.loss.detach(), queries.grad, keys.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_float64_is_refused():
