@@ -25,7 +25,7 @@ def test_engine_in_the_interpreter():
 
 
 def test_kernels_compile_for_their_targets():
-    """The widest of each kernel where spills come first, and what the compiler thinks of a tile that is too wide."""
+    """The widest of each kernel where spills come first, and what the judge says of a tile that spills."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300, env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -45,14 +45,14 @@ for case in (
     Case("gradient", half, "columns", "all", 90),
     Case("rescale", half, "plain", "few", 90),
     Case("gradient", full, "columns", "all", 90),
-    Case("statistics", half, "columns", "all", 80),
+    Case("gradient", half, "moments", "odd", 80),
     Case("gradient", half, "moments", "few", 80),
     Case("gradient", half, "moments", "few", 100),
 ):
     verdict = compile_case(case)
     print(case, verdict)
     assert not verdict.reason, verdict.reason
-wide = compile_case(Case("gradient", half, "columns", "all", 90), Configuration(128, 128, 64, 8, 8, 3))
+wide = compile_case(Case("gradient", half, "columns", "all", 90), Configuration(64, 64, 64, 8, 4, 3))
 assert "spills" in wide.reason, wide
 assert compile_case(Case("gradient", full, "plain", "few", 90)).wgmma == 0
 """
