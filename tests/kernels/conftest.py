@@ -27,6 +27,7 @@ def _make_case(
     positives=False,
     per_row_temperature=False,
     sampling=False,
+    per_row_threshold=False,
     temperature=0.1,
     noise=0.8,
     dtype=torch.float64,
@@ -69,6 +70,8 @@ def _make_case(
             case["key_log_probability"] = torch.rand(m, generator=g, dtype=torch.float64).add(0.01).log()
         if per_row_temperature:
             case["temperature"] = temperature * (0.5 + torch.rand(n, generator=g, dtype=torch.float64))
+        if per_row_threshold:
+            case["max_negative_score"] = torch.rand(n, generator=g, dtype=torch.float64) + torch.where(torch.arange(n) % 3 == 1, torch.inf, 0.0)
         case = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.items()}
         ranks.append(case)
     whole = {name: torch.cat([case[name] for case in ranks]) for name in ranks[0]}

@@ -38,6 +38,8 @@ Q, K = torch.randn(4, 8), torch.randn(5, 8)
         ("prefixes", {"prefixes": ()}),
         ("prefix_weights", {"prefixes": (4, 8), "prefix_weights": (1.0,)}),
         ("memory_budget", {"memory_budget": 0}),
+        ("max_negative_score", {"max_negative_score": torch.ones(5)}),
+        ("max_negative_score", {"max_negative_score": torch.ones(4, dtype=torch.int64)}),
         ("backend", {"backend": "triton"}),
         ("backend", {"backend": "cuda"}),
     ],

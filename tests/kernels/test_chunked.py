@@ -40,8 +40,8 @@ def test_chunked_equals_reference(make_case, data):
         name: draw(st.booleans())
         for name in ("ids", "query_ids", "masks", "positives", "per_row_temperature", "sampling", "symmetric", "query_negatives", "key_negatives")
     }
+    threshold = draw(st.sampled_from([{}, {"max_negative_score": 0.3}, {"per_row_threshold": True}]))
     filters = {
-        "max_negative_score": draw(st.sampled_from([None, 0.3])),
         "margin_absolute": draw(st.sampled_from([None, 0.1])),
         "margin_relative": draw(st.sampled_from([None, 0.95])),
     }
@@ -55,6 +55,7 @@ def test_chunked_equals_reference(make_case, data):
         temperature=draw(st.sampled_from([0.05, 0.2, 1.0])),
         **flags,
         **filters,
+        **threshold,
     )
     budget = draw(st.sampled_from([1, 2000, 5000, None]))
     expected, expected_gradients = run(case, "reference", upstream=0.7)
@@ -66,7 +67,7 @@ def test_chunked_equals_reference(make_case, data):
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
     # In float32 a score next to a threshold may fall on its other side; look at the values without thresholds.
-    case.update(dict.fromkeys(filters))
+    case.update(dict.fromkeys((*filters, "max_negative_score")))
     expected, expected_gradients = run({**case, **{n: case[n].float() for n in LEAVES if n in case}}, "reference")
     out, gradients = run(case, "chunked", torch.float32, memory_budget=budget)
     torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)

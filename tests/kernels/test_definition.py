@@ -31,9 +31,12 @@ def loops(case: dict) -> tuple[float, int, float]:
     hard = case["hard_negatives"] if "hard_negatives" in case else torch.zeros(n, 0, case["queries"].shape[1])
     hard_ok = case["hard_negative_valid"] if "hard_negative_valid" in case else torch.ones(hard.shape[:2], dtype=torch.bool)
 
-    def kept(cosine: float, start: float) -> bool:
+    highest = case.get("max_negative_score")
+    highest = highest.tolist() if isinstance(highest, torch.Tensor) else [math.inf if highest is None else highest] * n
+
+    def kept(cosine: float, start: float, below: float) -> bool:
         return (
-            not (case.get("max_negative_score") is not None and cosine >= case["max_negative_score"])
+            cosine < below
             and not (case.get("margin_absolute") is not None and cosine > start + case["margin_absolute"])
             and not (case.get("margin_relative") is not None and cosine > start * case["margin_relative"])
         )
@@ -72,20 +75,21 @@ def loops(case: dict) -> tuple[float, int, float]:
                     negatives.append((float(q[i] @ q[j]), 0.0))
             for j in range(n) if case.get("shared_hard_negatives") else [i]:
                 negatives += [(float(q[i] @ h[j, x]), 0.0) for x in range(hard.shape[1]) if hard_ok[j, x] and query_ok[j]]
-            logits = [x / temperature[i] - correction for x, correction in negatives if kept(x, start)]
+            logits = [x / temperature[i] - correction for x, correction in negatives if kept(x, start, highest[i])]
             own = start / temperature[i] - log_probability[p[i]]
             right += all(own > x for x in logits)
             losses.append(loss_of(own, logits))
             if case.get("symmetric"):
                 sharing = [x for x in counted if p[x] == p[i]]
                 best = max(float(q[x] @ k[p[i]]) for x in sharing)
+                lowest = min(highest[x] for x in sharing)
                 t = len(sharing) / sum(1 / temperature[x] for x in sharing)
                 negatives = []
                 for j in range(n):
                     other_id = key_ids[p[j]] if p[j] >= 0 else -1
                     if query_ok[j] and p[j] != p[i] and not same(positive_id, other_id) and not same(paired[p[i]], query_ids[j]):
                         negatives.append(float(q[j] @ k[p[i]]))
-                losses[-1] = (losses[-1] + loss_of(start / t, [x / t for x in negatives if kept(x, best)])) / 2
+                losses[-1] = (losses[-1] + loss_of(start / t, [x / t for x in negatives if kept(x, best, lowest)])) / 2
         total += weight * (sum(losses) / max(len(counted), 1))
     return total, len(counted), right / max(len(counted), 1)
 
@@ -100,13 +104,14 @@ def test_reference_equals_the_definition_in_loops(make_case, data):
         for name in ("ids", "query_ids", "masks", "positives", "per_row_temperature", "sampling", "symmetric", "query_negatives", "key_negatives")
     }
     hard = draw(st.integers(0, 2))
+    threshold = draw(st.sampled_from([{}, {"max_negative_score": 0.3}, {"max_negative_score": 0.9}, {"per_row_threshold": True}]))
     _, case = make_case(
         draw(st.integers(0, 10**6)),
         (rows,),
         (rows + draw(st.integers(0, 3)),),
         hard=hard,
         shared_hard_negatives=hard > 0 and draw(st.booleans()),
-        max_negative_score=draw(st.sampled_from([None, 0.3, 0.9])),
+        **threshold,
         margin_absolute=draw(st.sampled_from([None, 0.1])),
         margin_relative=draw(st.sampled_from([None, 0.95])),
         prefixes=draw(st.sampled_from([None, (7,), (2, 5), (3, 7)])),

@@ -24,6 +24,7 @@ OPTIONS = [
     {"hard": 2, "shared_hard_negatives": True, "masks": True},
     {"max_negative_score": 0.3, "margin_absolute": 0.1},
     {"margin_relative": 0.95, "symmetric": True, "positives": True},
+    {"symmetric": True, "positives": True, "per_row_threshold": True},
     {"symmetric": True},
     {"symmetric": True, "ids": True, "masks": True, "max_negative_score": 0.3},
     {"query_negatives": True, "ids": True, "sampling": True},

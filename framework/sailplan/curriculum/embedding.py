@@ -26,7 +26,7 @@ from sailplan.data.reader import RecordReader
 from sailplan.data.record import EncoderInputs
 from sailplan.model.parallelize import reshard
 from sailplan.runtime.process import Parallel
-from sailplan_kernels.exchange import EXCHANGES, Local
+from sailplan_kernels.exchange import EXCHANGES, AllGather, Local, RowSplit
 from sailplan_kernels.exchange.base import Exchange
 
 
@@ -71,6 +71,12 @@ class EmbeddedRows:
 def exchange_of(parallel: Parallel, kind: str = "all_gather") -> Exchange:
     """The exchange over this rank's data-parallel group; kind: a name in EXCHANGES."""
     return Local() if parallel.data_parallel_size == 1 else EXCHANGES[kind](parallel.data_parallel_group)
+
+
+def training_exchange(parallel: Parallel, kind: str) -> Exchange:
+    """As `exchange_of`; tensor-parallel peers, who hold the same embeddings, share the rows of the loss among them."""
+    exchange = exchange_of(parallel, kind)
+    return exchange if parallel.tensor_parallel_size == 1 else RowSplit(exchange, AllGather(parallel.tensor_parallel_group))
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from sailplan.step.testing import (
     step_config,
 )
 from sailplan.step.training_step import TrainingStep
-from sailplan_kernels.exchange import EXCHANGES
+from sailplan_kernels.exchange import EXCHANGES, AllGather, RowSplit
 from sailplan_kernels.testing import run_ranks
 
 Change = Callable[[StepBatch], StepBatch]
@@ -79,7 +79,8 @@ def build_step(
         checkpoint_activations(encoder)
     shard(encoder, parallel, shard=sharding != "replicate", replicas=2 if sharding == "hybrid" else 1)
     optimizer = build_optimizer(encoder, objectives, temperatures, OptimizerConfig())
-    return TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, EXCHANGES[exchange](parallel.data_parallel_group))
+    row_split = RowSplit(EXCHANGES[exchange](parallel.data_parallel_group), AllGather(parallel.tensor_parallel_group))
+    return TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, row_split)
 
 
 def rank_batches(

@@ -18,7 +18,7 @@ from sailplan.checkpoint.background import Saver
 from sailplan.checkpoint.store import folder_of, load
 from sailplan.config.compose import config_hash, identity
 from sailplan.config.schema import Config
-from sailplan.curriculum.embedding import exchange_of
+from sailplan.curriculum.embedding import training_exchange
 from sailplan.curriculum.stages import StageState, load_stage, prepare_stage, refresh_hard_negatives
 from sailplan.data.datasets import check_tokenizer, open_datasets
 from sailplan.data.loader import StepLoader
@@ -49,7 +49,7 @@ class Trainer:
         self.writer, self.dog, self.flag = writer, dog, flag
         self.optimizer = build_optimizer(whole.encoder, whole.objectives, whole.temperatures, config.optimizer)
         self.training_step = TrainingStep(
-            whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, exchange_of(parallel, config.parallel.exchange)
+            whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, training_exchange(parallel, config.parallel.exchange)
         )
         self.readers = open_datasets(config)
         check_tokenizer(config)

@@ -4,8 +4,9 @@ from sailplan_kernels.exchange.all_gather import AllGather
 from sailplan_kernels.exchange.base import Exchange, Shard, Stream
 from sailplan_kernels.exchange.local import Local
 from sailplan_kernels.exchange.ring import Ring
+from sailplan_kernels.exchange.row_split import RowSplit
 
 # Name in configuration files -> class, which takes a process group.
 EXCHANGES: dict[str, type[AllGather]] = {"all_gather": AllGather, "ring": Ring}
 
-__all__ = ["EXCHANGES", "AllGather", "Exchange", "Local", "Ring", "Shard", "Stream"]
+__all__ = ["EXCHANGES", "AllGather", "Exchange", "Local", "Ring", "RowSplit", "Shard", "Stream"]

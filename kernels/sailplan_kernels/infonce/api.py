@@ -55,7 +55,7 @@ def infonce(
     query_valid: Tensor | None = None,
     key_valid: Tensor | None = None,
     key_log_probability: Tensor | None = None,
-    max_negative_score: float | None = None,
+    max_negative_score: float | Tensor | None = None,
     margin_absolute: float | None = None,
     margin_relative: float | None = None,
     symmetric: bool = False,
@@ -83,10 +83,11 @@ def infonce(
         key's logit, as a positive and as a negative, so that frequent keys are not pushed away for being drawn often
         (sampling-bias correction, Yi et al., RecSys 2019, eq. 3). No gradient; the symmetric part is not corrected.
     max_negative_score, margin_absolute, margin_relative: drop negatives that look like false ones, by cosine (see
-        InfoNCEOptions).
+        InfoNCEOptions). max_negative_score: a number, or a float tensor [N], one a row (infinity: no limit), where rows come
+        from several data sets; ranks may then differ in values, not in whether it is a tensor.
     symmetric: the average of this loss and the loss of finding the query of each row's positive among all queries
         (hard, query and key negatives do not take part there). The column of a key that several rows share has the
-        mean of their inverse temperatures, and its margins start from its best positive.
+        mean of their inverse temperatures and the lowest max_negative_score, and its margins start from its best positive.
     query_negatives, key_negatives: other queries, scored against the query, and other keys, scored against the
         positive, join the row's denominator.
     prefixes, prefix_weights: Matryoshka; the first d dimensions are normalised anew and pay a loss of their own; the
@@ -103,6 +104,7 @@ def infonce(
     chosen = checks.choose_backend(backend, queries)
     checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid)
     checks.check_log_probability(key_log_probability, len(keys), queries.device)
+    checks.check_highest(max_negative_score, len(queries), queries.device)
     if hard_negatives is not None:
         checks.check_vector("hard_negative_valid", hard_negative_valid, hard_negatives.shape[:2], torch.bool, queries.device)
     elif hard_negative_valid is not None:
@@ -114,7 +116,7 @@ def infonce(
         prefixes,
         prefix_weights,
         memory_budget,
-        max_negative_score=max_negative_score,
+        max_negative_score=True if isinstance(max_negative_score, Tensor) else max_negative_score,
         margin_absolute=margin_absolute,
         margin_relative=margin_relative,
         symmetric=symmetric,
@@ -139,6 +141,7 @@ def infonce(
             query_valid=query_valid,
             key_valid=key_valid,
             key_log_probability=key_log_probability,
+            max_negative_score=max_negative_score,
             options=options,
             exchange=exchange,
             backend=chosen,

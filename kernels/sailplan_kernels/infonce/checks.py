@@ -86,6 +86,12 @@ def check_log_probability(x: Tensor | None, n_keys: int, device: torch.device) -
         raise ValueError(f"key_log_probability: found {x.dtype} {tuple(x.shape)} on {x.device}, expected a float tensor ({n_keys},) on {device}")
 
 
+def check_highest(x: float | Tensor | None, n: int, device: torch.device) -> None:
+    """max_negative_score: none, a number, or one a row."""
+    if isinstance(x, Tensor) and (tuple(x.shape) != (n,) or x.dtype not in FLOATS or x.device != device):
+        raise ValueError(f"max_negative_score: found {x.dtype} {tuple(x.shape)} on {x.device}, expected a number or a float tensor ({n},) on {device}")
+
+
 def check_positives(positives: Tensor | None, n: int, m: int) -> None:
     """Indices into this rank's keys, -1 for none; the diagonal needs a key for every query."""
     if positives is None:

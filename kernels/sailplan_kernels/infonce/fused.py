@@ -14,6 +14,7 @@ A cosine is <x_p, y_p> a_p b_p with inverse prefix norms a, b, so d cos / dx = y
 term of the longest prefix is parallel to x and vanishes in the normalisation's own backward: it is left out.
 
 Collectives, all inside the forward, depend only on what all ranks agreed on in problem.py. Differentiable once.
+Where peers hold the same rows (exchange/row_split.py) each does its share of them against all candidates.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sailplan_kernels.exchange.base import Shard, Stream
-from sailplan_kernels.infonce.masks import Candidates, best_per_key, limits
+from sailplan_kernels.exchange.row_split import peers_of, shares
+from sailplan_kernels.infonce.masks import Candidates, best_per_key, limits, lowest_per_key
 from sailplan_kernels.infonce.problem import Problem
 from sailplan_kernels.infonce.products import add_product
 from sailplan_kernels.infonce.tile import Coefficients, Engine, Rule, Side, Statistics, Tile
@@ -48,7 +50,7 @@ class _Fused(torch.autograd.Function):
         work = _Work(problem, engine, queries, keys, hard, inverse_temperature, column_inverse_temperature)
         work.run()
         ctx.gradients = [x if needed else None for x, needed in zip(work.finish(), ctx.needs_input_grad[2:], strict=True)]
-        losses, positive, correct = work.losses, work.positive[-1], work.correct
+        losses, positive, correct = work.losses, work.all_positive[-1], work.all_correct
         ctx.mark_non_differentiable(losses, positive, correct)
         return (losses * work.prefix_weights).sum(), losses, positive, correct
 
@@ -100,24 +102,29 @@ class _Source:
 
 
 class _Work:
-    """The working state of one forward."""
+    """The working state of one forward: of this rank's share of the rows, unless it says whole."""
 
     def __init__(self, problem, engine, queries, keys, hard, inverse_temperature, column_inverse):
+        self.peers = peers_of(problem.exchange)
+        self.share_sizes, share = shares(len(queries), self.peers)
+        self.whole, problem = problem, problem.share(share)
         self.problem, self.options, self.needs, self.engine = problem, problem.options, problem.needs, engine
         self.exchange, self.prefixes, self.fp = problem.exchange, problem.options.prefixes, queries.dtype
         operand, options, needs = problem.operand_dtype, problem.options, problem.needs
-        self.queries, self.keys, self.hard = (x.detach().to(operand).contiguous() for x in (queries, keys, hard))
-        self.inverse, self.column_inverse = inverse_temperature.contiguous(), column_inverse
+        self.whole_queries, self.keys, self.whole_hard = (x.detach().to(operand).contiguous() for x in (queries, keys, hard))
+        self.queries, self.hard = self.whole_queries[share], self.whole_hard[share]
+        self.inverse, self.column_inverse = inverse_temperature[share].contiguous(), column_inverse
         key_stream = self.exchange.stream(self.keys, problem.key_sizes, self.fp)  # on its way while positives are scored
         self.prefix_weights = queries.new_tensor(options.prefix_weights)
         self.weight = problem.row_weight / 2 if options.symmetric else problem.row_weight
         self.query_norm, self.key_norm = (inverse_norms(x, self.prefixes, self.fp) for x in (self.queries, self.keys))
         self.positive = self._positive_cosines()
-        shape = (len(self.prefixes), len(queries))
+        self.all_positive = self._of_all_peers(self.positive.T).T
+        shape = (len(self.prefixes), len(self.queries))
         self.row_top = queries.new_full(shape, -torch.inf)
         self.row_sum = queries.new_zeros(shape)
-        self.d_queries = torch.zeros_like(queries) if needs.queries else None
-        self.d_hard = torch.zeros_like(hard) if needs.hard else None
+        self.d_queries = torch.zeros_like(queries[share]) if needs.queries else None
+        self.d_hard = torch.zeros_like(hard[share]) if needs.hard else None
         self.d_anchors: Tensor | None = None
         self.d_inverse = torch.zeros_like(self.inverse)
         self.kept: dict[tuple[int, int, int, int], Tile] = {}
@@ -145,7 +152,7 @@ class _Work:
             inverse_norm=self.query_norm,
             tags=problem.anchor_tags,
             valid=problem.query_valid,
-            limit=limits(self.positive, options),
+            limit=limits(self.positive, problem.max_negative_score, options),
             inverse_temperature=self.inverse,
         )
         query_block = lambda rule: _Block(rows, rule, self.d_queries, self.row_moment)  # noqa: E731
@@ -153,14 +160,18 @@ class _Work:
         keys = self.sources[0]
         keys.correction = problem.key_correction
         if options.symmetric:
-            best = torch.stack([best_per_key(problem.positive, x, problem.row_valid, len(self.keys)) for x in self.positive], 1)
-            gathered = self.exchange.gather(torch.cat([self.column_inverse.detach()[:, None], best], 1), problem.key_sizes)
+            whole = self.whole
+            best = torch.stack([best_per_key(whole.positive, x, whole.row_valid, len(self.keys)) for x in self.all_positive], 1)
+            highest = torch.full_like(best[:, 0], torch.inf)
+            if whole.max_negative_score is not None:
+                highest = lowest_per_key(whole.positive, whole.max_negative_score, whole.row_valid, len(self.keys))
+            gathered = self.exchange.gather(torch.stack([self.column_inverse.detach(), highest, *best.unbind(1)], 1), problem.key_sizes)
             keys.inverse_temperature = gathered[:, 0].contiguous()
-            keys.limit = limits(gathered[:, 1:].T.contiguous(), options)
+            keys.limit = limits(gathered[:, 2:].T.contiguous(), gathered[:, 1], options)
             self.column_top, self.column_sum = torch.full_like(keys.moment, -torch.inf), torch.zeros_like(keys.moment)
             self.column_temperature = torch.zeros_like(keys.moment)
         if options.query_negatives:
-            stream = self.exchange.stream(self.queries, problem.query_sizes, self.fp)
+            stream = self.exchange.stream(self.whole_queries, problem.query_sizes, self.fp)
             self.sources.append(self._source(stream, problem.all_queries, needs.queries, [query_block(rule)]))
         if options.key_negatives:
             anchors = self.keys[problem.positive]
@@ -171,7 +182,7 @@ class _Work:
             rule_of_anchors = replace(rule, moments=inside or (needs.temperature and not needs.keys))
             keys.blocks.append(_Block(side, rule_of_anchors, self.d_anchors, self.anchor_moment))
         if options.shared_hard_negatives:
-            stream = self.exchange.stream(self.hard.flatten(0, 1), problem.hard_sizes, self.fp)
+            stream = self.exchange.stream(self.whole_hard.flatten(0, 1), problem.hard_sizes, self.fp)
             self.sources.append(self._source(stream, problem.all_hard, needs.hard, [query_block(replace(rule, tags_in_use=()))]))
 
     def _source(self, stream: Stream, candidates: Candidates, needed: bool, blocks: list[_Block]) -> _Source:
@@ -304,8 +315,8 @@ class _Work:
     def _finish_columns(self) -> None:
         """Columns are complete when all ranks' rows are in: merge, and put the positives' loss and pull on their own rank."""
         problem = self.problem
-        highest = self.exchange.max(self.column_top)
-        total = self.exchange.sum(self.column_sum * (self.column_top - finite(highest)).exp())
+        highest = self.exchange.max(self.peers.max(self.column_top))
+        total = self.exchange.sum(self.peers.sum(self.column_sum * (self.column_top - finite(highest)).exp()))
         log_negatives = total.log() + finite(highest)
         self.row_of_column_inverse = self.column_inverse[problem.positive]
         gap = log_negatives[:, problem.own_keys][:, problem.positive] - self.positive * self.row_of_column_inverse
@@ -313,7 +324,7 @@ class _Work:
         self.column_row_push = self.weight * self.prefix_weights[:, None] * torch.sigmoid(gap)
         push = self.column_row_push.new_zeros(len(self.keys), len(self.prefixes))
         push.index_put_((problem.positive,), self.column_row_push.T.contiguous(), accumulate=True)
-        self.column_push = self.exchange.gather(push, problem.key_sizes).T.contiguous()
+        self.column_push = self.exchange.gather(self.peers.sum(push), problem.key_sizes).T.contiguous()
         self.column_log = finite(log_negatives)
 
     def _finish_rows(self) -> None:
@@ -328,6 +339,7 @@ class _Work:
         if self.options.symmetric:
             self.losses = self.losses + self.column_losses
             self.pull = self.pull + self.column_row_push * self.row_of_column_inverse
+        self.losses, self.all_correct = self.peers.sum(self.losses), self._of_all_peers(self.correct)
         if not self._any_gradient:
             return
         if self.needs.temperature:
@@ -372,15 +384,16 @@ class _Work:
         if options.query_negatives:
             source = next(streams)
             if self.d_queries is not None:
-                self.d_queries += source.stream.finish()
+                self.d_queries += self._own_share(source.stream.finish())
                 if several:
-                    self.row_moment += self._home(source, problem.query_sizes)
+                    self.row_moment += self._own_share(self._home(source, problem.query_sizes).T).T
         if options.shared_hard_negatives:
             source = next(streams)
             if needs.hard:
-                self.d_hard = source.stream.finish().view(self.hard.shape)
+                self.d_hard = self._own_share(source.stream.finish().view(self.whole_hard.shape))
                 if several:
-                    self.hard_moment = self._home(source, problem.hard_sizes).view(len(self.prefixes), *self.hard.shape[:2])
+                    moment = self._own_share(self._home(source, problem.hard_sizes).T.reshape(*self.whole_hard.shape[:2], -1))
+                    self.hard_moment = moment.permute(2, 0, 1)
         self._positives_gradient(d_keys, key_moment)
         if several:
             self._norms_gradient(self.queries, self.query_norm, self.row_moment, self.d_queries)
@@ -395,7 +408,17 @@ class _Work:
             d_column = torch.where(self.column_inverse > 0, moment / self.column_inverse, 0.0)
             own = -(self.column_row_push * self.positive).sum(0)
             d_column.index_put_((problem.positive,), own, accumulate=True)
-        return self.d_queries, d_keys, self.d_hard, self.d_inverse, d_column
+        of_rows = [None if x is None else self._of_all_peers(x) for x in (self.d_queries, self.d_hard, self.d_inverse)]
+        of_keys = [None if x is None else self.peers.sum(x) for x in (d_keys, d_column)]
+        return of_rows[0], of_keys[0], of_rows[1], of_rows[2], of_keys[1]
+
+    def _of_all_peers(self, x: Tensor) -> Tensor:
+        """[whole N, ...] the rows [n, ...] of all shares."""
+        return self.peers.gather(x.contiguous(), self.share_sizes)
+
+    def _own_share(self, x: Tensor) -> Tensor:
+        """[n, ...] this rank's rows of the sum over peers of [whole N, ...]."""
+        return self.peers.reduce_scatter(x.contiguous(), self.share_sizes)
 
     def _home(self, source: _Source, sizes: list[int]) -> Tensor:
         """[P, own] sums over ranks."""

@@ -36,24 +36,15 @@ def negatives(anchor_tags: Tensor, candidates: Candidates, tags_in_use: tuple[in
     return keep
 
 
-def drop_by_score(keep: Tensor, cosine: Tensor, positive: Tensor, options: InfoNCEOptions, dim: int = 0) -> None:
-    """Clear ``keep`` in place where a cosine is too high; ``positive`` holds the anchors' own cosines along ``dim``."""
-    if options.max_negative_score is not None:
-        keep &= cosine < options.max_negative_score
-    positive = positive.unsqueeze(1 - dim)
-    if options.margin_absolute is not None:
-        keep &= cosine <= positive + options.margin_absolute
-    if options.margin_relative is not None:
-        keep &= cosine <= positive * options.margin_relative
+def limits(positive: Tensor, highest: Tensor | None, options: InfoNCEOptions) -> Tensor | None:
+    """Cosines [P, n] above which a pair is no negative of its anchor; None: there is no limit.
 
-
-def limits(positive: Tensor, options: InfoNCEOptions) -> Tensor | None:
-    """Cosines, as ``positive`` [P, n], above which a pair is dropped: drop_by_score as one comparison. None: nothing is."""
+    positive [P, n]: the anchors' own cosines; highest [n]: their max_negative_score, which a negative must stay below.
+    """
     if not options.filters:
         return None
     limit = torch.full_like(positive, torch.inf)
-    if options.max_negative_score is not None:
-        highest = torch.full_like(positive, options.max_negative_score)
+    if highest is not None:
         limit = torch.minimum(limit, torch.nextafter(highest, torch.full_like(highest, -torch.inf)))
     if options.margin_absolute is not None:
         limit = torch.minimum(limit, positive + options.margin_absolute)
@@ -70,3 +61,9 @@ def best_per_key(positive: Tensor, scores: Tensor, counts: Tensor, n_keys: int) 
     scores = torch.where(counts, scores, -torch.inf)
     best = scores.new_full((n_keys,), -torch.inf).scatter_reduce(0, positive, scores, "amax")
     return torch.where(best.isinf(), 1.0, best)
+
+
+def lowest_per_key(positive: Tensor, scores: Tensor, counts: Tensor, n_keys: int) -> Tensor:
+    """[M] the lowest of the counted rows' ``scores`` [N] of the rows that point to each key (infinity where none does)."""
+    scores = torch.where(counts, scores, torch.inf)
+    return scores.new_full((n_keys,), torch.inf).scatter_reduce(0, positive, scores, "amin")

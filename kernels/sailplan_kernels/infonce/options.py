@@ -14,9 +14,10 @@ class InfoNCEOptions:
 
     The three filters apply to every negative, hard ones included; a negative must pass all that are set:
     cosine < max_negative_score, cosine <= positive + margin_absolute, cosine <= margin_relative * positive.
+    max_negative_score is a number for all rows, or True where each row has one of its own (a tensor, in Problem).
     """
 
-    max_negative_score: float | None = None
+    max_negative_score: float | bool | None = None
     margin_absolute: float | None = None
     margin_relative: float | None = None
     symmetric: bool = False

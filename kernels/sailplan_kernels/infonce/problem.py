@@ -7,7 +7,7 @@ other options is an error on all ranks instead of a hang.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,11 +37,11 @@ class Problem:
     positive: Tensor  # int64 [N], index into this rank's keys
     row_valid: Tensor  # bool [N], the row counts
     row_weight: Tensor  # [N], world_size / valid rows of all ranks, 0 where the row does not count
+    max_negative_score: Tensor | None  # [N], None: no such limit
     positive_correction: Tensor  # [N] subtracted from the positive's logit; key_log_probability of its key, or 0
     inverse_temperature: Tensor  # [N], differentiable
     column_inverse_temperature: Tensor  # [M], differentiable; mean over the rows that point to the key
     anchor_tags: Tensor  # int64 [N, 3], positive's global index and id, own query id
-    column_tags: Tensor  # int64 [M, 3], this rank's keys
     query_valid: Tensor  # bool [N]
     hard_valid: Tensor  # bool [N, H]
     all_keys: Candidates
@@ -61,6 +61,12 @@ class Problem:
     def hard_sizes(self) -> list[int]:
         """Shared hard negatives of every rank."""
         return [rows * self.hard.shape[1] for rows in self.query_sizes]
+
+    def share(self, rows: slice) -> Problem:
+        """Those of this rank's rows alone; keys and candidates stay as they are."""
+        names = ("queries", "hard", "positive", "row_valid", "row_weight", "positive_correction", "inverse_temperature", "anchor_tags")
+        highest = None if self.max_negative_score is None else self.max_negative_score[rows]
+        return replace(self, max_negative_score=highest, **{name: getattr(self, name)[rows] for name in (*names, "query_valid", "hard_valid")})
 
     @property
     def own_keys(self) -> slice:
@@ -83,6 +89,7 @@ def build_problem(
     query_valid: Tensor | None,
     key_valid: Tensor | None,
     key_log_probability: Tensor | None = None,
+    max_negative_score: float | Tensor | None = None,
     options: InfoNCEOptions,
     exchange: Exchange,
     backend: str,
@@ -135,10 +142,10 @@ def build_problem(
     key_ids = none[:m] if key_ids is None else key_ids
     query_ids = none[:n] if query_ids is None else query_ids
     key_query_ids = none[:m] if key_query_ids is None else key_query_ids
-    column_tags = torch.stack([torch.arange(offset, offset + m, device=device), key_ids, key_query_ids], 1)
-    own_positive = torch.where(has_positive[:, None], column_tags[positive][:, :2], -1)
+    key_tags = torch.stack([torch.arange(offset, offset + m, device=device), key_ids, key_query_ids], 1)
+    own_positive = torch.where(has_positive[:, None], key_tags[positive][:, :2], -1)
     query_tags = torch.cat([own_positive, query_ids[:, None]], 1)
-    all_keys = _gather_candidates(exchange, column_tags, key_valid, key_sizes)
+    all_keys = _gather_candidates(exchange, key_tags, key_valid, key_sizes)
     all_queries = all_hard = Candidates(tags=none.new_empty((0, 3)), valid=query_valid[:0])
     if options.query_negatives or options.symmetric:
         all_queries = _gather_candidates(exchange, query_tags, query_valid, query_sizes)
@@ -155,6 +162,9 @@ def build_problem(
         key_correction = exchange.gather(correction, key_sizes)
         positive_correction = correction[positive]
 
+    if max_negative_score is not None:
+        # In the compute dtype from the start: a row's limit and its column's must be the same number.
+        max_negative_score = torch.as_tensor(max_negative_score, device=device).detach().to(compute).expand(n)
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=torch.float64)
     inverse = temperature.to(device, compute).reciprocal().expand(n)
@@ -169,11 +179,11 @@ def build_problem(
         positive=positive,
         row_valid=row_valid,
         row_weight=row_valid.to(compute) * (exchange.world_size / max(valid_rows, 1)),
+        max_negative_score=max_negative_score,
         positive_correction=positive_correction,
         inverse_temperature=inverse,
         column_inverse_temperature=column_inverse,
         anchor_tags=query_tags,
-        column_tags=column_tags,
         query_valid=query_valid,
         hard_valid=hard_valid,
         all_keys=all_keys,

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sailplan_kernels.infonce.masks import best_per_key, drop_by_score, negatives
+from sailplan_kernels.infonce.masks import best_per_key, limits, lowest_per_key, negatives
 from sailplan_kernels.infonce.normalize import normalize
+from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.infonce.problem import Problem
 
 
@@ -55,7 +56,7 @@ def _prefix_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) 
     cosine = torch.cat([block for block, _ in blocks], 1)
     correction = _corrections(problem, blocks)
     keep = torch.cat([mask for _, mask in blocks], 1)
-    drop_by_score(keep, cosine.detach(), positive.detach(), options)
+    keep &= _within(cosine, positive, problem.max_negative_score, options)
     own = positive * problem.inverse_temperature - problem.positive_correction
     scores = (cosine * problem.inverse_temperature[:, None] - correction).masked_fill(~keep, -torch.inf)
     total = (problem.row_weight * _losses(scores, keep, own)).sum()
@@ -64,13 +65,23 @@ def _prefix_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) 
 
     if options.symmetric:
         cosine = positive_keys @ all_queries.T
-        keep = negatives(problem.column_tags[problem.positive], problem.all_queries, tags)
+        own_tags = problem.all_keys.tags[problem.own_keys]
+        keep = negatives(own_tags[problem.positive], problem.all_queries, tags)
         best = best_per_key(problem.positive, positive.detach(), problem.row_valid, len(keys))[problem.positive]
-        drop_by_score(keep, cosine.detach(), best, options)
+        highest = problem.max_negative_score
+        if highest is not None:
+            highest = lowest_per_key(problem.positive, highest, problem.row_valid, len(keys))[problem.positive]
+        keep &= _within(cosine, best, highest, options)
         inverse = problem.column_inverse_temperature[problem.positive]
         scores = (cosine * inverse[:, None]).masked_fill(~keep, -torch.inf)
         total = (total + (problem.row_weight * _losses(scores, keep, positive * inverse)).sum()) / 2
     return total, positive.detach(), correct
+
+
+def _within(cosine: Tensor, positive: Tensor, highest: Tensor | None, options: InfoNCEOptions) -> Tensor:
+    """bool, as ``cosine`` [n, C]: not so high that the pair must not be a negative."""
+    limit = limits(positive.detach()[None], highest, options)
+    return cosine.detach() <= (torch.inf if limit is None else limit[0][:, None])
 
 
 def _corrections(problem: Problem, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
