@@ -28,6 +28,7 @@ def _make_case(
     per_row_temperature=False,
     sampling=False,
     per_row_threshold=False,
+    by_id=False,
     temperature=0.1,
     noise=0.8,
     dtype=torch.float64,
@@ -35,7 +36,8 @@ def _make_case(
 ) -> tuple[list[dict], dict]:
     """Arguments of infonce for each rank, and for one process that holds everything.
 
-    Trained-like: a positive key is its query plus noise. ``positives`` gives indices with repetitions and a -1.
+    Trained-like: a positive key is its query plus noise. ``positives`` gives indices with repetitions and a -1; ``by_id``
+    wants ids that several keys of any rank, or none, carry.
     """
     g = torch.Generator().manual_seed(seed)
     ranks = []
@@ -70,11 +72,21 @@ def _make_case(
             case["key_log_probability"] = torch.rand(m, generator=g, dtype=torch.float64).add(0.01).log()
         if per_row_temperature:
             case["temperature"] = temperature * (0.5 + torch.rand(n, generator=g, dtype=torch.float64))
+        if by_id:
+            case["key_ids"] = torch.randint(-1, 5, (m,), generator=g)
+            case["positive_ids"] = torch.randint(-1, 7, (n,), generator=g)
+            if query_ids:
+                case["key_query_ids"] = torch.randint(-1, 6, (m,), generator=g)
         if per_row_threshold:
             case["max_negative_score"] = torch.rand(n, generator=g, dtype=torch.float64) + torch.where(torch.arange(n) % 3 == 1, torch.inf, 0.0)
         case = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.items()}
         ranks.append(case)
     whole = {name: torch.cat([case[name] for case in ranks]) for name in ranks[0]}
+    if by_id:
+        for case in [*ranks, whole]:
+            case.setdefault("temperature", torch.tensor(temperature, dtype=dtype))
+            case.update(options)
+        return ranks, whole
     offsets = [sum(keys[:r]) for r in range(len(keys))]
     own = [case.get("positives", torch.arange(n)) for case, n in zip(ranks, rows, strict=True)]
     whole["positives"] = torch.cat([torch.where(p >= 0, p + o, -1) for p, o in zip(own, offsets, strict=True)])

@@ -14,12 +14,12 @@ from sailplan_kernels import infonce
 LEAVES = ("queries", "keys", "hard_negatives", "temperature")
 
 
-def run(case: dict, backend: str, dtype=torch.float64, upstream=1.0, **more):
+def run(case: dict, backend: str, dtype=torch.float64, upstream=1.0, frozen=(), **more):
     """The output and the gradients of all leaves."""
     case = dict(case)
     for name in LEAVES:
         if isinstance(case.get(name), torch.Tensor):
-            case[name] = case[name].detach().to(dtype).clone().requires_grad_()
+            case[name] = case[name].detach().to(dtype).clone().requires_grad_(name not in frozen)
     out = infonce(**case, backend=backend, **more)
     (out.loss * upstream).backward()
     return out, {name: case[name].grad for name in LEAVES if isinstance(case.get(name), torch.Tensor)}
@@ -73,6 +73,27 @@ def test_chunked_equals_reference(make_case, data):
     torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name].double(), gradient, rtol=1e-4, atol=1e-5 * max(1.0, float(gradient.abs().max())))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_several_positives_by_id_equal_reference(make_case, data):
+    draw = lambda strategy: data.draw(strategy)  # noqa: E731
+    flags = {name: draw(st.booleans()) for name in ("query_ids", "masks", "per_row_temperature", "sampling", "query_negatives", "per_row_threshold")}
+    rows, prefixes = draw(st.integers(1, 9)), draw(st.sampled_from([None, (7,), (2, 5), (3, 7)]))
+    margins = {"margin_absolute": draw(st.sampled_from([None, 0.1])), "margin_relative": draw(st.sampled_from([None, 0.95]))}
+    _, case = make_case(
+        draw(st.integers(0, 10**6)), (rows,), (rows + draw(st.integers(0, 9)),), by_id=True, hard=draw(st.integers(0, 1)), prefixes=prefixes, **flags, **margins
+    )
+    frozen = draw(st.sampled_from([(), ("queries",), ("keys",), ("temperature",)]))
+    budget = draw(st.sampled_from([1, 2000, None]))
+    expected, expected_gradients = run(case, "reference", frozen=frozen)
+    out, gradients = run(case, "chunked", frozen=frozen, memory_budget=budget)
+    for name in ("loss", "prefix_losses", "positive_score", "accuracy"):
+        torch.testing.assert_close(getattr(out, name), getattr(expected, name), rtol=1e-10, atol=1e-12)
+    for name, gradient in expected_gradients.items():
+        if name not in frozen:
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("noise", [0.3, 3.0], ids=["trained", "untrained"])
@@ -183,8 +204,9 @@ def test_chunked_never_holds_an_n_by_m_matrix(make_case, options):
     assert memory.largest <= budget / 2 < n * m * 4 / 8
 
 
-def test_chunked_is_bitwise_repeatable(make_case):
-    _, case = make_case(0, (64,), (64,), 16, dtype=torch.float32, symmetric=True, positives=True, hard=2)
+@pytest.mark.parametrize("options", [{"symmetric": True, "positives": True}, {"by_id": True, "query_negatives": True}])
+def test_chunked_is_bitwise_repeatable(make_case, options):
+    _, case = make_case(0, (64,), (64,), 16, dtype=torch.float32, hard=2, **options)
     one, other = (run(case, "chunked", torch.float32, memory_budget=10_000) for _ in range(2))
     assert torch.equal(one[0].loss, other[0].loss)
     assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])

@@ -128,10 +128,56 @@ def test_reference_equals_the_definition_in_loops(make_case, data):
         assert out.prefix_losses.tolist() == pytest.approx([loss])
 
 
+def loops_by_id(case: dict) -> tuple[float, int, float]:
+    """As loops, of a row whose positives are all keys with the id it wants; one prefix."""
+    n, m = len(case["queries"]), len(case["keys"])
+    q, k = (torch.nn.functional.normalize(case[name]) for name in ("queries", "keys"))
+    wanted, ids = case["positive_ids"].tolist(), case["key_ids"].tolist()
+    query_ok = case["query_valid"].tolist() if "query_valid" in case else [True] * n
+    key_ok = case["key_valid"].tolist() if "key_valid" in case else [True] * m
+    log_probability = case["key_log_probability"].tolist() if "key_log_probability" in case else [0.0] * m
+    total, right, counted = 0.0, 0, 0
+    for i in range(n):
+        t = float(case["temperature"].expand(n)[i])
+        mine = [j for j in range(m) if query_ok[i] and key_ok[j] and wanted[i] >= 0 and ids[j] == wanted[i]]
+        if not mine:
+            continue
+        counted += 1
+        best = max(float(q[i] @ k[j]) for j in mine)
+        others = [(float(q[i] @ k[j]), log_probability[j]) for j in range(m) if key_ok[j] and ids[j] != wanted[i]]
+        if case.get("query_negatives"):
+            others += [(float(q[i] @ q[j]), 0.0) for j in range(n) if j != i and query_ok[j] and wanted[j] != wanted[i]]
+        if "hard_negatives" in case:
+            others += [(float(q[i] @ torch.nn.functional.normalize(x, dim=0)), 0.0) for x in case["hard_negatives"][i]]
+        if case.get("margin_absolute") is not None:
+            others = [x for x in others if x[0] <= best + case["margin_absolute"]]
+        logits = [x / t - correction for x, correction in others]
+        own = [float(q[i] @ k[j]) / t - log_probability[j] for j in mine]
+        right += all(max(own) > x for x in logits)
+        total += sum(math.log1p(sum(math.exp(x - z) for x in logits)) for z in own) / len(own)
+    return total / max(counted, 1), counted, right / max(counted, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_several_positives_by_id_equal_loops(make_case, data):
+    flags = {name: data.draw(st.booleans()) for name in ("masks", "per_row_temperature", "sampling", "query_negatives")}
+    rows, margin = data.draw(st.integers(1, 8)), data.draw(st.sampled_from([None, 0.1]))
+    hard = 0 if flags["masks"] else data.draw(st.integers(0, 2))
+    seed, keys = data.draw(st.integers(0, 10**6)), data.draw(st.integers(0, 12))
+    _, case = make_case(seed, (rows,), (max(rows, keys),), by_id=True, hard=hard, margin_absolute=margin, **flags)
+    out = infonce(**case, backend="reference")
+    loss, valid, accuracy = loops_by_id(case)
+    assert out.valid_rows == valid
+    assert out.loss.item() == pytest.approx(loss, rel=1e-10, abs=1e-12)
+    assert out.accuracy.item() == pytest.approx(accuracy)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {},
+        {"by_id": True, "query_negatives": True, "per_row_temperature": True, "prefixes": (2, 4), "sampling": True},
         {"symmetric": True, "positives": True, "per_row_temperature": True, "masks": True},
         {"hard": 2, "shared_hard_negatives": True, "query_negatives": True, "key_negatives": True, "ids": True},
         {"hard": 2, "prefixes": (2, 4), "prefix_weights": (0.5, 1.0), "margin_absolute": 0.1, "symmetric": True},

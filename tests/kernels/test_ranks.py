@@ -25,6 +25,8 @@ OPTIONS = [
     {"max_negative_score": 0.3, "margin_absolute": 0.1},
     {"margin_relative": 0.95, "symmetric": True, "positives": True},
     {"symmetric": True, "positives": True, "per_row_threshold": True},
+    {"by_id": True, "masks": True},
+    {"by_id": True, "query_negatives": True, "sampling": True, "prefixes": (3, 7), "margin_absolute": 0.1, "query_ids": True},
     {"symmetric": True},
     {"symmetric": True, "ids": True, "masks": True, "max_negative_score": 0.3},
     {"query_negatives": True, "ids": True, "sampling": True},

@@ -46,6 +46,7 @@ def infonce(
     temperature: float | Tensor,
     *,
     positives: Tensor | None = None,
+    positive_ids: Tensor | None = None,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     key_query_ids: Tensor | None = None,
@@ -72,6 +73,12 @@ def infonce(
     queries [N, D], keys [M, D]: any one float dtype, not normalised. Computed in float32 (float64 for float64).
     temperature: number, 0-d tensor, or [N] tensor, one a row; positive. The gradient reaches a tensor.
     positives: int64 [N] into this rank's keys, -1 for "this row has none"; None: key i belongs to query i (M >= N).
+    positive_ids: int64 [N] instead of positives, -1 for none: every valid key of ANY rank whose key_ids entry equals it is a
+        positive. The row pays the mean over its positives p of softplus(lse_neg - cos(q, p) / t), its other positives
+        neither pulling p's denominator up nor being pushed (supervised contrastive, Khosla et al., NeurIPS 2020, eq. 2,
+        with the positives left out of the denominator). A row without a positive does not count. Margins start from
+        the row's best positive, which also decides the accuracy; positive_score is the mean. Takes no symmetric and
+        no key_negatives; with query_ids it needs key_query_ids.
     query_ids [N], key_ids [M], key_query_ids [M]: int64, -1 for none. A key with the id of the row's positive, or
         whose paired query has the row's query id, is no negative of that row. key_query_ids says each key's paired
         query id; by default the query that points to the key (the highest id where several do).
@@ -102,7 +109,9 @@ def infonce(
     """
     checks.check_embeddings(queries, keys, hard_negatives)
     chosen = checks.choose_backend(backend, queries)
-    checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid)
+    checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid, positive_ids)
+    if positive_ids is not None and (symmetric or key_negatives):
+        raise ValueError("positive_ids: found with symmetric or key_negatives, expected positives by index for these")
     checks.check_log_probability(key_log_probability, len(keys), queries.device)
     checks.check_highest(max_negative_score, len(queries), queries.device)
     if hard_negatives is not None:
@@ -133,6 +142,7 @@ def infonce(
             keys,
             temperature,
             positives=positives,
+            positive_ids=positive_ids,
             query_ids=query_ids,
             key_ids=key_ids,
             key_query_ids=key_query_ids,

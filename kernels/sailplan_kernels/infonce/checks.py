@@ -56,11 +56,13 @@ def check_pairing(
     key_query_ids: Tensor | None,
     query_valid: Tensor | None,
     key_valid: Tensor | None,
+    positive_ids: Tensor | None = None,
 ) -> None:
     """All that says which key belongs to which query, and the temperature; embeddings are checked already."""
     n, m = len(queries), len(keys)
     for name, x, length, dtype in (
         ("positives", positives, n, torch.int64),
+        ("positive_ids", positive_ids, n, torch.int64),
         ("query_ids", query_ids, n, torch.int64),
         ("key_ids", key_ids, m, torch.int64),
         ("key_query_ids", key_query_ids, m, torch.int64),
@@ -68,7 +70,14 @@ def check_pairing(
         ("key_valid", key_valid, m, torch.bool),
     ):
         check_vector(name, x, (length,), dtype, queries.device)
-    check_positives(positives, n, m)
+    if positive_ids is None:
+        check_positives(positives, n, m)
+    elif positives is not None:
+        raise ValueError("positive_ids: found with positives, expected one of them")
+    elif key_ids is None:
+        raise ValueError("positive_ids: found without key_ids, expected both")
+    elif query_ids is not None and key_query_ids is None:
+        raise ValueError("positive_ids: found with query_ids and without key_query_ids, expected the latter too")
     check_temperature(temperature, n)
     if key_query_ids is not None and query_ids is None:
         raise ValueError("key_query_ids: found without query_ids, expected both")

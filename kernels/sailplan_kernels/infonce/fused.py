@@ -7,7 +7,9 @@ budget are kept in between and not computed again). All Matryoshka prefixes come
 product is the running sum up to its length, and each segment's gradient product reads only its own dimensions.
 
 The positive never enters a tile: loss = softplus(lse_neg - s_pos), its pull has the coefficient sigmoid(lse_neg - s_pos),
-which stays exact where 1 - p would cancel. Candidates of a row: keys; with the options other queries, other keys
+which stays exact where 1 - p would cancel. Positives by id (pairs.py) may be any rank's keys: their pairs are looked at
+while the keys' shards are in memory anyway, in a round of their own before the statistics and in the round of gradients.
+Candidates of a row: keys; with the options other queries, other keys
 scored against the positive, everybody's hard negatives; and its own hard negatives, which are no tile but [N, H].
 
 A cosine is <x_p, y_p> a_p b_p with inverse prefix norms a, b, so d cos / dx = y_p a_p b_p - cos a_p^2 x_p. The second
@@ -19,6 +21,7 @@ Where peers hold the same rows (exchange/row_split.py) each does its share of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from sailplan_kernels.exchange.base import Shard, Stream
 from sailplan_kernels.exchange.row_split import peers_of, shares
 from sailplan_kernels.infonce.masks import Candidates, best_per_key, limits, lowest_per_key
+from sailplan_kernels.infonce.pairs import Pairs, sum_at
 from sailplan_kernels.infonce.problem import Problem
 from sailplan_kernels.infonce.products import add_product
 from sailplan_kernels.infonce.tile import Coefficients, Engine, Rule, Side, Statistics, Tile
@@ -118,8 +122,11 @@ class _Work:
         self.prefix_weights = queries.new_tensor(options.prefix_weights)
         self.weight = problem.row_weight / 2 if options.symmetric else problem.row_weight
         self.query_norm, self.key_norm = (inverse_norms(x, self.prefixes, self.fp) for x in (self.queries, self.keys))
-        self.positive = self._positive_cosines()
-        self.all_positive = self._of_all_peers(self.positive.T).T
+        if problem.pairs is None:
+            self.positive = score = self._positive_cosines()
+        else:
+            self.positive, score = self._pair_cosines(problem.pairs, key_stream)
+        self.all_positive = self._of_all_peers(score.T).T
         shape = (len(self.prefixes), len(self.queries))
         self.row_top = queries.new_full(shape, -torch.inf)
         self.row_sum = queries.new_zeros(shape)
@@ -140,6 +147,23 @@ class _Work:
             rows = slice(start, start + PAIRS_AT_ONCE)
             found[:, rows] = prefix_dots(self.queries[rows], self.keys[self.problem.positive[rows]], self.prefixes, self.fp)
         return found * self.query_norm * self.key_norm[:, self.problem.positive]
+
+    def _pair_cosines(self, pairs: Pairs, key_stream: Stream) -> tuple[Tensor, Tensor]:
+        """Looks at all pairs; each row's best cosine and their mean, [P, N], 0 where there is none."""
+        found = self.query_norm.new_empty((len(self.prefixes), len(pairs.rows)))
+        self.pair_norm = torch.empty_like(found)  # product of both inverse norms
+        for shard in key_stream.shards():
+            for here in pairs_in(pairs, shard, slice(0, len(self.queries))):
+                rows, vectors = pairs.rows[here], shard.vectors[pairs.keys[here] - shard.start]
+                self.pair_norm[:, here] = self.query_norm[:, rows] * inverse_norms(vectors, self.prefixes, self.fp)
+                found[:, here] = prefix_dots(self.queries[rows], vectors, self.prefixes, self.fp)
+        self.pair_cosine = found.mul_(self.pair_norm)
+        correction = self.problem.key_correction
+        logits = self.pair_cosine * self.inverse[pairs.rows]
+        self.pair_logits = logits if correction is None else logits.sub_(correction[pairs.keys])
+        self.pair_starts = [0, *pairs.counts.cumsum(0).tolist()]
+        self.pair_weight = (self.weight / pairs.counts.clamp_min(1))[pairs.rows]
+        return finite(pairs.best(self.pair_cosine)), pairs.per_row(self.pair_cosine) / pairs.counts.clamp_min(1)
 
     # ---------------------------------------------------------------- candidates
     def _make_sources(self, key_stream: Stream) -> None:
@@ -299,10 +323,31 @@ class _Work:
                                 self.d_inverse[rows] += found.row_temperature.sum(0) / self.inverse[rows]
                             if block.rule.columns and found.column_temperature is not None:
                                 self.column_temperature[:, here] += found.column_temperature
+                if s == 0 and self.problem.pairs is not None and chunks:
+                    self._pairs_gradient(self.problem.pairs, shard, slice(chunks[0].start, chunks[-1].stop))
         self.kept_bytes = 0.0
 
+    def _pairs_gradient(self, pairs: Pairs, shard: Shard, chunk: slice) -> None:
+        """What consecutive rows, whose statistics are complete, and their positives in this shard do to each other."""
+        for here in pairs_in(pairs, shard, chunk):
+            rows, keys, first = pairs.rows[here], pairs.keys[here] - shard.start, 0
+            pull = self._pair_push(pairs, here) * self.inverse[rows] * self.pair_norm[:, here]
+            for s, end in enumerate(self.prefixes):
+                weight = pull[s:].sum(0)[:, None]
+                for target, index, other in ((self.d_queries, rows, shard.vectors[keys, first:end]), (shard.gradient, keys, self.queries[rows, first:end])):
+                    if target is not None:
+                        target[:, first:end].index_put_((index,), -weight * other.to(self.fp), accumulate=True)
+                first = end
+
+    def _pair_gap(self, pairs: Pairs, here: Tensor | slice) -> Tensor:
+        return self._log_negatives(pairs.rows[here]) - self.pair_logits[:, here]
+
+    def _pair_push(self, pairs: Pairs, here: Tensor | slice) -> Tensor:
+        """[P, e] d loss / d log_negatives by way of each pair."""
+        return self.pair_weight[here] * self.prefix_weights[:, None] * torch.sigmoid(self._pair_gap(pairs, here))
+
     # ---------------------------------------------------------------- denominators
-    def _log_negatives(self, rows: slice) -> Tensor:
+    def _log_negatives(self, rows: slice | Tensor) -> Tensor:
         """[P, r] of rows whose statistics are complete; minus infinity without negatives."""
         return self.row_sum[:, rows].log() + finite(self.row_top[:, rows])
 
@@ -310,6 +355,10 @@ class _Work:
         return log_negatives - (self.positive[:, rows] * self.inverse[rows] - self.problem.positive_correction[rows])
 
     def _push(self, rows: slice, log_negatives: Tensor) -> Tensor:
+        pairs = self.problem.pairs
+        if pairs is not None:
+            here = slice(self.pair_starts[rows.start], self.pair_starts[rows.stop])
+            return sum_at(pairs.rows[here] - rows.start, self._pair_push(pairs, here), rows.stop - rows.start)
         return self.weight[rows] * self.prefix_weights[:, None] * torch.sigmoid(self._gap(rows, log_negatives))
 
     def _finish_columns(self) -> None:
@@ -331,9 +380,13 @@ class _Work:
         """Loss, and the part of the gradients that is not in tiles: positives and own hard negatives."""
         problem, everyone = self.problem, slice(0, len(self.queries))
         log_negatives = self._log_negatives(everyone)
-        gap = self._gap(everyone, log_negatives)
-        self.losses = (self.weight * softplus(gap)).sum(1)
-        self.correct = problem.row_valid & (self.row_top[-1] < self.positive[-1] * self.inverse - problem.positive_correction)
+        pairs = problem.pairs
+        if pairs is None:
+            self.losses = (self.weight * softplus(self._gap(everyone, log_negatives))).sum(1)
+            self.correct = problem.row_valid & (self.row_top[-1] < self.positive[-1] * self.inverse - problem.positive_correction)
+        else:
+            self.losses = (self.pair_weight * softplus(self._pair_gap(pairs, slice(None)))).sum(1)
+            self.correct = problem.row_valid & (self.row_top[-1] < pairs.best(self.pair_logits)[-1])
         push = self._push(everyone, log_negatives)
         self.pull = push * self.inverse
         if self.options.symmetric:
@@ -347,8 +400,17 @@ class _Work:
                 self.d_inverse += vecdot(self.queries, self.d_queries) / self.inverse
             if self.options.key_negatives and not self.sources[0].blocks[1].rule.moments and self.d_anchors is not None:
                 self.d_inverse += vecdot(self.sources[0].blocks[1].rows.vectors, self.d_anchors) / self.inverse
+        if pairs is None:
             self.d_inverse -= (push * self.positive).sum(0)
-        self.row_moment -= self.pull * self.positive
+            self.row_moment -= self.pull * self.positive
+        else:
+            moment = self._pair_push(pairs, slice(None)) * self.pair_cosine
+            keys = self.sources[0]
+            if keys.blocks[0].rule.moments or self.d_queries is None:  # else the pairs are in d_queries, which was asked above
+                self.d_inverse -= pairs.per_row(moment).sum(0)
+            moment *= self.inverse[pairs.rows]
+            self.row_moment -= pairs.per_row(moment)
+            keys.moment -= sum_at(pairs.keys, moment, keys.moment.shape[1])
         if self.own_hard:
             self._own_hard_gradient(log_negatives, push)
 
@@ -394,7 +456,8 @@ class _Work:
                 if several:
                     moment = self._own_share(self._home(source, problem.hard_sizes).T.reshape(*self.whole_hard.shape[:2], -1))
                     self.hard_moment = moment.permute(2, 0, 1)
-        self._positives_gradient(d_keys, key_moment)
+        if problem.pairs is None:
+            self._positives_gradient(d_keys, key_moment)
         if several:
             self._norms_gradient(self.queries, self.query_norm, self.row_moment, self.d_queries)
             self._norms_gradient(self.keys, self.key_norm, key_moment, d_keys)
@@ -498,6 +561,13 @@ def merge(top: Tensor, total: Tensor, other_top: Tensor, other_total: Tensor) ->
     shift = finite(highest)
     total.copy_(total * (top - shift).exp() + other_total * (other_top - shift).exp())
     top.copy_(highest)
+
+
+def pairs_in(pairs: Pairs, shard: Shard, rows: slice) -> Iterator[Tensor]:
+    """Places in the list of the pairs of these rows with keys of this shard, some at a time."""
+    here = (pairs.keys >= shard.start) & (pairs.keys < shard.start + len(shard.vectors))
+    here &= (pairs.rows >= rows.start) & (pairs.rows < rows.stop)
+    yield from here.nonzero()[:, 0].split(PAIRS_AT_ONCE)
 
 
 def cut(n: int, step: int) -> list[slice]:

@@ -5,6 +5,7 @@ same three integers, its tags: the global index of the key it stands for, that k
 belongs to. An anchor carries the tags of its positive and its own query id. A candidate is NOT a negative when it is
 invalid or shares any tag with the anchor: the same key (so the positive itself, and in query-query blocks the row
 itself and every query with the same positive), the same key id, the same query id. -1 is "none" and never matches.
+Positives by id are no key in particular: their anchor's key index is none, and the id does it alone.
 The relation is symmetric, so the same function serves the columns of the symmetric loss.
 """
 

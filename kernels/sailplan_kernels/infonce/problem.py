@@ -15,6 +15,7 @@ from torch import Tensor
 from sailplan_kernels.exchange import Exchange
 from sailplan_kernels.infonce.masks import Candidates
 from sailplan_kernels.infonce.options import InfoNCEOptions
+from sailplan_kernels.infonce.pairs import Pairs, find_pairs
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Problem:
     queries: Tensor  # [N, D] raw, in the compute dtype, invalid rows zeroed
     keys: Tensor  # [M, D]
     hard: Tensor  # [N, H, D], H = 0 without hard negatives
-    positive: Tensor  # int64 [N], index into this rank's keys
+    positive: Tensor  # int64 [N], index into this rank's keys; nothing where there are pairs
+    pairs: Pairs | None  # positives by id; None: ``positive`` says it
     row_valid: Tensor  # bool [N], the row counts
     row_weight: Tensor  # [N], world_size / valid rows of all ranks, 0 where the row does not count
     max_negative_score: Tensor | None  # [N], None: no such limit
@@ -66,7 +68,8 @@ class Problem:
         """Those of this rank's rows alone; keys and candidates stay as they are."""
         names = ("queries", "hard", "positive", "row_valid", "row_weight", "positive_correction", "inverse_temperature", "anchor_tags")
         highest = None if self.max_negative_score is None else self.max_negative_score[rows]
-        return replace(self, max_negative_score=highest, **{name: getattr(self, name)[rows] for name in (*names, "query_valid", "hard_valid")})
+        pairs = None if self.pairs is None else self.pairs.of_rows(rows)
+        return replace(self, pairs=pairs, max_negative_score=highest, **{name: getattr(self, name)[rows] for name in (*names, "query_valid", "hard_valid")})
 
     @property
     def own_keys(self) -> slice:
@@ -90,6 +93,7 @@ def build_problem(
     key_valid: Tensor | None,
     key_log_probability: Tensor | None = None,
     max_negative_score: float | Tensor | None = None,
+    positive_ids: Tensor | None = None,
     options: InfoNCEOptions,
     exchange: Exchange,
     backend: str,
@@ -102,7 +106,9 @@ def build_problem(
     operand = queries.dtype if half and device.type == "cuda" else compute
 
     has_positive = torch.ones(n, dtype=torch.bool, device=device)
-    if positives is None:
+    if positive_ids is not None:
+        has_positive, positive = torch.zeros_like(has_positive), torch.zeros(n, dtype=torch.int64, device=device)
+    elif positives is None:
         positive = torch.arange(n, device=device)
     else:
         has_positive = positives >= 0
@@ -112,7 +118,7 @@ def build_problem(
         query_valid = torch.ones(n, dtype=torch.bool, device=device)
     if key_valid is None:
         key_valid = torch.ones(m, dtype=torch.bool, device=device)
-    row_valid = query_valid & has_positive & key_valid[positive]
+    row_valid = has_positive if positive_ids is not None else query_valid & has_positive & key_valid[positive]
 
     gradients = torch.is_grad_enabled()
     leaves = (queries, keys, hard_negatives, temperature)
@@ -121,7 +127,7 @@ def build_problem(
         hard_negatives = queries.new_zeros(n, 0, queries.shape[1])
     h = hard_negatives.shape[1]
     call = options.fingerprint(
-        queries.shape[1], h, queries.dtype, backend, key_ids is None, query_ids is None, key_log_probability is None
+        queries.shape[1], h, queries.dtype, backend, key_ids is None, query_ids is None, key_log_probability is None, positive_ids is None
     )
     numbers = torch.tensor([n, m, call, *needs, 0], dtype=torch.int64, device=device)
     numbers[-1] = row_valid.sum()
@@ -143,9 +149,16 @@ def build_problem(
     query_ids = none[:n] if query_ids is None else query_ids
     key_query_ids = none[:m] if key_query_ids is None else key_query_ids
     key_tags = torch.stack([torch.arange(offset, offset + m, device=device), key_ids, key_query_ids], 1)
-    own_positive = torch.where(has_positive[:, None], key_tags[positive][:, :2], -1)
-    query_tags = torch.cat([own_positive, query_ids[:, None]], 1)
     all_keys = _gather_candidates(exchange, key_tags, key_valid, key_sizes)
+    pairs = None
+    if positive_ids is None:
+        own_positive = torch.where(has_positive[:, None], key_tags[positive][:, :2], -1)
+    else:
+        own_positive = torch.stack([none[:n], positive_ids], 1)
+        pairs = find_pairs(torch.where(query_valid, positive_ids, -1), all_keys)
+        row_valid = pairs.counts > 0
+        valid_rows = int(exchange.sum(row_valid.sum()))
+    query_tags = torch.cat([own_positive, query_ids[:, None]], 1)
     all_queries = all_hard = Candidates(tags=none.new_empty((0, 3)), valid=query_valid[:0])
     if options.query_negatives or options.symmetric:
         all_queries = _gather_candidates(exchange, query_tags, query_valid, query_sizes)
@@ -160,7 +173,7 @@ def build_problem(
     if key_log_probability is not None:
         correction = key_log_probability.detach().to(compute)
         key_correction = exchange.gather(correction, key_sizes)
-        positive_correction = correction[positive]
+        positive_correction = positive_correction if pairs is not None else correction[positive]
 
     if max_negative_score is not None:
         # In the compute dtype from the start: a row's limit and its column's must be the same number.
@@ -168,15 +181,17 @@ def build_problem(
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=torch.float64)
     inverse = temperature.to(device, compute).reciprocal().expand(n)
-    pointing = torch.zeros(m, dtype=compute, device=device).index_add(0, positive, row_valid.to(compute))
-    column_inverse = torch.zeros_like(pointing).index_add(0, positive, torch.where(row_valid, inverse, 0.0))
-    column_inverse = column_inverse / pointing.clamp_min(1)
+    column_inverse = torch.zeros(m, dtype=compute, device=device)
+    if pairs is None:
+        pointing = column_inverse.index_add(0, positive, row_valid.to(compute))
+        column_inverse = column_inverse.index_add(0, positive, torch.where(row_valid, inverse, 0.0)) / pointing.clamp_min(1)
 
     return Problem(
         queries=_zeroed(queries.to(compute), query_valid if padded_queries else None),
         keys=_zeroed(keys.to(compute), key_valid if padded_keys else None),
         hard=_zeroed(hard_negatives.to(compute), hard_valid),
         positive=positive,
+        pairs=pairs,
         row_valid=row_valid,
         row_weight=row_valid.to(compute) * (exchange.world_size / max(valid_rows, 1)),
         max_negative_score=max_negative_score,

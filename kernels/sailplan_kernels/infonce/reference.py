@@ -35,9 +35,17 @@ def _prefix_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) 
     Arguments: normalised [N, d], [M, d], [N, H, d].
     """
     options, needs, tags = problem.options, problem.needs, problem.tags_in_use
-    positive_keys = keys[problem.positive]
-    positive = (queries * positive_keys).sum(1)
     all_keys = gather_agreed(problem, keys, problem.key_sizes, needs.keys)
+    pairs, share = problem.pairs, problem.row_weight
+    if pairs is None:
+        positive_keys, rows = keys[problem.positive], torch.arange(len(queries), device=queries.device)
+        positive = pair_cosine = (queries * positive_keys).sum(1)
+        pair_correction: Tensor | float = problem.positive_correction
+    else:
+        rows, share = pairs.rows, (share / pairs.counts.clamp_min(1))[pairs.rows]
+        pair_cosine = (queries[rows] * all_keys[pairs.keys]).sum(1)
+        positive = pairs.best(pair_cosine.detach()[None])[0]
+        pair_correction = 0.0 if problem.key_correction is None else problem.key_correction[pairs.keys]
     all_queries = queries[:0]
     if options.query_negatives or options.symmetric:
         all_queries = gather_agreed(problem, queries, problem.query_sizes, needs.queries)
@@ -57,11 +65,14 @@ def _prefix_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) 
     correction = _corrections(problem, blocks)
     keep = torch.cat([mask for _, mask in blocks], 1)
     keep &= _within(cosine, positive, problem.max_negative_score, options)
-    own = positive * problem.inverse_temperature - problem.positive_correction
+    own = pair_cosine * problem.inverse_temperature[rows] - pair_correction
     scores = (cosine * problem.inverse_temperature[:, None] - correction).masked_fill(~keep, -torch.inf)
-    total = (problem.row_weight * _losses(scores, keep, own)).sum()
+    total = (share * _losses(scores, keep, own, rows)).sum()
     best_negative = F.pad(scores.detach(), (0, 1), value=-torch.inf).amax(1)
-    correct = problem.row_valid & (own.detach() > best_negative)
+    best_own = own.detach() if pairs is None else pairs.best(own.detach()[None])[0]
+    correct = problem.row_valid & (best_own > best_negative)
+    if pairs is not None:
+        return total, pairs.per_row(pair_cosine.detach()[None])[0] / pairs.counts.clamp_min(1), correct
 
     if options.symmetric:
         cosine = positive_keys @ all_queries.T
@@ -74,7 +85,7 @@ def _prefix_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) 
         keep &= _within(cosine, best, highest, options)
         inverse = problem.column_inverse_temperature[problem.positive]
         scores = (cosine * inverse[:, None]).masked_fill(~keep, -torch.inf)
-        total = (total + (problem.row_weight * _losses(scores, keep, positive * inverse)).sum()) / 2
+        total = (total + (problem.row_weight * _losses(scores, keep, positive * inverse, rows)).sum()) / 2
     return total, positive.detach(), correct
 
 
@@ -95,13 +106,13 @@ def _corrections(problem: Problem, blocks: list[tuple[Tensor, Tensor]]) -> Tenso
     return correction
 
 
-def _losses(scores: Tensor, keep: Tensor, positive: Tensor) -> Tensor:
-    """[N] softplus(lse over kept negatives - positive), of logits; 0 where none is kept."""
+def _losses(scores: Tensor, keep: Tensor, positive: Tensor, rows: Tensor) -> Tensor:
+    """[E] softplus(lse over the kept negatives of row rows[e] - positive[e]), of logits; 0 where none is kept."""
     some = keep.any(1)
     log_negatives = torch.logsumexp(torch.where(some[:, None], scores, 0.0), 1)
     # -logsigmoid(-x) is softplus(x) without softplus's cut-off at 20.
-    losses = -F.logsigmoid(positive - log_negatives)
-    return torch.where(some, losses, 0.0)
+    losses = -F.logsigmoid(positive - log_negatives[rows])
+    return torch.where(some[rows], losses, 0.0)
 
 
 def gather_agreed(problem: Problem, x: Tensor, sizes: list[int], needed: bool) -> Tensor:
