@@ -9,8 +9,9 @@ product is the running sum up to its length, and each segment's gradient product
 The positive never enters a tile: loss = softplus(lse_neg - s_pos), its pull has the coefficient sigmoid(lse_neg - s_pos),
 which stays exact where 1 - p would cancel. Positives by id (pairs.py) may be any rank's keys: their pairs are looked at
 while the keys' shards are in memory anyway, in a round of their own before the statistics and in the round of gradients.
-Candidates of a row: keys; with the options other queries, other keys
-scored against the positive, everybody's hard negatives; and its own hard negatives, which are no tile but [N, H].
+
+Candidates of a row: keys; with the options other queries, other keys scored against the positive, everybody's hard
+negatives; and its own hard negatives, which are no tile but [N, H].
 
 A cosine is <x_p, y_p> a_p b_p with inverse prefix norms a, b, so d cos / dx = y_p a_p b_p - cos a_p^2 x_p. The second
 term of the longest prefix is parallel to x and vanishes in the normalisation's own backward: it is left out.

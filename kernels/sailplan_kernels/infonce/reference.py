@@ -92,7 +92,7 @@ def _prefix_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) 
 def _within(cosine: Tensor, positive: Tensor, highest: Tensor | None, options: InfoNCEOptions) -> Tensor:
     """bool, as ``cosine`` [n, C]: not so high that the pair must not be a negative."""
     limit = limits(positive.detach()[None], highest, options)
-    return cosine.detach() <= (torch.inf if limit is None else limit[0][:, None])
+    return torch.ones_like(cosine, dtype=torch.bool) if limit is None else ~(cosine.detach() > limit[0][:, None])
 
 
 def _corrections(problem: Problem, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
