@@ -101,6 +101,10 @@ class WholeTensorView(torch.Tensor):
         shape = torch.Size(self.layout_of_whole.shape)
         return shape if dim is None else shape[dim]
 
+    def blocks(self) -> list[tuple[ChunkStorageMetadata, Tensor]]:
+        """This rank's blocks: where each lies in the whole tensor, and its numbers, which share memory with the model's."""
+        return [(self._chunk(block), self._block_tensor(block)) for block in self.layout_of_whole.blocks]
+
     def _block_tensor(self, block: Block) -> Tensor:
         return self.held.narrow(0, block.start, block.rows) if self.held.dim() else self.held
 

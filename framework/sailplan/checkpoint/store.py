@@ -30,6 +30,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from sailplan.checkpoint.exported import Shapes, exported_shapes, is_exported, read_exported
 from sailplan.checkpoint.state import ModelState, fresh_optimizer_state, model_state, optimizer_state
 from sailplan.errors import ConfigurationError, SailplanError
 from sailplan.runtime.process import Parallel
@@ -157,7 +158,7 @@ def load(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | Non
 
     def target() -> ModelState:
         tensors = model_state(model, parallel)
-        _check_fit(path, tensors, metadata, exact=True)
+        _check_fit(path, tensors, _shapes(metadata), exact=True)
         if optimizer is not None:
             tensors |= fresh_optimizer_state(model, optimizer, parallel, small["scalars"], metadata.state_dict_metadata)
         return tensors
@@ -166,19 +167,36 @@ def load(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | Non
     return small["extra"]
 
 
-def load_model_only(path: Path, *, model: nn.Module, parallel: Parallel, prefix: str = "") -> dict[str, Any]:
-    """Loads the tensors of `model` and returns the saved `extra`; what else the checkpoint holds is ignored.
+def load_model_only(
+    path: Path,
+    *,
+    model: nn.Module,
+    parallel: Parallel,
+    prefix: str = "",
+    exact: bool = False,
+    may_lack: Callable[[str], bool] = lambda name: False,
+) -> dict[str, Any]:
+    """Loads the tensors of `model` from a checkpoint or an exported folder; returns the saved `extra` ({} of an export).
 
-    prefix: where `model` was within the saved module, for example "encoder.". Raises as `load`.
+    prefix: where `model` was within the saved module, for example "encoder.". exact: tensors below the prefix that the
+    model lacks are refused; otherwise they are ignored, as all that lies elsewhere. may_lack: whether the model's tensor
+    of that name keeps its numbers where the checkpoint has none. Raises as `load`.
     """
     path = Path(path)
-    metadata, small = _together(lambda: _open(path), f"checkpoint {path} could not be read")
+    what = f"checkpoint {path} could not be read"
+    exported = _together(lambda: is_exported(path), what)
 
     def target() -> ModelState:
         tensors = {key.replace("model.", f"model.{prefix}", 1): view for key, view in model_state(model, parallel).items()}
-        _check_fit(path, tensors, metadata, exact=False)
+        shapes = exported_shapes(path) if exported else _shapes(metadata)
+        tensors = {key: view for key, view in tensors.items() if (name := key.removeprefix("model.")) in shapes or not may_lack(name)}
+        _check_fit(path, tensors, {name: shape for name, shape in shapes.items() if name.startswith(prefix)}, exact=exact)
         return tensors
 
+    if exported:
+        _together(lambda: read_exported(path, target()), what)
+        return {}
+    metadata, small = _together(lambda: _open(path), what)
     _read(path, target)
     return small["extra"]
 
@@ -195,17 +213,23 @@ def _open(path: Path) -> tuple[Metadata, dict[str, Any]]:
     return dcp.FileSystemReader(path).read_metadata(), torch.load(path / SMALL, weights_only=True, map_location="cpu")
 
 
-def _check_fit(path: Path, tensors: ModelState, metadata: Metadata, *, exact: bool) -> None:
-    saved = {key: entry for key, entry in metadata.state_dict_metadata.items() if key.startswith("model.")}
+def _shapes(metadata: Metadata) -> Shapes:
+    entries = metadata.state_dict_metadata.items()
+    return {
+        key.removeprefix("model."): tuple(entry.size) for key, entry in entries if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def _check_fit(path: Path, tensors: ModelState, saved: Shapes, *, exact: bool) -> None:
     remedy = "use the model and objectives that the checkpoint was made with"
     for key, view in tensors.items():
-        name, entry = key.removeprefix("model."), saved.get(key)
-        if not isinstance(entry, TensorStorageMetadata):
+        name = key.removeprefix("model.")
+        if name not in saved:
             raise ConfigurationError(f"checkpoint {path} lacks the tensor {name}: {remedy}")
-        if tuple(entry.size) != tuple(view.size()):
-            raise ConfigurationError(f"checkpoint {path}: {name} has the shape {tuple(entry.size)}, the model expects {tuple(view.size())}; {remedy}")
-    if exact and (unknown := sorted(set(saved) - set(tensors))):
-        raise ConfigurationError(f"checkpoint {path} has the tensor {unknown[0].removeprefix('model.')}, which the model lacks: {remedy}")
+        if saved[name] != tuple(view.size()):
+            raise ConfigurationError(f"checkpoint {path}: {name} has the shape {saved[name]}, the model expects {tuple(view.size())}; {remedy}")
+    if exact and (unknown := sorted(name for name in saved if f"model.{name}" not in tensors)):
+        raise ConfigurationError(f"checkpoint {path} has the tensor {unknown[0]}, which the model lacks: {remedy}")
 
 
 def _read(path: Path, target: Callable[[], ModelState]) -> None:

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--checkpoint", action="append", default=None, help="checkpoint folder (default: the run's newest); merge: once for each")
             command.add_argument("--weights", default=None, metavar="W,W", help="merge: one positive number for each checkpoint (default: equal)")
         if name in ("mine", "balance", "evaluate", "embed"):
-            command.add_argument("--checkpoint", default=None, help="checkpoint folder (default: the run's newest complete one)")
+            command.add_argument("--checkpoint", default=None, help="checkpoint or exported folder (default: the run's newest complete checkpoint)")
         if name in ("mine", "balance", "embed", "export"):
             command.add_argument("--out", default=None, help="where to write (default: below the run folder)")
         if name in ("mine", "balance"):

@@ -1,6 +1,7 @@
 """Commands that work with a run's checkpoint: `evaluate`, `embed`, `mine`, `balance`, `export`.
 
-All but `export` run on all ranks of the launch, at any layout, whatever layout wrote the checkpoint.
+All but `export` run on all ranks of the launch, at any layout, whatever layout wrote the checkpoint; in its place they
+take an exported folder, such as a merged one.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sailplan.checkpoint.exported import is_exported
 from sailplan.config.checks import check
 from sailplan.config.compose import changed, compose
 from sailplan.config.schema import BalanceConfig, Config, StageConfig
 from sailplan.data.datasets import open_datasets
 from sailplan.data.reader import RecordReader
 from sailplan.errors import EXIT_DONE, ConfigurationError
+from sailplan.export.weights import exported_model
 from sailplan.runtime.process import Parallel, started, world_size_from_environment
 from sailplan.train.assemble import Whole, load_whole, newest_checkpoint
 from sailplan.train.run_folder import RunFolder
@@ -30,7 +33,7 @@ class _Run:
     checkpoint: Path
     parallel: Parallel
     whole: Whole
-    step: int
+    step: int | None  # None: the weights are an exported folder's
     readers: dict[str, RecordReader]
 
 
@@ -52,11 +55,13 @@ def _artifacts(folder: RunFolder, config: Config) -> dict[str, Path]:
 @contextmanager
 def _opened(options: argparse.Namespace) -> Iterator[_Run]:
     config, folder = _configuration(options)
-    check(config, world_size_from_environment())
     checkpoint = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(folder)
+    if is_exported(checkpoint):
+        config = replace(config, model=exported_model(checkpoint))
+    check(config, world_size_from_environment())
     with started(config.parallel) as parallel:
         whole, extra = load_whole(config, parallel, checkpoint)
-        yield _Run(config, folder, checkpoint, parallel, whole, int(extra["step"]), open_datasets(config, _artifacts(folder, config)))
+        yield _Run(config, folder, checkpoint, parallel, whole, extra.get("step"), open_datasets(config, _artifacts(folder, config)))
 
 
 def _say(run: _Run, text: str) -> None:
@@ -65,13 +70,13 @@ def _say(run: _Run, text: str) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Prints the tasks' metrics as JSON and writes them to evaluation/step-XXXXXXXX.json of the run."""
+    """Prints the tasks' metrics as JSON; those of a checkpoint also go to evaluation/step-XXXXXXXX.json of the run."""
     from sailplan.evaluate.runner import evaluate as run_tasks
     from sailplan.observe.run_files import write_json
 
     with _opened(options) as run:
         found = run_tasks(run.whole.encoder, run.whole.objectives, run.readers, run.config, run.parallel)
-        if run.parallel.is_main:
+        if run.parallel.is_main and run.step is not None:
             write_json(run.folder.root / "evaluation" / f"step-{run.step:08d}.json", found.as_dict(run.step, "evaluate"))
         _say(run, json.dumps(found.tasks, indent=1))
     return EXIT_DONE
@@ -104,7 +109,7 @@ def mine(options: argparse.Namespace) -> int:
             raise ConfigurationError(f"stages.{options.stage}.hard_negatives is not set: name a stage that mines")
         patterns = chosen_patterns(stage.hard_negatives, stage.data, run.config.data.sets)
         found = mine_patterns(run.whole.encoder, run.readers, patterns, stage.hard_negatives, run.parallel, run.config)
-        out = Path(options.out) if options.out else run.folder.root / f"hard_negatives-{run.step:08d}.npz"
+        out = Path(options.out) if options.out else run.folder.root / f"hard_negatives-{run.checkpoint.name.removeprefix('step-')}.npz"
         if run.parallel.is_main:
             found.store.save(out)
         _say(run, json.dumps({"file": str(out), "thresholds": {name: one.as_dict() for name, one in found.thresholds.items()}}, indent=1))

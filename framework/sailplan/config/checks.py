@@ -8,6 +8,7 @@ from sailplan_kernels.exchange import EXCHANGES
 
 KINDS = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}  # and the parts that their records have
 PARTS = ("all", "text", "vision", "perceiver", "audio", "tower", "lora", "objectives", "temperatures")
+INITIALISED = ("encoder", "objectives", "temperatures")  # what `initialise_from` can take
 ARTIFACTS = ("interests", "teachers", "co_occurrence")
 
 
@@ -25,6 +26,10 @@ def check(config: Config, world_size: int) -> None:
     """Raises ConfigurationError at the first rule that the configuration breaks for a world of `world_size` ranks."""
     _check_parallel(config, world_size)
     _one_of("resume", config.resume, ("never", "auto"))
+    for part in config.initialise_parts:
+        _one_of("initialise_parts", part, INITIALISED)
+    if config.initialise_from is not None and not config.initialise_parts:
+        raise ConfigurationError(f"initialise_parts is empty beside initialise_from={config.initialise_from}: name some of {', '.join(INITIALISED)}")
     _one_of("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled"))
     _one_of("parallel.exchange", config.parallel.exchange, tuple(EXCHANGES))
     _one_of("step.backend", config.step.backend, ("auto", "reference", "chunked", "triton"))

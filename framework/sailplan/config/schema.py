@@ -285,6 +285,8 @@ class Config:
     runs: str = "runs"  # folder of run directories
     seed: int = 0
     resume: str = "never"  # never | auto (newest complete checkpoint of runs/<name>, else start)
+    initialise_from: str | None = None  # a fresh start's weights: run folder, checkpoint or exported folder; a resume does not look at it
+    initialise_parts: list[str] = field(default_factory=lambda: ["encoder"])  # what is taken from there: encoder | objectives | temperatures
     global_batch: int = 256  # rows of a step over all data-parallel ranks
     order: list[str] = field(default_factory=list)
     stages: dict[str, StageConfig] = field(default_factory=dict)

@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, is_exported
 from sailplan.checkpoint.store import is_complete
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
-from sailplan.export.weights import DESCRIPTION, TOKENIZER, WEIGHTS, describe
+from sailplan.export.weights import TOKENIZER, describe
 from sailplan.model.lora import is_lora
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -114,7 +115,7 @@ def _shares(sources: Sequence[Path], weights: Sequence[float] | None) -> list[fl
 
 
 def _open(source: Path) -> _Checkpoint | _Exported:
-    if (source / DESCRIPTION).is_file():
+    if is_exported(source):
         return _Exported(source)
     if is_complete(source):
         return _Checkpoint(source)
@@ -135,7 +136,7 @@ def _shown(entry: tuple[tuple[int, ...], torch.dtype]) -> str:
 
 
 def _description(sources: Sequence[Path], config: Config | None) -> tuple[dict[str, Any], Path]:
-    exported = next((source for source in sources if (source / DESCRIPTION).is_file()), None)
+    exported = next((source for source in sources if is_exported(source)), None)
     if config is not None:
         return describe(config, "merged"), Path(config.data.tokenizer)
     if exported is None:

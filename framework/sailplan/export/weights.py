@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, is_exported
 from sailplan.checkpoint.store import is_complete
 from sailplan.config.schema import AudioConfig, Config, LoraConfig, ModelConfig, TransformerShape, VisionConfig, WeightsConfig
 from sailplan.curriculum.artifacts import on_main
@@ -34,8 +35,8 @@ from sailplan.model.lora import merged
 from sailplan.model.tower import OmniEncoder
 from sailplan.runtime.process import Parallel
 
-WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
 INPUT_KEYS = ("max_tokens", "image_size", "frames", "audio_rate", "audio_chunk_seconds", "audio_chunks", "mel_bins", "spectrogram")
+TOKENIZER = "tokenizer.json"
 
 
 def read_whole(checkpoint: Path) -> dict[str, Tensor]:
@@ -99,13 +100,18 @@ def load_exported(folder: Path) -> tuple[OmniEncoder, dict[str, Any]]:
     To be called within `sailplan.runtime.process.started` (a single process will do): megatron-core's layers ask for
     their process group when they are built.
     """
-    if not (folder / DESCRIPTION).is_file():
+    if not is_exported(folder):
         raise ConfigurationError(f"{folder}: no {DESCRIPTION}; expected a folder that `sailplan export` has completed")
     description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     weights = {name.removeprefix("encoder."): value for name, value in load_file(folder / WEIGHTS).items() if name.startswith("encoder.")}
     encoder = OmniEncoder(model_config(description["model"]), dtype=next(iter(weights.values())).dtype)
     encoder.load_state_dict(weights, strict=True)
     return encoder.eval(), description
+
+
+def exported_model(folder: Path) -> ModelConfig:
+    """The shape of an exported folder's model."""
+    return model_config(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["model"])
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:

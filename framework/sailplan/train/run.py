@@ -14,6 +14,7 @@ from sailplan.runtime.process import Parallel, started
 from sailplan.runtime.signals import stop_flag
 from sailplan.runtime.watchdog import watchdog
 from sailplan.train.assemble import assemble
+from sailplan.train.initialise import initial_source, initialise
 from sailplan.train.run_folder import RunFolder, check_identity
 from sailplan.train.trainer import Trainer
 
@@ -33,8 +34,10 @@ def train(config: Config) -> Path:
     """Runs the job; returns the report's path. All ranks call it. Raises the errors of `sailplan.errors`."""
     folder = RunFolder(Path(config.runs) / config.name)
     with stop_flag() as flag, started(config.parallel) as parallel, watchdog(config.parallel.timeout_seconds) as dog:
-        checkpoint = _agreed_start(config, folder, parallel)
+        checkpoint, source = _agreed_start(config, folder, parallel)
         whole = assemble(config, parallel)
+        if source is not None:
+            initialise(whole, source, config.initialise_parts, parallel)
         resumed = None if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
         settings = as_dict(config) | {"config_hash": config_hash(config), "world_size": parallel.world_size}
         with MetricWriter(folder.root, config.tracking, parallel.rank, resumed_step=resumed, settings=settings) as writer:
@@ -51,17 +54,21 @@ def train(config: Config) -> Path:
     return report
 
 
-def _agreed_start(config: Config, folder: RunFolder, parallel: Parallel) -> Path | None:
-    """Rank 0 looks for the checkpoint and writes config.yaml; every rank goes on from what it found, or fails with it."""
-    found, problem = "", ""
+def _agreed_start(config: Config, folder: RunFolder, parallel: Parallel) -> tuple[Path | None, Path | None]:
+    """The checkpoint to go on from, else the source of a fresh start's weights; None where there is none.
+
+    Rank 0 looks for them and writes config.yaml; every rank goes on from what it found, or fails with it.
+    """
+    found, source, problem = "", "", ""
     if parallel.is_main:
         try:
             found = str(_starting_point(config, folder) or "")
+            if config.initialise_from is not None and not found:
+                source = str(initial_source(config.initialise_from))
             folder.write_config(config)
         except (ConfigurationError, OSError) as error:
             problem = str(error)
-    problem = parallel.broadcast_text(problem)
+    problem, found, source = (parallel.broadcast_text(text) for text in (problem, found, source))
     if problem:
         raise ConfigurationError(problem)
-    found = parallel.broadcast_text(found)
-    return Path(found) if found else None
+    return Path(found) if found else None, Path(source) if source else None

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from sailplan.checkpoint.exported import WEIGHTS
 from sailplan.checkpoint.store import folder_of, save
 from sailplan.config.schema import Config
 from sailplan.curriculum.testing import write_pack
 from sailplan.errors import ConfigurationError
 from sailplan.export.merge import merge
-from sailplan.export.weights import WEIGHTS, export_weights, load_exported
+from sailplan.export.weights import export_weights, load_exported
 from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout
 from sailplan_kernels.testing import run_ranks
