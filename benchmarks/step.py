@@ -12,7 +12,8 @@ the quick start's tower on random tokens of one length, the loss InfoNCE in both
                            micro-batch of pairs its features anew with graphs in the place of the old ones, and the whole loss
     whole batch            plain autograd, every graph kept: what the caches avoid
 
-Times: the contenders take turns within every round, so that a busy machine slows all alike; ratios are of the same round.
+Times: the contenders take turns within every round; ratios are of the same round. On the CPU the time that the process was on a core is
+told beside the wall's: other work on the machine stretches the wall's more than a ratio can bear.
 Gradient errors: distance to the whole batch's gradient in float64 over that gradient's length.
 Memory: every point is a process of its own. CPU: bytes that torch's CPU allocator hands out in one step after a small one, read from the
 profiler's allocation events (what libraries allocate past torch is not seen); GPU: torch.cuda.max_memory_allocated. Both are above what
@@ -242,16 +243,17 @@ def measure_times(options: argparse.Namespace) -> dict[str, Any]:
                 continue
             contenders[name] = BUILDERS[name](config, parallel)
             contenders[name].gradients(pair)
-            found[name] = {"gradient_error": relative_error(whole_gradients(contenders[name].encoder), expected), "seconds": []}
+            found[name] = {"gradient_error": relative_error(whole_gradients(contenders[name].encoder), expected), "seconds": [], "core_seconds": []}
             contenders[name].step(pair)  # makes the optimizer's state; warms up
         for number in range(options.rounds):
             order = list(contenders)
             for name in order[number % len(order) :] + order[: number % len(order)]:
                 synchronise(parallel.device)
-                began = time.perf_counter()
+                began, on_core = time.perf_counter(), time.process_time()
                 contenders[name].step(pair)
                 synchronise(parallel.device)
                 found[name]["seconds"].append(time.perf_counter() - began)
+                found[name]["core_seconds"].append(time.process_time() - on_core)
     return found
 
 
@@ -332,34 +334,35 @@ def slope_per_doubling(rows: list[int], peaks: list[float]) -> float:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures; the file is written anew after every part, so that an interrupted run leaves what it measured."""
-    record: dict[str, Any] = {
+    """Measures; the file is written anew after every part, so that an interrupted run leaves what it measured.
+
+    `--parts times` or `--parts memory` alone keeps the other part of a file that is there.
+    """
+    out = Path(options.out)
+    record: dict[str, Any] = json.loads(out.read_text()) if out.is_file() and len(options.parts) == 1 else {"times": {}, "memory": {}}
+    record |= {
         "what": "one training step on equal weights, batch, micro-batch and dtype",
         "date": datetime.date.today().isoformat(),
         **describe_device(),
         "python": platform.python_version(),
         "versions": versions(),
         "threads": options.threads,
-        "load_average": {"before": os.getloadavg()},
         "dtype": "float32",
-        "rows": options.rows,
         "micro_batch": options.micro_batch,
         "tokens": options.length,
         "embedding": 192,
-        "times": alone(measure_times, options),
-        "memory": {name: {"missing": missing(name) or "not measured"} for name in CONTENDERS},
     }
-
-    def write() -> None:
-        record["load_average"]["after"] = os.getloadavg()
-        Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
-
-    write()
-    for name in CONTENDERS:
-        if missing(name) is None:
-            rows = [count for count in options.memory_rows if name != "whole batch" or count <= options.whole_batch_limit]
-            record["memory"][name] = {"rows": rows, "peak_bytes": [alone(measure_memory, options, name, count) for count in rows]}
-            write()
+    if "times" in options.parts:
+        before = os.getloadavg()
+        record |= {"rows": options.rows, "times": alone(measure_times, options), "load_average": {"before": before, "after": os.getloadavg()}}
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    for name in CONTENDERS if "memory" in options.parts else ():
+        if (reason := missing(name)) is not None:
+            record["memory"][name] = {"missing": reason}
+            continue
+        rows = [count for count in options.memory_rows if name != "whole batch" or count <= options.whole_batch_limit]
+        record["memory"][name] = {"rows": rows, "peak_bytes": [alone(measure_memory, options, name, count) for count in rows]}
+        out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def beyond_embeddings(record: dict[str, Any], name: str) -> list[float]:
@@ -372,33 +375,31 @@ def beyond_embeddings(record: dict[str, Any], name: str) -> list[float]:
 def table(record: dict[str, Any]) -> str:
     """The results in Markdown."""
     times, memory = record["times"], record["memory"]
-    own = times["sailplan"]["seconds"]
+    clock, said = ("core_seconds", "core seconds") if record["kind"] == "cpu" else ("seconds", "seconds")
+    smallest, largest = memory["sailplan"]["rows"][0], memory["sailplan"]["rows"][-1]
     lines = [
-        "| step | seconds | time / sailplan's | gradient error | peak MiB "
-        + f"at {memory['sailplan']['rows'][0]} | at {memory['sailplan']['rows'][-1]} rows | growth per doubling beyond the embeddings |",
-        "|---|---|---|---|---|---|---|",
+        f"| step | {said} | of sailplan's | wall seconds | gradient error | peak MiB at {smallest} | at {largest} pairs | "
+        "growth per doubling beyond the embeddings |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in CONTENDERS:
-        gap = times[name].get("missing") or memory[name].get("missing")
+        gap = times[name].get("missing") or memory.get(name, {"missing": "memory not measured"}).get("missing")
         if gap:
-            lines.append(f"| {name} | {gap} | - | - | - | - | - |")
+            lines.append(f"| {name} | {gap} | - | - | - | - | - | - |")
             continue
-        seconds = times[name]["seconds"]
-        ratios = [other / mine for other, mine in zip(seconds, own, strict=True)]
+        ratios = [other / own for other, own in zip(times[name][clock], times["sailplan"][clock], strict=True)]
         found = memory[name]
-        last = f"{found['peak_bytes'][-1] / 2**20:.1f}"
-        if found["rows"][-1] != memory["sailplan"]["rows"][-1]:
-            last = f"{last} (at {found['rows'][-1]})"
+        last = f"{found['peak_bytes'][-1] / 2**20:.1f}" + ("" if found["rows"][-1] == largest else f" (at {found['rows'][-1]})")
         lines.append(
-            f"| {name} | {_spread(seconds)} | {_spread(ratios)} | {times[name]['gradient_error']:.1e} | {found['peak_bytes'][0] / 2**20:.1f} | {last} | "
-            f"{100 * slope_per_doubling(found['rows'], beyond_embeddings(record, name)):+.1f} % |"
+            f"| {name} | {_spread(times[name][clock])} | {_spread(ratios)} | {_spread(times[name]['seconds'])} | {times[name]['gradient_error']:.1e} | "
+            f"{found['peak_bytes'][0] / 2**20:.1f} | {last} | {100 * slope_per_doubling(found['rows'], beyond_embeddings(record, name)):+.1f} % |"
         )
     before, after = record["load_average"]["before"][0], record["load_average"]["after"][0]
     lines += [
         "",
-        f"{record['date']}, {record['device']}, {record['threads']} thread, load average {before:.1f} before and {after:.1f} after; "
+        f"{record['date']}, {record['device']}, {record['threads']} thread, load average {before:.1f} before and {after:.1f} after the times; "
         f"torch {record['versions']['torch']}, sentence-transformers {record['versions']['sentence-transformers']}; {record['dtype']}, "
-        f"times of {record['rows']} pairs of {record['tokens']} tokens in micro-batches of {record['micro_batch']}, medians of {len(own)} interleaved rounds "
+        f"times of {record['rows']} pairs of {record['tokens']} tokens in micro-batches of {record['micro_batch']}, medians of {len(times['sailplan']['seconds'])} interleaved rounds "
         "(lowest-highest; ratios within a round). Gradient error: to the whole batch's gradient in float64. "
         f"Memory: {record['memory_measure']}, above weights, optimizer state and tokens; beyond the embeddings: less the embeddings of both views and "
         "their gradients. open_clip-style holds the graphs of a micro-batch of both views at once, the others of one view. "
@@ -419,7 +420,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
     for name, marker in zip(CONTENDERS, "osD^", strict=True):
-        found = record["memory"][name]
+        found = record["memory"].get(name, {"missing": "not measured"})
         if "missing" not in found:
             axes.plot(found["rows"], [peak / 2**20 for peak in found["peak_bytes"]], marker=marker, label=name)
     rows = record["memory"]["sailplan"]["rows"]
@@ -454,6 +455,7 @@ def main() -> None:
     runner.add_argument("--memory-rows", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     runner.add_argument("--whole-batch-limit", type=int, default=1024, help="the whole batch's memory is measured up to here")
     runner.add_argument("--threads", type=int, default=1)
+    runner.add_argument("--parts", nargs="+", choices=["times", "memory"], default=["times", "memory"])
     runner.add_argument("--out", required=True)
     reporter = commands.add_parser("report")
     reporter.add_argument("--results", required=True)
