@@ -399,7 +399,8 @@ def table(record: dict[str, Any]) -> str:
         "",
         f"{record['date']}, {record['device']}, {record['threads']} thread, load average {before:.1f} before and {after:.1f} after the times; "
         f"torch {record['versions']['torch']}, sentence-transformers {record['versions']['sentence-transformers']}; {record['dtype']}, "
-        f"times of {record['rows']} pairs of {record['tokens']} tokens in micro-batches of {record['micro_batch']}, medians of {len(times['sailplan']['seconds'])} interleaved rounds "
+        f"times of {record['rows']} pairs of {record['tokens']} tokens in micro-batches of {record['micro_batch']}, "
+        f"medians of {len(times['sailplan']['seconds'])} interleaved rounds "
         "(lowest-highest; ratios within a round). Gradient error: to the whole batch's gradient in float64. "
         f"Memory: {record['memory_measure']}, above weights, optimizer state and tokens; beyond the embeddings: less the embeddings of both views and "
         "their gradients. open_clip-style holds the graphs of a micro-batch of both views at once, the others of one view. "
