@@ -336,10 +336,11 @@ def slope_per_doubling(rows: list[int], peaks: list[float]) -> float:
 def run(options: argparse.Namespace) -> None:
     """Measures; the file is written anew after every part, so that an interrupted run leaves what it measured.
 
-    `--parts times` or `--parts memory` alone keeps the other part of a file that is there.
+    `--parts times`, `--parts memory` and `--memory-of` keep the rest of a file that is there.
     """
     out = Path(options.out)
-    record: dict[str, Any] = json.loads(out.read_text()) if out.is_file() and len(options.parts) == 1 else {"times": {}, "memory": {}}
+    whole = len(options.parts) == 2 and len(options.memory_of) == len(CONTENDERS)
+    record: dict[str, Any] = json.loads(out.read_text()) if out.is_file() and not whole else {"times": {}, "memory": {}}
     record |= {
         "what": "one training step on equal weights, batch, micro-batch and dtype",
         "date": datetime.date.today().isoformat(),
@@ -356,7 +357,7 @@ def run(options: argparse.Namespace) -> None:
         before = os.getloadavg()
         record |= {"rows": options.rows, "times": alone(measure_times, options), "load_average": {"before": before, "after": os.getloadavg()}}
         out.write_text(json.dumps(record, indent=1) + "\n")
-    for name in CONTENDERS if "memory" in options.parts else ():
+    for name in options.memory_of if "memory" in options.parts else ():
         if (reason := missing(name)) is not None:
             record["memory"][name] = {"missing": reason}
             continue
@@ -366,8 +367,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def beyond_embeddings(record: dict[str, Any], name: str) -> list[float]:
-    """Peaks less the two views' embeddings and their gradients, float32: what a gradient cache must hold for every row."""
-    each = 2 * 2 * 4 * record["embedding"]
+    """Peaks less the two views' embeddings in float32; their gradients, as large again, are not taken off."""
+    each = 2 * 4 * record["embedding"]
     found = record["memory"][name]
     return [peak - each * rows for rows, peak in zip(found["rows"], found["peak_bytes"], strict=True)]
 
@@ -402,8 +403,8 @@ def table(record: dict[str, Any]) -> str:
         f"times of {record['rows']} pairs of {record['tokens']} tokens in micro-batches of {record['micro_batch']}, "
         f"medians of {len(times['sailplan']['seconds'])} interleaved rounds "
         "(lowest-highest; ratios within a round). Gradient error: to the whole batch's gradient in float64. "
-        f"Memory: {record['memory_measure']}, above weights, optimizer state and tokens; beyond the embeddings: less the embeddings of both views and "
-        "their gradients. open_clip-style holds the graphs of a micro-batch of both views at once, the others of one view. "
+        f"Memory: {record['memory_measure']}, above weights, optimizer state and tokens; beyond the embeddings: less the embeddings of both views, "
+        "not their gradients. open_clip-style holds the graphs of a micro-batch of both views at once, the others of one view. "
         "Made by `benchmarks/step.py report`.",
     ]
     return "\n".join(lines)
@@ -425,7 +426,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         if "missing" not in found:
             axes.plot(found["rows"], [peak / 2**20 for peak in found["peak_bytes"]], marker=marker, label=name)
     rows = record["memory"]["sailplan"]["rows"]
-    axes.plot(rows, [16 * record["embedding"] * count / 2**20 for count in rows], "k:", label="embeddings and their gradients")
+    axes.plot(rows, [8 * record["embedding"] * count / 2**20 for count in rows], "k:", label="embeddings of both views")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(rows, [str(count) for count in rows])
@@ -457,6 +458,7 @@ def main() -> None:
     runner.add_argument("--whole-batch-limit", type=int, default=1024, help="the whole batch's memory is measured up to here")
     runner.add_argument("--threads", type=int, default=1)
     runner.add_argument("--parts", nargs="+", choices=["times", "memory"], default=["times", "memory"])
+    runner.add_argument("--memory-of", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     runner.add_argument("--out", required=True)
     reporter = commands.add_parser("report")
     reporter.add_argument("--results", required=True)

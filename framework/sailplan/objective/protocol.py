@@ -7,7 +7,7 @@ gradients is the full-batch gradient. No objective imports torch.distributed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +37,15 @@ class EncodedStep:
     scores: Tensor | None = None
     teachers: dict[str, Tensor] = field(default_factory=dict)
     target_log_probability: Tensor | None = None  # [r], see data.record.StepBatch
+
+    def detach(self) -> EncodedStep:
+        """The same numbers without a graph."""
+
+        def without(vector: Tensor | None) -> Tensor | None:
+            return None if vector is None else vector.detach()
+
+        views = {name: replace(view, fused=view.fused.detach(), vision=without(view.vision), text=without(view.text)) for name, view in self.views.items()}
+        return replace(self, views=views)
 
 
 @dataclass

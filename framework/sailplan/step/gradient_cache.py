@@ -44,6 +44,7 @@ class MicroBatch:
     keep_graph: bool = False
     outputs: Embeddings | None = None  # with its graph, where kept
     leaves: dict[str, Tensor] = field(default_factory=dict)  # vector name -> [b, D], what the losses see
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)  # of the leaves, once the losses are through
 
 
 def view_is_trainable(encoder: nn.Module, modalities: Iterable[str]) -> bool:
@@ -110,7 +111,11 @@ class GradientCache:
         The gradient reduction is on in the last of them only. Views that no loss used stay out; which ones is a matter
         of the losses' graphs, not of the data, so all ranks meet in the same collectives.
         """
-        used = [m for m in self.micro_batches if m.trainable and any(leaf.grad is not None for leaf in m.leaves.values())]
+        for micro_batch in self.micro_batches:
+            # The leaves' own numbers are not needed any more: a step's memory for every row is one vector and its gradient.
+            micro_batch.gradients = {name: leaf.grad for name, leaf in micro_batch.leaves.items()}
+            micro_batch.leaves = {}
+        used = [m for m in self.micro_batches if m.trainable and any(gradient is not None for gradient in m.gradients.values())]
         ordered = [m for m in used if m.keep_graph] + [m for m in used if not m.keep_graph]
         for number, micro_batch in enumerate(ordered):
             set_gradient_sync(self.encoder, number == len(ordered) - 1)
@@ -119,14 +124,14 @@ class GradientCache:
                 with torch.enable_grad():
                     outputs = self._run(micro_batch)
             vectors, gradients = [], []
-            for name, leaf in micro_batch.leaves.items():
+            for name, gradient in micro_batch.gradients.items():
                 vector = getattr(outputs, name)
                 if vector.requires_grad:
                     vectors.append(vector)
-                    gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+                    gradients.append(torch.zeros_like(vector) if gradient is None else gradient)
             torch.autograd.backward(vectors, gradients)
             micro_batch.outputs = None
-            micro_batch.leaves = {}
+            micro_batch.gradients = {}
         self.micro_batches = []
         return len(ordered)
 

@@ -143,6 +143,9 @@ class TrainingStep:
             found = self._losses(batches, encoded, applied, weights, dict(thresholds or {}))
             if found.total.requires_grad:
                 found.total.backward()
+            # Their graph holds the embeddings once more, and what the losses saved; the replay needs neither.
+            found.total = found.total.detach()
+            encoded = [one.detach() for one in encoded]
             seconds["loss"] = time.perf_counter() - began
 
             began = time.perf_counter()
