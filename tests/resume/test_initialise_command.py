@@ -78,11 +78,7 @@ def test_a_fresh_run_starts_from_it_and_its_own_checkpoint_wins_later(source: Pa
     assert found[0] == found[1] != {}  # the average of two equal encoders
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [(("model.vocabulary=8320",), "initialise_from, part encoder"), (("initialise_parts=[optimizer]",), "initialise_parts=optimizer: expected one of")],
-)
-def test_what_does_not_fit_ends_the_run_before_its_first_step(source: Path, tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
-    refused = run("train", *STILL, "name=other", f"runs={tmp_path}", f"initialise_from={source}", *overrides)
-    assert refused.returncode == 64 and message in refused.stderr, refused.stderr[-3000:]
+def test_what_does_not_fit_ends_the_run_before_its_first_step(source: Path, tmp_path: Path) -> None:
+    refused = run("train", *STILL, "name=other", f"runs={tmp_path}", f"initialise_from={source}", "model.vocabulary=8320")
+    assert refused.returncode == 64 and "initialise_from, part encoder" in refused.stderr, refused.stderr[-3000:]
     assert not (tmp_path / "other" / "checkpoints").exists()

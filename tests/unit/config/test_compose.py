@@ -61,6 +61,8 @@ def test_quickstart_is_short_enough_to_read() -> None:
         (["experiment=quickstart", "+stages.hard.data.nowhere=1"], ["stages.hard.data", "nowhere", "emoji"]),
         (["experiment=quickstart", "data.sets.emoji.patterns.image_to_name.query=picture"], ["picture", "image"]),
         (["experiment=quickstart", "model.prefixes=[512]"], ["model.prefixes", "192"]),
+        (["experiment=quickstart", "initialise_parts=[optimizer]"], ["initialise_parts=optimizer", "encoder, objectives, temperatures"]),
+        (["experiment=quickstart", "initialise_from=runs/other", "initialise_parts=[]"], ["initialise_parts", "initialise_from=runs/other", "encoder"]),
     ],
 )
 def test_wrong_settings_are_one_line_that_names_key_and_expectation(overrides: list[str], words: list[str]) -> None:
