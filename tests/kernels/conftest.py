@@ -1,11 +1,15 @@
-"""Random InfoNCE problems, whole and cut into ranks."""
+"""Random InfoNCE problems, whole and cut into ranks, and a call with its gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from sailplan_kernels import infonce
+
 torch.set_num_threads(1)
+
+LEAVES = ("queries", "keys", "hard_negatives", "temperature")
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +98,20 @@ def _make_case(
         case.setdefault("temperature", torch.tensor(temperature, dtype=dtype))
         case.update(options)
     return ranks, whole
+
+
+@pytest.fixture(scope="session")
+def run():
+    """A call of a backend and its gradients: see _run."""
+    return _run
+
+
+def _run(case: dict, backend: str, dtype=torch.float64, upstream=1.0, frozen=(), **more):
+    """The output and the gradients of all leaves."""
+    case = dict(case)
+    for name in LEAVES:
+        if isinstance(case.get(name), torch.Tensor):
+            case[name] = case[name].detach().to(dtype).clone().requires_grad_(name not in frozen)
+    out = infonce(**case, backend=backend, **more)
+    (out.loss * upstream).backward()
+    return out, {name: case[name].grad for name in LEAVES if isinstance(case.get(name), torch.Tensor)}

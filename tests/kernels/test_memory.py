@@ -1,0 +1,106 @@
+"""Memory follows the budget: what is alive at the same time, not only the largest tensor."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sailplan_kernels import infonce
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages made inside that are alive together, at their peak; what existed before does not count."""
+
+    def __init__(self, *before: torch.Tensor) -> None:
+        super().__init__()
+        self.alive: dict[int, weakref.ref] = {}
+        self.known = [x.untyped_storage() for x in before]
+        self.addresses = {storage.data_ptr() for storage in self.known}
+        self.now = self.peak = self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self._see(x.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or address in self.addresses or address in self.alive:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            del self.alive[address]
+            self.now -= size
+
+        self.alive[address] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak, self.largest = max(self.peak, self.now), max(self.largest, size)
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"query_negatives": True, "key_negatives": True}])
+def test_chunked_never_holds_an_n_by_m_matrix(make_case, run, options):
+    n, m, d, budget = 1024, 2048, 16, 1 << 20
+    _, case = make_case(0, (n,), (m,), d, dtype=torch.float32, ids=True, query_ids=True, margin_absolute=0.1, **options)
+    with LiveBytes() as memory:
+        run(case, "chunked", torch.float32, memory_budget=budget)
+    assert memory.largest <= budget / 2 < n * m * 4 / 8
+
+
+def test_live_bytes_counts_what_is_alive_together():
+    with LiveBytes() as memory:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)[1]
+        del a
+        c = torch.zeros(500)
+        del b
+        assert memory.now == 2000
+        d = c + 1
+        del c, d
+    assert memory.now == 0 and memory.peak == 6000 and memory.largest == 4000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"symmetric": True, "ids": True, "query_ids": True, "margin_absolute": 0.1},
+        {"prefixes": (4, 8, 16)},
+        {"query_negatives": True, "key_negatives": True},
+    ],
+    ids=["rows", "symmetric", "prefixes", "more negatives"],
+)
+def test_the_peak_follows_the_budget(make_case, options):
+    """Forward and backward together stay within 3 budgets plus 2 (N + M) D, from 256 KiB to the N x M matrix's own size.
+
+    The two (N + M) D are the gradients' accumulators and the gradients themselves. The smallest budget's factor is the normalised
+    copies and the int64 tags of N + M vectors, not tiles: what a larger budget adds to the peak is at most that budget.
+    """
+    n, m, d = 1024, 1024, 16
+    _, case = make_case(0, (n,), (m,), d, dtype=torch.float32, **options)
+    leaves = {name: case[name].requires_grad_() for name in ("queries", "keys", "temperature")}
+    peaks = {}
+    for budget in (2**18, 2**20, 2**22):
+        with LiveBytes(*(x for x in case.values() if isinstance(x, torch.Tensor))) as memory:
+            infonce(**{**case, **leaves}, backend="chunked", memory_budget=budget).loss.backward()
+        for x in leaves.values():
+            x.grad = None
+        peaks[budget] = memory.peak
+        assert memory.peak <= 3 * budget + 2 * (n + m) * d * 4
+        assert memory.largest <= max(budget / 2, (n + m) * d * 4) < n * m * 4
+    assert peaks[2**20] - peaks[2**18] <= 2**20 and peaks[2**22] - peaks[2**18] <= 2**22
+    assert peaks[2**22] - peaks[2**18] > 2**20, "a larger budget is not used at all"
+
+
+def test_the_reference_holds_more_than_a_matrix(make_case):
+    """The measure is able to see what it rules out."""
+    _, case = make_case(0, (1024,), (1024,), 16, dtype=torch.float32)
+    case["queries"].requires_grad_()
+    with LiveBytes(*(x for x in case.values() if isinstance(x, torch.Tensor))) as memory:
+        infonce(**case, backend="reference").loss.backward()
+    assert memory.largest >= 1024 * 1024 * 4 and memory.peak > 3 * 1024 * 1024 * 4
