@@ -237,9 +237,15 @@ def print_peak(options: argparse.Namespace) -> None:
     print(resident("VmHWM") - before)
 
 
-def cpu_peak(name: str, case: dict[str, Any]) -> int:
-    command = [sys.executable, __file__, "peak", "--contender", name, "--workload", json.dumps(case)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def cpu_peaks(names: list[str], case: dict[str, Any]) -> dict[str, int]:
+    """Of all contenders at once: memory, unlike time, does not mind company."""
+    command = [sys.executable, __file__, "peak", "--workload", json.dumps(case), "--contender"]
+    processes = {name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in names}
+    found = {name: process.communicate()[0] for name, process in processes.items()}
+    failed = [name for name, process in processes.items() if process.returncode]
+    if failed:
+        raise RuntimeError(f"peak memory: the processes of {', '.join(failed)} failed")
+    return {name: int(text.split()[-1]) for name, text in found.items()}
 
 
 # -------------------------------------------------------------------- a run
@@ -281,9 +287,8 @@ def measure(case: dict[str, Any], device: str, rounds: int, deadline: float) -> 
             rows[name]["processor_seconds"].append(processor)
             print(f"  round {number} {name}: {clock:.4f} s, processors {processor:.4f} s", flush=True)
     if device == "cpu":
-        q, k = q[:0], k[:0]
-        for name in ready:
-            rows[name]["peak_bytes"] = cpu_peak(name, case)
+        for name, found in cpu_peaks(list(ready), case).items():
+            rows[name]["peak_bytes"] = found
     clock, processor = (statistics.median(x) for x in zip(*rates, strict=True))
     return {**case, "temperature": TEMPERATURE, "matrix_flops": clock, "matrix_flops_processor": processor, "contenders": list(rows.values())}
 
@@ -323,11 +328,12 @@ def installed(name: str) -> str | None:
 # -------------------------------------------------------------------- the table
 def table(record: dict[str, Any]) -> str:
     cpu = record["device"].startswith("CPU")
+    rounds = max(len(row["seconds"]) for case in record["workloads"] for row in case["contenders"])
     lines = [
         f"{record['date']}, {record['device']}, {record['threads']} thread{'s' * (record['threads'] > 1)}, load average "
         f"{record['load_average_before']:.0f} before and {record['load_average_after']:.0f} after, "
         + ", ".join(f"{name} {found}" for name, found in record["versions"].items())
-        + ". Medians of interleaved rounds (lowest-highest)."
+        + f". Medians of {rounds} interleaved round{'s' * (rounds > 1)} (lowest-highest)."
     ]
     for case in record["workloads"]:
         clock = "processor_seconds" if cpu else "seconds"
