@@ -32,11 +32,11 @@ from torch.autograd.function import once_differentiable
 from sailplan_kernels.exchange.base import Shard, Stream
 from sailplan_kernels.exchange.row_split import peers_of, shares
 from sailplan_kernels.infonce.masks import Candidates, best_per_key, limits, lowest_per_key
+from sailplan_kernels.infonce.normalize import inverse_norms
 from sailplan_kernels.infonce.pairs import Pairs, sum_at
 from sailplan_kernels.infonce.problem import Problem
-from sailplan_kernels.infonce.products import add_product
+from sailplan_kernels.infonce.products import add_product, prefix_dots, softplus, vecdot
 from sailplan_kernels.infonce.tile import Coefficients, Engine, Rule, Side, Statistics, Tile
-from sailplan_kernels.infonce.torch_engine import softplus
 
 FEWEST_ROWS = 64  # a chunk of fewer rows is no matrix product worth its overhead: go by tiles, in two rounds
 PAIRS_AT_ONCE = 1024  # rows whose positives are looked at together
@@ -524,33 +524,6 @@ class _Work:
 
 
 # -------------------------------------------------------------------- small things
-def inverse_norms(x: Tensor, prefixes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """[P, n] 1 / length of the first d_p entries, 0 where they are all zero."""
-    squares, total, start = [], None, 0
-    for end in prefixes:
-        part = torch.linalg.vector_norm(x[:, start:end], dim=1, dtype=dtype).square()
-        total = part if total is None else total + part
-        squares.append(total)
-        start = end
-    lengths = torch.stack(squares).sqrt()
-    return torch.where(lengths > 0, lengths.reciprocal(), 0.0)
-
-
-def prefix_dots(a: Tensor, b: Tensor, prefixes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """[P, ...] dot products over the first d_p entries of the last dimension."""
-    found: list[Tensor] = []
-    start = 0
-    for end in prefixes:
-        part = torch.linalg.vecdot(a[..., start:end].to(dtype), b[..., start:end].to(dtype))
-        found.append(part if not found else found[-1] + part)
-        start = end
-    return torch.stack(found)
-
-
-def vecdot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a.to(b.dtype), b)
-
-
 def finite(x: Tensor) -> Tensor:
     """Minus infinity, the maximum or logsumexp of nothing, as 0, so that differences stay defined."""
     return torch.where(x.isinf(), 0.0, x)

@@ -1,4 +1,4 @@
-"""L2 normalisation that survives zero vectors and huge norms."""
+"""L2 normalisation that survives zero vectors and huge norms, and the norms of Matryoshka prefixes."""
 
 from __future__ import annotations
 
@@ -21,3 +21,15 @@ def normalize(x: Tensor) -> Tensor:
     scaled = torch.where(alive, scaled, 0.0)
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     return scaled / torch.where(alive, length, 1.0)
+
+
+def inverse_norms(x: Tensor, prefixes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """[P, n] 1 / length of the first d_p entries, 0 where they are all zero."""
+    squares, total, start = [], None, 0
+    for end in prefixes:
+        part = torch.linalg.vector_norm(x[:, start:end], dim=1, dtype=dtype).square()
+        total = part if total is None else total + part
+        squares.append(total)
+        start = end
+    lengths = torch.stack(squares).sqrt()
+    return torch.where(lengths > 0, lengths.reciprocal(), 0.0)

@@ -1,8 +1,9 @@
-"""Matrix products that accumulate in full precision, and how many rows fit into a budget."""
+"""Matrix products that accumulate in full precision, how many rows fit into a budget, and the exact softplus."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,3 +26,23 @@ def rows_per_chunk(budget: int, width: int, dimension: int, dtype: torch.dtype) 
     """Rows whose cosines, scores, one temporary and three masks, and embeddings fit into ``budget`` bytes; at least one."""
     size = torch.finfo(dtype).bits // 8
     return max(1, budget // (width * (3 * size + 3) + 4 * dimension * size))
+
+
+def prefix_dots(a: Tensor, b: Tensor, prefixes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """[P, ...] dot products over the first d_p entries of the last dimension."""
+    found: list[Tensor] = []
+    start = 0
+    for end in prefixes:
+        part = torch.linalg.vecdot(a[..., start:end].to(dtype), b[..., start:end].to(dtype))
+        found.append(part if not found else found[-1] + part)
+        start = end
+    return torch.stack(found)
+
+
+def vecdot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a.to(b.dtype), b)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) without torch's cut-off at 20; 0 at minus infinity."""
+    return -F.logsigmoid(-x)

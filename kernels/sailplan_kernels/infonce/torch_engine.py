@@ -8,10 +8,9 @@ questions instead of its cosines: the gradient then costs one multiplication a p
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sailplan_kernels.infonce.products import product
+from sailplan_kernels.infonce.products import product, softplus
 from sailplan_kernels.infonce.tile import Coefficients, Gradient, Rule, Side, Statistics
 
 FLOOR = -1e30
@@ -159,11 +158,6 @@ class _Tile:
         rows, columns = self.rows, self.columns
         logits = (cosine * columns.inverse_temperature).masked_fill_(~rows.valid[:, None], FLOOR)
         return logits if columns.limit is None else logits.masked_fill_(cosine > columns.limit[p], FLOOR)
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) without torch's cut-off at 20; 0 at minus infinity."""
-    return -F.logsigmoid(-x)
 
 
 def _shift(top: Tensor) -> Tensor:

@@ -8,13 +8,12 @@ reduce-scatter sum of their gradient, both in the forward.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sailplan_kernels.infonce.masks import negatives
 from sailplan_kernels.infonce.problem import Problem
-from sailplan_kernels.infonce.products import add_product, product, rows_per_chunk
+from sailplan_kernels.infonce.products import add_product, product, rows_per_chunk, softplus
 from sailplan_kernels.infonce.reference import gather_agreed
 
 
@@ -25,8 +24,8 @@ def reference_loss(problem: Problem, queries: Tensor, keys: Tensor, bias: Tensor
     keep = negatives(problem.anchor_tags, problem.all_keys, problem.tags_in_use)
     inverse = problem.inverse_temperature
     scores = (queries @ all_keys.T) * inverse[:, None] + bias
-    against = torch.where(keep, _softplus(scores), 0.0).sum(1)
-    losses = _softplus(-(positive * inverse + bias)) + against
+    against = torch.where(keep, softplus(scores), 0.0).sum(1)
+    losses = softplus(-(positive * inverse + bias)) + against
     return (problem.row_weight * losses).sum(), positive.detach()
 
 
@@ -58,7 +57,7 @@ class _ChunkedSigmoid(torch.autograd.Function):
             cosine = product(left, all_keys.T, accumulate)
             keep = negatives(problem.anchor_tags[rows], problem.all_keys, problem.tags_in_use)
             scores = (cosine * inverse[:, None]).add_(bias).masked_fill_(keep.logical_not_(), -torch.inf)
-            total = total + (weight * (_softplus(-positive_score) + _softplus(scores).sum(1))).sum()
+            total = total + (weight * (softplus(-positive_score) + softplus(scores).sum(1))).sum()
 
             push = scores.sigmoid_().mul_(weight[:, None])  # d loss / d score of negatives
             pull = weight * torch.sigmoid(-positive_score)
@@ -84,8 +83,3 @@ class _ChunkedSigmoid(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor, _):
         return None, *(None if x is None else x * gradient for x in ctx.gradients)
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) without torch's cut-off at 20; 0 at minus infinity."""
-    return -F.logsigmoid(-x)
