@@ -93,6 +93,10 @@ def check_dataset(config: Config, name: str) -> None:
     if dataset.kind not in KINDS:
         raise ConfigurationError(f"{key}.kind={dataset.kind}: expected one of {', '.join(KINDS)}")
     _check_catalogue(config, name, dataset)
+    if dataset.negatives < 0 or (dataset.negatives and dataset.kind == "items"):
+        raise ConfigurationError(
+            f"{key}.negatives={dataset.negatives}: expected 0 or more for pairs and sequences, whose records list them, and 0 for items"
+        )
     for view_name, view in dataset.views.items():
         place = f"{key}.views.{view_name}"
         if view.of not in KINDS[dataset.kind]:

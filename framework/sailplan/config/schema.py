@@ -46,6 +46,7 @@ class DatasetConfig:
     language_weights: dict[str, float] = field(default_factory=lambda: {"en": 0.5})  # the rest is shared by the other languages
     field_drop: float = 0.15  # probability that a text field is dropped in training (never all)
     history_length: int = 10  # sequences: items in a history
+    negatives: int = 0  # pairs/sequences: how many of a record's own `negatives` join the denominators, beside the other rows' targets
     symmetric: bool = True  # InfoNCE in both directions
     positive_score: float = 0.0  # graded pairs: only pairs above this score are positives of contrastive losses; CoSENT takes all
     image_augmentation: float = 0.0  # strength 0..1 of random crop, flip and colour changes in training

@@ -102,7 +102,9 @@ def _make(artifact: str, stage: StageConfig, embedder: Embedder, reader: RecordR
         def interests() -> dict[str, Any]:
             found = sequences(histories, used, content, length=dataset.history_length, seed=config.seed)
             ids = dict(zip(used.tolist(), catalogue.ids(used), strict=True))
-            write_artifact(records(found, ids), folder / artifact, artifact)
+            others = catalogue.ids(np.setdiff1d(catalogue.positions("train"), used)) if dataset.negatives else []
+            written = records(found, ids, negatives=dataset.negatives, unused=others, seed=config.seed)
+            write_artifact(written, folder / artifact, artifact)
             return {"sequences": len(found), "views": views_count(found)}
 
         return on_main(parallel, "artifact interests", interests)

@@ -16,6 +16,7 @@ histories look the same in every view; the same (history, target) is written onc
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -86,10 +87,15 @@ def sequences(
     return result
 
 
-def records(found: list[dict[str, Any]], ids: dict[int, str]) -> list[dict[str, Any]]:
+def records(found: list[dict[str, Any]], ids: dict[int, str], *, negatives: int = 0, unused: Sequence[str] = (), seed: int = 0) -> list[dict[str, Any]]:
     """Sequence records {"id", "split", "history": [ids], "target": id, "target_probability", "view", "user"} in a shuffled,
-    reproducible order; the probability is the target's share of all records (seq2item's sampling correction)."""
+    reproducible order; the probability is the target's share of all records (seq2item's sampling correction).
+
+    negatives: so many of the `unused` ids, drawn at random, come with each record as {"negatives", "negative_probability"}.
+    """
     targets = Counter(sequence["target"] for sequence in found)
+    random = generator("interests", seed, "negatives")
+    drawn = random.integers(0, len(unused), (len(found), negatives)) if len(unused) else None
     order = generator("interests", "order").permutation(len(found))
     return [
         {
@@ -101,6 +107,7 @@ def records(found: list[dict[str, Any]], ids: dict[int, str]) -> list[dict[str, 
             "view": found[index]["view"],
             "user": found[index]["user"],
         }
+        | ({} if drawn is None else {"negatives": [unused[k] for k in drawn[number]], "negative_probability": 1 / len(unused)})
         for number, index in enumerate(order)
     ]
 

@@ -86,23 +86,30 @@ class Collator:
             for name in patterns
             if self.negatives is not None and f"{part.dataset}/{name}" in self.negatives.positions
         }
-        rows = _Rows(views={name: [] for name in [*names, *(f"negatives/{name}" for name in mined)]})
+        # How many negatives a row brings: those mined for the pattern, and the record's own.
+        own = {name: dataset.negatives if dataset.views[dataset.patterns[name].target].of == "target" else 0 for name in patterns}
+        brought = {name: (mined[name].shape[1] if name in mined else 0) + own[name] for name in patterns}
+        brought = {name: count for name, count in brought.items() if count}
+        rows = _Rows(views={name: [] for name in [*names, *(f"negatives/{name}" for name in brought)]})
         for row, position in zip(*part.rank_rows(self.rank, self.size), strict=True):
             seed = derive(self.config.seed, self.plan.stage_name, step, part.dataset, int(row))
             position = self._add_row(rows, reader, names, step, int(row), int(position), seed)
-            for name, table in mined.items():
-                rows.views[f"negatives/{name}"] += self._negatives(rows, reader, dataset.patterns[name].target, table[position], seed)
+            for name in brought:
+                view = dataset.patterns[name].target
+                places = mined[name][position] if name in mined else np.empty(0, dtype=np.int64)
+                rows.views[f"negatives/{name}"] += self._negatives(rows, reader, view, places, seed)
+                rows.views[f"negatives/{name}"] += self._own_negatives(rows.records[-1], own[name], dataset.views[view], dataset, seed)
         views = {name: self._view_batch(rows.views[name], dataset.views[name], dataset) for name in names}
-        for name in mined:
+        for name, count in brought.items():
             key = f"negatives/{name}"
-            views[key] = self._view_batch(rows.views[key], dataset.views[dataset.patterns[name].target], dataset, group=mined[name].shape[1])
+            views[key] = self._view_batch(rows.views[key], dataset.views[dataset.patterns[name].target], dataset, group=count)
         return StepBatch(
             step=step,
             dataset=part.dataset,
             record_ids=[record.id for record in rows.records],
             views=views,
             scores=torch.tensor([record.score for record in rows.records], dtype=torch.float32) if reader.scored else None,
-            target_log_probability=_log_probabilities(rows.records),
+            target_log_probability=_log_probabilities(rows.records, dataset.negatives),
             teachers=self._teachers(rows.records, {name: dataset.views[name] for name in names}),
             patterns=patterns,
             quarantined=rows.quarantined,
@@ -113,7 +120,7 @@ class Collator:
         """Decode one record in all views; on a bad sample its spare. Returns the position used."""
         dataset = reader.config
         views = {name: dataset.views[name] for name in names}
-        media, needs = media_of(list(views.values())), {view.of for view in views.values()}
+        media, needs = media_of(list(views.values())), {view.of for view in views.values()} | {"negatives"}
         for attempt in range(SPARES + 1):
             try:
                 record = reader.read(position, seed=derive(seed, "sequence"), media=media, needs=needs)
@@ -152,6 +159,10 @@ class Collator:
             result.append(row)
         return result
 
+    def _own_negatives(self, record: Record, count: int, view: ViewConfig, dataset: DatasetConfig, seed: int) -> list[ViewRow]:
+        items: list[Item | None] = [*record.negatives[:count], *[None] * (count - len(record.negatives))]
+        return [self.decoder.row(item, view, dataset, derive(seed, "own negative", place)) for place, item in enumerate(items)]
+
     def _view_batch(self, rows: list[ViewRow], view: ViewConfig, dataset: DatasetConfig, group: int | None = None) -> ViewBatch:
         tokens = self.decoder.tokens(rows, view)
         by_length = sorted(range(len(rows)), key=lambda row: len(tokens[row]))
@@ -182,7 +193,14 @@ class Collator:
         return result
 
 
-def _log_probabilities(records: list[Record]) -> torch.Tensor | None:
-    """float32 [r]: log of each record's target_probability; None unless every record has one."""
+def _log_probabilities(records: list[Record], negatives: int) -> torch.Tensor | None:
+    """float32 [r]: log of each record's target_probability; None unless every record has one.
+
+    Of records that bring negatives with a known probability each, the log of the ratio: how often the target is a key of
+    the batch for one time that a given item of the negatives' kind is one of its negatives.
+    """
     found = [record.target_probability for record in records if record.target_probability is not None]
-    return torch.tensor(found, dtype=torch.float32).log() if found and len(found) == len(records) else None
+    if not found or len(found) != len(records):
+        return None
+    among = [negatives * (record.negative_probability or 0) or 1.0 for record in records]
+    return (torch.tensor(found, dtype=torch.float64) / torch.tensor(among, dtype=torch.float64)).log().to(torch.float32)

@@ -88,16 +88,17 @@ class RecordReader:
         """The record at a position.
 
         seed: draws a sequence's target and history among its `items`; None: a fixed draw that depends on the record's
-        id alone (evaluation). media: which of "vision", "audio" to read. needs: which of item, query, target, history
-        to look up (default all). Raises BadSample for broken bytes, JSON, unknown ids or a stale index.
+        id alone (evaluation). media: which of "vision", "audio" to read. needs: which of item, query, target, history,
+        negatives to look up (default all). Raises BadSample for broken bytes, JSON, unknown ids or a stale index.
         """
         if self.config.kind == "items":
             item = self.item(position, media)
             return Record(item.id, str(item.extra.get("split") or "train"), item=item)
         body, _ = self._read_body(position)
-        wanted = frozenset(needs) if needs is not None else frozenset({"item", "query", "target", "history"})
+        wanted = frozenset(needs) if needs is not None else frozenset({"item", "query", "target", "history", "negatives"})
         record_id, split = self.ids([position])[0], str(body.get("split") or "train")
-        used = {"id", "split"}
+        used = {"id", "split", "negatives"}
+        negatives = self._negatives(record_id, body, media, seed) if "negatives" in wanted else ()
         if self.config.kind == "pairs":
             used |= {"text", "query", "item", "score"}
             score = body.get("score")
@@ -106,15 +107,18 @@ class RecordReader:
                 split,
                 query=self._query(record_id, body, media) if "query" in wanted else None,
                 target=self._catalogue_item(record_id, body.get("item"), media) if "target" in wanted else None,
+                negatives=negatives,
                 score=None if score is None else float(score),
                 extra={key: value for key, value in body.items() if key not in used},
             )
-        used |= {"target_probability"}
+        used |= {"target_probability", "negative_probability"}
         history, target = self.draw(record_id, body, seed)
         return Record(
             record_id,
             split,
-            target_probability=_probability(record_id, body.get("target_probability")),
+            negatives=negatives,
+            target_probability=_probability(record_id, body, "target_probability"),
+            negative_probability=_probability(record_id, body, "negative_probability"),
             history=tuple(self._catalogue_item(record_id, name, media) for name in history) if "history" in wanted else (),
             target=self._catalogue_item(record_id, target, media) if "target" in wanted else None,
             extra={**{key: value for key, value in body.items() if key not in used}, "history": history, "target": target},
@@ -214,6 +218,17 @@ class RecordReader:
             raise BadSample(record_id, "a pair needs `text` or `query`; found neither")
         return Item(f"{record_id}#query", _fields(record_id, {"text": text}))
 
+    def _negatives(self, record_id: str, body: Mapping[str, Any], media: frozenset[str], seed: int | None) -> tuple[Item, ...]:
+        """As many of the record's own negatives as the data set takes: all of a short list, a random part of a long one."""
+        count, names = self.config.negatives, body.get("negatives") or []
+        if not count:
+            return ()
+        if not isinstance(names, list):
+            raise BadSample(record_id, f"negatives is a {type(names).__name__}, expected a list of ids of '{self.config.catalogue}'")
+        if len(names) > count:
+            names = random.Random(derive("negatives", record_id if seed is None else seed)).sample(names, count)
+        return tuple(self._catalogue_item(record_id, name, media) for name in names)
+
     def _catalogue_item(self, record_id: str, item_id: Any, media: frozenset[str]) -> Item:
         assert self.catalogue is not None, "open_datasets refuses pairs and sequences without a catalogue"
         position = self.catalogue.find(str(item_id)) if item_id else None
@@ -234,11 +249,12 @@ class RecordReader:
         return content
 
 
-def _probability(record_id: str, value: Any) -> float | None:
+def _probability(record_id: str, body: Mapping[str, Any], key: str) -> float | None:
+    value = body.get(key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise BadSample(record_id, f"target_probability is {value!r}, expected a number above 0, at most 1")
+        raise BadSample(record_id, f"{key} is {value!r}, expected a number above 0, at most 1")
     return float(value)
 
 

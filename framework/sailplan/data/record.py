@@ -39,7 +39,9 @@ class Record:
     target: Item | None = None  # kinds pairs and sequences
     history: tuple[Item, ...] = ()  # kind sequences
     score: float | None = None  # graded pairs, 0..1
+    negatives: tuple[Item, ...] = ()  # pairs and sequences: items that are no answer, the data set's `negatives` of them at most
     target_probability: float | None = None  # sequences: how often a record of the set has this target, 0..1
+    negative_probability: float | None = None  # sequences: how likely an item was to be drawn as a negative, 0..1
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -84,10 +86,11 @@ class StepBatch:
     step: int
     dataset: str
     record_ids: list[str]  # r, in the step's order
-    views: dict[str, ViewBatch]  # view name -> rows; hard negatives of pattern P are under "negatives/P"
+    views: dict[str, ViewBatch]  # view name -> rows; mined negatives of pattern P and the records' own are under "negatives/P"
     scores: Tensor | None = None  # float32 [r] graded pair scores
     teachers: dict[str, Tensor] = field(default_factory=dict)  # "VIEW/TEACHER" -> float32 [r, d]; zero rows where unknown
     patterns: dict[str, float] = field(default_factory=dict)  # pattern name -> weight, of this step
     quarantined: list[tuple[str, str]] = field(default_factory=list)  # (record id, reason), replaced by spares
     digest: str = ""  # 16 hex digits over the record ids of the whole step's global batch; equal on all ranks
-    target_log_probability: Tensor | None = None  # float32 [r] log of the records' target_probability; None unless all have it
+    # float32 [r] log of the records' target_probability, with negatives of known probability relative to those; None unless all have it
+    target_log_probability: Tensor | None = None

@@ -10,11 +10,17 @@ Targets are drawn as often as users use them, so the other rows' targets are pop
 association net of popularity. The sampling correction takes that back (Yi et al., "Sampling-Bias-Corrected Neural
 Modeling for Large Corpus Item Recommendations", RecSys 2019, section 3): logit s_ij / t - gamma * log p_j, with p_j the
 probability that a record has target j.
+
+Items that are nobody's target never are a negative that way, and fill the answers of a search in the whole catalogue.
+Records may bring such items as `negatives`, drawn at random; every row then has all rows' negatives beside the targets
+(Yang et al., "Mixed Negative Sampling for Learning Two-tower Neural Networks in Recommendations", WWW 2020). p_j is then
+relative to a negative's own probability, and both kinds together stand for the whole catalogue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +28,7 @@ from torch.nn.functional import normalize
 
 from sailplan.config.schema import DatasetConfig
 from sailplan.errors import ConfigurationError
-from sailplan.objective.patterns import contrast, has_history, patterns_of, zero_loss
+from sailplan.objective.patterns import Pattern, contrast, has_history, patterns_of, zero_loss
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 
 POOLINGS = ("mean", "encoder")
@@ -133,6 +139,7 @@ class Seq2Item(Objective):
                 prefixes=context.prefixes if self.matryoshka else None,
                 key_ids=target.ids,
                 key_log_probability=self._correction(encoded),
+                **_negatives(encoded, pattern),
                 max_negative_score=context.thresholds.get(f"{encoded.dataset}/{pattern.name}"),
             )
             total = total + pattern.weight * loss
@@ -149,3 +156,12 @@ class Seq2Item(Objective):
                 "`target_probability`, expected it in all of them; add it, or set the correction to 0"
             )
         return self.sampling_correction * encoded.target_log_probability
+
+
+def _negatives(encoded: EncodedStep, pattern: Pattern) -> dict[str, Any]:
+    """The records' own negatives, shared by all rows of all ranks."""
+    view = encoded.views.get(f"negatives/{pattern.name}")
+    if view is None:
+        return {}
+    rows = (len(view.ids) // view.group, view.group)
+    return {"hard_negatives": view.fused.unflatten(0, rows), "hard_negative_valid": view.valid.view(rows), "shared_hard_negatives": True}

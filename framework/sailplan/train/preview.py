@@ -55,9 +55,10 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def _views(config: Config, stage: StageConfig) -> int:
-    """Encoder rows for each row of a step: the most of any data set of the stage, histories counted in full."""
+    """Encoder rows for each row of a step: the most of any data set of the stage, histories counted in full, with the records' own negatives."""
     sets = [config.data.sets[name] for name in stage.data]
-    return max(sum(dataset.history_length if view.of == "history" else 1 for view in dataset.views.values()) for dataset in sets)
+    rows = {"history": lambda dataset: dataset.history_length, "target": lambda dataset: 1 + dataset.negatives}
+    return max(sum(rows[view.of](dataset) if view.of in rows else 1 for view in dataset.views.values()) for dataset in sets)
 
 
 def _stage(config: Config, span: StageSpan, readers: dict[str, RecordReader]) -> dict[str, Any]:

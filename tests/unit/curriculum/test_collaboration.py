@@ -99,3 +99,14 @@ def test_records_name_items_by_id() -> None:
     assert all(body["split"] == "train" and body["target"].startswith("set/") for body in bodies)
     counts = Counter(body["target"] for body in bodies)
     assert all(body["target_probability"] == pytest.approx(counts[body["target"]] / len(bodies)) for body in bodies)
+
+
+def test_records_bring_random_items_that_nobody_uses() -> None:
+    histories, used, content = two_worlds()
+    found, ids = sequences(histories, used, content), {int(place): f"set/{place}" for place in used}
+    unused = [f"set/{place}" for place in range(1000, 1020)]
+    bodies = records(found, ids, negatives=3, unused=unused, seed=1)
+    drawn = Counter(name for body in bodies for name in body["negatives"])
+    assert set(drawn) == set(unused) and all(len(body["negatives"]) == 3 and body["negative_probability"] == 1 / 20 for body in bodies)
+    assert bodies == records(found, ids, negatives=3, unused=unused, seed=1) != records(found, ids, negatives=3, unused=unused, seed=2)
+    assert all("negatives" not in body for body in records(found, ids, negatives=3))

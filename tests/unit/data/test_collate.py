@@ -14,10 +14,12 @@ from sailplan.data.collate import Collator
 from sailplan.data.datasets import open_datasets
 from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.plan import Plan
+from sailplan.data.reader import BadSample
 from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
 from sailplan.data.teachers import TeacherTable
 from sailplan.data.testing import item_record, json_member, png, write_set
 from sailplan.errors import BadDataError, ConfigurationError
+from sailplan.runtime.seeds import derive
 
 Make = Callable[..., Config]
 
@@ -203,3 +205,41 @@ def test_target_probabilities_travel_with_their_rows(make_config: Make, tmp_path
     expected = [-np.log(int(name.split("/")[1]) + 1) for name in batch.record_ids]
     torch.testing.assert_close(batch.target_log_probability, torch.tensor(expected, dtype=torch.float32))
     assert one(collator(make_config(), {"histories": 1.0}).batches(0)).target_log_probability is None
+
+
+def test_a_records_own_negatives_join_its_rows(make_config: Make, tmp_path: Path) -> None:
+    config = make_config()
+    names = [f"things/{n}" for n in range(30, 36)]
+    bodies = [
+        {"id": f"s/{n}", "history": ["things/1"], "target": f"things/{2 + n}", "negatives": names[: n % 3 * 3]}
+        | {"target_probability": 1 / 24, "negative_probability": 1 / 6}
+        for n in range(24)
+    ]
+    config.data.sets["histories"].shards = str(write_set(tmp_path / "set", [[json_member(f"{n}", body)] for n, body in enumerate(bodies)]))
+    assert not [name for name in one(collator(config, {"histories": 1.0}).batches(0)).views if name.startswith("negatives/")]
+    config.data.sets["histories"].negatives = 4
+    maker = collator(config, {"histories": 1.0})
+    batch = one(maker.batches(0))
+    (name,) = [name for name in batch.views if name.startswith("negatives/")]
+    view = batch.views[name]
+    assert view.group == 4 and len(view.order) == 4 * len(batch.record_ids)
+    known = {derive("document", name) for name in names}
+    for row, record_id in enumerate(batch.record_ids):
+        listed = min(4, int(record_id.split("/")[1]) % 3 * 3)
+        own = view.ids[row * 4 : row * 4 + 4]
+        assert view.valid[row * 4 : row * 4 + 4].tolist() == [place < listed for place in range(4)]
+        assert set(own[:listed].tolist()) <= known and len(set(own[:listed].tolist())) == listed
+    assert batch.target_log_probability is not None
+    torch.testing.assert_close(batch.target_log_probability, torch.full((16,), np.log(6 / 24 / 4)).float())
+    again = one(collator(config, {"histories": 1.0}).batches(0)).views[name]
+    assert torch.equal(again.ids, view.ids)
+
+
+def test_unknown_negatives_make_a_bad_sample(make_config: Make, tmp_path: Path) -> None:
+    config = make_config()
+    config.data.sets["histories"].negatives = 2
+    for value, message in ((["nowhere/1"], "nowhere/1 is not in the catalogue"), ("things/1", "expected a list of ids")):
+        body = {"id": "s/0", "history": ["things/1"], "target": "things/2", "negatives": value}
+        config.data.sets["histories"].shards = str(write_set(tmp_path / message[:3], [[json_member("0", body)]]))
+        with pytest.raises(BadSample, match=message):
+            collator(config, {"histories": 1.0}).readers["histories"].read(0)

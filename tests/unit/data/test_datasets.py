@@ -39,6 +39,7 @@ def set_key(config: Config, path: str, value: Any) -> None:
         ("choices.catalogue", "absent", r"catalogue=absent: no such data set"),
         ("choices.catalogue", "graded", r"catalogue=graded: is of kind 'pairs'"),
         ("choices.kind", "triples", r"data\.sets\.choices\.kind=triples"),
+        ("things.negatives", 2, r"data\.sets\.things\.negatives=2: expected 0 or more for pairs and sequences"),
         ("things.shards", "no/such/folder", r"data\.sets\.things\.shards=no/such/folder"),
     ],
 )

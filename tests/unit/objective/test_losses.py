@@ -246,6 +246,19 @@ def test_seq2item_sampling_correction(gamma: float) -> None:
         Seq2Item(embedding=D, datasets=DATASETS, sampling_correction=1.5)
 
 
+def test_seq2item_takes_the_records_negatives_of_all_rows() -> None:
+    objective = Seq2Item(embedding=D, datasets=DATASETS, matryoshka=False, sampling_correction=1.0)
+    views = {"history": view(1, 3), "item": view(2), "negatives/history_to_item": view(3, 2)}
+    negatives = views["negatives/history_to_item"]
+    negatives.valid[3] = False
+    probability = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
+    found = objective(step("sequences", views, target_log_probability=probability.log()), context()).loss
+    represented = objective.represent(views["history"].fused, views["history"].valid, 3)
+    scores = cosine_similarity(represented[:, None], views["item"].fused[None], dim=-1) / 0.1 - probability.log()
+    against = cosine_similarity(represented[:, None], negatives.fused[negatives.valid][None], dim=-1) / 0.1
+    torch.testing.assert_close(found, -torch.cat([scores, against], 1).log_softmax(1).diagonal().mean())
+
+
 @pytest.mark.parametrize("form", ["cosine", "mse", "relational"])
 def test_id2item_forms(form: str) -> None:
     objective = ID2Item(embedding=D, datasets=DATASETS, teachers={"svd": 4}, form=form, similarity_temperature=0.5).double()
