@@ -33,6 +33,8 @@ SMALL = [
     "~stages.hard.hard_negatives.patterns.icon_choices",
     "stages.nearest.data={prompts: 3, emoji: 1, icons: 0.001, icon_choices: 0.001}",
     "stages.hard.data={prompts: 3, emoji: 1, icon_choices: 0.001}",
+    "stages.seq2item.data={icon_sequences: 3, emoji: 0.001, icon_choices: 0.001, prompts: 0.001}",
+    "stages.id2item.data={icon_neighbours: 3, icon_sequences: 3, emoji: 0.001, icon_choices: 0.001, prompts: 0.001}",
     "stages.seq2item.global_batch=8",
     "stages.id2item.global_batch=8",
     "evaluation.benchmark=[speech_to_transcript]",
