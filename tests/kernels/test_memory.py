@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sailplan_kernels import infonce
+from sailplan_kernels import AllGather, Grid, Ring, infonce
+from sailplan_kernels.testing import run_ranks
 
 
 class LiveBytes(TorchDispatchMode):
@@ -104,3 +105,26 @@ def test_the_reference_holds_more_than_a_matrix(make_case):
     with LiveBytes(*(x for x in case.values() if isinstance(x, torch.Tensor))) as memory:
         infonce(**case, backend="reference").loss.backward()
     assert memory.largest >= 1024 * 1024 * 4 and memory.peak > 3 * 1024 * 1024 * 4
+
+
+def test_what_each_exchange_keeps():
+    """A stream's round with gradients on six ranks, in shards: what exchange/grid.py says, and the copy that gloo's reduce-scatter makes."""
+    rows, dim = 256, 64
+    shard = rows * dim * 4
+
+    def work(rank, world_size):
+        peaks = []
+        for exchange in (AllGather(), Ring(), Grid(columns=2), Grid(columns=3)):
+            x = torch.ones(rows, dim)
+            with LiveBytes(x) as memory:
+                stream = exchange.stream(x, [rows] * world_size, torch.float32)
+                for part in stream.shards(accumulate=True):
+                    part.gradient.add_(part.vectors)
+                    del part
+                home = stream.finish()
+            assert torch.equal(home, torch.full_like(x, world_size))
+            peaks.append(memory.peak / shard)
+        return peaks
+
+    for whole, ring, two, three in run_ranks(work, 6):
+        assert whole >= 6 + 6 and ring <= 2 + 3 and two <= (2 + 2) + (2 + 3) + 2 and three <= (3 + 2) + (3 + 3) + 3

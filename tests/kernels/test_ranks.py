@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sailplan_kernels import EXCHANGES, AllGather, Exchange, Local, infonce
+from sailplan_kernels import EXCHANGES, AllGather, Exchange, Grid, Local, infonce
+from sailplan_kernels.exchange.grid import width_of_row
 from sailplan_kernels.testing import RankFailure, run_ranks
 
 LEAVES = ("queries", "keys", "hard_negatives", "temperature")
@@ -185,6 +186,69 @@ def test_exchanges_agree_on_four_uneven_ranks(make_case):
                 torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-13)
                 for name, gradient in gradients.items():
                     torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-12, atol=1e-13)
+
+
+def test_grids_of_every_shape_on_six_uneven_ranks(make_case):
+    """1 x 6 to 6 x 1, with a rank and with a whole node that has no rows, against all-gather; groups are made once."""
+    shapes = ((5, 3, 0, 4, 2, 3), (7, 4, 2, 4, 3, 3)), ((5, 3, 0, 0, 2, 3), (6, 3, 0, 0, 3, 3))
+    cases = [make_case(i, *shape, symmetric=True, prefixes=(3, 7), query_negatives=i == 0)[0] for i, shape in enumerate(shapes)]
+
+    def work(rank, _):
+        grids = {columns: Grid(columns=columns) for columns in (1, 2, 3, 6)}
+        assert Grid(columns=3).row is grids[3].row and Grid().row is grids[2].row
+        results = []
+        for ranks in cases:
+            for exchange in (AllGather(), *grids.values()):
+                out, gradients = call(ranks[rank], exchange=exchange, memory_budget=1500)
+                results.append({"loss": out.loss.detach(), **gradients})
+        return results
+
+    for results in run_ranks(work, 6):
+        for start in (0, 5):
+            for found in results[start + 1 : start + 5]:
+                for name, expected in results[start].items():
+                    torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_row_of_the_grid_is_a_node_or_near_the_root():
+    one = lambda ranks: width_of_row([7] * ranks)  # noqa: E731
+    assert [one(ranks) for ranks in (1, 2, 3, 4, 6, 7, 8, 64)] == [1, 1, 1, 2, 2, 1, 2, 8]
+    assert width_of_row([5, 5, 5, 5, 3, 3, 3, 3]) == 4 and width_of_row([1, 2, 3]) == 1
+    assert width_of_row([5, 5, 5, 3, 3, 3, 3, 3]) == 2  # nodes of different sizes
+    assert width_of_row([5, 3, 5, 3]) == 1  # neighbours in the group are on different nodes
+
+    def work(rank, _):
+        with pytest.raises(ValueError, match=r"columns: found 2, expected a divisor of the group's 3 ranks"):
+            Grid(columns=2)
+
+    run_ranks(work, 3)
+
+
+def test_bytes_between_nodes(monkeypatch):
+    """What grid.py says: (r-1) shards out and r gradients back over every rank's own link to the next node."""
+    rows, dim = 4, 8
+
+    def work(rank, _):
+        sent = []
+        batch = dist.batch_isend_irecv
+
+        def counting(messages):
+            sent.extend(message.tensor.nbytes for message in messages if message.op is dist.isend and message.peer // 3 != rank // 3)
+            return batch(messages)
+
+        monkeypatch.setattr(dist, "batch_isend_irecv", counting)
+        found = []
+        for exchange in (Grid(columns=3), EXCHANGES["ring"]()):
+            for accumulate in (False, True):
+                sent.clear()
+                for _ in exchange.stream(torch.ones(rows, dim, dtype=torch.bfloat16), [rows] * 6, torch.float32).shards(accumulate):
+                    pass
+                found.append(sum(sent) // (rows * dim * 2))
+        return found
+
+    found = run_ranks(work, 6)
+    assert [x[:2] for x in found] == [[1, 1 + 2 * 2]] * 6  # r = 2; a gradient has twice the bytes
+    assert [x[2:] for x in found] == [[5, 5 + 2 * 6] if rank in (2, 5) else [0, 0] for rank in range(6)]
 
 
 def test_local_exchange_is_the_default(make_case):

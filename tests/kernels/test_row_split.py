@@ -59,7 +59,7 @@ def check(found: list[dict], expected: dict, data: int, tensor: int) -> None:
         torch.testing.assert_close(together, whole, **close, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("data, tensor, kind", [(1, 2, "all_gather"), (1, 3, "all_gather"), (2, 2, "all_gather"), (2, 2, "ring")])
+@pytest.mark.parametrize("data, tensor, kind", [(1, 2, "all_gather"), (1, 3, "all_gather"), (2, 2, "all_gather"), (2, 2, "ring"), (2, 2, "grid")])
 def test_peers_equal_one_process(make_case, data, tensor, kind):
     shapes = ((5, 3)[:data], (7, 4)[:data])
     cases = [make_case(seed, *shapes, **options) for seed, options in enumerate(OPTIONS)]

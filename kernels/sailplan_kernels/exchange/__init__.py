@@ -2,11 +2,12 @@
 
 from sailplan_kernels.exchange.all_gather import AllGather
 from sailplan_kernels.exchange.base import Exchange, Shard, Stream
+from sailplan_kernels.exchange.grid import Grid
 from sailplan_kernels.exchange.local import Local
 from sailplan_kernels.exchange.ring import Ring
 from sailplan_kernels.exchange.row_split import RowSplit
 
 # Name in configuration files -> class, which takes a process group.
-EXCHANGES: dict[str, type[AllGather]] = {"all_gather": AllGather, "ring": Ring}
+EXCHANGES: dict[str, type[AllGather]] = {"all_gather": AllGather, "ring": Ring, "grid": Grid}
 
-__all__ = ["EXCHANGES", "AllGather", "Exchange", "Local", "Ring", "RowSplit", "Shard", "Stream"]
+__all__ = ["EXCHANGES", "AllGather", "Exchange", "Grid", "Local", "Ring", "RowSplit", "Shard", "Stream"]

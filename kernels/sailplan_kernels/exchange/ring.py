@@ -8,6 +8,8 @@ rank: 2(W-1)mD a round in the vectors' half precision, 4WmD for the gradient in 
 Every message of a step is posted in one batch (a send to the next rank, a receive from the one before), in the same
 order on all ranks: no order of arrival can lock the ring. Peers are the group's ranks translated to global ones. The
 order of summation starts behind each shard's owner, so sums equal those of AllGather up to rounding.
+
+A grid (grid.py) is this ring with several ranks at each of its stops, who show each other what has arrived.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sailplan_kernels.exchange.all_gather import AllGather
-from sailplan_kernels.exchange.base import Shard, Stream
+from sailplan_kernels.exchange.base import Exchange, Shard, Stream
+from sailplan_kernels.exchange.local import Local
 
 
 class Ring(AllGather):
     """Exchange over a process group (None: the default group); only the stream of embeddings goes round the ring."""
 
     whole = False
+    row: Exchange = Local()  # who stands at the same stop
 
     def stream(self, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> Stream:
         return _Travelling(self, x.detach().contiguous(), sizes, accumulate)
@@ -35,33 +39,36 @@ class _Travelling:
     def __init__(self, exchange: Ring, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> None:
         self.exchange, self.x, self.sizes, self.accumulate = exchange, x, sizes, accumulate
         group = exchange.group or dist.distributed_c10d._get_default_group()
-        ranks, rank = exchange.world_size, exchange.rank
-        self.next = dist.get_global_rank(group, (rank + 1) % ranks)
-        self.before = dist.get_global_rank(group, (rank - 1) % ranks)
-        self.starts = [sum(sizes[:r]) for r in range(ranks)]
+        ranks, rank, self.row = exchange.world_size, exchange.rank, exchange.row
+        self.next = dist.get_global_rank(group, (rank + self.row.world_size) % ranks)
+        self.before = dist.get_global_rank(group, (rank - self.row.world_size) % ranks)
         self.home: Tensor | None = None
 
     def shards(self, accumulate: bool = False) -> Iterator[Shard]:
-        ranks, rank = self.exchange.world_size, self.exchange.rank
+        ranks, rank, width = self.exchange.world_size, self.exchange.rank, self.row.world_size
         current = self.x
         arriving: Tensor | None = None
         following: list[dist.Work] = []
-        for step in range(ranks):
-            owner, coming = (rank - step) % ranks, (rank - step - 1) % ranks
-            ahead = self._empty(coming, self.x.dtype) if step + 1 < ranks else None
+        for step in range(0, ranks, width):
+            owner, coming = (rank - step) % ranks, (rank - step - width) % ranks
+            first = owner - self.row.rank
+            # A stop without rows has nothing to show, and all who stand there know it.
+            row = self.row if any(self.sizes[first : first + width]) else Local()
+            shown = row.stream(current, self.sizes[first : first + width], self.accumulate)
+            ahead = self._empty(coming, self.x.dtype) if step + width < ranks else None
             travelling = self._post(current, ahead) if ahead is not None else []
-            mine = self._empty(owner, self.accumulate).zero_() if accumulate else None
-            if self.sizes[owner]:
-                yield Shard(self.starts[owner], current, mine)
-            if mine is not None:
+            start = sum(self.sizes[:first])
+            yield from (Shard(start + s.start, s.vectors, s.gradient) for s in shown.shards(accumulate) if len(s.vectors))
+            if accumulate:
+                mine = shown.finish()
                 _wait(following)
                 if arriving is not None:
                     mine += arriving
-                sent, arriving = mine, self._empty(coming, self.accumulate)  # the last to come is this rank's own
-                following = self._post(sent, arriving) if ranks > 1 else []
-                if ranks == 1:
-                    arriving = mine
+                arriving = None  # its memory, before the next one takes its own
+                arriving = mine if ranks == width else self._empty(coming, self.accumulate)  # the last to come is this rank's own
+                following = self._post(mine, arriving) if ranks > width else []
             _wait(travelling)
+            del shown  # likewise
             if ahead is not None:
                 current = ahead
         if accumulate:
@@ -86,5 +93,6 @@ class _Travelling:
 
 
 def _wait(works: list[dist.Work]) -> None:
-    for work in works:
-        work.wait()
+    """And let go of the tensors that they hold."""
+    while works:
+        works.pop().wait()
