@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sailplan_kernels import rank_of, topk
+from sailplan_kernels import EXCHANGES, rank_of, topk
+from sailplan_kernels.testing import run_ranks
 
 
 def integers(seed: int, *shape: int) -> torch.Tensor:
@@ -83,3 +84,48 @@ def test_search_in_half_precision_inputs():
     scores, index = topk(x, x, 1)
     assert scores.dtype is torch.float32
     assert torch.equal(index[:, 0], torch.arange(12))
+
+
+SHARDS = {1: ((9,), (40,)), 2: ((5, 4), (33, 7)), 4: ((5, 0, 3, 1), (0, 11, 20, 9)), 3: ((2, 0, 3), (0, 0, 0))}
+
+
+@pytest.mark.parametrize("world_size", SHARDS)
+def test_ranks_find_what_one_process_finds(world_size):
+    """Of any exchange, in the same bits: ties on purpose, and cosines of float64; some ranks have no queries or no keys."""
+    rows, columns = SHARDS[world_size]
+    n, m, g = sum(rows), sum(columns), torch.Generator().manual_seed(world_size)
+    whole = {"queries": integers(1, n, 3), "keys": integers(2, m, 3)}
+    float64 = {"queries": torch.randn(n, 24, generator=g).double(), "keys": torch.randn(m, 24, generator=g).double()}
+    key_ids, exclude_ids = torch.randint(0, 10, (m,), generator=g), torch.randint(-1, 10, (n, 3), generator=g)
+    by_index = torch.randint(-1, max(m, 1), (n, 2), generator=g)
+    calls = [
+        (whole, {"normalize": False}),
+        (whole, {"normalize": False, "max_score": 3.0, "key_ids": key_ids, "exclude_ids": exclude_ids}),
+        (whole, {"normalize": False, "exclude_ids": by_index}),
+        (float64, {"max_score": 0.4, "key_ids": key_ids, "exclude_ids": exclude_ids}),
+    ]
+
+    def cut(name, x, rank):
+        return x.split(columns if name in ("keys", "key_ids") else rows)[rank] if isinstance(x, torch.Tensor) else x
+
+    def work(rank, _):
+        found = []
+        for exchange in EXCHANGES.values():
+            for vectors, options in calls:
+                mine = {name: cut(name, x, rank) for name, x in {**vectors, **options}.items()}
+                found.append(topk(**mine, k=12, tile=5, exchange=exchange()))
+        return found
+
+    expected = [topk(**vectors, **options, k=12, tile=7) for vectors, options in calls]
+    assert m == 0 or any((index >= 0).any() for _, index in expected)
+    for i, parts in enumerate(zip(*run_ranks(work, world_size), strict=True)):
+        for found, right in zip(zip(*parts, strict=True), expected[i % len(calls)], strict=True):
+            assert torch.equal(torch.cat(found), right)
+
+
+def test_ranks_asked_differently_are_an_error_not_a_hang():
+    def work(rank, _):
+        with pytest.raises(ValueError, match="topk: ranks differ"):
+            topk(torch.ones(2, 3), torch.ones(2, 3), 1 + rank, exchange=EXCHANGES["ring"]())
+
+    run_ranks(work, 2, timeout=20)

@@ -71,6 +71,7 @@ def test_an_error_above_the_limit_is_shown(monkeypatch: pytest.MonkeyPatch, caps
     [
         Group(4, 1, ((3, 0),), "hybrid", "ring"),
         Group(4, 2, ((1, 0),), "replicate", "ring"),
+        Group(4, 1, ((1, 0),), "shard", "grid"),
         Group(2, 1, ((3, 0),), dtype=torch.float32),
         Group(4, 2, ((1, 0),), dtype=torch.float32),
         *(Group(4, 2, ((2, 0),), loss=loss) for loss in ("infonce", "cosent", "seq2item")),

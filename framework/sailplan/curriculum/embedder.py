@@ -35,7 +35,7 @@ class Embedder:
 
     def __init__(self, encoder: nn.Module, parallel: Parallel, config: Config) -> None:
         self.encoder, self.parallel, self.config = encoder, parallel, config
-        self.exchange = exchange_of(parallel)
+        self.exchange = exchange_of(parallel, config.parallel.exchange)
         self._known: dict[tuple[str, str, bool], _Known] = {}
         self._catalogue: dict[tuple[str, str], NDArray[np.int64]] = {}
 

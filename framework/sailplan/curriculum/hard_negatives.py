@@ -5,7 +5,8 @@ targets of its data set; of those below lambda* the best are its hard negatives.
 without being a labelled positive is most likely a positive that nobody labelled, and is dropped (recipe 2.1).
 Never a negative: the target's own document or text, and every target of a query with the same text.
 
-Each rank searches for its share of the queries, then the shares are gathered.
+Each rank searches for its share of the queries and holds, on its device, its share of the targets, which the exchange shows to
+the others; scores are multiplied in float64 as the threshold's were, so the same negatives come out at any number of ranks.
 """
 
 from __future__ import annotations
@@ -115,16 +116,20 @@ def mine_rows(
     random = generator("hard negatives", seed, key)
     sample = torch.from_numpy(np.sort(random.permutation(len(queries))[: hard.sample]))
     facts = torch.unique(torch.stack([queries.ids, targets.ids]), dim=1)  # (query id, right target id)
-    fused = queries.fused.to(device), targets.fused.to(device)
     positives = labelled_pairs(queries.ids[sample], targets.ids[sample], facts)
-    threshold = f1_threshold(fused[0][sample], fused[1][sample], positives.to(device), exchange)
+    threshold = f1_threshold(queries.fused[sample].to(device), targets.fused[sample].to(device), positives.to(device), exchange)
 
     first = torch.from_numpy(np.sort(np.unique(targets.ids.numpy(), return_index=True)[1]))
     itself = torch.unique(queries.ids).expand(2, -1)  # an item is no negative of itself, where queries are items too
     hidden = _padded(labelled_pairs(queries.ids, targets.ids[first], torch.cat([facts, itself], 1)), len(queries))
-    start, stop = share(len(queries), exchange.rank, exchange.world_size)
+    mine, own = (slice(*share(n, exchange.rank, exchange.world_size)) for n in (len(queries), len(first)))
     scores, columns = topk(
-        fused[0][start:stop], fused[1][first], hard.per_query, max_score=threshold.value, exclude_ids=hidden[start:stop].to(device)
+        queries.fused[mine].to(device, torch.float64),
+        targets.fused[first[own]].to(device, torch.float64),
+        hard.per_query,
+        max_score=threshold.value,
+        exclude_ids=hidden[mine].to(device),
+        exchange=exchange,
     )
     scores, columns = exchange.gather(scores).cpu(), exchange.gather(columns).cpu()
     candidates = targets.positions[first.numpy()]

@@ -2,14 +2,21 @@
 
 Score and index are packed into one 64-bit integer that sorts as "higher score, then lower index", so that merging is
 a plain top-k of unique numbers: ties always go to the lower index, whatever the tile and on every device. Scores are
-float32 (half-precision inputs are raised first).
+float32 (half-precision inputs are raised first; where both are float64, they are multiplied so and rounded once, and the
+shape of a tile, which changes with the number of ranks, does not change a score).
+
+Across ranks the keys come past in shards, as in the losses: each rank scores its own queries against all keys and holds what
+its exchange holds, at least a shard. Only ids are gathered whole, 8 bytes a key.
 """
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor
 
+from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce.normalize import normalize as normalize_rows
 
 DEFAULT_TILE = 4096
@@ -27,6 +34,7 @@ def topk(
     key_ids: Tensor | None = None,
     tile: int = DEFAULT_TILE,
     normalize: bool = True,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best keys of each query: scores float32 [N, k] and indices int64 [N, k], best first.
 
@@ -34,6 +42,10 @@ def topk(
     below it (the best below a threshold). exclude_ids int64 [N, E], -1 for none: keys never returned for that query,
     by key_ids int64 [M], or by index without them. tile: rows of queries and of keys scored at a time; memory is
     O(tile^2 + N k). Where fewer than k keys remain, the score is -inf and the index -1. No gradient.
+
+    exchange: queries and keys are this rank's; its queries find the best of all ranks' keys, whose indices count all keys in
+    rank order. N, M and E may differ and be 0; all ranks call, with the same other arguments (the dtype and whether there
+    are key_ids included).
     """
     check_pair(queries, keys, tile)
     if k < 1:
@@ -43,31 +55,45 @@ def topk(
         raise ValueError(f"exclude_ids: found shape {tuple(exclude_ids.shape)}, expected ({n}, E)")
     if key_ids is not None and key_ids.shape != (m,):
         raise ValueError(f"key_ids: found shape {tuple(key_ids.shape)}, expected ({m},)")
-    if key_ids is None:
-        key_ids = torch.arange(m, device=keys.device)
+    exchange = Local() if exchange is None else exchange
+    sizes = _agreed(exchange, m, keys, (keys.shape[1], keys.dtype, queries.dtype, k, max_score, key_ids is None, normalize))
+    key_ids = torch.arange(sum(sizes), device=keys.device) if key_ids is None else exchange.gather(key_ids, sizes)
+    dtype = torch.float64 if queries.dtype == keys.dtype == torch.float64 else torch.float32
     best = torch.full((n, k), _NOTHING, dtype=torch.int64, device=queries.device)
     with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        for start in range(0, n, tile):
-            rows = slice(start, start + tile)
-            left = prepared(queries[rows], normalize)
-            for first in range(0, m, tile):
-                columns = slice(first, first + tile)
-                scores = left @ prepared(keys[columns], normalize).T
-                dropped = scores.isnan()
-                if max_score is not None:
-                    dropped |= scores >= max_score
-                if exclude_ids is not None:
-                    for ids in exclude_ids[rows].unbind(1):
-                        dropped |= (key_ids[columns] == ids[:, None]) & (ids[:, None] >= 0)
-                packed = _pack(scores, first).masked_fill_(dropped, _NOTHING)
-                packed = packed.topk(min(k, packed.shape[1]), dim=1).values
-                best[rows] = torch.cat([best[rows], packed], 1).topk(k, dim=1).values
+        for shard in exchange.stream(keys, sizes, torch.float32).shards():
+            for start in range(0, n, tile):
+                rows = slice(start, start + tile)
+                left = prepared(queries[rows], normalize, dtype)
+                for first in range(0, len(shard.vectors), tile):
+                    scores = (left @ prepared(shard.vectors[first : first + tile], normalize, dtype).T).to(torch.float32)
+                    columns = slice(shard.start + first, shard.start + first + scores.shape[1])
+                    dropped = scores.isnan()
+                    if max_score is not None:
+                        dropped |= scores >= max_score
+                    if exclude_ids is not None:
+                        for ids in exclude_ids[rows].unbind(1):
+                            dropped |= (key_ids[columns] == ids[:, None]) & (ids[:, None] >= 0)
+                    packed = _pack(scores, columns.start).masked_fill_(dropped, _NOTHING)
+                    packed = packed.topk(min(k, packed.shape[1]), dim=1).values
+                    best[rows] = torch.cat([best[rows], packed], 1).topk(k, dim=1).values
     return _unpack(best)
 
 
-def prepared(x: Tensor, normalize: bool) -> Tensor:
-    """A tile in float32, normalised where asked."""
-    x = x.to(torch.float32)
+def _agreed(exchange: Exchange, m: int, like: Tensor, call: tuple[object, ...]) -> list[int]:
+    """Every rank's number of keys; an error on all ranks where they were called differently."""
+    numbers = torch.tensor([[m, zlib.crc32(repr(call).encode())]], device=like.device)
+    table = exchange.gather(numbers, [1] * exchange.world_size).tolist()
+    if len({row[1] for row in table}) > 1:
+        raise ValueError("topk: ranks differ in dimensions, dtype, ids given, k, max_score or normalize, expected equal calls")
+    if sum(row[0] for row in table) >= _LOW:
+        raise ValueError(f"keys: found {sum(row[0] for row in table)} rows on all ranks, expected fewer than {_LOW}")
+    return [row[0] for row in table]
+
+
+def prepared(x: Tensor, normalize: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tile in ``dtype``, normalised where asked."""
+    x = x.to(dtype)
     return normalize_rows(x) if normalize else x
 
 
@@ -80,8 +106,6 @@ def check_pair(queries: Tensor, keys: Tensor, tile: int) -> None:
         raise ValueError(f"keys: found {keys.shape[1]} dimensions, expected {queries.shape[1]} as queries")
     if tile < 1:
         raise ValueError(f"tile: found {tile}, expected at least 1")
-    if len(keys) >= _LOW:
-        raise ValueError(f"keys: found {len(keys)} rows, expected fewer than {_LOW}")
 
 
 def _pack(scores: Tensor, first: int) -> Tensor:

@@ -181,7 +181,9 @@ def test_mined_negatives_equal_brute_force(world_size: int) -> None:
         threshold, table, _ = mine_rows(queries, targets, hard, exchange, torch.device("cpu"), "set/pattern", 0)
         return threshold, table.tolist()
 
+    alone = run_ranks(search, 1)[0]
     for threshold, table in run_ranks(search, world_size):
+        assert (threshold, table) == alone
         cosines = torch.nn.functional.cosine_similarity(queries.fused[:, None], items[None], dim=-1)
         for row in range(n):
             right = {int(own[other]) for other in range(n) if query_ids[other] == query_ids[row]}
