@@ -56,7 +56,7 @@ def cases(capabilities: list[int], dtypes=tuple(TYPES)) -> Iterator[Case]:
     for capability, dtype in itertools.product(capabilities, dtypes):
         for kind, masks in itertools.product(KINDS, MASKS):
             yield Case("statistics", dtype, kind, masks, capability)
-            yield Case("gradient", dtype, kind, masks, capability)
+            yield Case("sigmoid" if kind.startswith("sigmoid") else "gradient", dtype, kind, masks, capability)
         yield from (Case("statistics", dtype, "plain", masks, capability, keep=True) for masks in MASKS)
         yield Case("rescale", dtype, "plain", "few", capability)
 
@@ -67,14 +67,14 @@ def compile_case(case: Case, config: Configuration | None = None) -> Verdict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sailplan_kernels.triton_kernels import tiles
+    from sailplan_kernels.triton_kernels import sigmoid_tiles, tiles
 
-    function = getattr(tiles, f"{case.kernel}_kernel")
+    function = getattr(sigmoid_tiles if case.kernel == "sigmoid" else tiles, f"{case.kernel}_kernel")
     config = config or configuration(case.dtype, case.kind, case.masks, case.capability)
-    constants = {**switches(case.kind, case.masks), "MOMENTS": case.kind != "plain", "KEEP": case.keep, "PRECISION": "ieee", **asdict(config)}
+    constants = {**switches(case.kind, case.masks), "MOMENTS": case.kind not in ("plain", "sigmoid"), "KEEP": case.keep, "PRECISION": "ieee", **asdict(config)}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     kinds = {name: f"*{TYPES[case.dtype]}" for name in ("rows", "columns", "weights", "kept")}
-    kinds |= {"row_tags": "*i64", "column_tags": "*i64", "bounds": "*i32", **dict.fromkeys(("n", "m", "D", "pitch", "prefixes"), "i32")}
+    kinds |= {"row_tags": "*i64", "column_tags": "*i64", "bounds": "*i32", **dict.fromkeys(("n", "m", "D", "pitch", "prefixes", "moments"), "i32")}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in function.arg_names}
     free = {function.arg_names[i] if isinstance(i, int) else i for i in function.do_not_specialize} | ({"D"} if case.masks == "odd" else set())
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name not in constants and name not in free}

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sailplan_kernels import AllGather, Grid, Ring, infonce
+from sailplan_kernels import AllGather, Grid, Ring, infonce, sigmoid
 from sailplan_kernels.testing import run_ranks
 
 
@@ -96,6 +96,22 @@ def test_the_peak_follows_the_budget(make_case, options):
         assert memory.largest <= max(budget / 2, (n + m) * d * 4) < n * m * 4
     assert peaks[2**20] - peaks[2**18] <= 2**20 and peaks[2**22] - peaks[2**18] <= 2**22
     assert peaks[2**22] - peaks[2**18] > 2**20, "a larger budget is not used at all"
+
+
+@pytest.mark.parametrize("prefixes", [None, (4, 8, 16)])
+def test_the_sigmoid_loss_follows_the_budget(make_case, prefixes):
+    n, m, d = 1024, 1024, 16
+    _, case = make_case(0, (n,), (m,), d, dtype=torch.float32, ids=True, query_ids=True, prefixes=prefixes)
+    leaves = {name: case[name].requires_grad_() for name in ("queries", "keys", "temperature")}
+    peaks = {}
+    for budget in (2**18, 2**20, 2**22):
+        with LiveBytes(*(x for x in case.values() if isinstance(x, torch.Tensor))) as memory:
+            sigmoid(**{**case, **leaves}, bias=-3.0, backend="chunked", memory_budget=budget).loss.backward()
+        for x in leaves.values():
+            x.grad = None
+        peaks[budget] = memory.peak
+        assert memory.peak <= 3 * budget + 2 * (n + m) * d * 4 and memory.largest < n * m * 4
+    assert 2**20 < peaks[2**22] - peaks[2**18] <= 2**22
 
 
 def test_the_reference_holds_more_than_a_matrix(make_case):

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sailplan_kernels import EXCHANGES, AllGather, Exchange, Local, RowSplit, infonce, sigmoid
 from sailplan_kernels.testing import run_ranks
 
-LEAVES = ("queries", "keys", "hard_negatives", "temperature")
+LEAVES = ("queries", "keys", "hard_negatives", "temperature", "bias")
 OPTIONS = [
     {},
     {"positives": True, "ids": True, "masks": True, "per_row_temperature": True},
@@ -34,13 +34,13 @@ def grid(rank: int, data: int, tensor: int, kind: str = "all_gather") -> RowSpli
 
 
 def call(case: dict, frozen=(), loss=infonce, **more) -> dict[str, torch.Tensor]:
-    case = {name: x.clone().requires_grad_(name not in frozen) if name in LEAVES else x for name, x in case.items()}
+    case = {name: x.clone().requires_grad_(name not in frozen) if name in LEAVES and isinstance(x, torch.Tensor) else x for name, x in case.items()}
     out = loss(**case, **more)
     out.loss.backward()
     found = {"loss": out.loss.detach(), "prefix_losses": out.prefix_losses, "positive_score": out.positive_score}
     if loss is infonce:
         found["accuracy"] = out.accuracy
-    return found | {name: case[name].grad for name in LEAVES if name in case and name not in frozen}
+    return found | {name: case[name].grad for name in LEAVES if isinstance(case.get(name), torch.Tensor) and name not in frozen}
 
 
 def check(found: list[dict], expected: dict, data: int, tensor: int) -> None:
@@ -82,7 +82,7 @@ def test_peers_equal_one_process(make_case, data, tensor, kind):
 
 def test_losses_that_know_no_shares_are_as_right(make_case):
     ranks, whole = make_case(0, (5, 3), (7, 4), masks=True)
-    kinds = [("reference", infonce, {}), ("reference", sigmoid, {"bias": -3.0}), ("chunked", sigmoid, {"bias": -3.0})]
+    kinds = [("reference", infonce, {}), ("reference", sigmoid, {"bias": torch.tensor(-3.0)})]
 
     def work(rank, _):
         exchange = grid(rank, 2, 2)
@@ -92,6 +92,21 @@ def test_losses_that_know_no_shares_are_as_right(make_case):
         check(list(found), call(whole, loss=loss, backend="reference", **more), 2, 2)
 
 
+@pytest.mark.parametrize("data, tensor, kind", [(1, 3, "all_gather"), (2, 2, "all_gather"), (2, 2, "grid")])
+def test_peers_share_the_sigmoid_loss(make_case, data, tensor, kind):
+    options = ({}, {"positives": True, "ids": True, "masks": True, "per_row_temperature": True, "prefixes": (3, 7)})
+    cases = [make_case(seed, (5, 3)[:data], (7, 4)[:data], **more) for seed, more in enumerate(options)]
+    cases.append(make_case(3, (1, 2)[:data], (3, 2)[:data]))  # fewer rows than peers
+    bias = torch.tensor(-2.0, dtype=torch.float64)
+
+    def work(rank, _):
+        exchange = grid(rank, data, tensor, kind)
+        return [call({**ranks[rank // tensor], "bias": bias}, loss=sigmoid, exchange=exchange, backend="chunked", memory_budget=900) for ranks, _ in cases]
+
+    for found, (_, whole) in zip(zip(*run_ranks(work, data * tensor), strict=True), cases, strict=True):
+        check(list(found), call({**whole, "bias": bias}, loss=sigmoid, backend="reference"), data, tensor)
+
+
 def test_peers_may_freeze_inputs(make_case):
     ranks, whole = make_case(0, (5, 3), (7, 4), hard=2, symmetric=True, query_negatives=True, key_negatives=True)
     for frozen in (("queries",), ("keys", "temperature"), ("hard_negatives",)):
@@ -99,13 +114,16 @@ def test_peers_may_freeze_inputs(make_case):
         check(found, call(whole, frozen, backend="reference"), 2, 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"symmetric": True, "prefixes": (4, 8)}, {"query_negatives": True, "key_negatives": True}])
-def test_each_peer_does_its_part_of_the_products(make_case, options):
+@pytest.mark.parametrize(
+    "loss, options",
+    [(infonce, {}), (infonce, {"symmetric": True, "prefixes": (4, 8)}), (infonce, {"query_negatives": True, "key_negatives": True}), (sigmoid, {"bias": -3.0})],
+)
+def test_each_peer_does_its_part_of_the_products(make_case, loss, options):
     ranks, whole = make_case(0, (48,), (64,), 8, **options)
 
     def flops(case, exchange):
         with FlopCounterMode(display=False) as counter:
-            call(case, exchange=exchange, backend="chunked")
+            call(case, loss=loss, exchange=exchange, backend="chunked")
         return counter.get_total_flops()
 
     alone = flops(whole, Local())

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sailplan_kernels import AllGather, sigmoid
+from sailplan_kernels import EXCHANGES, Local, sigmoid
 from sailplan_kernels.testing import run_ranks
 
 LEAVES = ("queries", "keys", "temperature", "bias")
@@ -65,17 +65,16 @@ def test_chunked_equals_reference(make_case, data):
             torch.testing.assert_close(gradients[name].double(), gradient, rtol=near, atol=near * max(1.0, float(gradient.abs().max())))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_ranks_equal_one_process(make_case, world_size, backend):
-    shapes = ((5, 3, 2)[:world_size], (7, 3, 4)[:world_size])
+@pytest.mark.parametrize("world_size, backend, kind", [(2, "reference", "all_gather"), *((4, "chunked", kind) for kind in EXCHANGES)])
+def test_ranks_equal_one_process(make_case, world_size, backend, kind):
+    shapes = ((5, 3, 2, 0)[:world_size], (7, 3, 4, 1)[:world_size])
     cases = [make_case(i, *shapes, **flags) for i, flags in enumerate([{}, {"ids": True, "masks": True, "prefixes": (3, 7)}, {"positives": True}])]
 
     def work(rank, _):
         results = []
         for ranks, _ in cases:
             for frozen in ((), ("keys",) if rank == 0 else ("queries",)):
-                out, gradients = call(ranks[rank], frozen, exchange=AllGather(), backend=backend, memory_budget=1500)
+                out, gradients = call(ranks[rank], frozen, exchange=EXCHANGES[kind](), backend=backend, memory_budget=1500)
                 results.append((out.loss.detach(), out.prefix_losses, gradients))
         return results
 
@@ -94,3 +93,15 @@ def test_ranks_equal_one_process(make_case, world_size, backend):
 def test_wrong_bias():
     with pytest.raises(ValueError, match=r"^bias: found"):
         sigmoid(torch.randn(2, 3), torch.randn(2, 3), 0.1, torch.zeros(2))
+
+
+def test_a_rank_may_want_the_bias_alone(make_case):
+    """Then its tiles still give the other ranks' keys their gradient."""
+    ranks, whole = make_case(0, (5, 3), (7, 4), prefixes=(3, 7))
+    frozen = ("queries", "keys", "temperature")
+    parts = run_ranks(lambda rank, _: call(ranks[rank], frozen if rank else ("bias",), exchange=EXCHANGES["ring"](), backend="chunked")[1], 2)
+    _, expected = call(whole, backend="reference")
+    torch.testing.assert_close(parts[0]["keys"] / 2, expected["keys"][:7], rtol=1e-10, atol=1e-11)
+    alone = call(whole, frozen, backend="chunked", exchange=Local())[1]
+    torch.testing.assert_close(alone["bias"], expected["bias"], rtol=1e-10, atol=1e-11)
+    assert alone["keys"] is None and parts[1]["keys"] is None and parts[1]["bias"] is not None

@@ -48,6 +48,8 @@ for case in (
     Case("gradient", half, "moments", "odd", 80),
     Case("gradient", half, "moments", "few", 80),
     Case("gradient", half, "moments", "few", 100),
+    Case("sigmoid", half, "sigmoid", "few", 90),
+    Case("sigmoid", half, "sigmoid moments", "all", 90),
 ):
     verdict = compile_case(case)
     print(case, verdict)

@@ -13,16 +13,13 @@ BACKENDS = ("auto", "reference", "chunked", "triton")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def choose_backend(backend: str, queries: Tensor, engines: bool = True) -> str:
-    """The backend that will run. "auto" takes triton for half-precision inputs on CUDA where it can run, else chunked.
-
-    engines: whether the loss goes by engines of tiles; without, there is no triton.
-    """
+def choose_backend(backend: str, queries: Tensor) -> str:
+    """The backend that will run. "auto" takes triton for half-precision inputs on CUDA where it can run, else chunked."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend not in ("auto", "triton"):
         return backend
-    obstacle = why_no_triton(queries.device, queries.dtype) if engines else "this loss has no Triton form"
+    obstacle = why_no_triton(queries.device, queries.dtype)
     if backend == "triton" and obstacle is not None:
         raise ValueError(f"backend: found 'triton', but {obstacle}, expected 'auto', 'chunked' or 'reference'")
     half = queries.dtype in (torch.float16, torch.bfloat16)

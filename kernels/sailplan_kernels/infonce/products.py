@@ -1,4 +1,4 @@
-"""Matrix products that accumulate in full precision, how many rows fit into a budget, and the exact softplus."""
+"""Matrix products that accumulate in full precision, and the exact softplus."""
 
 from __future__ import annotations
 
@@ -22,12 +22,6 @@ def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
         target += torch.mm(a, b, out_dtype=target.dtype)
 
 
-def rows_per_chunk(budget: int, width: int, dimension: int, dtype: torch.dtype) -> int:
-    """Rows whose cosines, scores, one temporary and three masks, and embeddings fit into ``budget`` bytes; at least one."""
-    size = torch.finfo(dtype).bits // 8
-    return max(1, budget // (width * (3 * size + 3) + 4 * dimension * size))
-
-
 def prefix_dots(a: Tensor, b: Tensor, prefixes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """[P, ...] dot products over the first d_p entries of the last dimension."""
     found: list[Tensor] = []
@@ -46,3 +40,9 @@ def vecdot(a: Tensor, b: Tensor) -> Tensor:
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)) without torch's cut-off at 20; 0 at minus infinity."""
     return -F.logsigmoid(-x)
+
+
+def softplus_sum(x: Tensor) -> Tensor:
+    """[n] sums over the rows of softplus(x) [n, m], with one more [n, m] in memory."""
+    logarithms = x.abs().neg_().exp_().log1p_().sum(1)
+    return logarithms.add_(x.clamp_min(0).sum(1))

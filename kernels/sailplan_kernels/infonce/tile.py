@@ -88,6 +88,7 @@ class Gradient:
     row_temperature: Tensor  # fp [P, n] sum over columns of R * cosine (for the temperature); equals row_moment without columns
     column_temperature: Tensor | None  # fp [P, m] sum over rows of C * cosine, with Rule.columns
     row_total: Tensor | None = None  # fp [P, n] sum over columns of push * sigmoid(logit), with Rule.sigmoid (for the bias)
+    row_sum: Tensor | None = None  # fp [P, n] as of Statistics, with Rule.sigmoid: its one pass says both
 
 
 class Tile(Protocol):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sailplan_kernels.infonce.products import product, softplus
+from sailplan_kernels.infonce.products import product, softplus_sum
 from sailplan_kernels.infonce.tile import Coefficients, Gradient, Rule, Side, Statistics
 
 FLOOR = -1e30
@@ -52,7 +52,7 @@ class _Tile:
             logits = self._row_logits(cosine, p, in_place=self.plain)
             if self.rule.sigmoid:
                 row_maximum.append(torch.zeros_like(self.rows.inverse_temperature))
-                row_sum.append(softplus(logits).sum(1))
+                row_sum.append(softplus_sum(logits))
                 continue
             top = logits.amax(1)
             row_sum.append(logits.sub_(_shift(top)[:, None]).exp_().sum(1))
@@ -76,12 +76,13 @@ class _Tile:
         cosines = self.cosines if self.cosines is not None else self._cosines()
         self.cosines = None
         weights: list[Tensor] = [cosines[0]] * prefixes
-        moments: dict[str, list[Tensor]] = {name: [] for name in ("row", "column", "row_t", "column_t", "total")}
+        moments: dict[str, list[Tensor]] = {name: [] for name in ("row", "column", "row_t", "column_t", "total", "sum")}
         above: Tensor | None = None
         for p in reversed(range(prefixes)):
             cosine = cosines[p]
             weight = self._row_logits(cosine, p)
             if rule.sigmoid:
+                moments["sum"].append(softplus_sum(weight))
                 weight.sigmoid_().mul_(coefficients.row_push[p][:, None])
                 moments["total"].append(weight.sum(1))
                 weight.mul_(rows.inverse_temperature[:, None])
@@ -111,6 +112,7 @@ class _Tile:
             row_temperature=stacked["row_t"],  # type: ignore[arg-type]
             column_temperature=stacked["column_t"],
             row_total=stacked["total"],
+            row_sum=stacked["sum"],
         )
 
     def _plain_gradient(self, coefficients: Coefficients) -> Gradient:

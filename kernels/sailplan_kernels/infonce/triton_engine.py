@@ -13,6 +13,7 @@ from triton import cdiv, knobs
 
 from sailplan_kernels.infonce.tile import Coefficients, Gradient, Rule, Side, Statistics
 from sailplan_kernels.triton_kernels.configurations import INTERPRETER, STEP, Configuration, configuration, switches
+from sailplan_kernels.triton_kernels.sigmoid_tiles import sigmoid_kernel
 from sailplan_kernels.triton_kernels.tiles import OUT, gradient_kernel, rescale_kernel, statistics_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,7 +46,8 @@ class TritonTile:
         self.moments = rule.moments or rule.columns or rule.sigmoid
         self.keep = keep and self.p == 1 and not self.moments
         self.kept: tuple[Tensor, Tensor] | None = None  # exponentials [1, n, pitch] and their maxima [TC, n], log2
-        self.kind = "sigmoid" if rule.sigmoid else "columns" if rule.columns else "moments" if self.moments else "plain"
+        sigmoid = "sigmoid moments" if rule.moments else "sigmoid"
+        self.kind = sigmoid if rule.sigmoid else "columns" if rule.columns else "moments" if self.moments else "plain"
         limits = rows.limit is not None or (rule.columns and columns.limit is not None)
         odd = any(x % STEP for x in (*rule.prefixes, rows.vectors.shape[1]))
         self.masks = "odd" if odd else "all" if limits or len(rule.tags_in_use) > 1 else "few"
@@ -89,13 +91,14 @@ class TritonTile:
 
     def _launch(self, kernel, *outputs: Tensor, **more: bool) -> None:
         rows, columns, config = self.rows, self.columns, self.config
+        switches = {name: value for name, value in self.switches.items() if name in kernel.arg_names}
         if not (self.n and self.m):
             return
         kernel[(self.tiles[0] * self.tiles[1],)](
             rows.vectors, columns.vectors, self.bounds, self.row_norm, self.column_norm, self.row_tags, self.column_tags,
             self._limit(rows), self._limit(columns), rows.inverse_temperature, columns.inverse_temperature,
             self.row_shift, self.column_shift, *outputs, self.n, self.m, rows.vectors.shape[1], self.pitch, self.p,
-            **self.switches, **more, BM=config.BM, BN=config.BN, BK=config.BK, GROUP=config.GROUP, PRECISION="ieee",
+            **switches, **more, BM=config.BM, BN=config.BN, BK=config.BK, GROUP=config.GROUP, PRECISION="ieee",
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
@@ -115,17 +118,18 @@ class TritonTile:
     def gradient(self, coefficients: Coefficients) -> Gradient:
         if self.kept is not None:
             return self._rescaled(coefficients)
+        if self.rule.sigmoid:
+            return self._sigmoid_gradient(coefficients)
         p, n, m, (tr, tc), rule = self.p, self.n, self.m, self.tiles, self.rule
         weights = self._weights()
         row_moment, column_moment = (self._new(p, tc, n), self._new(p, tr, m)) if self.moments else (self.row_norm, self.column_norm)
         row_temperature, column_temperature = (torch.empty_like(row_moment), torch.empty_like(column_moment)) if rule.columns else (row_moment, column_moment)
-        row_total = torch.empty_like(row_moment) if rule.sigmoid else row_moment
         row_log, row_push = coefficients.row_log_negatives.contiguous(), coefficients.row_push.contiguous()
         column_log, column_push = row_log, row_push
         if rule.columns:
             assert coefficients.column_log_negatives is not None and coefficients.column_push is not None
             column_log, column_push = coefficients.column_log_negatives.contiguous(), (coefficients.column_push * self.columns.valid).contiguous()
-        outputs = (row_log, row_push, column_log, column_push, weights, row_moment, column_moment, row_temperature, column_temperature, row_total)
+        outputs = (row_log, row_push, column_log, column_push, weights, row_moment, column_moment, row_temperature, column_temperature)
         self._launch(gradient_kernel, *outputs, MOMENTS=self.moments)
         if not self.moments:
             return self._without_moments(weights)
@@ -136,7 +140,23 @@ class TritonTile:
             column_moment=column_moment.sum(1),
             row_temperature=row_temperature.sum(1) if rule.columns else moment,
             column_temperature=column_temperature.sum(1) if rule.columns else None,
-            row_total=row_total.sum(1) if rule.sigmoid else None,
+        )
+
+    def _sigmoid_gradient(self, coefficients: Coefficients) -> Gradient:
+        p, n, m, (tr, tc), moments = self.p, self.n, self.m, self.tiles, self.rule.moments
+        weights = self._weights()
+        row_sum, row_total, row_moment = (self._new(p, tc, n) for _ in range(3))
+        column_moment = self._new(p, tr, m) if moments else row_moment
+        self._launch(sigmoid_kernel, coefficients.row_push.contiguous(), weights, row_sum, row_total, row_moment, column_moment, MOMENTS=moments)
+        moment = row_moment.sum(1)
+        return Gradient(
+            weights=list(weights[:, :, :m].unbind(0)),
+            row_moment=moment,
+            column_moment=column_moment.sum(1) if moments else torch.zeros_like(self.column_norm),
+            row_temperature=moment,
+            column_temperature=None,
+            row_total=row_total.sum(1),
+            row_sum=row_sum.sum(1),
         )
 
     def _rescaled(self, coefficients: Coefficients) -> Gradient:

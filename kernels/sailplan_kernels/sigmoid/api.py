@@ -15,10 +15,12 @@ from torch import Tensor
 
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
+from sailplan_kernels.infonce.engines import make_engine
 from sailplan_kernels.infonce.normalize import normalize
 from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.infonce.problem import build_problem
-from sailplan_kernels.sigmoid.backends import chunked_loss, reference_loss
+from sailplan_kernels.sigmoid.reference import reference_loss
+from sailplan_kernels.sigmoid.tiled import tiled_loss
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ def sigmoid(
     """Sigmoid loss of this rank's N queries against the keys of all ranks.
 
     bias: number or 0-d tensor, added to every logit (SigLIP starts at -10 with temperature 0.1); the gradient
-    reaches a tensor. All other arguments mean what they mean for infonce. Raises ValueError on a wrong call.
+    reaches a tensor. All other arguments mean what they mean for infonce; memory_budget bounds the tile at work, nothing
+    waits for a second pass. Raises ValueError on a wrong call.
     """
     checks.check_embeddings(queries, keys, None)
-    chosen = checks.choose_backend(backend, queries, engines=False)
+    chosen = checks.choose_backend(backend, queries)
     checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid)
     if isinstance(bias, Tensor) and (bias.dim() != 0 or bias.dtype not in checks.FLOATS):
         raise ValueError(f"bias: found {bias.dtype} {tuple(bias.shape)}, expected a number or a 0-d float tensor")
@@ -82,13 +85,12 @@ def sigmoid(
         if not isinstance(bias, Tensor):
             bias = torch.tensor(bias, dtype=torch.float64)
         bias = bias.to(problem.queries.device, problem.queries.dtype)
-        run = reference_loss if chosen == "reference" else chunked_loss
-        losses = []
-        for prefix in options.prefixes:
-            loss, positive_score = run(problem, normalize(problem.queries[:, :prefix]), normalize(problem.keys[:, :prefix]), bias)
-            losses.append(loss)
-        total = torch.stack([w * loss for w, loss in zip(options.prefix_weights, losses, strict=True)]).sum()
-        prefix_losses = exchange.sum(torch.stack(losses).detach()) / exchange.world_size
+        if chosen == "reference":
+            total, losses, positive_score = reference_loss(problem, bias)
+        else:
+            q, k = (normalize(x[:, : options.prefixes[-1]]) for x in (problem.queries, problem.keys))
+            total, losses, positive_score = tiled_loss(problem, make_engine(chosen), q, k, bias)
+        prefix_losses = exchange.sum(losses) / exchange.world_size
     return SigmoidOutput(
         loss=total,
         prefix_losses=prefix_losses,

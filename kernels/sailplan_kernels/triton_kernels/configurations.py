@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-KINDS = ("plain", "moments", "columns", "sigmoid")  # of a tile: rows alone without and with moments, rows and columns, pairwise sigmoid
+KINDS = ("plain", "moments", "columns", "sigmoid", "sigmoid moments")  # of a tile: rows alone, rows and columns, pairwise sigmoid
 # few: one tag, no limits; all: TAGS tags and limits (unused ones never match); odd: all, with lengths that are not in whole STEPs.
 MASKS = ("few", "all", "odd")
 TAGS = 3  # at most, see infonce/masks.py
@@ -32,7 +32,7 @@ def switches(kind: str, masks: str) -> dict[str, int | bool]:
         "TAGS": 1 if masks == "few" else TAGS,
         "LIMITS": masks != "few",
         "COLUMNS": kind == "columns",
-        "SIGMOID": kind == "sigmoid",
+        "SIGMOID": kind.startswith("sigmoid"),
     }
 
 
@@ -42,7 +42,7 @@ def configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) ->
         return Configuration(64, 32 if kind == "columns" else 64, 32, 8, 8, 2)
     if capability == 100:  # a thread reads one row of the accumulator, and twice the columns
         return Configuration(128, 64 if kind == "plain" and masks == "few" else 32, 32 if masks == "odd" else 64, 8, 8, 3)
-    if masks == "odd" or (kind == "columns" and masks == "all"):  # vectors over columns fill the registers: wider tiles spill
+    if masks == "odd" or (kind in ("columns", "sigmoid moments") and masks == "all"):  # vectors over columns fill the registers: wider tiles spill
         return Configuration(128, 32, 32 if capability == 80 and masks == "odd" else 64, 8, 8, 3)
     if kind == "plain" and masks == "few" and capability == 90:
         return Configuration(128, 128, 64, 8, 8, 3)

@@ -1,4 +1,5 @@
 """Kernels over tiles of scores: statistics (maximum and sum of exponentials), gradient (weights and moments), rescale.
+The pairwise sigmoid loss has a gradient kernel of its own (sigmoid_tiles.py).
 
 One program computes one [BM, BN] tile of dot products in float32, in ONE pass over the dimensions: at the end of every
 Matryoshka prefix the running sum is that prefix's dot product, read and then continued. The loop over prefixes is a loop
@@ -91,16 +92,37 @@ def column_logits(x, row_shift, column_limit, column_scale, om, on, n, m, p, LIM
 
 @triton.jit
 def softplus(z):
-    """log(1 + e^z) of a logit times log2(e); 0 at FLOOR. Small results keep their digits (a series where 1 + x would round)."""
+    """log(1 + e^z) of a logit times log2(e); 0 at FLOOR. Small results keep their digits.
+
+    log(1 + x) = 2 artanh(s), s = x / (2 + x), as its series: s is at most 1/3, where what is left out is 1e-8 of the result.
+    The library's logarithm takes more registers than a tile has left.
+    """
     x = tl.exp2(-tl.abs(z))
-    log = tl.where(x < 1e-3, x - 0.5 * x * x, tl.log(1.0 + x))
-    return tl.maximum(z, 0.0) / LOG2E + log
+    s = x / (2.0 + x)
+    q = s * s
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
+    return tl.maximum(z, 0.0) / LOG2E + 2.0 * s * series
 
 
 @triton.jit
 def sigmoid(z):
     x = tl.exp2(-tl.abs(z))
     return tl.where(z >= 0, 1.0, x) / (1.0 + x)
+
+
+@triton.jit
+def add_to_prefixes(place, layer, inside, prefixes):
+    """From each prefix's own weights, which this program has written, to those of all prefixes from it on, in place.
+
+    Added up in float32 and from the longest prefix down: a weight is rounded twice at most, whatever the number of prefixes.
+    """
+    if prefixes > 1:
+        tl.debug_barrier()  # another thread of this program may have written what this one reads
+        total = tl.load(place + (prefixes - 1) * layer, mask=inside, other=0.0).to(tl.float32)
+        for i in range(1, prefixes):
+            here = place + (prefixes - 1 - i) * layer
+            total += tl.load(here, mask=inside, other=0.0).to(tl.float32)
+            tl.store(here, total.to(place.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=VECTORS)
@@ -151,15 +173,11 @@ def statistics_kernel(
 def gradient_kernel(
     rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit,
     row_scale, column_scale, row_shift, column_shift, row_log, row_push, column_log, column_push, weights,
-    row_moment, column_moment, row_temperature, column_temperature, row_total, n, m, D, pitch, prefixes,
-    STEP: tl.constexpr, TAGS: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SIGMOID: tl.constexpr, MOMENTS: tl.constexpr,
+    row_moment, column_moment, row_temperature, column_temperature, n, m, D, pitch, prefixes,
+    STEP: tl.constexpr, TAGS: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, MOMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """weights [P, n, pitch]; row_* [P, TC, n], column_* [P, TR, m]. column_push is 0 for columns that are no candidates.
-
-    The loop writes each prefix's own weights; afterwards the program adds up, in float32 and from the longest prefix down,
-    what it wrote itself: a weight is rounded twice at most, whatever the number of prefixes.
-    """
+    """weights [P, n, pitch]; row_* [P, TC, n], column_* [P, TR, m]. column_push is 0 for columns that are no candidates."""
     pm, pn = tile_of(tl.program_id(0), n, m, BM, BN, GROUP)
     tiles_m, tiles_n = tl.cdiv(n, BM), tl.cdiv(m, BN)
     om, on = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
@@ -177,14 +195,9 @@ def gradient_kernel(
         down = (p * tiles_m + pm).to(tl.int64) * m + on
         push = tl.load(row_push + p * n + om, mask=om < n, other=0.0)
         scale = tl.load(row_scale + om, mask=om < n, other=0.0)
-        if SIGMOID:
-            g = sigmoid(z)
-            tl.store(row_total + at, tl.sum(g, 1) * push, mask=om < n)
-            g *= (push * scale)[:, None]
-        else:
-            log = tl.load(row_log + p * n + om, mask=om < n, other=0.0) * LOG2E
-            # A logit is below its own logsumexp; rows without push may hold any, and 0 * inf is NaN.
-            g = tl.exp2(tl.minimum(z - log[:, None], 1.0)) * (push * scale)[:, None]
+        log = tl.load(row_log + p * n + om, mask=om < n, other=0.0) * LOG2E
+        # A logit is below its own logsumexp; rows without push may hold any, and 0 * inf is NaN.
+        g = tl.exp2(tl.minimum(z - log[:, None], 1.0)) * (push * scale)[:, None]
         if COLUMNS:
             tl.store(row_temperature + at, tl.sum(g * x, 1), mask=om < n)
             z = column_logits(x, row_shift, column_limit, column_scale, om, on, n, m, p, LIMITS)
@@ -200,13 +213,7 @@ def gradient_kernel(
             tl.store(column_moment + down, tl.sum(g * x, 0), mask=on < m)
         g = g * rn[:, None] * cn[None, :]
         tl.store(place + p * layer, g.to(weights.dtype.element_ty), mask=inside)
-    if prefixes > 1:
-        tl.debug_barrier()  # another thread of this program may have written what this one reads
-        total = tl.load(place + (prefixes - 1) * layer, mask=inside, other=0.0).to(tl.float32)
-        for i in range(1, prefixes):
-            here = place + (prefixes - 1 - i) * layer
-            total += tl.load(here, mask=inside, other=0.0).to(tl.float32)
-            tl.store(here, total.to(weights.dtype.element_ty), mask=inside)
+    add_to_prefixes(place, layer, inside, prefixes)
 
 
 @triton.jit(do_not_specialize=["row_factor", "column_factor", "n", "m"])

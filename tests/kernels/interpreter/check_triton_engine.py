@@ -13,7 +13,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sailplan_kernels import infonce
+from sailplan_kernels import infonce, sigmoid
 from sailplan_kernels.infonce.tile import Coefficients, Rule, Side
 from sailplan_kernels.infonce.triton_engine import TritonEngine
 
@@ -164,7 +164,10 @@ def check(rows, columns, rule, tolerance):
         assert not gradient.row_moment.any() and gradient.column_moment.shape == columns.inverse_norm.shape
         return
     sums = [("row_moment", "rmom"), ("column_moment", "cmom"), ("row_temperature", "rtemp")]
-    sums += [("column_temperature", "ctemp")] * rule.columns + [("row_total", "rtot")] * rule.sigmoid
+    sums += [("column_temperature", "ctemp")] * rule.columns + [("row_total", "rtot"), ("row_sum", "rsum")] * rule.sigmoid
+    if rule.sigmoid and not rule.moments:
+        assert not gradient.column_moment.any()
+        sums.remove(("column_moment", "cmom"))
     for name, key in sums:
         assert torch.equal(getattr(gradient, name), getattr(again, name))
         close(getattr(gradient, name), expected[key], 1e-4, name)
@@ -249,6 +252,24 @@ def test_the_loss_through_the_engine(options):
         assert out.backend == backend
         out.loss.backward()
         found.append((out.loss.detach(), queries.grad, keys.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"prefixes": (16, 48), "query_ids": torch.arange(70) % 9, "memory_budget": 20_000}], ids=["plain", "prefixes in tiles"])
+def test_the_sigmoid_loss_through_the_engine(options):
+    """Against the definition, in one tile and in many; also without a gradient, which is another kernel."""
+    g = torch.Generator().manual_seed(2)
+    start = torch.randn(2, 70, 48, generator=g)
+    found = []
+    for backend in ("reference", "triton"):
+        leaves = [x.clone().requires_grad_() for x in (*start, torch.tensor(0.1), torch.tensor(-2.0))]
+        out = sigmoid(*leaves, backend=backend, **options)
+        assert out.backend == backend
+        out.loss.backward()
+        with torch.no_grad():
+            value = sigmoid(*leaves, backend=backend, **options).loss
+        found.append((out.loss.detach(), value, out.prefix_losses, out.positive_score, *(x.grad for x in leaves)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
