@@ -14,9 +14,9 @@ from sailplan_kernels.infonce.reference import gather_agreed
 
 def reference_loss(problem: Problem, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's weighted loss (0-d), loss of each prefix [P] without gradient, and the positives' cosines [N] of the longest."""
-    losses, options, whole = [], problem.options, (problem.queries, problem.keys)
+    losses, options, queries, keys = [], problem.options, problem.queries, problem.keys
     for prefix in options.prefixes:
-        loss, positive = _prefix_loss(problem, *(normalize(x[:, :prefix]) for x in whole), bias)
+        loss, positive = _prefix_loss(problem, normalize(queries[:, :prefix]), normalize(keys[:, :prefix]), bias)
         losses.append(loss)
     total = torch.stack([weight * loss for weight, loss in zip(options.prefix_weights, losses, strict=True)]).sum()
     return total, torch.stack(losses).detach(), positive.detach()
