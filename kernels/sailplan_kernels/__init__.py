@@ -1,10 +1,13 @@
 """Contrastive losses with exact gradients across ranks, and exact tiled search."""
 
-from sailplan_kernels.exchange import EXCHANGES, AllGather, Exchange, Grid, Local, Ring, RowSplit
+from sailplan_kernels.exchange import ALL_EXCHANGES, EXCHANGES, AllGather, Exchange, Grid, Local, Ring, RowSplit, SymmetricMemory
 from sailplan_kernels.infonce import InfoNCEOutput, infonce
 from sailplan_kernels.sigmoid import SigmoidOutput, sigmoid
 from sailplan_kernels.topk import rank_of, topk
 
 __version__ = "0.1.0"
 
-__all__ = ["EXCHANGES", "AllGather", "Exchange", "Grid", "InfoNCEOutput", "Local", "Ring", "RowSplit", "SigmoidOutput", "infonce", "rank_of", "sigmoid", "topk"]
+__all__ = [
+    "ALL_EXCHANGES", "EXCHANGES", "AllGather", "Exchange", "Grid", "InfoNCEOutput", "Local", "Ring", "RowSplit", "SigmoidOutput", "SymmetricMemory",
+    "infonce", "rank_of", "sigmoid", "topk",
+]

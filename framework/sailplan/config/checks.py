@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sailplan.config.schema import MODALITIES, Config, DatasetConfig, StageConfig
 from sailplan.errors import ConfigurationError
-from sailplan_kernels.exchange import EXCHANGES
+from sailplan_kernels.exchange import ALL_EXCHANGES
 
 KINDS = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}  # and the parts that their records have
 PARTS = ("all", "text", "vision", "perceiver", "audio", "tower", "lora", "objectives", "temperatures")
@@ -31,7 +31,7 @@ def check(config: Config, world_size: int) -> None:
     if config.initialise_from is not None and not config.initialise_parts:
         raise ConfigurationError(f"initialise_parts is empty beside initialise_from={config.initialise_from}: name some of {', '.join(INITIALISED)}")
     _one_of("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled"))
-    _one_of("parallel.exchange", config.parallel.exchange, tuple(EXCHANGES))
+    _one_of("parallel.exchange", config.parallel.exchange, tuple(ALL_EXCHANGES))
     _one_of("step.backend", config.step.backend, ("auto", "reference", "chunked", "triton"))
     if "/" in config.name or not config.name:
         raise ConfigurationError(f"name={config.name!r}: expected a folder name without '/'")

@@ -225,7 +225,9 @@ class ParallelConfig:
     tensor: int = 1  # tensor-parallel size; data-parallel size = world size / tensor
     sharding: str = "shard"  # shard: FSDP2 over all data-parallel ranks | hybrid: over a part of them, `replicas` times | replicate: whole copies
     replicas: int = 2  # hybrid: copies of the parameters; each is cut over data-parallel size / replicas ranks
-    exchange: str = "all_gather"  # how ranks show each other their negatives, in training and mining: all_gather | ring (least memory) | grid (many nodes)
+    # How ranks show each other their negatives, in training and mining: all_gather | ring (least memory) | grid (many nodes) |
+    # symmetric_memory (all-gather by CUDA's copy engines on one node; no GPU has run it).
+    exchange: str = "all_gather"
     dtype: str = "float32"  # float32 | bfloat16 | float64: compute dtype
     activation_checkpointing: str = "none"  # none | full: transformer layers keep their inputs alone and run again in the backward pass
     timeout_seconds: float = 600.0  # collective time-out; the watchdog exits with 70

@@ -24,9 +24,10 @@ from sailplan.curriculum.scoring import share
 from sailplan.data.evaluation import EvaluationRows
 from sailplan.data.reader import RecordReader
 from sailplan.data.record import EncoderInputs
+from sailplan.errors import ConfigurationError
 from sailplan.model.parallelize import reshard
 from sailplan.runtime.process import Parallel
-from sailplan_kernels.exchange import EXCHANGES, AllGather, Local, RowSplit
+from sailplan_kernels.exchange import ALL_EXCHANGES, AllGather, Local, RowSplit
 from sailplan_kernels.exchange.base import Exchange
 
 
@@ -69,8 +70,14 @@ class EmbeddedRows:
 
 
 def exchange_of(parallel: Parallel, kind: str = "all_gather") -> Exchange:
-    """The exchange over this rank's data-parallel group; kind: a name in EXCHANGES."""
-    return Local() if parallel.data_parallel_size == 1 else EXCHANGES[kind](parallel.data_parallel_group)
+    """The exchange over this rank's data-parallel group; kind: a name in ALL_EXCHANGES. Raises ConfigurationError for one that
+    cannot work here."""
+    if parallel.data_parallel_size == 1:
+        return Local()
+    try:
+        return ALL_EXCHANGES[kind](parallel.data_parallel_group)
+    except ValueError as error:
+        raise ConfigurationError(f"parallel.exchange={kind}: {error}") from error
 
 
 def training_exchange(parallel: Parallel, kind: str) -> Exchange:

@@ -11,6 +11,7 @@ non-contiguous upstream gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,12 @@ from sailplan_kernels.exchange.base import Shard, Stream
 # torch 2.13 renamed both collectives and warns at each call under the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Waitable(Protocol):
+    """Something under way."""
+
+    def wait(self) -> Any: ...
 
 
 class AllGather:
@@ -62,6 +69,10 @@ class AllGather:
     def stream(self, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> Stream:
         return _Gathered(self, x.detach(), sizes, accumulate)
 
+    def start(self, everyone: Tensor, mine: Tensor) -> Waitable:
+        """Begin to gather ``mine``, of equal size on all ranks, into ``everyone``."""
+        return _all_gather(everyone, mine, group=self.group, async_op=True)
+
     def sum(self, x: Tensor) -> Tensor:
         return self._reduce(x, dist.ReduceOp.SUM)
 
@@ -99,7 +110,7 @@ class _Gathered:
             mine = x.new_zeros((self.longest, *x.shape[1:]))
             mine[: len(x)] = x
         self.everyone = x.new_empty((exchange.world_size * self.longest, *x.shape[1:]))
-        self.work = _all_gather(self.everyone, mine.contiguous(), group=exchange.group, async_op=True)
+        self.work: Waitable | None = exchange.start(self.everyone, mine.contiguous())
         self.gradient: Tensor | None = None
 
     def shards(self, accumulate: bool = False) -> Iterator[Shard]:
