@@ -84,7 +84,7 @@ def sigmoid(
         )
         if not isinstance(bias, Tensor):
             bias = torch.tensor(bias, dtype=torch.float64)
-        bias = bias.to(problem.queries.device, problem.queries.dtype)
+        bias = bias.to(problem.row_weight)
         if chosen == "reference":
             total, losses, positive_score = reference_loss(problem, bias)
         else:
