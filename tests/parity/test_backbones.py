@@ -262,7 +262,7 @@ def siglip(request, tmp_path_factory):
 def seen(rank, world, folder, sizes):
     parallel = join_layout(world)
     config = vision_config(folder)
-    encoder = OmniEncoder(config, published=["vision"])
+    encoder = OmniEncoder(config, published=["vision"], share_encoders=False)
     allocate(encoder)
     (source,) = open_sources(config)
     load(source, encoder, parallel.tensor_parallel_rank, world)
@@ -334,7 +334,7 @@ def sounds():
 def heard(rank, world, folder):
     parallel = join_layout(world)
     config = audio_config(folder)
-    encoder = OmniEncoder(config, published=["audio"])
+    encoder = OmniEncoder(config, published=["audio"], share_encoders=False)
     allocate(encoder)
     (source,) = open_sources(config)
     load(source, encoder, parallel.tensor_parallel_rank, world)

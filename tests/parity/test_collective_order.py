@@ -14,43 +14,15 @@ import pytest
 import torch.distributed as dist
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sailplan.data.record import StepBatch
 from sailplan.model.testing import join_layout
 from sailplan.step.parity import cached_step, gathered_gradients, reference, relative_errors
-from sailplan.step.testing import ROWS, WEIGHTS
+from sailplan.step.testing import ROWS, WEIGHTS, Call, Recorder
 from sailplan_kernels.testing import run_ranks
 
 KINDS = {"text": {"text"}, "image": {"vision"}, "audio": {"audio"}, "mixed": {"text", "vision", "audio"}, "empty": set()}
 RANKS = 4  # blocks of rows that get a kind each; two ranks get two blocks each
-
-Call = tuple[str, tuple[int, ...], tuple[Any, ...]]  # operation, the group's ranks, (shape, dtype) of every tensor
-
-
-class Recorder(TorchDispatchMode):
-    """All collectives of this rank, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "c10d":
-            group, tensors = None, []
-            for argument in args:
-                if isinstance(argument, Tensor):
-                    tensors.append(argument)
-                elif isinstance(argument, list):
-                    tensors += [each for part in argument for each in (part if isinstance(part, list) else [part]) if isinstance(each, Tensor)]
-                elif "ProcessGroup" in str(getattr(argument, "_type", lambda: "")()):
-                    group = dist.ProcessGroup.unbox(argument)
-            assert group is not None, f"{function}: no group among {[type(argument) for argument in args]}"
-            ranks = tuple(dist.get_process_group_ranks(group))
-            self.calls.append((function.__name__.partition(".")[0], ranks, tuple((tuple(t.shape), str(t.dtype)) for t in tensors)))
-        return function(*args, **(kwargs or {}))
-
 
 def restricted(blocks: Mapping[str, Sequence[str]]) -> Any:
     """The change of a whole batch that leaves each block of rows only what its kind has."""
@@ -130,13 +102,15 @@ def test_one_rank_has_one_kind_and_the_other_all(kind: str) -> None:
     assert max(max(errors.values()) for _, errors in found) <= 1e-10
 
 
-def _backward(rank: int, world_size: int, tensor_parallel: int, micro_batches: int, kept_graphs: int) -> tuple[Counter[str], Counter[str]]:
+def _backward(
+    rank: int, world_size: int, tensor_parallel: int, micro_batches: int, kept_graphs: int, share_encoders: bool
+) -> tuple[Counter[str], Counter[str]]:
     """Collectives of a step in the data-parallel and in the tensor-parallel group, by operation."""
     parallel = join_layout(tensor_parallel)
     members = {tuple(dist.get_process_group_ranks(group)): group for group in (parallel.data_parallel_group, parallel.tensor_parallel_group)}
     assert len(members) == 2
     with Recorder() as recorder:
-        cached_step(parallel, micro_batches, kept_graphs, WEIGHTS)
+        cached_step(parallel, micro_batches, kept_graphs, WEIGHTS, share_encoders=share_encoders)
     own = {group: Counter(operation for operation, ranks, _ in recorder.calls if ranks == group) for group in members}
     data, tensor = own.values()
     return data, tensor
@@ -144,7 +118,7 @@ def _backward(rank: int, world_size: int, tensor_parallel: int, micro_batches: i
 
 def test_reductions_at_tensor_parallel_size_two() -> None:
     """More micro-batches: as many collectives between data-parallel ranks as before, more between tensor-parallel ones."""
-    counts = {cuts: run_ranks(_backward, 4, 2, cuts, 0, timeout=120) for cuts in (1, 3)}
+    counts = {cuts: run_ranks(_backward, 4, 2, cuts, 0, False, timeout=120) for cuts in (1, 3)}
     for few, many in zip(counts[1], counts[3], strict=True):
         assert few[0] == many[0]
         # One of each unit's parameters, and one of the exchanges for each gradient that the losses reduce themselves.
@@ -153,6 +127,15 @@ def test_reductions_at_tensor_parallel_size_two() -> None:
         # The rows of the losses are split over tensor-parallel peers and gathered once a step, however many micro-batches.
         assert few[1]["_allgather_base_"] == many[1]["_allgather_base_"] > 0
         assert set(few[1]) == set(many[1]) == {"allreduce_", "_allgather_base_"}
+
+
+def test_shared_encoders_gather_once_a_call_and_reduce_once_a_step() -> None:
+    """Instead of two all-reduces a layer, forward and backward; the encoders' gradients are summed in one message."""
+    ranks = [run_ranks(_backward, 4, 2, 3, 0, share, timeout=120) for share in (False, True)]
+    for (cut_data, cut), (data, shared) in zip(*ranks, strict=True):
+        assert data == cut_data  # nothing more between data-parallel ranks
+        assert shared["_allgather_base_"] > cut["_allgather_base_"] and shared["allreduce_"] < cut["allreduce_"]
+        assert sum(shared.values()) < 0.8 * sum(cut.values())
 
 
 def test_the_recorder_sees_a_rank_that_differs() -> None:

@@ -18,7 +18,7 @@ def _config(options: argparse.Namespace, world_size: int) -> Config:
 
     config = compose(options.overrides)
     check_config(config, world_size)
-    check_model(config.model, config.parallel.tensor)
+    check_model(config.model, config.parallel.tensor, share_encoders=config.parallel.encoders == "share")
     check_weights(config.model)
     return config
 

@@ -70,6 +70,7 @@ def _check_parallel(config: Config, world_size: int) -> None:
         )
     _one_of("parallel.dtype", config.parallel.dtype, ("float32", "bfloat16", "float64"))
     _one_of("parallel.sharding", config.parallel.sharding, ("shard", "hybrid", "replicate"))
+    _one_of("parallel.encoders", config.parallel.encoders, ("share", "tensor"))
     data_parallel = world_size // tensor
     _one_of("parallel.activation_checkpointing", config.parallel.activation_checkpointing, ("none", "full"))
     replicas = config.parallel.replicas

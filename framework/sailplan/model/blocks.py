@@ -14,7 +14,9 @@ the same hidden units; the dropped attention weights then depend on the tensor-p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -44,12 +46,27 @@ def initial_deviation(hidden: int) -> float:
     return math.sqrt(2 / (5 * hidden))
 
 
+_UNCUT: ContextVar[bool] = ContextVar("uncut", default=False)
+
+
+@contextmanager
+def uncut(on: bool = True) -> Iterator[None]:
+    """Layers that are built inside the block are whole on every tensor-parallel rank."""
+    token = _UNCUT.set(on)
+    try:
+        yield
+    finally:
+        _UNCUT.reset(token)
+
+
 def process_groups() -> ProcessGroupCollection:
     """megatron-core's groups, or empty ones where no world was started (building on the meta device to count parameters)."""
     if not parallel_state.model_parallel_is_initialized():
         return ProcessGroupCollection(tp=None, cp=None, pp=None)
+    # Nothing is context parallel, so that group holds this rank alone: what megatron-core's layers take for a world of one.
+    alone = parallel_state.get_context_parallel_group()
     return ProcessGroupCollection(
-        tp=parallel_state.get_tensor_model_parallel_group(),
+        tp=alone if _UNCUT.get() else parallel_state.get_tensor_model_parallel_group(),
         cp=parallel_state.get_context_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
     )

@@ -21,11 +21,12 @@ def build_encoder(config: ModelConfig, parallel_config: ParallelConfig, parallel
     which each tensor-parallel rank reads its own part. Raises ConfigurationError for sizes that do not divide, and for
     files that are not of the configured model.
     """
-    check_model(config, parallel.tensor_parallel_size)
+    share = parallel_config.encoders == "share"
+    check_model(config, parallel.tensor_parallel_size, share_encoders=share)
     sources = open_sources(config)
     dtype = torch.float64 if parallel_config.dtype == "float64" else torch.float32
     compute = torch.bfloat16 if parallel_config.dtype == "bfloat16" else None
-    encoder = OmniEncoder(config, dtype=dtype, seed=seed, published=[source.part for source in sources])
+    encoder = OmniEncoder(config, dtype=dtype, seed=seed, published=[source.part for source in sources], share_encoders=share)
     for source in sources:
         allocate(encoder)
         load(source, encoder, parallel.tensor_parallel_rank, parallel.tensor_parallel_size)

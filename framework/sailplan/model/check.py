@@ -61,13 +61,17 @@ def _check_halvings(key: str, value: int, what: str) -> None:
         _fail(key, value, f"a power of two ({what})", "choose 1, 2, 4, 8, 16, ...")
 
 
-def check_model(config: ModelConfig, tensor_parallel: int) -> None:
-    """Raises ConfigurationError, naming the key, where `config` cannot be built at this tensor-parallel size."""
+def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bool = True) -> None:
+    """Raises ConfigurationError, naming the key, where `config` cannot be built at this tensor-parallel size.
+
+    share_encoders: the vision and audio encoders and the perceiver are whole on every rank (parallel.encoders=share).
+    """
     vision, audio = config.vision, config.audio
+    cut = 1 if share_encoders else tensor_parallel
     _check_shape("model.tower", config.tower, tensor_parallel, rotary=True)
-    _check_shape("model.vision.encoder", vision.encoder, tensor_parallel, rotary=False)
-    _check_shape("model.vision.perceiver", vision.perceiver, tensor_parallel, rotary=False)
-    _check_shape("model.audio.encoder", audio.encoder, tensor_parallel, rotary=audio.backbone == "own")
+    _check_shape("model.vision.encoder", vision.encoder, cut, rotary=False)
+    _check_shape("model.vision.perceiver", vision.perceiver, cut, rotary=False)
+    _check_shape("model.audio.encoder", audio.encoder, cut, rotary=audio.backbone == "own")
     _positive("model.vocabulary", config.vocabulary)
     if config.vocabulary % tensor_parallel:
         _fail("model.vocabulary", config.vocabulary, f"a multiple of parallel.tensor={tensor_parallel}", "round it up; unused entries cost little")

@@ -14,7 +14,7 @@ from torch import nn
 from sailplan.config.schema import ModelConfig, TransformerShape
 from sailplan.model.backbones.load import check_shapes, open_sources
 from sailplan.model.blocks import head_size, process_groups
-from sailplan.model.tower import OmniEncoder
+from sailplan.model.tower import ENCODERS, OmniEncoder
 
 BYTES = {torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
 
@@ -114,6 +114,7 @@ def estimate_memory(
     data: int,
     shard: bool,
     rows: int,
+    share_encoders: bool = True,
     modalities: tuple[str, ...] = ("text", "vision"),
     tokens: int = 48,
     image_size: int = 64,
@@ -123,6 +124,9 @@ def estimate_memory(
     compute_dtype: torch.dtype = torch.float32,
 ) -> MemoryEstimate:
     """A rank's memory in bytes, for planning: right to some tens of percent.
+
+    share_encoders: the vision and audio encoders and the perceiver are whole on every tensor-parallel rank, which runs
+    them on rows / tensor; the activations below count them as cut, which is nearly the same number.
 
     With P = cut / tensor + whole (the parameters that a tensor-parallel rank sees), S = data if sharded else 1, and
     b, c the bytes of an element of a parameter and of the computation:
@@ -137,8 +141,10 @@ def estimate_memory(
     rows: rows with a live graph, that is micro_batch x (1 + kept graphs). The loss and the decoded batches come on top.
     """
     model = build_on_meta(config)
-    sizes = [_split_sizes(model, part) for part in model.parts()]
-    seen = math.ceil(sum(cut for cut, _ in sizes) / tensor) + sum(whole for _, whole in sizes)
+    sizes = {part: _split_sizes(model, part) for part in model.parts()}
+    kept_whole = ENCODERS if share_encoders else ()
+    cut = sum(size for part, (size, _) in sizes.items() if part not in kept_whole)
+    seen = math.ceil(cut / tensor) + sum(map(sum, sizes.values())) - cut
     held = math.ceil(seen / data) if shard else seen
     width, compute = BYTES[parameter_dtype], BYTES[compute_dtype]
     elements = activation_elements(config, modalities, tensor=tensor, tokens=tokens, image_size=image_size, frames=frames, audio_frames=audio_frames)

@@ -117,7 +117,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 def finish_gradients(model: nn.Module, parallel: Parallel) -> None:
     """Sums over the tensor-parallel group the gradients of which each rank has a part: those of the query and key
-    norms, whose one weight serves heads on all ranks. One flat all-reduce; nothing where there are no such norms.
+    norms, whose one weight serves heads on all ranks, and those of encoders whose rows the ranks share out. In the
+    gradients' own dtype (float32, where bfloat16 computes), in flat messages; nothing where there are no such parameters.
 
     All other replicated parameters get whole gradients from megatron-core's backward. Call it once, after the
     step's last backward.
@@ -125,12 +126,23 @@ def finish_gradients(model: nn.Module, parallel: Parallel) -> None:
     if parallel.tensor_parallel_size == 1:
         return
     gradients = [_local(p.grad) for p in model.parameters() if getattr(p, "tensor_parallel_partial", False) and p.grad is not None]
-    if not gradients:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat, group=parallel.tensor_parallel_group)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    for message in _messages(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in message])
+        dist.all_reduce(flat, group=parallel.tensor_parallel_group)
+        for gradient, part in zip(message, flat.split([g.numel() for g in message]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _messages(gradients: Iterable[Tensor], limit: int = 2**26) -> Iterator[list[Tensor]]:
+    """The gradients in order, in groups of one dtype and, as far as single ones allow, at most `limit` elements: a message's buffer is a copy."""
+    message: list[Tensor] = []
+    for gradient in gradients:
+        if message and (gradient.dtype != message[0].dtype or sum(each.numel() for each in message) + gradient.numel() > limit):
+            yield message
+            message = []
+        message.append(gradient)
+    if message:
+        yield message
 
 
 def _counted_here(parameter: Tensor, parallel: Parallel) -> bool:

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -28,15 +29,17 @@ from sailplan.data.record import EncoderInputs
 from sailplan.model.audio import AudioAdapter, AudioEncoder
 from sailplan.model.backbones.siglip import SiglipVisionEncoder
 from sailplan.model.backbones.whisper import WhisperAudioEncoder
-from sailplan.model.blocks import Blocks, initial_deviation, process_groups, transformer_config
+from sailplan.model.blocks import Blocks, initial_deviation, process_groups, transformer_config, uncut
 from sailplan.model.check import check_model
 from sailplan.model.lora import add_lora, is_lora
 from sailplan.model.pooling import LatentAttention, last_position, masked_mean
 from sailplan.model.protocol import Embeddings
+from sailplan.model.sharing import encode_own_rows, mark_shared
 from sailplan.model.vision import Perceiver, VisionEncoder
 
 VISION: dict[str, Callable[[VisionConfig, torch.dtype], nn.Module]] = {"own": VisionEncoder, "siglip": SiglipVisionEncoder}
 PARTS = ("text", "vision", "perceiver", "audio", "tower")
+ENCODERS = ("vision", "perceiver", "audio")  # the parts whose rows tensor-parallel peers can share
 
 # FSDP2 looks for the outputs that need gradients through pytree: it must see into our dataclass.
 _pytree.register_dataclass(Embeddings)
@@ -74,13 +77,18 @@ class OmniEncoder(nn.Module):
     published: parts that are laid out on the meta device instead of drawn, to be filled from published weights
     (`backbones.load`): "tower" (the text embedding and the tower's blocks), "vision" (the frame encoder), "audio" (the audio
     encoder without its projection).
+    share_encoders: tensor-parallel ranks hold the vision encoder, the perceiver and the audio encoder whole and encode a
+    part of the rows each (see `model.sharing`); False: these are cut like the tower, and every rank takes part in each row.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, published: Collection[str] = ()) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, published: Collection[str] = (), share_encoders: bool = True
+    ) -> None:
         super().__init__()
         groups = process_groups()
         tensor_parallel = groups.tp.size() if groups.tp is not None else 1
-        check_model(config, tensor_parallel)
+        check_model(config, tensor_parallel, share_encoders=share_encoders)
+        self.sharing: dist.ProcessGroup | None = groups.tp if share_encoders and tensor_parallel > 1 else None
         self.config = config
         self.dtype = dtype
         hidden = config.tower.hidden
@@ -94,17 +102,21 @@ class OmniEncoder(nn.Module):
                     config=transformer_config(config.tower, dtype, tensor_parallel),
                     tp_group=groups.tp,
                 )
-            with _meta_if("vision" in published):
-                self.vision: nn.Module = VISION[config.vision.backbone](config.vision, dtype)
-            self.perceiver = Perceiver(config.vision, hidden, dtype)
-            if config.audio.backbone == "whisper":
-                sound: nn.Module = WhisperAudioEncoder(config.audio, dtype, _meta_if("audio" in published))
-            else:
-                sound = AudioEncoder(config.audio, config.rope_base, dtype)
-            self.audio = nn.ModuleDict({"encoder": sound, "adapter": AudioAdapter(config.audio.output, hidden, dtype)})
+            with uncut(share_encoders):
+                with _meta_if("vision" in published):
+                    self.vision: nn.Module = VISION[config.vision.backbone](config.vision, dtype)
+                self.perceiver = Perceiver(config.vision, hidden, dtype)
+                if config.audio.backbone == "whisper":
+                    sound: nn.Module = WhisperAudioEncoder(config.audio, dtype, _meta_if("audio" in published))
+                else:
+                    sound = AudioEncoder(config.audio, config.rope_base, dtype)
+                self.audio = nn.ModuleDict({"encoder": sound, "adapter": AudioAdapter(config.audio.output, hidden, dtype)})
             self.tower = Tower(config, dtype, _meta_if("tower" in published))
             if config.lora.rank:
                 add_lora({name: getattr(self, name) for name in PARTS}, config.lora)
+        if self.sharing is not None:
+            for name in ENCODERS:
+                mark_shared(getattr(self, name))
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names that a stage's `trainable` list uses: text, vision, perceiver, audio, tower, and lora where there is any."""
@@ -129,14 +141,12 @@ class OmniEncoder(nn.Module):
         if "audio" in inputs.modalities:
             if inputs.audio is None or inputs.audio_mask is None:
                 raise ValueError("the view declares audio, but the inputs hold none")
-            token = self.audio["adapter"](self.audio["encoder"](inputs.audio, inputs.audio_mask))
+            token = self._shared(self._hear, inputs.audio, inputs.audio_mask)
             pieces.append((2, token, inputs.audio_mask.any(1, keepdim=True)))
         if "vision" in inputs.modalities:
             if inputs.images is None or inputs.image_mask is None:
                 raise ValueError("the view declares vision, but the inputs hold no images")
-            rows, frames = inputs.image_mask.shape
-            patches = self.vision(inputs.images.flatten(0, 1))
-            latents = self.perceiver(patches.unflatten(0, (rows, frames)), inputs.image_mask)
+            latents = self._shared(self._see, inputs.images, inputs.image_mask)
             pieces.append((1, latents, inputs.image_mask.any(1, keepdim=True).expand(-1, latents.size(1))))
         # Prompts are text: the embedding runs for every view.
         pieces.append((0, self.text(inputs.token_ids), inputs.token_mask))
@@ -164,6 +174,20 @@ class OmniEncoder(nn.Module):
             own_text[:, keep.size(1) - inputs.text_mask.size(1) :] = inputs.text_mask & inputs.token_mask
             text = pool(hidden, own_text)
         return Embeddings(fused=fused, vision=vision, text=text)
+
+
+    def _see(self, images: Tensor, image_mask: Tensor) -> Tensor:
+        """images [b, f, 3, height, width], image_mask bool [b, f]: latents [b, l, h]."""
+        patches = self.vision(images.flatten(0, 1))
+        return self.perceiver(patches.unflatten(0, image_mask.shape), image_mask)
+
+    def _hear(self, audio: Tensor, audio_mask: Tensor) -> Tensor:
+        """audio [b, c, frames, mel_bins], audio_mask bool [b, c]: one token, [b, 1, h]."""
+        return self.audio["adapter"](self.audio["encoder"](audio, audio_mask))
+
+    def _shared(self, encode: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        shapes = (self.config.vision.encoder, self.config.vision.perceiver, self.config.audio.encoder)
+        return encode_own_rows(encode, self.sharing, *inputs, dropout=self.training and any(shape.dropout > 0 for shape in shapes))
 
 
 def _one_absent_row(inputs: EncoderInputs) -> EncoderInputs:

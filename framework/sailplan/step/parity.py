@@ -71,13 +71,15 @@ def build_step(
     exchange: str = "all_gather",
     dtype: torch.dtype = torch.float64,
     checkpointing: bool = False,
+    share_encoders: bool = True,
+    compute_dtype: torch.dtype | None = None,
 ) -> TrainingStep:
     """The step of step.testing at a layout; sharding: shard, hybrid (two copies) or replicate; checkpointing: of activations."""
     config = step_config(kept_graphs=kept_graphs, dropout=dropout)
-    encoder, objectives, temperatures = build_modules(config, dtype)
+    encoder, objectives, temperatures = build_modules(config, dtype, share_encoders=share_encoders)
     if checkpointing:
         checkpoint_activations(encoder)
-    shard(encoder, parallel, shard=sharding != "replicate", replicas=2 if sharding == "hybrid" else 1)
+    shard(encoder, parallel, shard=sharding != "replicate", replicas=2 if sharding == "hybrid" else 1, compute_dtype=compute_dtype)
     optimizer = build_optimizer(encoder, objectives, temperatures, OptimizerConfig())
     row_split = RowSplit(EXCHANGES[exchange](parallel.data_parallel_group), AllGather(parallel.tensor_parallel_group))
     return TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, row_split)

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sailplan.config.schema import Config, DataConfig, DatasetConfig, PatternConfig, StepConfig, ViewConfig
 from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
@@ -83,9 +86,11 @@ def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: str = "c
     )
 
 
-def build_modules(config: Config, dtype: torch.dtype = torch.float64) -> tuple[OmniEncoder, nn.ModuleDict, Temperatures]:
+def build_modules(
+    config: Config, dtype: torch.dtype = torch.float64, *, share_encoders: bool = True
+) -> tuple[OmniEncoder, nn.ModuleDict, Temperatures]:
     """Encoder, objectives and temperatures; the parameters that start at zero are moved away from it. Equal in all dtypes up to rounding."""
-    encoder = OmniEncoder(config.model, dtype=dtype, seed=config.seed)
+    encoder = OmniEncoder(config.model, dtype=dtype, seed=config.seed, share_encoders=share_encoders)
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, seed=config.seed).double()
     temperatures = Temperatures(config.data.sets).double()
     generator = torch.Generator().manual_seed(5)
@@ -206,3 +211,29 @@ def named_gradients(encoder: nn.Module, objectives: nn.Module, temperatures: nn.
     modules = (("encoder", encoder), ("objectives", objectives), ("temperatures", temperatures))
     named = ((f"{prefix}.{name}", parameter) for prefix, module in modules for name, parameter in module.named_parameters())
     return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+
+
+Call = tuple[str, tuple[int, ...], tuple[Any, ...]]  # operation, the group's ranks, (shape, dtype) of every tensor
+
+
+class Recorder(TorchDispatchMode):
+    """All collectives of this rank, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            group, tensors = None, []
+            for argument in args:
+                if isinstance(argument, Tensor):
+                    tensors.append(argument)
+                elif isinstance(argument, list):
+                    tensors += [each for part in argument for each in (part if isinstance(part, list) else [part]) if isinstance(each, Tensor)]
+                elif "ProcessGroup" in str(getattr(argument, "_type", lambda: "")()):
+                    group = dist.ProcessGroup.unbox(argument)
+            assert group is not None, f"{function}: no group among {[type(argument) for argument in args]}"
+            ranks = tuple(dist.get_process_group_ranks(group))
+            self.calls.append((function.__name__.partition(".")[0], ranks, tuple((tuple(t.shape), str(t.dtype)) for t in tensors)))
+        return function(*args, **(kwargs or {}))

@@ -37,6 +37,7 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
         data=data_parallel // config.parallel.replicas if config.parallel.sharding == "hybrid" else data_parallel,
         shard=config.parallel.sharding != "replicate",
         rows=min(live, rank_rows),
+        share_encoders=config.parallel.encoders == "share",
         tokens=config.data.max_tokens,
         image_size=config.data.image_size,
         frames=config.data.frames,
