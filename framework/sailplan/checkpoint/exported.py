@@ -1,15 +1,22 @@
-"""Reading an exported folder (sailplan.export.weights writes it) into a model at any layout: a rank reads its own blocks only."""
+"""Reading an exported folder (sailplan.export.weights writes it): whole tensors, or a rank's own blocks of them into a model at any layout."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from sailplan.checkpoint.state import ModelState
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 Shapes = dict[str, tuple[int, ...]]  # tensor name -> shape
+Entries = dict[str, tuple[tuple[int, ...], torch.dtype]]  # tensor name -> (shape, dtype)
+TYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+}
 
 
 def is_exported(path: Path) -> bool:
@@ -17,20 +24,27 @@ def is_exported(path: Path) -> bool:
     return (path / DESCRIPTION).is_file()
 
 
-def exported_shapes(path: Path) -> Shapes:
-    """Shapes of the whole tensors, from the file's header."""
-    with safe_open(path / WEIGHTS, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dictionary
+class ExportedFolder:
+    """The whole tensors of an export. Opening it reads the header alone."""
 
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path / WEIGHTS, framework="pt")
+        slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118  not a dictionary
+        self.entries: Entries = {name: (tuple(part.get_shape()), TYPES[part.get_dtype()]) for name, part in slices.items()}
 
-def read_exported(path: Path, tensors: ModelState) -> None:
-    """Fills the views "model.NAME" in place, in their own dtype."""
-    with safe_open(path / WEIGHTS, framework="pt") as file:
+    def shapes(self) -> Shapes:
+        return {name: shape for name, (shape, _) in self.entries.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def fill(self, tensors: ModelState) -> None:
+        """Fills the views "model.NAME" in place, in their own dtype."""
         for key, view in tensors.items():
             name = key.removeprefix("model.")
             for chunk, held in view.blocks():
                 if not chunk.sizes:
-                    held.copy_(file.get_tensor(name))
+                    held.copy_(self.read(name))
                     continue
                 place = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-                held.copy_(file.get_slice(name)[place])
+                held.copy_(self._file.get_slice(name)[place])

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,11 +26,11 @@ import psutil  # noqa: F401  torch's writer needs it and fails in a way that lea
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from sailplan.checkpoint.exported import Shapes, exported_shapes, is_exported, read_exported
+from sailplan.checkpoint.exported import Entries, ExportedFolder, Shapes, is_exported
 from sailplan.checkpoint.state import ModelState, fresh_optimizer_state, model_state, optimizer_state
 from sailplan.errors import ConfigurationError, SailplanError
 from sailplan.runtime.process import Parallel
@@ -134,17 +134,40 @@ def latest(checkpoints: Path) -> Path | None:
     return next((folder for folder in reversed(_steps(checkpoints)) if is_complete(folder)), None)
 
 
+def newest(checkpoints: Path, count: int) -> list[Path]:
+    """The `count` newest complete checkpoints below `checkpoints`, the newest first; fewer where there are fewer."""
+    return [folder for folder in reversed(_steps(checkpoints)) if is_complete(folder)][:count]
+
+
 def prune(checkpoints: Path, keep: int) -> list[Path]:
     """Deletes all but the `keep` newest complete checkpoints and whatever is older than these; returns what was deleted.
 
     To be called on one rank. Folders newer than the newest complete one are left: another job may be writing them.
     """
-    kept = [folder for folder in reversed(_steps(checkpoints)) if is_complete(folder)][: max(keep, 1)]
+    kept = newest(checkpoints, max(keep, 1))
     doomed = [folder for folder in _steps(checkpoints) if kept and folder < kept[-1]]
     for folder in doomed:
         (folder / COMPLETE).unlink(missing_ok=True)  # never half deleted and still complete
         shutil.rmtree(folder)
     return doomed
+
+
+class WholeCheckpoint:
+    """The model's whole tensors of a complete checkpoint, for one process without any group. Opening it reads the index alone."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader = dcp.FileSystemReader(path)
+        self.entries = _entries(self._reader.read_metadata())
+
+    def read(self, name: str) -> Tensor:
+        return self.read_all([name])[name]
+
+    def read_all(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The named tensors (None: all), on the CPU."""
+        names = self.entries if names is None else names
+        state: dict[str, Any] = {f"model.{name}": torch.empty(self.entries[name][0], dtype=self.entries[name][1]) for name in names}
+        dcp.load(state, storage_reader=self._reader, no_dist=True)
+        return {key.removeprefix("model."): value for key, value in state.items()}
 
 
 def load(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None, parallel: Parallel) -> dict[str, Any]:
@@ -184,17 +207,17 @@ def load_model_only(
     """
     path = Path(path)
     what = f"checkpoint {path} could not be read"
-    exported = _together(lambda: is_exported(path), what)
+    exported = _together(lambda: ExportedFolder(path) if is_exported(path) else None, what)
 
     def target() -> ModelState:
         tensors = {key.replace("model.", f"model.{prefix}", 1): view for key, view in model_state(model, parallel).items()}
-        shapes = exported_shapes(path) if exported else _shapes(metadata)
+        shapes = exported.shapes() if exported else _shapes(metadata)
         tensors = {key: view for key, view in tensors.items() if (name := key.removeprefix("model.")) in shapes or not may_lack(name)}
         _check_fit(path, tensors, {name: shape for name, shape in shapes.items() if name.startswith(prefix)}, exact=exact)
         return tensors
 
     if exported:
-        _together(lambda: read_exported(path, target()), what)
+        _together(lambda: exported.fill(target()), what)
         return {}
     metadata, small = _together(lambda: _open(path), what)
     _read(path, target)
@@ -213,11 +236,16 @@ def _open(path: Path) -> tuple[Metadata, dict[str, Any]]:
     return dcp.FileSystemReader(path).read_metadata(), torch.load(path / SMALL, weights_only=True, map_location="cpu")
 
 
-def _shapes(metadata: Metadata) -> Shapes:
-    entries = metadata.state_dict_metadata.items()
+def _entries(metadata: Metadata) -> Entries:
     return {
-        key.removeprefix("model."): tuple(entry.size) for key, entry in entries if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        key.removeprefix("model."): (tuple(entry.size), entry.properties.dtype)
+        for key, entry in metadata.state_dict_metadata.items()
+        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
+
+
+def _shapes(metadata: Metadata) -> Shapes:
+    return {name: shape for name, (shape, _) in _entries(metadata).items()}
 
 
 def _check_fit(path: Path, tensors: ModelState, saved: Shapes, *, exact: bool) -> None:

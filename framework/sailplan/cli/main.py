@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "export":
             command.add_argument("--checkpoint", action="append", default=None, help="checkpoint folder (default: the run's newest); merge: once for each")
             command.add_argument("--weights", default=None, metavar="W,W", help="merge: one positive number for each checkpoint (default: equal)")
+            command.add_argument("--last", type=int, default=None, metavar="K", help="merge: the K newest checkpoints of the run")
+            command.add_argument("--decay", type=float, default=1.0, help="merge --last: weight of a checkpoint over the next newer one's (default: 1)")
         if name in ("mine", "balance", "evaluate", "embed"):
             command.add_argument("--checkpoint", default=None, help="checkpoint or exported folder (default: the run's newest complete checkpoint)")
         if name in ("mine", "balance", "embed", "export"):

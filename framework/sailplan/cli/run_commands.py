@@ -1,7 +1,7 @@
 """Commands that work with a run's checkpoint: `evaluate`, `embed`, `mine`, `balance`, `export`.
 
 All but `export` run on all ranks of the launch, at any layout, whatever layout wrote the checkpoint; in its place they
-take an exported folder, such as a merged one.
+take an exported folder, such as a merged one. `export` is the work of one process, also for a tensor-parallel run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sailplan.data.datasets import open_datasets
 from sailplan.data.reader import RecordReader
 from sailplan.errors import EXIT_DONE, ConfigurationError
 from sailplan.export.weights import exported_model
-from sailplan.runtime.process import Parallel, started, world_size_from_environment
+from sailplan.runtime.process import Parallel, is_main_by_environment, started, world_size_from_environment
 from sailplan.train.assemble import Whole, load_whole, newest_checkpoint
 from sailplan.train.run_folder import RunFolder
 
@@ -141,22 +141,26 @@ def export(options: argparse.Namespace) -> int:
     from published weights also as a folder of their format, named after the part."""
     from sailplan.export.weights import export_weights
 
+    if not is_main_by_environment():
+        return EXIT_DONE
     if options.merge:
         return _merge(options)
-    if options.weights or len(options.checkpoint or []) > 1:
-        raise ConfigurationError("export: found several checkpoints or --weights, expected one checkpoint; for an average write: sailplan export merge")
-    options.checkpoint = options.checkpoint[0] if options.checkpoint else None
-    with _opened(options) as run:
-        out = Path(options.out) if options.out else run.folder.root / "export"
-        export_weights(run.checkpoint, out, config=run.config, parallel=run.parallel)
-        _say(run, str(out))
+    if options.weights or options.last is not None or len(options.checkpoint or []) > 1:
+        raise ConfigurationError(
+            "export: found several checkpoints, --last or --weights, expected one checkpoint; for an average write: sailplan export merge"
+        )
+    config, folder = _configuration(options)
+    checkpoint = Path(options.checkpoint[0]) if options.checkpoint else newest_checkpoint(folder)
+    print(export_weights(checkpoint, Path(options.out) if options.out else folder.root / "export", config=config), flush=True)
     return EXIT_DONE
 
 
 def _merge(options: argparse.Namespace) -> int:
-    """The weighted average of checkpoints and exported folders; the work of one process."""
+    """The weighted average of checkpoints and exported folders."""
     from sailplan.export.merge import merge
 
+    if options.last is not None:
+        return _merge_last(options)
     if not options.out:
         raise ConfigurationError("export merge: --out is missing; give the folder to write")
     sources = [Path(source) for source in options.checkpoint or []]
@@ -167,6 +171,18 @@ def _merge(options: argparse.Namespace) -> int:
     folder = Path(options.run_folder) if options.run_folder else next((s.parents[1] for s in sources if s.resolve().parent.name == "checkpoints"), None)
     config = RunFolder(folder).load_config() if folder and (options.run_folder or (folder / "config.yaml").is_file()) else None
     print(merge(sources, Path(options.out), weights=weights, config=config), flush=True)
+    return EXIT_DONE
+
+
+def _merge_last(options: argparse.Namespace) -> int:
+    """The run's newest checkpoints, averaged equally or with a decay."""
+    from sailplan.export.merge import last_checkpoints, merge
+
+    if options.checkpoint or options.weights:
+        raise ConfigurationError("export merge --last: found --checkpoint or --weights beside it, expected none; --decay gives unequal weights")
+    config, folder = _configuration(options)
+    sources, weights = last_checkpoints(folder.checkpoints, options.last, options.decay)
+    print(merge(sources, Path(options.out) if options.out else folder.root / "merged", weights=weights, config=config), flush=True)
     return EXIT_DONE
 
 

@@ -16,53 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, is_exported
-from sailplan.checkpoint.store import is_complete
+from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, Entries, ExportedFolder, is_exported
+from sailplan.checkpoint.store import WholeCheckpoint, is_complete, newest
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 from sailplan.export.weights import TOKENIZER, describe
 from sailplan.model.lora import is_lora
-
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-class _Checkpoint:
-    """The model's tensors of a checkpoint, one by one."""
-
-    def __init__(self, folder: Path) -> None:
-        self.reader = dcp.FileSystemReader(folder)
-        entries = self.reader.read_metadata().state_dict_metadata
-        self.shapes: Shapes = {
-            key.removeprefix("model."): (tuple(entry.size), entry.properties.dtype)
-            for key, entry in entries.items()
-            if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-        }
-
-    def read(self, name: str) -> Tensor:
-        shape, dtype = self.shapes[name]
-        state: dict[str, Any] = {f"model.{name}": torch.empty(shape, dtype=dtype)}
-        dcp.load(state, storage_reader=self.reader, no_dist=True)
-        return state[f"model.{name}"]
-
-
-class _Exported:
-    """The tensors of an exported folder, one by one."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file = safe_open(folder / WEIGHTS, framework="pt")
-        self.shapes: Shapes = {}
-        for name in self.file.keys():  # noqa: SIM118  not a dictionary
-            tensor = self.file.get_tensor(name)
-            self.shapes[name] = (tuple(tensor.shape), tensor.dtype)
-
-    def read(self, name: str) -> Tensor:
-        return self.file.get_tensor(name)
 
 
 def merge(sources: Sequence[Path], out: Path, *, weights: Sequence[float] | None = None, config: Config | None = None) -> Path:
@@ -78,12 +40,12 @@ def merge(sources: Sequence[Path], out: Path, *, weights: Sequence[float] | None
     shares = _shares(sources, weights)
     opened = [_open(source) for source in sources]
     for source, found in zip(sources, opened, strict=True):
-        if any(is_lora(name) for name in found.shapes):  # the average of factors is not the factors of the average
+        if any(is_lora(name) for name in found.entries):  # the average of factors is not the factors of the average
             raise ConfigurationError(f"merge: {source} holds LoRA factors, expected whole weights: run sailplan export on each, then merge those folders")
     for source, found in zip(sources[1:], opened[1:], strict=True):
-        _check_alike(sources[0], opened[0].shapes, source, found.shapes)
+        _check_alike(sources[0], opened[0].entries, source, found.entries)
     averaged: dict[str, Tensor] = {}
-    for name, (shape, dtype) in opened[0].shapes.items():
+    for name, (shape, dtype) in opened[0].entries.items():
         if not dtype.is_floating_point:
             averaged[name] = opened[0].read(name)
             continue
@@ -105,6 +67,22 @@ def merge(sources: Sequence[Path], out: Path, *, weights: Sequence[float] | None
     return out
 
 
+def last_checkpoints(checkpoints: Path, count: int, decay: float = 1.0) -> tuple[list[Path], list[float]]:
+    """The `count` newest complete checkpoints of a run, and a weight for each: 1 for the newest, and `decay` times the next newer one's.
+
+    decay 1: the plain average (Izmailov et al.); below 1: an exponential moving average over the saved checkpoints.
+    Raises ConfigurationError where there are fewer, and for a decay that is not in (0, 1].
+    """
+    if count < 1:
+        raise ConfigurationError(f"--last {count}: expected at least 1")
+    if not 0 < decay <= 1:
+        raise ConfigurationError(f"--decay {decay}: expected a number above 0 and at most 1; 1 is the plain average")
+    found = newest(checkpoints, count)
+    if len(found) < count:
+        raise ConfigurationError(f"--last {count}: found {len(found)} complete checkpoints in {checkpoints}; train with checkpoint.keep={count} or more")
+    return found, [decay**age for age in range(count)]
+
+
 def _shares(sources: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
     if not sources:
         raise ConfigurationError("merge: found no source, expected at least one; give --checkpoint once for each")
@@ -114,15 +92,15 @@ def _shares(sources: Sequence[Path], weights: Sequence[float] | None) -> list[fl
     return [weight / sum(weights) for weight in weights]
 
 
-def _open(source: Path) -> _Checkpoint | _Exported:
+def _open(source: Path) -> WholeCheckpoint | ExportedFolder:
     if is_exported(source):
-        return _Exported(source)
+        return ExportedFolder(source)
     if is_complete(source):
-        return _Checkpoint(source)
+        return WholeCheckpoint(source)
     raise ConfigurationError(f"--checkpoint {source}: expected a complete checkpoint (runs/NAME/checkpoints/step-XXXXXXXX) or an exported folder")
 
 
-def _check_alike(first: Path, wanted: Shapes, other: Path, found: Shapes) -> None:
+def _check_alike(first: Path, wanted: Entries, other: Path, found: Entries) -> None:
     for name in sorted(set(wanted) | set(found)):
         if name not in found or name not in wanted:
             lacking, having = (other, first) if name in wanted else (first, other)

@@ -18,22 +18,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, is_exported
-from sailplan.checkpoint.store import is_complete
+from sailplan.checkpoint.store import WholeCheckpoint, is_complete
 from sailplan.config.schema import AudioConfig, Config, LoraConfig, ModelConfig, TransformerShape, VisionConfig, WeightsConfig
-from sailplan.curriculum.artifacts import on_main
 from sailplan.errors import ConfigurationError
 from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import published_parts
+from sailplan.model.count import build_on_meta
 from sailplan.model.lora import merged
 from sailplan.model.tower import OmniEncoder
-from sailplan.runtime.process import Parallel
 
 INPUT_KEYS = ("max_tokens", "image_size", "frames", "audio_rate", "audio_chunk_seconds", "audio_chunks", "mel_bins", "spectrogram")
 TOKENIZER = "tokenizer.json"
@@ -43,32 +39,18 @@ def read_whole(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of the model in a checkpoint, whole, on the CPU, by name. Raises ConfigurationError for an incomplete one."""
     if not is_complete(checkpoint):
         raise ConfigurationError(f"{checkpoint}: not a complete checkpoint; expected a folder runs/NAME/checkpoints/step-XXXXXXXX")
-    reader = dcp.FileSystemReader(checkpoint)
-    entries = reader.read_metadata().state_dict_metadata
-    state: dict[str, Any] = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in entries.items()
-        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-    }
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return {key.removeprefix("model."): value for key, value in state.items()}
+    return WholeCheckpoint(checkpoint).read_all()
 
 
-def export_weights(checkpoint: Path, out: Path, *, config: Config, parallel: Parallel | None = None) -> Path:
-    """Writes the folder `out` from a checkpoint of a run with this configuration; returns it.
+def export_weights(checkpoint: Path, out: Path, *, config: Config) -> Path:
+    """Writes the folder `out` from a checkpoint of a run with this configuration; returns it. One process, without any group.
 
-    parallel: called by all ranks of a launch: rank 0 writes, the others wait. None: one process without any group.
-    model.json is written last. Raises ConfigurationError for an incomplete checkpoint or a missing tokenizer.
+    model.json is written last. Raises ConfigurationError for an incomplete checkpoint, one of another model, or a missing
+    tokenizer.
     """
-    if parallel is None:
-        _write(checkpoint, out, config)
-    else:
-        on_main(parallel, f"export to {out}", lambda: _write(checkpoint, out, config))
-    return out
-
-
-def _write(checkpoint: Path, out: Path, config: Config) -> None:
-    weights = merged(read_whole(checkpoint), config.model.lora)
+    whole = read_whole(checkpoint)
+    _check_model(checkpoint, whole, config)
+    weights = merged(whole, config.model.lora)
     out.mkdir(parents=True, exist_ok=True)
     (out / DESCRIPTION).unlink(missing_ok=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
@@ -80,6 +62,20 @@ def _write(checkpoint: Path, out: Path, config: Config) -> None:
     temporary = out / f".{DESCRIPTION}.tmp"
     temporary.write_text(json.dumps(describe(config, checkpoint.name), ensure_ascii=False, indent=1), encoding="utf-8")
     os.replace(temporary, out / DESCRIPTION)
+    return out
+
+
+def _check_model(checkpoint: Path, whole: dict[str, Tensor], config: Config) -> None:
+    """Raises ConfigurationError where the checkpoint's encoder is not the configured one."""
+    state = build_on_meta(config.model).state_dict()
+    wanted = {f"encoder.{name}": list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+    found = {name: list(value.shape) for name, value in whole.items() if name.startswith("encoder.")}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ConfigurationError(
+                f"checkpoint {checkpoint}: {name} has the shape {found.get(name, 'of nothing')}, the configured model expects "
+                f"{wanted.get(name, 'no such tensor')}; give the run folder that the checkpoint belongs to"
+            )
 
 
 def describe(config: Config, checkpoint: str) -> dict[str, Any]:

@@ -69,6 +69,11 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main_by_environment() -> bool:
+    """Whether this is the launch's first process, or the only one; for work that needs one process and no group."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def check_world(config: ParallelConfig, world_size: int) -> None:
     """Raises ConfigurationError where the world cannot be cut into tensor-parallel groups."""
     if config.tensor < 1 or world_size % config.tensor:

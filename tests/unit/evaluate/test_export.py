@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from sailplan.checkpoint.store import folder_of, save
-from sailplan.config.schema import Config
+from sailplan.cli.main import main
+from sailplan.config.schema import Config, ParallelConfig
 from sailplan.curriculum.embedding import embed_view
 from sailplan.curriculum.testing import write_pack
 from sailplan.data.datasets import open_datasets
 from sailplan.errors import ConfigurationError
 from sailplan.export.embeddings import export_embeddings, read_embeddings
-from sailplan.export.weights import export_weights, load_exported
+from sailplan.export.weights import export_weights, load_exported, read_whole
 from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout
+from sailplan.train.run_folder import RunFolder
 from sailplan_kernels.testing import run_ranks
 
 
@@ -76,3 +80,30 @@ def test_unfinished_folders_are_refused(config: Config, tmp_path: Path) -> None:
         read_embeddings(tmp_path)
     with pytest.raises(ConfigurationError, match=r"no model\.json"):
         load_exported(tmp_path)
+
+
+def test_the_command_exports_a_tensor_parallel_run_from_one_process(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No process group is made; the ranks of a larger launch but the first leave it to that one; another model is refused."""
+    config = dataclasses.replace(config, parallel=ParallelConfig(tensor=2))
+    folder = RunFolder(tmp_path)
+    folder.write_config(config)
+
+    def run(rank: int, world: int) -> None:
+        parallel = join_layout(2)
+        encoder = build_encoder(config.model, config.parallel, parallel, seed=3)
+        save(folder_of(folder.checkpoints, 7), model=nn.ModuleDict({"encoder": encoder}), optimizer=None, extra={"step": 7}, parallel=parallel)
+
+    run_ranks(run, 2)
+    for rank, written in (("1", False), ("0", True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RANK", rank)
+            patch.setenv("WORLD_SIZE", "2")
+            assert main(["export", "--run-folder", str(tmp_path)]) == 0
+        assert (tmp_path / "export" / "model.json").is_file() == written
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    whole = read_whole(folder_of(folder.checkpoints, 7))
+    assert exported.keys() == whole.keys() and all(torch.equal(exported[name], whole[name]) for name in whole)
+    assert not torch.distributed.is_initialized()
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, vocabulary=2 * config.model.vocabulary))
+    with pytest.raises(ConfigurationError, match=r"encoder\.text\.weight has the shape"):
+        export_weights(folder_of(folder.checkpoints, 7), tmp_path / "other", config=other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ from torch import nn
 
 from sailplan.checkpoint.exported import WEIGHTS
 from sailplan.checkpoint.store import folder_of, save
+from sailplan.cli.main import main
 from sailplan.config.schema import Config
 from sailplan.curriculum.testing import write_pack
 from sailplan.errors import ConfigurationError
-from sailplan.export.merge import merge
-from sailplan.export.weights import export_weights, load_exported
+from sailplan.export.merge import last_checkpoints, merge
+from sailplan.export.weights import export_weights, load_exported, read_whole
 from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout
+from sailplan.train.run_folder import RunFolder
 from sailplan_kernels.testing import run_ranks
 
 
@@ -72,6 +75,23 @@ def test_what_does_not_fit_is_named(config: Config, checkpoints: list[Path], tmp
         with pytest.raises(ConfigurationError, match=words):
             merge(sources, tmp_path / "out", weights=weights, config=config)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_last_checkpoints_of_a_run_averaged_with_a_decay(config: Config, checkpoints: list[Path], tmp_path: Path) -> None:
+    for name, checkpoint in zip(("step-00000005", "step-00000010"), checkpoints, strict=False):
+        shutil.copytree(checkpoint, tmp_path / "checkpoints" / name)
+    (tmp_path / "checkpoints" / "step-00000099").mkdir()  # unfinished
+    folder = RunFolder(tmp_path)
+    folder.write_config(config)
+    old, new = (read_whole(checkpoint) for checkpoint in checkpoints[:2])
+    for arguments, out, share in ((["--last", "2"], "merged", 0.5), (["--last", "2", "--decay", "0.25", "--out", str(tmp_path / "ema")], "ema", 0.8)):
+        assert main(["export", "merge", "--run-folder", str(tmp_path), *arguments]) == 0
+        for name, value in load_file(tmp_path / out / WEIGHTS).items():
+            expected = (share * new[name].double() + (1 - share) * old[name].double()).to(value.dtype)
+            torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+    for count, decay, words in ((3, 1.0, "found 2 complete.*checkpoint.keep=3"), (0, 1.0, "at least 1"), (2, 0.0, "above 0")):
+        with pytest.raises(ConfigurationError, match=words):
+            last_checkpoints(folder.checkpoints, count, decay)
 
 
 def test_low_rank_factors_are_not_averaged(config: Config, tmp_path: Path) -> None:

@@ -219,10 +219,19 @@ def test_a_few_steps_tell_rows_apart():
 )
 def test_what_cannot_be_built_is_named_by_its_key(change, tensor, key):
     config = small_config()
-    check_model(config, 2)
+    check_model(config, 2, share_encoders=False)
     change(config)
     with pytest.raises(ConfigurationError, match=f"^{key} is .*: expected .*; "):
-        check_model(config, tensor)
+        check_model(config, tensor, share_encoders=False)
+
+
+def test_encoders_that_are_not_cut_need_not_divide():
+    """Three heads over two tensor-parallel ranks: whole on each, rows shared out."""
+    config = small_config()
+    config.audio.encoder.heads, config.audio.encoder.hidden = 3, 18
+    check_model(config, 2)
+    with pytest.raises(ConfigurationError, match=r"^model\.audio\.encoder\.heads is 3: expected a multiple"):
+        check_model(config, 2, share_encoders=False)
 
 
 def test_the_count_is_the_built_models_at_any_layout(encoder):
