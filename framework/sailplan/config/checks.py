@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from sailplan.config.schema import MODALITIES, Config, DatasetConfig, StageConfig
 from sailplan.errors import ConfigurationError
 from sailplan_kernels.exchange import ALL_EXCHANGES
@@ -73,6 +75,11 @@ def _check_parallel(config: Config, world_size: int) -> None:
     _one_of("parallel.encoders", config.parallel.encoders, ("share", "tensor"))
     data_parallel = world_size // tensor
     _one_of("parallel.activation_checkpointing", config.parallel.activation_checkpointing, ("none", "full"))
+    _one_of("parallel.compile", config.parallel.compile, ("none", "blocks"))
+    if config.parallel.cuda_graphs and config.parallel.compile != "blocks":
+        raise ConfigurationError("parallel.cuda_graphs is on beside parallel.compile=none: expected blocks, what the graphs are recorded of; set it")
+    if config.parallel.cuda_graphs and not torch.cuda.is_available():
+        raise ConfigurationError("parallel.cuda_graphs is on, but there is no GPU here: expected CUDA; leave it off")
     replicas = config.parallel.replicas
     if config.parallel.sharding == "hybrid" and (replicas < 1 or data_parallel % replicas):
         allowed = ", ".join(str(size) for size in range(1, data_parallel + 1) if data_parallel % size == 0)

@@ -99,6 +99,13 @@ class HeadNorm(Norm):
         self.weight.tensor_parallel_partial = True  # type: ignore[attr-defined]
 
 
+class RowLinear(RowParallelLinear):
+    """megatron-core's, naming its group where that layer leaves it to a default and warns on rank 0: a compiler would stop there."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, tp_group: Any = None, **options: Any) -> Tensor:
+        return super()._forward_impl(input, weight, *args, tp_group=self.tp_group, **options)
+
+
 class ScaledDotProductAttention(nn.Module):
     """Core attention over this rank's heads; every position attends to all positions that the mask keeps, or, without
     a mask and with `attn_mask_type` causal, to itself and those before it."""
@@ -106,6 +113,7 @@ class ScaledDotProductAttention(nn.Module):
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
         self.dropout = config.attention_dropout
+        self.grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attn_mask_type: AttnMaskType = AttnMaskType.no_mask, **_: Any
@@ -122,7 +130,7 @@ class ScaledDotProductAttention(nn.Module):
             attn_mask=attention_mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=attention_mask is None and attn_mask_type == AttnMaskType.causal,
-            enable_gqa=query.size(1) != key.size(1),
+            enable_gqa=self.grouped,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 
@@ -165,8 +173,8 @@ def transformer_config(shape: TransformerShape, dtype: torch.dtype, tensor_paral
 
 def _layer(shape: TransformerShape) -> ModuleSpec:
     head_norm = {"q_layernorm": HeadNorm, "k_layernorm": HeadNorm} if shape.query_key_norm else {}
-    attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=ScaledDotProductAttention, linear_proj=RowParallelLinear, **head_norm)
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=ScaledDotProductAttention, linear_proj=RowLinear, **head_norm)
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowLinear)
     norm = NORMS[shape.norm]
     mask_type = AttnMaskType.causal if shape.causal else AttnMaskType.no_mask
     return ModuleSpec(

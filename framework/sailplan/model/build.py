@@ -8,7 +8,7 @@ from torch import nn
 from sailplan.config.schema import ModelConfig, ParallelConfig
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.check import check_model
-from sailplan.model.parallelize import checkpoint_activations, shard
+from sailplan.model.parallelize import checkpoint_activations, compile_blocks, shard
 from sailplan.model.tower import OmniEncoder
 from sailplan.runtime.process import Parallel
 
@@ -32,5 +32,7 @@ def build_encoder(config: ModelConfig, parallel_config: ParallelConfig, parallel
         load(source, encoder, parallel.tensor_parallel_rank, parallel.tensor_parallel_size)
     if parallel_config.activation_checkpointing == "full":
         checkpoint_activations(encoder)
+    if parallel_config.compile == "blocks":
+        compile_blocks(encoder, cuda_graphs=parallel_config.cuda_graphs)
     replicas = parallel_config.replicas if parallel_config.sharding == "hybrid" else 1
     return shard(encoder, parallel, shard=parallel_config.sharding != "replicate", replicas=replicas, compute_dtype=compute)

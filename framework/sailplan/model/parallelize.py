@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
@@ -38,6 +39,30 @@ def checkpoint_activations(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, TransformerLayer):
             checkpoint(module)
+    return model
+
+
+def compile_blocks(model: nn.Module, *, backend: str = "inductor", cuda_graphs: bool = False) -> nn.Module:
+    """Every transformer layer's forward, and the backward that belongs to it, as one compiled graph; in place.
+
+    Layers of one shape share their graphs, so a deep stack compiles as fast as a shallow one; the first micro-batches of a
+    new shape wait for it, and a second token width makes the graphs good for any. What surrounds a layer (FSDP2's gathering,
+    repeated layers, its name) is not compiled and stays as it is. A layer that cannot be compiled whole raises.
+
+    cuda_graphs: GPU only: replay each graph's kernels as one launch, recorded once for each exact shape. Not tried on a GPU yet.
+    """
+    import torch._dynamo  # seconds, so only where it is wanted
+
+    # Graphs are counted for the code of a layer, whatever its shape: four stacks, with and without a mask and a gradient.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    mode = "reduce-overhead" if cuda_graphs else None
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear):
+            # Its backward starts the sum over tensor-parallel ranks and waits for it later, which no graph can hold;
+            # without this the same sum is a step of its own.
+            module.allreduce_dgrad = False
+        if isinstance(module, TransformerLayer):
+            module.forward = torch.compile(module.forward, backend=backend, mode=mode, fullgraph=True)
     return model
 
 
