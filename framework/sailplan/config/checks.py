@@ -76,6 +76,8 @@ def _check_parallel(config: Config, world_size: int) -> None:
     data_parallel = world_size // tensor
     _one_of("parallel.activation_checkpointing", config.parallel.activation_checkpointing, ("none", "full"))
     _one_of("parallel.compile", config.parallel.compile, ("none", "blocks"))
+    if config.parallel.sequence:
+        _check_sequence(config)
     if config.parallel.cuda_graphs and config.parallel.compile != "blocks":
         raise ConfigurationError("parallel.cuda_graphs is on beside parallel.compile=none: expected blocks, what the graphs are recorded of; set it")
     if config.parallel.cuda_graphs and not torch.cuda.is_available():
@@ -93,6 +95,19 @@ def _check_parallel(config: Config, world_size: int) -> None:
         if rows is not None and (rows < 1 or rows % config.data.lanes):
             raise ConfigurationError(f"{key}={rows} does not divide by data.lanes={config.data.lanes}: use a multiple of data.lanes")
     _positive("step.micro_batch", config.step.micro_batch)
+
+
+def _check_sequence(config: Config) -> None:
+    lora = config.model.lora
+    for key, found, expected, fits in (
+        ("parallel.tensor", config.parallel.tensor, "2 or more", config.parallel.tensor > 1),
+        ("parallel.compile", config.parallel.compile, "none", config.parallel.compile == "none"),
+        ("model.tower.dropout", config.model.tower.dropout, "0", config.model.tower.dropout == 0),
+        ("model.lora.rank", lora.rank, "0, or model.lora.parts without tower", lora.rank == 0 or "tower" not in lora.parts),
+        ("the device", "a CPU", "GPUs, which megatron-core's sequence parallelism needs", torch.cuda.is_available()),
+    ):
+        if not fits:
+            raise ConfigurationError(f"parallel.sequence is on, but {key} is {found}: expected {expected}; leave parallel.sequence off")
 
 
 def check_dataset(config: Config, name: str) -> None:

@@ -223,6 +223,7 @@ class StageConfig:
 @dataclass
 class ParallelConfig:
     tensor: int = 1  # tensor-parallel size; data-parallel size = world size / tensor
+    sequence: bool = False  # at tensor > 1, on GPUs: the tower's ranks hold a part of the positions each between its matrices
     encoders: str = "share"  # at tensor > 1: share: whole on every peer, each encodes a part of the rows | tensor: cut like the tower
     sharding: str = "shard"  # shard: FSDP2 over all data-parallel ranks | hybrid: over a part of them, `replicas` times | replicate: whole copies
     replicas: int = 2  # hybrid: copies of the parameters; each is cut over data-parallel size / replicas ranks

@@ -21,11 +21,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -139,7 +141,7 @@ def head_size(shape: TransformerShape) -> int:
     return shape.head_size or shape.hidden // shape.heads
 
 
-def transformer_config(shape: TransformerShape, dtype: torch.dtype, tensor_parallel: int) -> TransformerConfig:
+def transformer_config(shape: TransformerShape, dtype: torch.dtype, tensor_parallel: int, *, sequence_parallel: bool = False) -> TransformerConfig:
     """The megatron-core configuration of one stack; every fusion that needs a GPU extension is off."""
     return TransformerConfig(
         num_layers=max(shape.layers, 1),  # of an empty stack only the norm is built
@@ -150,6 +152,7 @@ def transformer_config(shape: TransformerShape, dtype: torch.dtype, tensor_paral
         hidden_dropout=shape.dropout,
         attention_dropout=shape.dropout,
         tensor_model_parallel_size=tensor_parallel,
+        sequence_parallel=sequence_parallel,
         init_method_std=initial_deviation(shape.hidden),  # output projections: divided by sqrt(2 layers) by megatron-core
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -201,12 +204,19 @@ class Blocks(nn.Module):
     """A stack of pre-norm blocks and a final norm; a norm alone where `shape.layers` is 0.
 
     final_norm: False leaves the last norm out, for backbones that norm later.
+    sequence_parallel: between the tensor-parallel matrices each rank holds a part of the positions (Korthikanti et al.,
+    arXiv 2205.05198): norms, sums and what is saved for them shrink with the number of ranks, and an all-gather and a
+    reduce-scatter take the place of an all-reduce. Positions are filled up to a multiple of the ranks.
     """
 
-    def __init__(self, shape: TransformerShape, dtype: torch.dtype, rope_base: float | None = None, *, final_norm: bool = True) -> None:
+    def __init__(
+        self, shape: TransformerShape, dtype: torch.dtype, rope_base: float | None = None, *, final_norm: bool = True, sequence_parallel: bool = False
+    ) -> None:
         super().__init__()
         groups = process_groups()
-        config = transformer_config(shape, dtype, groups.tp.size() if groups.tp is not None else 1)
+        size = groups.tp.size() if groups.tp is not None else 1
+        self.cut_positions: dist.ProcessGroup | None = groups.tp if sequence_parallel and size > 1 and shape.layers else None
+        config = transformer_config(shape, dtype, size, sequence_parallel=self.cut_positions is not None)
         self.rope_base = rope_base
         self.head_size = head_size(shape)
         self.causal = shape.causal
@@ -217,6 +227,10 @@ class Blocks(nn.Module):
         else:
             self.block = norm(config, shape.hidden, shape.norm_epsilon) if final_norm else nn.Identity()
         self.layers = shape.layers
+        if self.cut_positions is not None:
+            for parameter in self.block.parameters():
+                if not getattr(parameter, "tensor_model_parallel", False):  # norms and biases see this rank's positions alone
+                    parameter.tensor_parallel_partial = True  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor, keep: Tensor | None = None, angles: Tensor | None = None) -> Tensor:
         """hidden [b, s, h]; keep bool [b, s], True where a position may be attended to (None: everywhere). Returns [b, s, h].
@@ -229,6 +243,10 @@ class Blocks(nn.Module):
         """
         if not self.layers:
             return self.block(hidden)
+        positions = hidden.size(1)
+        if self.cut_positions is not None and (extra := -positions % self.cut_positions.size()):
+            keep = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if keep is None else keep
+            hidden, keep = F.pad(hidden, (0, 0, 0, extra)), F.pad(keep, (0, extra))
         mask = None
         if keep is not None and not bool(keep.all()):  # nothing masked is common, and faster without a mask
             mask = (keep | ~keep.any(1, keepdim=True))[:, None, None, :]
@@ -237,5 +255,10 @@ class Blocks(nn.Module):
                 mask = mask & square.tril() | torch.eye(hidden.size(1), dtype=torch.bool, device=hidden.device)
         if angles is None and self.rope_base is not None:
             angles = rotary_angles(hidden.size(1), self.head_size, self.rope_base, hidden.device)
-        output = self.block(hidden.transpose(0, 1).contiguous(), attention_mask=mask, rotary_pos_emb=angles)
-        return output.transpose(0, 1)
+        hidden = hidden.transpose(0, 1).contiguous()
+        if self.cut_positions is not None:
+            hidden = scatter_to_sequence_parallel_region(hidden, group=self.cut_positions)
+        output = self.block(hidden, attention_mask=mask, rotary_pos_emb=angles)
+        if self.cut_positions is not None:  # the gradient that comes back is whole on every rank
+            output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=self.cut_positions)
+        return output.transpose(0, 1)[:, :positions]

@@ -8,7 +8,7 @@ from torch import nn
 from sailplan.config.schema import ModelConfig, ParallelConfig
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.check import check_model
-from sailplan.model.parallelize import checkpoint_activations, compile_blocks, shard
+from sailplan.model.parallelize import allow_sequence_parallel, checkpoint_activations, compile_blocks, shard
 from sailplan.model.tower import OmniEncoder
 from sailplan.runtime.process import Parallel
 
@@ -26,7 +26,16 @@ def build_encoder(config: ModelConfig, parallel_config: ParallelConfig, parallel
     sources = open_sources(config)
     dtype = torch.float64 if parallel_config.dtype == "float64" else torch.float32
     compute = torch.bfloat16 if parallel_config.dtype == "bfloat16" else None
-    encoder = OmniEncoder(config, dtype=dtype, seed=seed, published=[source.part for source in sources], share_encoders=share)
+    encoder = OmniEncoder(
+        config,
+        dtype=dtype,
+        seed=seed,
+        published=[source.part for source in sources],
+        share_encoders=share,
+        sequence_parallel=parallel_config.sequence,
+    )
+    if parallel_config.sequence:
+        allow_sequence_parallel(seed)
     for source in sources:
         allocate(encoder)
         load(source, encoder, parallel.tensor_parallel_rank, parallel.tensor_parallel_size)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -40,6 +41,13 @@ def checkpoint_activations(model: nn.Module) -> nn.Module:
         if isinstance(module, TransformerLayer):
             checkpoint(module)
     return model
+
+
+def allow_sequence_parallel(seed: int) -> None:
+    """Registers the random state that megatron-core's sequence-parallel stacks fork on a GPU; nothing draws from it, as they have no dropout."""
+    tracker = get_cuda_rng_tracker()
+    if "model-parallel-rng" not in tracker.get_states():
+        tracker.add("model-parallel-rng", seed)
 
 
 def compile_blocks(model: nn.Module, *, backend: str = "inductor", cuda_graphs: bool = False) -> nn.Module:

@@ -52,12 +52,12 @@ def _meta_if(published: bool) -> AbstractContextManager[object]:
 class Tower(nn.Module):
     """The shared blocks over the joint sequence, and what tells its parts from each other."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, blocks_on: AbstractContextManager[object]) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, blocks_on: AbstractContextManager[object], *, sequence_parallel: bool) -> None:
         super().__init__()
         # From zero: what all rows share would make them alike at the start, and contrastive learning slow to leave it.
         self.kinds = nn.Parameter(torch.zeros(3, config.tower.hidden, dtype=dtype))  # text, vision, audio
         with blocks_on:
-            self.blocks = Blocks(config.tower, dtype, config.rope_base)
+            self.blocks = Blocks(config.tower, dtype, config.rope_base, sequence_parallel=sequence_parallel)
         latent = config.pooling == "latent_attention"
         self.pooling = LatentAttention(config.tower.hidden, config.pooling_latents, config.pooling_heads, dtype) if latent else None
 
@@ -79,10 +79,18 @@ class OmniEncoder(nn.Module):
     encoder without its projection).
     share_encoders: tensor-parallel ranks hold the vision encoder, the perceiver and the audio encoder whole and encode a
     part of the rows each (see `model.sharing`); False: these are cut like the tower, and every rank takes part in each row.
+    sequence_parallel: of the tower's blocks (see `model.blocks.Blocks`).
     """
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, published: Collection[str] = (), share_encoders: bool = True
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        published: Collection[str] = (),
+        share_encoders: bool = True,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         groups = process_groups()
@@ -111,7 +119,7 @@ class OmniEncoder(nn.Module):
                 else:
                     sound = AudioEncoder(config.audio, config.rope_base, dtype)
                 self.audio = nn.ModuleDict({"encoder": sound, "adapter": AudioAdapter(config.audio.output, hidden, dtype)})
-            self.tower = Tower(config, dtype, _meta_if("tower" in published))
+            self.tower = Tower(config, dtype, _meta_if("tower" in published), sequence_parallel=sequence_parallel)
             if config.lora.rank:
                 add_lora({name: getattr(self, name) for name in PARTS}, config.lora)
         if self.sharing is not None:

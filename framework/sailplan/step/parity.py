@@ -72,11 +72,12 @@ def build_step(
     dtype: torch.dtype = torch.float64,
     checkpointing: bool = False,
     share_encoders: bool = True,
+    sequence_parallel: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> TrainingStep:
     """The step of step.testing at a layout; sharding: shard, hybrid (two copies) or replicate; checkpointing: of activations."""
     config = step_config(kept_graphs=kept_graphs, dropout=dropout)
-    encoder, objectives, temperatures = build_modules(config, dtype, share_encoders=share_encoders)
+    encoder, objectives, temperatures = build_modules(config, dtype, share_encoders=share_encoders, sequence_parallel=sequence_parallel)
     if checkpointing:
         checkpoint_activations(encoder)
     shard(encoder, parallel, shard=sharding != "replicate", replicas=2 if sharding == "hybrid" else 1, compute_dtype=compute_dtype)

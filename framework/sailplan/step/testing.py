@@ -87,10 +87,10 @@ def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: str = "c
 
 
 def build_modules(
-    config: Config, dtype: torch.dtype = torch.float64, *, share_encoders: bool = True
+    config: Config, dtype: torch.dtype = torch.float64, *, share_encoders: bool = True, sequence_parallel: bool = False
 ) -> tuple[OmniEncoder, nn.ModuleDict, Temperatures]:
     """Encoder, objectives and temperatures; the parameters that start at zero are moved away from it. Equal in all dtypes up to rounding."""
-    encoder = OmniEncoder(config.model, dtype=dtype, seed=config.seed, share_encoders=share_encoders)
+    encoder = OmniEncoder(config.model, dtype=dtype, seed=config.seed, share_encoders=share_encoders, sequence_parallel=sequence_parallel)
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, seed=config.seed).double()
     temperatures = Temperatures(config.data.sets).double()
     generator = torch.Generator().manual_seed(5)
