@@ -41,8 +41,9 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Configuration and model sizes, then every shard's index, then a collective over the ranks."""
+    """Configuration and model sizes, then every shard's index, then a collective over the ranks; and which optional extensions were found."""
     from sailplan.data.datasets import check_tokenizer, open_datasets
+    from sailplan.model.fused import extensions
 
     config = _config(options, world_size_from_environment())
     readers = open_datasets(config)
@@ -55,4 +56,5 @@ def check(options: argparse.Namespace) -> int:
                 print(f"data set {name}: {len(reader)} records")
             layout = f"data-parallel {parallel.data_parallel_size} x tensor-parallel {parallel.tensor_parallel_size}"
             print(f"ranks: {parallel.world_size} ({layout}), {parallel.device.type}")
+            print("optional: " + ", ".join(f"{name} {version or 'not found'}" for name, version in extensions().items()))
     return 0

@@ -76,6 +76,7 @@ def _check_parallel(config: Config, world_size: int) -> None:
     data_parallel = world_size // tensor
     _one_of("parallel.activation_checkpointing", config.parallel.activation_checkpointing, ("none", "full"))
     _one_of("parallel.compile", config.parallel.compile, ("none", "blocks"))
+    _one_of("parallel.fused", config.parallel.fused, ("none", "auto"))
     if config.parallel.sequence:
         _check_sequence(config)
     if config.parallel.cuda_graphs and config.parallel.compile != "blocks":
@@ -103,7 +104,7 @@ def _check_sequence(config: Config) -> None:
         ("parallel.tensor", config.parallel.tensor, "2 or more", config.parallel.tensor > 1),
         ("parallel.compile", config.parallel.compile, "none", config.parallel.compile == "none"),
         ("model.tower.dropout", config.model.tower.dropout, "0", config.model.tower.dropout == 0),
-        ("model.lora.rank", lora.rank, "0, or model.lora.parts without tower", lora.rank == 0 or "tower" not in lora.parts),
+        ("model.lora.rank", lora.rank, "0, or model.lora.parts without tower", not lora.rank or "tower" not in lora.parts),
         ("the device", "a CPU", "GPUs, which megatron-core's sequence parallelism needs", torch.cuda.is_available()),
     ):
         if not fits:

@@ -8,6 +8,7 @@ from torch import nn
 from sailplan.config.schema import ModelConfig, ParallelConfig
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.check import check_model
+from sailplan.model.fused import fuse_norms
 from sailplan.model.parallelize import allow_sequence_parallel, checkpoint_activations, compile_blocks, shard
 from sailplan.model.tower import OmniEncoder
 from sailplan.runtime.process import Parallel
@@ -39,6 +40,8 @@ def build_encoder(config: ModelConfig, parallel_config: ParallelConfig, parallel
     for source in sources:
         allocate(encoder)
         load(source, encoder, parallel.tensor_parallel_rank, parallel.tensor_parallel_size)
+    if parallel_config.fused == "auto" and parallel.device.type == "cuda":
+        fuse_norms(encoder)
     if parallel_config.activation_checkpointing == "full":
         checkpoint_activations(encoder)
     if parallel_config.compile == "blocks":
