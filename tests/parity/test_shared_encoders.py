@@ -25,12 +25,11 @@ EVERYTHING = ("text", "vision", "audio")
     ("world_size", "options"),
     [
         (2, {"share_encoders": False}),
-        (4, {"share_encoders": False, "sharding": "replicate"}),
         (2, {"checkpointing": True}),
         # Nine rows on one data-parallel rank, odd micro-batches; on the other one none, so that its micro-batches are empty.
         (4, {"rows": {"pairs": [16, 0], "items": [23, 9]}}),
     ],
-    ids=["cut", "cut, replicated", "checkpointing", "uneven"],
+    ids=["cut", "checkpointing", "uneven"],
 )
 def test_the_gradients_are_the_full_batchs(world_size: int, options: dict[str, Any]) -> None:
     """The plain case, shared and sharded, is that of the parity matrix."""
