@@ -19,8 +19,8 @@ def build_encoder(config: ModelConfig, parallel_config: ParallelConfig, parallel
 
     parallel_config.dtype float32 or float64 is the dtype of everything; bfloat16 computes in bfloat16 over float32
     master weights and reduces gradients in float32. Parts that `model.weights` names start from published weights, of
-    which each tensor-parallel rank reads its own part (of encoders whose rows are shared out, the whole). Raises ConfigurationError for sizes that do not divide, and for
-    files that are not of the configured model.
+    which each tensor-parallel rank reads its own part (of encoders whose rows are shared out, the whole). Raises
+    ConfigurationError for sizes that do not divide, and for files that are not of the configured model.
     """
     share = parallel_config.encoders == "share"
     check_model(config, parallel.tensor_parallel_size, share_encoders=share)
