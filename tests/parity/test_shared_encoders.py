@@ -44,14 +44,14 @@ def _function(rank: int, world_size: int, rows: int) -> list[torch.Tensor]:
     weight = torch.randn(3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     target = torch.randn(4, rows, dtype=torch.float64, generator=generator).T  # a gradient that is not contiguous
 
-    def encode(own: torch.Tensor, own_present: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(own @ weight) * own_present[:, None]
+    def encode(own: torch.Tensor, own_present: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.tanh(own @ weight) * own_present[:, None]]
 
-    found = encode_own_rows(encode, dist.group.WORLD, inputs, present)
+    (found,) = encode_own_rows(encode, dist.group.WORLD, inputs, present)
     found.backward(target)
     dist.all_reduce(weight.grad)
     shared, weight.grad = weight.grad, None
-    expected = encode(inputs, present)
+    (expected,) = encode(inputs, present)
     expected.backward(target)
     return [found, expected, shared, weight.grad]
 
@@ -98,7 +98,7 @@ def _dropout(rank: int, world_size: int) -> tuple[float, float, torch.Tensor, bo
     for name in ("token_ids", "token_mask", "text_mask", "images", "image_mask"):
         setattr(twice, name, getattr(one, name).repeat_interleave(2, 0))
     torch.manual_seed(4)
-    latents = encoder._shared(encoder._see, twice.images, twice.image_mask).detach()
+    latents = encoder._shared(encoder._see, twice.images, twice.image_mask)[0].detach()
     plain = {name: parameter.tensor_parallel_partial for name, parameter in encoder.named_parameters() if name.startswith(ENCODERS)}
     return max(relative_errors(gradients[1], gradients[0]).values()), float((latents[0] - latents[1]).abs().max()), torch.rand(2), all(plain.values())
 

@@ -13,7 +13,7 @@ The rows are filled up to a multiple of T with absent ones, so that peers make t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,12 +43,14 @@ def mark_shared(module: nn.Module) -> None:
         parameter.tensor_parallel_partial = True  # type: ignore[attr-defined]
 
 
-def encode_own_rows(encode: Callable[..., Tensor], group: dist.ProcessGroup | None, *inputs: Tensor, dropout: bool = False) -> Tensor:
+def encode_own_rows(
+    encode: Callable[..., Sequence[Tensor]], group: dist.ProcessGroup | None, *inputs: Tensor, dropout: bool = False
+) -> Sequence[Tensor]:
     """`encode(*inputs)`, each peer of `group` running its part of the rows; None: the whole, here.
 
     inputs: [b, ...] with b at least 1, the same on all peers. encode: whole on every peer and row by row; a row of zeros
     must be absent to it. dropout: whether it draws random numbers: then each peer draws its own, and afterwards all peers'
-    generators are again alike. Returns [b, ...], the same on all peers.
+    generators are again alike. Returns what `encode` does, each [b, ...] and the same on all peers.
     """
     if group is None or group.size() == 1:
         return encode(*inputs)
@@ -56,12 +58,12 @@ def encode_own_rows(encode: Callable[..., Tensor], group: dist.ProcessGroup | No
     each = -(-rows // group.size())
     own = [_padded_rows(tensor, group.rank() * each, each) for tensor in inputs]
     if not dropout:
-        return _GatherRows.apply(encode(*own), group)[:rows]  # type: ignore[no-untyped-call]
+        return [_GatherRows.apply(part, group)[:rows] for part in encode(*own)]  # type: ignore[no-untyped-call]
     seed = int(torch.randint(2**62, ()))  # from the CPU's generator, which is alike on all peers
     with torch.random.fork_rng(devices=[inputs[0].device] if inputs[0].is_cuda else []):
         torch.manual_seed(seed + group.rank())
-        part = encode(*own)
-    return _GatherRows.apply(part, group)[:rows]  # type: ignore[no-untyped-call]
+        parts = encode(*own)
+    return [_GatherRows.apply(part, group)[:rows] for part in parts]  # type: ignore[no-untyped-call]
 
 
 def _padded_rows(tensor: Tensor, first: int, count: int) -> Tensor:

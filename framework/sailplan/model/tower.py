@@ -14,7 +14,7 @@ Shape legend: b rows, t text tokens, s positions of the sequence, h hidden.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -149,12 +149,12 @@ class OmniEncoder(nn.Module):
         if "audio" in inputs.modalities:
             if inputs.audio is None or inputs.audio_mask is None:
                 raise ValueError("the view declares audio, but the inputs hold none")
-            token = self._shared(self._hear, inputs.audio, inputs.audio_mask)
+            (token,) = self._shared(self._hear, inputs.audio, inputs.audio_mask)
             pieces.append((2, token, inputs.audio_mask.any(1, keepdim=True)))
         if "vision" in inputs.modalities:
             if inputs.images is None or inputs.image_mask is None:
                 raise ValueError("the view declares vision, but the inputs hold no images")
-            latents = self._shared(self._see, inputs.images, inputs.image_mask)
+            (latents,) = self._shared(self._see, inputs.images, inputs.image_mask)
             pieces.append((1, latents, inputs.image_mask.any(1, keepdim=True).expand(-1, latents.size(1))))
         # Prompts are text: the embedding runs for every view.
         pieces.append((0, self.text(inputs.token_ids), inputs.token_mask))
@@ -184,16 +184,16 @@ class OmniEncoder(nn.Module):
         return Embeddings(fused=fused, vision=vision, text=text)
 
 
-    def _see(self, images: Tensor, image_mask: Tensor) -> Tensor:
+    def _see(self, images: Tensor, image_mask: Tensor) -> Sequence[Tensor]:
         """images [b, f, 3, height, width], image_mask bool [b, f]: latents [b, l, h]."""
         patches = self.vision(images.flatten(0, 1))
-        return self.perceiver(patches.unflatten(0, image_mask.shape), image_mask)
+        return [self.perceiver(patches.unflatten(0, image_mask.shape), image_mask)]
 
-    def _hear(self, audio: Tensor, audio_mask: Tensor) -> Tensor:
+    def _hear(self, audio: Tensor, audio_mask: Tensor) -> Sequence[Tensor]:
         """audio [b, c, frames, mel_bins], audio_mask bool [b, c]: one token, [b, 1, h]."""
-        return self.audio["adapter"](self.audio["encoder"](audio, audio_mask))
+        return [self.audio["adapter"](self.audio["encoder"](audio, audio_mask))]
 
-    def _shared(self, encode: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def _shared(self, encode: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Sequence[Tensor]:
         shapes = (self.config.vision.encoder, self.config.vision.perceiver, self.config.audio.encoder)
         return encode_own_rows(encode, self.sharing, *inputs, dropout=self.training and any(shape.dropout > 0 for shape in shapes))
 
