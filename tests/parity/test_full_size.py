@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from transformers import ClapAudioConfig, ClapAudioModelWithProjection
 
 from sailplan.config.compose import compose
 from sailplan.config.schema import ModelConfig
@@ -26,6 +27,9 @@ def test_counts_are_those_of_the_published_models():
     assert sail["text"] + sail["tower"] - 3 * 1536 == 1_543_714_304
     assert other["text"] + other["tower"] - 3 * 1024 == 596_049_920
     assert sail["vision"] == other["vision"] and 0.410e9 < sail["vision"] < 0.415e9
+    with torch.device("meta"):
+        clap = ClapAudioModelWithProjection(ClapAudioConfig())  # transformers' defaults are laion/clap-htsat-unfused's shape
+    assert sail["audio"] == sum(p.numel() for p in clap.parameters()) + 512 + 512 * 1536  # and our norm and adapter
 
 
 def test_plan_of_the_full_recipe_tells_parameters_and_memory():
@@ -42,6 +46,7 @@ def shallow(name: str) -> ModelConfig:
     two = {part: dataclasses.replace(getattr(config.vision, part), layers=2) for part in ("encoder", "perceiver")}
     config.vision = dataclasses.replace(config.vision, **two)
     config.audio.encoder.layers = config.tower.layers = 2
+    config.audio.swin.layers = [2, 2, 2, 2]
     config.vocabulary = 4096
     return config
 

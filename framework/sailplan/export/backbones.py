@@ -39,12 +39,12 @@ def _write(source: Source, weights: Mapping[str, Tensor], out: Path) -> Path:
     folder = source.folder
     out.mkdir(parents=True, exist_ok=True)
     places: dict[str, list[tuple[str, int, int, int]]] = {}  # published name -> (ours, first row of ours, first row there, rows)
-    for entry in source.weights.entries:
+    for entry in source.entries:
         offset = 0
         for piece in entry.pieces:
             rows = len(weights[entry.ours]) if piece.rows is None else piece.rows
             if piece.name is not None:
-                places.setdefault(source.prefix + piece.name, []).append((entry.ours, offset, piece.start, rows))
+                places.setdefault(source.name(piece), []).append((entry.ours, offset, piece.start, rows))
             offset += rows
     for file in sorted(set(folder.files.values())):
         tensors: dict[str, Tensor] = {}

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, is_exported
 from sailplan.checkpoint.store import is_complete
-from sailplan.config.schema import AudioConfig, Config, LoraConfig, ModelConfig, TransformerShape, VisionConfig, WeightsConfig
+from sailplan.config.schema import AudioConfig, Config, LoraConfig, ModelConfig, SwinShape, TransformerShape, VisionConfig, WeightsConfig
 from sailplan.curriculum.artifacts import on_main
 from sailplan.errors import ConfigurationError
 from sailplan.export.backbones import export_backbones
@@ -119,6 +119,6 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     vision, audio = dict(values["vision"]), dict(values["audio"])
     for key in ("encoder", "perceiver"):
         vision[key] = TransformerShape(**vision[key])
-    audio["encoder"] = TransformerShape(**audio["encoder"])
+    audio["encoder"], audio["swin"] = TransformerShape(**audio["encoder"]), SwinShape(**audio.get("swin", {}))
     typed: dict[str, Any] = {"tower": TransformerShape(**values["tower"]), "vision": VisionConfig(**vision), "audio": AudioConfig(**audio)}
     return ModelConfig(**{**values, **typed, "weights": WeightsConfig(**values.get("weights", {})), "lora": LoraConfig(**values.get("lora", {}))})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from sailplan.config.schema import ModelConfig, TransformerShape
+from sailplan.config.schema import AudioConfig, ModelConfig, TransformerShape
 from sailplan.errors import ConfigurationError
 from sailplan.model.blocks import ACTIVATIONS, NORMS, head_size
 from sailplan.model.lora import PARTS as LORA_PARTS
@@ -61,13 +61,37 @@ def _check_halvings(key: str, value: int, what: str) -> None:
         _fail(key, value, f"a power of two ({what})", "choose 1, 2, 4, 8, 16, ...")
 
 
+def _check_swin(audio: AudioConfig) -> None:
+    swin, key = audio.swin, "model.audio.swin"
+    for name in ("hidden", "feed_forward", "window", "patch", "image"):
+        _positive(f"{key}.{name}", getattr(swin, name))
+    if not swin.layers or len(swin.layers) != len(swin.heads):
+        _fail(f"{key}.heads", list(swin.heads), f"as many numbers as {key}.layers={list(swin.layers)}", "give one of each for every stage")
+    for stage, (layers, heads) in enumerate(zip(swin.layers, swin.heads, strict=True)):
+        _positive(f"{key}.layers", layers)
+        _positive(f"{key}.heads", heads)
+        if swin.hidden * 2**stage % heads:
+            _fail(f"{key}.heads", list(swin.heads), f"divisors of the stages' widths, here {swin.hidden * 2**stage}", "change heads or hidden")
+    smallest = swin.patch * 2 ** (len(swin.layers) - 1) * swin.window
+    if swin.image % smallest or swin.image % audio.mel_bins:
+        _fail(
+            f"{key}.image",
+            swin.image,
+            f"a multiple of {smallest} (patch x window x 2 for every stage but the first) and of model.audio.mel_bins={audio.mel_bins}",
+            "256 is usual",
+        )
+
+
 def check_model(config: ModelConfig, tensor_parallel: int) -> None:
     """Raises ConfigurationError, naming the key, where `config` cannot be built at this tensor-parallel size."""
     vision, audio = config.vision, config.audio
     _check_shape("model.tower", config.tower, tensor_parallel, rotary=True)
     _check_shape("model.vision.encoder", vision.encoder, tensor_parallel, rotary=False)
     _check_shape("model.vision.perceiver", vision.perceiver, tensor_parallel, rotary=False)
-    _check_shape("model.audio.encoder", audio.encoder, tensor_parallel, rotary=audio.backbone == "own")
+    if audio.backbone == "clap":
+        _check_swin(audio)
+    else:
+        _check_shape("model.audio.encoder", audio.encoder, tensor_parallel, rotary=audio.backbone == "own")
     _positive("model.vocabulary", config.vocabulary)
     if config.vocabulary % tensor_parallel:
         _fail("model.vocabulary", config.vocabulary, f"a multiple of parallel.tensor={tensor_parallel}", "round it up; unused entries cost little")
@@ -95,7 +119,7 @@ def check_model(config: ModelConfig, tensor_parallel: int) -> None:
     _positive("model.audio.output", audio.output)
     _positive("model.audio.mel_bins", audio.mel_bins)
     _check_halvings("model.audio.time_stride", audio.time_stride, "each convolution of the stem halves the time axis")
-    _one_of("model.audio.backbone", audio.backbone, ("own", "whisper"))
+    _one_of("model.audio.backbone", audio.backbone, ("own", "whisper", "clap"))
     if audio.backbone == "whisper":
         if audio.time_stride != 2:
             _fail("model.audio.time_stride", audio.time_stride, "2 with model.audio.backbone=whisper", "set 2")

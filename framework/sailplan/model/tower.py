@@ -26,6 +26,7 @@ from torch.utils import _pytree
 from sailplan.config.schema import ModelConfig, VisionConfig
 from sailplan.data.record import EncoderInputs
 from sailplan.model.audio import AudioAdapter, AudioEncoder
+from sailplan.model.backbones.clap import ClapAudioEncoder
 from sailplan.model.backbones.siglip import SiglipVisionEncoder
 from sailplan.model.backbones.whisper import WhisperAudioEncoder
 from sailplan.model.blocks import Blocks, initial_deviation, process_groups, transformer_config
@@ -36,6 +37,7 @@ from sailplan.model.protocol import Embeddings
 from sailplan.model.vision import Perceiver, VisionEncoder
 
 VISION: dict[str, Callable[[VisionConfig, torch.dtype], nn.Module]] = {"own": VisionEncoder, "siglip": SiglipVisionEncoder}
+SOUND: dict[str, type[WhisperAudioEncoder | ClapAudioEncoder]] = {"whisper": WhisperAudioEncoder, "clap": ClapAudioEncoder}
 PARTS = ("text", "vision", "perceiver", "audio", "tower")
 
 # FSDP2 looks for the outputs that need gradients through pytree: it must see into our dataclass.
@@ -97,10 +99,10 @@ class OmniEncoder(nn.Module):
             with _meta_if("vision" in published):
                 self.vision: nn.Module = VISION[config.vision.backbone](config.vision, dtype)
             self.perceiver = Perceiver(config.vision, hidden, dtype)
-            if config.audio.backbone == "whisper":
-                sound: nn.Module = WhisperAudioEncoder(config.audio, dtype, _meta_if("audio" in published))
+            if config.audio.backbone == "own":
+                sound: nn.Module = AudioEncoder(config.audio, config.rope_base, dtype)
             else:
-                sound = AudioEncoder(config.audio, config.rope_base, dtype)
+                sound = SOUND[config.audio.backbone](config.audio, dtype, _meta_if("audio" in published))
             self.audio = nn.ModuleDict({"encoder": sound, "adapter": AudioAdapter(config.audio.output, hidden, dtype)})
             self.tower = Tower(config, dtype, _meta_if("tower" in published))
             if config.lora.rank:

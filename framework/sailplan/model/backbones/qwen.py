@@ -38,6 +38,15 @@ def weight_map(config: ModelConfig) -> WeightMap:
     return WeightMap(tuple(entries), anchor="embed_tokens.weight", left_out=(r"lm_head\.weight",))
 
 
+def unsupported(found: dict[str, Any]) -> str | None:
+    kind = (found.get("rope_parameters") or {}).get("rope_type", "default")
+    if kind != "default":
+        return f"config.json has rope_type {kind}: expected default, longer contexts by scaled positions are not built"
+    if found.get("use_sliding_window", False):
+        return "config.json has use_sliding_window: windowed attention is not built; choose weights without it"
+    return None
+
+
 def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
     """config.json's key -> (our key, our value, the value there), for what the tensors' shapes do not tell."""
     shape, qwen3 = config.tower, found.get("model_type") == "qwen3"
@@ -53,10 +62,8 @@ def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str,
         "vocab_size": ("model.vocabulary", config.vocabulary, found.get("vocab_size")),
         "rms_norm_eps": ("model.tower.norm_epsilon", shape.norm_epsilon, found.get("rms_norm_eps", 1e-6)),
         "rope_theta": ("model.rope_base", config.rope_base, rope.get("rope_theta")),
-        "rope_type": ("the rotary positions", "default", rope.get("rope_type", "default")),
         "hidden_act": ("model.tower.activation", shape.activation, found.get("hidden_act", "silu")),
         "model_type (biases)": ("model.tower.query_key_value_bias", shape.query_key_value_bias, not qwen3 or bool(found.get("attention_bias"))),
         "model_type (head norms)": ("model.tower.query_key_norm", shape.query_key_norm, qwen3),
         "attention_bias": ("model.tower.bias", shape.bias, False),
-        "use_sliding_window": ("windowed attention", False, bool(found.get("use_sliding_window", False))),
     }

@@ -69,6 +69,12 @@ def weight_map(config: ModelConfig) -> WeightMap:
     return WeightMap(tuple(entries), anchor="embeddings.patch_embedding.weight", left_out=left_out)
 
 
+def unsupported(found: dict[str, Any]) -> str | None:
+    if str(found.get("model_type")).startswith("siglip2"):
+        return "config.json has model_type siglip2: images of any size (naflex) are not built; choose a fixed size, such as google/siglip2-so400m-patch14-224"
+    return None
+
+
 def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
     """config.json's key -> (our key, our value, the value there); a key that is not there has SigLIP base's value."""
     vision, shape = config.vision, config.vision.encoder

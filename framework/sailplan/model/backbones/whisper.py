@@ -97,6 +97,10 @@ def weight_map(config: ModelConfig) -> WeightMap:
     return WeightMap(tuple(entries), anchor="conv1.weight", left_out=left_out)
 
 
+def unsupported(found: dict[str, Any]) -> str | None:
+    return "config.json has scale_embedding: scaled embeddings are not built" if found.get("scale_embedding", False) else None
+
+
 def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
     """config.json's key -> (our key, our value, the value there); a key that is not there has transformers' default."""
     audio, shape = config.audio, config.audio.encoder
@@ -107,7 +111,6 @@ def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str,
         "encoder_ffn_dim": ("model.audio.encoder.feed_forward", shape.feed_forward, found.get("encoder_ffn_dim", 1536)),
         "num_mel_bins": ("model.audio.mel_bins", audio.mel_bins, found.get("num_mel_bins", 80)),
         "activation_function": ("model.audio.encoder.activation", shape.activation, found.get("activation_function", "gelu")),
-        "scale_embedding": ("scaled embeddings", False, bool(found.get("scale_embedding", False))),
         "model_type (norm)": ("model.audio.encoder.norm", shape.norm, "layer"),
         "model_type (norm's epsilon)": ("model.audio.encoder.norm_epsilon", shape.norm_epsilon, 1e-5),
         "model_type (feed-forward)": ("model.audio.encoder.gated", shape.gated, False),
