@@ -110,8 +110,11 @@ class VisionConfig:
     encoder: TransformerShape = field(default_factory=TransformerShape)
     perceiver: TransformerShape = field(default_factory=TransformerShape)
     latents: int = 16
-    backbone: str = "own"  # own | siglip (SigLIP, and SigLIP2 of a fixed image size)
-    position_grid: int = 16  # siglip: side of the square grid of learned positions
+    # own | siglip (SigLIP, and SigLIP2 of a fixed image size) | qwen3_vl (Qwen3-VL's image tower: no perceiver, its tokens are the tower's)
+    backbone: str = "own"
+    position_grid: int = 16  # siglip, qwen3_vl: side of the square grid of learned positions
+    merge: int = 2  # qwen3_vl: side of the square of patches that become one token
+    deepstack: list[int] = field(default_factory=list)  # qwen3_vl: layers whose output is also added behind the tower's first layers
 
 
 @dataclass
@@ -144,8 +147,8 @@ class AudioConfig:
 class WeightsConfig:
     """Where parts start from: a folder in Hugging Face's safetensors format, or a model id of its hub. None: drawn from the seed."""
 
-    tower: str | None = None  # text embedding and blocks: Qwen2, Qwen2.5 or Qwen3 (dense)
-    vision: str | None = None  # model.vision.backbone=siglip: the image tower
+    tower: str | None = None  # text embedding and blocks: Qwen2, Qwen2.5, Qwen3 (dense) or Qwen3-VL (dense)
+    vision: str | None = None  # model.vision.backbone=siglip or qwen3_vl: the image tower
     audio: str | None = None  # model.audio.backbone=whisper: the encoder; clap: the audio encoder and, where the files have it, its projection
 
 
@@ -171,6 +174,8 @@ class ModelConfig:
     pooling_latents: int = 512  # latent_attention: entries of the learned dictionary
     pooling_heads: int = 8  # latent_attention
     rope_base: float = 10000.0
+    # Qwen3-VL: of a head's rotary frequencies, how many follow frame, row and column of a visual token, interleaved; empty: one number tells the place
+    rope_sections: list[int] = field(default_factory=list)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 

@@ -6,7 +6,7 @@ group. Prompts are part of the model: a view's vector is only right with the pro
     model.safetensors   encoder.*, objectives.*, temperatures.*; the encoder's names are OmniEncoder's at tensor-parallel size 1
     model.json          model: ModelConfig; views: data set -> view -> modalities, fields, prompt; data: sizes of the inputs
     tokenizer.json
-    tower/, vision/     only where the run started from published weights: that part in their format
+    tower/, vision/     only where the run started from published weights: that part in their format (tower-vision/: of one folder)
 """
 
 from __future__ import annotations

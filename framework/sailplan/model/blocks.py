@@ -14,7 +14,7 @@ the same hidden units; the dropped attention weights then depend on the tensor-p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -172,6 +172,21 @@ def rotary_angles(positions: int, head_size: int, base: float, device: torch.dev
     return torch.cat([angles, angles], -1)[:, None, None, :]
 
 
+def interleaved_angles(places: Tensor, head_size: int, base: float, sections: Sequence[int]) -> Tensor:
+    """Rotary angles of places in three dimensions, float32 [s, 1, 1, head_size].
+
+    places: int64 [3, s], frame, row and column. Of each three neighbouring frequencies the second follows the row and the
+    third the column, up to sections[1] and sections[2] of them; all others follow the frame ("interleaved MRoPE" of
+    Qwen3-VL, arXiv 2511.21631). With three equal places these are the angles of `rotary_angles`.
+    """
+    frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device=places.device) / head_size)
+    dimension = torch.zeros(head_size // 2, dtype=torch.int64, device=places.device)
+    for number in (1, 2):
+        dimension[number : 3 * sections[number] : 3] = number
+    angles = places[dimension].T.float() * frequencies
+    return torch.cat([angles, angles], -1)[:, None, None, :]
+
+
 class Blocks(nn.Module):
     """A stack of pre-norm blocks and a final norm; a norm alone where `shape.layers` is 0.
 
@@ -193,10 +208,13 @@ class Blocks(nn.Module):
             self.block = norm(config, shape.hidden, shape.norm_epsilon) if final_norm else nn.Identity()
         self.layers = shape.layers
 
-    def forward(self, hidden: Tensor, keep: Tensor | None = None, angles: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, keep: Tensor | None = None, angles: Tensor | None = None, after: Callable[[int, Tensor], Tensor] | None = None
+    ) -> Tensor:
         """hidden [b, s, h]; keep bool [b, s], True where a position may be attended to (None: everywhere). Returns [b, s, h].
 
         angles: rotary angles float32 [s, 1, 1, head_size], where they are not those of the positions 0, 1, 2, ...
+        after: called with each layer's number and output [b, s, h]; what it returns goes into the next layer.
 
         A row that keeps nothing attends to everything instead: a softmax over nothing would be NaN, and such a
         row's positions are left out of every later sum anyway. For the same reason a position always sees itself
@@ -212,5 +230,11 @@ class Blocks(nn.Module):
                 mask = mask & square.tril() | torch.eye(hidden.size(1), dtype=torch.bool, device=hidden.device)
         if angles is None and self.rope_base is not None:
             angles = rotary_angles(hidden.size(1), self.head_size, self.rope_base, hidden.device)
-        output = self.block(hidden.transpose(0, 1).contiguous(), attention_mask=mask, rotary_pos_emb=angles)
-        return output.transpose(0, 1)
+        output = hidden.transpose(0, 1).contiguous()
+        if after is None:
+            return self.block(output, attention_mask=mask, rotary_pos_emb=angles).transpose(0, 1)
+        for number, layer in enumerate(self.block.layers):  # type: ignore[arg-type, var-annotated]
+            output, _ = layer(hidden_states=output, attention_mask=mask, rotary_pos_emb=angles)
+            output = after(number, output.transpose(0, 1)).transpose(0, 1).contiguous()
+        norm = self.block.final_layernorm
+        return (output if norm is None else norm(output)).transpose(0, 1)  # type: ignore[operator]

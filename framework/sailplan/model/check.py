@@ -82,12 +82,29 @@ def _check_swin(audio: AudioConfig) -> None:
         )
 
 
+def _check_qwen_vision(config: ModelConfig, tensor_parallel: int) -> None:
+    vision, encoder = config.vision, config.vision.encoder
+    _positive("model.vision.merge", vision.merge)
+    if head_size(encoder) % 4:
+        _fail("model.vision.encoder.hidden", encoder.hidden, f"heads of a multiple of 4 (here {encoder.heads} heads): rows and columns", "change one")
+    if encoder.hidden * vision.merge**2 % tensor_parallel:
+        _fail("model.vision.encoder.hidden", encoder.hidden, f"times merge squared a multiple of parallel.tensor={tensor_parallel}", "change one")
+    layers = list(vision.deepstack)
+    if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < encoder.layers):
+        _fail("model.vision.deepstack", layers, f"rising numbers of layers below model.vision.encoder.layers={encoder.layers}", "count from 0")
+    if len(layers) > config.tower.layers:
+        _fail("model.vision.deepstack", layers, f"at most model.tower.layers={config.tower.layers} numbers", "name fewer layers")
+
+
 def check_model(config: ModelConfig, tensor_parallel: int) -> None:
     """Raises ConfigurationError, naming the key, where `config` cannot be built at this tensor-parallel size."""
     vision, audio = config.vision, config.audio
     _check_shape("model.tower", config.tower, tensor_parallel, rotary=True)
     _check_shape("model.vision.encoder", vision.encoder, tensor_parallel, rotary=False)
-    _check_shape("model.vision.perceiver", vision.perceiver, tensor_parallel, rotary=False)
+    if vision.backbone == "qwen3_vl":
+        _check_qwen_vision(config, tensor_parallel)
+    else:
+        _check_shape("model.vision.perceiver", vision.perceiver, tensor_parallel, rotary=False)
     if audio.backbone == "clap":
         _check_swin(audio)
     else:
@@ -108,7 +125,7 @@ def check_model(config: ModelConfig, tensor_parallel: int) -> None:
         _fail("model.pooling_heads", config.pooling_heads, f"a divisor of model.tower.hidden={config.tower.hidden}", "change one of the two")
     if vision.stem not in ("convolutional", "patch"):
         _fail("model.vision.stem", repr(vision.stem), "convolutional or patch", "choose one")
-    _one_of("model.vision.backbone", vision.backbone, ("own", "siglip"))
+    _one_of("model.vision.backbone", vision.backbone, ("own", "siglip", "qwen3_vl"))
     _positive("model.vision.position_grid", vision.position_grid)
     _positive("model.vision.patch", vision.patch)
     if vision.backbone == "own" and vision.stem == "convolutional":
@@ -125,6 +142,14 @@ def check_model(config: ModelConfig, tensor_parallel: int) -> None:
             _fail("model.audio.time_stride", audio.time_stride, "2 with model.audio.backbone=whisper", "set 2")
         if audio.encoder.hidden % 2 or audio.encoder.hidden < 4:
             _fail("model.audio.encoder.hidden", audio.encoder.hidden, "an even number from 4 on (sine and cosine positions)", "change it")
+    sections, frequencies = list(config.rope_sections), head_size(config.tower) // 2
+    if sections and (len(sections) != 3 or min(sections) < 0 or sum(sections) != frequencies or max(sections[1:]) * 3 > frequencies + 2):
+        _fail(
+            "model.rope_sections",
+            sections,
+            f"three numbers that add up to {frequencies}, half of a head of the tower, the last two at most a third of it",
+            "[24, 20, 20] for heads of 128, or [] for none",
+        )
     lora = config.lora
     if lora.rank <= -1:
         _fail("model.lora.rank", lora.rank, "0 (none) or more", "8 to 32 are usual")

@@ -101,14 +101,19 @@ def activation_elements(
     vision, audio, positions, elements = config.vision, config.audio, float(tokens), 0.0
     if "vision" in modalities:
         patches = (image_size // vision.patch) ** 2
-        joint = vision.latents + frames * patches
         halvings = int(math.log2(vision.patch)) if vision.backbone == "own" and vision.stem == "convolutional" else 0
         for step in range(halvings):
             channels = vision.encoder.hidden if step == halvings - 1 else min(vision.stem_width * 2**step, vision.encoder.hidden)
             elements += 3 * frames * channels * (image_size / 2 ** (step + 1)) ** 2  # convolution, norm, ReLU
         elements += vision.encoder.layers * frames * patches * _layer_elements(vision.encoder, tensor)
-        elements += vision.perceiver.layers * joint * _layer_elements(vision.perceiver, tensor) + 4 * joint * vision.perceiver.hidden
-        positions += vision.latents
+        if vision.backbone == "qwen3_vl":
+            mergers, width = 1 + len(vision.deepstack), vision.encoder.hidden * (2 + 2 / tensor)  # norm and its input; the feed-forward
+            elements += frames * patches * mergers * width
+            positions += frames * patches / vision.merge**2
+        else:
+            joint = vision.latents + frames * patches
+            elements += vision.perceiver.layers * joint * _layer_elements(vision.perceiver, tensor) + 4 * joint * vision.perceiver.hidden
+            positions += vision.latents
     if "audio" in modalities:
         if audio.backbone == "clap":
             elements += _swin_elements(audio.swin)

@@ -14,11 +14,12 @@ Shape legend: b rows, t text tokens, s positions of the sequence, h hidden.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -27,9 +28,10 @@ from sailplan.config.schema import ModelConfig, VisionConfig
 from sailplan.data.record import EncoderInputs
 from sailplan.model.audio import AudioAdapter, AudioEncoder
 from sailplan.model.backbones.clap import ClapAudioEncoder
+from sailplan.model.backbones.qwen_vl import QwenVisionEncoder
 from sailplan.model.backbones.siglip import SiglipVisionEncoder
 from sailplan.model.backbones.whisper import WhisperAudioEncoder
-from sailplan.model.blocks import Blocks, initial_deviation, process_groups, transformer_config
+from sailplan.model.blocks import Blocks, initial_deviation, interleaved_angles, process_groups, transformer_config
 from sailplan.model.check import check_model
 from sailplan.model.lora import add_lora, is_lora
 from sailplan.model.pooling import LatentAttention, last_position, masked_mean
@@ -57,12 +59,21 @@ class Tower(nn.Module):
         self.kinds = nn.Parameter(torch.zeros(3, config.tower.hidden, dtype=dtype))  # text, vision, audio
         with blocks_on:
             self.blocks = Blocks(config.tower, dtype, config.rope_base)
+        self.rope_base, self.sections = config.rope_base, config.rope_sections
         latent = config.pooling == "latent_attention"
         self.pooling = LatentAttention(config.tower.hidden, config.pooling_latents, config.pooling_heads, dtype) if latent else None
 
-    def forward(self, sequence: Tensor, kind: Tensor, keep: Tensor) -> Tensor:
-        """sequence [b, s, h], kind int64 [s], keep bool [b, s]. Returns [b, s, h]."""
-        hidden = self.blocks(sequence + self.kinds[kind], keep)
+    def forward(self, sequence: Tensor, kind: Tensor, keep: Tensor, places: Tensor | None = None, added: Sequence[Tensor] = ()) -> Tensor:
+        """sequence [b, s, h], kind int64 [s], keep bool [b, s]. Returns [b, s, h].
+
+        places: int64 [3, s], with `rope_sections` (None: 0, 1, 2, ... in all three). added: [b, s, h] for each of the first
+        layers, added to its output.
+        """
+        angles = None
+        if self.sections and places is not None:
+            angles = interleaved_angles(places, self.blocks.head_size, self.rope_base, self.sections)
+        after = (lambda layer, hidden: hidden + added[layer] if layer < len(added) else hidden) if added else None
+        hidden = self.blocks(sequence + self.kinds[kind], keep, angles, after)
         return hidden if self.pooling is None else self.pooling(hidden)
 
 
@@ -97,8 +108,11 @@ class OmniEncoder(nn.Module):
                     tp_group=groups.tp,
                 )
             with _meta_if("vision" in published):
-                self.vision: nn.Module = VISION[config.vision.backbone](config.vision, dtype)
-            self.perceiver = Perceiver(config.vision, hidden, dtype)
+                if config.vision.backbone == "qwen3_vl":
+                    self.vision: nn.Module = QwenVisionEncoder(config.vision, hidden, dtype)
+                else:
+                    self.vision = VISION[config.vision.backbone](config.vision, dtype)
+            self.perceiver = Perceiver(config.vision, hidden, dtype) if config.vision.backbone != "qwen3_vl" else nn.Module()  # nothing to condense
             if config.audio.backbone == "own":
                 sound: nn.Module = AudioEncoder(config.audio, config.rope_base, dtype)
             else:
@@ -128,6 +142,8 @@ class OmniEncoder(nn.Module):
 
     def _encode(self, inputs: EncoderInputs, per_modality: bool) -> Embeddings:
         pieces: list[tuple[int, Tensor, Tensor]] = []  # (kind, [b, n, h], present [b, n])
+        features: Sequence[Tensor] = ()  # of visual tokens, to be added behind the tower's first layers
+        grid: tuple[int, int] | None = None
         if "audio" in inputs.modalities:
             if inputs.audio is None or inputs.audio_mask is None:
                 raise ValueError("the view declares audio, but the inputs hold none")
@@ -137,16 +153,24 @@ class OmniEncoder(nn.Module):
             if inputs.images is None or inputs.image_mask is None:
                 raise ValueError("the view declares vision, but the inputs hold no images")
             rows, frames = inputs.image_mask.shape
-            patches = self.vision(inputs.images.flatten(0, 1))
-            latents = self.perceiver(patches.unflatten(0, (rows, frames)), inputs.image_mask)
-            pieces.append((1, latents, inputs.image_mask.any(1, keepdim=True).expand(-1, latents.size(1))))
+            if isinstance(self.vision, QwenVisionEncoder):
+                images = inputs.images.masked_fill(~inputs.image_mask[:, :, None, None, None], 0).flatten(0, 1)
+                grid = self.vision.grid(images)
+                tokens, *features = (part.unflatten(0, (rows, frames)).flatten(1, 2) for part in self.vision(images))
+                pieces.append((1, tokens, inputs.image_mask.repeat_interleave(grid[0] * grid[1], 1)))
+            else:
+                patches = self.vision(inputs.images.flatten(0, 1))
+                latents = self.perceiver(patches.unflatten(0, (rows, frames)), inputs.image_mask)
+                pieces.append((1, latents, inputs.image_mask.any(1, keepdim=True).expand(-1, latents.size(1))))
         # Prompts are text: the embedding runs for every view.
         pieces.append((0, self.text(inputs.token_ids), inputs.token_mask))
 
         keep = torch.cat([present for _, _, present in pieces], 1)
         kinds = [kind for kind, tokens, _ in pieces for _ in range(tokens.size(1))]
         kind = torch.tensor(kinds, device=keep.device)
-        hidden = self.tower(torch.cat([tokens for _, tokens, _ in pieces], 1), kind, keep)
+        first = kinds.index(1) if features else 0
+        added = [F.pad(part, (0, 0, first, len(kinds) - first - part.size(1))) for part in features]
+        hidden = self.tower(torch.cat([tokens for _, tokens, _ in pieces], 1), kind, keep, places_of(kinds, grid, keep.device), added)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         hidden = hidden.to(wide)
         if self.config.pooling == "tanh_mean":
@@ -166,6 +190,26 @@ class OmniEncoder(nn.Module):
             own_text[:, keep.size(1) - inputs.text_mask.size(1) :] = inputs.text_mask & inputs.token_mask
             text = pool(hidden, own_text)
         return Embeddings(fused=fused, vision=vision, text=text)
+
+
+def places_of(kinds: Sequence[int], grid: tuple[int, int] | None, device: torch.device) -> Tensor | None:
+    """Frame, row and column of each position, int64 [3, s], as Qwen3-VL counts them; None where no frame is a grid of tokens.
+
+    A position that is no visual token is one further on in all three. A frame's tokens [rows, columns] begin together
+    where the frame begins and count rows and columns from there; what follows begins behind its longer side.
+    """
+    if grid is None:
+        return None
+    rows, columns = grid
+    frame = torch.stack([torch.zeros(rows, columns), *torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")]).long().flatten(1)
+    places: list[Tensor] = []
+    start = position = 0
+    while position < len(kinds):
+        visual = kinds[position] == 1
+        places.append(start + (frame if visual else torch.zeros(3, 1, dtype=torch.int64)))
+        start += max(grid) if visual else 1
+        position += places[-1].size(1)
+    return torch.cat(places, 1).to(device)
 
 
 def _one_absent_row(inputs: EncoderInputs) -> EncoderInputs:

@@ -146,9 +146,11 @@ class ClapTower(nn.Module):
         if frames > width:
             raise ValueError(f"{frames} frames of log-mel do not fit: expected at most {width}; lower data.audio_chunk_seconds")
         factor = torch.rsqrt(self.bin_variance + EPSILON)
-        normalised = ((log_mel.to(factor.dtype) - self.bin_mean) * factor).to(self.bin_gain.dtype) * self.bin_gain + self.bin_shift
-        stretched = F.interpolate(normalised[:, None], (width, bins), mode="bicubic", align_corners=True) if frames < width else normalised[:, None]
-        return stretched[:, 0].unflatten(1, (self.strips, self.image)).transpose(2, 3).flatten(1, 2)[:, None]
+        normalised = (log_mel.to(factor.dtype) - self.bin_mean) * factor
+        if frames < width:
+            normalised = F.interpolate(normalised[:, None], (width, bins), mode="bicubic", align_corners=True)[:, 0]
+        scaled = normalised.to(self.bin_gain.dtype) * self.bin_gain + self.bin_shift
+        return scaled.unflatten(1, (self.strips, self.image)).transpose(2, 3).flatten(1, 2)[:, None]
 
     def forward(self, log_mel: Tensor) -> Tensor:
         picture = self.embedding_norm(self.embedding(self.folded(log_mel)).permute(0, 2, 3, 1))
