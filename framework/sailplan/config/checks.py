@@ -54,9 +54,10 @@ def check(config: Config, world_size: int) -> None:
     if config.model.audio.mel_bins != config.data.mel_bins:
         raise ConfigurationError(f"model.audio.mel_bins={config.model.audio.mel_bins}: expected data.mel_bins={config.data.mel_bins}, what the decoder makes")
     _check_sound(config)
-    side = config.model.vision.patch * (config.model.vision.merge if config.model.vision.backbone == "qwen3_vl" else 1)
-    if side > 0 and config.data.image_size % side:
-        raise ConfigurationError(f"data.image_size={config.data.image_size}: expected a multiple of {side}, the pixels of model.vision's patches")
+    vision = config.model.vision
+    pixels = vision.patch * (vision.merge if vision.backbone == "qwen3_vl" else 1)
+    if pixels > 0 and config.data.image_size % pixels:
+        raise ConfigurationError(f"data.image_size={config.data.image_size}: expected a multiple of {pixels}, the side of model.vision's tokens in pixels")
     prefixes = config.model.prefixes
     if not prefixes or sorted(set(prefixes)) != list(prefixes) or prefixes[-1] > config.model.embedding:
         raise ConfigurationError(f"model.prefixes={prefixes}: expected rising sizes up to model.embedding={config.model.embedding}")

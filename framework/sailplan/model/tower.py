@@ -1,9 +1,9 @@
 """The omni-modal encoder: whatever an item has of sound, pictures and text becomes one vector.
 
-Sound is one token, pictures are a few latents (or, of Qwen3-VL's image tower, tokens), text is its tokens; they stand in this order in one sequence
-that bidirectional (or causal) blocks read. The vector is the mean over the present positions of tanh(hidden), or
-another pooling that the configuration names, without an output projection: the similarity of two items is the cosine
-of their vectors (SAIL-Embedding, arXiv 2510.12709).
+Sound is one token, pictures are a few latents (of Qwen3-VL's image tower: its tokens), text is its tokens; they stand
+in this order in one sequence that bidirectional (or causal) blocks read. The vector is the mean over the present
+positions of tanh(hidden), or another pooling that the configuration names, without an output projection: the similarity
+of two items is the cosine of their vectors (SAIL-Embedding, arXiv 2510.12709).
 
 Which towers run is decided by the view's declared modalities, never by what a row really has: the ranks
 must meet in the same collectives. An absent part is masked out of attention and pooling.

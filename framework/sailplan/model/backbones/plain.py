@@ -3,23 +3,33 @@ every position attending to all, a feed-forward of two matrices."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from sailplan.config.schema import TransformerShape
 from sailplan.model.backbones.weight_map import Entry, Piece, grouped, same
 
 
+class Names(NamedTuple):
+    """What a family's files call the layers of a block."""
+
+    attention_norm: str
+    output: str
+    mlp_norm: str
+    fc1: str
+    fc2: str
+
+
 def block_entries(
-    ours: str, theirs: str, kind: str, shape: TransformerShape, heads: tuple[Piece, Piece, Piece], *, norms: tuple[str, str], output: str, mlp: tuple[str, str]
+    ours: str, theirs: str, kind: str, shape: TransformerShape, names: Names, query: Piece, key: Piece, value: Piece
 ) -> list[Entry]:
-    """The weights or biases (`kind`) of one block. heads: stacks of queries, keys and values; the other names are below `theirs`."""
+    """The weights or biases (`kind`) of one block. names: below `theirs`; query, key, value: stacks of heads."""
     return [
-        same(f"{ours}.input_layernorm.{kind}", f"{theirs}.{norms[0]}.{kind}"),
-        grouped(f"{ours}.self_attention.linear_qkv.{kind}", shape, *heads),
-        same(f"{ours}.self_attention.linear_proj.{kind}", f"{theirs}.{output}.{kind}"),
-        same(f"{ours}.pre_mlp_layernorm.{kind}", f"{theirs}.{norms[1]}.{kind}"),
-        same(f"{ours}.mlp.linear_fc1.{kind}", f"{theirs}.{mlp[0]}.{kind}"),
-        same(f"{ours}.mlp.linear_fc2.{kind}", f"{theirs}.{mlp[1]}.{kind}"),
+        same(f"{ours}.input_layernorm.{kind}", f"{theirs}.{names.attention_norm}.{kind}"),
+        grouped(f"{ours}.self_attention.linear_qkv.{kind}", shape, query, key, value),
+        same(f"{ours}.self_attention.linear_proj.{kind}", f"{theirs}.{names.output}.{kind}"),
+        same(f"{ours}.pre_mlp_layernorm.{kind}", f"{theirs}.{names.mlp_norm}.{kind}"),
+        same(f"{ours}.mlp.linear_fc1.{kind}", f"{theirs}.{names.fc1}.{kind}"),
+        same(f"{ours}.mlp.linear_fc2.{kind}", f"{theirs}.{names.fc2}.{kind}"),
     ]
 
 

@@ -24,11 +24,12 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 
 from sailplan.config.schema import ModelConfig, TransformerShape, VisionConfig
-from sailplan.model.backbones.plain import block_entries, expected_shape
+from sailplan.model.backbones.plain import Names, block_entries, expected_shape
 from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap, same
 from sailplan.model.blocks import Blocks, head_size, initial_deviation, process_groups, transformer_config
 
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_vision")
+NAMES = Names("norm1", "attn.proj", "norm2", "mlp.linear_fc1", "mlp.linear_fc2")
 FRAMES, ROPE_BASE, EPSILON = 2, 10000.0, 1e-6
 
 
@@ -121,8 +122,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
         for layer in range(shape.layers):
             theirs = f"blocks.{layer}"
             query, key, value = (Piece(f"{theirs}.attn.qkv.{kind}", number * shape.hidden, shape.hidden) for number in range(3))
-            names = {"norms": ("norm1", "norm2"), "output": "attn.proj", "mlp": ("mlp.linear_fc1", "mlp.linear_fc2")}
-            entries += block_entries(f"vision.blocks.block.layers.{layer}", theirs, kind, shape, (query, key, value), **names)
+            entries += block_entries(f"vision.blocks.block.layers.{layer}", theirs, kind, shape, NAMES, query, key, value)
         for ours, theirs in mergers.items():
             entries.append(same(f"vision.{ours}.norm.{kind}", f"{theirs}.norm.{kind}"))
             entries += [same(f"vision.{ours}.mlp.{name}.{kind}", f"{theirs}.{name}.{kind}") for name in ("linear_fc1", "linear_fc2")]

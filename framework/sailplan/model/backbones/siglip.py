@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sailplan.config.schema import ModelConfig, VisionConfig
-from sailplan.model.backbones.plain import block_entries, expected_shape
+from sailplan.model.backbones.plain import Names, block_entries, expected_shape
 from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap, same
 from sailplan.model.blocks import Blocks, initial_deviation
 
 MODEL_TYPES = ("siglip", "siglip_vision_model")
+NAMES = Names("layer_norm1", "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2")
 
 
 class SiglipVisionEncoder(nn.Module):
@@ -58,8 +59,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
         for layer in range(shape.layers):
             theirs = f"encoder.layers.{layer}"
             query, key, value = (Piece(f"{theirs}.self_attn.{name}_proj.{kind}") for name in "qkv")
-            names = {"norms": ("layer_norm1", "layer_norm2"), "output": "self_attn.out_proj", "mlp": ("mlp.fc1", "mlp.fc2")}
-            entries += block_entries(f"vision.blocks.block.layers.{layer}", theirs, kind, shape, (query, key, value), **names)
+            entries += block_entries(f"vision.blocks.block.layers.{layer}", theirs, kind, shape, NAMES, query, key, value)
     left_out = (r"(vision_model\.)?head\..*", r"text_model\..*", r"logit_(scale|bias)")
     return WeightMap(tuple(entries), anchor="embeddings.patch_embedding.weight", left_out=left_out)
 

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from sailplan.config.schema import AudioConfig, ModelConfig
 from sailplan.model.audio import mean_of_chunks
-from sailplan.model.backbones.plain import block_entries, expected_shape
+from sailplan.model.backbones.plain import Names, block_entries, expected_shape
 from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap, same
 from sailplan.model.blocks import Blocks
 
 MODEL_TYPES = ("whisper",)
+NAMES = Names("self_attn_layer_norm", "self_attn.out_proj", "final_layer_norm", "fc1", "fc2")
 TIME_STRIDE = 2
 
 
@@ -86,8 +87,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
             theirs = f"layers.{layer}"
             query, value = (Piece(f"{theirs}.self_attn.{name}_proj.{kind}") for name in "qv")
             key = Piece(f"{theirs}.self_attn.k_proj.weight" if kind == "weight" else None)
-            names = {"norms": ("self_attn_layer_norm", "final_layer_norm"), "output": "self_attn.out_proj", "mlp": ("fc1", "fc2")}
-            entries += block_entries(f"audio.encoder.tower.blocks.block.layers.{layer}", theirs, kind, shape, (query, key, value), **names)
+            entries += block_entries(f"audio.encoder.tower.blocks.block.layers.{layer}", theirs, kind, shape, NAMES, query, key, value)
     left_out = (r"(model\.)?decoder\..*", r"proj_out\.weight", r"(.*\.)?embed_positions\.weight")
     return WeightMap(tuple(entries), anchor="conv1.weight", left_out=left_out)
 
