@@ -54,6 +54,7 @@ def shallow(name: str) -> ModelConfig:
     config.audio.encoder.layers = config.tower.layers = 2
     config.audio.swin.layers = [2, 2, 2, 2]
     config.vocabulary = 4096
+    config.vision.marks = [1, 2] if config.vision.marks else []
     return config
 
 

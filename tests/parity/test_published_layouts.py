@@ -20,7 +20,7 @@ EVERYTHING = ("vision", "audio", "text")
 def configured():
     config = small_config()
     image = TransformerShape(2, 16, 4, None, 24, norm="layer", activation="gelu_tanh", gated=False, bias=True)
-    config.vision = dataclasses.replace(config.vision, backbone="qwen3_vl", patch=2, merge=2, position_grid=3, deepstack=[0, 1], encoder=image)
+    config.vision = dataclasses.replace(config.vision, backbone="qwen3_vl", patch=2, merge=2, marks=[1, 2], position_grid=3, deepstack=[0, 1], encoder=image)
     config.rope_sections = [1, 1, 0]
     swin = SwinShape(layers=[2, 1], heads=[2, 2], hidden=4, feed_forward=2, window=2, patch=2, image=24)
     config.audio = dataclasses.replace(config.audio, backbone="clap", swin=swin)

@@ -21,7 +21,7 @@ from sailplan.model.testing import join_layout, small_config, whole_tensor
 from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks
 
-IMAGE = 95  # the token that stands where a picture's tokens go in
+BEFORE, BEHIND, IMAGE = 93, 94, 95  # tokens: around a picture, and where its own tokens go in
 VISION = {
     "depth": 3, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "patch_size": 4, "spatial_merge_size": 2, "out_hidden_size": 32,
     "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2],
@@ -47,7 +47,8 @@ def configured(**weights: str) -> ModelConfig:
 def published(request, tmp_path_factory):
     """(folder, Qwen3VLModel) of the whole model with its language-model head or without."""
     torch.manual_seed(4)
-    config = Qwen3VLConfig(text_config=dict(TEXT), vision_config=dict(VISION), image_token_id=IMAGE, tie_word_embeddings=False)
+    tokens = {"image_token_id": IMAGE, "vision_start_token_id": BEFORE, "vision_end_token_id": BEHIND}
+    config = Qwen3VLConfig(text_config=dict(TEXT), vision_config=dict(VISION), **tokens, tie_word_embeddings=False)
     model = Qwen3VLForConditionalGeneration(config) if request.param == "with_head" else Qwen3VLModel(config)
     with torch.no_grad():
         for parameter in model.parameters():  # norms start as ones and biases as zeros: a mix-up would not show
@@ -110,36 +111,42 @@ def test_the_image_tower_and_its_deepstack_are_those_of_transformers(published, 
 LENGTHS = (7, 4, 5)  # text tokens of the rows; the last has no picture
 
 
-def rows(modalities=("vision", "text")) -> EncoderInputs:
+def rows(modalities=("vision", "text"), frames=1) -> EncoderInputs:
     generator = torch.Generator().manual_seed(1)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    images = torch.rand(3, 1, 3, 16, 24, generator=generator) * 2 - 1
-    inputs = EncoderInputs(modalities, torch.randint(0, IMAGE, mask.shape, generator=generator), mask, mask, images, torch.tensor([[True], [True], [False]]))
+    images = torch.rand(3, frames, 3, 16, 24, generator=generator) * 2 - 1
+    present = torch.tensor([[True] * frames, [True] + [False] * (frames - 1), [False] * frames])
+    inputs = EncoderInputs(modalities, torch.randint(0, BEFORE, mask.shape, generator=generator), mask, mask, images, present)
     return inputs if "vision" in modalities else dataclasses.replace(inputs, images=None, image_mask=None)
 
 
-def encoded(rank, world, folder, modalities):
+def encoded(rank, world, folder, modalities, frames, marks):
     config = configured(vision=str(folder), tower=str(folder))
+    config.vision.marks = marks
     encoder, whole, _ = loaded(world, config)
     found = []
     for pooling in ("last_token", "mean"):
         config.pooling = pooling
         with torch.no_grad():
-            found.append(encoder(rows(modalities)).fused)
+            found.append(encoder(rows(modalities, frames)).fused)
     return *found, whole
 
 
-@pytest.mark.parametrize(("tensor", "modalities"), [(1, ("vision", "text")), (2, ("vision", "text")), (1, ("text",))])
-def test_the_whole_model_is_that_of_transformers(published, tmp_path, tensor, modalities):
-    """With the picture's tokens before the text and no marks around them: where both have the same sequence."""
+@pytest.mark.parametrize(
+    ("tensor", "modalities", "frames", "marks"),
+    [(1, ("vision", "text"), 1, []), (1, ("vision", "text"), 2, [BEFORE, BEHIND]), (2, ("vision", "text"), 2, [BEFORE, BEHIND]), (1, ("text",), 1, [])],
+)
+def test_the_whole_model_is_that_of_transformers(published, tmp_path, tensor, modalities, frames, marks):
+    """With the pictures before the text, where both have the same sequence."""
     folder, model = published
-    inputs = rows(modalities)
-    last, mean, whole = run_ranks(encoded, tensor, folder, modalities)[0]
+    inputs = rows(modalities, frames)
+    last, mean, whole = run_ranks(encoded, tensor, folder, modalities, frames, marks)[0]
     for row, length in enumerate(LENGTHS):
         text, options = inputs.token_ids[row, :length], {}
-        if inputs.images is not None and bool(inputs.image_mask[row]):
-            pixels, grid = patches_of(inputs.images[row])
-            text = torch.cat([torch.full((6,), IMAGE), text])
+        if inputs.images is not None and bool(inputs.image_mask[row].any()):
+            pixels, grid = patches_of(inputs.images[row][inputs.image_mask[row]])
+            picture = torch.tensor([*marks[:1], *[IMAGE] * 6, *marks[1:]])
+            text = torch.cat([*[picture] * len(grid), text])
             options = {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": (text == IMAGE).int()[None]}
         model.rope_deltas = None
         with torch.no_grad():
@@ -179,9 +186,8 @@ def test_absent_frames_change_nothing_and_the_order_of_frames_does():
     [(together, other, swapped, one)] = run_ranks(frames_of, 1)
     assert torch.equal(together.vision, other.vision) and torch.equal(together.fused, other.fused)
     assert not torch.allclose(together.fused[0], swapped.fused[0], atol=1e-4)
-    # Rotary positions (of float32 angles) tell distances alone: an absent frame shifts the text, and text alone stays the same.
-    torch.testing.assert_close(one.fused[2], together.fused[2], rtol=0, atol=1e-6)
-    torch.testing.assert_close(one.vision[1], together.vision[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(one.fused[1:], together.fused[1:], rtol=0, atol=1e-12)  # as many frames as the neighbours have
+    torch.testing.assert_close(one.vision[1:], together.vision[1:], rtol=0, atol=1e-12)
     assert not together.vision[2].any()
 
 
@@ -190,6 +196,7 @@ def test_absent_frames_change_nothing_and_the_order_of_frames_does():
     [
         ({"rope_sections": []}, r"model\.rope_sections is \[\].* mrope_section \[4, 2, 2\]"),
         ({"vision.deepstack": [0, 1]}, r"model\.vision\.deepstack is \[0, 1\].* deepstack_visual_indexes \[0, 2\]"),
+        ({"vision.marks": [94, 93]}, r"model\.vision\.marks is \[94, 93\].*\[93, 94\]"),
         ({"vision.position_grid": 5}, r"model\.vision\.position_grid squared is 25.* 36"),
         ({"vision.backbone": "siglip"}, r"model_type qwen3_vl; expected one of siglip"),
     ],
@@ -206,7 +213,7 @@ def test_files_of_another_model_are_one_line(published, change, words):
 
 @pytest.mark.parametrize(
     ("change", "key"),
-    [({"deepstack": [2, 0]}, "deepstack"), ({"deepstack": [3]}, "deepstack"), ({"deepstack": [0, 1, 2]}, "deepstack"), ({"merge": 0}, "merge")],
+    [({"deepstack": [2, 0]}, "deepstack"), ({"deepstack": [3]}, "deepstack"), ({"deepstack": [0, 1, 2]}, "deepstack"), ({"merge": 0}, "merge"), ({"marks": [1]}, "marks")],
 )
 def test_shapes_that_cannot_be_built_name_their_key(change, key):
     config = configured()

@@ -114,6 +114,7 @@ class VisionConfig:
     backbone: str = "own"
     position_grid: int = 16  # siglip, qwen3_vl: side of the square grid of learned positions
     merge: int = 2  # qwen3_vl: side of the square of patches that become one token
+    marks: list[int] = field(default_factory=list)  # qwen3_vl: tokens that stand before and behind each picture; empty: none
     deepstack: list[int] = field(default_factory=list)  # qwen3_vl: layers whose output is also added behind the tower's first layers
 
 

@@ -173,9 +173,9 @@ def rotary_angles(positions: int, head_size: int, base: float, device: torch.dev
 
 
 def interleaved_angles(places: Tensor, head_size: int, base: float, sections: Sequence[int]) -> Tensor:
-    """Rotary angles of places in three dimensions, float32 [s, 1, 1, head_size].
+    """Rotary angles of places in three dimensions, float32 [s, b, 1, head_size].
 
-    places: int64 [3, s], frame, row and column. Of each three neighbouring frequencies the second follows the row and the
+    places: int64 [3, b, s], frame, row and column. Of each three neighbouring frequencies the second follows the row and the
     third the column, up to sections[1] and sections[2] of them; all others follow the frame ("interleaved MRoPE" of
     Qwen3-VL, arXiv 2511.21631). With three equal places these are the angles of `rotary_angles`.
     """
@@ -183,8 +183,8 @@ def interleaved_angles(places: Tensor, head_size: int, base: float, sections: Se
     dimension = torch.zeros(head_size // 2, dtype=torch.int64, device=places.device)
     for number in (1, 2):
         dimension[number : 3 * sections[number] : 3] = number
-    angles = places[dimension].T.float() * frequencies
-    return torch.cat([angles, angles], -1)[:, None, None, :]
+    angles = places[dimension].permute(2, 1, 0).float() * frequencies
+    return torch.cat([angles, angles], -1)[:, :, None, :]
 
 
 class Blocks(nn.Module):
@@ -213,7 +213,7 @@ class Blocks(nn.Module):
     ) -> Tensor:
         """hidden [b, s, h]; keep bool [b, s], True where a position may be attended to (None: everywhere). Returns [b, s, h].
 
-        angles: rotary angles float32 [s, 1, 1, head_size], where they are not those of the positions 0, 1, 2, ...
+        angles: rotary angles float32 [s, 1 or b, 1, head_size], where they are not those of the positions 0, 1, 2, ...
         after: called with each layer's number and output [b, s, h]; what it returns goes into the next layer.
 
         A row that keeps nothing attends to everything instead: a softmax over nothing would be NaN, and such a

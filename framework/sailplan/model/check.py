@@ -89,6 +89,8 @@ def _check_qwen_vision(config: ModelConfig, tensor_parallel: int) -> None:
         _fail("model.vision.encoder.hidden", encoder.hidden, f"heads of a multiple of 4 (here {encoder.heads} heads): rows and columns", "change one")
     if encoder.hidden * vision.merge**2 % tensor_parallel:
         _fail("model.vision.encoder.hidden", encoder.hidden, f"times merge squared a multiple of parallel.tensor={tensor_parallel}", "change one")
+    if vision.marks and (len(vision.marks) != 2 or not all(0 <= mark < config.vocabulary for mark in vision.marks)):
+        _fail("model.vision.marks", list(vision.marks), f"two tokens below model.vocabulary={config.vocabulary}", "or [] for none")
     layers = list(vision.deepstack)
     if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < encoder.layers):
         _fail("model.vision.deepstack", layers, f"rising numbers of layers below model.vision.encoder.layers={encoder.layers}", "count from 0")

@@ -66,7 +66,7 @@ class Tower(nn.Module):
     def forward(self, sequence: Tensor, kind: Tensor, keep: Tensor, places: Tensor | None = None, added: Sequence[Tensor] = ()) -> Tensor:
         """sequence [b, s, h], kind int64 [s], keep bool [b, s]. Returns [b, s, h].
 
-        places: int64 [3, s], with `rope_sections` (None: 0, 1, 2, ... in all three). added: [b, s, h] for each of the first
+        places: int64 [3, b, s], with `rope_sections` (None: 0, 1, 2, ... in all three). added: [b, s, h] for each of the first
         layers, added to its output.
         """
         angles = None
@@ -156,8 +156,14 @@ class OmniEncoder(nn.Module):
             if isinstance(self.vision, QwenVisionEncoder):
                 images = inputs.images.masked_fill(~inputs.image_mask[:, :, None, None, None], 0).flatten(0, 1)
                 grid = self.vision.grid(images)
-                tokens, *features = (part.unflatten(0, (rows, frames)).flatten(1, 2) for part in self.vision(images))
-                pieces.append((1, tokens, inputs.image_mask.repeat_interleave(grid[0] * grid[1], 1)))
+                tokens, *features = self.vision(images)
+                if self.config.vision.marks:
+                    before, behind = self.text(torch.tensor(self.config.vision.marks, device=tokens.device)).expand(len(tokens), -1, -1).split(1, 1)
+                    tokens = torch.cat([before, tokens, behind], 1)
+                    features = [F.pad(part, (0, 0, 1, 1)) for part in features]
+                present = inputs.image_mask.repeat_interleave(tokens.size(1), 1)
+                tokens, *features = (part.unflatten(0, (rows, frames)).flatten(1, 2) for part in (tokens, *features))
+                pieces.append((1, tokens, present))
             else:
                 patches = self.vision(inputs.images.flatten(0, 1))
                 latents = self.perceiver(patches.unflatten(0, (rows, frames)), inputs.image_mask)
@@ -170,7 +176,8 @@ class OmniEncoder(nn.Module):
         kind = torch.tensor(kinds, device=keep.device)
         first = kinds.index(1) if features else 0
         added = [F.pad(part, (0, 0, first, len(kinds) - first - part.size(1))) for part in features]
-        hidden = self.tower(torch.cat([tokens for _, tokens, _ in pieces], 1), kind, keep, places_of(kinds, grid, keep.device), added)
+        places = None if grid is None else places_of(pieces, grid, bool(self.config.vision.marks))
+        hidden = self.tower(torch.cat([tokens for _, tokens, _ in pieces], 1), kind, keep, places, added)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         hidden = hidden.to(wide)
         if self.config.pooling == "tanh_mean":
@@ -192,24 +199,31 @@ class OmniEncoder(nn.Module):
         return Embeddings(fused=fused, vision=vision, text=text)
 
 
-def places_of(kinds: Sequence[int], grid: tuple[int, int] | None, device: torch.device) -> Tensor | None:
-    """Frame, row and column of each position, int64 [3, s], as Qwen3-VL counts them; None where no frame is a grid of tokens.
+def places_of(pieces: Sequence[tuple[int, Tensor, Tensor]], grid: tuple[int, int], marked: bool) -> Tensor:
+    """Frame, row and column of each position, int64 [3, b, s], as Qwen3-VL counts them. pieces: (kind, [b, n, h], present [b, n]).
 
     A position that is no visual token is one further on in all three. A frame's tokens [rows, columns] begin together
-    where the frame begins and count rows and columns from there; what follows begins behind its longer side.
+    where the frame begins and count rows and columns from there; what follows begins behind its longer side. marked: a
+    frame's tokens stand between two marks, which count as text. A frame that a row lacks takes no room: the row's vector
+    must not depend on how many frames its neighbours have.
     """
-    if grid is None:
-        return None
-    rows, columns = grid
-    frame = torch.stack([torch.zeros(rows, columns), *torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")]).long().flatten(1)
-    places: list[Tensor] = []
-    start = position = 0
-    while position < len(kinds):
-        visual = kinds[position] == 1
-        places.append(start + (frame if visual else torch.zeros(3, 1, dtype=torch.int64)))
-        start += max(grid) if visual else 1
-        position += places[-1].size(1)
-    return torch.cat(places, 1).to(device)
+    device = pieces[0][1].device
+    frame = torch.stack([torch.zeros(grid), *torch.meshgrid(*[torch.arange(float(side)) for side in grid], indexing="ij")]).flatten(1).long()
+    length = max(grid)
+    if marked:
+        ends = torch.tensor([0, length + 1]).expand(3, -1)
+        frame, length = torch.cat([ends[:, :1], frame + 1, ends[:, 1:]], 1), length + 2
+    frame, places = frame.to(device), []
+    start = torch.zeros(len(pieces[0][1]), dtype=torch.int64, device=device)
+    for kind, tokens, present in pieces:
+        if kind != 1:
+            places.append((start[:, None] + torch.arange(tokens.size(1), device=device)).expand(3, -1, -1))
+            start = start + tokens.size(1)
+            continue
+        for first in range(0, tokens.size(1), frame.size(1)):
+            places.append(start[None, :, None] + frame[:, None])
+            start = start + length * present[:, first]
+    return torch.cat(places, 2)
 
 
 def _one_absent_row(inputs: EncoderInputs) -> EncoderInputs:

@@ -7,8 +7,7 @@ patches; `deepstack` names layers whose output goes through mergers of their own
 the tower's first layers.
 
 Every frame of a video is a picture of its own here; the published model shows two neighbouring frames at once and writes
-their times between them. Its inputs also have marks before and behind a picture, and a conversation's; here visual tokens
-stand before the text without them.
+their times between them. Pictures stand before the text, each between `model.vision.marks`.
 
 Shape legend: n pictures, r rows and c columns of merged tokens, m side of the merged square, h hidden.
 """
@@ -139,6 +138,7 @@ def unsupported(found: dict[str, Any]) -> str | None:
 def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
     """config.json's key -> (our key, our value, the value there); a key that is not there has transformers' default."""
     vision = config.vision
+    marks = [found[key] for key in ("vision_start_token_id", "vision_end_token_id") if key in found]  # of the whole model's file
     found = found.get("vision_config", found)
     sizes = {"hidden": ("hidden_size", 1152), "layers": ("depth", 27), "heads": ("num_heads", 16), "feed_forward": ("intermediate_size", 4304)}
     deepstack = list(found.get("deepstack_visual_indexes", [8, 16, 24]))
@@ -148,6 +148,7 @@ def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str,
         "spatial_merge_size": ("model.vision.merge", vision.merge, found.get("spatial_merge_size", 2)),
         "num_position_embeddings": ("model.vision.position_grid squared", vision.position_grid**2, found.get("num_position_embeddings", 2304)),
         "deepstack_visual_indexes": ("model.vision.deepstack", list(vision.deepstack), deepstack),
+        "vision_start_token_id, vision_end_token_id": ("model.vision.marks", list(vision.marks), marks if marks and vision.marks else list(vision.marks)),
         "out_hidden_size": ("model.tower.hidden", config.tower.hidden, found.get("out_hidden_size", 3584)),
         "rope_theta": ("the image tower's rotary base", ROPE_BASE, rope.get("rope_theta", ROPE_BASE)),
         **expected_shape("model.vision.encoder", vision.encoder, found, sizes, ("hidden_act", "gelu_pytorch_tanh"), EPSILON),
