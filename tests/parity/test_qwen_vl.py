@@ -213,7 +213,13 @@ def test_files_of_another_model_are_one_line(published, change, words):
 
 @pytest.mark.parametrize(
     ("change", "key"),
-    [({"deepstack": [2, 0]}, "deepstack"), ({"deepstack": [3]}, "deepstack"), ({"deepstack": [0, 1, 2]}, "deepstack"), ({"merge": 0}, "merge"), ({"marks": [1]}, "marks")],
+    [
+        ({"deepstack": [2, 0]}, "deepstack"),
+        ({"deepstack": [3]}, "deepstack"),
+        ({"deepstack": [0, 1, 2]}, "deepstack"),
+        ({"merge": 0}, "merge"),
+        ({"marks": [1]}, "marks"),
+    ],
 )
 def test_shapes_that_cannot_be_built_name_their_key(change, key):
     config = configured()

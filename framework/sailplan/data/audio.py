@@ -29,7 +29,8 @@ FLOOR = 1e-8  # power; about 80 dB below a full-scale tone's mean power
 LOG_MEAN, LOG_SCALE = -5.5, 2.2  # of log10 power, measured on the quick start's recordings of speech
 WHISPER_RATE, WHISPER_WINDOW, WHISPER_HOP, WHISPER_SCALE = 16000, 400, 160, 4.0
 CLAP_RATE, CLAP_WINDOW, CLAP_HOP, CLAP_TOP = 48000, 1024, 480, 14000
-CLAP_MIDDLE, CLAP_SCALE = -30.0, 0.1  # decibels: about the mean of speech; log10 of the power, divided by this, is decibels
+# Decibels: the mean of the quick start's recordings of speech, up to their 4 kHz; log10 of the power, divided by the scale.
+CLAP_MIDDLE, CLAP_SCALE = -40.0, 0.1
 
 
 def decode(content: bytes, rate: int) -> NDArray[np.float32]:
@@ -145,13 +146,12 @@ def _window(length: int) -> Tensor:
 class Spectrogram:
     """One front end: what `data.spectrogram` chooses.
 
-    make: waves float32 [c, samples], rate=, bins= -> float32 [c, frames, bins]. rate: the one it was made for, in Hz,
-    or None for any. repeat: a short sound is repeated whole before it is padded with silence. middle: about the mean of the
-    numbers that it makes. scale: what log10 of the power was divided by. extra_frames: beyond one for each hop of 10 ms.
+    make: waves float32 [c, samples], rate=, bins= -> float32 [c, frames, bins]. repeat: a short sound is repeated whole
+    before it is padded with silence. middle: what masked places are set to, about the mean. scale: what log10 of the power
+    was divided by. extra_frames: beyond one for each hop of 10 ms.
     """
 
     make: Callable[..., Tensor]
-    rate: int | None = None
     repeat: bool = True
     middle: float = 0.0
     scale: float = LOG_SCALE
@@ -164,8 +164,8 @@ class Spectrogram:
 
 SPECTROGRAMS = {
     "own": Spectrogram(log_mel),
-    "whisper": Spectrogram(whisper_log_mel, WHISPER_RATE, repeat=False, scale=WHISPER_SCALE),
-    "clap": Spectrogram(clap_log_mel, CLAP_RATE, middle=CLAP_MIDDLE, scale=CLAP_SCALE, extra_frames=1),
+    "whisper": Spectrogram(whisper_log_mel, repeat=False, scale=WHISPER_SCALE),
+    "clap": Spectrogram(clap_log_mel, middle=CLAP_MIDDLE, scale=CLAP_SCALE, extra_frames=1),
 }
 
 

@@ -159,5 +159,8 @@ def check_model(config: ModelConfig, tensor_parallel: int) -> None:
         _one_of("model.lora.targets", target, (*TARGETS, "all"))
     for part in lora.parts:
         _one_of("model.lora.parts", part, LORA_PARTS)
+    for part, without in (("audio", audio.backbone == "clap"), ("perceiver", vision.backbone == "qwen3_vl")):
+        if lora.rank and part in lora.parts and without:
+            _fail("model.lora.parts", list(lora.parts), f"parts with blocks of ours, which {part} has none of here", f"leave out {part}")
     if config.rope_base <= 1:
         _fail("model.rope_base", config.rope_base, "more than 1", "10000 is usual")

@@ -33,6 +33,7 @@ from sailplan.model.blocks import initial_deviation
 
 MODEL_TYPES = ("clap", "clap_audio_model")
 EPSILON = 1e-5
+MEAN, VARIANCE = -40.0, 30.0**2  # decibels, of an encoder that is drawn: about those of speech; files bring those of their training
 FAR = -100.0  # added to the scores of positions that moved windows join from opposite ends of the picture
 
 
@@ -115,16 +116,15 @@ class ClapTower(nn.Module):
         super().__init__()
         self.image, self.strips = swin.image, swin.image // mel_bins
         self.bin_gain, self.bin_shift = nn.Parameter(torch.ones(mel_bins)), nn.Parameter(torch.zeros(mel_bins))
-        self.register_buffer("bin_mean", torch.zeros(mel_bins))
-        self.register_buffer("bin_variance", torch.ones(mel_bins))
+        self.register_buffer("bin_mean", torch.full((mel_bins,), MEAN))
+        self.register_buffer("bin_variance", torch.full((mel_bins,), VARIANCE))
         self.embedding = nn.Conv2d(1, swin.hidden, swin.patch, stride=swin.patch)
         self.embedding_norm = nn.LayerNorm(swin.hidden, eps=EPSILON)
         layers: list[nn.Module] = []
         for stage, (depth, heads) in enumerate(zip(swin.layers, swin.heads, strict=True)):
             hidden, grid = swin.hidden * 2**stage, swin.image // swin.patch // 2**stage
-            window = min(swin.window, grid)
-            half = window // 2 if grid > window else 0
-            layers += [WindowBlock(hidden, heads, swin.feed_forward * hidden, grid, window, half * (layer % 2)) for layer in range(depth)]
+            half = swin.window // 2 if grid > swin.window else 0
+            layers += [WindowBlock(hidden, heads, swin.feed_forward * hidden, grid, swin.window, half * (layer % 2)) for layer in range(depth)]
             if stage < len(swin.layers) - 1:
                 layers.append(Merge(hidden))
         self.layers = nn.ModuleList(layers)
