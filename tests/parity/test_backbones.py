@@ -302,6 +302,12 @@ def test_siglip_files_of_another_size_are_one_line(siglip):
             check_weights(config)
 
 
+def test_siglip2_files_of_any_image_size_are_refused_in_one_line(siglip, tmp_path):
+    folder = damaged(siglip[0], tmp_path / "naflex", lambda _, config: config.update(model_type="siglip2_vision_model"))
+    with pytest.raises(ConfigurationError, match=r"model\.weights\.vision=.*model_type siglip2.*naflex.*choose a fixed size"):
+        check_weights(vision_config(folder))
+
+
 def audio_config(folder: Path | None) -> ModelConfig:
     config = small_config()
     shape = TransformerShape(2, 32, 4, None, 48, norm="layer", norm_epsilon=1e-5, activation="gelu", gated=False, bias=True)

@@ -11,6 +11,7 @@ from sailplan_kernels.exchange import ALL_EXCHANGES
 KINDS = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}  # and the parts that their records have
 PARTS = ("all", "text", "vision", "perceiver", "audio", "tower", "lora", "objectives", "temperatures")
 INITIALISED = ("encoder", "objectives", "temperatures")  # what `initialise_from` can take
+RATES = {"whisper": 16000, "clap": 48000}  # Hz, of the front ends that published sound encoders were made for
 ARTIFACTS = ("interests", "teachers", "co_occurrence")
 
 
@@ -54,14 +55,33 @@ def check(config: Config, world_size: int) -> None:
                 )
     if config.model.audio.mel_bins != config.data.mel_bins:
         raise ConfigurationError(f"model.audio.mel_bins={config.model.audio.mel_bins}: expected data.mel_bins={config.data.mel_bins}, what the decoder makes")
-    _one_of("data.spectrogram", config.data.spectrogram, ("own", "whisper"))
-    if config.data.spectrogram == "whisper" and config.data.audio_rate != 16000:
-        raise ConfigurationError(f"data.audio_rate={config.data.audio_rate}: expected 16000, the rate of data.spectrogram=whisper")
-    if config.model.audio.backbone == "whisper" and config.data.spectrogram != "whisper":
-        raise ConfigurationError(f"data.spectrogram={config.data.spectrogram}: expected whisper, what model.audio.backbone=whisper was made for")
+    _check_sound(config)
+    vision = config.model.vision
+    pixels = vision.patch * (vision.merge if vision.backbone == "qwen3_vl" else 1)
+    if pixels > 0 and config.data.image_size % pixels:
+        raise ConfigurationError(f"data.image_size={config.data.image_size}: expected a multiple of {pixels}, the side of model.vision's tokens in pixels")
     prefixes = config.model.prefixes
     if not prefixes or sorted(set(prefixes)) != list(prefixes) or prefixes[-1] > config.model.embedding:
         raise ConfigurationError(f"model.prefixes={prefixes}: expected rising sizes up to model.embedding={config.model.embedding}")
+
+
+def _check_sound(config: Config) -> None:
+    data, audio = config.data, config.model.audio
+    _one_of("data.spectrogram", data.spectrogram, ("own", *RATES))
+    rate = RATES.get(data.spectrogram, data.audio_rate)
+    if data.audio_rate != rate:
+        raise ConfigurationError(f"data.audio_rate={data.audio_rate}: expected {rate}, the rate of data.spectrogram={data.spectrogram}")
+    if audio.backbone in RATES and data.spectrogram != audio.backbone:
+        raise ConfigurationError(
+            f"data.spectrogram={data.spectrogram}: expected {audio.backbone}, what model.audio.backbone={audio.backbone} was made for; "
+            f"data.audio_rate is then {RATES[audio.backbone]}"
+        )
+    if audio.backbone == "clap" and data.audio_chunk_seconds * 100 + 1 > audio.swin.image**2 // audio.mel_bins:
+        longest = (audio.swin.image**2 // audio.mel_bins - 1) / 100
+        raise ConfigurationError(
+            f"data.audio_chunk_seconds={data.audio_chunk_seconds}: expected at most {longest:g} with model.audio.backbone=clap, "
+            "whose files know chunks of 10 s"
+        )
 
 
 def _check_parallel(config: Config, world_size: int) -> None:
@@ -105,6 +125,7 @@ def _check_sequence(config: Config) -> None:
         ("parallel.compile", config.parallel.compile, "none", config.parallel.compile == "none"),
         ("model.tower.dropout", config.model.tower.dropout, "0", config.model.tower.dropout == 0),
         ("model.lora.rank", lora.rank, "0, or model.lora.parts without tower", not lora.rank or "tower" not in lora.parts),
+        ("model.vision.deepstack", list(config.model.vision.deepstack), "[]: its features are added to whole sequences", not config.model.vision.deepstack),
         ("the device", "a CPU", "GPUs, which megatron-core's sequence parallelism needs", torch.cuda.is_available()),
     ):
         if not fits:

@@ -70,7 +70,9 @@ class DataConfig:
     audio_chunk_seconds: float = 10.0
     audio_chunks: int = 1
     mel_bins: int = 64
-    spectrogram: str = "own"  # own | whisper: the front end of Whisper's files (16000 Hz; 80 or 128 mel_bins; they know chunks of 30 s)
+    # own | whisper: Whisper's front end (16000 Hz; 80 or 128 mel_bins; its files know chunks of 30 s)
+    # | clap: CLAP's (48000 Hz; 64 mel_bins; chunks of 10 s)
+    spectrogram: str = "own"
     bad_sample_limit: float = 0.01  # fraction of samples that may be replaced before the run stops with exit code 65
     cache: str | None = None  # folder for shards that are fetched from a URL
     sets: dict[str, DatasetConfig] = field(default_factory=dict)
@@ -108,8 +110,25 @@ class VisionConfig:
     encoder: TransformerShape = field(default_factory=TransformerShape)
     perceiver: TransformerShape = field(default_factory=TransformerShape)
     latents: int = 16
-    backbone: str = "own"  # own | siglip (SigLIP, and SigLIP2 of a fixed image size)
-    position_grid: int = 16  # siglip: side of the square grid of learned positions
+    # own | siglip (SigLIP, and SigLIP2 of a fixed image size) | qwen3_vl (Qwen3-VL's image tower: no perceiver, its tokens are the tower's)
+    backbone: str = "own"
+    position_grid: int = 16  # siglip, qwen3_vl: side of the square grid of learned positions
+    merge: int = 2  # qwen3_vl: side of the square of patches that become one token
+    marks: list[int] = field(default_factory=list)  # qwen3_vl: tokens that stand before and behind each picture; empty: none
+    deepstack: list[int] = field(default_factory=list)  # qwen3_vl: layers whose output is also added behind the tower's first layers
+
+
+@dataclass
+class SwinShape:
+    """Shape of CLAP's audio encoder; a stage halves the grid's sides and doubles the width. The defaults are laion/clap-htsat-unfused's."""
+
+    layers: list[int] = field(default_factory=lambda: [2, 2, 6, 2])  # of each stage
+    heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
+    hidden: int = 96  # of the first stage
+    feed_forward: int = 4  # times a stage's width
+    window: int = 8  # side of the square of positions that attend to each other
+    patch: int = 4
+    image: int = 256  # side of the square that a chunk's spectrogram is folded into
 
 
 @dataclass
@@ -121,16 +140,17 @@ class AudioConfig:
     time_stride: int = 8  # log-mel frames per encoder position
     mel_bins: int = 64  # equals data.mel_bins
     output: int = 512
-    backbone: str = "own"  # own | whisper (Whisper's encoder; needs data.spectrogram=whisper)
+    backbone: str = "own"  # own | whisper (its encoder) | clap (its audio encoder, of the shape `swin`); each needs its own data.spectrogram
+    swin: SwinShape = field(default_factory=SwinShape)  # clap, instead of `encoder`
 
 
 @dataclass
 class WeightsConfig:
     """Where parts start from: a folder in Hugging Face's safetensors format, or a model id of its hub. None: drawn from the seed."""
 
-    tower: str | None = None  # text embedding and blocks: Qwen2, Qwen2.5 or Qwen3 (dense)
-    vision: str | None = None  # model.vision.backbone=siglip: the image tower
-    audio: str | None = None  # model.audio.backbone=whisper: the encoder
+    tower: str | None = None  # text embedding and blocks: Qwen2, Qwen2.5, Qwen3 (dense) or Qwen3-VL (dense)
+    vision: str | None = None  # model.vision.backbone=siglip or qwen3_vl: the image tower
+    audio: str | None = None  # model.audio.backbone=whisper: the encoder; clap: the audio encoder and, where the files have it, its projection
 
 
 @dataclass
@@ -155,6 +175,8 @@ class ModelConfig:
     pooling_latents: int = 512  # latent_attention: entries of the learned dictionary
     pooling_heads: int = 8  # latent_attention
     rope_base: float = 10000.0
+    # Qwen3-VL: of a head's rotary frequencies, how many follow frame, row and column of a visual token, interleaved; empty: one number tells the place
+    rope_sections: list[int] = field(default_factory=list)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 

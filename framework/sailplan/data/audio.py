@@ -3,7 +3,8 @@
 Audio is cut into non-overlapping chunks (10 s, recipe section 1); a short one is repeated whole as often as it fits
 and padded with silence. Our own spectrogram is 25 ms windows every 10 ms, triangular filters on the HTK mel scale
 (2595 log10(1 + f/700)), log10 power, shifted and scaled by fixed constants to roughly zero mean and unit variance.
-Whisper's, which its published weights need, differs in window, mel scale and scaling, and a short sound is not repeated.
+Whisper's and CLAP's, which their published weights need, differ in window, mel scale and scaling, and in what becomes of a
+short sound; `SPECTROGRAMS` names all three.
 Augmentation works on the spectrogram: a turn in time, a gain, and masked bands and times (SpecAugment).
 """
 
@@ -12,6 +13,8 @@ from __future__ import annotations
 import io
 import math
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -25,6 +28,9 @@ WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
 FLOOR = 1e-8  # power; about 80 dB below a full-scale tone's mean power
 LOG_MEAN, LOG_SCALE = -5.5, 2.2  # of log10 power, measured on the quick start's recordings of speech
 WHISPER_RATE, WHISPER_WINDOW, WHISPER_HOP, WHISPER_SCALE = 16000, 400, 160, 4.0
+CLAP_RATE, CLAP_WINDOW, CLAP_HOP, CLAP_TOP = 48000, 1024, 480, 14000
+# Decibels: the mean of the quick start's recordings of speech, up to their 4 kHz; log10 of the power, divided by the scale.
+CLAP_MIDDLE, CLAP_SCALE = -40.0, 0.1
 
 
 def decode(content: bytes, rate: int) -> NDArray[np.float32]:
@@ -94,27 +100,41 @@ def log_mel(waves: NDArray[np.float32], rate: int, bins: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def slaney_filters(bins: int) -> Tensor:
-    """Triangular filters of area 1 (in Hz), float32 [WHISPER_WINDOW / 2 + 1, bins], centres equally spaced on Slaney's mel
-    scale from 0 to 8000 Hz: f / (200 / 3) up to 1000 Hz, then 15 + 27 ln(f / 1000) / ln 6.4 (Auditory Toolbox, 1998)."""
-    top = 15.0 + 27.0 * math.log(WHISPER_RATE / 2 / 1000.0) / math.log(6.4)
-    mels = torch.linspace(0.0, top, bins + 2, dtype=torch.float64)
+def slaney_filters(bins: int, spectrum: int, rate: int, top: float) -> Tensor:
+    """Triangular filters of area 1 (in Hz), float64 [spectrum, bins], centres equally spaced on Slaney's mel scale from 0 to
+    `top` Hz: f / (200 / 3) up to 1000 Hz, then 15 + 27 ln(f / 1000) / ln 6.4 (Auditory Toolbox, 1998)."""
+    last = 15.0 + 27.0 * math.log(top / 1000.0) / math.log(6.4)
+    mels = torch.linspace(0.0, last, bins + 2, dtype=torch.float64)
     edges = torch.where(mels < 15.0, mels * (200.0 / 3.0), 1000.0 * torch.exp((mels - 15.0) * (math.log(6.4) / 27.0)))
-    frequencies = torch.linspace(0.0, WHISPER_RATE / 2, WHISPER_WINDOW // 2 + 1, dtype=torch.float64)[:, None]
+    frequencies = torch.linspace(0.0, rate / 2, spectrum, dtype=torch.float64)[:, None]
     rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
-    return (torch.minimum(rising, falling).clamp(min=0.0) * (2.0 / (edges[2:] - edges[:-2]))).float()
+    return torch.minimum(rising, falling).clamp(min=0.0) * (2.0 / (edges[2:] - edges[:-2]))
 
 
-def whisper_log_mel(waves: NDArray[np.float32], bins: int) -> Tensor:
-    """float32 [c, samples] at 16000 Hz -> Whisper's log-mel float32 [c, samples / 160, bins].
+def whisper_log_mel(waves: NDArray[np.float32], bins: int, rate: int = WHISPER_RATE) -> Tensor:
+    """float32 [c, samples] at 16000 Hz, the only rate, -> Whisper's log-mel float32 [c, samples / 160, bins].
 
     log10 of the power, at least 1e-10 and at least the chunk's maximum less 8, plus 4, divided by 4 (Radford et al., arXiv 2212.04356).
     """
     spectrum = torch.stft(torch.from_numpy(waves), WHISPER_WINDOW, WHISPER_HOP, window=_window(WHISPER_WINDOW), return_complex=True)
     power = torch.view_as_real(spectrum[:, :, :-1]).square().sum(-1)
-    logarithm = (power.transpose(1, 2) @ slaney_filters(bins)).clamp_(min=1e-10).log10_()
+    filters = slaney_filters(bins, WHISPER_WINDOW // 2 + 1, rate, rate / 2).float()
+    logarithm = (power.transpose(1, 2) @ filters).clamp_(min=1e-10).log10_()
     return torch.maximum(logarithm, logarithm.amax((1, 2), keepdim=True) - 8.0).add_(4.0).div_(WHISPER_SCALE)
+
+
+def clap_log_mel(waves: NDArray[np.float32], bins: int, rate: int = CLAP_RATE) -> Tensor:
+    """float32 [c, samples] at 48000 Hz, the only rate, -> CLAP's log-mel in decibels, float32 [c, samples / 480 + 1, bins].
+
+    10 log10 of the power, at least 1e-10, of filters from 0 to 14000 Hz: the published front end's truncation "rand_trunc"
+    (Wu et al., arXiv 2211.06687). In float64 on the way, as there: of a loud tone, what rounding leaves beside it is above 1e-10 in float32.
+    """
+    window = torch.hann_window(CLAP_WINDOW, dtype=torch.float64)
+    spectrum = torch.stft(torch.from_numpy(waves).double(), CLAP_WINDOW, CLAP_HOP, window=window, return_complex=True)
+    power = torch.view_as_real(spectrum).square().sum(-1)
+    mel = power.transpose(1, 2) @ slaney_filters(bins, CLAP_WINDOW // 2 + 1, rate, CLAP_TOP)
+    return mel.clamp_(min=1e-10).log10_().div_(CLAP_SCALE).float()
 
 
 @lru_cache(maxsize=8)
@@ -122,17 +142,44 @@ def _window(length: int) -> Tensor:
     return torch.hann_window(length, periodic=True)
 
 
-def augment(mel: Tensor, source: random.Random, strength: float, scale: float = LOG_SCALE) -> Tensor:
-    """A changed copy of log-mel float32 [c, frames, bins] at a strength 0..1. scale: what log10 power was divided by.
+@dataclass(frozen=True)
+class Spectrogram:
+    """One front end: what `data.spectrogram` chooses.
+
+    make: waves float32 [c, samples], rate=, bins= -> float32 [c, frames, bins]. repeat: a short sound is repeated whole
+    before it is padded with silence. middle: what masked places are set to, about the mean. scale: what log10 of the power
+    was divided by. extra_frames: beyond one for each hop of 10 ms.
+    """
+
+    make: Callable[..., Tensor]
+    repeat: bool = True
+    middle: float = 0.0
+    scale: float = LOG_SCALE
+    extra_frames: int = 0
+
+    def frames(self, seconds: float, rate: int) -> int:
+        """Frames of a chunk of so many seconds."""
+        return round(seconds * rate) // round(HOP_SECONDS * rate) + self.extra_frames
+
+
+SPECTROGRAMS = {
+    "own": Spectrogram(log_mel),
+    "whisper": Spectrogram(whisper_log_mel, repeat=False, scale=WHISPER_SCALE),
+    "clap": Spectrogram(clap_log_mel, middle=CLAP_MIDDLE, scale=CLAP_SCALE, extra_frames=1),
+}
+
+
+def augment(mel: Tensor, source: random.Random, strength: float, spectrogram: Spectrogram = SPECTROGRAMS["own"]) -> Tensor:
+    """A changed copy of log-mel float32 [c, frames, bins] at a strength 0..1. spectrogram: what made it.
 
     At strength 1: a turn by any time, gain +-6 dB, one band of up to a quarter of the mel bins and one time of up to a
-    fifth of each chunk set to 0, which is about the mean (SpecAugment, Park et al. 2019).
+    fifth of each chunk set to the front end's middle (SpecAugment, Park et al. 2019).
     """
     _, frames, bins = mel.shape
-    turn, gain = int(source.random() * strength * frames), (source.random() * 2 - 1) * 0.6 * strength / scale
+    turn, gain = int(source.random() * strength * frames), (source.random() * 2 - 1) * 0.6 * strength / spectrogram.scale
     changed = torch.roll(mel, turn, dims=1) + gain
     band, time = int(source.random() * strength * bins / 4), int(source.random() * strength * frames / 5)
     first_bin, first_frame = int(source.random() * (bins - band + 1)), int(source.random() * (frames - time + 1))
-    changed[:, :, first_bin : first_bin + band] = 0.0
-    changed[:, first_frame : first_frame + time, :] = 0.0
+    changed[:, :, first_bin : first_bin + band] = spectrogram.middle
+    changed[:, first_frame : first_frame + time, :] = spectrogram.middle
     return changed

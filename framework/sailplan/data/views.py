@@ -50,6 +50,7 @@ class ViewDecoder:
     def __init__(self, config: DataConfig) -> None:
         """Raises ConfigurationError when the tokenizer cannot be read."""
         self.config = config
+        self.spectrogram = audio.SPECTROGRAMS[config.spectrogram]
         self.tokenizer = Tokenizer(config.tokenizer, config.max_tokens)
         self._decoded: ByteCache[Tensor] = ByteCache(DECODED_BYTES)
 
@@ -117,18 +118,17 @@ class ViewDecoder:
     def _audio(self, item_id: str, content: bytes, source: random.Random | None, strength: float) -> Tensor:
         """float16 log-mel [c, frames, mels]. Kept decoded: the spectrogram, or of a recording longer than its chunks,
         which starts elsewhere each time, the samples."""
-        length, whisper = round(self.config.audio_chunk_seconds * self.config.audio_rate), self.config.spectrogram == "whisper"
+        length = round(self.config.audio_chunk_seconds * self.config.audio_rate)
         mel = self._decoded.get(content)
         if mel is None or mel.dtype != torch.float16:
             samples = mel.numpy() if mel is not None else self._samples(item_id, content)
-            waves = audio.chunks(samples, length, self.config.audio_chunks, source, repeat=not whisper)
-            bins = self.config.mel_bins
-            mel = (audio.whisper_log_mel(waves, bins) if whisper else audio.log_mel(waves, self.config.audio_rate, bins)).half()
+            waves = audio.chunks(samples, length, self.config.audio_chunks, source, repeat=self.spectrogram.repeat)
+            mel = self.spectrogram.make(waves, rate=self.config.audio_rate, bins=self.config.mel_bins).half()
             kept = mel if len(samples) <= length * self.config.audio_chunks else torch.from_numpy(samples)
             self._decoded.put(content, kept, kept.nbytes + len(content))
         if source is None or strength <= 0:
             return mel
-        return audio.augment(mel.float(), source, strength, audio.WHISPER_SCALE if whisper else audio.LOG_SCALE).half()
+        return audio.augment(mel.float(), source, strength, self.spectrogram).half()
 
     def _samples(self, item_id: str, content: bytes) -> NDArray[np.float32]:
         try:
@@ -147,9 +147,9 @@ class ViewDecoder:
         return image.to_batch(pixels, [row.augmentation for row in rows]), mask
 
     def _stack_audio(self, rows: Sequence[ViewRow]) -> tuple[Tensor, Tensor]:
-        length = round(self.config.audio_chunk_seconds * self.config.audio_rate) // round(audio.HOP_SECONDS * self.config.audio_rate)
         chunks = max((len(row.audio) for row in rows if row.audio is not None), default=1)
-        mels = torch.zeros(len(rows), chunks, length, self.config.mel_bins)
+        frames = self.spectrogram.frames(self.config.audio_chunk_seconds, self.config.audio_rate)
+        mels = torch.zeros(len(rows), chunks, frames, self.config.mel_bins)
         mask = torch.zeros(len(rows), chunks, dtype=torch.bool)
         for place, row in enumerate(rows):
             if row.audio is not None:

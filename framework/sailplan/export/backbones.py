@@ -23,7 +23,7 @@ TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F1
 
 
 def export_backbones(weights: Mapping[str, Tensor], out: Path, *, config: ModelConfig) -> list[Path]:
-    """Writes one folder out/PART for each part that `model.weights` names; returns them.
+    """Writes one folder out/PART for each part that `model.weights` names, out/PART-PART for parts of one folder; returns them.
 
     weights: the encoder's whole tensors by name, as at tensor-parallel size 1 (`export.weights.read_whole` without its
     prefix "encoder."). One file's tensors are in memory at a time. Raises ConfigurationError where no part started from
@@ -32,20 +32,24 @@ def export_backbones(weights: Mapping[str, Tensor], out: Path, *, config: ModelC
     sources = open_sources(config)
     if not sources:
         raise ConfigurationError("model.weights names no folder: expected the weights that the run started from, whose format is written")
-    return [_write(source, weights, out / source.part) for source in sources]
+    together: dict[Path, list[Source]] = {}
+    for source in sources:
+        together.setdefault(source.folder.path.resolve(), []).append(source)
+    return [_write(parts, weights, out / "-".join(source.part for source in parts)) for parts in together.values()]
 
 
-def _write(source: Source, weights: Mapping[str, Tensor], out: Path) -> Path:
-    folder = source.folder
+def _write(sources: list[Source], weights: Mapping[str, Tensor], out: Path) -> Path:
+    folder = sources[0].folder
     out.mkdir(parents=True, exist_ok=True)
     places: dict[str, list[tuple[str, int, int, int]]] = {}  # published name -> (ours, first row of ours, first row there, rows)
-    for entry in source.weights.entries:
-        offset = 0
-        for piece in entry.pieces:
-            rows = len(weights[entry.ours]) if piece.rows is None else piece.rows
-            if piece.name is not None:
-                places.setdefault(source.prefix + piece.name, []).append((entry.ours, offset, piece.start, rows))
-            offset += rows
+    for source in sources:
+        for entry in source.entries:
+            offset = 0
+            for piece in entry.pieces:
+                rows = len(weights[entry.ours]) if piece.rows is None else piece.rows
+                if piece.name is not None:
+                    places.setdefault(source.name(piece), []).append((entry.ours, offset, piece.start, rows))
+                offset += rows
     for file in sorted(set(folder.files.values())):
         tensors: dict[str, Tensor] = {}
         for name in sorted(name for name, where in folder.files.items() if where == file):

@@ -6,7 +6,7 @@ group. Prompts are part of the model: a view's vector is only right with the pro
     model.safetensors   encoder.*, objectives.*, temperatures.*; the encoder's names are OmniEncoder's at tensor-parallel size 1
     model.json          model: ModelConfig; views: data set -> view -> modalities, fields, prompt; data: sizes of the inputs
     tokenizer.json
-    tower/, vision/     only where the run started from published weights: that part in their format
+    tower/, vision/     only where the run started from published weights: that part in their format (tower-vision/: of one folder)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, is_exported
 from sailplan.checkpoint.store import WholeCheckpoint, is_complete
-from sailplan.config.schema import AudioConfig, Config, LoraConfig, ModelConfig, TransformerShape, VisionConfig, WeightsConfig
+from sailplan.config.schema import AudioConfig, Config, LoraConfig, ModelConfig, SwinShape, TransformerShape, VisionConfig, WeightsConfig
 from sailplan.errors import ConfigurationError
 from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import published_parts
@@ -115,6 +115,6 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     vision, audio = dict(values["vision"]), dict(values["audio"])
     for key in ("encoder", "perceiver"):
         vision[key] = TransformerShape(**vision[key])
-    audio["encoder"] = TransformerShape(**audio["encoder"])
+    audio["encoder"], audio["swin"] = TransformerShape(**audio["encoder"]), SwinShape(**audio.get("swin", {}))
     typed: dict[str, Any] = {"tower": TransformerShape(**values["tower"]), "vision": VisionConfig(**vision), "audio": AudioConfig(**audio)}
     return ModelConfig(**{**values, **typed, "weights": WeightsConfig(**values.get("weights", {})), "lora": LoraConfig(**values.get("lora", {}))})

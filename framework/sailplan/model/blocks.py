@@ -14,7 +14,7 @@ the same hidden units; the dropped attention weights then depend on the tensor-p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -200,6 +200,21 @@ def rotary_angles(positions: int, head_size: int, base: float, device: torch.dev
     return torch.cat([angles, angles], -1)[:, None, None, :]
 
 
+def interleaved_angles(places: Tensor, head_size: int, base: float, sections: Sequence[int]) -> Tensor:
+    """Rotary angles of places in three dimensions, float32 [s, b, 1, head_size].
+
+    places: int64 [3, b, s], frame, row and column. Of each three neighbouring frequencies the second follows the row and the
+    third the column, up to sections[1] and sections[2] of them; all others follow the frame ("interleaved MRoPE" of
+    Qwen3-VL, arXiv 2511.21631). With three equal places these are the angles of `rotary_angles`.
+    """
+    frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device=places.device) / head_size)
+    dimension = torch.zeros(head_size // 2, dtype=torch.int64, device=places.device)
+    for number in (1, 2):
+        dimension[number : 3 * sections[number] : 3] = number
+    angles = places[dimension].permute(2, 1, 0).float() * frequencies
+    return torch.cat([angles, angles], -1)[:, :, None, :]
+
+
 class Blocks(nn.Module):
     """A stack of pre-norm blocks and a final norm; a norm alone where `shape.layers` is 0.
 
@@ -232,10 +247,13 @@ class Blocks(nn.Module):
                 if not getattr(parameter, "tensor_model_parallel", False):  # norms and biases see this rank's positions alone
                     parameter.tensor_parallel_partial = True  # type: ignore[attr-defined]
 
-    def forward(self, hidden: Tensor, keep: Tensor | None = None, angles: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, keep: Tensor | None = None, angles: Tensor | None = None, after: Callable[[int, Tensor], Tensor] | None = None
+    ) -> Tensor:
         """hidden [b, s, h]; keep bool [b, s], True where a position may be attended to (None: everywhere). Returns [b, s, h].
 
-        angles: rotary angles float32 [s, 1, 1, head_size], where they are not those of the positions 0, 1, 2, ...
+        angles: rotary angles float32 [s, 1 or b, 1, head_size], where they are not those of the positions 0, 1, 2, ...
+        after: called with each layer's number and output [b, s, h]; what it returns goes into the next layer.
 
         A row that keeps nothing attends to everything instead: a softmax over nothing would be NaN, and such a
         row's positions are left out of every later sum anyway. For the same reason a position always sees itself
@@ -247,6 +265,7 @@ class Blocks(nn.Module):
         if self.cut_positions is not None and (extra := -positions % self.cut_positions.size()):
             keep = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if keep is None else keep
             hidden, keep = F.pad(hidden, (0, 0, 0, extra)), F.pad(keep, (0, extra))
+            angles = None if angles is None else F.pad(angles, (0, 0, 0, 0, 0, 0, 0, extra))
         mask = None
         if keep is not None and not bool(keep.all()):  # nothing masked is common, and faster without a mask
             mask = (keep | ~keep.any(1, keepdim=True))[:, None, None, :]
@@ -256,9 +275,20 @@ class Blocks(nn.Module):
         if angles is None and self.rope_base is not None:
             angles = rotary_angles(hidden.size(1), self.head_size, self.rope_base, hidden.device)
         hidden = hidden.transpose(0, 1).contiguous()
+        if after is not None:
+            return self._layer_by_layer(hidden, mask, angles, after).transpose(0, 1)
         if self.cut_positions is not None:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.cut_positions)
         output = self.block(hidden, attention_mask=mask, rotary_pos_emb=angles)
         if self.cut_positions is not None:  # the gradient that comes back is whole on every rank
             output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=self.cut_positions)
         return output.transpose(0, 1)[:, :positions]
+
+    def _layer_by_layer(self, hidden: Tensor, mask: Tensor | None, angles: Tensor | None, after: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """hidden [s, b, h] and the result; `after` sees whole sequences, so they must not be cut."""
+        assert self.cut_positions is None
+        for number, layer in enumerate(self.block.layers):  # type: ignore[arg-type, var-annotated]
+            hidden, _ = layer(hidden_states=hidden, attention_mask=mask, rotary_pos_emb=angles)
+            hidden = after(number, hidden.transpose(0, 1)).transpose(0, 1).contiguous()
+        norm = self.block.final_layernorm
+        return hidden if norm is None else norm(hidden)  # type: ignore[operator]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from sailplan.config.schema import ModelConfig, TransformerShape
+from sailplan.config.schema import AudioConfig, ModelConfig, TransformerShape
 from sailplan.errors import ConfigurationError
 from sailplan.model.blocks import ACTIVATIONS, NORMS, head_size
 from sailplan.model.lora import PARTS as LORA_PARTS
@@ -61,6 +61,43 @@ def _check_halvings(key: str, value: int, what: str) -> None:
         _fail(key, value, f"a power of two ({what})", "choose 1, 2, 4, 8, 16, ...")
 
 
+def _check_swin(audio: AudioConfig) -> None:
+    swin, key = audio.swin, "model.audio.swin"
+    for name in ("hidden", "feed_forward", "window", "patch", "image"):
+        _positive(f"{key}.{name}", getattr(swin, name))
+    if not swin.layers or len(swin.layers) != len(swin.heads):
+        _fail(f"{key}.heads", list(swin.heads), f"as many numbers as {key}.layers={list(swin.layers)}", "give one of each for every stage")
+    for stage, (layers, heads) in enumerate(zip(swin.layers, swin.heads, strict=True)):
+        _positive(f"{key}.layers", layers)
+        _positive(f"{key}.heads", heads)
+        if swin.hidden * 2**stage % heads:
+            _fail(f"{key}.heads", list(swin.heads), f"divisors of the stages' widths, here {swin.hidden * 2**stage}", "change heads or hidden")
+    smallest = swin.patch * 2 ** (len(swin.layers) - 1) * swin.window
+    if swin.image % smallest or swin.image % audio.mel_bins:
+        _fail(
+            f"{key}.image",
+            swin.image,
+            f"a multiple of {smallest} (patch x window x 2 for every stage but the first) and of model.audio.mel_bins={audio.mel_bins}",
+            "256 is usual",
+        )
+
+
+def _check_qwen_vision(config: ModelConfig, tensor_parallel: int) -> None:
+    vision, encoder = config.vision, config.vision.encoder
+    _positive("model.vision.merge", vision.merge)
+    if head_size(encoder) % 4:
+        _fail("model.vision.encoder.hidden", encoder.hidden, f"heads of a multiple of 4 (here {encoder.heads} heads): rows and columns", "change one")
+    if encoder.hidden * vision.merge**2 % tensor_parallel:
+        _fail("model.vision.encoder.hidden", encoder.hidden, f"times merge squared a multiple of parallel.tensor={tensor_parallel}", "change one")
+    if vision.marks and (len(vision.marks) != 2 or not all(0 <= mark < config.vocabulary for mark in vision.marks)):
+        _fail("model.vision.marks", list(vision.marks), f"two tokens below model.vocabulary={config.vocabulary}", "or [] for none")
+    layers = list(vision.deepstack)
+    if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < encoder.layers):
+        _fail("model.vision.deepstack", layers, f"rising numbers of layers below model.vision.encoder.layers={encoder.layers}", "count from 0")
+    if len(layers) > config.tower.layers:
+        _fail("model.vision.deepstack", layers, f"at most model.tower.layers={config.tower.layers} numbers", "name fewer layers")
+
+
 def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bool = True) -> None:
     """Raises ConfigurationError, naming the key, where `config` cannot be built at this tensor-parallel size.
 
@@ -70,8 +107,14 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
     cut = 1 if share_encoders else tensor_parallel
     _check_shape("model.tower", config.tower, tensor_parallel, rotary=True)
     _check_shape("model.vision.encoder", vision.encoder, cut, rotary=False)
-    _check_shape("model.vision.perceiver", vision.perceiver, cut, rotary=False)
-    _check_shape("model.audio.encoder", audio.encoder, cut, rotary=audio.backbone == "own")
+    if vision.backbone == "qwen3_vl":
+        _check_qwen_vision(config, cut)
+    else:
+        _check_shape("model.vision.perceiver", vision.perceiver, cut, rotary=False)
+    if audio.backbone == "clap":
+        _check_swin(audio)
+    else:
+        _check_shape("model.audio.encoder", audio.encoder, cut, rotary=audio.backbone == "own")
     _positive("model.vocabulary", config.vocabulary)
     if config.vocabulary % tensor_parallel:
         _fail("model.vocabulary", config.vocabulary, f"a multiple of parallel.tensor={tensor_parallel}", "round it up; unused entries cost little")
@@ -88,7 +131,7 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
         _fail("model.pooling_heads", config.pooling_heads, f"a divisor of model.tower.hidden={config.tower.hidden}", "change one of the two")
     if vision.stem not in ("convolutional", "patch"):
         _fail("model.vision.stem", repr(vision.stem), "convolutional or patch", "choose one")
-    _one_of("model.vision.backbone", vision.backbone, ("own", "siglip"))
+    _one_of("model.vision.backbone", vision.backbone, ("own", "siglip", "qwen3_vl"))
     _positive("model.vision.position_grid", vision.position_grid)
     _positive("model.vision.patch", vision.patch)
     if vision.backbone == "own" and vision.stem == "convolutional":
@@ -99,12 +142,20 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
     _positive("model.audio.output", audio.output)
     _positive("model.audio.mel_bins", audio.mel_bins)
     _check_halvings("model.audio.time_stride", audio.time_stride, "each convolution of the stem halves the time axis")
-    _one_of("model.audio.backbone", audio.backbone, ("own", "whisper"))
+    _one_of("model.audio.backbone", audio.backbone, ("own", "whisper", "clap"))
     if audio.backbone == "whisper":
         if audio.time_stride != 2:
             _fail("model.audio.time_stride", audio.time_stride, "2 with model.audio.backbone=whisper", "set 2")
         if audio.encoder.hidden % 2 or audio.encoder.hidden < 4:
             _fail("model.audio.encoder.hidden", audio.encoder.hidden, "an even number from 4 on (sine and cosine positions)", "change it")
+    sections, frequencies = list(config.rope_sections), head_size(config.tower) // 2
+    if sections and (len(sections) != 3 or min(sections) < 0 or sum(sections) != frequencies or max(sections[1:]) * 3 > frequencies + 2):
+        _fail(
+            "model.rope_sections",
+            sections,
+            f"three numbers that add up to {frequencies}, half of a head of the tower, the last two at most a third of it",
+            "[24, 20, 20] for heads of 128, or [] for none",
+        )
     lora = config.lora
     if lora.rank <= -1:
         _fail("model.lora.rank", lora.rank, "0 (none) or more", "8 to 32 are usual")
@@ -112,5 +163,8 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
         _one_of("model.lora.targets", target, (*TARGETS, "all"))
     for part in lora.parts:
         _one_of("model.lora.parts", part, LORA_PARTS)
+    for part, without in (("audio", audio.backbone == "clap"), ("perceiver", vision.backbone == "qwen3_vl")):
+        if lora.rank and part in lora.parts and without:
+            _fail("model.lora.parts", list(lora.parts), f"parts with blocks of ours, which {part} has none of here", f"leave out {part}")
     if config.rope_base <= 1:
         _fail("model.rope_base", config.rope_base, "more than 1", "10000 is usual")

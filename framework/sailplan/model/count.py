@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sailplan.config.schema import ModelConfig, TransformerShape
+from sailplan.config.schema import ModelConfig, SwinShape, TransformerShape
 from sailplan.model.backbones.load import check_shapes, open_sources
 from sailplan.model.blocks import head_size, process_groups
 from sailplan.model.tower import ENCODERS, OmniEncoder
@@ -78,6 +78,15 @@ def _layer_elements(shape: TransformerShape, tensor: int) -> float:
     return 7 * shape.hidden + (4 * query + 4 * key_value + (4 if shape.gated else 2) * shape.feed_forward) / tensor
 
 
+def _swin_elements(swin: SwinShape) -> float:
+    """Of one chunk: a block's residual stream, norms, attention and feed-forward, and the scores' bias of each window."""
+    elements = 0.0
+    for stage, (layers, heads) in enumerate(zip(swin.layers, swin.heads, strict=True)):
+        positions, hidden = (swin.image / swin.patch / 2**stage) ** 2, swin.hidden * 2**stage
+        elements += layers * positions * ((11 + 2 * swin.feed_forward) * hidden + heads * swin.window**2)
+    return elements
+
+
 def activation_elements(
     config: ModelConfig,
     modalities: tuple[str, ...],
@@ -92,17 +101,25 @@ def activation_elements(
     vision, audio, positions, elements = config.vision, config.audio, float(tokens), 0.0
     if "vision" in modalities:
         patches = (image_size // vision.patch) ** 2
-        joint = vision.latents + frames * patches
         halvings = int(math.log2(vision.patch)) if vision.backbone == "own" and vision.stem == "convolutional" else 0
         for step in range(halvings):
             channels = vision.encoder.hidden if step == halvings - 1 else min(vision.stem_width * 2**step, vision.encoder.hidden)
             elements += 3 * frames * channels * (image_size / 2 ** (step + 1)) ** 2  # convolution, norm, ReLU
         elements += vision.encoder.layers * frames * patches * _layer_elements(vision.encoder, tensor)
-        elements += vision.perceiver.layers * joint * _layer_elements(vision.perceiver, tensor) + 4 * joint * vision.perceiver.hidden
-        positions += vision.latents
+        if vision.backbone == "qwen3_vl":
+            mergers, width = 1 + len(vision.deepstack), vision.encoder.hidden * (2 + 2 / tensor)  # norm and its input; the feed-forward
+            elements += frames * patches * mergers * width
+            positions += frames * patches / vision.merge**2
+        else:
+            joint = vision.latents + frames * patches
+            elements += vision.perceiver.layers * joint * _layer_elements(vision.perceiver, tensor) + 4 * joint * vision.perceiver.hidden
+            positions += vision.latents
     if "audio" in modalities:
-        elements += audio.encoder.layers * (audio_frames / audio.time_stride) * _layer_elements(audio.encoder, tensor)
-        elements += 3 * audio_frames * audio.stem_width
+        if audio.backbone == "clap":
+            elements += _swin_elements(audio.swin)
+        else:
+            elements += audio.encoder.layers * (audio_frames / audio.time_stride) * _layer_elements(audio.encoder, tensor)
+            elements += 3 * audio_frames * audio.stem_width
         positions += 1
     return elements + positions * (config.tower.layers * _layer_elements(config.tower, tensor) + 4 * config.tower.hidden)
 

@@ -1,9 +1,9 @@
 """The omni-modal encoder: whatever an item has of sound, pictures and text becomes one vector.
 
-Sound is one token, pictures are a few latents, text is its tokens; they stand in this order in one sequence
-that bidirectional (or causal) blocks read. The vector is the mean over the present positions of tanh(hidden), or
-another pooling that the configuration names, without an output projection: the similarity of two items is the cosine
-of their vectors (SAIL-Embedding, arXiv 2510.12709).
+Sound is one token, pictures are a few latents (of Qwen3-VL's image tower: its tokens), text is its tokens; they stand
+in this order in one sequence that bidirectional (or causal) blocks read. The vector is the mean over the present
+positions of tanh(hidden), or another pooling that the configuration names, without an output projection: the similarity
+of two items is the cosine of their vectors (SAIL-Embedding, arXiv 2510.12709).
 
 Which towers run is decided by the view's declared modalities, never by what a row really has: the ranks
 must meet in the same collectives. An absent part is masked out of attention and pooling.
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -27,9 +28,11 @@ from torch.utils import _pytree
 from sailplan.config.schema import ModelConfig, VisionConfig
 from sailplan.data.record import EncoderInputs
 from sailplan.model.audio import AudioAdapter, AudioEncoder
+from sailplan.model.backbones.clap import ClapAudioEncoder
+from sailplan.model.backbones.qwen_vl import QwenVisionEncoder
 from sailplan.model.backbones.siglip import SiglipVisionEncoder
 from sailplan.model.backbones.whisper import WhisperAudioEncoder
-from sailplan.model.blocks import Blocks, initial_deviation, process_groups, transformer_config, uncut
+from sailplan.model.blocks import Blocks, initial_deviation, interleaved_angles, process_groups, transformer_config, uncut
 from sailplan.model.check import check_model
 from sailplan.model.lora import add_lora, is_lora
 from sailplan.model.pooling import LatentAttention, last_position, masked_mean
@@ -38,6 +41,7 @@ from sailplan.model.sharing import encode_own_rows, mark_shared
 from sailplan.model.vision import Perceiver, VisionEncoder
 
 VISION: dict[str, Callable[[VisionConfig, torch.dtype], nn.Module]] = {"own": VisionEncoder, "siglip": SiglipVisionEncoder}
+SOUND: dict[str, type[WhisperAudioEncoder | ClapAudioEncoder]] = {"whisper": WhisperAudioEncoder, "clap": ClapAudioEncoder}
 PARTS = ("text", "vision", "perceiver", "audio", "tower")
 ENCODERS = ("vision", "perceiver", "audio")  # the parts whose rows tensor-parallel peers can share
 
@@ -58,12 +62,21 @@ class Tower(nn.Module):
         self.kinds = nn.Parameter(torch.zeros(3, config.tower.hidden, dtype=dtype))  # text, vision, audio
         with blocks_on:
             self.blocks = Blocks(config.tower, dtype, config.rope_base, sequence_parallel=sequence_parallel)
+        self.rope_base, self.sections = config.rope_base, config.rope_sections
         latent = config.pooling == "latent_attention"
         self.pooling = LatentAttention(config.tower.hidden, config.pooling_latents, config.pooling_heads, dtype) if latent else None
 
-    def forward(self, sequence: Tensor, kind: Tensor, keep: Tensor) -> Tensor:
-        """sequence [b, s, h], kind int64 [s], keep bool [b, s]. Returns [b, s, h]."""
-        hidden = self.blocks(sequence + self.kinds[kind], keep)
+    def forward(self, sequence: Tensor, kind: Tensor, keep: Tensor, places: Tensor | None = None, added: Sequence[Tensor] = ()) -> Tensor:
+        """sequence [b, s, h], kind int64 [s], keep bool [b, s]. Returns [b, s, h].
+
+        places: int64 [3, b, s], with `rope_sections` (None: 0, 1, 2, ... in all three). added: [b, s, h] for each of the first
+        layers, added to its output.
+        """
+        angles = None
+        if self.sections and places is not None:
+            angles = interleaved_angles(places, self.blocks.head_size, self.rope_base, self.sections)
+        after = (lambda layer, hidden: hidden + added[layer] if layer < len(added) else hidden) if added else None
+        hidden = self.blocks(sequence + self.kinds[kind], keep, angles, after)
         return hidden if self.pooling is None else self.pooling(hidden)
 
 
@@ -112,12 +125,15 @@ class OmniEncoder(nn.Module):
                 )
             with uncut(share_encoders):
                 with _meta_if("vision" in published):
-                    self.vision: nn.Module = VISION[config.vision.backbone](config.vision, dtype)
-                self.perceiver = Perceiver(config.vision, hidden, dtype)
-                if config.audio.backbone == "whisper":
-                    sound: nn.Module = WhisperAudioEncoder(config.audio, dtype, _meta_if("audio" in published))
+                    if config.vision.backbone == "qwen3_vl":
+                        self.vision: nn.Module = QwenVisionEncoder(config.vision, hidden, dtype)
+                    else:
+                        self.vision = VISION[config.vision.backbone](config.vision, dtype)
+                self.perceiver = Perceiver(config.vision, hidden, dtype) if config.vision.backbone != "qwen3_vl" else nn.Module()  # nothing to condense
+                if config.audio.backbone == "own":
+                    sound: nn.Module = AudioEncoder(config.audio, config.rope_base, dtype)
                 else:
-                    sound = AudioEncoder(config.audio, config.rope_base, dtype)
+                    sound = SOUND[config.audio.backbone](config.audio, dtype, _meta_if("audio" in published))
                 self.audio = nn.ModuleDict({"encoder": sound, "adapter": AudioAdapter(config.audio.output, hidden, dtype)})
             self.tower = Tower(config, dtype, _meta_if("tower" in published), sequence_parallel=sequence_parallel)
             if config.lora.rank:
@@ -146,6 +162,8 @@ class OmniEncoder(nn.Module):
 
     def _encode(self, inputs: EncoderInputs, per_modality: bool) -> Embeddings:
         pieces: list[tuple[int, Tensor, Tensor]] = []  # (kind, [b, n, h], present [b, n])
+        features: Sequence[Tensor] = ()  # of visual tokens, to be added behind the tower's first layers
+        grid: tuple[int, int] | None = None
         if "audio" in inputs.modalities:
             if inputs.audio is None or inputs.audio_mask is None:
                 raise ValueError("the view declares audio, but the inputs hold none")
@@ -154,15 +172,27 @@ class OmniEncoder(nn.Module):
         if "vision" in inputs.modalities:
             if inputs.images is None or inputs.image_mask is None:
                 raise ValueError("the view declares vision, but the inputs hold no images")
-            (latents,) = self._shared(self._see, inputs.images, inputs.image_mask)
-            pieces.append((1, latents, inputs.image_mask.any(1, keepdim=True).expand(-1, latents.size(1))))
+            tokens, *features = self._shared(self._see, inputs.images, inputs.image_mask)
+            present = inputs.image_mask.any(1, keepdim=True).expand(-1, tokens.size(1))
+            if isinstance(self.vision, QwenVisionEncoder):
+                grid = self.vision.grid(inputs.images)
+                if self.config.vision.marks:  # of the text embedding, which all tensor-parallel ranks look up together
+                    frames = inputs.image_mask.shape
+                    before, behind = self.text(torch.tensor(self.config.vision.marks, device=tokens.device)).expand(*frames, -1, -1).split(1, 2)
+                    tokens = torch.cat([before, tokens.unflatten(1, (frames[1], -1)), behind], 2).flatten(1, 2)
+                    features = [F.pad(part.unflatten(1, (frames[1], -1)), (0, 0, 1, 1)).flatten(1, 2) for part in features]
+                present = inputs.image_mask.repeat_interleave(tokens.size(1) // inputs.image_mask.size(1), 1)
+            pieces.append((1, tokens, present))
         # Prompts are text: the embedding runs for every view.
         pieces.append((0, self.text(inputs.token_ids), inputs.token_mask))
 
         keep = torch.cat([present for _, _, present in pieces], 1)
         kinds = [kind for kind, tokens, _ in pieces for _ in range(tokens.size(1))]
         kind = torch.tensor(kinds, device=keep.device)
-        hidden = self.tower(torch.cat([tokens for _, tokens, _ in pieces], 1), kind, keep)
+        first = kinds.index(1) if features else 0
+        added = [F.pad(part, (0, 0, first, len(kinds) - first - part.size(1))) for part in features]
+        places = None if grid is None else places_of(pieces, grid, bool(self.config.vision.marks))
+        hidden = self.tower(torch.cat([tokens for _, tokens, _ in pieces], 1), kind, keep, places, added)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         hidden = hidden.to(wide)
         if self.config.pooling == "tanh_mean":
@@ -185,7 +215,11 @@ class OmniEncoder(nn.Module):
 
 
     def _see(self, images: Tensor, image_mask: Tensor) -> Sequence[Tensor]:
-        """images [b, f, 3, height, width], image_mask bool [b, f]: latents [b, l, h]."""
+        """images [b, f, 3, height, width], image_mask bool [b, f]: latents [b, l, h]; of Qwen3-VL's image tower its tokens
+        [b, f * p, h] and, in the same shape, what is added to them behind the tower's first layers."""
+        if isinstance(self.vision, QwenVisionEncoder):
+            images = images.masked_fill(~image_mask[:, :, None, None, None], 0)
+            return [part.unflatten(0, image_mask.shape).flatten(1, 2) for part in self.vision(images.flatten(0, 1))]
         patches = self.vision(images.flatten(0, 1))
         return [self.perceiver(patches.unflatten(0, image_mask.shape), image_mask)]
 
@@ -196,6 +230,33 @@ class OmniEncoder(nn.Module):
     def _shared(self, encode: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Sequence[Tensor]:
         shapes = (self.config.vision.encoder, self.config.vision.perceiver, self.config.audio.encoder)
         return encode_own_rows(encode, self.sharing, *inputs, dropout=self.training and any(shape.dropout > 0 for shape in shapes))
+
+
+def places_of(pieces: Sequence[tuple[int, Tensor, Tensor]], grid: tuple[int, int], marked: bool) -> Tensor:
+    """Frame, row and column of each position, int64 [3, b, s], as Qwen3-VL counts them. pieces: (kind, [b, n, h], present [b, n]).
+
+    A position that is no visual token is one further on in all three. A frame's tokens [rows, columns] begin together
+    where the frame begins and count rows and columns from there; what follows begins behind its longer side. marked: a
+    frame's tokens stand between two marks, which count as text. A frame that a row lacks takes no room: the row's vector
+    must not depend on how many frames its neighbours have.
+    """
+    device = pieces[0][1].device
+    frame = torch.stack([torch.zeros(grid), *torch.meshgrid(*[torch.arange(float(side)) for side in grid], indexing="ij")]).flatten(1).long()
+    length = max(grid)
+    if marked:
+        ends = torch.tensor([0, length + 1]).expand(3, -1)
+        frame, length = torch.cat([ends[:, :1], frame + 1, ends[:, 1:]], 1), length + 2
+    frame, places = frame.to(device), []
+    start = torch.zeros(len(pieces[0][1]), dtype=torch.int64, device=device)
+    for kind, tokens, present in pieces:
+        if kind != 1:
+            places.append((start[:, None] + torch.arange(tokens.size(1), device=device)).expand(3, -1, -1))
+            start = start + tokens.size(1)
+            continue
+        for first in range(0, tokens.size(1), frame.size(1)):
+            places.append(start[None, :, None] + frame[:, None])
+            start = start + length * present[:, first]
+    return torch.cat(places, 2)
 
 
 def _one_absent_row(inputs: EncoderInputs) -> EncoderInputs:

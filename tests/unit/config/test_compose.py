@@ -11,7 +11,7 @@ from sailplan.config.compose import as_dict, compose, config_hash, from_dict, id
 from sailplan.errors import ConfigurationError
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
-SINGLE_GROUPS = ("model", "optimizer", "parallel", "checkpoint", "tracking")
+SINGLE_GROUPS = ("model", "audio", "optimizer", "parallel", "checkpoint", "tracking")
 
 
 def options(group: str) -> list[str]:
@@ -28,6 +28,13 @@ def test_every_experiment_composes_and_passes_its_checks(name: str) -> None:
     config = compose([f"experiment={name}"])
     check(config, world_size=2)
     assert from_dict(as_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", options("audio"))
+def test_every_sound_encoder_brings_its_front_end(name: str) -> None:
+    config = compose(["experiment=quickstart", f"audio={name}"])
+    check(config, world_size=2)
+    assert config.data.spectrogram == config.model.audio.backbone != "own"
 
 
 @pytest.mark.parametrize("name", options("data"))
@@ -60,6 +67,9 @@ def test_quickstart_is_short_enough_to_read() -> None:
         (["experiment=quickstart", "order=[diverse,missing]"], ["missing", "diverse"]),
         (["experiment=quickstart", "+stages.hard.data.nowhere=1"], ["stages.hard.data", "nowhere", "emoji"]),
         (["experiment=quickstart", "data.sets.emoji.patterns.image_to_name.query=picture"], ["picture", "image"]),
+        (["experiment=quickstart", "audio=clap", "data.audio_rate=16000"], ["data.audio_rate=16000", "48000", "clap"]),
+        (["experiment=quickstart", "audio=clap", "data.audio_chunk_seconds=11"], ["data.audio_chunk_seconds=11", "at most 10.23"]),
+        (["experiment=quickstart", "model.audio.backbone=clap"], ["data.spectrogram=own", "expected clap", "48000"]),
         (["experiment=quickstart", "model.prefixes=[512]"], ["model.prefixes", "192"]),
         (["experiment=quickstart", "initialise_parts=[optimizer]"], ["initialise_parts=optimizer", "encoder, objectives, temperatures"]),
         (["experiment=quickstart", "initialise_from=runs/other", "initialise_parts=[]"], ["initialise_parts", "initialise_from=runs/other", "encoder"]),

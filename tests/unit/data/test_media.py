@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from transformers import WhisperFeatureExtractor
+from transformers import ClapFeatureExtractor, WhisperFeatureExtractor
 
 from sailplan.config.schema import DataConfig, DatasetConfig, ViewConfig
 from sailplan.data import audio, image
@@ -114,6 +114,42 @@ def test_whispers_spectrogram_reaches_the_model_padded_as_transformers_pads(shar
     found = row.audio.float()
     wanted = WhisperFeatureExtractor(chunk_length=1)(samples, sampling_rate=16000, return_tensors="pt").input_features.transpose(1, 2)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)  # kept in float16
+
+
+def clap_features(samples: np.ndarray) -> torch.Tensor:
+    """transformers' spectrogram of the published front end: a long sound cut at random, a short one repeated whole and padded."""
+    extractor = ClapFeatureExtractor(truncation="rand_trunc", padding="repeatpad", max_length_s=1)
+    return extractor(list(samples), sampling_rate=48000, return_tensors="pt").input_features[:, 0].float()
+
+
+def test_claps_spectrogram_is_that_of_transformers() -> None:
+    random_numbers, time = np.random.default_rng(0), np.arange(48000) / 48000
+    waves = np.stack([np.sin(2 * np.pi * (200 + 9000 * time) * time), random_numbers.standard_normal(48000) * time, np.zeros(48000)]).astype(np.float32)
+    found, wanted = audio.clap_log_mel(waves, 64), clap_features(waves)
+    assert found.shape == (3, 101, 64) and wanted.std() > 20 and wanted[2].eq(-100).all()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)  # decibels
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0])
+def test_claps_spectrogram_reaches_the_model_repeated_and_padded_as_transformers_does(shards: Path, seconds: float) -> None:
+    options = {"audio_chunk_seconds": 1.0, "audio_chunks": 1, "mel_bins": 64, "audio_rate": 48000}
+    decoder = ViewDecoder(DataConfig(tokenizer=str(shards / "tokenizer.json"), spectrogram="clap", **options))
+    samples = np.random.default_rng(1).uniform(-0.5, 0.5, round(48000 * seconds)).astype(np.float32)
+    file = io.BytesIO()
+    soundfile.write(file, samples, 48000, format="WAV", subtype="FLOAT")
+    view = ViewConfig(modalities=["audio"])
+    row = decoder.row(Item(id="one", audio=file.getvalue()), view, DatasetConfig())
+    inputs = decoder.inputs([row, row], decoder.tokens([row, row], view), view)
+    assert inputs.audio is not None and inputs.audio.shape == (2, 1, 101, 64)
+    torch.testing.assert_close(inputs.audio[0], clap_features(samples[None]), rtol=0, atol=0.04)  # kept in float16
+
+
+def test_masked_bands_of_claps_spectrogram_are_in_its_middle() -> None:
+    mel = torch.randn(2, 101, 64) - 70
+    changed = audio.augment(mel, random.Random(1), 1.0, audio.SPECTROGRAMS["clap"])
+    assert changed.eq(audio.CLAP_MIDDLE).any() and not changed.eq(0).any()
+    kept = changed[changed != audio.CLAP_MIDDLE]
+    assert bool((kept.mean() + 70).abs() < 6.5) and changed.shape == mel.shape
 
 
 def test_short_sounds_are_repeated_whole_and_long_ones_cut_into_chunks() -> None:

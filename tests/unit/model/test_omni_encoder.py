@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from sailplan.config.schema import AudioConfig, ModelConfig, TransformerShape, VisionConfig
+from sailplan.config.schema import AudioConfig, ModelConfig, SwinShape, TransformerShape, VisionConfig
 from sailplan.errors import ConfigurationError
 from sailplan.model.check import check_model
 from sailplan.model.count import activation_elements, count_parameters, estimate_memory
@@ -249,9 +249,18 @@ def quickstart_like():
     return ModelConfig(8192, 192, [48, 96, 192], shape(3), vision, AudioConfig(shape(2)))
 
 
-@pytest.mark.parametrize("modalities", [("text",), ("vision",), ("audio",)])
-def test_activation_estimate_is_near_what_autograd_keeps(modalities):
+def published_like():
+    """With CLAP's audio encoder and Qwen3-VL's image tower."""
     config = quickstart_like()
+    image = TransformerShape(4, 128, 4, None, 512, norm="layer", activation="gelu_tanh", gated=False, bias=True)
+    config.vision = dataclasses.replace(config.vision, backbone="qwen3_vl", patch=8, merge=2, deepstack=[1, 3], encoder=image)
+    config.audio = dataclasses.replace(config.audio, backbone="clap", swin=SwinShape(layers=[2, 2], heads=[4, 8], image=128))
+    return config
+
+
+@pytest.mark.parametrize("config", [quickstart_like(), published_like()], ids=["own", "published"])
+@pytest.mark.parametrize("modalities", [("text",), ("vision",), ("audio",)])
+def test_activation_estimate_is_near_what_autograd_keeps(modalities, config):
     encoder = OmniEncoder(config)
     parameters = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
     kept = {}
@@ -266,7 +275,8 @@ def test_activation_estimate_is_near_what_autograd_keeps(modalities):
     if "vision" in modalities:
         inputs.images = torch.randn(2, 1, 3, 64, 64)
     if "audio" in modalities:
-        inputs.audio, inputs.audio_mask = torch.randn(2, 1, 400, 64), torch.ones(2, 1, dtype=torch.bool)
+        frames = 400 if config.audio.backbone == "own" else 200
+        inputs.audio, inputs.audio_mask = torch.randn(2, 1, frames, 64), torch.ones(2, 1, dtype=torch.bool)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         out = encoder(inputs)
     assert out.fused.requires_grad

@@ -19,7 +19,7 @@ from torch import Tensor
 from sailplan.errors import ConfigurationError
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-DTYPES = ("F64", "F32", "BF16", "F16")
+DTYPES = ("F64", "F32", "BF16", "F16", "I64")  # the last: indices, which are compared or copied
 
 
 def resolve(key: str, place: str) -> Path:
@@ -42,7 +42,7 @@ class PublishedFolder:
     """
 
     def __init__(self, key: str, place: str) -> None:
-        """Raises ConfigurationError for a folder without config.json, a missing or broken file, or a type that is no float."""
+        """Raises ConfigurationError for a folder without config.json, a missing or broken file, or another type than DTYPES."""
         self.key, self.path = key, resolve(key, place)
         self.config: dict[str, Any] = self._json(CONFIG)
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -91,7 +91,8 @@ class PublishedFolder:
             if file not in self._opened:
                 self._opened = {file: safe_open(self.path / file, framework="pt")}  # one file at a time
             whole = self._opened[file].get_slice(name)
-            value: Tensor = whole[rows, columns] if len(self.shapes[name]) > 1 else whole[rows]
+            place = (rows, columns)[: len(self.shapes[name])]
+            value: Tensor = whole[place] if place else self._opened[file].get_tensor(name)
         self.bytes_read += value.nbytes
         self.largest_read = max(self.largest_read, value.nbytes)
         return value

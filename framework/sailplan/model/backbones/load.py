@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sailplan.config.schema import ModelConfig
 from sailplan.errors import ConfigurationError
-from sailplan.model.backbones import qwen, siglip, whisper
+from sailplan.model.backbones import clap, qwen, qwen_vl, siglip, whisper
 from sailplan.model.backbones.folder import PublishedFolder
-from sailplan.model.backbones.weight_map import Piece, WeightMap
+from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap
 
 NOTES = ("tensor_model_parallel", "partition_dim", "partition_stride", "tensor_parallel_partial")
 
@@ -32,6 +32,19 @@ class Source:
     weights: WeightMap
     prefix: str
 
+    @property
+    def entries(self) -> Iterator[Entry]:
+        """The entries that these files have."""
+        return (entry for entry in self.weights.entries if not entry.drawn or all(self.name(piece) in self.folder.files for piece in entry.pieces))
+
+    def name(self, piece: Piece) -> str:
+        """The piece's tensor in the files."""
+        return full_name(self.prefix, piece.name or "")
+
+
+def full_name(prefix: str, name: str) -> str:
+    return name[1:] if name.startswith("/") else prefix + name
+
 
 class Family(Protocol):
     """What a module of this package says of one kind of model."""
@@ -39,6 +52,9 @@ class Family(Protocol):
     MODEL_TYPES: tuple[str, ...]
 
     def weight_map(self, config: ModelConfig) -> WeightMap: ...
+
+    def unsupported(self, found: dict[str, Any]) -> str | None:
+        """What such files ask for that is not built, and what to do; None where there is nothing. found: config.json."""
 
     def expected(self, config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
         """config.json's key -> (our key, our value, the value there)."""
@@ -50,13 +66,16 @@ def published_parts(config: ModelConfig) -> dict[str, str]:
     return {part: place for part, place in places.items() if place is not None}
 
 
+FAMILIES = {"vision": {"siglip": siglip, "qwen3_vl": qwen_vl}, "audio": {"whisper": whisper, "clap": clap}}
+
+
 def _family(config: ModelConfig, part: str) -> Family:
     if part == "tower":
         return cast(Family, qwen)
-    name, found, family = ("siglip", config.vision.backbone, siglip) if part == "vision" else ("whisper", config.audio.backbone, whisper)
-    if found != name:
-        raise ConfigurationError(f"model.weights.{part} is set, but model.{part}.backbone is {found}: expected {name}")
-    return cast(Family, family)
+    backbone, families = getattr(config, part).backbone, FAMILIES[part]
+    if backbone not in families:
+        raise ConfigurationError(f"model.weights.{part} is set, but model.{part}.backbone is {backbone}: expected {' or '.join(families)}")
+    return cast(Family, families[backbone])
 
 
 def open_sources(config: ModelConfig) -> list[Source]:
@@ -67,6 +86,9 @@ def open_sources(config: ModelConfig) -> list[Source]:
     sources = []
     for part, place in published_parts(config).items():
         family, folder = _family(config, part), PublishedFolder(f"model.weights.{part}", place)
+        reason = family.unsupported(folder.config)
+        if reason is not None:
+            raise ConfigurationError(f"{folder.key}={folder.path}: {reason}")
         kind = folder.config.get("model_type")
         if kind not in family.MODEL_TYPES:
             raise ConfigurationError(f"{folder.key}={folder.path}: config.json has model_type {kind}; expected one of {', '.join(family.MODEL_TYPES)}")
@@ -86,11 +108,15 @@ def _prefix(folder: PublishedFolder, weights: WeightMap) -> str:
     if len(found) != 1:
         raise ConfigurationError(f"{folder.key}={folder.path}: found {len(found)} tensors named {weights.anchor}; expected one")
     prefix = found[0]
-    wanted = {prefix + piece.name for entry in weights.entries for piece in entry.pieces if piece.name is not None}
-    missing = sorted(wanted - set(folder.files))
+    wanted, drawn = (
+        {full_name(prefix, piece.name) for entry in weights.entries if entry.drawn == own for piece in entry.pieces if piece.name is not None}
+        for own in (False, True)
+    )
+    wanted |= {full_name(prefix, name) for _, name in weights.constants}
+    missing = sorted(wanted - set(folder.files)) or (sorted(drawn - set(folder.files)) if drawn & set(folder.files) else [])
     if missing:
         raise ConfigurationError(f"{folder.key}={folder.path}: no tensor {missing[0]} ({len(missing)} missing); expected every tensor of the model")
-    unknown = sorted(name for name in set(folder.files) - wanted if not any(re.fullmatch(pattern, name) for pattern in weights.left_out))
+    unknown = sorted(name for name in set(folder.files) - wanted - drawn if not any(re.fullmatch(pattern, name) for pattern in weights.left_out))
     if unknown:
         raise ConfigurationError(
             f"{folder.key}={folder.path}: unknown tensor {unknown[0]} ({len(unknown)} in all); expected names such as {sorted(wanted)[0]}; "
@@ -99,23 +125,31 @@ def _prefix(folder: PublishedFolder, weights: WeightMap) -> str:
     return prefix
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def check_shapes(source: Source, model: nn.Module, tensor_parallel: int = 1) -> None:
     """Raises ConfigurationError where a tensor's shape is not what the parameter needs. model: may be on the meta device."""
-    parameters = dict(model.named_parameters())
-    for entry in source.weights.entries:
-        parameter = parameters[entry.ours]
+    tensors = tensors_of(model)
+    for entry in source.entries:
+        parameter = tensors[entry.ours]
         whole = list(parameter.shape)
         if getattr(parameter, "tensor_model_parallel", False):
             whole[parameter.partition_dim] *= tensor_parallel  # type: ignore[attr-defined]
         needed: dict[str, int] = {}
         for piece in entry.pieces:
             if piece.name is not None:
-                needed[piece.name] = max(needed.get(piece.name, 0), piece.start + (whole[0] if piece.rows is None else piece.rows))
+                name = source.name(piece)
+                needed[name] = max(needed.get(name, 0), piece.start + (whole[0] if piece.rows is None else piece.rows))
         for name, rows in needed.items():
-            found = source.folder.shapes[source.prefix + name]
+            if source.folder.dtypes[name] == "I64":
+                raise ConfigurationError(f"{source.folder.key}={source.folder.path}: {name} has the type I64; expected a floating-point type")
+            found = source.folder.shapes[name]
             if found != (rows, *whole[1:]):
                 raise ConfigurationError(
-                    f"{source.folder.key}={source.folder.path}: {source.prefix + name} has the shape {found}; expected {(rows, *whole[1:])} "
+                    f"{source.folder.key}={source.folder.path}: {name} has the shape {found}; expected {(rows, *whole[1:])} "
                     f"for {entry.ours} of the configured model"
                 )
 
@@ -130,9 +164,12 @@ def allocate(module: nn.Module) -> None:
                     if hasattr(parameter, note):
                         setattr(filled, note, getattr(parameter, note))
                 owner.register_parameter(name, filled)
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(owner, name, torch.empty_like(buffer, device="cpu"))
 
 
-def local_rows(parameter: nn.Parameter, rank: int, size: int) -> Iterator[tuple[int, int, int]]:
+def local_rows(parameter: Tensor, rank: int, size: int) -> Iterator[tuple[int, int, int]]:
     """(first local row, first row of the whole parameter, rows) of each run of rows that this tensor-parallel rank holds."""
     rows = parameter.shape[0]
     if not getattr(parameter, "tensor_model_parallel", False) or parameter.partition_dim != 0:  # type: ignore[attr-defined]
@@ -146,14 +183,19 @@ def local_rows(parameter: nn.Parameter, rank: int, size: int) -> Iterator[tuple[
 
 @torch.no_grad()
 def load(source: Source, model: nn.Module, rank: int, size: int) -> None:
-    """Fills the parameters of `model` (not yet sharded over data-parallel ranks) that the source has.
+    """Fills the parameters and buffers of `model` (not yet sharded over data-parallel ranks) that the source has.
 
     rank, size: this rank's place in the tensor-parallel group. Values are cast to the parameters' type.
+    Raises ConfigurationError as `check_shapes`, and where a constant of the files is not the one that is computed here.
     """
     check_shapes(source, model, size)
-    parameters = dict(model.named_parameters())
-    for entry in source.weights.entries:
-        parameter = parameters[entry.ours]
+    tensors = tensors_of(model)
+    for ours, name in source.weights.constants:
+        theirs = full_name(source.prefix, name)
+        if not torch.equal(source.folder.read(theirs), tensors[ours]):
+            raise ConfigurationError(f"{source.folder.key}={source.folder.path}: {theirs} is not what the model's shape gives; download the folder again")
+    for entry in source.entries:
+        parameter = tensors[entry.ours]
         columns = slice(None)
         if getattr(parameter, "tensor_model_parallel", False) and parameter.partition_dim == 1:  # type: ignore[attr-defined]
             columns = slice(rank * parameter.shape[1], (rank + 1) * parameter.shape[1])
@@ -163,7 +205,7 @@ def load(source: Source, model: nn.Module, rank: int, size: int) -> None:
                 if piece.name is None:
                     target.zero_()
                 else:
-                    target.copy_(source.folder.read(source.prefix + piece.name, slice(first, first + count), columns))
+                    target.copy_(source.folder.read(source.name(piece), slice(first, first + count), columns))
 
 
 def _overlaps(pieces: tuple[Piece, ...], start: int, rows: int) -> Iterator[tuple[int, Piece, int, int]]:

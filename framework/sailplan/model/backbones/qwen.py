@@ -1,8 +1,8 @@
-"""Qwen2, Qwen2.5 and Qwen3 (dense): text embedding and blocks of the tower.
+"""Qwen2, Qwen2.5, Qwen3 and Qwen3-VL (dense): text embedding and blocks of the tower.
 
 All are pre-norm decoders with RMSNorm, rotary positions, grouped key/value heads and a gated SiLU feed-forward; Qwen2
-and Qwen2.5 have biases on queries, keys and values, Qwen3 a norm on each head's queries and keys. The language-model
-head is left out.
+and Qwen2.5 have biases on queries, keys and values, Qwen3 a norm on each head's queries and keys. Qwen3-VL's text model
+is Qwen3's, with rotary positions in three dimensions. The language-model head is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sailplan.config.schema import ModelConfig
 from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap, grouped, same
 from sailplan.model.blocks import head_size
 
-MODEL_TYPES = ("qwen2", "qwen3")
+MODEL_TYPES = ("qwen2", "qwen3", "qwen3_vl", "qwen3_vl_text")
 
 
 def weight_map(config: ModelConfig) -> WeightMap:
@@ -35,13 +35,31 @@ def weight_map(config: ModelConfig) -> WeightMap:
             Entry(f"{ours}.mlp.linear_fc1.weight", (gate, up)),
             same(f"{ours}.mlp.linear_fc2.weight", f"{theirs}.mlp.down_proj.weight"),
         ]
-    return WeightMap(tuple(entries), anchor="embed_tokens.weight", left_out=(r"lm_head\.weight",))
+    return WeightMap(tuple(entries), anchor="embed_tokens.weight", left_out=(r"lm_head\.weight", r"(model\.)?visual\..*"))
+
+
+def _rope(found: dict[str, Any]) -> dict[str, Any]:
+    """rope_parameters, or what older files have in its place."""
+    return found.get("rope_parameters") or {"rope_theta": found.get("rope_theta", 10000.0), **(found.get("rope_scaling") or {})}
+
+
+def unsupported(found: dict[str, Any]) -> str | None:
+    found = found.get("text_config", found)
+    rope = _rope(found)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        return f"config.json has rope_type {kind}: expected default, longer contexts by scaled positions are not built"
+    if found.get("use_sliding_window", False):
+        return "config.json has use_sliding_window: windowed attention is not built; choose weights without it"
+    return None
 
 
 def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
     """config.json's key -> (our key, our value, the value there), for what the tensors' shapes do not tell."""
-    shape, qwen3 = config.tower, found.get("model_type") == "qwen3"
-    rope = found.get("rope_parameters") or {"rope_theta": found.get("rope_theta", 10000.0), "rope_type": "default"}
+    found = found.get("text_config", found)
+    kind = str(found.get("model_type"))
+    shape, qwen3, rope = config.tower, kind.startswith("qwen3"), _rope(found)
+    sections = rope.get("mrope_section", [24, 20, 20]) if kind.startswith("qwen3_vl") else []
     heads = found.get("num_attention_heads")
     return {
         "hidden_size": ("model.tower.hidden", shape.hidden, found.get("hidden_size")),
@@ -52,11 +70,10 @@ def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str,
         "intermediate_size": ("model.tower.feed_forward", shape.feed_forward, found.get("intermediate_size")),
         "vocab_size": ("model.vocabulary", config.vocabulary, found.get("vocab_size")),
         "rms_norm_eps": ("model.tower.norm_epsilon", shape.norm_epsilon, found.get("rms_norm_eps", 1e-6)),
+        "mrope_section": ("model.rope_sections", list(config.rope_sections), list(sections)),
         "rope_theta": ("model.rope_base", config.rope_base, rope.get("rope_theta")),
-        "rope_type": ("the rotary positions", "default", rope.get("rope_type", "default")),
         "hidden_act": ("model.tower.activation", shape.activation, found.get("hidden_act", "silu")),
         "model_type (biases)": ("model.tower.query_key_value_bias", shape.query_key_value_bias, not qwen3 or bool(found.get("attention_bias"))),
         "model_type (head norms)": ("model.tower.query_key_norm", shape.query_key_norm, qwen3),
         "attention_bias": ("model.tower.bias", shape.bias, False),
-        "use_sliding_window": ("windowed attention", False, bool(found.get("use_sliding_window", False))),
     }

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sailplan.config.schema import ModelConfig, VisionConfig
-from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap, grouped, same
+from sailplan.model.backbones.plain import Names, block_entries, expected_shape
+from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap, same
 from sailplan.model.blocks import Blocks, initial_deviation
 
 MODEL_TYPES = ("siglip", "siglip_vision_model")
+NAMES = Names("layer_norm1", "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2")
 
 
 class SiglipVisionEncoder(nn.Module):
@@ -55,36 +57,33 @@ def weight_map(config: ModelConfig) -> WeightMap:
     for kind in ("weight", "bias"):
         entries.append(same(f"vision.blocks.block.final_layernorm.{kind}", f"post_layernorm.{kind}"))
         for layer in range(shape.layers):
-            ours, theirs = f"vision.blocks.block.layers.{layer}", f"encoder.layers.{layer}"
+            theirs = f"encoder.layers.{layer}"
             query, key, value = (Piece(f"{theirs}.self_attn.{name}_proj.{kind}") for name in "qkv")
-            entries += [
-                same(f"{ours}.input_layernorm.{kind}", f"{theirs}.layer_norm1.{kind}"),
-                grouped(f"{ours}.self_attention.linear_qkv.{kind}", shape, query, key, value),
-                same(f"{ours}.self_attention.linear_proj.{kind}", f"{theirs}.self_attn.out_proj.{kind}"),
-                same(f"{ours}.pre_mlp_layernorm.{kind}", f"{theirs}.layer_norm2.{kind}"),
-                same(f"{ours}.mlp.linear_fc1.{kind}", f"{theirs}.mlp.fc1.{kind}"),
-                same(f"{ours}.mlp.linear_fc2.{kind}", f"{theirs}.mlp.fc2.{kind}"),
-            ]
+            entries += block_entries(f"vision.blocks.block.layers.{layer}", theirs, kind, shape, NAMES, query, key, value)
     left_out = (r"(vision_model\.)?head\..*", r"text_model\..*", r"logit_(scale|bias)")
     return WeightMap(tuple(entries), anchor="embeddings.patch_embedding.weight", left_out=left_out)
 
 
+def unsupported(found: dict[str, Any]) -> str | None:
+    if str(found.get("model_type")).startswith("siglip2"):
+        return "config.json has model_type siglip2: images of any size (naflex) are not built; choose a fixed size, such as google/siglip2-so400m-patch14-224"
+    return None
+
+
 def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
     """config.json's key -> (our key, our value, the value there); a key that is not there has SigLIP base's value."""
-    vision, shape = config.vision, config.vision.encoder
+    vision = config.vision
     found = found.get("vision_config", found)
     patch = found.get("patch_size", 16)
-    activation = {"gelu_pytorch_tanh": "gelu_tanh"}.get(found.get("hidden_act", "gelu_pytorch_tanh"), found.get("hidden_act"))
+    sizes = {
+        "hidden": ("hidden_size", 768),
+        "layers": ("num_hidden_layers", 12),
+        "heads": ("num_attention_heads", 12),
+        "feed_forward": ("intermediate_size", 3072),
+    }
+    activation = ("hidden_act", "gelu_pytorch_tanh")
     return {
-        "hidden_size": ("model.vision.encoder.hidden", shape.hidden, found.get("hidden_size", 768)),
-        "num_hidden_layers": ("model.vision.encoder.layers", shape.layers, found.get("num_hidden_layers", 12)),
-        "num_attention_heads": ("model.vision.encoder.heads", shape.heads, found.get("num_attention_heads", 12)),
-        "intermediate_size": ("model.vision.encoder.feed_forward", shape.feed_forward, found.get("intermediate_size", 3072)),
         "patch_size": ("model.vision.patch", vision.patch, patch),
         "image_size / patch_size": ("model.vision.position_grid", vision.position_grid, found.get("image_size", 224) // patch),
-        "layer_norm_eps": ("model.vision.encoder.norm_epsilon", shape.norm_epsilon, found.get("layer_norm_eps", 1e-6)),
-        "hidden_act": ("model.vision.encoder.activation", shape.activation, activation),
-        "model_type (norm)": ("model.vision.encoder.norm", shape.norm, "layer"),
-        "model_type (feed-forward)": ("model.vision.encoder.gated", shape.gated, False),
-        "model_type (biases)": ("model.vision.encoder.bias", shape.bias, True),
+        **expected_shape("model.vision.encoder", vision.encoder, found, sizes, activation, found.get("layer_norm_eps", 1e-6)),
     }

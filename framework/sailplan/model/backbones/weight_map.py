@@ -3,6 +3,7 @@
 A parameter is a stack of *pieces* along its first dimension, each a run of rows of one published tensor. That covers
 all that differs between the two worlds: megatron-core's grouped query/key/value matrix (for each group its queries,
 its key, its value) and its gated first matrix (gate over up). A piece without a name is zeros that the files lack.
+Persistent buffers are treated like parameters.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from sailplan.model.blocks import head_size
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows start..start+rows of a published tensor; the whole tensor where `rows` is None."""
+    """Rows start..start+rows of a published tensor; the whole tensor where `rows` is None.
+
+    A name stands behind the files' prefix, or, where it begins with "/", alone.
+    """
 
     name: str | None
     start: int = 0
@@ -24,10 +28,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter of the omni encoder and the pieces it is made of, in order."""
+    """A parameter of the omni encoder and the pieces it is made of, in order.
+
+    drawn: the parameter is drawn from the seed, and taken from the files where they have it.
+    """
 
     ours: str
     pieces: tuple[Piece, ...]
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,15 +44,17 @@ class WeightMap:
 
     anchor: a tensor that every such file has; what stands before it is the prefix of the other names.
     left_out: regular expressions of published tensors, prefix included, that the encoder has no use for.
+    constants: (our buffer, their tensor) that is computed here, and must be the same in the files.
     """
 
     entries: tuple[Entry, ...]
     anchor: str
     left_out: tuple[str, ...] = ()
+    constants: tuple[tuple[str, str], ...] = ()
 
 
-def same(ours: str, theirs: str) -> Entry:
-    return Entry(ours, (Piece(theirs),))
+def same(ours: str, theirs: str, *, drawn: bool = False) -> Entry:
+    return Entry(ours, (Piece(theirs),), drawn)
 
 
 def grouped(ours: str, shape: TransformerShape, query: Piece, key: Piece, value: Piece) -> Entry:

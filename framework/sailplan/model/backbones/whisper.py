@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from sailplan.config.schema import AudioConfig, ModelConfig
 from sailplan.model.audio import mean_of_chunks
-from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap, grouped, same
+from sailplan.model.backbones.plain import Names, block_entries, expected_shape
+from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap, same
 from sailplan.model.blocks import Blocks
 
 MODEL_TYPES = ("whisper",)
+NAMES = Names("self_attn_layer_norm", "self_attn.out_proj", "final_layer_norm", "fc1", "fc2")
 TIME_STRIDE = 2
 
 
@@ -82,37 +84,27 @@ def weight_map(config: ModelConfig) -> WeightMap:
             same(f"audio.encoder.tower.blocks.block.final_layernorm.{kind}", f"layer_norm.{kind}"),
         ]
         for layer in range(shape.layers):
-            ours, theirs = f"audio.encoder.tower.blocks.block.layers.{layer}", f"layers.{layer}"
+            theirs = f"layers.{layer}"
             query, value = (Piece(f"{theirs}.self_attn.{name}_proj.{kind}") for name in "qv")
             key = Piece(f"{theirs}.self_attn.k_proj.weight" if kind == "weight" else None)
-            entries += [
-                same(f"{ours}.input_layernorm.{kind}", f"{theirs}.self_attn_layer_norm.{kind}"),
-                grouped(f"{ours}.self_attention.linear_qkv.{kind}", shape, query, key, value),
-                same(f"{ours}.self_attention.linear_proj.{kind}", f"{theirs}.self_attn.out_proj.{kind}"),
-                same(f"{ours}.pre_mlp_layernorm.{kind}", f"{theirs}.final_layer_norm.{kind}"),
-                same(f"{ours}.mlp.linear_fc1.{kind}", f"{theirs}.fc1.{kind}"),
-                same(f"{ours}.mlp.linear_fc2.{kind}", f"{theirs}.fc2.{kind}"),
-            ]
+            entries += block_entries(f"audio.encoder.tower.blocks.block.layers.{layer}", theirs, kind, shape, NAMES, query, key, value)
     left_out = (r"(model\.)?decoder\..*", r"proj_out\.weight", r"(.*\.)?embed_positions\.weight")
     return WeightMap(tuple(entries), anchor="conv1.weight", left_out=left_out)
 
 
+def unsupported(found: dict[str, Any]) -> str | None:
+    return "config.json has scale_embedding: scaled embeddings are not built" if found.get("scale_embedding", False) else None
+
+
 def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
     """config.json's key -> (our key, our value, the value there); a key that is not there has transformers' default."""
-    audio, shape = config.audio, config.audio.encoder
+    sizes = {
+        "hidden": ("d_model", 384),
+        "layers": ("encoder_layers", 4),
+        "heads": ("encoder_attention_heads", 6),
+        "feed_forward": ("encoder_ffn_dim", 1536),
+    }
     return {
-        "d_model": ("model.audio.encoder.hidden", shape.hidden, found.get("d_model", 384)),
-        "encoder_layers": ("model.audio.encoder.layers", shape.layers, found.get("encoder_layers", 4)),
-        "encoder_attention_heads": ("model.audio.encoder.heads", shape.heads, found.get("encoder_attention_heads", 6)),
-        "encoder_ffn_dim": ("model.audio.encoder.feed_forward", shape.feed_forward, found.get("encoder_ffn_dim", 1536)),
-        "num_mel_bins": ("model.audio.mel_bins", audio.mel_bins, found.get("num_mel_bins", 80)),
-        "activation_function": ("model.audio.encoder.activation", shape.activation, found.get("activation_function", "gelu")),
-        "scale_embedding": ("scaled embeddings", False, bool(found.get("scale_embedding", False))),
-        "model_type (norm)": ("model.audio.encoder.norm", shape.norm, "layer"),
-        "model_type (norm's epsilon)": ("model.audio.encoder.norm_epsilon", shape.norm_epsilon, 1e-5),
-        "model_type (feed-forward)": ("model.audio.encoder.gated", shape.gated, False),
-        "model_type (biases)": ("model.audio.encoder.bias", shape.bias, True),
-        "model_type (key/value heads)": ("model.audio.encoder.key_value_heads", shape.key_value_heads or shape.heads, shape.heads),
-        "model_type (head norms)": ("model.audio.encoder.query_key_norm", shape.query_key_norm, False),
-        "model_type (causal)": ("model.audio.encoder.causal", shape.causal, False),
+        "num_mel_bins": ("model.audio.mel_bins", config.audio.mel_bins, found.get("num_mel_bins", 80)),
+        **expected_shape("model.audio.encoder", config.audio.encoder, found, sizes, ("activation_function", "gelu"), 1e-5),
     }

@@ -1,0 +1,90 @@
+"""CLAP and Qwen3-VL's image tower compute one thing at every tensor- and data-parallel size, and a checkpoint keeps CLAP's statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from sailplan.checkpoint import store
+from sailplan.config.schema import SwinShape, TransformerShape
+from sailplan.model import parallelize
+from sailplan.model.testing import join_layout, random_inputs, rows_of, small_config, whole_tensor
+from sailplan.model.tower import OmniEncoder
+from sailplan_kernels.testing import run_ranks
+
+EVERYTHING = ("vision", "audio", "text")
+
+
+def configured():
+    config = small_config()
+    image = TransformerShape(2, 16, 4, None, 24, norm="layer", activation="gelu_tanh", gated=False, bias=True)
+    config.vision = dataclasses.replace(config.vision, backbone="qwen3_vl", patch=2, merge=2, marks=[1, 2], position_grid=3, deepstack=[0, 1], encoder=image)
+    config.rope_sections = [1, 1, 0]
+    swin = SwinShape(layers=[2, 1], heads=[2, 2], hidden=4, feed_forward=2, window=2, patch=2, image=24)
+    config.audio = dataclasses.replace(config.audio, backbone="clap", swin=swin)
+    return config
+
+
+def model_of(seed, dtype=torch.float64):
+    model = OmniEncoder(configured(), dtype=dtype, seed=seed)
+    tower = model.audio["encoder"].tower
+    tower.bin_mean.copy_(torch.arange(6) - 2.0 + seed)
+    tower.bin_variance.fill_(1)  # the inputs are of that size
+    return model
+
+
+def one_step(rank, world, tensor, folder):
+    parallel = join_layout(tensor)
+    encoder = parallelize.shard(model_of(1), parallel, shard=True)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=True)
+    rows = 4 // parallel.data_parallel_size
+    start = parallel.data_parallel_rank * rows
+    found = encoder(rows_of(random_inputs(EVERYTHING, 4, 3), start, start + rows), per_modality=True)
+    weights = torch.randn(3, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))[:, start : start + rows]
+    loss = (torch.stack([found.fused, found.vision, found.text]) * weights).sum()
+    (loss * parallel.data_parallel_size).backward()
+    parallelize.finish_gradients(encoder, parallel)
+    gradients = {name: whole_tensor(p, p.grad, parallel) for name, p in encoder.named_parameters()}
+    statistics = encoder.audio["encoder"].tower.bin_mean
+    store.save(folder, model=encoder, optimizer=optimizer, extra={"step": 1}, parallel=parallel)
+    statistics.zero_()
+    store.load(folder, model=encoder, optimizer=optimizer, parallel=parallel)
+    assert torch.equal(statistics, torch.arange(6, dtype=torch.float64) - 1)
+    return start, found.fused.detach(), gradients
+
+
+@pytest.mark.parametrize(("tensor", "data"), [(2, 1), (2, 2)])
+def test_vectors_and_gradients_are_the_same_at_every_layout(tensor, data, tmp_path):
+    [(_, whole, expected)] = run_ranks(one_step, 1, 1, store.folder_of(tmp_path / "one", 1))
+    for name in ("vision.deepstack_mergers.1.mlp.linear_fc2.weight", "vision.positions", "audio.encoder.tower.layers.1.bias_table", "vision.embedding.weight"):
+        assert expected[name].abs().max() > 1e-6, name
+    for start, part, gradients in run_ranks(one_step, tensor * data, tensor, store.folder_of(tmp_path / "many", 1)):
+        torch.testing.assert_close(part, whole[start : start + len(part)], rtol=0, atol=1e-12)
+        assert gradients.keys() == expected.keys()
+        for name, wanted in expected.items():
+            torch.testing.assert_close(gradients[name], wanted, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def in_bfloat16(rank, world, checkpointed):
+    parallel = join_layout(1)
+    inputs = random_inputs(EVERYTHING, 2, 3, dtype=torch.float32, absent=False)
+    with torch.no_grad():
+        wanted = model_of(1, torch.float32)(inputs).fused
+    encoder = model_of(1, torch.float32)
+    if checkpointed:
+        parallelize.checkpoint_activations(encoder)
+    encoder = parallelize.shard(encoder, parallel, shard=True, compute_dtype=torch.bfloat16)
+    found = encoder(inputs).fused
+    found.square().sum().backward()
+    assert encoder.audio["encoder"].tower.bin_mean.dtype == torch.float32
+    return wanted, found.detach(), all(bool(parameter.grad.full_tensor().isfinite().all()) for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
+def test_bfloat16_computation_is_near(checkpointed):
+    [(wanted, found, finite)] = run_ranks(in_bfloat16, 1, checkpointed)
+    assert finite and found.dtype == torch.float32
+    cosines = torch.nn.functional.cosine_similarity(wanted, found)
+    assert cosines.min() > 0.999 and not torch.equal(wanted, found)
