@@ -22,7 +22,6 @@ from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
 from sailplan_kernels.infonce.engines import make_engine
 from sailplan_kernels.infonce.fused import fused_loss
-from sailplan_kernels.infonce.normalize import normalize
 from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.infonce.problem import build_problem
 from sailplan_kernels.infonce.reference import reference_loss
@@ -103,7 +102,9 @@ def infonce(
     backend: "reference" (the definition, N x M memory), "chunked" (torch, gradient in the forward), "triton"; "auto"
         takes triton for half-precision inputs on CUDA where it can run, else chunked. The output says which one ran.
     memory_budget: bytes that the scores in memory may take (chunked, triton): rows of a chunk, and how many tiles wait
-        for their gradient instead of being computed again.
+        for their gradient instead of being computed again. None: half of what the gradients of the queries and of the keys
+        in memory take, at least 16 MiB. The gradients are computed in the forward pass and wait for the backward pass,
+        which may come once.
 
     Raises ValueError on a wrong call. No valid row anywhere gives loss 0 with zero gradients.
     """
@@ -159,9 +160,7 @@ def infonce(
         if chosen == "reference":
             total, losses, positive_score, correct = reference_loss(problem)
         else:
-            longest = options.prefixes[-1]
-            q, k, h = (normalize(x[..., :longest]) for x in (problem.queries, problem.keys, problem.hard))
-            total, losses, positive_score, correct = fused_loss(problem, make_engine(chosen), q, k, h)
+            total, losses, positive_score, correct = fused_loss(problem, make_engine(chosen))
         summary = exchange.sum(torch.cat([losses / exchange.world_size, correct.sum()[None].to(losses.dtype)]))
     return InfoNCEOutput(
         loss=total,

@@ -13,8 +13,8 @@ while the keys' shards are in memory anyway, in a round of their own before the 
 Candidates of a row: keys; with the options other queries, other keys scored against the positive, everybody's hard
 negatives; and its own hard negatives, which are no tile but [N, H].
 
-A cosine is <x_p, y_p> a_p b_p with inverse prefix norms a, b, so d cos / dx = y_p a_p b_p - cos a_p^2 x_p. The second
-term of the longest prefix is parallel to x and vanishes in the normalisation's own backward: it is left out.
+A cosine is <x_p, y_p> a_p b_p with inverse prefix norms a, b, so d cos / dx = y_p a_p b_p - cos a_p^2 x_p. All terms of
+the longest prefix that are parallel to x, the second above all, are taken out at once in the end (normalize.py).
 
 Collectives, all inside the forward, depend only on what all ranks agreed on in problem.py. Differentiable once.
 Where peers hold the same rows (exchange/row_split.py) each does its share of them against all candidates.
@@ -32,21 +32,23 @@ from torch.autograd.function import once_differentiable
 from sailplan_kernels.exchange.base import Shard, Stream
 from sailplan_kernels.exchange.row_split import peers_of, shares
 from sailplan_kernels.infonce.masks import Candidates, best_per_key, limits, lowest_per_key
-from sailplan_kernels.infonce.normalize import inverse_norms
+from sailplan_kernels.infonce.normalize import inverse_norms, normalized_gradient_, operand
 from sailplan_kernels.infonce.pairs import Pairs, sum_at
 from sailplan_kernels.infonce.problem import Problem
-from sailplan_kernels.infonce.products import add_product, prefix_dots, softplus, vecdot
+from sailplan_kernels.infonce.products import add_product, prefix_dots, row_dots, softplus
 from sailplan_kernels.infonce.tile import Coefficients, Engine, Rule, Side, Statistics, Tile
 
 FEWEST_ROWS = 64  # a chunk of fewer rows is no matrix product worth its overhead: go by tiles, in two rounds
 PAIRS_AT_ONCE = 1024  # rows whose positives are looked at together
 
 
-def fused_loss(problem: Problem, engine: Engine, queries: Tensor, keys: Tensor, hard: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fused_loss(problem: Problem, engine: Engine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """This rank's weighted loss (0-d), loss of each prefix [P], and of the longest prefix the positives' cosines [N] and
-    the rows that are right [N]. Arguments: [N, D], [M, D], [N, H, D] of length one, D the longest prefix.
+    the rows that are right [N]. Differentiable once.
     """
-    return _Fused.apply(problem, engine, queries, keys, hard, problem.inverse_temperature, problem.column_inverse_temperature)
+    longest = problem.options.prefixes[-1]
+    vectors = [x if x.shape[-1] == longest else x[..., :longest] for x in (problem.raw_queries, problem.raw_keys, problem.raw_hard)]
+    return _Fused.apply(problem, engine, *vectors, problem.inverse_temperature, problem.column_inverse_temperature)
 
 
 class _Fused(torch.autograd.Function):
@@ -55,6 +57,7 @@ class _Fused(torch.autograd.Function):
         work = _Work(problem, engine, queries, keys, hard, inverse_temperature, column_inverse_temperature)
         work.run()
         ctx.gradients = [x if needed else None for x, needed in zip(work.finish(), ctx.needs_input_grad[2:], strict=True)]
+        ctx.dtypes = [x.dtype for x in (queries, keys, hard, inverse_temperature, column_inverse_temperature)]
         losses, positive, correct = work.losses, work.all_positive[-1], work.all_correct
         ctx.mark_non_differentiable(losses, positive, correct)
         return (losses * work.prefix_weights).sum(), losses, positive, correct
@@ -62,7 +65,11 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient, *_):
-        return None, None, *(None if x is None else x * gradient for x in ctx.gradients)
+        """The gradients wait in full precision, are scaled where they are and given away: no copy, so no second time."""
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("infonce: found a second backward of one call, expected one; call infonce again")
+        return None, None, *(None if x is None else x.mul_(gradient).to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
 
 
 @dataclass
@@ -114,13 +121,17 @@ class _Work:
         self.share_sizes, share = shares(len(queries), self.peers)
         self.whole, problem = problem, problem.share(share)
         self.problem, self.options, self.needs, self.engine = problem, problem.options, problem.needs, engine
-        self.exchange, self.prefixes, self.fp = problem.exchange, problem.options.prefixes, queries.dtype
-        operand, options, needs = problem.operand_dtype, problem.options, problem.needs
-        self.whole_queries, self.keys, self.whole_hard = (x.detach().to(operand).contiguous() for x in (queries, keys, hard))
+        self.exchange, self.prefixes, self.fp = problem.exchange, problem.options.prefixes, problem.row_weight.dtype
+        options, needs = problem.options, problem.needs
+        # What was given and which of its rows are padding; and what the products read of it.
+        self.given = [(queries, self.whole.query_valid), (keys, problem.key_valid), (hard.flatten(0, 1), self.whole.hard_valid.flatten())]
+        operands = [operand(x, valid, problem.operand_dtype) for x, valid in self.given]
+        (self.whole_queries, self.keys, flat_hard), self.copied = zip(*operands, strict=True)
+        self.whole_hard = flat_hard.view(hard.shape)
         self.queries, self.hard = self.whole_queries[share], self.whole_hard[share]
         self.inverse, self.column_inverse = inverse_temperature[share].contiguous(), column_inverse
         key_stream = self.exchange.stream(self.keys, problem.key_sizes, self.fp)  # on its way while positives are scored
-        self.prefix_weights = queries.new_tensor(options.prefix_weights)
+        self.prefix_weights = problem.row_weight.new_tensor(options.prefix_weights)
         self.weight = problem.row_weight / 2 if options.symmetric else problem.row_weight
         self.query_norm, self.key_norm = (inverse_norms(x, self.prefixes, self.fp) for x in (self.queries, self.keys))
         if problem.pairs is None:
@@ -129,15 +140,15 @@ class _Work:
             self.positive, score = self._pair_cosines(problem.pairs, key_stream)
         self.all_positive = self._of_all_peers(score.T).T
         shape = (len(self.prefixes), len(self.queries))
-        self.row_top = queries.new_full(shape, -torch.inf)
-        self.row_sum = queries.new_zeros(shape)
-        self.d_queries = torch.zeros_like(queries[share]) if needs.queries else None
-        self.d_hard = torch.zeros_like(hard[share]) if needs.hard else None
+        self.row_top = self.weight.new_full(shape, -torch.inf)
+        self.row_sum = self.weight.new_zeros(shape)
+        self.d_queries = torch.zeros_like(self.queries, dtype=self.fp) if needs.queries else None
+        self.d_hard = torch.zeros_like(self.hard, dtype=self.fp) if needs.hard else None
         self.d_anchors: Tensor | None = None
         self.d_inverse = torch.zeros_like(self.inverse)
         self.kept: dict[tuple[int, int, int, int], Tile] = {}
         self.kept_bytes = 0.0
-        self.row_moment = queries.new_zeros(shape)
+        self.row_moment = self.weight.new_zeros(shape)
         self._make_sources(key_stream)
         self._own_hard_statistics()
 
@@ -225,8 +236,9 @@ class _Work:
         flat = self.hard.flatten(0, 1)
         shape = (len(self.prefixes), *self.hard.shape[:2])
         self.hard_norm = inverse_norms(flat, self.prefixes, self.fp).view(shape)
-        dots = prefix_dots(self.queries[:, None], self.hard, self.prefixes, self.fp)
-        self.hard_cosine = dots * self.query_norm[:, :, None] * self.hard_norm
+        self.hard_cosine = self.query_norm[:, :, None] * self.hard_norm
+        for rows in cut(len(self.queries), PAIRS_AT_ONCE):
+            self.hard_cosine[:, rows] *= prefix_dots(self.queries[rows, None], self.hard[rows], self.prefixes, self.fp)
         keep = self.problem.hard_valid.expand(shape)
         limit = self.sources[0].blocks[0].rows.limit
         if limit is not None:
@@ -398,9 +410,9 @@ class _Work:
             return
         if self.needs.temperature:
             if not self.sources[0].blocks[0].rule.moments and self.d_queries is not None:
-                self.d_inverse += vecdot(self.queries, self.d_queries) / self.inverse
+                self.d_inverse += row_dots(self.queries, self.d_queries) / self.inverse
             if self.options.key_negatives and not self.sources[0].blocks[1].rule.moments and self.d_anchors is not None:
-                self.d_inverse += vecdot(self.sources[0].blocks[1].rows.vectors, self.d_anchors) / self.inverse
+                self.d_inverse += row_dots(self.sources[0].blocks[1].rows.vectors, self.d_anchors) / self.inverse
         if pairs is None:
             self.d_inverse -= (push * self.positive).sum(0)
             self.row_moment -= self.pull * self.positive
@@ -473,8 +485,15 @@ class _Work:
             own = -(self.column_row_push * self.positive).sum(0)
             d_column.index_put_((problem.positive,), own, accumulate=True)
         of_rows = [None if x is None else self._of_all_peers(x) for x in (self.d_queries, self.d_hard, self.d_inverse)]
-        of_keys = [None if x is None else self.peers.sum(x) for x in (d_keys, d_column)]
+        of_keys = [None if x is None else self._sum_over_peers(x) for x in (d_keys, d_column)]
+        vectors = [of_rows[0], of_keys[0], None if of_rows[1] is None else of_rows[1].flatten(0, 1)]
+        for gradient, (x, valid), copied in zip(vectors, self.given, self.copied, strict=True):
+            if gradient is not None:
+                normalized_gradient_(gradient, x, valid, copied)
         return of_rows[0], of_keys[0], of_rows[1], of_rows[2], of_keys[1]
+
+    def _sum_over_peers(self, x: Tensor) -> Tensor:
+        return x if self.peers.world_size == 1 else self.peers.sum(x)
 
     def _of_all_peers(self, x: Tensor) -> Tensor:
         """[whole N, ...] the rows [n, ...] of all shares."""

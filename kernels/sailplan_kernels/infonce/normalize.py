@@ -1,4 +1,9 @@
-"""L2 normalisation that survives zero vectors and huge norms, and the norms of Matryoshka prefixes."""
+"""L2 normalisation that survives zero vectors and huge norms, and the norms of Matryoshka prefixes.
+
+Under autograd it is ``normalize``. A loss that computes its gradient in the forward pass goes without the copies that
+autograd keeps: ``operand`` gives its matrix products the vectors themselves, whose inverse norms every score carries
+anyway, and ``normalized_gradient_`` turns the sum it has accumulated into the vectors' gradient, in place.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-12
+TAME = 1e-4  # rows whose largest entry lies between it and its inverse: their products are far from overflow and from nothing
+ROWS_AT_ONCE = 1024  # rows that are looked at together where they have to be copied
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -15,12 +22,58 @@ def normalize(x: Tensor) -> Tensor:
     the result or its gradient, so that entry counts as a constant. A row without an entry above EPSILON has no
     direction: it becomes zero and its gradient is zero (a clamp alone would hand it a gradient of 1/EPSILON).
     """
-    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    return _unit(x)[0]
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``normalize(x)`` and what it has divided by: the largest entry, then the length of what is left [..., 1]."""
+    largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)
     alive = largest > EPSILON
-    scaled = x / torch.where(alive, largest, 1.0)
-    scaled = torch.where(alive, scaled, 0.0)
-    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return scaled / torch.where(alive, length, 1.0)
+    largest = torch.where(alive, largest, 1.0)
+    scaled = torch.where(alive, x / largest, 0.0)
+    length = torch.where(alive, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True), 1.0)
+    return scaled / length, largest, length
+
+
+def operand(x: Tensor, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """[n, D] what the matrix products read of ``x`` [n, D], in ``dtype``, and whether it is a normalised copy.
+
+    It is ``x`` itself where that is safe. Where x has another dtype, or a row whose entries are so large or small (or NaN,
+    in padding) that products might fail, it is normalised in float32 or float64, rounded once, zero in rows not ``valid``.
+    """
+    x = x.detach()
+    if x.dtype == dtype:
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1)
+        if ((largest == 0) | ((largest > TAME) & (largest < 1 / TAME))).all():
+            return x.contiguous(), False
+    found = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for rows in blocks(len(x)):
+        found[rows] = _unit(_wide(x[rows], valid[rows]))[0]
+    return found, True
+
+
+def normalized_gradient_(gradient: Tensor, x: Tensor, valid: Tensor, copied: bool) -> Tensor:
+    """From the gradient of the operand [n, D], whatever it has along each row, to the gradient of ``x``, in place.
+
+    Scores do not depend on a row's length, so what ``gradient`` has along the row is taken out.
+    """
+    for rows in blocks(len(x)):
+        unit, largest, length = _unit(_wide(x[rows], valid[rows]))
+        part = gradient[rows]
+        part.addcmul_(unit, torch.linalg.vecdot(unit, part)[:, None], value=-1)
+        if copied:
+            part.div_(length).div_(largest)
+    return gradient
+
+
+def blocks(n: int) -> list[slice]:
+    """ROWS_AT_ONCE rows each, the last fewer."""
+    return [slice(start, min(start + ROWS_AT_ONCE, n)) for start in range(0, n, ROWS_AT_ONCE)]
+
+
+def _wide(x: Tensor, valid: Tensor) -> Tensor:
+    """In float32 at least; padding may hold anything, also NaN, and becomes zero."""
+    return torch.where(valid[:, None], x, 0.0).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_norms(x: Tensor, prefixes: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-DEFAULT_MEMORY_BUDGET = 64 * 2**20
+SMALLEST_DEFAULT_BUDGET = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class InfoNCEOptions:
     shared_hard_negatives: bool = False
     prefixes: tuple[int, ...] = ()
     prefix_weights: tuple[float, ...] = ()
-    memory_budget: int = DEFAULT_MEMORY_BUDGET
+    memory_budget: int = 0  # 0: not given, see with_budget
 
     @classmethod
     def checked(cls, dimension: int, prefixes, prefix_weights, memory_budget, **others) -> InfoNCEOptions:
@@ -39,10 +39,13 @@ class InfoNCEOptions:
         weights = (1.0,) * len(prefixes) if prefix_weights is None else tuple(float(w) for w in prefix_weights)
         if len(weights) != len(prefixes):
             raise ValueError(f"prefix_weights: found {len(weights)}, expected {len(prefixes)}, one a prefix")
-        budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else int(memory_budget)
-        if budget <= 0:
-            raise ValueError(f"memory_budget: found {budget}, expected a positive number of bytes")
-        return cls(prefixes=prefixes, prefix_weights=weights, memory_budget=budget, **others)
+        if memory_budget is not None and memory_budget <= 0:
+            raise ValueError(f"memory_budget: found {memory_budget}, expected a positive number of bytes")
+        return cls(prefixes=prefixes, prefix_weights=weights, memory_budget=int(memory_budget or 0), **others)
+
+    def with_budget(self, vectors: int, dimension: int, size: int) -> InfoNCEOptions:
+        """With the default budget where none was given: half of what the gradients of ``vectors`` take, ``size`` bytes an entry."""
+        return self if self.memory_budget else replace(self, memory_budget=max(SMALLEST_DEFAULT_BUDGET, vectors * dimension * size // 2))
 
     @property
     def filters(self) -> bool:

@@ -30,11 +30,14 @@ class Needs:
 
 @dataclass(frozen=True)
 class Problem:
-    """N rows, M keys and H hard negatives a row on this rank; C candidates of a kind over all ranks."""
+    """N rows, M keys and H hard negatives a row on this rank; C candidates of a kind over all ranks.
 
-    queries: Tensor  # [N, D] raw, in the compute dtype, invalid rows zeroed
-    keys: Tensor  # [M, D]
-    hard: Tensor  # [N, H, D], H = 0 without hard negatives
+    What has no dtype here is in the compute dtype: float64 for float64 embeddings, else float32.
+    """
+
+    raw_queries: Tensor  # [N, D] as the caller gave them, invalid rows may hold anything
+    raw_keys: Tensor  # [M, D]
+    raw_hard: Tensor  # [N, H, D], H = 0 without hard negatives
     positive: Tensor  # int64 [N], index into this rank's keys; nothing where there are pairs
     pairs: Pairs | None  # positives by id; None: ``positive`` says it
     row_valid: Tensor  # bool [N], the row counts
@@ -60,13 +63,33 @@ class Problem:
     exchange: Exchange
 
     @property
+    def queries(self) -> Tensor:
+        """[N, D] in the compute dtype, invalid rows zeroed: under autograd, and a copy."""
+        return _zeroed(self.raw_queries.to(self.row_weight.dtype), self.query_valid)
+
+    @property
+    def keys(self) -> Tensor:
+        """[M, D], as ``queries``."""
+        return _zeroed(self.raw_keys.to(self.row_weight.dtype), self.key_valid)
+
+    @property
+    def hard(self) -> Tensor:
+        """[N, H, D], as ``queries``."""
+        return _zeroed(self.raw_hard.to(self.row_weight.dtype), self.hard_valid)
+
+    @property
+    def key_valid(self) -> Tensor:
+        """bool [M] of this rank's own keys."""
+        return self.all_keys.valid[self.own_keys]
+
+    @property
     def hard_sizes(self) -> list[int]:
         """Shared hard negatives of every rank."""
-        return [rows * self.hard.shape[1] for rows in self.query_sizes]
+        return [rows * self.raw_hard.shape[1] for rows in self.query_sizes]
 
     def share(self, rows: slice) -> Problem:
         """Those of this rank's rows alone; keys and candidates stay as they are."""
-        names = ("queries", "hard", "positive", "row_valid", "row_weight", "positive_correction", "inverse_temperature", "anchor_tags")
+        names = ("raw_queries", "raw_hard", "positive", "row_valid", "row_weight", "positive_correction", "inverse_temperature", "anchor_tags")
         highest = None if self.max_negative_score is None else self.max_negative_score[rows]
         pairs = None if self.pairs is None else self.pairs.of_rows(rows)
         return replace(self, pairs=pairs, max_negative_score=highest, **{name: getattr(self, name)[rows] for name in (*names, "query_valid", "hard_valid")})
@@ -113,7 +136,6 @@ def build_problem(
     else:
         has_positive = positives >= 0
         positive = positives.clamp_min(0)
-    padded_queries, padded_keys = query_valid is not None, key_valid is not None
     if query_valid is None:
         query_valid = torch.ones(n, dtype=torch.bool, device=device)
     if key_valid is None:
@@ -187,9 +209,9 @@ def build_problem(
         column_inverse = column_inverse.index_add(0, positive, torch.where(row_valid, inverse, 0.0)) / pointing.clamp_min(1)
 
     return Problem(
-        queries=_zeroed(queries.to(compute), query_valid if padded_queries else None),
-        keys=_zeroed(keys.to(compute), key_valid if padded_keys else None),
-        hard=_zeroed(hard_negatives.to(compute), hard_valid),
+        raw_queries=queries,
+        raw_keys=keys,
+        raw_hard=hard_negatives,
         positive=positive,
         pairs=pairs,
         row_valid=row_valid,
@@ -211,7 +233,7 @@ def build_problem(
         valid_rows=valid_rows,
         operand_dtype=operand,
         needs=agreed,
-        options=options,
+        options=options.with_budget(n + (sum(key_sizes) if exchange.whole else m), queries.shape[1], torch.finfo(compute).bits // 8),
         exchange=exchange,
     )
 
@@ -221,6 +243,6 @@ def _gather_candidates(exchange: Exchange, tags: Tensor, valid: Tensor, sizes: l
     return Candidates(tags=packed[:, :3], valid=packed[:, 3] > 0)
 
 
-def _zeroed(x: Tensor, valid: Tensor | None) -> Tensor:
+def _zeroed(x: Tensor, valid: Tensor) -> Tensor:
     """Padding may hold anything, also NaN, and 0 * NaN is NaN: make it zero, and its gradient too."""
-    return x if valid is None else torch.where(valid.unsqueeze(-1), x, 0.0)
+    return torch.where(valid.unsqueeze(-1), x, 0.0)

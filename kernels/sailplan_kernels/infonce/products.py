@@ -33,8 +33,10 @@ def prefix_dots(a: Tensor, b: Tensor, prefixes: tuple[int, ...], dtype: torch.dt
     return torch.stack(found)
 
 
-def vecdot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a.to(b.dtype), b)
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """[n] dot products of the rows of ``a`` and ``b`` [n, D], in b's dtype, without a third [n, D]."""
+    found = [torch.linalg.vecdot(x.to(b.dtype), y) for x, y in zip(a.split(1024), b.split(1024), strict=True)]
+    return torch.cat(found)
 
 
 def softplus(x: Tensor) -> Tensor:

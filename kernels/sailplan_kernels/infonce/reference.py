@@ -21,8 +21,9 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """This rank's weighted loss (0-d), loss of each prefix [P] without gradient, and of the longest prefix the positives'
     cosines [N] and whether each row is right [N]."""
     losses, options = [], problem.options
+    whole = problem.queries, problem.keys, problem.hard
     for prefix in options.prefixes:
-        q, k, h = (normalize(x[..., :prefix]) for x in (problem.queries, problem.keys, problem.hard))
+        q, k, h = (normalize(x[..., :prefix]) for x in whole)
         loss, positive, correct = _prefix_loss(problem, q, k, h)
         losses.append(loss)
     total = torch.stack([weight * loss for weight, loss in zip(options.prefix_weights, losses, strict=True)]).sum()

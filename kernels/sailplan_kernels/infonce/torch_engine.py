@@ -27,10 +27,9 @@ class TorchEngine:
 
     def pair_bytes(self, rule: Rule, keep: bool) -> int:
         """For float32 scores; the driver doubles it for float64."""
-        prefixes = len(rule.prefixes)
         if _plain(rule):
-            return 4 + 4 + 2
-        return 4 * prefixes + 4 * prefixes + 8 + 2
+            return 4 + 4  # scores; masks in the making, or weights in half precision
+        return 4 * len(rule.prefixes) + 4 + 8 + 2  # cosines that become weights one by one, both kinds of logits, a product with cosines, masks
 
 
 def _plain(rule: Rule) -> bool:
@@ -75,11 +74,11 @@ class _Tile:
             return self._plain_gradient(coefficients)
         cosines = self.cosines if self.cosines is not None else self._cosines()
         self.cosines = None
-        weights: list[Tensor] = [cosines[0]] * prefixes
+        weights: list[Tensor] = []
         moments: dict[str, list[Tensor]] = {name: [] for name in ("row", "column", "row_t", "column_t", "total", "sum")}
         above: Tensor | None = None
         for p in reversed(range(prefixes)):
-            cosine = cosines[p]
+            cosine = cosines.pop()
             weight = self._row_logits(cosine, p)
             if rule.sigmoid:
                 moments["sum"].append(softplus_sum(weight))
@@ -102,11 +101,11 @@ class _Tile:
                 moments["column"].append(torch.linalg.vecdot(weight, cosine, dim=0))
             weight.mul_(rows.inverse_norm[p][:, None]).mul_(columns.inverse_norm[p])
             above = weight if above is None else weight.add_(above)
-            weights[p] = above.to(dtype)
+            weights.append(above.to(dtype))
         stacked = {name: torch.stack(x[::-1]) if x else None for name, x in moments.items()}
         row, column = stacked["row"], stacked["column"]
         return Gradient(
-            weights=weights,
+            weights=weights[::-1],
             row_moment=rows.inverse_norm.new_zeros(rows.inverse_norm.shape) if row is None else row,
             column_moment=columns.inverse_norm.new_zeros(columns.inverse_norm.shape) if column is None else column,
             row_temperature=stacked["row_t"],  # type: ignore[arg-type]
