@@ -41,7 +41,6 @@ Q, K = torch.randn(4, 8), torch.randn(5, 8)
         ("positive_ids", {"positive_ids": torch.zeros(4, dtype=torch.int64)}),
         ("positive_ids", {"positive_ids": torch.zeros(4), "key_ids": torch.zeros(5, dtype=torch.int64)}),
         ("positive_ids", {"positive_ids": torch.zeros(4, dtype=torch.int64), "positives": torch.zeros(4, dtype=torch.int64)}),
-        ("positive_ids", {"positive_ids": torch.zeros(4, dtype=torch.int64), "key_ids": torch.zeros(5, dtype=torch.int64), "symmetric": True}),
         ("max_negative_score", {"max_negative_score": torch.ones(5)}),
         ("max_negative_score", {"max_negative_score": torch.ones(4, dtype=torch.int64)}),
         ("backend", {"backend": "triton"}),

@@ -111,8 +111,6 @@ def infonce(
     checks.check_embeddings(queries, keys, hard_negatives)
     chosen = checks.choose_backend(backend, queries)
     checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid, positive_ids)
-    if positive_ids is not None and (symmetric or key_negatives):
-        raise ValueError("positive_ids: found with symmetric or key_negatives, expected positives by index for these")
     checks.check_log_probability(key_log_probability, len(keys), queries.device)
     checks.check_highest(max_negative_score, len(queries), queries.device)
     if hard_negatives is not None:

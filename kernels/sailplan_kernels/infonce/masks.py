@@ -52,19 +52,3 @@ def limits(positive: Tensor, highest: Tensor | None, options: InfoNCEOptions) ->
     if options.margin_relative is not None:
         limit = torch.minimum(limit, positive * options.margin_relative)
     return limit
-
-
-def best_per_key(positive: Tensor, scores: Tensor, counts: Tensor, n_keys: int) -> Tensor:
-    """[M] the best positive cosine of the counted rows pointing to each key (1 where none does: no filter).
-
-    Where several rows share a key, the margins of its column are taken from its best positive.
-    """
-    scores = torch.where(counts, scores, -torch.inf)
-    best = scores.new_full((n_keys,), -torch.inf).scatter_reduce(0, positive, scores, "amax")
-    return torch.where(best.isinf(), 1.0, best)
-
-
-def lowest_per_key(positive: Tensor, scores: Tensor, counts: Tensor, n_keys: int) -> Tensor:
-    """[M] the lowest of the counted rows' ``scores`` [N] of the rows that point to each key (infinity where none does)."""
-    scores = torch.where(counts, scores, torch.inf)
-    return scores.new_full((n_keys,), torch.inf).scatter_reduce(0, positive, scores, "amin")

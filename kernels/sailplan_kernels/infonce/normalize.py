@@ -12,7 +12,6 @@ from torch import Tensor
 
 EPSILON = 1e-12
 TAME = 1e-4  # rows whose largest entry lies between it and its inverse: their products are far from overflow and from nothing
-ROWS_AT_ONCE = 1024  # rows that are looked at together where they have to be copied
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -35,11 +34,12 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scaled / length, largest, length
 
 
-def operand(x: Tensor, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+def operand(x: Tensor, valid: Tensor, dtype: torch.dtype, at_once: int) -> tuple[Tensor, bool]:
     """[n, D] what the matrix products read of ``x`` [n, D], in ``dtype``, and whether it is a normalised copy.
 
     It is ``x`` itself where that is safe. Where x has another dtype, or a row whose entries are so large or small (or NaN,
-    in padding) that products might fail, it is normalised in float32 or float64, rounded once, zero in rows not ``valid``.
+    in padding) that products might fail, it is normalised in float32 or float64, rounded once, zero in rows not ``valid``;
+    ``at_once`` rows at a time.
     """
     x = x.detach()
     if x.dtype == dtype:
@@ -47,28 +47,21 @@ def operand(x: Tensor, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]
         if ((largest == 0) | ((largest > TAME) & (largest < 1 / TAME))).all():
             return x.contiguous(), False
     found = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for rows in blocks(len(x)):
-        found[rows] = _unit(_wide(x[rows], valid[rows]))[0]
+    for target, some, counts in zip(found.split(at_once), x.split(at_once), valid.split(at_once), strict=True):
+        target.copy_(_unit(_wide(some, counts))[0])
     return found, True
 
 
-def normalized_gradient_(gradient: Tensor, x: Tensor, valid: Tensor, copied: bool) -> Tensor:
+def normalized_gradient_(gradient: Tensor, x: Tensor, valid: Tensor, copied: bool, at_once: int) -> None:
     """From the gradient of the operand [n, D], whatever it has along each row, to the gradient of ``x``, in place.
 
     Scores do not depend on a row's length, so what ``gradient`` has along the row is taken out.
     """
-    for rows in blocks(len(x)):
-        unit, largest, length = _unit(_wide(x[rows], valid[rows]))
-        part = gradient[rows]
+    for part, some, counts in zip(gradient.split(at_once), x.split(at_once), valid.split(at_once), strict=True):
+        unit, largest, length = _unit(_wide(some, counts))
         part.addcmul_(unit, torch.linalg.vecdot(unit, part)[:, None], value=-1)
         if copied:
             part.div_(length).div_(largest)
-    return gradient
-
-
-def blocks(n: int) -> list[slice]:
-    """ROWS_AT_ONCE rows each, the last fewer."""
-    return [slice(start, min(start + ROWS_AT_ONCE, n)) for start in range(0, n, ROWS_AT_ONCE)]
 
 
 def _wide(x: Tensor, valid: Tensor) -> Tensor:
@@ -78,11 +71,10 @@ def _wide(x: Tensor, valid: Tensor) -> Tensor:
 
 def inverse_norms(x: Tensor, prefixes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """[P, n] 1 / length of the first d_p entries, 0 where they are all zero."""
-    squares, total, start = [], None, 0
+    lengths, start = [], 0
     for end in prefixes:
-        part = torch.linalg.vector_norm(x[:, start:end], dim=1, dtype=dtype).square()
-        total = part if total is None else total + part
-        squares.append(total)
+        part = torch.linalg.vector_norm(x[:, start:end], dim=1, dtype=dtype)
+        lengths.append(torch.hypot(lengths[-1], part) if lengths else part)
         start = end
-    lengths = torch.stack(squares).sqrt()
-    return torch.where(lengths > 0, lengths.reciprocal(), 0.0)
+    length = torch.stack(lengths)
+    return torch.where(length > 0, length.reciprocal(), 0.0)

@@ -1,7 +1,8 @@
-"""Rows that have several positives, which any rank may hold: a list of (row, key) pairs.
+"""Which keys are a row's positives: a list of (row, key) pairs, whichever way the caller said it.
 
-A row's positives are all valid keys of all ranks that carry the id it asks for; an item that was drawn twice is as right
-as once. Every rank knows all keys' ids, so each lists its own rows' pairs without asking.
+By index a row has one positive at most, a key of its own rank. By id its positives are all valid keys of all ranks that
+carry the id it asks for; an item that was drawn twice is as right as once. Every rank knows all keys' ids, so each lists
+its own rows' pairs without asking.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sailplan_kernels.infonce.masks import Candidates
 
 @dataclass(frozen=True)
 class Pairs:
-    """E pairs, sorted by row."""
+    """E pairs of rows that count, sorted by row."""
 
     rows: Tensor  # int64 [E], this rank's
     keys: Tensor  # int64 [E], index into all ranks' keys
@@ -33,11 +34,16 @@ class Pairs:
 
     def best(self, values: Tensor) -> Tensor:
         """[P, N] highest of ``values`` [P, E], minus infinity for rows without a positive."""
-        index = self.rows.expand(len(values), -1)
-        return values.new_full((len(values), len(self.counts)), -torch.inf).scatter_reduce(1, index, values, "amax")
+        return best_at(self.rows, values, len(self.counts))
 
 
-def find_pairs(wanted: Tensor, keys: Candidates) -> Pairs:
+def pairs_by_index(row_valid: Tensor, keys: Tensor) -> Pairs:
+    """Of the rows that count, bool [N], with the key of each, int64 [N] index into all ranks' keys."""
+    rows = row_valid.nonzero()[:, 0]
+    return Pairs(rows, keys[rows], row_valid.to(torch.int64))
+
+
+def pairs_by_id(wanted: Tensor, keys: Candidates) -> Pairs:
     """All pairs of a row that wants an id, int64 [N], -1 for none, and a valid key that has it. O((N + C) log C + E)."""
     places = keys.valid.nonzero()[:, 0]
     ids, order = keys.tags[places, 1].sort(stable=True)
@@ -52,4 +58,9 @@ def find_pairs(wanted: Tensor, keys: Candidates) -> Pairs:
 def sum_at(index: Tensor, values: Tensor, n: int) -> Tensor:
     """[P, n] sums of ``values`` [P, E] that share an index [E]."""
     total = values.new_zeros(n, len(values))
-    return total.index_put_((index,), values.T.contiguous(), accumulate=True).T
+    return total.index_put_((index,), values.T.contiguous(), accumulate=True).T.contiguous()
+
+
+def best_at(index: Tensor, values: Tensor, n: int) -> Tensor:
+    """[P, n] highest of ``values`` [P, E] that share an index [E], minus infinity where there is none."""
+    return values.new_full((len(values), n), -torch.inf).scatter_reduce(1, index.expand(len(values), -1), values, "amax")

@@ -15,7 +15,7 @@ from torch import Tensor
 from sailplan_kernels.exchange import Exchange
 from sailplan_kernels.infonce.masks import Candidates
 from sailplan_kernels.infonce.options import InfoNCEOptions
-from sailplan_kernels.infonce.pairs import Pairs, find_pairs
+from sailplan_kernels.infonce.pairs import Pairs, pairs_by_id, pairs_by_index
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,13 @@ class Problem:
     raw_queries: Tensor  # [N, D] as the caller gave them, invalid rows may hold anything
     raw_keys: Tensor  # [M, D]
     raw_hard: Tensor  # [N, H, D], H = 0 without hard negatives
-    positive: Tensor  # int64 [N], index into this rank's keys; nothing where there are pairs
-    pairs: Pairs | None  # positives by id; None: ``positive`` says it
+    positive: Tensor  # int64 [N], index into this rank's keys; says nothing where positives go by id
+    pairs: Pairs  # of the rows that count and their positives, however they were given
+    by_id: bool  # positives may be several a row and any rank's keys; else one, of this rank
     row_valid: Tensor  # bool [N], the row counts
     row_weight: Tensor  # [N], world_size / valid rows of all ranks, 0 where the row does not count
     max_negative_score: Tensor | None  # [N], None: no such limit
-    positive_correction: Tensor  # [N] subtracted from the positive's logit; key_log_probability of its key, or 0
     inverse_temperature: Tensor  # [N], differentiable
-    column_inverse_temperature: Tensor  # [M], differentiable; mean over the rows that point to the key
     anchor_tags: Tensor  # int64 [N, 3], positive's global index and id, own query id
     query_valid: Tensor  # bool [N]
     hard_valid: Tensor  # bool [N, H]
@@ -89,9 +88,9 @@ class Problem:
 
     def share(self, rows: slice) -> Problem:
         """Those of this rank's rows alone; keys and candidates stay as they are."""
-        names = ("raw_queries", "raw_hard", "positive", "row_valid", "row_weight", "positive_correction", "inverse_temperature", "anchor_tags")
+        names = ("raw_queries", "raw_hard", "positive", "row_valid", "row_weight", "inverse_temperature", "anchor_tags")
         highest = None if self.max_negative_score is None else self.max_negative_score[rows]
-        pairs = None if self.pairs is None else self.pairs.of_rows(rows)
+        pairs = self.pairs.of_rows(rows)
         return replace(self, pairs=pairs, max_negative_score=highest, **{name: getattr(self, name)[rows] for name in (*names, "query_valid", "hard_valid")})
 
     @property
@@ -172,12 +171,12 @@ def build_problem(
     key_query_ids = none[:m] if key_query_ids is None else key_query_ids
     key_tags = torch.stack([torch.arange(offset, offset + m, device=device), key_ids, key_query_ids], 1)
     all_keys = _gather_candidates(exchange, key_tags, key_valid, key_sizes)
-    pairs = None
     if positive_ids is None:
         own_positive = torch.where(has_positive[:, None], key_tags[positive][:, :2], -1)
+        pairs = pairs_by_index(row_valid, positive + offset)
     else:
         own_positive = torch.stack([none[:n], positive_ids], 1)
-        pairs = find_pairs(torch.where(query_valid, positive_ids, -1), all_keys)
+        pairs = pairs_by_id(torch.where(query_valid, positive_ids, -1), all_keys)
         row_valid = pairs.counts > 0
         valid_rows = int(exchange.sum(row_valid.sum()))
     query_tags = torch.cat([own_positive, query_ids[:, None]], 1)
@@ -191,22 +190,15 @@ def build_problem(
         tags = none.new_full((n * h, 3), -1)
         all_hard = _gather_candidates(exchange, tags, hard_valid.reshape(-1), [rows * h for rows in query_sizes])
 
-    key_correction, positive_correction = None, queries.new_zeros(n, dtype=compute)
+    key_correction = None
     if key_log_probability is not None:
-        correction = key_log_probability.detach().to(compute)
-        key_correction = exchange.gather(correction, key_sizes)
-        positive_correction = positive_correction if pairs is not None else correction[positive]
+        key_correction = exchange.gather(key_log_probability.detach().to(compute), key_sizes)
 
     if max_negative_score is not None:
         # In the compute dtype from the start: a row's limit and its column's must be the same number.
         max_negative_score = torch.as_tensor(max_negative_score, device=device).detach().to(compute).expand(n)
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=torch.float64)
-    inverse = temperature.to(device, compute).reciprocal().expand(n)
-    column_inverse = torch.zeros(m, dtype=compute, device=device)
-    if pairs is None:
-        pointing = column_inverse.index_add(0, positive, row_valid.to(compute))
-        column_inverse = column_inverse.index_add(0, positive, torch.where(row_valid, inverse, 0.0)) / pointing.clamp_min(1)
 
     return Problem(
         raw_queries=queries,
@@ -214,12 +206,11 @@ def build_problem(
         raw_hard=hard_negatives,
         positive=positive,
         pairs=pairs,
+        by_id=positive_ids is not None,
         row_valid=row_valid,
         row_weight=row_valid.to(compute) * (exchange.world_size / max(valid_rows, 1)),
         max_negative_score=max_negative_score,
-        positive_correction=positive_correction,
-        inverse_temperature=inverse,
-        column_inverse_temperature=column_inverse,
+        inverse_temperature=temperature.to(device, compute).reciprocal().expand(n),
         anchor_tags=query_tags,
         query_valid=query_valid,
         hard_valid=hard_valid,

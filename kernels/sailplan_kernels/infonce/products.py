@@ -33,10 +33,14 @@ def prefix_dots(a: Tensor, b: Tensor, prefixes: tuple[int, ...], dtype: torch.dt
     return torch.stack(found)
 
 
-def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """[n] dot products of the rows of ``a`` and ``b`` [n, D], in b's dtype, without a third [n, D]."""
-    found = [torch.linalg.vecdot(x.to(b.dtype), y) for x, y in zip(a.split(1024), b.split(1024), strict=True)]
-    return torch.cat(found)
+def row_dots(a: Tensor, b: Tensor, at_once: int) -> Tensor:
+    """[n] dot products of the rows of ``a`` and ``b`` [n, D], in b's dtype; the products of that many rows are in memory at once."""
+    return torch.cat([torch.linalg.vecdot(x.to(b.dtype), y) for x, y in zip(a.split(at_once), b.split(at_once), strict=True)])
+
+
+def add_scaled_rows(target: Tensor, index: Tensor, rows: Tensor, weight: Tensor) -> None:
+    """target[index[e]] += weight[e] * rows[e], in target's dtype and in an order that does not change."""
+    target.index_put_((index,), rows.to(target.dtype) * weight[:, None], accumulate=True)
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The contract between the loss and the arithmetic: what happens inside one tile of scores.
 
 A tile is a chunk of rows (anchors) against a set of columns (candidates). The loss itself (infonce/fused.py) knows
-ranks, blocks, positives and normalisation; an engine knows how to go through a tile: in torch (chunked) or in Triton. Both
+ranks, blocks, positives and norms; an engine knows how to go through a tile: in torch (chunked) or in Triton. Both
 answer two questions, and never more than this chunk of scores is in memory:
 
 1. statistics: over the candidates that are negatives, what is each row's (and column's) maximum and sum of exponentials?
@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -26,7 +27,7 @@ from torch import Tensor
 class Side:
     """The rows or the columns of a tile. All contiguous."""
 
-    vectors: Tensor  # [n, D] operand dtype (bfloat16, float16, float32, float64), length one over all D; zeros for padding
+    vectors: Tensor  # [n, D] operand dtype; bfloat16, float16: of length one over all D, zeros for padding; float32, float64: of any moderate length
     inverse_norm: Tensor  # fp [P, n] 1 / |first d_p entries of ``vectors``|, 0 where they are all zero
     tags: Tensor  # int64 [n, 3], see infonce/masks.py
     valid: Tensor  # bool [n]
@@ -100,12 +101,15 @@ class Tile(Protocol):
 
 
 class Engine(Protocol):
-    """Makes tiles. ``keep``: what the statistics computed may stay in memory until ``gradient`` (kept_bytes a pair), else
-    the scores are computed anew. Both give the same masks; results agree up to rounding."""
+    """Makes tiles. ``keep``: what the statistics computed may stay in memory until ``gradient``, else the scores are computed
+    anew. Both give the same masks; results agree up to rounding."""
 
     name: str
 
     def tile(self, rows: Side, columns: Side, rule: Rule, keep: bool) -> Tile: ...
 
-    def pair_bytes(self, rule: Rule, keep: bool) -> int:
-        """Bytes of memory that a tile of n rows and m columns needs, divided by n * m, at its peak."""
+    def pair_bytes(self, rule: Rule, keep: bool, operand: torch.dtype = torch.float32) -> int:
+        """Bytes of memory that a tile of n rows and m columns needs, divided by n * m, at its peak.
+
+        Of vectors in ``operand``; for scores in float32, the caller doubles it for float64.
+        """

@@ -25,8 +25,8 @@ class TorchEngine:
     def tile(self, rows: Side, columns: Side, rule: Rule, keep: bool) -> _Tile:
         return _Tile(rows, columns, rule, keep)
 
-    def pair_bytes(self, rule: Rule, keep: bool) -> int:
-        """For float32 scores; the driver doubles it for float64."""
+    def pair_bytes(self, rule: Rule, keep: bool, operand: torch.dtype = torch.float32) -> int:
+        """Scores are float32 whatever the operands; the weights that half-precision products want are smaller than what they come from."""
         if _plain(rule):
             return 4 + 4  # scores; masks in the making, or weights in half precision
         return 4 * len(rule.prefixes) + 4 + 8 + 2  # cosines that become weights one by one, both kinds of logits, a product with cosines, masks

@@ -7,6 +7,8 @@ them in place. Partial results of tiles are merged here in fixed order, so equal
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from triton import cdiv, knobs
@@ -34,9 +36,9 @@ class TritonEngine:
             raise ValueError("Rule: found sigmoid with columns, expected one of them; a sigmoid's pairs have one logit")
         return TritonTile(rows, columns, rule, keep)
 
-    def pair_bytes(self, rule: Rule, keep: bool) -> int:
-        """The gradient's weights, or what is kept and becomes them; of float32 vectors, the largest that the caller may have."""
-        return 4 * len(rule.prefixes)
+    def pair_bytes(self, rule: Rule, keep: bool, operand: torch.dtype = torch.float32) -> int:
+        """The gradient's weights, or what is kept and becomes them."""
+        return operand.itemsize * len(rule.prefixes)
 
 
 class TritonTile:
@@ -55,8 +57,7 @@ class TritonTile:
         self.config = self._configuration()
         self.tiles = cdiv(self.n, self.config.BM), cdiv(self.m, self.config.BN)
         self.pitch = cdiv(self.m, STEP) * STEP  # rows of weights start aligned, for the stores and for the products after them
-        bounds = torch.tensor([0, *(x // self.switches["STEP"] for x in rule.prefixes)], dtype=torch.int32)
-        self.bounds = bounds.to(rows.vectors.device, non_blocking=True)
+        self.bounds = _bounds(rule.prefixes, self.switches["STEP"], rows.vectors.device)
         self.row_tags, self.column_tags = self._tags(rows, -2), self._tags(columns, -1)
         self.row_norm, self.column_norm = rows.inverse_norm.contiguous(), columns.inverse_norm.contiguous()
         correction = self._new(self.m).zero_() if columns.correction is None else columns.correction
@@ -173,6 +174,12 @@ class TritonTile:
     def _without_moments(self, weights: Tensor) -> Gradient:
         row, column = torch.zeros_like(self.row_norm), torch.zeros_like(self.column_norm)
         return Gradient(list(weights[:, :, : self.m].unbind(0)), row, column, row, None)
+
+
+@lru_cache(maxsize=64)
+def _bounds(prefixes: tuple[int, ...], step: int, device: torch.device) -> Tensor:
+    """int32 [P + 1] where prefixes begin and end, in steps; one copy to the device for all tiles of all calls."""
+    return torch.tensor([0, *(x // step for x in prefixes)], dtype=torch.int32).to(device)
 
 
 def _merge(maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
