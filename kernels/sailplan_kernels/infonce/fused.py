@@ -100,13 +100,14 @@ class _Work:
         for source in others:
             if not source.needed:
                 continue
-            gradient = setting.own_share(source.stream.finish().view(len(setting.whole_queries), -1))
-            moment = None
+            hard = source.candidates is setting.whole.all_hard
+            shape = setting.whole_hard.shape if hard else setting.whole_queries.shape
+            gradient, moment = setting.own_share(source.stream.finish().view(shape)), None
             if several:
-                moment = setting.home(source.moment, source.sizes)
-                moment = setting.own_share(moment.T.reshape(len(setting.whole_queries), -1)).view(-1, len(setting.prefixes)).T
-            if source.candidates is setting.whole.all_hard:
-                d_hard, hard_moment = gradient.view(setting.hard.shape), moment
+                moment = setting.home(source.moment, source.sizes).T.reshape(*shape[:-1], len(setting.prefixes))
+                moment = setting.own_share(moment).movedim(-1, 0).flatten(1)
+            if hard:
+                d_hard, hard_moment = gradient, moment
             elif queries.gradient is not None:
                 queries.gradient += gradient
                 if moment is not None:
