@@ -39,6 +39,7 @@ def samples() -> list[tuple[str, dict[str, Any]]]:
     flags = lambda *shape: torch.rand(*shape, generator=g) < 0.8  # noqa: E731
     ids = lambda n: torch.randint(-1, 5, (n,), generator=g)  # noqa: E731
     hard = torch.randn(N, H, D, generator=g)
+    by_id = {"positive_ids": torch.randint(0, 4, (N,), generator=g), "key_ids": torch.randint(0, 4, (M,), generator=g)}
     return [
         ("no option", {}),
         ("`temperature` [N]", {"temperature": 0.1 + 0.1 * torch.rand(N, generator=g)}),
@@ -51,7 +52,8 @@ def samples() -> list[tuple[str, dict[str, Any]]]:
         ("`hard_negatives`, `hard_negative_valid`", {"hard_negatives": hard, "hard_negative_valid": flags(N, H)}),
         ("`hard_negatives`, `shared_hard_negatives`", {"hard_negatives": hard, "shared_hard_negatives": True}),
         ("`key_log_probability`", {"key_log_probability": (torch.rand(M, generator=g) + 0.01).log()}),
-        ("`positive_ids`, `key_ids`", {"positive_ids": torch.randint(0, 4, (N,), generator=g), "key_ids": torch.randint(0, 4, (M,), generator=g)}),
+        ("`positive_ids`, `key_ids`", by_id),
+        ("`positive_ids`, `key_ids`, `symmetric`, `key_negatives`", {**by_id, "symmetric": True, "key_negatives": True}),
         ("`max_negative_score`", {"max_negative_score": 0.3}),
         ("`max_negative_score` [N]", {"max_negative_score": torch.rand(N, generator=g)}),
         ("`margin_absolute`", {"margin_absolute": 0.1}),

@@ -129,7 +129,7 @@ def test_reference_equals_the_definition_in_loops(make_case, data):
 
 
 def loops_by_id(case: dict) -> tuple[float, int, float]:
-    """As loops, of a row whose positives are all keys with the id it wants; one prefix."""
+    """As loops, of a row whose positives are all keys with the id it wants; one prefix, no ids of queries."""
     n, m = len(case["queries"]), len(case["keys"])
     q, k = (torch.nn.functional.normalize(case[name]) for name in ("queries", "keys"))
     wanted, ids = case["positive_ids"].tolist(), case["key_ids"].tolist()
@@ -153,15 +153,34 @@ def loops_by_id(case: dict) -> tuple[float, int, float]:
             others = [x for x in others if x[0] <= best + case["margin_absolute"]]
         logits = [x / t - correction for x, correction in others]
         own = [float(q[i] @ k[j]) / t - log_probability[j] for j in mine]
-        right += all(max(own) > x for x in logits)
-        total += sum(math.log1p(sum(math.exp(x - z) for x in logits)) for z in own) / len(own)
+        beaten, losses = list(logits), []
+        for j, z in zip(mine, own, strict=True):
+            against = list(logits)
+            if case.get("key_negatives"):
+                between = [(float(k[j] @ k[x]), log_probability[x]) for x in range(m) if key_ok[x] and ids[x] != wanted[i]]
+                if case.get("margin_absolute") is not None:
+                    between = [x for x in between if x[0] <= best + case["margin_absolute"]]
+                against += [x / t - correction for x, correction in between]
+            beaten += against
+            losses.append(math.log1p(sum(math.exp(x - z) for x in against)))
+            if case.get("symmetric"):
+                asking = [x for x in range(n) if query_ok[x] and wanted[x] == wanted[i]]
+                start = max(float(q[x] @ k[j]) for x in asking)
+                t_column = len(asking) / sum(1 / float(case["temperature"].expand(n)[x]) for x in asking)
+                others = [float(q[x] @ k[j]) for x in range(n) if query_ok[x] and wanted[x] != wanted[i]]
+                if case.get("margin_absolute") is not None:
+                    others = [x for x in others if x <= start + case["margin_absolute"]]
+                losses[-1] += math.log1p(sum(math.exp((x - float(q[i] @ k[j])) / t_column) for x in others))
+                losses[-1] /= 2
+        right += all(max(own) > x for x in beaten)
+        total += sum(losses) / len(losses)
     return total / max(counted, 1), counted, right / max(counted, 1)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_several_positives_by_id_equal_loops(make_case, data):
-    flags = {name: data.draw(st.booleans()) for name in ("masks", "per_row_temperature", "sampling", "query_negatives")}
+    flags = {name: data.draw(st.booleans()) for name in ("masks", "per_row_temperature", "sampling", "query_negatives", "key_negatives", "symmetric")}
     rows, margin = data.draw(st.integers(1, 8)), data.draw(st.sampled_from([None, 0.1]))
     hard = 0 if flags["masks"] else data.draw(st.integers(0, 2))
     seed, keys = data.draw(st.integers(0, 10**6)), data.draw(st.integers(0, 12))
@@ -178,6 +197,7 @@ def test_several_positives_by_id_equal_loops(make_case, data):
     [
         {},
         {"by_id": True, "query_negatives": True, "per_row_temperature": True, "prefixes": (2, 4), "sampling": True},
+        {"by_id": True, "symmetric": True, "key_negatives": True, "per_row_temperature": True, "masks": True},
         {"symmetric": True, "positives": True, "per_row_temperature": True, "masks": True},
         {"hard": 2, "shared_hard_negatives": True, "query_negatives": True, "key_negatives": True, "ids": True},
         {"hard": 2, "prefixes": (2, 4), "prefix_weights": (0.5, 1.0), "margin_absolute": 0.1, "symmetric": True},

@@ -17,6 +17,7 @@ OPTIONS = [
     {"hard": 2, "masks": True, "prefixes": (3, 7)},
     {"symmetric": True, "prefixes": (3, 7), "prefix_weights": (0.5, 1.0), "per_row_temperature": True},
     {"by_id": True, "query_negatives": True, "prefixes": (3, 7), "margin_absolute": 0.1, "masks": True},
+    {"by_id": True, "symmetric": True, "key_negatives": True, "prefixes": (3, 7), "margin_absolute": 0.1, "masks": True, "per_row_temperature": True},
     {"symmetric": True, "positives": True, "query_ids": True, "margin_absolute": 0.1, "per_row_threshold": True},
     {
         "symmetric": True, "query_negatives": True, "key_negatives": True, "hard": 1, "shared_hard_negatives": True,

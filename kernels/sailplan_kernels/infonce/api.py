@@ -76,8 +76,11 @@ def infonce(
         positive. The row pays the mean over its positives p of softplus(lse_neg - cos(q, p) / t), its other positives
         neither pulling p's denominator up nor being pushed (supervised contrastive, Khosla et al., NeurIPS 2020, eq. 2,
         with the positives left out of the denominator). A row without a positive does not count. Margins start from
-        the row's best positive, which also decides the accuracy; positive_score is the mean. Takes no symmetric and
-        no key_negatives; with query_ids it needs key_query_ids.
+        the row's best positive, which also decides the accuracy; positive_score is the mean. With symmetric the mean is
+        over the pairs' two losses; queries that want the key's id are no negatives of its column, and the column's
+        temperature, margins and threshold come from all rows of all ranks that want it. With key_negatives each pair has a
+        denominator of its own: the row's negatives and the keys scored against this positive. With query_ids it needs
+        key_query_ids.
     query_ids [N], key_ids [M], key_query_ids [M]: int64, -1 for none. A key with the id of the row's positive, or
         whose paired query has the row's query id, is no negative of that row. key_query_ids says each key's paired
         query id; by default the query that points to the key (the highest id where several do).
