@@ -40,3 +40,27 @@ def test_without_grad_there_is_no_graph(make_case):
     case["queries"].requires_grad_()
     with torch.no_grad():
         assert not infonce(**case).loss.requires_grad
+
+
+def test_a_second_backward_is_an_error(make_case):
+    """The gradients are given away, not copied: a second time there are none."""
+    _, case = make_case(0)
+    queries = case["queries"].clone().requires_grad_()
+    loss = infonce(**{**case, "queries": queries}, backend="chunked").loss
+    loss.backward(retain_graph=True)
+    first = queries.grad.clone()
+    with pytest.raises(RuntimeError, match="infonce: found a second backward of one call, expected one"):
+        loss.backward()
+    assert torch.equal(queries.grad, first)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3, 1e-9, 1e30], ids=["read as it is, short", "long", "copied, vanishing", "overflowing"])
+def test_the_vectors_length_does_not_matter(make_case, run, scale):
+    """Whether products read the vectors themselves or, where these might fail, a normalised copy."""
+    _, case = make_case(4, (6,), (9,), 32, dtype=torch.float32, prefixes=(8, 32), symmetric=True)
+    expected, expected_gradients = run(case, "chunked", torch.float32)
+    scaled = {**case, "queries": case["queries"] * scale, "keys": case["keys"] * 3}
+    out, gradients = run(scaled, "chunked", torch.float32)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients["queries"] * scale, expected_gradients["queries"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients["keys"] * 3, expected_gradients["keys"], rtol=1e-4, atol=1e-5)

@@ -66,34 +66,44 @@ def test_live_bytes_counts_what_is_alive_together():
     assert memory.now == 0 and memory.peak == 6000 and memory.largest == 4000
 
 
+VECTOR = 300  # bytes of a row or key that are no embedding: tags, norms, limits, sums, of three prefixes
+
+
+def peak_of(case: dict, leaves: dict, **more) -> LiveBytes:
+    """Of forward and backward, beyond what was given."""
+    with LiveBytes(*(x for x in case.values() if isinstance(x, torch.Tensor))) as memory:
+        infonce(**{**case, **leaves}, backend="chunked", **more).loss.backward()
+    for x in leaves.values():
+        x.grad = None
+    return memory
+
+
+@pytest.mark.parametrize("d", [16, 256], ids=["scores weigh more", "vectors weigh more"])
 @pytest.mark.parametrize(
-    "options",
+    "options, more_vectors",
     [
-        {},
-        {"symmetric": True, "ids": True, "query_ids": True, "margin_absolute": 0.1},
-        {"prefixes": (4, 8, 16)},
-        {"query_negatives": True, "key_negatives": True},
+        ({}, 0),
+        ({"symmetric": True, "ids": True, "query_ids": True, "margin_absolute": 0.1}, 0),
+        ({"prefixes": (4, 8, 16)}, 0),
+        ({"query_negatives": True, "key_negatives": True}, 3),
     ],
     ids=["rows", "symmetric", "prefixes", "more negatives"],
 )
-def test_the_peak_follows_the_budget(make_case, options):
-    """Forward and backward together stay within 3 budgets plus 2 (N + M) D, from 256 KiB to the N x M matrix's own size.
+def test_the_peak_is_gradients_and_a_budget(make_case, options, more_vectors, d):
+    """Forward and backward together, from 256 KiB to the N x M matrix's own size: the gradients once, and one budget.
 
-    The two (N + M) D are the gradients' accumulators and the gradients themselves. The smallest budget's factor is the normalised
-    copies and the int64 tags of N + M vectors, not tiles: what a larger budget adds to the peak is at most that budget.
+    No normalised copy, no second gradient in the backward pass. ``more_vectors`` of size N x D: key negatives have the positives
+    as anchors and their gradient, query negatives the queries' gradient as candidates.
     """
-    n, m, d = 1024, 1024, 16
+    n, m = 1024, 1024
     _, case = make_case(0, (n,), (m,), d, dtype=torch.float32, **options)
     leaves = {name: case[name].requires_grad_() for name in ("queries", "keys", "temperature")}
     peaks = {}
     for budget in (2**18, 2**20, 2**22):
-        with LiveBytes(*(x for x in case.values() if isinstance(x, torch.Tensor))) as memory:
-            infonce(**{**case, **leaves}, backend="chunked", memory_budget=budget).loss.backward()
-        for x in leaves.values():
-            x.grad = None
+        memory = peak_of(case, leaves, memory_budget=budget)
         peaks[budget] = memory.peak
-        assert memory.peak <= 3 * budget + 2 * (n + m) * d * 4
-        assert memory.largest <= max(budget / 2, (n + m) * d * 4) < n * m * 4
+        assert memory.peak <= (n + m + more_vectors * n) * d * 4 + budget + VECTOR * (n + m)
+        assert memory.largest <= max(budget / 2, n * d * 4) < n * m * 4
     assert peaks[2**20] - peaks[2**18] <= 2**20 and peaks[2**22] - peaks[2**18] <= 2**22
     assert peaks[2**22] - peaks[2**18] > 2**20, "a larger budget is not used at all"
 
@@ -112,6 +122,16 @@ def test_the_sigmoid_loss_follows_the_budget(make_case, prefixes):
         peaks[budget] = memory.peak
         assert memory.peak <= 3 * budget + 2 * (n + m) * d * 4 and memory.largest < n * m * 4
     assert 2**20 < peaks[2**22] - peaks[2**18] <= 2**22
+
+
+def test_the_peak_without_a_budget_and_of_half_precision(make_case):
+    n, m, d = 4096, 4096, 64
+    _, case = make_case(0, (n,), (m,), d, dtype=torch.float32)
+    leaves = {name: case[name].requires_grad_() for name in ("queries", "keys")}
+    assert peak_of(case, leaves).peak <= (n + m) * d * 4 + 2**24 + VECTOR * (n + m) < n * m * 4 / 2
+    halves = {name: x.detach().bfloat16().requires_grad_() for name, x in leaves.items()}
+    # Normalised in float32, as a CPU multiplies; the gradient in float32, and what is handed out.
+    assert peak_of({**case, **halves}, halves, memory_budget=2**20).peak <= (n + m) * d * (4 + 4 + 2) + 2**20 + VECTOR * (n + m)
 
 
 def test_the_reference_holds_more_than_a_matrix(make_case):
