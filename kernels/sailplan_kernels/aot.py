@@ -51,14 +51,34 @@ class Verdict:
     reason: str  # empty: PASS
 
 
-def cases(capabilities: list[int], dtypes=tuple(TYPES)) -> Iterator[Case]:
-    """Everything the engine can launch. Statistics of tiles with and without moments differ by their configuration alone."""
+def cases(capabilities: list[int], dtypes=tuple(TYPES)) -> list[Case]:
+    """Everything the engine can launch, each compiled kernel once: several kinds of tiles may share one, under the first's name."""
+    wanted = []
     for capability, dtype in itertools.product(capabilities, dtypes):
         for kind, masks in itertools.product(KINDS, MASKS):
-            yield Case("statistics", dtype, kind, masks, capability)
-            yield Case("sigmoid" if kind.startswith("sigmoid") else "gradient", dtype, kind, masks, capability)
-        yield from (Case("statistics", dtype, "plain", masks, capability, keep=True) for masks in MASKS)
-        yield Case("rescale", dtype, "plain", "few", capability)
+            wanted.append(Case("statistics", dtype, kind, masks, capability))
+            wanted.append(Case("sigmoid" if kind.startswith("sigmoid") else "gradient", dtype, kind, masks, capability))
+        for masks in MASKS:
+            wanted += [Case("statistics", dtype, "plain", masks, capability, keep=True), Case("rescale", dtype, "plain", masks, capability)]
+    different: dict[tuple, Case] = {}
+    for case in wanted:
+        config = configuration(case.dtype, case.kind, case.masks, case.capability)
+        aligned = case.masks != "odd" or case.kernel == "rescale"
+        launch = (config.warps, config.stages) if case.kernel != "rescale" else ()
+        different.setdefault((case.kernel, case.dtype, case.capability, aligned, launch, *_constants(case, config).items()), case)
+    return list(different.values())
+
+
+def _function(case: Case):
+    from sailplan_kernels.triton_kernels import sigmoid_tiles, tiles
+
+    return getattr(sigmoid_tiles if case.kernel == "sigmoid" else tiles, f"{case.kernel}_kernel")
+
+
+def _constants(case: Case, config: Configuration) -> dict[str, object]:
+    """What the kernel is compiled for, of what the engine decides by kind and masks."""
+    known = {**switches(case.kind, case.masks), "MOMENTS": case.kind not in ("plain", "sigmoid"), "KEEP": case.keep, "PRECISION": "ieee", **asdict(config)}
+    return {name: value for name, value in known.items() if name in _function(case).arg_names}
 
 
 def compile_case(case: Case, config: Configuration | None = None) -> Verdict:
@@ -67,12 +87,9 @@ def compile_case(case: Case, config: Configuration | None = None) -> Verdict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sailplan_kernels.triton_kernels import sigmoid_tiles, tiles
-
-    function = getattr(sigmoid_tiles if case.kernel == "sigmoid" else tiles, f"{case.kernel}_kernel")
+    function = _function(case)
     config = config or configuration(case.dtype, case.kind, case.masks, case.capability)
-    constants = {**switches(case.kind, case.masks), "MOMENTS": case.kind not in ("plain", "sigmoid"), "KEEP": case.keep, "PRECISION": "ieee", **asdict(config)}
-    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    constants = _constants(case, config)
     kinds = {name: f"*{TYPES[case.dtype]}" for name in ("rows", "columns", "weights", "kept")}
     kinds |= {"row_tags": "*i64", "column_tags": "*i64", "bounds": "*i32", **dict.fromkeys(("n", "m", "D", "pitch", "prefixes", "moments"), "i32")}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in function.arg_names}
@@ -141,7 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=list(TYPES.values()), default=list(TYPES.values()))
     parser.add_argument("--workers", type=int, default=2)
     chosen = parser.parse_args(arguments)
-    wanted = list(cases([int(target[3:]) for target in chosen.target], [dtype for dtype, name in TYPES.items() if name in chosen.dtype]))
+    os.environ.pop("TRITON_INTERPRET", None)
+    wanted = cases([int(target[3:]) for target in chosen.target], [dtype for dtype, name in TYPES.items() if name in chosen.dtype])
     print("# Kernels compiled ahead of time, without a GPU\n")
     print(f"`python -m sailplan_kernels.aot --target {' '.join(chosen.target)} --dtype {' '.join(chosen.dtype)}`, triton {triton.__version__}, ", end="")
     print(f"torch {torch.__version__}. What the columns mean: see README.md. No time is measured here.\n")

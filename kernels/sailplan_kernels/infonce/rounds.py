@@ -45,7 +45,7 @@ class Rounds:
             return
         # Half of the budget for the tile at work, half for tiles that wait for their gradient.
         self.room = setting.budget // 2
-        area = max(1, self.room // max(self._pair_bytes(rule, False) for _, rule in blocks))
+        area = max(1, self.room // max(self._pair_bytes(rule, True) for _, rule in blocks))
         rows_of_all = area // width
         step = min(max(n, 1), max(16, min(rows_of_all, 4096) if rows_of_all >= FEWEST_ROWS else int(area**0.5)))
         self.tile_columns = max(64, area // step)
@@ -67,8 +67,9 @@ class Rounds:
                     here = slice(shard.start + part.start, shard.start + part.stop)
                     for b, (anchors, rule) in enumerate(source.blocks):
                         for chunk in pairs if anchors.by_pair else rows:
-                            size = (chunk.stop - chunk.start) * (part.stop - part.start) * self._pair_bytes(rule, True)
-                            keep = setting.any_gradient and self.kept_bytes + size <= self.room
+                            a_pair = engine.kept_bytes(rule, setting.queries.dtype)
+                            size = (chunk.stop - chunk.start) * (part.stop - part.start) * a_pair
+                            keep = setting.any_gradient and a_pair > 0 and self.kept_bytes + size <= self.room
                             tile = engine.tile(some(anchors.side, chunk), columns, rule, keep)
                             found = tile.statistics()
                             anchors.merge(chunk, found)

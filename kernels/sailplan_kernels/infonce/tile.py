@@ -113,3 +113,6 @@ class Engine(Protocol):
 
         Of vectors in ``operand``; for scores in float32, the caller doubles it for float64.
         """
+
+    def kept_bytes(self, rule: Rule, operand: torch.dtype = torch.float32) -> int:
+        """As pair_bytes, of what a kept tile holds between the two questions; 0: the engine keeps no such tile."""

@@ -31,6 +31,10 @@ class TorchEngine:
             return 4 + 4  # scores; masks in the making, or weights in half precision
         return 4 * len(rule.prefixes) + 4 + 8 + 2  # cosines that become weights one by one, both kinds of logits, a product with cosines, masks
 
+    def kept_bytes(self, rule: Rule, operand: torch.dtype = torch.float32) -> int:
+        """Exponentials, or the cosines of all prefixes."""
+        return 4 * len(rule.prefixes)
+
 
 def _plain(rule: Rule) -> bool:
     return len(rule.prefixes) == 1 and not (rule.columns or rule.moments or rule.sigmoid)

@@ -40,6 +40,10 @@ class TritonEngine:
         """The gradient's weights, or what is kept and becomes them."""
         return operand.itemsize * len(rule.prefixes)
 
+    def kept_bytes(self, rule: Rule, operand: torch.dtype = torch.float32) -> int:
+        """Exponentials, of plain tiles alone."""
+        return operand.itemsize if len(rule.prefixes) == 1 and not (rule.moments or rule.columns or rule.sigmoid) else 0
+
 
 class TritonTile:
     def __init__(self, rows: Side, columns: Side, rule: Rule, keep: bool):
