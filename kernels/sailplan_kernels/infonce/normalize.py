@@ -71,7 +71,8 @@ def _wide(x: Tensor, valid: Tensor) -> Tensor:
 
 def inverse_norms(x: Tensor, prefixes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """[P, n] 1 / length of the first d_p entries, 0 where they are all zero."""
-    lengths, start = [], 0
+    lengths: list[Tensor] = []
+    start = 0
     for end in prefixes:
         part = torch.linalg.vector_norm(x[:, start:end], dim=1, dtype=dtype)
         lengths.append(torch.hypot(lengths[-1], part) if lengths else part)

@@ -41,7 +41,9 @@ def configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) ->
     if dtype == torch.float32 and (kind, masks, capability) == ("sigmoid moments", "all", 90):
         return Configuration(64, 32, 32, 8, 4, 2)  # fewer columns and more registers a thread, else it spills
     if dtype == torch.float32:  # exact float32 products run outside the matrix units: registers limit the tile
-        return Configuration(64, 32 if kind == "columns" else 64, 32, 8, 4 if kind == "columns" and masks == "few" else 8, 2)
+        if kind == "columns":
+            return Configuration(64, 32, 32, 8, 4 if masks == "few" else 8, 2)
+        return Configuration(64, 64, 16 if kind == "sigmoid moments" and masks == "all" else 32, 8, 8, 2)
     if capability == 100:  # a thread reads one row of the accumulator, and twice the columns
         return Configuration(128, 64 if kind == "plain" and masks == "few" else 32, 32 if masks == "odd" else 64, 8, 8, 3)
     if masks == "odd" or (kind in ("columns", "sigmoid moments") and masks == "all"):  # vectors over columns fill the registers: wider tiles spill
