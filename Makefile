@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: help environment quickstart test check clean
 
 help:
-	@echo "make quickstart   five stages on two ranks, evaluation, report (4 minutes on 2 idle cores, 10 on busy ones)"
+	@echo "make quickstart   five stages on two ranks, evaluation, report (5 minutes on 2 idle cores, 10 on busy ones)"
 	@echo "make test         style, types and all tests"
 	@echo "make clean        remove the environment and run folders"
 
