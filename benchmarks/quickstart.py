@@ -1,10 +1,12 @@
 """Three seeds of the quick start: runs them, gathers what was measured, and writes the README's table from the file.
 
     python benchmarks/quickstart.py run --seeds 0 1 2 --out benchmarks/results/quickstart.json
+    python benchmarks/quickstart.py words
     python benchmarks/quickstart.py table --results benchmarks/results/quickstart.json --readme README.md
 
 `run` leaves finished run folders alone (runs/quickstart-seed-N), so that an interrupted series goes on. Numbers in the
-table are means over the seeds with the lowest and highest seed; nothing is typed by hand.
+table are means over the seeds with the lowest and highest seed; nothing is typed by hand. `words` counts which held-out emoji
+names share words with training.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -107,6 +110,26 @@ def write_table(options: argparse.Namespace) -> None:
     readme.write_text(f"{before}{BEGIN}\n{table(json.loads(Path(options.results).read_text()))}\n{END}{after}")
 
 
+def count_words(_: argparse.Namespace) -> None:
+    """How many held-out emoji names have no, some or only words that occur in an English name or keyword of training."""
+    from sailplan.config.compose import compose
+    from sailplan.data.datasets import open_datasets
+
+    reader = open_datasets(compose(["experiment=quickstart"]), names=["emoji"])["emoji"]
+    bodies = {split: [reader.body(int(place)) for place in reader.positions(split)] for split in ("train", "held_out")}
+    known = {word for body in bodies["train"] for text in (body["fields"]["title"]["en"], *body["fields"]["tags"].get("en", [])) for word in words(text)}
+    found = {"none": 0, "some": 0, "all": 0}
+    for body in bodies["held_out"]:
+        own = words(body["fields"]["title"]["en"])
+        number = sum(word in known for word in own)
+        found["none" if number == 0 else "all" if number == len(own) else "some"] += 1
+    print(json.dumps({"held_out_names": len(bodies["held_out"]), "words_known_from_training": found}))
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[^\s:,]+", text.casefold())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -117,8 +140,9 @@ def main() -> None:
     writer = commands.add_parser("table")
     writer.add_argument("--results", default="benchmarks/results/quickstart.json")
     writer.add_argument("--readme", default="README.md")
+    commands.add_parser("words")
     options = parser.parse_args()
-    (run if options.command == "run" else write_table)(options)
+    {"run": run, "table": write_table, "words": count_words}[options.command](options)
 
 
 if __name__ == "__main__":

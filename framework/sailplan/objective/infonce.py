@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sailplan.config.schema import DatasetConfig
 from sailplan.errors import ConfigurationError
-from sailplan.objective.patterns import Pattern, check_margins, contrast, has_history, patterns_of, zero_loss
+from sailplan.objective.patterns import Pattern, check_margins, contrast, has_history, negatives_of, patterns_of, zero_loss
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 
 
@@ -112,18 +112,10 @@ class InfoNCE(Objective):
         return {"query_ids": pattern.query.ids, "key_ids": pattern.target.ids, "key_query_ids": pattern.query.ids}
 
     def _hard_negatives(self, encoded: EncodedStep, pattern: Pattern) -> dict[str, Any]:
-        view = encoded.views.get(f"negatives/{pattern.name}")
-        if view is None:
-            return {}
-        rows, group = len(pattern.query.ids), view.group
-        valid = view.valid.view(rows, group)
-        if self.mask_same_ids:
+        found = negatives_of(encoded, pattern)
+        if found and self.mask_same_ids:
             # The kernel's masks know ids of keys only; a mined negative may be the positive under another record,
             # and in item-to-item patterns the query's own item.
-            ids = view.ids.view(rows, group)
-            valid = valid & (ids != pattern.target.ids[:, None]) & (ids != pattern.query.ids[:, None])
-        return {
-            "hard_negatives": view.fused.unflatten(0, (rows, group)),
-            "hard_negative_valid": valid,
-            "shared_hard_negatives": self.shared_hard_negatives,
-        }
+            ids = encoded.views[f"negatives/{pattern.name}"].ids.view_as(found["hard_negative_valid"])
+            found["hard_negative_valid"] = found["hard_negative_valid"] & (ids != pattern.target.ids[:, None]) & (ids != pattern.query.ids[:, None])
+        return found | {"shared_hard_negatives": self.shared_hard_negatives} if found else {}

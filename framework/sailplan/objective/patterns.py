@@ -116,6 +116,15 @@ def contrast(
     return output.loss, metrics
 
 
+def negatives_of(encoded: EncodedStep, pattern: Pattern) -> dict[str, Any]:
+    """The kernel's hard_negatives [r, g, D] and hard_negative_valid bool [r, g]: those mined for the pattern and the records' own; {} without any."""
+    view = encoded.views.get(f"negatives/{pattern.name}")
+    if view is None:
+        return {}
+    rows = (len(view.ids) // view.group, view.group)
+    return {"hard_negatives": view.fused.unflatten(0, rows), "hard_negative_valid": view.valid.view(rows)}
+
+
 def check_margins(name: str, margin_absolute: float | None, margin_relative: float | None) -> None:
     """Raises ConfigurationError for margins that would drop every negative or none."""
     if margin_absolute is not None and not 0 <= margin_absolute < 2:

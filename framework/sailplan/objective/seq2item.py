@@ -20,7 +20,6 @@ relative to a negative's own probability, and both kinds together stand for the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from torch.nn.functional import normalize
 
 from sailplan.config.schema import DatasetConfig
 from sailplan.errors import ConfigurationError
-from sailplan.objective.patterns import Pattern, contrast, has_history, patterns_of, zero_loss
+from sailplan.objective.patterns import contrast, has_history, negatives_of, patterns_of, zero_loss
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 
 POOLINGS = ("mean", "encoder")
@@ -127,6 +126,7 @@ class Seq2Item(Objective):
         metrics: dict[str, Tensor] = {}
         for pattern in patterns_of(encoded, context, histories=True):
             history, target = pattern.query, pattern.target
+            negatives = negatives_of(encoded, pattern)
             loss, found = contrast(
                 encoded,
                 context,
@@ -139,7 +139,8 @@ class Seq2Item(Objective):
                 prefixes=context.prefixes if self.matryoshka else None,
                 key_ids=target.ids,
                 key_log_probability=self._correction(encoded),
-                **_negatives(encoded, pattern),
+                shared_hard_negatives=bool(negatives),
+                **negatives,
                 max_negative_score=context.thresholds.get(f"{encoded.dataset}/{pattern.name}"),
             )
             total = total + pattern.weight * loss
@@ -156,12 +157,3 @@ class Seq2Item(Objective):
                 "`target_probability`, expected it in all of them; add it, or set the correction to 0"
             )
         return self.sampling_correction * encoded.target_log_probability
-
-
-def _negatives(encoded: EncodedStep, pattern: Pattern) -> dict[str, Any]:
-    """The records' own negatives, shared by all rows of all ranks."""
-    view = encoded.views.get(f"negatives/{pattern.name}")
-    if view is None:
-        return {}
-    rows = (len(view.ids) // view.group, view.group)
-    return {"hard_negatives": view.fused.unflatten(0, rows), "hard_negative_valid": view.valid.view(rows), "shared_hard_negatives": True}
