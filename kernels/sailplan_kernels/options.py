@@ -64,6 +64,7 @@ def samples() -> list[tuple[str, dict[str, Any]]]:
         ("`prefixes`", {"prefixes": (4, 8, 16)}),
         ("`prefixes`, `prefix_weights`", {"prefixes": (4, 16), "prefix_weights": (0.5, 1.0)}),
         ("`memory_budget` of one byte", {"memory_budget": 1}),
+        ("`score_dtype` float64", {"score_dtype": torch.float64}),
         ("float64", {"dtype": torch.float64}),
         ("bfloat16", {"dtype": torch.bfloat16}),
         ("float16", {"dtype": torch.float16}),

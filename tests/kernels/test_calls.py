@@ -43,6 +43,8 @@ Q, K = torch.randn(4, 8), torch.randn(5, 8)
         ("positive_ids", {"positive_ids": torch.zeros(4, dtype=torch.int64), "positives": torch.zeros(4, dtype=torch.int64)}),
         ("max_negative_score", {"max_negative_score": torch.ones(5)}),
         ("max_negative_score", {"max_negative_score": torch.ones(4, dtype=torch.int64)}),
+        ("score_dtype", {"score_dtype": torch.bfloat16}),
+        ("backend", {"backend": "triton", "score_dtype": torch.float64}),
         ("backend", {"backend": "triton"}),
         ("backend", {"backend": "cuda"}),
     ],

@@ -112,6 +112,20 @@ def test_ranks_may_freeze_different_inputs(make_case, backend):
                 torch.testing.assert_close(parts[rank][name] / 2, pieces[rank])
 
 
+@pytest.mark.parametrize("exchange_name", EXCHANGES)
+def test_a_low_temperature_of_one_rank_is_everybodys_float64(make_case, exchange_name):
+    """Per-row temperatures differ by rank; all of them must send and add in the same dtypes."""
+    ranks, whole = make_case(0, *SHAPES[2], hard=2, shared_hard_negatives=True, query_negatives=True, symmetric=True, dtype=torch.float32)
+    whole["temperature"] = torch.cat([torch.full((len(case["queries"]),), t) for case, t in zip(ranks, (0.05, 0.005), strict=True)])
+    for case, t in zip(ranks, (0.05, 0.005), strict=True):
+        case["temperature"] = torch.full((len(case["queries"]),), t)
+    parts = run_ranks(lambda rank, _: call(ranks[rank], exchange=EXCHANGES[exchange_name](), memory_budget=1500)[1], 2, timeout=20)
+    _, expected = call({name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in whole.items()}, backend="reference")
+    for name, gradient in expected.items():
+        found = torch.cat([part[name] for part in parts]).double() / 2
+        assert float((found - gradient).norm() / gradient.norm()) <= 1e-6, name
+
+
 def test_ranks_called_differently_are_an_error_not_a_hang(make_case):
     ranks, _ = make_case(0, *SHAPES[2])
 

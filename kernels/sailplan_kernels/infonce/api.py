@@ -66,10 +66,11 @@ def infonce(
     exchange: Exchange | None = None,
     backend: str = "auto",
     memory_budget: int | None = None,
+    score_dtype: torch.dtype | None = None,
 ) -> InfoNCEOutput:
     """InfoNCE of this rank's N queries against the keys of all ranks.
 
-    queries [N, D], keys [M, D]: any one float dtype, not normalised. Computed in float32 (float64 for float64).
+    queries [N, D], keys [M, D]: any one float dtype, not normalised. The outputs are float32 (float64 for float64).
     temperature: number, 0-d tensor, or [N] tensor, one a row; positive. The gradient reaches a tensor.
     positives: int64 [N] into this rank's keys, -1 for "this row has none"; None: key i belongs to query i (M >= N).
     positive_ids: int64 [N] instead of positives, -1 for none: every valid key of ANY rank whose key_ids entry equals it is a
@@ -108,11 +109,14 @@ def infonce(
         for their gradient instead of being computed again. None: half of what the gradients of the queries and of the keys
         in memory take, at least 16 MiB. The gradients are computed in the forward pass and wait for the backward pass,
         which may come once.
+    score_dtype: float32 or float64, of scores until they are probabilities; matrix products of gradients stay in the inputs'
+        dtype. None: float64 for float64 inputs, and for float32 inputs with any temperature below 0.02 on a CPU or a CUDA
+        device with full-rate float64, as float32 logits are then 5e-5 of the gradient off; else float32. Triton's are float32.
 
     Raises ValueError on a wrong call. No valid row anywhere gives loss 0 with zero gradients.
     """
     checks.check_embeddings(queries, keys, hard_negatives)
-    chosen = checks.choose_backend(backend, queries)
+    chosen = checks.choose_backend(backend, queries, score_dtype)
     checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid, positive_ids)
     checks.check_log_probability(key_log_probability, len(keys), queries.device)
     checks.check_highest(max_negative_score, len(queries), queries.device)
@@ -157,17 +161,18 @@ def infonce(
             options=options,
             exchange=exchange,
             backend=chosen,
+            score_dtype=score_dtype,
         )
         if chosen == "reference":
             total, losses, positive_score, correct = reference_loss(problem)
         else:
             total, losses, positive_score, correct = fused_loss(problem, make_engine(chosen))
-        summary = exchange.sum(torch.cat([losses / exchange.world_size, correct.sum()[None].to(losses.dtype)]))
+        summary = exchange.sum(torch.cat([losses / exchange.world_size, correct.sum()[None].to(losses.dtype)])).to(problem.gradient_dtype)
     return InfoNCEOutput(
-        loss=total,
+        loss=total.to(problem.gradient_dtype),
         prefix_losses=summary[:-1],
         valid_rows=problem.valid_rows,
-        positive_score=positive_score.detach().where(problem.row_valid, 0.0),
+        positive_score=positive_score.detach().where(problem.row_valid, 0.0).to(problem.gradient_dtype),
         accuracy=summary[-1] / max(problem.valid_rows, 1),
         backend=chosen,
     )

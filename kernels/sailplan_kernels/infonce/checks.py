@@ -13,13 +13,16 @@ BACKENDS = ("auto", "reference", "chunked", "triton")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def choose_backend(backend: str, queries: Tensor) -> str:
+def choose_backend(backend: str, queries: Tensor, score_dtype: torch.dtype | None = None) -> str:
     """The backend that will run. "auto" takes triton for half-precision inputs on CUDA where it can run, else chunked."""
+    allowed = (None, torch.float64) if queries.dtype is torch.float64 else (None, torch.float32, torch.float64)
+    if score_dtype not in allowed:
+        raise ValueError(f"score_dtype: found {score_dtype}, expected one of {', '.join(map(str, allowed))}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend not in ("auto", "triton"):
         return backend
-    obstacle = why_no_triton(queries.device, queries.dtype)
+    obstacle = why_no_triton(queries.device, queries.dtype, score_dtype)
     if backend == "triton" and obstacle is not None:
         raise ValueError(f"backend: found 'triton', but {obstacle}, expected 'auto', 'chunked' or 'reference'")
     half = queries.dtype in (torch.float16, torch.bfloat16)

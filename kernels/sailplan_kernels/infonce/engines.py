@@ -19,7 +19,7 @@ def make_engine(backend: str) -> Engine:
     return TorchEngine() if backend == "chunked" else importlib.import_module(_TRITON_ENGINE).TritonEngine()
 
 
-def why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_no_triton(device: torch.device, dtype: torch.dtype, score_dtype: torch.dtype | None = None) -> str | None:
     """What stands in the way of "triton" for such tensors; None: nothing."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -27,6 +27,8 @@ def why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "this build has no Triton engine"
     if dtype is torch.float64:
         return "the Triton engine computes in float32 and the inputs are float64"
+    if score_dtype is torch.float64:
+        return "the Triton engine computes scores in float32 and score_dtype is float64"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the inputs are on {device.type} and Triton's interpreter is off"
     return None

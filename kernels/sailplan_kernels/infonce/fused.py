@@ -61,7 +61,7 @@ class _Work:
 
     def __init__(self, setting: Setting) -> None:
         self.setting, options = setting, setting.options
-        stream = setting.exchange.stream(setting.keys, setting.whole.key_sizes, setting.fp)  # on its way while positives are scored
+        stream = setting.exchange.stream(setting.keys, setting.whole.key_sizes, setting.gradient_dtype)  # on its way while positives are scored
         self.positives = Positives(setting, stream)
         self.queries = self.positives.queries
         self.hard = OwnHard(setting, self.queries) if setting.hard.shape[1] and not options.shared_hard_negatives else None
@@ -90,7 +90,7 @@ class _Work:
             hard_moment = self.hard.add_gradient(positives.push_of(queries, *everything)).flatten(1)
             d_hard = self.hard.gradient
         elif needs.hard:
-            d_hard = torch.zeros_like(setting.hard, dtype=setting.fp)
+            d_hard = torch.zeros_like(setting.hard, dtype=setting.gradient_dtype)
         if self.columns is not None and needs.temperature:
             queries.temperature += self.columns.temperature_gradient()
         keys, *others = self.sources

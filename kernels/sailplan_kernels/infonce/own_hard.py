@@ -17,7 +17,7 @@ class OwnHard:
     def __init__(self, setting: Setting, queries: Anchors) -> None:
         self.setting, self.queries = setting, queries
         hard, prefixes, shape = setting.hard, setting.prefixes, (len(setting.prefixes), *setting.hard.shape[:2])
-        self.gradient = torch.zeros_like(hard, dtype=setting.fp) if setting.needs.hard else None
+        self.gradient = torch.zeros_like(hard, dtype=setting.gradient_dtype) if setting.needs.hard else None
         self.norm = inverse_norms(hard.flatten(0, 1), prefixes, setting.fp).view(shape)
         self.cosine = setting.query_norm[:, :, None] * self.norm
         for rows in self._blocks():
@@ -45,7 +45,7 @@ class OwnHard:
         for rows in self._blocks():
             first = 0
             for s, end in enumerate(setting.prefixes):
-                weight = share[s:, rows].sum(0)[:, :, None]
+                weight = share[s:, rows].sum(0)[:, :, None].to(setting.gradient_dtype)
                 if queries.gradient is not None:
                     queries.gradient[rows, first:end] += (weight * setting.hard[rows, :, first:end]).sum(1)
                 if self.gradient is not None:

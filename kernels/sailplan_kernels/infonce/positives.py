@@ -161,7 +161,7 @@ class Positives:
             return own.gradient
         if as_anchors is None:
             return key_stream.finish() if needed else None
-        again = key_stream if setting.exchange.whole else setting.exchange.stream(setting.keys, setting.problem.key_sizes, setting.fp)
+        again = key_stream if setting.exchange.whole else setting.exchange.stream(setting.keys, setting.problem.key_sizes, setting.gradient_dtype)
         for shard in again.shards(accumulate=True):
             self._scatter(shard, as_anchors)
         return again.finish() if again is key_stream else key_stream.finish() + again.finish()

@@ -17,6 +17,9 @@ from sailplan_kernels.infonce.masks import Candidates
 from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.infonce.pairs import Pairs, pairs_by_id, pairs_by_index
 
+LOW_TEMPERATURE = 0.02
+FULL_RATE_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))  # CUDA devices whose float64 products are about as fast as exact float32 ones
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -32,7 +35,7 @@ class Needs:
 class Problem:
     """N rows, M keys and H hard negatives a row on this rank; C candidates of a kind over all ranks.
 
-    What has no dtype here is in the compute dtype: float64 for float64 embeddings, else float32.
+    What has no dtype here is in the scores' dtype, float32 or float64 (see scores_in_float64).
     """
 
     raw_queries: Tensor  # [N, D] as the caller gave them, invalid rows may hold anything
@@ -57,13 +60,14 @@ class Problem:
     key_sizes: list[int]
     valid_rows: int
     operand_dtype: torch.dtype  # what the matrix products may read
+    gradient_dtype: torch.dtype  # what gradients of vectors accumulate in: float32, for float64 operands float64
     needs: Needs
     options: InfoNCEOptions
     exchange: Exchange
 
     @property
     def queries(self) -> Tensor:
-        """[N, D] in the compute dtype, invalid rows zeroed: under autograd, and a copy."""
+        """[N, D] in the scores' dtype, invalid rows zeroed: under autograd, and a copy."""
         return _zeroed(self.raw_queries.to(self.row_weight.dtype), self.query_valid)
 
     @property
@@ -119,13 +123,14 @@ def build_problem(
     options: InfoNCEOptions,
     exchange: Exchange,
     backend: str,
+    score_dtype: torch.dtype | None = None,
 ) -> Problem:
     """Everything a backend needs; the arguments have been checked by infonce/checks.py. Two or more collectives."""
     n, m, device = len(queries), len(keys), queries.device
     half = queries.dtype in (torch.float16, torch.bfloat16)
-    compute = torch.float32 if half else queries.dtype
+    accumulate = torch.float32 if half else queries.dtype
     # On a CPU half-precision products round their result; there they are computed in float32.
-    operand = queries.dtype if half and device.type == "cuda" else compute
+    operand = queries.dtype if half and device.type == "cuda" else accumulate
 
     has_positive = torch.ones(n, dtype=torch.bool, device=device)
     if positive_ids is not None:
@@ -147,17 +152,19 @@ def build_problem(
     if hard_negatives is None:
         hard_negatives = queries.new_zeros(n, 0, queries.shape[1])
     h = hard_negatives.shape[1]
-    call = options.fingerprint(
-        queries.shape[1], h, queries.dtype, backend, key_ids is None, query_ids is None, key_log_probability is None, positive_ids is None
-    )
-    numbers = torch.tensor([n, m, call, *needs, 0], dtype=torch.int64, device=device)
-    numbers[-1] = row_valid.sum()
+    given = [x is None for x in (key_ids, query_ids, key_log_probability, positive_ids)]
+    call = options.fingerprint(queries.shape[1], h, queries.dtype, backend, score_dtype, *given)
+    numbers = torch.tensor([n, m, call, *needs, 0, 0], dtype=torch.int64, device=device)
+    numbers[-2], numbers[-1] = torch.as_tensor(temperature).detach().lt(LOW_TEMPERATURE).any(), row_valid.sum()
     table = exchange.gather(numbers[None], [1] * exchange.world_size).tolist()
     if any(row[2] != call for row in table):
         raise ValueError("infonce: ranks differ in dimensions, dtype, ids given, backend or options, expected equal calls")
     query_sizes, key_sizes = [row[0] for row in table], [row[1] for row in table]
     valid_rows = sum(row[-1] for row in table)
     agreed = Needs(*(any(row[3 + i] for row in table) for i in range(4)))
+    compute = score_dtype or accumulate
+    if score_dtype is None and any(row[-2] for row in table) and scores_in_float64(queries, backend):
+        compute = torch.float64
 
     tags_in_use = (0,) + (1,) * (key_ids is not None) + (2,) * (query_ids is not None)
     offset = sum(key_sizes[: exchange.rank])
@@ -195,7 +202,7 @@ def build_problem(
         key_correction = exchange.gather(key_log_probability.detach().to(compute), key_sizes)
 
     if max_negative_score is not None:
-        # In the compute dtype from the start: a row's limit and its column's must be the same number.
+        # In the scores' dtype from the start: a row's limit and its column's must be the same number.
         max_negative_score = torch.as_tensor(max_negative_score, device=device).detach().to(compute).expand(n)
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=torch.float64)
@@ -223,10 +230,22 @@ def build_problem(
         key_sizes=key_sizes,
         valid_rows=valid_rows,
         operand_dtype=operand,
+        gradient_dtype=accumulate,
         needs=agreed,
-        options=options.with_budget(n + (sum(key_sizes) if exchange.whole else m), queries.shape[1], torch.finfo(compute).bits // 8),
+        options=options.with_budget(n + (sum(key_sizes) if exchange.whole else m), queries.shape[1], torch.finfo(accumulate).bits // 8),
         exchange=exchange,
     )
+
+
+def scores_in_float64(queries: Tensor, backend: str) -> bool:
+    """Whether scores at temperatures below LOW_TEMPERATURE are float64 unless told otherwise.
+
+    A logit is a cosine over the temperature, and its float32 rounding, 6e-8 / t, a relative error of its softmax weight. On
+    trained embeddings, whose gradients are differences of close vectors, that alone is 5e-5 of the gradient at t = 0.005.
+    So where the inputs are float32, have more to say than that, and where float64 products are not many times slower.
+    """
+    fast = not queries.is_cuda or torch.cuda.get_device_capability(queries.device) in FULL_RATE_FLOAT64
+    return queries.dtype is torch.float32 and fast and not backend.endswith("triton")
 
 
 def _gather_candidates(exchange: Exchange, tags: Tensor, valid: Tensor, sizes: list[int]) -> Candidates:

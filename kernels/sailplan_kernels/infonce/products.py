@@ -6,12 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WIDENED = 512  # rows of an operand
+
 
 def product(a: Tensor, b: Tensor, accumulate: torch.dtype) -> Tensor:
-    """a @ b (2-d or batched) in ``accumulate``; half-precision operands are multiplied as they are, never rounded after."""
+    """a @ b [n, m] in ``accumulate``; half-precision operands are multiplied as they are, never rounded after. In float64 some
+    rows of float32 operands are widened at once, so that no copy of either is in memory."""
     if a.dtype == accumulate:
         return a @ b
-    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=accumulate)
+    if accumulate is not torch.float64:
+        return torch.mm(a, b, out_dtype=accumulate)
+    found = torch.empty(len(a), b.shape[1], dtype=accumulate, device=a.device)
+    for rows, part in zip(found.split(WIDENED), a.split(WIDENED), strict=True):
+        wide = part.to(accumulate)
+        for target, columns in zip(rows.split(WIDENED, 1), b.split(WIDENED, 1), strict=True):
+            torch.mm(wide, columns.to(accumulate), out=target)
+    return found
 
 
 def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
@@ -40,7 +50,7 @@ def row_dots(a: Tensor, b: Tensor, at_once: int) -> Tensor:
 
 def add_scaled_rows(target: Tensor, index: Tensor, rows: Tensor, weight: Tensor) -> None:
     """target[index[e]] += weight[e] * rows[e], in target's dtype and in an order that does not change."""
-    target.index_put_((index,), rows.to(target.dtype) * weight[:, None], accumulate=True)
+    target.index_put_((index,), rows.to(target.dtype) * weight[:, None].to(target.dtype), accumulate=True)
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Setting:
         self.share_sizes, share = shares(len(queries), self.peers)
         self.whole, self.problem = problem, problem.share(share)
         self.options, self.needs, self.prefixes = problem.options, problem.needs, problem.options.prefixes
-        self.fp = problem.row_weight.dtype
+        self.fp, self.gradient_dtype = problem.row_weight.dtype, problem.gradient_dtype
         size = torch.finfo(self.fp).bits // 8
         self.budget = problem.options.memory_budget * 4 // size  # engines count bytes of float32 scores
         # Rows whose vectors are copied together (gathered, multiplied): a few such copies stay below the budget.
@@ -76,7 +76,7 @@ class Setting:
             return
         share, first = (inverse_norms(x, self.prefixes, self.fp).square() * moment)[:-1], 0
         for s, end in enumerate(self.prefixes[:-1]):
-            gradient[:, first:end].addcmul_(x[:, first:end].to(self.fp), share[s:].sum(0)[:, None], value=-1)
+            gradient[:, first:end].addcmul_(x[:, first:end].to(gradient.dtype), share[s:].sum(0)[:, None].to(gradient.dtype), value=-1)
             first = end
 
     def given_gradients_(self, queries: Tensor | None, keys: Tensor | None, hard: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -32,10 +32,10 @@ class Anchors:
     temperature: Tensor  # [n] d loss / d inverse temperature, of what was asked of tiles
 
     @classmethod
-    def of(cls, side: Side, by_pair: bool, moments: bool, needed: bool) -> Anchors:
-        """Of which nothing is known yet."""
+    def of(cls, side: Side, by_pair: bool, moments: bool, needed: bool, accumulate: torch.dtype) -> Anchors:
+        """Of which nothing is known yet; their gradient, if ``needed``, in ``accumulate``."""
         like = side.inverse_norm
-        gradient = torch.zeros_like(side.vectors, dtype=like.dtype) if needed else None
+        gradient = torch.zeros_like(side.vectors, dtype=accumulate) if needed else None
         top, total, moment = torch.full_like(like, -torch.inf), torch.zeros_like(like), torch.zeros_like(like)
         return cls(side, by_pair, moments, gradient, top, total, moment, torch.zeros_like(side.inverse_temperature))
 
@@ -92,7 +92,7 @@ def query_anchors(setting: Setting, best: Tensor) -> Anchors:
     )
     # Without prefixes and columns the temperature's sum is <query, its gradient>: no work inside the tile.
     moments = len(setting.prefixes) > 1 or (needs.temperature and (options.symmetric or not needs.queries))
-    return Anchors.of(side, False, moments, needs.queries)
+    return Anchors.of(side, False, moments, needs.queries, setting.gradient_dtype)
 
 
 def positive_anchors(setting: Setting, queries: Anchors, vectors: Tensor) -> Anchors:
@@ -107,7 +107,7 @@ def positive_anchors(setting: Setting, queries: Anchors, vectors: Tensor) -> Anc
         inverse_temperature=row.inverse_temperature[rows],
     )
     # Where nobody needs the keys' gradient there is no sum to read the temperature's from.
-    return Anchors.of(side, True, queries.moments or (needs.temperature and not needs.keys), needs.keys)
+    return Anchors.of(side, True, queries.moments or (needs.temperature and not needs.keys), needs.keys, setting.gradient_dtype)
 
 
 def make_sources(setting: Setting, key_stream: Stream, queries: Anchors, positives: Anchors | None) -> list[Source]:
@@ -125,10 +125,10 @@ def make_sources(setting: Setting, key_stream: Stream, queries: Anchors, positiv
     sources = [source(key_stream, whole.all_keys, whole.key_sizes, needs.keys, *of_keys)]
     sources[0].correction = whole.key_correction
     if options.query_negatives:
-        stream = setting.exchange.stream(setting.whole_queries, whole.query_sizes, setting.fp)
+        stream = setting.exchange.stream(setting.whole_queries, whole.query_sizes, setting.gradient_dtype)
         sources.append(source(stream, whole.all_queries, whole.query_sizes, needs.queries, block(queries)))
     if options.shared_hard_negatives:
-        stream = setting.exchange.stream(setting.whole_hard.flatten(0, 1), whole.hard_sizes, setting.fp)
+        stream = setting.exchange.stream(setting.whole_hard.flatten(0, 1), whole.hard_sizes, setting.gradient_dtype)
         sources.append(source(stream, whole.all_hard, whole.hard_sizes, needs.hard, block(queries, tags=())))
     return sources
 

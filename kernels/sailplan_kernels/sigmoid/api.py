@@ -16,7 +16,6 @@ from torch import Tensor
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
 from sailplan_kernels.infonce.engines import make_engine
-from sailplan_kernels.infonce.normalize import normalize
 from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.infonce.problem import build_problem
 from sailplan_kernels.sigmoid.reference import reference_loss
@@ -51,6 +50,7 @@ def sigmoid(
     exchange: Exchange | None = None,
     backend: str = "auto",
     memory_budget: int | None = None,
+    score_dtype: torch.dtype | None = None,
 ) -> SigmoidOutput:
     """Sigmoid loss of this rank's N queries against the keys of all ranks.
 
@@ -59,7 +59,7 @@ def sigmoid(
     waits for a second pass. Raises ValueError on a wrong call.
     """
     checks.check_embeddings(queries, keys, None)
-    chosen = checks.choose_backend(backend, queries)
+    chosen = checks.choose_backend(backend, queries, score_dtype)
     checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid)
     if isinstance(bias, Tensor) and (bias.dim() != 0 or bias.dtype not in checks.FLOATS):
         raise ValueError(f"bias: found {bias.dtype} {tuple(bias.shape)}, expected a number or a 0-d float tensor")
@@ -81,6 +81,7 @@ def sigmoid(
             options=options,
             exchange=exchange,
             backend=f"sigmoid {chosen}",
+            score_dtype=score_dtype,
         )
         if not isinstance(bias, Tensor):
             bias = torch.tensor(bias, dtype=torch.float64)
@@ -88,13 +89,12 @@ def sigmoid(
         if chosen == "reference":
             total, losses, positive_score = reference_loss(problem, bias)
         else:
-            q, k = (normalize(x[:, : options.prefixes[-1]]) for x in (problem.queries, problem.keys))
-            total, losses, positive_score = tiled_loss(problem, make_engine(chosen), q, k, bias)
-        prefix_losses = exchange.sum(losses) / exchange.world_size
+            total, losses, positive_score = tiled_loss(problem, make_engine(chosen), bias)
+        prefix_losses = (exchange.sum(losses) / exchange.world_size).to(problem.gradient_dtype)
     return SigmoidOutput(
-        loss=total,
+        loss=total.to(problem.gradient_dtype),
         prefix_losses=prefix_losses,
         valid_rows=problem.valid_rows,
-        positive_score=positive_score.detach().where(problem.row_valid, 0.0),
+        positive_score=positive_score.detach().where(problem.row_valid, 0.0).to(problem.gradient_dtype),
         backend=chosen,
     )
