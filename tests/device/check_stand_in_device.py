@@ -1,0 +1,143 @@
+"""The losses, the searches, a training step and the whole recipe with every tensor on a device that is not the CPU.
+
+Not collected by name: test_stand_in_device.py runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from stand_in_device import There, stand_in_device
+from torch import Tensor
+
+from sailplan.cli.main import main
+from sailplan.model import build
+from sailplan.model.testing import join_layout
+from sailplan.runtime.process import Parallel
+from sailplan.step import testing as steps
+from sailplan.step.training_step import TrainingStep
+from sailplan.train import run
+from sailplan.train.testing import SMALL
+from sailplan_kernels import options as matrix
+from sailplan_kernels import rank_of, topk
+from sailplan_kernels.exchange import AllGather
+
+torch.set_num_threads(1)
+
+
+def test_tensors_of_two_devices_do_not_meet():
+    with stand_in_device() as device:
+        there, here = torch.ones(3, 4, device=device), torch.ones(3, 4)
+        for wrong in (
+            lambda: there + here,
+            lambda: there @ here.T,
+            lambda: torch.cat([there, here]),
+            lambda: torch.where(here > 0, there, 0.0),
+            lambda: here[torch.tensor([0, 1], device=device)],
+            lambda: there.index_put_((torch.tensor([0]),), here[:1]),
+            lambda: torch.ones(3, 4, device=device).add_(here),
+        ):
+            with pytest.raises(RuntimeError, match="expected all on one device"):
+                wrong()
+        assert isinstance(there + torch.tensor(2.0), There) and not isinstance(there.cpu(), There)
+        assert there[torch.tensor([0, 2])].shape == (2, 4)
+        leaf = here.to(device).requires_grad_()
+        (leaf * 3).sum().backward()
+        assert isinstance(leaf.grad, There) and leaf.grad.tolist() == (3 * here).tolist()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("loss", list(matrix.LOSSES))
+def test_losses_with_every_option(loss, backend):
+    """Bit-equal to the CPU's: the same operations on the same numbers."""
+    known = {*inspect.signature(matrix.LOSSES[loss]).parameters, "dtype"}
+    for name, options in matrix.samples():
+        if not set(options) <= known:
+            continue
+        expected = matrix.outcome(loss, matrix.arguments(loss, options), backend=backend)
+        with stand_in_device() as device:
+            call = {key: _moved(x, device) for key, x in matrix.arguments(loss, options).items()}
+            found = matrix.outcome(loss, call, backend=backend)
+            assert all(isinstance(x, There) for x in found), name
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a.cpu(), b), name
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    return x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+
+def test_searches():
+    queries, keys, positive = torch.randn(7, 8), torch.randn(30, 8), torch.arange(7)
+    ids = torch.arange(30) % 9
+    expected = topk(queries, keys, 4, max_score=0.5, exclude_ids=ids[:7, None], key_ids=ids, tile=8), rank_of(queries, keys, positive)
+    with stand_in_device() as device:
+        q, k, p, i = (x.to(device) for x in (queries, keys, positive, ids))
+        found = topk(q, k, 4, max_score=0.5, exclude_ids=i[:7, None], key_ids=i, tile=8), rank_of(q, k, p)
+        for a, b in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
+            assert isinstance(a, There) and torch.equal(a.cpu(), b)
+
+
+@pytest.fixture
+def alone(tmp_path) -> Iterator[Parallel]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield join_layout(1)
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def test_a_step_with_all_losses(alone):
+    """Encoding with and without kept graphs, every objective, replay, clipping, guard and optimizer: as on the CPU."""
+
+    def three_steps(device: torch.device) -> list[tuple[float, float]]:
+        config = steps.step_config(kept_graphs=1, dropout=0.0)
+        modules = steps.build_modules(config, torch.float32)
+        for module in modules:
+            module.to(device)
+        optimizer = torch.optim.AdamW([p for module in modules for p in module.parameters()], lr=1e-3)
+        parallel = dataclasses.replace(alone, device=device)
+        step = TrainingStep(*modules, optimizer, config, parallel, AllGather(parallel.data_parallel_group))
+        found = []
+        for number in (1, 2, 3):
+            batches = [steps.share(batch, 0, 1, 3, dtype=torch.float32) for batch in steps.global_batches(config, number)]
+            result = step.run(batches, steps.WEIGHTS, step=number, stage="one", thresholds=steps.THRESHOLDS)
+            assert not result.skipped and isinstance(result.grad_norm, There) == (device.type != "cpu")
+            found.append((float(result.loss), float(result.grad_norm)))
+        return found
+
+    expected = three_steps(torch.device("cpu"))
+    with stand_in_device() as device:
+        assert three_steps(device) == [pytest.approx(pair, rel=1e-4) for pair in expected]
+
+
+def test_the_whole_recipe(monkeypatch, tmp_path):
+    """Five stages with balancing, subsets, mined hard negatives, teachers and evaluation; without FSDP2 and checkpoints."""
+    started, seen = run.started, []
+
+    @contextlib.contextmanager
+    def started_there(config):
+        with started(config) as parallel:
+            yield dataclasses.replace(parallel, device=torch.device("standin", 0))
+
+    def placed(model, parallel, **_):
+        seen.append(model.to(parallel.device))
+        return model
+
+    monkeypatch.setattr(run, "started", started_there)
+    monkeypatch.setattr(build, "shard", placed)
+    monkeypatch.setattr(run.Trainer, "save", lambda *_: None)
+    with stand_in_device():
+        assert main(["train", *SMALL, "parallel.threads=1", "data.workers=0", "name=there", f"runs={tmp_path}"]) == 0
+        assert all(isinstance(p, There) for model in seen for p in model.parameters()) and seen
+    lines = [json.loads(line) for line in Path(tmp_path, "there", "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 16)) and not any(line.get("skipped") for line in lines)
