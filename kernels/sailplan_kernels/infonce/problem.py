@@ -130,7 +130,7 @@ def build_problem(
     half = queries.dtype in (torch.float16, torch.bfloat16)
     accumulate = torch.float32 if half else queries.dtype
     # On a CPU half-precision products round their result; there they are computed in float32.
-    operand = queries.dtype if half and device.type == "cuda" else accumulate
+    operand = queries.dtype if half and device.type != "cpu" else accumulate
 
     has_positive = torch.ones(n, dtype=torch.bool, device=device)
     if positive_ids is not None:
