@@ -28,8 +28,8 @@ from sailplan.step import testing as steps
 from sailplan.step.training_step import TrainingStep
 from sailplan.train import run
 from sailplan.train.testing import SMALL
-from sailplan_kernels import options as matrix
 from sailplan_kernels import infonce, rank_of, topk
+from sailplan_kernels import options as matrix
 from sailplan_kernels.exchange import AllGather
 
 torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def test_losses_with_every_option(loss, backend):
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["rows", "symmetric"])
 @pytest.mark.parametrize("temperature", [0.005, 0.02, 0.1])
-@pytest.mark.parametrize("prefixes, bar", [(None, 3e-3), ((16, 64), 4e-3)], ids=["whole", "prefixes"])
+@pytest.mark.parametrize("prefixes, bar", [(None, 3e-3), ((16, 64), 5e-3)], ids=["whole", "prefixes"])
 def test_gradient_error_of_half_precision_operands(temperature, symmetric, prefixes, bar):
     """Only a CPU widens bfloat16 embeddings before it multiplies; elsewhere they are normalised, rounded once and multiplied."""
     g = torch.Generator().manual_seed(0)
@@ -94,7 +94,7 @@ def test_gradient_error_of_half_precision_operands(temperature, symmetric, prefi
     with stand_in_device() as device:
         found = gradients(queries.to(device), keys.to(device), "chunked")
     for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() <= bar * b.norm()
+        assert float((a - b).norm() / b.norm()) <= bar
 
 
 def _moved(x: Any, device: torch.device) -> Any:
