@@ -30,9 +30,33 @@ from sailplan.train import run
 from sailplan.train.testing import SMALL
 from sailplan_kernels import infonce, rank_of, topk
 from sailplan_kernels import options as matrix
-from sailplan_kernels.exchange import AllGather
+from sailplan_kernels.exchange import EXCHANGES, AllGather
+from sailplan_kernels.testing import run_ranks
 
 torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_exchanges_of_two_ranks(name):
+    """Over gloo, which is told that it serves the device too. First in this file: ranks are forked, and a backward starts threads."""
+    options = {"symmetric": True, "query_negatives": True, "shared_hard_negatives": True, "prefixes": (4, 16)}
+    rows = ("queries", "keys", "hard_negatives")
+    whole = matrix.arguments("infonce", {**options, "hard_negatives": torch.randn(matrix.N, 2, matrix.D)})
+    whole["keys"] = whole["keys"].detach()[: matrix.N].requires_grad_()
+
+    def work(rank: int, world_size: int) -> list[Tensor]:
+        group = dist.distributed_c10d._get_default_group()
+        group._register_backend(torch.device("standin"), dist.ProcessGroup.BackendType.GLOO, group._get_backend(torch.device("cpu")))
+        with stand_in_device() as device:
+            mine = {**whole, **{key: whole[key].detach().chunk(world_size)[rank].requires_grad_() for key in rows}}
+            call = {key: _moved(x, device) for key, x in mine.items()}
+            return [x.cpu() for x in matrix.outcome("infonce", call, backend="chunked", exchange=EXCHANGES[name]())]
+
+    (alone,) = run_ranks(lambda *_: matrix.outcome("infonce", whole, backend="reference"), 1)
+    loss, queries, keys, hard, temperature = zip(*run_ranks(work, 2), strict=True)
+    together = (torch.stack(loss).mean(), torch.cat(queries) / 2, torch.cat(keys) / 2, torch.cat(hard) / 2, torch.stack(temperature).mean())
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_tensors_of_two_devices_do_not_meet():
