@@ -17,11 +17,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from stand_in_device import There, stand_in_device
+from stand_in_device import There, serve, stand_in_device
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sailplan.cli.main import main
-from sailplan.model import build
+from sailplan.model.parallelize import shard
 from sailplan.model.testing import join_layout
 from sailplan.runtime.process import Parallel
 from sailplan.step import testing as steps
@@ -45,8 +46,7 @@ def test_exchanges_of_two_ranks(name):
     whole["keys"] = whole["keys"].detach()[: matrix.N].requires_grad_()
 
     def work(rank: int, world_size: int) -> list[Tensor]:
-        group = dist.distributed_c10d._get_default_group()
-        group._register_backend(torch.device("standin"), dist.ProcessGroup.BackendType.GLOO, group._get_backend(torch.device("cpu")))
+        serve(dist.distributed_c10d._get_default_group())
         with stand_in_device() as device:
             mine = {**whole, **{key: whole[key].detach().chunk(world_size)[rank].requires_grad_() for key in rows}}
             call = {key: _moved(x, device) for key, x in mine.items()}
@@ -139,21 +139,25 @@ def test_searches():
 @pytest.fixture
 def alone(tmp_path) -> Iterator[Parallel]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield join_layout(1)
+    parallel = join_layout(1)
+    for group in {dist.distributed_c10d._get_default_group(), parallel.data_parallel_group}:
+        serve(group)
+    yield parallel
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
 def test_a_step_with_all_losses(alone):
-    """Encoding with and without kept graphs, every objective, replay, clipping, guard and optimizer: as on the CPU."""
+    """FSDP2, encoding with and without kept graphs, every objective, replay, clipping, guard and optimizer: as on the CPU."""
 
     def three_steps(device: torch.device) -> list[tuple[float, float]]:
         config = steps.step_config(kept_graphs=1, dropout=0.0)
         modules = steps.build_modules(config, torch.float32)
-        for module in modules:
+        parallel = dataclasses.replace(alone, device=device)
+        shard(modules[0], parallel, shard=True)
+        for module in modules[1:]:
             module.to(device)
         optimizer = torch.optim.AdamW([p for module in modules for p in module.parameters()], lr=1e-3)
-        parallel = dataclasses.replace(alone, device=device)
         step = TrainingStep(*modules, optimizer, config, parallel, AllGather(parallel.data_parallel_group))
         found = []
         for number in (1, 2, 3):
@@ -169,23 +173,26 @@ def test_a_step_with_all_losses(alone):
 
 
 def test_the_whole_recipe(monkeypatch, tmp_path):
-    """Five stages with balancing, subsets, mined hard negatives, teachers and evaluation; without FSDP2 and checkpoints."""
-    started, seen = run.started, []
+    """Five stages with balancing, subsets, mined hard negatives, teachers and evaluation; without checkpoints."""
+    started, assemble, seen = run.started, run.assemble, []
 
     @contextlib.contextmanager
     def started_there(config):
         with started(config) as parallel:
+            for group in {dist.distributed_c10d._get_default_group(), parallel.data_parallel_group}:
+                serve(group)
             yield dataclasses.replace(parallel, device=torch.device("standin", 0))
 
-    def placed(model, parallel, **_):
-        seen.append(model.to(parallel.device))
-        return model
+    def assembled(*arguments):
+        seen.append(assemble(*arguments))
+        return seen[0]
 
     monkeypatch.setattr(run, "started", started_there)
-    monkeypatch.setattr(build, "shard", placed)
+    monkeypatch.setattr(run, "assemble", assembled)
     monkeypatch.setattr(run.Trainer, "save", lambda *_: None)
     with stand_in_device():
         assert main(["train", *SMALL, "parallel.threads=1", "data.workers=0", "name=there", f"runs={tmp_path}"]) == 0
-        assert all(isinstance(p, There) for model in seen for p in model.parameters()) and seen
+        parameters = list(seen[0].module.parameters())
+        assert parameters and all(isinstance(p.to_local() if isinstance(p, DTensor) else p, There) for p in parameters)
     lines = [json.loads(line) for line in Path(tmp_path, "there", "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 16)) and not any(line.get("skipped") for line in lines)

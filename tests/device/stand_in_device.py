@@ -2,7 +2,8 @@
 
 An operation that is given tensors here and there fails, as it would on CUDA; so does a tensor made on the wrong side and then
 used with the others. That finds the mistakes which a run on a CPU alone cannot show. It says nothing about time, CUDA's
-kernels, NCCL, FSDP2 (which frees storages that these tensors do not have) or checkpoints (whose views are a subclass too).
+kernels and streams, NCCL, the memory that FSDP2 frees (these tensors have no storage) or checkpoints (whose views are a
+tensor subclass too).
 
 Importing it registers the device "standin" for the whole process: only for tests in a process of their own.
 """
@@ -10,23 +11,46 @@ Importing it registers the device "standin" for the whole process: only for test
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import megatron.core.utils
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 
+class _Order:
+    """A stream or an event where everything happens in the order of the calls."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record_event(self, *_: Any) -> _Order:
+        return self
+
+    def _nothing(self, *_: Any) -> None: ...
+
+    record = wait = wait_event = wait_stream = synchronize = _nothing
+
+
 class _Module(backend_registration._DummyBackendModule):
     """What torch asks of torch.standin."""
 
+    Stream = Event = _Order
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
+
+    def current_stream(self, *_: Any) -> _Order:
+        return _Order()
+
+    def stream(self, _: _Order) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 backend_registration._setup_privateuseone_for_python_backend("standin", backend_module=_Module())
@@ -41,6 +65,7 @@ def _without_set_data(held: Tensor, requires_grad: bool) -> Tensor:
 
 
 megatron.core.utils._kernel_make_viewless_tensor = _without_set_data
+_fsdp_param.free_storage = _fsdp_param.alloc_storage = lambda *_: None
 
 aten = torch.ops.aten
 BETWEEN_DEVICES = (aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default)
@@ -60,10 +85,12 @@ class There(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(function, args, kwargs or {})
+        return _run(function, types, args, kwargs or {})
 
 
-def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _run(function: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if any(kind not in (There, Tensor, torch.nn.Parameter) for kind in types):
+        return NotImplemented  # DTensor's turn first: it comes back with what it holds
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     there = any(isinstance(x, There) for x in tensors)
     if there and function not in BETWEEN_DEVICES:
@@ -97,7 +124,7 @@ class _Operations(TorchDispatchMode):
     """Operations that make tensors have none to dispatch on."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(function, args, kwargs or {})
+        return _run(function, types, args, kwargs or {})
 
 
 class _Python(TorchFunctionMode):
@@ -113,6 +140,11 @@ class _Python(TorchFunctionMode):
         if name == "tolist" and isinstance(args[0], There):
             return args[0].cpu().tolist()
         return function(*args, **kwargs)
+
+
+def serve(group: dist.ProcessGroup) -> None:
+    """Lets a gloo group exchange the device's tensors by all of torch's ways."""
+    group._register_backend(DEVICE, dist.ProcessGroup.BackendType.GLOO, group._get_backend(torch.device("cpu")))
 
 
 @contextmanager
