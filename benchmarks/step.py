@@ -291,8 +291,8 @@ def _answer(connection: Any, action: Callable[..., Any], arguments: tuple[Any, .
 
 
 def alone(action: Callable[..., Any], *arguments: Any) -> Any:
-    """Runs in a fork of its own: nothing allocated before, nothing left after."""
-    context = multiprocessing.get_context("fork")
+    """Runs in a process of its own: nothing allocated before, nothing left after. A fork cannot use a GPU that its parent has looked at."""
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, action, arguments))
     process.start()

@@ -11,7 +11,7 @@ from pathlib import Path
 def test_everything_runs_on_another_device() -> None:
     """In a process of its own, as the device is registered for a whole process."""
     checks = Path(__file__).with_name("check_stand_in_device.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(checks)]
     path = os.pathsep.join(filter(None, (str(checks.parent), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
