@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+import torch
+
 from sailplan.config.checks import check as check_config
 from sailplan.config.compose import compose, config_hash
 from sailplan.config.schema import Config
@@ -15,11 +17,13 @@ def _config(options: argparse.Namespace, world_size: int) -> Config:
     """The composed configuration, refused where a world of this size could not run it."""
     from sailplan.model.check import check_model
     from sailplan.model.count import check_weights
+    from sailplan.model.fused import chosen_extension
 
     config = compose(options.overrides)
     check_config(config, world_size)
     check_model(config.model, config.parallel.tensor, share_encoders=config.parallel.encoders == "share")
     check_weights(config.model)
+    chosen_extension(config.parallel, "cuda" if torch.cuda.is_available() else "cpu")
     return config
 
 
@@ -43,7 +47,7 @@ def plan(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """Configuration and model sizes, then every shard's index, then a collective over the ranks; and which optional extensions were found."""
     from sailplan.data.datasets import check_tokenizer, open_datasets
-    from sailplan.model.fused import extensions
+    from sailplan.model.fused import USED, chosen_extension, extensions
 
     config = _config(options, world_size_from_environment())
     readers = open_datasets(config)
@@ -57,4 +61,5 @@ def check(options: argparse.Namespace) -> int:
             layout = f"data-parallel {parallel.data_parallel_size} x tensor-parallel {parallel.tensor_parallel_size}"
             print(f"ranks: {parallel.world_size} ({layout}), {parallel.device.type}")
             print("optional: " + ", ".join(f"{name} {version or 'not found'}" for name, version in extensions().items()))
+            print(f"blocks (parallel.fused={config.parallel.fused}): {USED[chosen_extension(config.parallel, parallel.device.type)]}")
     return 0

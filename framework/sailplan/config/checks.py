@@ -96,7 +96,12 @@ def _check_parallel(config: Config, world_size: int) -> None:
     data_parallel = world_size // tensor
     _one_of("parallel.activation_checkpointing", config.parallel.activation_checkpointing, ("none", "full"))
     _one_of("parallel.compile", config.parallel.compile, ("none", "blocks"))
-    _one_of("parallel.fused", config.parallel.fused, ("none", "auto"))
+    _one_of("parallel.fused", config.parallel.fused, ("none", "auto", "apex", "transformer_engine"))
+    if config.parallel.fused not in ("none", "auto") and config.parallel.compile != "none":
+        raise ConfigurationError(
+            f"parallel.fused={config.parallel.fused} beside parallel.compile={config.parallel.compile}: expected one of the two, as no compiler "
+            "looks into the extension's kernels; set parallel.fused=none, or parallel.compile=none"
+        )
     if config.parallel.sequence:
         _check_sequence(config)
     if config.parallel.cuda_graphs and config.parallel.compile != "blocks":

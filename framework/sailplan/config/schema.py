@@ -255,7 +255,9 @@ class ParallelConfig:
     dtype: str = "float32"  # float32 | bfloat16 | float64: compute dtype
     activation_checkpointing: str = "none"  # none | full: transformer layers keep their inputs alone and run again in the backward pass
     compile: str = "none"  # none | blocks: torch.compile of each transformer layer
-    fused: str = "none"  # none | auto: norms by NVIDIA's apex where it is installed; not tried on a GPU yet
+    # Kernels of NVIDIA's extensions in the blocks; no GPU has run them: none | apex (norms) | transformer_engine (norms, and core
+    # attention in bfloat16) | auto: on a GPU, without `compile`, TransformerEngine's or else apex's where it is installed.
+    fused: str = "none"
     cuda_graphs: bool = False  # with compile=blocks, on GPUs: kernels of a layer replayed in one launch; not tried on a GPU yet
     timeout_seconds: float = 600.0  # collective time-out; the watchdog exits with 70
     threads: int = 0  # torch threads per rank on CPU; 0: cores / local ranks

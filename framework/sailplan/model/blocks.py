@@ -114,6 +114,7 @@ class ScaledDotProductAttention(nn.Module):
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
+        self.config = config
         self.dropout = config.attention_dropout
         self.grouped = config.num_query_groups != config.num_attention_heads
 
@@ -142,7 +143,7 @@ def head_size(shape: TransformerShape) -> int:
 
 
 def transformer_config(shape: TransformerShape, dtype: torch.dtype, tensor_parallel: int, *, sequence_parallel: bool = False) -> TransformerConfig:
-    """The megatron-core configuration of one stack; every fusion that needs a GPU extension is off."""
+    """The megatron-core configuration of one stack; every fusion that needs a GPU extension is off (see `model.fused`)."""
     return TransformerConfig(
         num_layers=max(shape.layers, 1),  # of an empty stack only the norm is built
         hidden_size=shape.hidden,

@@ -8,7 +8,7 @@ from torch import nn
 from sailplan.config.schema import ModelConfig, ParallelConfig
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.check import check_model
-from sailplan.model.fused import fuse_norms
+from sailplan.model.fused import chosen_extension, fuse
 from sailplan.model.parallelize import allow_sequence_parallel, checkpoint_activations, compile_blocks, shard
 from sailplan.model.tower import OmniEncoder
 from sailplan.runtime.process import Parallel
@@ -20,10 +20,12 @@ def build_encoder(config: ModelConfig, parallel_config: ParallelConfig, parallel
     parallel_config.dtype float32 or float64 is the dtype of everything; bfloat16 computes in bfloat16 over float32
     master weights and reduces gradients in float32. Parts that `model.weights` names start from published weights, of
     which each tensor-parallel rank reads its own part (of encoders whose rows are shared out, the whole). Raises
-    ConfigurationError for sizes that do not divide, and for files that are not of the configured model.
+    ConfigurationError for sizes that do not divide, for files that are not of the configured model, and for an extension
+    that is asked for and missing.
     """
     share = parallel_config.encoders == "share"
     check_model(config, parallel.tensor_parallel_size, share_encoders=share)
+    extension = chosen_extension(parallel_config, parallel.device.type)
     sources = open_sources(config)
     dtype = torch.float64 if parallel_config.dtype == "float64" else torch.float32
     compute = torch.bfloat16 if parallel_config.dtype == "bfloat16" else None
@@ -40,8 +42,7 @@ def build_encoder(config: ModelConfig, parallel_config: ParallelConfig, parallel
     for source in sources:
         allocate(encoder)
         load(source, encoder, parallel.tensor_parallel_rank, parallel.tensor_parallel_size)
-    if parallel_config.fused == "auto" and parallel.device.type == "cuda":
-        fuse_norms(encoder)
+    fuse(encoder, extension)
     if parallel_config.activation_checkpointing == "full":
         checkpoint_activations(encoder)
     if parallel_config.compile == "blocks":

@@ -1,7 +1,17 @@
 """Kernels of NVIDIA's extensions in the place of torch's, where they are installed; nothing needs them.
 
-apex's fused norms read our own weights, so that names, checkpoints and exports stay what they are. TransformerEngine is looked
-for and reported, but its layers are not used: they keep weights under other names, and a state of their own beside them.
+What is taken from them reads our own weights or has none, so that names, checkpoints and exports stay what they are:
+
+    apex                the blocks' norms (fused_rms_norm_affine, fused_layer_norm_affine)
+    TransformerEngine   the blocks' norms (rmsnorm_fwd, layernorm_fwd and their backwards, which its own layers call)
+                        and core attention in bfloat16 (DotProductAttention, which has no parameters)
+
+TransformerEngine's linear layers are not used: they keep weights under other names, with a state of their own beside them.
+Rows with absent or padded positions go through its attention without them, one behind the other (its format "thd"): its
+padding masks count positions and expect the present ones first, and in our sequences gaps stand anywhere.
+
+The arguments are those of TransformerEngine 2.0 to 2.18, and of its main branch of August 2026 (2.20.0.dev0), as their sources
+have them. No GPU has run any of this yet.
 
 The package that the public index calls `apex` is another program. NVIDIA's is known by its compiled extensions, which are
 looked for first, and the package is imported only where they are there.
@@ -13,11 +23,25 @@ import importlib
 import importlib.metadata
 import importlib.util
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from sailplan.model.blocks import CenteredNorm, Norm
+from sailplan.config.schema import ParallelConfig
+from sailplan.errors import ConfigurationError
+from sailplan.model.blocks import CenteredNorm, Norm, ScaledDotProductAttention
+
+USED = {
+    "none": "torch's own kernels",
+    "apex": "norms by apex",
+    "transformer_engine": "norms and, in bfloat16, core attention by TransformerEngine",
+}
+NAMES = {"apex": "apex", "transformer_engine": "TransformerEngine"}
+OLDEST = 2  # major version of TransformerEngine whose functions have these arguments
+ATTENTION_DTYPES = (torch.bfloat16, torch.float16)  # its fused attention knows no others
 
 
 def extensions() -> dict[str, str | None]:
@@ -43,6 +67,50 @@ def _version(package: str) -> str:
         return "of unknown version"
 
 
+def chosen_extension(config: ParallelConfig, device_type: str) -> str:
+    """Which of USED the blocks run on such a device: what `parallel.fused` asks for, or with auto the most that is there.
+
+    Raises ConfigurationError where the one that is asked for cannot be used.
+    """
+    if config.fused == "none" or (config.fused == "auto" and (device_type != "cuda" or config.compile != "none")):
+        return "none"
+    versions = extensions()
+    if config.fused == "auto":
+        return next((name for name in ("transformer_engine", "apex") if _obstacle(name, versions) is None), "none")
+    obstacle = "the device is a CPU, and its kernels need a GPU" if device_type != "cuda" else _obstacle(config.fused, versions)
+    if obstacle is not None:
+        raise ConfigurationError(
+            f"parallel.fused={config.fused}, but {obstacle}: expected NVIDIA's {NAMES[config.fused]}, which its PyTorch image has; "
+            "use that image, or set auto (what is there) or none"
+        )
+    return config.fused
+
+
+def _obstacle(name: str, versions: dict[str, str | None]) -> str | None:
+    version = versions[NAMES[name]]
+    if version is None:
+        return f"{NAMES[name]} is not installed, or cannot be imported"
+    major = version.split(".")[0]
+    if name == "transformer_engine" and not (major.isdigit() and int(major) >= OLDEST):
+        return f"found TransformerEngine {version}, older than {OLDEST}.0"
+    return None
+
+
+def fuse(model: nn.Module, extension: str) -> None:
+    """Lets the blocks run the kernels of `extension` (one of USED, and installed), in place; names and parameters stay."""
+    if extension == "apex":
+        fuse_norms(model)
+    elif extension == "transformer_engine":
+        engine = Engine.load()
+        packing = Packing()
+        for module in model.modules():
+            if isinstance(module, (Norm, CenteredNorm)):
+                module.forward = partial(_engine_norm, engine, module)  # type: ignore[method-assign]
+            elif isinstance(module, ScaledDotProductAttention):
+                # Not a child of the module: it would bring a state of its own into checkpoints.
+                module.forward = partial(_engine_attention, engine.attention_of(module), packing, module)  # type: ignore[method-assign]
+
+
 def fuse_norms(model: nn.Module) -> bool:
     """Lets the blocks' norms run apex's kernels, in place; False, and nothing changed, where apex is not installed."""
     if extensions()["apex"] is None:
@@ -50,15 +118,136 @@ def fuse_norms(model: nn.Module) -> bool:
     apex: Any = importlib.import_module("apex.normalization.fused_layer_norm")
     for module in model.modules():
         if isinstance(module, Norm):
-            module.forward = partial(_rms, apex, module)  # type: ignore[method-assign]
+            module.forward = partial(_apex_rms, apex, module)  # type: ignore[method-assign]
         elif isinstance(module, CenteredNorm):
-            module.forward = partial(_layer, apex, module)  # type: ignore[method-assign]
+            module.forward = partial(_apex_layer, apex, module)  # type: ignore[method-assign]
     return True
 
 
-def _rms(apex: Any, norm: nn.RMSNorm, hidden: Tensor) -> Tensor:
+def _apex_rms(apex: Any, norm: nn.RMSNorm, hidden: Tensor) -> Tensor:
     return apex.fused_rms_norm_affine(hidden, norm.weight, norm.normalized_shape, norm.eps)
 
 
-def _layer(apex: Any, norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
+def _apex_layer(apex: Any, norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
     return apex.fused_layer_norm_affine(hidden, norm.weight, norm.bias, norm.normalized_shape, norm.eps)
+
+
+class Engine(NamedTuple):
+    """The parts of TransformerEngine that are used."""
+
+    attention: Any  # the class DotProductAttention
+    kernels: Any  # its compiled functions
+    dtypes: dict[torch.dtype, Any]  # what they call the types
+
+    @classmethod
+    def load(cls) -> Engine:
+        pytorch: Any = importlib.import_module("transformer_engine.pytorch")  # first: it loads the compiled functions
+        constants: Any = importlib.import_module("transformer_engine.pytorch.constants")
+        return cls(pytorch.DotProductAttention, importlib.import_module("transformer_engine_torch"), constants.TE_DType)
+
+    def attention_of(self, module: ScaledDotProductAttention) -> Any:
+        """Its core attention over the heads that this tensor-parallel rank has."""
+        config = module.config
+        ranks = config.tensor_model_parallel_size
+        return self.attention(
+            config.num_attention_heads // ranks,
+            config.kv_channels,
+            num_gqa_groups=config.num_query_groups // ranks,
+            attention_dropout=module.dropout,
+            qkv_format="sbhd",
+            attn_mask_type="no_mask",
+        )
+
+
+class _EngineNorm(torch.autograd.Function):
+    """RMSNorm, or with a bias LayerNorm, of [n, h] by TransformerEngine's kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, hidden: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+        # The arguments that are None or 0 or False: where to write, a quantizer, multiprocessors to leave free, a gain that counts from 0.
+        kind = engine.dtypes[hidden.dtype]
+        if bias is None:
+            output, _, factor = engine.kernels.rmsnorm_fwd(hidden, weight, epsilon, None, None, kind, 0, False)
+            ctx.save_for_backward(hidden, weight, factor)
+        else:
+            output, mean, factor = engine.kernels.layernorm_fwd(hidden, weight, bias, epsilon, None, None, kind, 0, False)
+            ctx.save_for_backward(hidden, weight, factor, mean)
+        ctx.kernels = engine.kernels
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, factor, *mean = ctx.saved_tensors
+        if not mean:
+            of_hidden, of_weight = ctx.kernels.rmsnorm_bwd(gradient.contiguous(), hidden, factor, weight, 0, False)
+            return None, of_hidden, of_weight, None, None
+        of_hidden, of_weight, of_bias = ctx.kernels.layernorm_bwd(gradient.contiguous(), hidden, mean[0], factor, weight, 0, False)
+        return None, of_hidden, of_weight, of_bias, None
+
+
+def _engine_norm(engine: Engine, norm: Norm | CenteredNorm, hidden: Tensor) -> Tensor:
+    if hidden.dtype not in engine.dtypes or hidden.dtype != norm.weight.dtype:  # float64
+        return type(norm).forward(norm, hidden)  # type: ignore[arg-type]
+    bias = norm.bias if isinstance(norm, CenteredNorm) else None
+    flat = hidden.contiguous().view(-1, hidden.size(-1))
+    return _EngineNorm.apply(engine, flat, norm.weight, bias, norm.eps).view(hidden.shape)  # type: ignore[no-untyped-call]
+
+
+class Packing:
+    """Where the kept positions of a mask are, worked out once for all layers that are given the same mask."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.places = self.ends = torch.empty(0)
+
+    def of(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a mask bool [b, 1, 1 or s, s]: numbers of the kept positions in [s * b], row by row, int64 [t]; and where in them each
+        row begins and the last one ends, int32 [b + 1]. Every row keeps something (`Blocks.forward`). Waits for the GPU.
+
+        In a causal mask the last position sees all that are kept, and itself: kept or not, nothing else sees it.
+        """
+        if self.mask is not mask:
+            keep = mask[:, 0, -1]
+            row, position = keep.nonzero(as_tuple=True)
+            self.places = position * len(keep) + row
+            self.ends = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).int()
+            self.mask = mask
+        return self.places, self.ends
+
+
+def _engine_attention(
+    attention: Any,
+    packing: Packing,
+    module: ScaledDotProductAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    attn_mask_type: AttnMaskType = AttnMaskType.no_mask,
+    **_: Any,
+) -> Tensor:
+    """`ScaledDotProductAttention.forward`, except that positions which are not kept get zeros."""
+    if query.dtype not in ATTENTION_DTYPES:
+        return ScaledDotProductAttention.forward(module, query, key, value, attention_mask, attn_mask_type)
+    # In evaluation its attention keeps nothing for a backward pass, which may follow all the same.
+    attention.train(module.training or (torch.is_grad_enabled() and not module.dropout))
+    causal = attn_mask_type == AttnMaskType.causal
+    if attention_mask is None:
+        return attention(query, key, value, qkv_format="sbhd", attn_mask_type="causal" if causal else "no_mask")
+    positions, rows = query.shape[:2]
+    places, ends = packing.of(attention_mask)
+    query, key, value = (part.flatten(0, 1).index_select(0, places) for part in (query, key, value))
+    context = attention(
+        query,
+        key,
+        value,
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=positions,
+        max_seqlen_kv=positions,
+        attn_mask_type="padding_causal" if causal else "padding",
+    )
+    whole = context.new_zeros(positions * rows, context.size(-1))
+    return whole.index_copy(0, places, context).unflatten(0, (positions, rows))

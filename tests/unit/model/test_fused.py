@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from sailplan.config.schema import TransformerShape
-from sailplan.model.blocks import NORMS, transformer_config
-from sailplan.model.fused import extensions, fuse_norms
+from sailplan.model.blocks import NORMS, Blocks, transformer_config
+from sailplan.model.fused import extensions, fuse, fuse_norms
+from sailplan.model.testing import join_layout
 
 
 def test_the_public_package_called_apex_is_neither_taken_nor_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +51,37 @@ def test_apexs_norms_equal_torchs(kind: str) -> None:
         found.append([output, hidden.grad, *(parameter.grad for parameter in norm.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[None]:
+    """A world of one in this process: CUDA does not survive a fork."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    join_layout(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    extensions()["TransformerEngine"] is None or not torch.cuda.is_available(), reason="TransformerEngine or a GPU is not here: its kernels were not compared"
+)
+@pytest.mark.parametrize("gaps", [True, False])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_transformer_engines_kernels_give_what_ours_do(world: None, dtype: torch.dtype, tolerance: float, kind: str, gaps: bool) -> None:
+    """Outputs of the kept positions and all gradients, compared by the norm: single elements of a bfloat16 gradient are noise."""
+    for causal in (False, True):
+        shape = TransformerShape(2, 256, 4, 2, 512, query_key_norm=True, norm=kind, causal=causal)
+        keep = torch.rand(6, 50, generator=torch.Generator().manual_seed(3)) < (0.6 if gaps else 2)
+        found = []
+        for extension in ("none", "transformer_engine"):
+            torch.manual_seed(1)
+            blocks = Blocks(shape, dtype, 10000.0).cuda()
+            fuse(blocks, extension)
+            hidden = torch.randn(6, 50, 256, generator=torch.Generator().manual_seed(2)).to("cuda", dtype).requires_grad_()
+            output = blocks(hidden, keep.cuda())[keep.cuda()]
+            output.float().square().sum().backward()
+            found.append([output, hidden.grad, *(parameter.grad for parameter in blocks.parameters())])
+        for one, other in zip(*found, strict=True):
+            assert (one - other).float().norm() <= tolerance * one.float().norm()
