@@ -16,6 +16,7 @@ from sailplan.config.schema import ModelConfig
 from sailplan.model.count import count_parameters
 from sailplan.model.testing import join_layout, random_inputs
 from sailplan.model.tower import OmniEncoder
+from sailplan.train.preview import describe
 from sailplan.train.testing import run
 from sailplan_kernels.testing import run_ranks
 
@@ -44,6 +45,14 @@ def test_plan_of_the_full_recipe_tells_parameters_and_memory():
     told = json.loads(found.stdout)
     assert told["parameters"]["total"] > 2e9 and told["memory_bytes"]["total"] > 2e9
     assert told["stages"][0]["learning_rate"]["peak"] == 1e-5
+
+
+def test_the_plan_counts_the_sound_of_views_that_have_it():
+    def activations(*overrides: str) -> int:
+        return describe(compose(["experiment=quickstart", "audio=clap", *overrides]), 1)["memory_bytes"]["activations"]
+
+    silent = activations("data.sets.prompts.views.speech.modalities=[text]", "+data.sets.prompts.views.speech.fields=[title]", "data.audio_chunks=4")
+    assert activations("data.audio_chunks=4") > 3 * activations() > 9 * silent
 
 
 def shallow(name: str) -> ModelConfig:

@@ -188,10 +188,17 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
         _one_of(f"{key}.objectives", objective, list(config.objectives))
     if not stage.objectives:
         raise ConfigurationError(f"{key}.objectives is empty: name at least one of {', '.join(config.objectives)} and its weight")
+    if not stage.trainable:
+        raise ConfigurationError(f"{key}.trainable is empty: expected all, or some of {', '.join(PARTS[1:])}; a stage that trains nothing is none")
     for part in stage.trainable:
         _one_of(f"{key}.trainable", part, PARTS)
         if part == "lora" and not config.model.lora.rank:
             raise ConfigurationError(f"{key}.trainable names lora, but model.lora.rank is 0: set a rank, 8 to 32 are usual")
+    if set(stage.trainable) == {"perceiver"} and config.model.vision.backbone == "qwen3_vl":
+        raise ConfigurationError(
+            f"{key}.trainable names the perceiver alone, which model.vision.backbone=qwen3_vl does not have: nothing would be trained; "
+            "expected a part with parameters, such as vision or tower"
+        )
     for artifact in stage.artifacts:
         _one_of(f"{key}.artifacts", artifact, ARTIFACTS)
     named = {**stage.patterns, **(stage.hard_negatives.patterns if stage.hard_negatives else {})}

@@ -96,8 +96,9 @@ def activation_elements(
     image_size: int,
     frames: int,
     audio_frames: int,
+    audio_chunks: int = 1,
 ) -> float:
-    """Elements that one row keeps for the backward pass (rough; see `estimate_memory`)."""
+    """Elements that one row keeps for the backward pass (rough; see `estimate_memory`). audio_frames: of each of its chunks."""
     vision, audio, positions, elements = config.vision, config.audio, float(tokens), 0.0
     if "vision" in modalities:
         patches = (image_size // vision.patch) ** 2
@@ -116,10 +117,12 @@ def activation_elements(
             positions += vision.latents
     if "audio" in modalities:
         if audio.backbone == "clap":
-            elements += _swin_elements(audio.swin)
+            elements += audio_chunks * _swin_elements(audio.swin)
         else:
-            elements += audio.encoder.layers * (audio_frames / audio.time_stride) * _layer_elements(audio.encoder, tensor)
-            elements += 3 * audio_frames * audio.stem_width
+            kept = audio.encoder.layers / audio.time_stride * _layer_elements(audio.encoder, tensor)
+            # Of the convolutions at full length: one with norm and ReLU, or Whisper's first with its activation and the second.
+            kept += 3 * audio.encoder.hidden if audio.backbone == "whisper" else 3 * audio.stem_width
+            elements += audio_chunks * audio_frames * kept
         positions += 1
     return elements + positions * (config.tower.layers * _layer_elements(config.tower, tensor) + 4 * config.tower.hidden)
 
@@ -137,6 +140,7 @@ def estimate_memory(
     image_size: int = 64,
     frames: int = 1,
     audio_frames: int = 0,
+    audio_chunks: int = 1,
     parameter_dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype = torch.float32,
 ) -> MemoryEstimate:
@@ -164,7 +168,8 @@ def estimate_memory(
     seen = math.ceil(cut / tensor) + sum(map(sum, sizes.values())) - cut
     held = math.ceil(seen / data) if shard else seen
     width, compute = BYTES[parameter_dtype], BYTES[compute_dtype]
-    elements = activation_elements(config, modalities, tensor=tensor, tokens=tokens, image_size=image_size, frames=frames, audio_frames=audio_frames)
+    row = {"tokens": tokens, "image_size": image_size, "frames": frames, "audio_frames": audio_frames, "audio_chunks": audio_chunks}
+    elements = activation_elements(config, modalities, tensor=tensor, **row)
     return MemoryEstimate(
         parameters=width * held,
         gathered=compute * seen,

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
+from sailplan.model.backbones.clap import WindowBlock
 from sailplan.runtime.process import Parallel
 
 # What megatron-core (and blocks.HeadNorm) notes on a parameter; fully_shard makes new parameters without the notes.
@@ -32,13 +33,14 @@ TENSOR_PARALLEL_NOTES = ("tensor_model_parallel", "partition_dim", "partition_st
 
 
 def checkpoint_activations(model: nn.Module) -> nn.Module:
-    """Every transformer layer keeps its input alone and runs again in the backward pass, with the random numbers it had; in place.
+    """Every transformer layer, CLAP's included, keeps its input alone and runs again in the backward pass, with the random numbers
+    it had; in place.
 
     Memory of a micro-batch's graph: one [b, s, h] a layer instead of all that the layer saves; time: one more forward of the
     layers. Parameters' names stay. Call it before `shard`, so that a repeated layer finds its parameters gathered.
     """
     for module in list(model.modules()):
-        if isinstance(module, TransformerLayer):
+        if isinstance(module, (TransformerLayer, WindowBlock)):
             checkpoint(module)
     return model
 

@@ -17,10 +17,11 @@ from rich.table import Table
 
 from sailplan.config.compose import config_hash
 from sailplan.config.schema import Config, StageConfig
+from sailplan.data.audio import SPECTROGRAMS
 from sailplan.data.datasets import check_tokenizer, open_datasets
 from sailplan.data.plan import Plan
 from sailplan.data.reader import RecordReader
-from sailplan.model.count import count_parameters, estimate_memory
+from sailplan.model.count import activation_elements, count_parameters, estimate_memory
 from sailplan.train.schedule import StageSpan, learning_rate_scale, spans
 
 
@@ -31,16 +32,23 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
     data_parallel = world_size // config.parallel.tensor
     rank_rows = max((stage.global_batch or config.global_batch) * _views(config, stage) for stage in config.stages.values()) // data_parallel
     live = rank_rows if config.step.kept_graphs < 0 else config.step.micro_batch * (1 + config.step.kept_graphs)
+    row = {
+        "tokens": config.data.max_tokens,
+        "image_size": config.data.image_size,
+        "frames": config.data.frames,
+        "audio_frames": SPECTROGRAMS[config.data.spectrogram].frames(config.data.audio_chunk_seconds, config.data.audio_rate),
+        "audio_chunks": config.data.audio_chunks,
+    }
+    shown = {tuple(view.modalities) for stage in config.stages.values() for name in stage.data for view in config.data.sets[name].views.values()}
     memory = estimate_memory(
         config.model,
+        modalities=max(shown, key=lambda modalities: activation_elements(config.model, modalities, tensor=config.parallel.tensor, **row)),
         tensor=config.parallel.tensor,
         data=data_parallel // config.parallel.replicas if config.parallel.sharding == "hybrid" else data_parallel,
         shard=config.parallel.sharding != "replicate",
         rows=min(live, rank_rows),
         share_encoders=config.parallel.encoders == "share",
-        tokens=config.data.max_tokens,
-        image_size=config.data.image_size,
-        frames=config.data.frames,
+        **row,
         parameter_dtype=torch.float64 if config.parallel.dtype == "float64" else torch.float32,
         compute_dtype=getattr(torch, config.parallel.dtype),
     )

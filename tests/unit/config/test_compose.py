@@ -70,6 +70,11 @@ def test_quickstart_is_short_enough_to_read() -> None:
         (["experiment=quickstart", "audio=clap", "data.audio_rate=16000"], ["data.audio_rate=16000", "48000", "clap"]),
         (["experiment=quickstart", "audio=clap", "data.audio_chunk_seconds=11"], ["data.audio_chunk_seconds=11", "at most 10.23"]),
         (["experiment=quickstart", "model.audio.backbone=clap"], ["data.spectrogram=own", "expected clap", "48000"]),
+        (["experiment=quickstart", "stages.hard.trainable=[]"], ["stages.hard.trainable is empty", "expected all, or some of text"]),
+        (
+            ["experiment=quickstart", "model.vision.backbone=qwen3_vl", "model.vision.merge=1", "stages.hard.trainable=[perceiver]"],
+            ["stages.hard.trainable", "qwen3_vl does not have", "vision or tower"],
+        ),
         (["experiment=quickstart", "model.prefixes=[512]"], ["model.prefixes", "192"]),
         (["experiment=quickstart", "initialise_parts=[optimizer]"], ["initialise_parts=optimizer", "encoder, objectives, temperatures"]),
         (["experiment=quickstart", "initialise_from=runs/other", "initialise_parts=[]"], ["initialise_parts", "initialise_from=runs/other", "encoder"]),

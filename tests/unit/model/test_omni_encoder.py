@@ -249,6 +249,13 @@ def quickstart_like():
     return ModelConfig(8192, 192, [48, 96, 192], shape(3), vision, AudioConfig(shape(2)))
 
 
+def whisper_like():
+    config = quickstart_like()
+    shape = TransformerShape(2, 128, 4, None, 512, norm="layer", activation="gelu", gated=False, bias=True)
+    config.audio = dataclasses.replace(config.audio, backbone="whisper", time_stride=2, encoder=shape)
+    return config
+
+
 def published_like():
     """With CLAP's audio encoder and Qwen3-VL's image tower."""
     config = quickstart_like()
@@ -258,9 +265,13 @@ def published_like():
     return config
 
 
-@pytest.mark.parametrize("config", [quickstart_like(), published_like()], ids=["own", "published"])
-@pytest.mark.parametrize("modalities", [("text",), ("vision",), ("audio",)])
-def test_activation_estimate_is_near_what_autograd_keeps(modalities, config):
+@pytest.mark.parametrize(
+    ("config", "modalities", "chunks"),
+    [(quickstart_like(), (kind,), 1) for kind in EVERYTHING]
+    + [(published_like(), (kind,), 1) for kind in EVERYTHING]
+    + [(quickstart_like(), ("audio",), 3), (published_like(), ("audio",), 3), (whisper_like(), ("audio",), 1)],
+)
+def test_activation_estimate_is_near_what_autograd_keeps(modalities, config, chunks):
     encoder = OmniEncoder(config)
     parameters = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
     kept = {}
@@ -275,13 +286,13 @@ def test_activation_estimate_is_near_what_autograd_keeps(modalities, config):
     if "vision" in modalities:
         inputs.images = torch.randn(2, 1, 3, 64, 64)
     if "audio" in modalities:
-        frames = 400 if config.audio.backbone == "own" else 200
-        inputs.audio, inputs.audio_mask = torch.randn(2, 1, frames, 64), torch.ones(2, 1, dtype=torch.bool)
+        frames = 200 if config.audio.backbone == "clap" else 400
+        inputs.audio, inputs.audio_mask = torch.randn(2, chunks, frames, 64), torch.ones(2, chunks, dtype=torch.bool)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         out = encoder(inputs)
     assert out.fused.requires_grad
     found = sum(size for size, _ in kept.values()) / 2 / 4
-    estimate = activation_elements(config, modalities, tensor=1, tokens=12, image_size=64, frames=1, audio_frames=400)
+    estimate = activation_elements(config, modalities, tensor=1, tokens=12, image_size=64, frames=1, audio_frames=400, audio_chunks=chunks)
     assert 0.7 < estimate / found < 1.4
 
 
