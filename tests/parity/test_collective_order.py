@@ -52,10 +52,12 @@ def restricted(blocks: Mapping[str, Sequence[str]]) -> Any:
     return change
 
 
-def _step(rank: int, world_size: int, tensor_parallel: int, change: Any, micro_batches: int, expected: Any) -> tuple[list[Call], dict[str, float]]:
+def _step(
+    rank: int, world_size: int, tensor_parallel: int, change: Any, micro_batches: int, expected: Any, vision: str = "own"
+) -> tuple[list[Call], dict[str, float]]:
     parallel = join_layout(tensor_parallel)
     with Recorder() as recorder:
-        step, (loss, *_) = cached_step(parallel, micro_batches, 1, WEIGHTS, change=change)
+        step, (loss, *_) = cached_step(parallel, micro_batches, 1, WEIGHTS, change=change, vision=vision)
     errors = relative_errors(gathered_gradients(step, parallel), expected[1])
     errors["loss"] = abs(float(loss) - expected[0]) / max(abs(expected[0]), 1e-6)
     return recorder.calls, errors
@@ -77,14 +79,16 @@ def check_order(calls: list[list[Call]]) -> None:
 assignments = st.fixed_dictionaries({name: st.lists(st.sampled_from(sorted(KINDS)), min_size=RANKS, max_size=RANKS) for name in ROWS})
 
 
-@pytest.mark.parametrize(("world_size", "tensor_parallel", "examples"), [(2, 1, 4), (4, 2, 2)])
-def test_any_assignment_of_modalities_to_ranks(world_size: int, tensor_parallel: int, examples: int) -> None:
+@pytest.mark.parametrize(("world_size", "tensor_parallel", "examples", "vision"), [(2, 1, 4, "own"), (4, 2, 2, "own"), (4, 2, 2, "siglip2")])
+def test_any_assignment_of_modalities_to_ranks(world_size: int, tensor_parallel: int, examples: int, vision: str) -> None:
+    """siglip2: pictures of any sides, in any distribution over the ranks."""
+
     @seed(7)
     @settings(max_examples=examples, deadline=None, database=None, phases=[Phase.generate])
     @given(assignments)
     def holds(blocks: dict[str, list[str]]) -> None:
         change = restricted(blocks)
-        found = run_ranks(_step, world_size, tensor_parallel, change, 2, reference(change=change), timeout=120)
+        found = run_ranks(_step, world_size, tensor_parallel, change, 2, reference(change=change, vision=vision), vision, timeout=120)
         check_order([calls for calls, _ in found])
         for _, errors in found:
             worst = max(errors, key=lambda name: errors[name])

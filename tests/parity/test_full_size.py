@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from transformers import ClapAudioConfig, ClapAudioModelWithProjection
+from transformers import ClapAudioConfig, ClapAudioModelWithProjection, Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
@@ -35,6 +35,10 @@ def test_counts_are_those_of_the_published_models():
         sizes = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2048, "deepstack_visual_indexes": [5, 11, 17]}
         image = Qwen3VLVisionModel(Qwen3VLVisionConfig(**sizes))
         clap = ClapAudioModelWithProjection(ClapAudioConfig())  # transformers' defaults are laion/clap-htsat-unfused's shape
+        sizes = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304}
+        naflex = Siglip2VisionModel(Siglip2VisionConfig(**sizes))
+    any_size = count_parameters(compose(["model=siglip2_qwen3_0b6", "vision=siglip2_naflex"]).model)
+    assert any_size["vision"] == sum(p.numel() for name, p in naflex.named_parameters() if not name.startswith("head."))
     assert qwen["vision"] == sum(p.numel() for p in image.parameters()) and qwen["perceiver"] == 0
     assert sail["audio"] == sum(p.numel() for p in clap.parameters()) + 512 + 512 * 1536  # and our norm and adapter
 

@@ -56,13 +56,28 @@ def check(config: Config, world_size: int) -> None:
     if config.model.audio.mel_bins != config.data.mel_bins:
         raise ConfigurationError(f"model.audio.mel_bins={config.model.audio.mel_bins}: expected data.mel_bins={config.data.mel_bins}, what the decoder makes")
     _check_sound(config)
-    vision = config.model.vision
-    pixels = vision.patch * (vision.merge if vision.backbone == "qwen3_vl" else 1)
-    if pixels > 0 and config.data.image_size % pixels:
-        raise ConfigurationError(f"data.image_size={config.data.image_size}: expected a multiple of {pixels}, the side of model.vision's tokens in pixels")
+    _check_pictures(config)
     prefixes = config.model.prefixes
     if not prefixes or sorted(set(prefixes)) != list(prefixes) or prefixes[-1] > config.model.embedding:
         raise ConfigurationError(f"model.prefixes={prefixes}: expected rising sizes up to model.embedding={config.model.embedding}")
+
+
+def _check_pictures(config: Config) -> None:
+    data, vision = config.data, config.model.vision
+    pixels = vision.patch * (vision.merge if vision.backbone == "qwen3_vl" else 1)
+    if vision.backbone == "siglip2":
+        if data.image_patches is None or data.image_patches < 1:
+            raise ConfigurationError(
+                f"data.image_patches={data.image_patches}: expected a number of patches with model.vision.backbone=siglip2; 256 is what its files know"
+            )
+        if data.image_patch != vision.patch:
+            raise ConfigurationError(f"data.image_patch={data.image_patch}: expected model.vision.patch={vision.patch}")
+    elif data.image_patches is not None:
+        raise ConfigurationError(
+            f"data.image_patches={data.image_patches}: expected null with model.vision.backbone={vision.backbone}, which sees squares of data.image_size"
+        )
+    elif pixels > 0 and data.image_size % pixels:
+        raise ConfigurationError(f"data.image_size={data.image_size}: expected a multiple of {pixels}, the side of model.vision's tokens in pixels")
 
 
 def _check_sound(config: Config) -> None:

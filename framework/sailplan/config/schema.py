@@ -65,6 +65,10 @@ class DataConfig:
     prefetch: int = 2  # steps decoded ahead by each worker
     max_tokens: int = 48  # prompt + text, longer texts are cut
     image_size: int = 64
+    # Pictures that keep their sides' ratio, for model.vision.backbone=siglip2: at most so many patches of image_patch x image_patch
+    # pixels, in the place of a square of image_size. None: squares.
+    image_patches: int | None = None
+    image_patch: int | None = None  # equals model.vision.patch
     frames: int = 1
     audio_rate: int = 16000  # Hz
     audio_chunk_seconds: float = 10.0
@@ -110,9 +114,10 @@ class VisionConfig:
     encoder: TransformerShape = field(default_factory=TransformerShape)
     perceiver: TransformerShape = field(default_factory=TransformerShape)
     latents: int = 16
-    # own | siglip (SigLIP, and SigLIP2 of a fixed image size) | qwen3_vl (Qwen3-VL's image tower: no perceiver, its tokens are the tower's)
+    # own | siglip (SigLIP, and SigLIP2 of a fixed image size) | siglip2 (SigLIP2 naflex: pictures keep their sides' ratio, needs
+    # data.image_patches) | qwen3_vl (Qwen3-VL's image tower: no perceiver, its tokens are the tower's)
     backbone: str = "own"
-    position_grid: int = 16  # siglip, qwen3_vl: side of the square grid of learned positions
+    position_grid: int = 16  # siglip, siglip2, qwen3_vl: side of the square grid of learned positions
     merge: int = 2  # qwen3_vl: side of the square of patches that become one token
     marks: list[int] = field(default_factory=list)  # qwen3_vl: tokens that stand before and behind each picture; empty: none
     deepstack: list[int] = field(default_factory=list)  # qwen3_vl: layers whose output is also added behind the tower's first layers
@@ -149,7 +154,7 @@ class WeightsConfig:
     """Where parts start from: a folder in Hugging Face's safetensors format, or a model id of its hub. None: drawn from the seed."""
 
     tower: str | None = None  # text embedding and blocks: Qwen2, Qwen2.5, Qwen3 (dense) or Qwen3-VL (dense)
-    vision: str | None = None  # model.vision.backbone=siglip or qwen3_vl: the image tower
+    vision: str | None = None  # model.vision.backbone=siglip, siglip2 or qwen3_vl: the image tower
     audio: str | None = None  # model.audio.backbone=whisper: the encoder; clap: the audio encoder and, where the files have it, its projection
 
 

@@ -28,6 +28,41 @@ def decode(content: bytes, size: int) -> Tensor:
 
     The whole picture is squeezed to a square, antialiased bilinear. Raises ValueError with a reason for broken bytes.
     """
+    return _resized(_pixels(content), size, size)
+
+
+def decode_in_ratio(content: bytes, patch: int, most: int) -> Tensor:
+    """The same, but nearly in the picture's own ratio: uint8 [3, rows * patch, columns * patch] of `patch_grid`."""
+    pixels = _pixels(content)
+    rows, columns = patch_grid(pixels.size(1), pixels.size(2), patch, most)
+    return _resized(pixels, rows * patch, columns * patch)
+
+
+def patch_grid(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
+    """Rows and columns of patches for a picture of so many pixels: SigLIP2 naflex's rule.
+
+    Both sides times the largest scale, up to 100, at which they are, rounded up to whole patches, at most `most` patches; the scale
+    is looked for by bisection, to 1e-5.
+    """
+
+    def at(scale: float) -> tuple[int, int]:
+        return max(1, math.ceil(height * scale / patch)), max(1, math.ceil(width * scale / patch))
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.prod(at(middle)) <= most else (low, middle)
+    return at(low)
+
+
+def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    if pixels.shape[1:] != (height, width):
+        pixels = functional.interpolate(pixels[None], size=(height, width), mode="bilinear", antialias=True, align_corners=False)[0]
+    return pixels.contiguous()
+
+
+def _pixels(content: bytes) -> Tensor:
+    """uint8 [3, height, width]."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             picture.load()
@@ -40,10 +75,7 @@ def decode(content: bytes, size: int) -> Tensor:
             array = np.array(rgb)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image cannot be decoded: {error}") from error
-    pixels = torch.from_numpy(array).permute(2, 0, 1)
-    if pixels.shape[1:] != (size, size):
-        pixels = functional.interpolate(pixels[None], size=(size, size), mode="bilinear", antialias=True, align_corners=False)[0]
-    return pixels.contiguous()
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def draw_augmentation(source: random.Random, strength: float) -> tuple[float, ...]:
@@ -85,6 +117,21 @@ def to_batch(images: Tensor, augmentations: Sequence[tuple[float, ...] | None]) 
         else:
             pixels[part] = plain
     return pixels
+
+
+def to_patches(rows: Sequence[Sequence[Tensor]], augmentations: Sequence[tuple[float, ...] | None], patch: int, most: int) -> tuple[Tensor, Tensor]:
+    """Rows of pictures, each uint8 [3, rows * patch, columns * patch] of its own, and one augmentation per row (or None) ->
+    float32 [b, f, most, patch * patch * 3] in [-1, 1] and the grids int64 [b, f, 2]; zeros where there is no patch or picture."""
+    frames = max((len(row) for row in rows if row), default=1)
+    patches = torch.zeros(len(rows), frames, most, 3 * patch**2)
+    sizes = torch.zeros(len(rows), frames, 2, dtype=torch.int64)
+    for row, (pictures, numbers) in enumerate(zip(rows, augmentations, strict=True)):
+        for frame, picture in enumerate(pictures):
+            (pixels,) = to_batch(picture[None, None], [numbers])[0]
+            cut = pixels.unflatten(2, (-1, patch)).unflatten(1, (-1, patch))  # [3, rows, patch, columns, patch]
+            sizes[row, frame] = torch.tensor([cut.size(1), cut.size(3)])
+            patches[row, frame, : cut.size(1) * cut.size(3)] = cut.permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1)
+    return patches, sizes
 
 
 def _augment(pixels: Tensor, numbers: Tensor) -> Tensor:

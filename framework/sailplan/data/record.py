@@ -56,6 +56,9 @@ class EncoderInputs:
     text_mask: Tensor  # bool [b, t]; True at tokens of the item's own text (no prompt): read-out of the text vector
     images: Tensor | None = None  # float32 [b, f, 3, height, width], values in [-1, 1]
     image_mask: Tensor | None = None  # bool [b, f]
+    # With data.image_patches, int64 [b, f, 2]: patches of each picture down and across; `images` are then its patches, row by row,
+    # float32 [b, f, p, 3 * patch * patch] (a patch's rows, columns, colours), filled up to the same p.
+    image_sizes: Tensor | None = None
     audio: Tensor | None = None  # float32 [b, c, frames, mel_bins] log-mel
     audio_mask: Tensor | None = None  # bool [b, c]
 

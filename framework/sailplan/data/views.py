@@ -34,7 +34,7 @@ class ViewRow:
 
     id: int = -1  # the same document, or for text-only views the same text; -1: not valid
     text: str = ""
-    images: tuple[Tensor, ...] = ()  # f of uint8 [3, size, size]
+    images: tuple[Tensor, ...] = ()  # f of uint8 [3, size, size], or with data.image_patches of [3, height, width], each its own
     augmentation: tuple[float, ...] | None = None
     audio: Tensor | None = None  # float16 [c, frames, mels]
 
@@ -99,7 +99,7 @@ class ViewDecoder:
             text_mask=torch.from_numpy(mask & (places >= len(prompt))),
         )
         if "vision" in view.modalities:
-            result.images, result.image_mask = self._stack_images(rows)
+            result.images, result.image_mask, result.image_sizes = self._stack_images(rows)
         if "audio" in view.modalities:
             result.audio, result.audio_mask = self._stack_audio(rows)
         return result
@@ -109,7 +109,10 @@ class ViewDecoder:
         known = self._decoded.get(content)
         if known is None:
             try:
-                known = image.decode(content, self.config.image_size)
+                if self.config.image_patches is not None and self.config.image_patch is not None:
+                    known = image.decode_in_ratio(content, self.config.image_patch, self.config.image_patches)
+                else:
+                    known = image.decode(content, self.config.image_size)
             except ValueError as error:
                 raise BadSample(item_id, str(error)) from error
             self._decoded.put(content, known, known.nbytes + len(content))
@@ -136,7 +139,11 @@ class ViewDecoder:
         except ValueError as error:
             raise BadSample(item_id, str(error)) from error
 
-    def _stack_images(self, rows: Sequence[ViewRow]) -> tuple[Tensor, Tensor]:
+    def _stack_images(self, rows: Sequence[ViewRow]) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.config.image_patches is not None and self.config.image_patch is not None:
+            pictures, augmentations = [row.images for row in rows], [row.augmentation for row in rows]
+            patches, sizes = image.to_patches(pictures, augmentations, self.config.image_patch, self.config.image_patches)
+            return patches, sizes.prod(-1) > 0, sizes
         size, frames = self.config.image_size, max((len(row.images) for row in rows if row.images), default=1)
         pixels = torch.zeros(len(rows), frames, 3, size, size, dtype=torch.uint8)
         mask = torch.zeros(len(rows), frames, dtype=torch.bool)
@@ -144,7 +151,7 @@ class ViewDecoder:
             for frame, picture in enumerate(row.images):
                 pixels[place, frame] = picture
             mask[place, : len(row.images)] = True
-        return image.to_batch(pixels, [row.augmentation for row in rows]), mask
+        return image.to_batch(pixels, [row.augmentation for row in rows]), mask, None
 
     def _stack_audio(self, rows: Sequence[ViewRow]) -> tuple[Tensor, Tensor]:
         chunks = max((len(row.audio) for row in rows if row.audio is not None), default=1)
@@ -160,7 +167,7 @@ class ViewDecoder:
 
 def shared_decoder(config: DataConfig) -> ViewDecoder:
     """The process's decoder for these decoding options: stages and evaluations share what is decoded already."""
-    options = (config.tokenizer, config.max_tokens, config.image_size, config.frames)
+    options = (config.tokenizer, config.max_tokens, config.image_size, config.image_patches, config.image_patch, config.frames)
     sound = (config.audio_rate, config.audio_chunk_seconds, config.audio_chunks, config.mel_bins, config.spectrogram)
     if (options, sound) not in _DECODERS:
         _DECODERS.clear()  # one at a time: its caches are large

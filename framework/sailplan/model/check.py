@@ -131,7 +131,7 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
         _fail("model.pooling_heads", config.pooling_heads, f"a divisor of model.tower.hidden={config.tower.hidden}", "change one of the two")
     if vision.stem not in ("convolutional", "patch"):
         _fail("model.vision.stem", repr(vision.stem), "convolutional or patch", "choose one")
-    _one_of("model.vision.backbone", vision.backbone, ("own", "siglip", "qwen3_vl"))
+    _one_of("model.vision.backbone", vision.backbone, ("own", "siglip", "siglip2", "qwen3_vl"))
     _positive("model.vision.position_grid", vision.position_grid)
     _positive("model.vision.patch", vision.patch)
     if vision.backbone == "own" and vision.stem == "convolutional":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,11 +98,15 @@ def activation_elements(
     frames: int,
     audio_frames: int,
     audio_chunks: int = 1,
+    image_patches: int | None = None,
 ) -> float:
-    """Elements that one row keeps for the backward pass (rough; see `estimate_memory`). audio_frames: of each of its chunks."""
+    """Elements that one row keeps for the backward pass (rough; see `estimate_memory`).
+
+    audio_frames: of each of its chunks. image_patches: of a picture, where its sides are not those of a square of image_size.
+    """
     vision, audio, positions, elements = config.vision, config.audio, float(tokens), 0.0
     if "vision" in modalities:
-        patches = (image_size // vision.patch) ** 2
+        patches = image_patches or (image_size // vision.patch) ** 2
         halvings = int(math.log2(vision.patch)) if vision.backbone == "own" and vision.stem == "convolutional" else 0
         for step in range(halvings):
             channels = vision.encoder.hidden if step == halvings - 1 else min(vision.stem_width * 2**step, vision.encoder.hidden)
@@ -141,6 +146,7 @@ def estimate_memory(
     frames: int = 1,
     audio_frames: int = 0,
     audio_chunks: int = 1,
+    image_patches: int | None = None,
     parameter_dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype = torch.float32,
 ) -> MemoryEstimate:
@@ -168,8 +174,9 @@ def estimate_memory(
     seen = math.ceil(cut / tensor) + sum(map(sum, sizes.values())) - cut
     held = math.ceil(seen / data) if shard else seen
     width, compute = BYTES[parameter_dtype], BYTES[compute_dtype]
-    row = {"tokens": tokens, "image_size": image_size, "frames": frames, "audio_frames": audio_frames, "audio_chunks": audio_chunks}
-    elements = activation_elements(config, modalities, tensor=tensor, **row)
+    sound = {"audio_frames": audio_frames, "audio_chunks": audio_chunks}
+    pictures: dict[str, Any] = {"image_size": image_size, "frames": frames, "image_patches": image_patches}
+    elements = activation_elements(config, modalities, tensor=tensor, tokens=tokens, **pictures, **sound)
     return MemoryEstimate(
         parameters=width * held,
         gathered=compute * seen,

@@ -14,27 +14,31 @@ from sailplan.config.schema import AudioConfig, ModelConfig, TransformerShape, V
 from sailplan.data.record import EncoderInputs
 from sailplan.runtime.process import Parallel
 
+PATCHES = 6  # of a picture that keeps its sides' ratio
 
-def small_config(dropout: float = 0.0, *, query_key_norm: bool = True) -> ModelConfig:
-    """Hidden 16, one or two layers a stack; can be built at tensor-parallel sizes 1 and 2."""
+
+def small_config(dropout: float = 0.0, *, query_key_norm: bool = True, vision: str = "own") -> ModelConfig:
+    """Hidden 16, one or two layers a stack; can be built at tensor-parallel sizes 1 and 2. vision: own or siglip2."""
 
     def shape(layers: int, key_value_heads: int | None = None) -> TransformerShape:
         return TransformerShape(layers, 16, 4, key_value_heads, 24, dropout, query_key_norm)
 
+    naflex: dict[str, Any] = {"backbone": "siglip2", "position_grid": 3} if vision == "siglip2" else {}
     return ModelConfig(
         vocabulary=40,
         embedding=16,
         prefixes=[4, 8, 16],
         tower=shape(2, 2),
-        vision=VisionConfig(patch=4, stem_width=4, encoder=shape(1), perceiver=shape(1), latents=3),
+        vision=VisionConfig(patch=4, stem_width=4, encoder=shape(1), perceiver=shape(1), latents=3, **naflex),
         audio=AudioConfig(encoder=shape(1), stem_width=8, time_stride=2, mel_bins=6, output=12),
     )
 
 
 def random_inputs(
-    modalities: tuple[str, ...], rows: int, seed: int, *, dtype: torch.dtype = torch.float64, absent: bool = True, tokens: int = 5, frames: int = 2
+    modalities: tuple[str, ...], rows: int, seed: int, *, dtype: torch.dtype = torch.float64, absent: bool = True, tokens: int = 5, frames: int = 2,
+    vision: str = "own",
 ) -> EncoderInputs:
-    """Inputs for `small_config`; with `absent`, rows have padded tokens and some lack frames or chunks."""
+    """Inputs for `small_config`; with `absent`, rows have padded tokens and some lack frames or chunks. vision: as there."""
     generator = torch.Generator().manual_seed(seed)
 
     def mask(*shape: int) -> torch.Tensor:
@@ -43,7 +47,7 @@ def random_inputs(
     token_mask = mask(rows, tokens)
     if absent:
         token_mask = token_mask.sort(1, descending=True).values  # padding stands at the end
-    return EncoderInputs(
+    inputs = EncoderInputs(
         modalities=modalities,
         token_ids=torch.randint(0, 40, (rows, tokens), generator=generator),
         token_mask=token_mask,
@@ -53,6 +57,11 @@ def random_inputs(
         audio=torch.randn(rows, 2, 9, 6, generator=generator).to(dtype) if "audio" in modalities else None,
         audio_mask=mask(rows, 2) if "audio" in modalities else None,
     )
+    if vision == "siglip2" and "vision" in modalities:
+        grids = torch.tensor([[down, across] for down in range(1, PATCHES + 1) for across in range(1, PATCHES // down + 1)])
+        inputs.image_sizes = grids[torch.randint(0, len(grids), (rows, frames), generator=generator)]
+        inputs.images = torch.randn(rows, frames, PATCHES, 3 * 4**2, generator=generator).to(dtype)
+    return inputs
 
 
 def join_layout(tensor_parallel: int) -> Parallel:

@@ -29,6 +29,7 @@ from sailplan.config.schema import ModelConfig, VisionConfig
 from sailplan.data.record import EncoderInputs
 from sailplan.model.audio import AudioAdapter, AudioEncoder
 from sailplan.model.backbones.clap import ClapAudioEncoder
+from sailplan.model.backbones.naflex import NaflexVisionEncoder, present_patches
 from sailplan.model.backbones.qwen_vl import QwenVisionEncoder
 from sailplan.model.backbones.siglip import SiglipVisionEncoder
 from sailplan.model.backbones.whisper import WhisperAudioEncoder
@@ -40,7 +41,11 @@ from sailplan.model.protocol import Embeddings
 from sailplan.model.sharing import encode_own_rows, mark_shared
 from sailplan.model.vision import Perceiver, VisionEncoder
 
-VISION: dict[str, Callable[[VisionConfig, torch.dtype], nn.Module]] = {"own": VisionEncoder, "siglip": SiglipVisionEncoder}
+VISION: dict[str, Callable[[VisionConfig, torch.dtype], nn.Module]] = {
+    "own": VisionEncoder,
+    "siglip": SiglipVisionEncoder,
+    "siglip2": NaflexVisionEncoder,
+}
 SOUND: dict[str, type[WhisperAudioEncoder | ClapAudioEncoder]] = {"whisper": WhisperAudioEncoder, "clap": ClapAudioEncoder}
 PARTS = ("text", "vision", "perceiver", "audio", "tower")
 ENCODERS = ("vision", "perceiver", "audio")  # the parts whose rows tensor-parallel peers can share
@@ -172,7 +177,10 @@ class OmniEncoder(nn.Module):
         if "vision" in inputs.modalities:
             if inputs.images is None or inputs.image_mask is None:
                 raise ValueError("the view declares vision, but the inputs hold no images")
-            tokens, *features = self._shared(self._see, inputs.images, inputs.image_mask)
+            sizes = [inputs.image_sizes] if inputs.image_sizes is not None else []
+            if isinstance(self.vision, NaflexVisionEncoder) != bool(sizes):
+                raise ValueError("pictures that keep their sides' ratio (data.image_patches) and model.vision.backbone=siglip2 go together")
+            tokens, *features = self._shared(self._see, inputs.images, inputs.image_mask, *sizes)
             present = inputs.image_mask.any(1, keepdim=True).expand(-1, tokens.size(1))
             if isinstance(self.vision, QwenVisionEncoder):
                 grid = self.vision.grid(inputs.images)
@@ -214,12 +222,16 @@ class OmniEncoder(nn.Module):
         return Embeddings(fused=fused, vision=vision, text=text)
 
 
-    def _see(self, images: Tensor, image_mask: Tensor) -> Sequence[Tensor]:
-        """images [b, f, 3, height, width], image_mask bool [b, f]: latents [b, l, h]; of Qwen3-VL's image tower its tokens
-        [b, f * p, h] and, in the same shape, what is added to them behind the tower's first layers."""
+    def _see(self, images: Tensor, image_mask: Tensor, image_sizes: Tensor | None = None) -> Sequence[Tensor]:
+        """images [b, f, 3, height, width], or with image_sizes [b, f, 2] their patches, and image_mask bool [b, f]: latents
+        [b, l, h]; of Qwen3-VL's image tower its tokens [b, f * p, h] and, in the same shape, what is added to them behind the
+        tower's first layers."""
         if isinstance(self.vision, QwenVisionEncoder):
             images = images.masked_fill(~image_mask[:, :, None, None, None], 0)
             return [part.unflatten(0, image_mask.shape).flatten(1, 2) for part in self.vision(images.flatten(0, 1))]
+        if image_sizes is not None:
+            patches = self.vision(images.flatten(0, 1), image_sizes.flatten(0, 1))
+            return [self.perceiver(patches.unflatten(0, image_mask.shape), image_mask, present_patches(image_sizes, images.size(2)))]
         patches = self.vision(images.flatten(0, 1))
         return [self.perceiver(patches.unflatten(0, image_mask.shape), image_mask)]
 
@@ -267,7 +279,7 @@ def _one_absent_row(inputs: EncoderInputs) -> EncoderInputs:
         "token_mask": inputs.token_mask.new_zeros(1, tokens),
         "text_mask": inputs.text_mask.new_zeros(1, tokens),
     }
-    for name in ("images", "image_mask", "audio", "audio_mask"):
+    for name in ("images", "image_mask", "image_sizes", "audio", "audio_mask"):
         value = getattr(inputs, name)
         if value is not None:
             changes[name] = value.new_zeros(1, *value.shape[1:])

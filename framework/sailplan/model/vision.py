@@ -103,14 +103,20 @@ class Perceiver(nn.Module):
         self.to(dtype)
         self.blocks = Blocks(config.perceiver, dtype)
 
-    def forward(self, tokens: Tensor, frame_mask: Tensor) -> Tensor:
-        """tokens [b, f, p, h], frame_mask bool [b, f]. Returns [b, latents, tower hidden]; absent frames have no influence."""
+    def forward(self, tokens: Tensor, frame_mask: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """tokens [b, f, p, h], frame_mask bool [b, f], patch_mask bool [b, f, p] where frames have patches that are filled up.
+
+        Returns [b, latents, tower hidden]; absent frames and patches have no influence.
+        """
         rows, frames, patches, _ = tokens.shape
         visual = self.input(tokens) + (frame_positions(frames, self.latents.size(1), self.latents) * self.frame_gain)[:, None]
         # A frame that is absent may hold anything; a masked key still multiplies its value by zero, and 0 * inf is NaN.
-        visual = visual.masked_fill(~frame_mask[:, :, None, None], 0).flatten(1, 2)
+        present = frame_mask[:, :, None].expand(-1, -1, patches)
+        if patch_mask is not None:
+            present = present & patch_mask
+        visual = visual.masked_fill(~present[..., None], 0).flatten(1, 2)
         latents = self.latents.expand(rows, -1, -1)
-        present = frame_mask.repeat_interleave(patches, dim=1)
+        present = present.flatten(1)
         keep = torch.cat([present.new_ones(rows, latents.size(1)), present], 1)
         hidden = self.blocks(torch.cat([latents, visual], 1), keep)
         return self.output(hidden[:, : latents.size(1)])

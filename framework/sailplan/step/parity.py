@@ -74,9 +74,10 @@ def build_step(
     share_encoders: bool = True,
     sequence_parallel: bool = False,
     compute_dtype: torch.dtype | None = None,
+    vision: str = "own",
 ) -> TrainingStep:
     """The step of step.testing at a layout; sharding: shard, hybrid (two copies) or replicate; checkpointing: of activations."""
-    config = step_config(kept_graphs=kept_graphs, dropout=dropout)
+    config = step_config(kept_graphs=kept_graphs, dropout=dropout, vision=vision)
     encoder, objectives, temperatures = build_modules(config, dtype, share_encoders=share_encoders, sequence_parallel=sequence_parallel)
     if checkpointing:
         checkpoint_activations(encoder)
@@ -142,18 +143,18 @@ def gathered_gradients(step: TrainingStep, parallel: Parallel) -> dict[str, Tens
 
 
 def _reference(
-    rank: int, world_size: int, weights: dict[str, float], datasets: Sequence[str], change: Change | None
+    rank: int, world_size: int, weights: dict[str, float], datasets: Sequence[str], change: Change | None, vision: str
 ) -> tuple[float, dict[str, Tensor]]:
     join_layout(1)
-    loss, gradients = full_batch_gradients(weights, datasets=datasets, change=change)
+    loss, gradients = full_batch_gradients(weights, datasets=datasets, change=change, vision=vision)
     return loss, {name: gradient.numpy() for name, gradient in gradients.items()}  # type: ignore[misc]
 
 
 def reference(
-    weights: dict[str, float] = WEIGHTS, datasets: Sequence[str] = tuple(ROWS), change: Change | None = None
+    weights: dict[str, float] = WEIGHTS, datasets: Sequence[str] = tuple(ROWS), change: Change | None = None, vision: str = "own"
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the full batch, computed in a process of its own."""
-    loss, gradients = run_ranks(_reference, 1, weights, datasets, change)[0]
+    loss, gradients = run_ranks(_reference, 1, weights, datasets, change, vision)[0]
     return loss, {name: torch.from_numpy(gradient) for name, gradient in gradients.items()}
 
 
@@ -191,7 +192,7 @@ def compare(
     options: those of `cached_step` besides.
     """
     if expected is None:
-        expected = reference(weights, options.get("datasets", tuple(ROWS)), options.get("change"))
+        expected = reference(weights, options.get("datasets", tuple(ROWS)), options.get("change"), options.get("vision", "own"))
     return run_ranks(_layout, world_size, tensor_parallel, cases, expected, weights, options, timeout=240)[0]
 
 

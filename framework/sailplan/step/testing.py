@@ -32,8 +32,8 @@ HISTORY, HARD_NEGATIVES = 3, 2
 TEACHERS = {"svd": 3, "nmf": 5}
 
 
-def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: str = "chunked") -> Config:
-    """A configuration with three data sets and all objectives over model.testing's small encoder."""
+def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: str = "chunked", vision: str = "own") -> Config:
+    """A configuration with three data sets and all objectives over model.testing's small encoder; vision: as there."""
     items = DatasetConfig(
         kind="items",
         views={
@@ -67,7 +67,7 @@ def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: str = "c
     return Config(
         seed=3,
         data=DataConfig(sets={"items": items, "pairs": pairs, "sequences": sequences}),
-        model=small_config(dropout),
+        model=small_config(dropout, vision=vision),
         step=StepConfig(kept_graphs=kept_graphs, backend=backend),
         objectives={
             "infonce": {"_target_": "sailplan.objective.infonce.InfoNCE", "margin_absolute": 0.4},
@@ -100,9 +100,9 @@ def build_modules(
     return encoder, objectives.to(dtype), temperatures.to(dtype)
 
 
-def _view(modalities: Sequence[str], rows: int, group: int, seed: int) -> ViewBatch:
+def _view(modalities: Sequence[str], rows: int, group: int, seed: int, vision: str) -> ViewBatch:
     generator = torch.Generator().manual_seed(seed)
-    inputs = random_inputs(tuple(modalities), rows * group, seed)
+    inputs = random_inputs(tuple(modalities), rows * group, seed, vision=vision)
     present = torch.zeros(rows * group, dtype=torch.bool)
     for modality, mask in (("text", inputs.text_mask), ("vision", inputs.image_mask), ("audio", inputs.audio_mask)):
         if modality in modalities and mask is not None:
@@ -114,15 +114,15 @@ def _view(modalities: Sequence[str], rows: int, group: int, seed: int) -> ViewBa
 
 def global_batches(config: Config, step: int) -> list[StepBatch]:
     """The whole batch of a step: one StepBatch for each data set, each view in one micro-batch."""
-    batches = []
+    batches, vision = [], config.model.vision.backbone
     for number, (name, dataset) in enumerate(config.data.sets.items()):
         rows, seed = ROWS[name], 1000 * step + 100 * number
         views = {
-            view: _view(declared.modalities, rows, HISTORY if declared.of == "history" else 1, seed + place)
+            view: _view(declared.modalities, rows, HISTORY if declared.of == "history" else 1, seed + place, vision)
             for place, (view, declared) in enumerate(dataset.views.items())
         }
         if name == "items":
-            views["negatives/image_to_name"] = _view(["text"], rows, HARD_NEGATIVES, seed + 50)
+            views["negatives/image_to_name"] = _view(["text"], rows, HARD_NEGATIVES, seed + 50, vision)
         generator = torch.Generator().manual_seed(seed + 60)
         unknown = torch.rand(rows, 1, generator=generator) < 0.2
         teachers = {
@@ -179,13 +179,17 @@ def share(
 
 
 def full_batch_gradients(
-    weights: dict[str, float], step: int = 1, datasets: Sequence[str] = tuple(ROWS), change: Callable[[StepBatch], StepBatch] | None = None
+    weights: dict[str, float],
+    step: int = 1,
+    datasets: Sequence[str] = tuple(ROWS),
+    change: Callable[[StepBatch], StepBatch] | None = None,
+    vision: str = "own",
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the whole batch in one process by plain autograd: no cache, no exchange, reference backend.
 
-    change: done to each data set's whole batch first.
+    change: done to each data set's whole batch first. vision: of `step_config`.
     """
-    config = step_config(backend="reference")
+    config = step_config(backend="reference", vision=vision)
     encoder, objectives, temperatures = build_modules(config)
     context = ObjectiveContext(config.data.sets, Local(), temperatures, tuple(config.model.prefixes), "reference", dict(THRESHOLDS))
     batches = [change(batch) if change else batch for batch in global_batches(config, step) if batch.dataset in datasets]

@@ -32,9 +32,10 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
     data_parallel = world_size // config.parallel.tensor
     rank_rows = max((stage.global_batch or config.global_batch) * _views(config, stage) for stage in config.stages.values()) // data_parallel
     live = rank_rows if config.step.kept_graphs < 0 else config.step.micro_batch * (1 + config.step.kept_graphs)
-    row = {
+    row: dict[str, Any] = {
         "tokens": config.data.max_tokens,
         "image_size": config.data.image_size,
+        "image_patches": config.data.image_patches,
         "frames": config.data.frames,
         "audio_frames": SPECTROGRAMS[config.data.spectrogram].frames(config.data.audio_chunk_seconds, config.data.audio_rate),
         "audio_chunks": config.data.audio_chunks,

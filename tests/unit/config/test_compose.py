@@ -11,7 +11,7 @@ from sailplan.config.compose import as_dict, compose, config_hash, from_dict, id
 from sailplan.errors import ConfigurationError
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
-SINGLE_GROUPS = ("model", "audio", "optimizer", "parallel", "checkpoint", "tracking")
+SINGLE_GROUPS = ("model", "audio", "vision", "optimizer", "parallel", "checkpoint", "tracking")
 
 
 def options(group: str) -> list[str]:
@@ -35,6 +35,13 @@ def test_every_sound_encoder_brings_its_front_end(name: str) -> None:
     config = compose(["experiment=quickstart", f"audio={name}"])
     check(config, world_size=2)
     assert config.data.spectrogram == config.model.audio.backbone != "own"
+
+
+@pytest.mark.parametrize("name", options("vision"))
+def test_every_image_tower_brings_its_front_end(name: str) -> None:
+    config = compose(["experiment=quickstart", f"vision={name}"])
+    check(config, world_size=2)
+    assert config.data.image_patch == config.model.vision.patch and config.data.image_patches
 
 
 @pytest.mark.parametrize("name", options("data"))
@@ -75,6 +82,9 @@ def test_quickstart_is_short_enough_to_read() -> None:
             ["experiment=quickstart", "model.vision.backbone=qwen3_vl", "model.vision.merge=1", "stages.hard.trainable=[perceiver]"],
             ["stages.hard.trainable", "qwen3_vl does not have", "vision or tower"],
         ),
+        (["experiment=quickstart", "vision=siglip2_naflex", "data.image_patches=null"], ["data.image_patches=None", "siglip2", "256"]),
+        (["experiment=quickstart", "vision=siglip2_naflex", "data.image_patch=14"], ["data.image_patch=14", "model.vision.patch=16"]),
+        (["experiment=quickstart", "data.image_patches=64"], ["data.image_patches=64", "expected null", "backbone=own", "data.image_size"]),
         (["experiment=quickstart", "model.prefixes=[512]"], ["model.prefixes", "192"]),
         (["experiment=quickstart", "initialise_parts=[optimizer]"], ["initialise_parts=optimizer", "encoder, objectives, temperatures"]),
         (["experiment=quickstart", "initialise_from=runs/other", "initialise_parts=[]"], ["initialise_parts", "initialise_from=runs/other", "encoder"]),

@@ -256,6 +256,13 @@ def whisper_like():
     return config
 
 
+def naflex_like():
+    config = quickstart_like()
+    image = TransformerShape(2, 192, 4, None, 512, norm="layer", activation="gelu_tanh", gated=False, bias=True)
+    config.vision = dataclasses.replace(config.vision, backbone="siglip2", position_grid=8, encoder=image)
+    return config
+
+
 def published_like():
     """With CLAP's audio encoder and Qwen3-VL's image tower."""
     config = quickstart_like()
@@ -269,7 +276,7 @@ def published_like():
     ("config", "modalities", "chunks"),
     [(quickstart_like(), (kind,), 1) for kind in EVERYTHING]
     + [(published_like(), (kind,), 1) for kind in EVERYTHING]
-    + [(quickstart_like(), ("audio",), 3), (published_like(), ("audio",), 3), (whisper_like(), ("audio",), 1)],
+    + [(quickstart_like(), ("audio",), 3), (published_like(), ("audio",), 3), (whisper_like(), ("audio",), 1), (naflex_like(), ("vision",), 1)],
 )
 def test_activation_estimate_is_near_what_autograd_keeps(modalities, config, chunks):
     encoder = OmniEncoder(config)
@@ -285,6 +292,8 @@ def test_activation_estimate_is_near_what_autograd_keeps(modalities, config, chu
     inputs = random_inputs(modalities, 2, 0, dtype=torch.float32, absent=False, tokens=12, frames=1)
     if "vision" in modalities:
         inputs.images = torch.randn(2, 1, 3, 64, 64)
+        if config.vision.backbone == "siglip2":
+            inputs.images, inputs.image_sizes = torch.randn(2, 1, 60, 192), torch.tensor([[[6, 10]], [[20, 3]]])
     if "audio" in modalities:
         frames = 200 if config.audio.backbone == "clap" else 400
         inputs.audio, inputs.audio_mask = torch.randn(2, chunks, frames, 64), torch.ones(2, chunks, dtype=torch.bool)
@@ -292,7 +301,9 @@ def test_activation_estimate_is_near_what_autograd_keeps(modalities, config, chu
         out = encoder(inputs)
     assert out.fused.requires_grad
     found = sum(size for size, _ in kept.values()) / 2 / 4
-    estimate = activation_elements(config, modalities, tensor=1, tokens=12, image_size=64, frames=1, audio_frames=400, audio_chunks=chunks)
+    patches = 60 if config.vision.backbone == "siglip2" else None
+    shown = {"tokens": 12, "image_size": 64, "image_patches": patches, "frames": 1, "audio_frames": 400, "audio_chunks": chunks}
+    estimate = activation_elements(config, modalities, tensor=1, **shown)
     assert 0.7 < estimate / found < 1.4
 
 

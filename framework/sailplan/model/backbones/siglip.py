@@ -66,7 +66,10 @@ def weight_map(config: ModelConfig) -> WeightMap:
 
 def unsupported(found: dict[str, Any]) -> str | None:
     if str(found.get("model_type")).startswith("siglip2"):
-        return "config.json has model_type siglip2: images of any size (naflex) are not built; choose a fixed size, such as google/siglip2-so400m-patch14-224"
+        return (
+            "config.json has model_type siglip2, images of any size (naflex): expected siglip with model.vision.backbone=siglip; set "
+            "vision=siglip2_naflex, or choose a fixed size, such as google/siglip2-so400m-patch14-224"
+        )
     return None
 
 
