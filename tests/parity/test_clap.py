@@ -131,7 +131,7 @@ TABLE = "audio_model.audio_encoder.layers.0.blocks.0.attention.self.relative_pos
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t, c: c.update(enable_fusion=True), ["model.weights.audio", "enable_fusion", "fusion of four spectrograms is not built"]),
+        (lambda t, c: c.update(enable_fusion=True), ["model.weights.audio", "enable_fusion", "expected weights without fusion", "set audio=clap_fusion"]),
         (lambda t, c: c.update(depths=[2, 2, 4]), ["model.audio.swin.layers is [2, 2, 2]", "depths [2, 2, 4]"]),
         (lambda t, c: c.update(patch_stride=[2, 2]), ["patch_stride [2, 2]", "overlap"]),
         (lambda t, c: t.pop("audio_projection.linear2.bias"), ["no tensor audio_projection.linear2.bias", "1 missing"]),

@@ -37,6 +37,9 @@ def test_counts_are_those_of_the_published_models():
         clap = ClapAudioModelWithProjection(ClapAudioConfig())  # transformers' defaults are laion/clap-htsat-unfused's shape
         sizes = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304}
         naflex = Siglip2VisionModel(Siglip2VisionConfig(**sizes))
+        fused = ClapAudioModelWithProjection(ClapAudioConfig(enable_fusion=True))
+    with_fusion = count_parameters(compose(["model=sail_1b5", "audio=clap_fusion"]).model)
+    assert with_fusion["audio"] - sail["audio"] == sum(p.numel() for p in fused.parameters()) - sum(p.numel() for p in clap.parameters()) > 0
     any_size = count_parameters(compose(["model=siglip2_qwen3_0b6", "vision=siglip2_naflex"]).model)
     assert any_size["vision"] == sum(p.numel() for name, p in naflex.named_parameters() if not name.startswith("head."))
     assert qwen["vision"] == sum(p.numel() for p in image.parameters()) and qwen["perceiver"] == 0

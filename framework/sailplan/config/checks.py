@@ -11,7 +11,7 @@ from sailplan_kernels.exchange import ALL_EXCHANGES
 KINDS = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}  # and the parts that their records have
 PARTS = ("all", "text", "vision", "perceiver", "audio", "tower", "lora", "objectives", "temperatures")
 INITIALISED = ("encoder", "objectives", "temperatures")  # what `initialise_from` can take
-RATES = {"whisper": 16000, "clap": 48000}  # Hz, of the front ends that published sound encoders were made for
+RATES = {"whisper": 16000, "clap": 48000, "clap_fusion": 48000}  # Hz, of the front ends that published sound encoders were made for
 ARTIFACTS = ("interests", "teachers", "co_occurrence")
 
 
@@ -91,10 +91,12 @@ def _check_sound(config: Config) -> None:
             f"data.spectrogram={data.spectrogram}: expected {audio.backbone}, what model.audio.backbone={audio.backbone} was made for; "
             f"data.audio_rate is then {RATES[audio.backbone]}"
         )
-    if audio.backbone == "clap" and data.audio_chunk_seconds * 100 + 1 > audio.swin.image**2 // audio.mel_bins:
+    if data.spectrogram == "clap_fusion" and data.audio_chunks != 1:
+        raise ConfigurationError(f"data.audio_chunks={data.audio_chunks}: expected 1 with data.spectrogram=clap_fusion, which shows a recording as a whole")
+    if audio.backbone in ("clap", "clap_fusion") and data.audio_chunk_seconds * 100 + 1 > audio.swin.image**2 // audio.mel_bins:
         longest = (audio.swin.image**2 // audio.mel_bins - 1) / 100
         raise ConfigurationError(
-            f"data.audio_chunk_seconds={data.audio_chunk_seconds}: expected at most {longest:g} with model.audio.backbone=clap, "
+            f"data.audio_chunk_seconds={data.audio_chunk_seconds}: expected at most {longest:g} with model.audio.backbone={audio.backbone}, "
             "whose files know chunks of 10 s"
         )
 

@@ -75,7 +75,7 @@ class DataConfig:
     audio_chunks: int = 1
     mel_bins: int = 64
     # own | whisper: Whisper's front end (16000 Hz; 80 or 128 mel_bins; its files know chunks of 30 s)
-    # | clap: CLAP's (48000 Hz; 64 mel_bins; chunks of 10 s)
+    # | clap: CLAP's (48000 Hz; 64 mel_bins; chunks of 10 s) | clap_fusion: CLAP's with fusion, a whole recording as four spectrograms of 10 s
     spectrogram: str = "own"
     bad_sample_limit: float = 0.01  # fraction of samples that may be replaced before the run stops with exit code 65
     cache: str | None = None  # folder for shards that are fetched from a URL
@@ -145,8 +145,10 @@ class AudioConfig:
     time_stride: int = 8  # log-mel frames per encoder position
     mel_bins: int = 64  # equals data.mel_bins
     output: int = 512
-    backbone: str = "own"  # own | whisper (its encoder) | clap (its audio encoder, of the shape `swin`); each needs its own data.spectrogram
-    swin: SwinShape = field(default_factory=SwinShape)  # clap, instead of `encoder`
+    # own | whisper (its encoder) | clap (its audio encoder, of the shape `swin`) | clap_fusion (the same, with feature fusion of long
+    # recordings); each needs its own data.spectrogram
+    backbone: str = "own"
+    swin: SwinShape = field(default_factory=SwinShape)  # clap and clap_fusion, instead of `encoder`
 
 
 @dataclass

@@ -4,7 +4,7 @@ Audio is cut into non-overlapping chunks (10 s, recipe section 1); a short one i
 and padded with silence. Our own spectrogram is 25 ms windows every 10 ms, triangular filters on the HTK mel scale
 (2595 log10(1 + f/700)), log10 power, shifted and scaled by fixed constants to roughly zero mean and unit variance.
 Whisper's and CLAP's, which their published weights need, differ in window, mel scale and scaling, and in what becomes of a
-short sound; `SPECTROGRAMS` names all three.
+short sound or, with CLAP's fusion, of a long one; `SPECTROGRAMS` names them all.
 Augmentation works on the spectrogram: a turn in time, a gain, and masked bands and times (SpecAugment).
 """
 
@@ -31,6 +31,7 @@ WHISPER_RATE, WHISPER_WINDOW, WHISPER_HOP, WHISPER_SCALE = 16000, 400, 160, 4.0
 CLAP_RATE, CLAP_WINDOW, CLAP_HOP, CLAP_TOP = 48000, 1024, 480, 14000
 # Decibels: the mean of the quick start's recordings of speech, up to their 4 kHz; log10 of the power, divided by the scale.
 CLAP_MIDDLE, CLAP_SCALE = -40.0, 0.1
+FUSED = 4  # spectrograms of a recording that CLAP's fusion takes
 
 
 def decode(content: bytes, rate: int) -> NDArray[np.float32]:
@@ -68,15 +69,20 @@ def chunks(samples: NDArray[np.float32], length: int, count: int, source: random
     return np.pad(used, (0, number * length - len(used))).reshape(number, length)
 
 
-@lru_cache(maxsize=8)
 def mel_filters(bins: int, spectrum: int, rate: int) -> Tensor:
     """Triangular filters float32 [spectrum, bins], centres equally spaced on the HTK mel scale from 0 to rate / 2 Hz."""
-    top = 2595.0 * math.log10(1.0 + rate / 2 / 700.0)
-    edges = 700.0 * (10.0 ** (torch.linspace(0.0, top, bins + 2, dtype=torch.float64) / 2595.0) - 1.0)
+    return htk_filters(bins, spectrum, rate, rate / 2).float()
+
+
+@lru_cache(maxsize=8)
+def htk_filters(bins: int, spectrum: int, rate: int, top: float) -> Tensor:
+    """The same up to `top` Hz, float64."""
+    last = 2595.0 * math.log10(1.0 + top / 700.0)
+    edges = 700.0 * (10.0 ** (torch.linspace(0.0, last, bins + 2, dtype=torch.float64) / 2595.0) - 1.0)
     frequencies = torch.linspace(0.0, rate / 2, spectrum, dtype=torch.float64)[:, None]
     rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
-    return torch.minimum(rising, falling).clamp(min=0.0).float()
+    return torch.minimum(rising, falling).clamp(min=0.0)
 
 
 def log_mel(waves: NDArray[np.float32], rate: int, bins: int) -> Tensor:
@@ -130,11 +136,35 @@ def clap_log_mel(waves: NDArray[np.float32], bins: int, rate: int = CLAP_RATE) -
     10 log10 of the power, at least 1e-10, of filters from 0 to 14000 Hz: the published front end's truncation "rand_trunc"
     (Wu et al., arXiv 2211.06687). In float64 on the way, as there: of a loud tone, what rounding leaves beside it is above 1e-10 in float32.
     """
+    return _clap_decibels(waves, slaney_filters(bins, CLAP_WINDOW // 2 + 1, rate, CLAP_TOP))
+
+
+def clap_fusion_log_mel(waves: NDArray[np.float32], bins: int, rate: int = CLAP_RATE) -> Tensor:
+    """The same with the filters of the published front end's truncation "fusion", which are HTK's and not of equal area."""
+    return _clap_decibels(waves, htk_filters(bins, CLAP_WINDOW // 2 + 1, rate, CLAP_TOP))
+
+
+def _clap_decibels(waves: NDArray[np.float32], filters: Tensor) -> Tensor:
     window = torch.hann_window(CLAP_WINDOW, dtype=torch.float64)
     spectrum = torch.stft(torch.from_numpy(waves).double(), CLAP_WINDOW, CLAP_HOP, window=window, return_complex=True)
     power = torch.view_as_real(spectrum).square().sum(-1)
-    mel = power.transpose(1, 2) @ slaney_filters(bins, CLAP_WINDOW // 2 + 1, rate, CLAP_TOP)
+    mel = power.transpose(1, 2) @ filters
     return mel.clamp_(min=1e-10).log10_().div_(CLAP_SCALE).float()
+
+
+def fused(mel: Tensor, frames: int, source: random.Random | None = None) -> Tensor:
+    """A recording's spectrogram [all frames, bins] as the four that CLAP's fusion takes, [4, frames, bins]; one of the usual length as it
+    is, [1, frames, bins].
+
+    The whole one shrunk in time, bilinear, and crops from the first, second and last third of the places where a crop can begin: anywhere
+    in it, drawn from `source`, or without one in its middle.
+    """
+    if len(mel) <= frames:
+        return mel[None]
+    thirds = [third if len(third) else [0] for third in np.array_split(np.arange(len(mel) - frames + 1), 3)]
+    starts = [int(third[len(third) // 2 if source is None else int(source.random() * len(third))]) for third in thirds]
+    whole = torch.nn.functional.interpolate(mel[None, None].float(), size=(frames, mel.size(1)), mode="bilinear", align_corners=False)[0, 0]
+    return torch.stack([whole.to(mel.dtype), *(mel[start : start + frames] for start in starts)])
 
 
 @lru_cache(maxsize=8)
@@ -148,7 +178,8 @@ class Spectrogram:
 
     make: waves float32 [c, samples], rate=, bins= -> float32 [c, frames, bins]. repeat: a short sound is repeated whole
     before it is padded with silence. middle: what masked places are set to, about the mean. scale: what log10 of the power
-    was divided by. extra_frames: beyond one for each hop of 10 ms.
+    was divided by. extra_frames: beyond one for each hop of 10 ms. whole: a recording is one spectrogram, however long, of which
+    `fused` makes what the model takes; else it is cut into chunks first.
     """
 
     make: Callable[..., Tensor]
@@ -156,6 +187,7 @@ class Spectrogram:
     middle: float = 0.0
     scale: float = LOG_SCALE
     extra_frames: int = 0
+    whole: bool = False
 
     def frames(self, seconds: float, rate: int) -> int:
         """Frames of a chunk of so many seconds."""
@@ -166,6 +198,7 @@ SPECTROGRAMS = {
     "own": Spectrogram(log_mel),
     "whisper": Spectrogram(whisper_log_mel, repeat=False, scale=WHISPER_SCALE),
     "clap": Spectrogram(clap_log_mel, middle=CLAP_MIDDLE, scale=CLAP_SCALE, extra_frames=1),
+    "clap_fusion": Spectrogram(clap_fusion_log_mel, middle=CLAP_MIDDLE, scale=CLAP_SCALE, extra_frames=1, whole=True),
 }
 
 

@@ -36,7 +36,7 @@ class ViewRow:
     text: str = ""
     images: tuple[Tensor, ...] = ()  # f of uint8 [3, size, size], or with data.image_patches of [3, height, width], each its own
     augmentation: tuple[float, ...] | None = None
-    audio: Tensor | None = None  # float16 [c, frames, mels]
+    audio: Tensor | None = None  # float16 [c, frames, mels]; of data.spectrogram=clap_fusion c is 4 for a sound longer than a chunk, else 1
 
     @property
     def valid(self) -> bool:
@@ -122,6 +122,9 @@ class ViewDecoder:
         """float16 log-mel [c, frames, mels]. Kept decoded: the spectrogram, or of a recording longer than its chunks,
         which starts elsewhere each time, the samples."""
         length = round(self.config.audio_chunk_seconds * self.config.audio_rate)
+        if self.spectrogram.whole:
+            pictures = audio.fused(self._whole(item_id, content, length), self._frames, source)
+            return pictures if source is None or strength <= 0 else audio.augment(pictures.float(), source, strength, self.spectrogram).half()
         mel = self._decoded.get(content)
         if mel is None or mel.dtype != torch.float16:
             samples = mel.numpy() if mel is not None else self._samples(item_id, content)
@@ -132,6 +135,20 @@ class ViewDecoder:
         if source is None or strength <= 0:
             return mel
         return audio.augment(mel.float(), source, strength, self.spectrogram).half()
+
+    def _whole(self, item_id: str, content: bytes, length: int) -> Tensor:
+        """float16 spectrogram [all frames, mels] of a recording, of at least `length` samples."""
+        known = self._decoded.get(content)
+        if known is None:
+            samples = self._samples(item_id, content)
+            waves = audio.chunks(samples, length, 1, repeat=self.spectrogram.repeat) if len(samples) < length else samples[None]
+            known = self.spectrogram.make(waves, rate=self.config.audio_rate, bins=self.config.mel_bins)[0].half()
+            self._decoded.put(content, known, known.nbytes + len(content))
+        return known
+
+    @property
+    def _frames(self) -> int:
+        return self.spectrogram.frames(self.config.audio_chunk_seconds, self.config.audio_rate)
 
     def _samples(self, item_id: str, content: bytes) -> NDArray[np.float32]:
         try:
@@ -154,9 +171,9 @@ class ViewDecoder:
         return image.to_batch(pixels, [row.augmentation for row in rows]), mask, None
 
     def _stack_audio(self, rows: Sequence[ViewRow]) -> tuple[Tensor, Tensor]:
-        chunks = max((len(row.audio) for row in rows if row.audio is not None), default=1)
-        frames = self.spectrogram.frames(self.config.audio_chunk_seconds, self.config.audio_rate)
-        mels = torch.zeros(len(rows), chunks, frames, self.config.mel_bins)
+        # All four of a fusion, whatever the rows have: what is computed must not depend on them.
+        chunks = audio.FUSED if self.spectrogram.whole else max((len(row.audio) for row in rows if row.audio is not None), default=1)
+        mels = torch.zeros(len(rows), chunks, self._frames, self.config.mel_bins)
         mask = torch.zeros(len(rows), chunks, dtype=torch.bool)
         for place, row in enumerate(rows):
             if row.audio is not None:

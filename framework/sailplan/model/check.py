@@ -12,6 +12,8 @@ from sailplan.model.lora import PARTS as LORA_PARTS
 from sailplan.model.lora import TARGETS
 from sailplan.model.pooling import POOLINGS
 
+CLAP = ("clap", "clap_fusion")  # the sound encoders of the shape model.audio.swin
+
 
 def _fail(key: str, found: object, expected: str, remedy: str) -> None:
     raise ConfigurationError(f"{key} is {found}: expected {expected}; {remedy}")
@@ -111,7 +113,7 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
         _check_qwen_vision(config, cut)
     else:
         _check_shape("model.vision.perceiver", vision.perceiver, cut, rotary=False)
-    if audio.backbone == "clap":
+    if audio.backbone in CLAP:
         _check_swin(audio)
     else:
         _check_shape("model.audio.encoder", audio.encoder, cut, rotary=audio.backbone == "own")
@@ -142,7 +144,7 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
     _positive("model.audio.output", audio.output)
     _positive("model.audio.mel_bins", audio.mel_bins)
     _check_halvings("model.audio.time_stride", audio.time_stride, "each convolution of the stem halves the time axis")
-    _one_of("model.audio.backbone", audio.backbone, ("own", "whisper", "clap"))
+    _one_of("model.audio.backbone", audio.backbone, ("own", "whisper", *CLAP))
     if audio.backbone == "whisper":
         if audio.time_stride != 2:
             _fail("model.audio.time_stride", audio.time_stride, "2 with model.audio.backbone=whisper", "set 2")
@@ -163,7 +165,7 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
         _one_of("model.lora.targets", target, (*TARGETS, "all"))
     for part in lora.parts:
         _one_of("model.lora.parts", part, LORA_PARTS)
-    for part, without in (("audio", audio.backbone == "clap"), ("perceiver", vision.backbone == "qwen3_vl")):
+    for part, without in (("audio", audio.backbone in CLAP), ("perceiver", vision.backbone == "qwen3_vl")):
         if lora.rank and part in lora.parts and without:
             _fail("model.lora.parts", list(lora.parts), f"parts with blocks of ours, which {part} has none of here", f"leave out {part}")
     if config.rope_base <= 1:

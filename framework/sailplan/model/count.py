@@ -15,6 +15,7 @@ from torch import nn
 from sailplan.config.schema import ModelConfig, SwinShape, TransformerShape
 from sailplan.model.backbones.load import check_shapes, open_sources
 from sailplan.model.blocks import head_size, process_groups
+from sailplan.model.check import CLAP
 from sailplan.model.tower import ENCODERS, OmniEncoder
 
 BYTES = {torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
@@ -121,8 +122,10 @@ def activation_elements(
             elements += vision.perceiver.layers * joint * _layer_elements(vision.perceiver, tensor) + 4 * joint * vision.perceiver.hidden
             positions += vision.latents
     if "audio" in modalities:
-        if audio.backbone == "clap":
+        if audio.backbone in CLAP:
             elements += audio_chunks * _swin_elements(audio.swin)
+            if audio.backbone == "clap_fusion":  # four spectrograms as pictures, and what weighs their patches against each other
+                elements += 12 * audio.swin.image**2 + 12 * audio.swin.hidden * (audio.swin.image // audio.swin.patch) ** 2
         else:
             kept = audio.encoder.layers / audio.time_stride * _layer_elements(audio.encoder, tensor)
             # Of the convolutions at full length: one with norm and ReLU, or Whisper's first with its activation and the second.

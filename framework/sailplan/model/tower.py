@@ -25,10 +25,11 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from sailplan.config.schema import ModelConfig, VisionConfig
+from sailplan.config.schema import AudioConfig, ModelConfig, VisionConfig
 from sailplan.data.record import EncoderInputs
 from sailplan.model.audio import AudioAdapter, AudioEncoder
 from sailplan.model.backbones.clap import ClapAudioEncoder
+from sailplan.model.backbones.clap_fusion import FusedClapAudioEncoder
 from sailplan.model.backbones.naflex import NaflexVisionEncoder, present_patches
 from sailplan.model.backbones.qwen_vl import QwenVisionEncoder
 from sailplan.model.backbones.siglip import SiglipVisionEncoder
@@ -46,7 +47,11 @@ VISION: dict[str, Callable[[VisionConfig, torch.dtype], nn.Module]] = {
     "siglip": SiglipVisionEncoder,
     "siglip2": NaflexVisionEncoder,
 }
-SOUND: dict[str, type[WhisperAudioEncoder | ClapAudioEncoder]] = {"whisper": WhisperAudioEncoder, "clap": ClapAudioEncoder}
+SOUND: dict[str, Callable[[AudioConfig, torch.dtype, AbstractContextManager[object]], nn.Module]] = {
+    "whisper": WhisperAudioEncoder,
+    "clap": ClapAudioEncoder,
+    "clap_fusion": FusedClapAudioEncoder,
+}
 PARTS = ("text", "vision", "perceiver", "audio", "tower")
 ENCODERS = ("vision", "perceiver", "audio")  # the parts whose rows tensor-parallel peers can share
 

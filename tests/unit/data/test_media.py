@@ -144,6 +144,45 @@ def test_claps_spectrogram_reaches_the_model_repeated_and_padded_as_transformers
     torch.testing.assert_close(inputs.audio[0], clap_features(samples[None]), rtol=0, atol=0.04)  # kept in float16
 
 
+def fusion_features(samples: np.ndarray) -> tuple[torch.Tensor, bool]:
+    """transformers' four spectrograms of a recording with fusion, of chunks of a second, and whether it is longer than one."""
+    extractor = ClapFeatureExtractor(truncation="fusion", padding="repeatpad", max_length_s=1)
+    two = extractor([samples, np.ones(96000)], sampling_rate=48000, return_tensors="pt")  # alone, a short one would be called longer
+    return two["input_features"][0].float(), bool(two["is_longer"][0])
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 1.005, 1.02, 1.7, 4.2])
+def test_claps_fusion_reaches_the_model_as_transformers_makes_it(shards: Path, seconds: float) -> None:
+    options = {"audio_chunk_seconds": 1.0, "audio_chunks": 1, "mel_bins": 64, "audio_rate": 48000}
+    decoder = ViewDecoder(DataConfig(tokenizer=str(shards / "tokenizer.json"), spectrogram="clap_fusion", **options))
+    time = np.arange(round(48000 * seconds)) / 48000
+    samples = (0.5 * np.sin(2 * np.pi * (200 + 2000 * time) * time) * np.random.default_rng(1).uniform(0.5, 1, len(time))).astype(np.float32)
+    file = io.BytesIO()
+    soundfile.write(file, samples, 48000, format="WAV", subtype="FLOAT")
+    view, item = ViewConfig(modalities=["audio"]), Item(id="one", audio=file.getvalue())
+    rows = [decoder.row(item, view, DatasetConfig(), seed) for seed in (None, 1, 1, 2, 3)]
+    inputs = decoder.inputs([*rows, decoder.row(None, view, DatasetConfig())], [[]] * 6, view)
+    wanted, longer = fusion_features(samples)
+    assert inputs.audio is not None and inputs.audio_mask is not None and inputs.audio.shape == (6, 4, 101, 64)
+    assert inputs.audio_mask.tolist() == [[True, longer, longer, longer]] * 5 + [[False] * 4]
+    torch.testing.assert_close(inputs.audio[:5, 0], wanted[None, 0].expand(5, -1, -1), rtol=0, atol=0.04)  # kept in float16
+    places = (len(samples) // 480 + 1) - 101 + 1
+    assert longer == (places > 1)
+    if longer:
+        # The crops are parts of the recording's spectrogram, each from its third, drawn from the row's seed.
+        whole = audio.clap_fusion_log_mel(samples[None], 64)[0]
+        crops = torch.stack([whole[start : start + 101] for start in range(places)])
+        begins = torch.stack([(crops - crop).abs().amax((1, 2)).argmin() for crop in inputs.audio[:5, 1:].flatten(0, 1)]).view(5, 3)
+        torch.testing.assert_close(crops[begins], inputs.audio[:5, 1:], rtol=0, atol=0.04)
+        thirds = [part.tolist() or [0] for part in np.array_split(np.arange(places), 3)]
+        assert all(int(begin) in thirds[column] for row in begins for column, begin in enumerate(row))
+        assert torch.equal(begins[1], begins[2]) and begins[0].tolist() == [third[len(third) // 2] for third in thirds]
+        if seconds > 4:
+            assert not torch.equal(begins[1], begins[3]) and not torch.equal(begins[3], begins[4])
+        drawn = (wanted[1:, None] - crops).abs().amax((2, 3)).amin(1)  # transformers' own crops are parts of it too
+        assert drawn.max() < 1e-3
+
+
 def test_masked_bands_of_claps_spectrogram_are_in_its_middle() -> None:
     mel = torch.randn(2, 101, 64) - 70
     changed = audio.augment(mel, random.Random(1), 1.0, audio.SPECTROGRAMS["clap"])

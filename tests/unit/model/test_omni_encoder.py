@@ -263,6 +263,12 @@ def naflex_like():
     return config
 
 
+def fusion_like():
+    config = published_like()
+    config.audio.backbone = "clap_fusion"
+    return config
+
+
 def published_like():
     """With CLAP's audio encoder and Qwen3-VL's image tower."""
     config = quickstart_like()
@@ -276,7 +282,8 @@ def published_like():
     ("config", "modalities", "chunks"),
     [(quickstart_like(), (kind,), 1) for kind in EVERYTHING]
     + [(published_like(), (kind,), 1) for kind in EVERYTHING]
-    + [(quickstart_like(), ("audio",), 3), (published_like(), ("audio",), 3), (whisper_like(), ("audio",), 1), (naflex_like(), ("vision",), 1)],
+    + [(quickstart_like(), ("audio",), 3), (published_like(), ("audio",), 3), (whisper_like(), ("audio",), 1)]
+    + [(naflex_like(), ("vision",), 1), (fusion_like(), ("audio",), 1)],
 )
 def test_activation_estimate_is_near_what_autograd_keeps(modalities, config, chunks):
     encoder = OmniEncoder(config)
@@ -295,8 +302,9 @@ def test_activation_estimate_is_near_what_autograd_keeps(modalities, config, chu
         if config.vision.backbone == "siglip2":
             inputs.images, inputs.image_sizes = torch.randn(2, 1, 60, 192), torch.tensor([[[6, 10]], [[20, 3]]])
     if "audio" in modalities:
-        frames = 200 if config.audio.backbone == "clap" else 400
-        inputs.audio, inputs.audio_mask = torch.randn(2, chunks, frames, 64), torch.ones(2, chunks, dtype=torch.bool)
+        frames = 400 if config.audio.backbone in ("own", "whisper") else 200
+        pictures = 4 if config.audio.backbone == "clap_fusion" else chunks
+        inputs.audio, inputs.audio_mask = torch.randn(2, pictures, frames, 64), torch.ones(2, pictures, dtype=torch.bool)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         out = encoder(inputs)
     assert out.fused.requires_grad

@@ -7,8 +7,8 @@ half a window; between stages four neighbours become one of twice the width. The
 projection of two layers and L2-normalised, is the chunk's vector, and the item's is the mean over its chunks.
 
 The batch norm never sees a batch: its statistics stay as they were published, or a row would depend on its neighbours
-and on the number of ranks. Its gain and shift are trained. There is no dropout. Feature fusion (`enable_fusion`: four
-spectrograms of a long recording) is refused: long recordings are cut into chunks instead.
+and on the number of ranks. Its gain and shift are trained. There is no dropout. Long recordings are cut into chunks; files
+with feature fusion (`enable_fusion`: four spectrograms of a recording) are those of `clap_fusion`.
 
 Tensor-parallel ranks hold whole copies (28 million parameters in the published size): their inputs and gradients are
 the same, so nothing is exchanged. Under data parallelism they are sharded with the rest.
@@ -106,6 +106,15 @@ class Merge(nn.Module):
         return self.reduction(self.norm(four))
 
 
+def draw(part: nn.Module) -> None:
+    """Fresh weights of the matrices and convolutions."""
+    for module in part.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=initial_deviation(module.weight[0].numel()))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 class ClapTower(nn.Module):
     """What every such file fills: chunks of log-mel in decibels [n, frames, mel_bins] to hidden states [n, positions, h] of the last stage."""
 
@@ -129,11 +138,7 @@ class ClapTower(nn.Module):
                 layers.append(Merge(hidden))
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(swin.hidden * 2 ** (len(swin.layers) - 1), eps=EPSILON)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.normal_(module.weight, std=initial_deviation(module.weight[0].numel()))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        draw(self)
         self.to(dtype)
 
     def folded(self, log_mel: Tensor) -> Tensor:
@@ -152,8 +157,12 @@ class ClapTower(nn.Module):
         scaled = normalised.to(self.bin_gain.dtype) * self.bin_gain + self.bin_shift
         return scaled.unflatten(1, (self.strips, self.image)).transpose(2, 3).flatten(1, 2)[:, None]
 
-    def forward(self, log_mel: Tensor) -> Tensor:
-        picture = self.embedding_norm(self.embedding(self.folded(log_mel)).permute(0, 2, 3, 1))
+    def embedded(self, log_mel: Tensor) -> Tensor:
+        """The patches, [n, h, g, g]."""
+        return self.embedding(self.folded(log_mel))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        picture = self.embedding_norm(self.embedded(*inputs).permute(0, 2, 3, 1))
         for layer in self.layers:
             picture = layer(picture)
         return self.norm(picture).flatten(1, 2)
@@ -162,10 +171,12 @@ class ClapTower(nn.Module):
 class ClapAudioEncoder(nn.Module):
     """Chunks of log-mel (data.spectrogram=clap) to the item's vector, [b, output]."""
 
-    def __init__(self, config: AudioConfig, dtype: torch.dtype, tower_on: AbstractContextManager[object]) -> None:
+    def __init__(
+        self, config: AudioConfig, dtype: torch.dtype, tower_on: AbstractContextManager[object], tower: type[ClapTower] = ClapTower
+    ) -> None:
         super().__init__()
         with tower_on:
-            self.tower = ClapTower(config.swin, config.mel_bins, dtype)
+            self.tower = tower(config.swin, config.mel_bins, dtype)
         hidden = self.tower.norm.normalized_shape[0]
         self.first, self.second = nn.Linear(hidden, config.output), nn.Linear(config.output, config.output)
         for linear in (self.first, self.second):
@@ -175,9 +186,9 @@ class ClapAudioEncoder(nn.Module):
         for module in (self.first, self.second, self.norm):
             module.to(dtype)
 
-    def chunks(self, log_mel: Tensor) -> Tensor:
-        """[n, frames, mel_bins] to CLAP's own embeddings of the chunks, of length 1, [n, output]."""
-        return F.normalize(self.second(F.relu(self.first(self.tower(log_mel).mean(1)))), dim=-1)
+    def chunks(self, *inputs: Tensor) -> Tensor:
+        """The tower's inputs, such as [n, frames, mel_bins], to CLAP's own embeddings, of length 1, [n, output]."""
+        return F.normalize(self.second(F.relu(self.first(self.tower(*inputs).mean(1)))), dim=-1)
 
     def forward(self, log_mel: Tensor, chunk_mask: Tensor) -> Tensor:
         """log_mel [b, c, frames, mel_bins], chunk_mask bool [b, c]. Returns [b, output]; zeros where no chunk is present."""
@@ -231,7 +242,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
 def unsupported(found: dict[str, Any]) -> str | None:
     found = found.get("audio_config", found)
     if found.get("enable_fusion", False):
-        return "enable_fusion is true: fusion of four spectrograms is not built; choose unfused weights, such as laion/clap-htsat-unfused"
+        return "enable_fusion is true: expected weights without fusion, such as laion/clap-htsat-unfused; set audio=clap_fusion for these"
     if found.get("fusion_type") or found.get("patch_embed_input_channels", 1) != 1:
         return "fusion_type or patch_embed_input_channels is set: expected one spectrogram, as in laion/clap-htsat-unfused"
     patch, stride = (value if isinstance(value, list) else [value] * 2 for value in (found.get("patch_size", 4), found.get("patch_stride", [4, 4])))

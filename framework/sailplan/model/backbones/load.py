@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sailplan.config.schema import ModelConfig
 from sailplan.errors import ConfigurationError
-from sailplan.model.backbones import clap, naflex, qwen, qwen_vl, siglip, whisper
+from sailplan.model.backbones import clap, clap_fusion, naflex, qwen, qwen_vl, siglip, whisper
 from sailplan.model.backbones.folder import PublishedFolder
 from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap
 
@@ -66,7 +66,7 @@ def published_parts(config: ModelConfig) -> dict[str, str]:
     return {part: place for part, place in places.items() if place is not None}
 
 
-FAMILIES = {"vision": {"siglip": siglip, "siglip2": naflex, "qwen3_vl": qwen_vl}, "audio": {"whisper": whisper, "clap": clap}}
+FAMILIES = {"vision": {"siglip": siglip, "siglip2": naflex, "qwen3_vl": qwen_vl}, "audio": {"whisper": whisper, "clap": clap, "clap_fusion": clap_fusion}}
 
 
 def _family(config: ModelConfig, part: str) -> Family:
