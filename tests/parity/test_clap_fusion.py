@@ -126,7 +126,7 @@ def one_step(rank: int, world: int, tensor: int) -> tuple[int, torch.Tensor, dic
     return start, found.detach(), {name: whole_tensor(p, p.grad, parallel) for name, p in encoder.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("tensor", "data"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("tensor", "data"), [(1, 2), (2, 2)])
 def test_gradients_are_the_same_at_every_layout(tensor: int, data: int) -> None:
     [(_, whole, expected)] = run_ranks(one_step, 1, 1)
     assert expected["audio.encoder.tower.fusion.local.0.weight"].abs().max() > 1e-6 and expected["audio.encoder.tower.crops.weight"].abs().max() > 1e-6

@@ -1,4 +1,5 @@
-"""CLAP and Qwen3-VL's image tower compute one thing at every tensor- and data-parallel size, and a checkpoint keeps CLAP's statistics."""
+"""CLAP, with fusion and without, and the image towers of Qwen3-VL and SigLIP2 naflex compute one thing at every tensor- and data-parallel size, and a
+checkpoint keeps CLAP's statistics."""
 
 from __future__ import annotations
 
@@ -15,33 +16,52 @@ from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks
 
 EVERYTHING = ("vision", "audio", "text")
+KINDS = ("qwen_clap", "naflex_fusion")
+CHANGED = {  # parameters whose gradients are not near zero
+    "qwen_clap": ("vision.deepstack_mergers.1.mlp.linear_fc2.weight", "vision.positions", "vision.embedding.weight", "audio.encoder.tower.layers.1.bias_table"),
+    "naflex_fusion": ("vision.positions", "vision.embedding.weight", "audio.encoder.tower.crops.weight", "audio.encoder.tower.fusion.everywhere.4.shift"),
+}
 
 
-def configured():
+def configured(kind):
     config = small_config()
+    swin = SwinShape(layers=[2, 1], heads=[2, 2], hidden=4, feed_forward=2, window=2, patch=2, image=24)
+    if kind == "naflex_fusion":
+        config = small_config(vision="siglip2")
+        config.audio = dataclasses.replace(config.audio, backbone="clap_fusion", swin=swin)
+        return config
     image = TransformerShape(2, 16, 4, None, 24, norm="layer", activation="gelu_tanh", gated=False, bias=True)
     config.vision = dataclasses.replace(config.vision, backbone="qwen3_vl", patch=2, merge=2, marks=[1, 2], position_grid=3, deepstack=[0, 1], encoder=image)
     config.rope_sections = [1, 1, 0]
-    swin = SwinShape(layers=[2, 1], heads=[2, 2], hidden=4, feed_forward=2, window=2, patch=2, image=24)
     config.audio = dataclasses.replace(config.audio, backbone="clap", swin=swin)
     return config
 
 
-def model_of(seed, dtype=torch.float64):
-    model = OmniEncoder(configured(), dtype=dtype, seed=seed)
+def inputs_of(kind, rows, **options):
+    if kind == "qwen_clap":
+        return random_inputs(EVERYTHING, rows, 3, **options)
+    inputs = random_inputs(EVERYTHING, rows, 3, vision="siglip2", **options)
+    inputs.audio = torch.cat([inputs.audio, inputs.audio.flip(2)], 1)
+    longer = torch.arange(rows) % 2 == 0
+    inputs.audio_mask = torch.stack([torch.ones(rows, dtype=torch.bool), longer, longer, longer], 1)
+    return inputs
+
+
+def model_of(kind, seed, dtype=torch.float64):
+    model = OmniEncoder(configured(kind), dtype=dtype, seed=seed)
     tower = model.audio["encoder"].tower
     tower.bin_mean.copy_(torch.arange(6) - 2.0 + seed)
     tower.bin_variance.fill_(1)  # the inputs are of that size
     return model
 
 
-def one_step(rank, world, tensor, folder):
+def one_step(rank, world, tensor, folder, kind):
     parallel = join_layout(tensor)
-    encoder = parallelize.shard(model_of(1), parallel, shard=True)
+    encoder = parallelize.shard(model_of(kind, 1), parallel, shard=True)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=True)
     rows = 4 // parallel.data_parallel_size
     start = parallel.data_parallel_rank * rows
-    found = encoder(rows_of(random_inputs(EVERYTHING, 4, 3), start, start + rows), per_modality=True)
+    found = encoder(rows_of(inputs_of(kind, 4), start, start + rows), per_modality=True)
     weights = torch.randn(3, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))[:, start : start + rows]
     loss = (torch.stack([found.fused, found.vision, found.text]) * weights).sum()
     (loss * parallel.data_parallel_size).backward()
@@ -55,24 +75,24 @@ def one_step(rank, world, tensor, folder):
     return start, found.fused.detach(), gradients
 
 
-@pytest.mark.parametrize(("tensor", "data"), [(2, 1), (2, 2)])
-def test_vectors_and_gradients_are_the_same_at_every_layout(tensor, data, tmp_path):
-    [(_, whole, expected)] = run_ranks(one_step, 1, 1, store.folder_of(tmp_path / "one", 1))
-    for name in ("vision.deepstack_mergers.1.mlp.linear_fc2.weight", "vision.positions", "audio.encoder.tower.layers.1.bias_table", "vision.embedding.weight"):
+@pytest.mark.parametrize(("kind", "tensor", "data"), [("qwen_clap", 2, 1), ("qwen_clap", 2, 2), ("naflex_fusion", 2, 2)])
+def test_vectors_and_gradients_are_the_same_at_every_layout(kind, tensor, data, tmp_path):
+    [(_, whole, expected)] = run_ranks(one_step, 1, 1, store.folder_of(tmp_path / "one", 1), kind)
+    for name in CHANGED[kind]:
         assert expected[name].abs().max() > 1e-6, name
-    for start, part, gradients in run_ranks(one_step, tensor * data, tensor, store.folder_of(tmp_path / "many", 1)):
+    for start, part, gradients in run_ranks(one_step, tensor * data, tensor, store.folder_of(tmp_path / "many", 1), kind):
         torch.testing.assert_close(part, whole[start : start + len(part)], rtol=0, atol=1e-12)
         assert gradients.keys() == expected.keys()
         for name, wanted in expected.items():
             torch.testing.assert_close(gradients[name], wanted, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def in_bfloat16(rank, world, checkpointed):
+def in_bfloat16(rank, world, kind, checkpointed):
     parallel = join_layout(1)
-    inputs = random_inputs(EVERYTHING, 2, 3, dtype=torch.float32, absent=False)
+    inputs = inputs_of(kind, 2, dtype=torch.float32, absent=False)
     with torch.no_grad():
-        wanted = model_of(1, torch.float32)(inputs).fused
-    encoder = model_of(1, torch.float32)
+        wanted = model_of(kind, 1, torch.float32)(inputs).fused
+    encoder = model_of(kind, 1, torch.float32)
     if checkpointed:
         parallelize.checkpoint_activations(encoder)
     encoder = parallelize.shard(encoder, parallel, shard=True, compute_dtype=torch.bfloat16)
@@ -82,9 +102,10 @@ def in_bfloat16(rank, world, checkpointed):
     return wanted, found.detach(), all(bool(parameter.grad.full_tensor().isfinite().all()) for parameter in encoder.parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
-def test_bfloat16_computation_is_near(checkpointed):
-    [(wanted, found, finite)] = run_ranks(in_bfloat16, 1, checkpointed)
+def test_bfloat16_computation_is_near(kind, checkpointed):
+    [(wanted, found, finite)] = run_ranks(in_bfloat16, 1, kind, checkpointed)
     assert finite and found.dtype == torch.float32
     cosines = torch.nn.functional.cosine_similarity(wanted, found)
     assert cosines.min() > 0.999 and not torch.equal(wanted, found)

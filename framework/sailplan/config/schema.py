@@ -157,7 +157,7 @@ class WeightsConfig:
 
     tower: str | None = None  # text embedding and blocks: Qwen2, Qwen2.5, Qwen3 (dense) or Qwen3-VL (dense)
     vision: str | None = None  # model.vision.backbone=siglip, siglip2 or qwen3_vl: the image tower
-    audio: str | None = None  # model.audio.backbone=whisper: the encoder; clap: the audio encoder and, where the files have it, its projection
+    audio: str | None = None  # model.audio.backbone=whisper: the encoder; clap, clap_fusion: the audio encoder and, where the files have it, its projection
 
 
 @dataclass

@@ -31,8 +31,10 @@ from sailplan.model.count import build_on_meta
 from sailplan.model.lora import merged
 from sailplan.model.tower import OmniEncoder
 
-PICTURE_KEYS = ("image_size", "image_patches", "image_patch", "frames")
-INPUT_KEYS = ("max_tokens", *PICTURE_KEYS, "audio_rate", "audio_chunk_seconds", "audio_chunks", "mel_bins", "spectrogram")
+INPUT_KEYS = (
+    *("max_tokens", "image_size", "image_patches", "image_patch", "frames"),
+    *("audio_rate", "audio_chunk_seconds", "audio_chunks", "mel_bins", "spectrogram"),
+)
 TOKENIZER = "tokenizer.json"
 
 

@@ -13,6 +13,7 @@ from sailplan.model.lora import TARGETS
 from sailplan.model.pooling import POOLINGS
 
 CLAP = ("clap", "clap_fusion")  # the sound encoders of the shape model.audio.swin
+REDUCTION = 4  # how much narrower what fuses clap_fusion's spectrograms is inside
 
 
 def _fail(key: str, found: object, expected: str, remedy: str) -> None:
@@ -74,6 +75,8 @@ def _check_swin(audio: AudioConfig) -> None:
         _positive(f"{key}.heads", heads)
         if swin.hidden * 2**stage % heads:
             _fail(f"{key}.heads", list(swin.heads), f"divisors of the stages' widths, here {swin.hidden * 2**stage}", "change heads or hidden")
+    if audio.backbone == "clap_fusion" and swin.hidden % REDUCTION:
+        _fail(f"{key}.hidden", swin.hidden, f"a multiple of {REDUCTION} (what fuses the spectrograms is so much narrower)", "96 is usual")
     smallest = swin.patch * 2 ** (len(swin.layers) - 1) * swin.window
     if swin.image % smallest or swin.image % audio.mel_bins:
         _fail(

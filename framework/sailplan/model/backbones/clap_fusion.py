@@ -25,10 +25,10 @@ from sailplan.config.schema import AudioConfig, ModelConfig, SwinShape
 from sailplan.model.backbones import clap
 from sailplan.model.backbones.clap import EPSILON, ClapAudioEncoder, ClapTower, draw
 from sailplan.model.backbones.weight_map import Entry, WeightMap, same
+from sailplan.model.check import REDUCTION
 
 MODEL_TYPES = clap.MODEL_TYPES
 PICTURES = 4  # the whole recording and three crops
-REDUCTION = 4  # how much narrower the fusion is inside
 
 
 class FixedNorm(nn.Module):
