@@ -8,7 +8,8 @@ What is taken from them reads our own weights or has none, so that names, checkp
 
 TransformerEngine's linear layers are not used: they keep weights under other names, with a state of their own beside them.
 Rows with absent or padded positions go through its attention without them, one behind the other (its format "thd"): its
-padding masks count positions and expect the present ones first, and in our sequences gaps stand anywhere.
+padding masks count positions and expect the present ones first, and in our sequences gaps stand anywhere. Its fused attention
+takes that format from sm_90 on; an older GPU needs flash-attn beside it.
 
 The arguments are those of TransformerEngine 2.0 to 2.18, and of its main branch of August 2026 (2.20.0.dev0), as their sources
 have them. No GPU has run any of this yet.
