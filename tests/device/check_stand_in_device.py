@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from sailplan.cli.main import main
 from sailplan.model.parallelize import shard
-from sailplan.model.testing import join_layout
+from sailplan.model.testing import PUBLISHED, join_layout, published_config, published_inputs
+from sailplan.model.tower import OmniEncoder
 from sailplan.runtime.process import Parallel
 from sailplan.step import testing as steps
 from sailplan.step.training_step import TrainingStep
@@ -170,6 +171,24 @@ def test_a_step_with_all_losses(alone):
     expected = three_steps(torch.device("cpu"))
     with stand_in_device() as device:
         assert three_steps(device) == [pytest.approx(pair, rel=1e-4) for pair in expected]
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_published_encoders(alone, kind):
+    """Vectors and gradients of every image and sound encoder, as on the CPU."""
+
+    def found(device: torch.device) -> list[Tensor]:
+        encoder = OmniEncoder(published_config(kind), dtype=torch.float64, seed=1).to(device)
+        vectors = encoder(published_inputs(kind, 4).to(device), per_modality=True)
+        (vectors.fused.square().sum() + vectors.vision.sum()).backward()
+        made = [vectors.fused, *(p.grad for p in encoder.parameters() if p.grad is not None)]
+        assert all(isinstance(x, There) == (device.type != "cpu") for x in made)
+        return [x.detach().cpu() for x in made]
+
+    expected = found(torch.device("cpu"))
+    with stand_in_device() as device:
+        for a, b in zip(found(device), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 def test_the_whole_recipe(monkeypatch, tmp_path):

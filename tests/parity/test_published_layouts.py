@@ -3,19 +3,15 @@ checkpoint keeps CLAP's statistics."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 from sailplan.checkpoint import store
-from sailplan.config.schema import SwinShape, TransformerShape
 from sailplan.model import parallelize
-from sailplan.model.testing import join_layout, random_inputs, rows_of, small_config, whole_tensor
+from sailplan.model.testing import join_layout, published_config, published_inputs, rows_of, whole_tensor
 from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks
 
-EVERYTHING = ("vision", "audio", "text")
 KINDS = ("qwen_clap", "naflex_fusion")
 CHANGED = {  # parameters whose gradients are not near zero
     "qwen_clap": ("vision.deepstack_mergers.1.mlp.linear_fc2.weight", "vision.positions", "vision.embedding.weight", "audio.encoder.tower.layers.1.bias_table"),
@@ -23,32 +19,8 @@ CHANGED = {  # parameters whose gradients are not near zero
 }
 
 
-def configured(kind):
-    config = small_config()
-    swin = SwinShape(layers=[2, 1], heads=[2, 2], hidden=4, feed_forward=2, window=2, patch=2, image=24)
-    if kind == "naflex_fusion":
-        config = small_config(vision="siglip2")
-        config.audio = dataclasses.replace(config.audio, backbone="clap_fusion", swin=swin)
-        return config
-    image = TransformerShape(2, 16, 4, None, 24, norm="layer", activation="gelu_tanh", gated=False, bias=True)
-    config.vision = dataclasses.replace(config.vision, backbone="qwen3_vl", patch=2, merge=2, marks=[1, 2], position_grid=3, deepstack=[0, 1], encoder=image)
-    config.rope_sections = [1, 1, 0]
-    config.audio = dataclasses.replace(config.audio, backbone="clap", swin=swin)
-    return config
-
-
-def inputs_of(kind, rows, **options):
-    if kind == "qwen_clap":
-        return random_inputs(EVERYTHING, rows, 3, **options)
-    inputs = random_inputs(EVERYTHING, rows, 3, vision="siglip2", **options)
-    inputs.audio = torch.cat([inputs.audio, inputs.audio.flip(2)], 1)
-    longer = torch.arange(rows) % 2 == 0
-    inputs.audio_mask = torch.stack([torch.ones(rows, dtype=torch.bool), longer, longer, longer], 1)
-    return inputs
-
-
 def model_of(kind, seed, dtype=torch.float64):
-    model = OmniEncoder(configured(kind), dtype=dtype, seed=seed)
+    model = OmniEncoder(published_config(kind), dtype=dtype, seed=seed)
     tower = model.audio["encoder"].tower
     tower.bin_mean.copy_(torch.arange(6) - 2.0 + seed)
     tower.bin_variance.fill_(1)  # the inputs are of that size
@@ -61,7 +33,7 @@ def one_step(rank, world, tensor, folder, kind):
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=True)
     rows = 4 // parallel.data_parallel_size
     start = parallel.data_parallel_rank * rows
-    found = encoder(rows_of(inputs_of(kind, 4), start, start + rows), per_modality=True)
+    found = encoder(rows_of(published_inputs(kind, 4), start, start + rows), per_modality=True)
     weights = torch.randn(3, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))[:, start : start + rows]
     loss = (torch.stack([found.fused, found.vision, found.text]) * weights).sum()
     (loss * parallel.data_parallel_size).backward()
@@ -89,7 +61,7 @@ def test_vectors_and_gradients_are_the_same_at_every_layout(kind, tensor, data, 
 
 def in_bfloat16(rank, world, kind, checkpointed):
     parallel = join_layout(1)
-    inputs = inputs_of(kind, 2, dtype=torch.float32, absent=False)
+    inputs = published_inputs(kind, 2, dtype=torch.float32, absent=False)
     with torch.no_grad():
         wanted = model_of(kind, 1, torch.float32)(inputs).fused
     encoder = model_of(kind, 1, torch.float32)

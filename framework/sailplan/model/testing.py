@@ -10,11 +10,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed.tensor import DTensor
 
-from sailplan.config.schema import AudioConfig, ModelConfig, TransformerShape, VisionConfig
+from sailplan.config.schema import AudioConfig, ModelConfig, SwinShape, TransformerShape, VisionConfig
 from sailplan.data.record import EncoderInputs
 from sailplan.runtime.process import Parallel
 
 PATCHES = 6  # of a picture that keeps its sides' ratio
+PUBLISHED = ("qwen_clap", "naflex_fusion", "siglip_whisper")  # image and sound encoders of published models
 
 
 def small_config(dropout: float = 0.0, *, query_key_norm: bool = True, vision: str = "own") -> ModelConfig:
@@ -61,6 +62,36 @@ def random_inputs(
         grids = torch.tensor([[down, across] for down in range(1, PATCHES + 1) for across in range(1, PATCHES // down + 1)])
         inputs.image_sizes = grids[torch.randint(0, len(grids), (rows, frames), generator=generator)]
         inputs.images = torch.randn(rows, frames, PATCHES, 3 * 4**2, generator=generator).to(dtype)
+    return inputs
+
+
+def published_config(kind: str) -> ModelConfig:
+    """`small_config` with the encoders of one of PUBLISHED."""
+    config = small_config(vision="siglip2" if kind == "naflex_fusion" else "own")
+    swin = SwinShape(layers=[2, 1], heads=[2, 2], hidden=4, feed_forward=2, window=2, patch=2, image=24)
+    plain = TransformerShape(2, 16, 4, None, 24, norm="layer", activation="gelu_tanh", gated=False, bias=True)
+    if kind == "naflex_fusion":
+        config.audio = dataclasses.replace(config.audio, backbone="clap_fusion", swin=swin)
+    elif kind == "qwen_clap":
+        config.vision = dataclasses.replace(
+            config.vision, backbone="qwen3_vl", patch=2, merge=2, marks=[1, 2], position_grid=3, deepstack=[0, 1], encoder=plain
+        )
+        config.rope_sections = [1, 1, 0]
+        config.audio = dataclasses.replace(config.audio, backbone="clap", swin=swin)
+    else:
+        config.vision = dataclasses.replace(config.vision, backbone="siglip", position_grid=3, encoder=plain)
+        config.audio = dataclasses.replace(config.audio, backbone="whisper", encoder=dataclasses.replace(plain, activation="gelu"))
+    return config
+
+
+def published_inputs(kind: str, rows: int, **options: Any) -> EncoderInputs:
+    """Inputs for `published_config`, of all modalities; with fusion every other row's sound is a longer one."""
+    inputs = random_inputs(("vision", "audio", "text"), rows, 3, vision="siglip2" if kind == "naflex_fusion" else "own", **options)
+    if kind == "naflex_fusion":
+        assert inputs.audio is not None
+        inputs.audio = torch.cat([inputs.audio, inputs.audio.flip(2)], 1)
+        longer = torch.arange(rows) % 2 == 0
+        inputs.audio_mask = torch.stack([torch.ones(rows, dtype=torch.bool), longer, longer, longer], 1)
     return inputs
 
 
