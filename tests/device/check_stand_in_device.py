@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from stand_in_device import There, serve, stand_in_device
+from stand_in_device import DEVICE, There, serve, stand_in_device
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -32,7 +32,7 @@ from sailplan.train import run
 from sailplan.train.testing import SMALL
 from sailplan_kernels import infonce, rank_of, topk
 from sailplan_kernels import options as matrix
-from sailplan_kernels.exchange import EXCHANGES, AllGather
+from sailplan_kernels.exchange import EXCHANGES, AllGather, RowSplit
 from sailplan_kernels.testing import run_ranks
 
 torch.set_num_threads(1)
@@ -58,6 +58,42 @@ def test_exchanges_of_two_ranks(name):
     together = (torch.stack(loss).mean(), torch.cat(queries) / 2, torch.cat(keys) / 2, torch.cat(hard) / 2, torch.stack(temperature).mean())
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def three_steps(parallel: Parallel) -> list[tuple[float, float]]:
+    """FSDP2, encoding with and without kept graphs, every objective, replay, clipping, guard and optimizer: losses and gradient norms."""
+    config = steps.step_config(kept_graphs=1)
+    modules = steps.build_modules(config, torch.float32)
+    shard(modules[0], parallel, shard=True)
+    for module in modules[1:]:
+        module.to(parallel.device)
+    optimizer = torch.optim.AdamW([p for module in modules for p in module.parameters()], lr=1e-3)
+    exchange = RowSplit(AllGather(parallel.data_parallel_group), AllGather(parallel.tensor_parallel_group))
+    step = TrainingStep(*modules, optimizer, config, parallel, exchange)
+    found = []
+    for number in (1, 2, 3):
+        whole = steps.global_batches(config, number)
+        batches = [steps.share(batch, parallel.data_parallel_rank, parallel.data_parallel_size, 3, dtype=torch.float32) for batch in whole]
+        result = step.run(batches, steps.WEIGHTS, step=number, stage="one", thresholds=steps.THRESHOLDS)
+        assert not result.skipped and isinstance(result.grad_norm, There) == (parallel.device.type != "cpu")
+        found.append((float(result.loss), float(result.grad_norm)))
+    return found
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_steps_of_two_ranks_with_all_losses(tensor_parallel):
+    """As on the CPU."""
+
+    def work(rank: int, world_size: int) -> bool:
+        here = join_layout(tensor_parallel)
+        expected = three_steps(here)
+        there = dataclasses.replace(here, device=DEVICE)
+        for group in {dist.distributed_c10d._get_default_group(), here.data_parallel_group, here.tensor_parallel_group}:
+            serve(group)
+        with stand_in_device():
+            return three_steps(there) == [pytest.approx(pair, rel=1e-4) for pair in expected]
+
+    assert run_ranks(work, 2, timeout=120) == [True, True]
 
 
 def test_tensors_of_two_devices_do_not_meet():
@@ -146,31 +182,6 @@ def alone(tmp_path) -> Iterator[Parallel]:
     yield parallel
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-
-
-def test_a_step_with_all_losses(alone):
-    """FSDP2, encoding with and without kept graphs, every objective, replay, clipping, guard and optimizer: as on the CPU."""
-
-    def three_steps(device: torch.device) -> list[tuple[float, float]]:
-        config = steps.step_config(kept_graphs=1, dropout=0.0)
-        modules = steps.build_modules(config, torch.float32)
-        parallel = dataclasses.replace(alone, device=device)
-        shard(modules[0], parallel, shard=True)
-        for module in modules[1:]:
-            module.to(device)
-        optimizer = torch.optim.AdamW([p for module in modules for p in module.parameters()], lr=1e-3)
-        step = TrainingStep(*modules, optimizer, config, parallel, AllGather(parallel.data_parallel_group))
-        found = []
-        for number in (1, 2, 3):
-            batches = [steps.share(batch, 0, 1, 3, dtype=torch.float32) for batch in steps.global_batches(config, number)]
-            result = step.run(batches, steps.WEIGHTS, step=number, stage="one", thresholds=steps.THRESHOLDS)
-            assert not result.skipped and isinstance(result.grad_norm, There) == (device.type != "cpu")
-            found.append((float(result.loss), float(result.grad_norm)))
-        return found
-
-    expected = three_steps(torch.device("cpu"))
-    with stand_in_device() as device:
-        assert three_steps(device) == [pytest.approx(pair, rel=1e-4) for pair in expected]
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)

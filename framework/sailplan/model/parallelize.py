@@ -88,8 +88,8 @@ def shard(model: nn.Module, parallel: Parallel, *, shard: bool, replicas: int = 
 
     Create the optimizer afterwards: the parameters are replaced by sharded ones.
     """
-    model.to(parallel.device)
     notes = {name: {key: getattr(p, key) for key in TENSOR_PARALLEL_NOTES if hasattr(p, key)} for name, p in model.named_parameters()}
+    model.to(parallel.device)
     mesh = _mesh(parallel, replicas if shard else parallel.data_parallel_size)
     policy = MixedPrecisionPolicy()
     if compute_dtype is not None:
