@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sailplan_kernels import infonce, sigmoid
+from sailplan_kernels.infonce.engines import triton_schedule
 
 TEMPERATURE, BIAS = 0.05, -10.0
 ERROR_SIZE = 1024  # rows of the gradient check: float64 of the full size would take longer than everything else
@@ -84,15 +85,24 @@ def _compiled(function: Callable) -> Callable:
     return _COMPILED[function]
 
 
-def ours(backend: str) -> Callable:
+def ours(backend: str, schedule: str = "auto") -> Callable:
+    """``schedule`` of the Triton engine: "tiles" goes without persistent kernels."""
+
     def step(q: Tensor, k: Tensor, symmetric: bool) -> None:
-        infonce(q, k, TEMPERATURE, symmetric=symmetric, backend=backend).loss.backward()
+        with triton_schedule(schedule):
+            loss = infonce(q, k, TEMPERATURE, symmetric=symmetric, backend=backend).loss
+        loss.backward()
 
     return step
 
 
-def our_sigmoid(q: Tensor, k: Tensor, symmetric: bool) -> None:
-    sigmoid(q, k, TEMPERATURE, BIAS).loss.backward()
+def our_sigmoid(backend: str, schedule: str = "auto") -> Callable:
+    def step(q: Tensor, k: Tensor, symmetric: bool) -> None:
+        with triton_schedule(schedule):
+            loss = sigmoid(q, k, TEMPERATURE, BIAS, backend=backend).loss
+        loss.backward()
+
+    return step
 
 
 def sentence_transformers(rows: int) -> Callable:
@@ -143,6 +153,7 @@ CONTENDERS: dict[str, dict[str, tuple[Callable, str | None, bool]]] = {
     "infonce": {
         "ours, chunked": (ours("chunked"), None, False),
         "ours, triton": (ours("triton"), "triton", True),
+        "ours, triton, without persistent kernels": (ours("triton", "tiles"), "triton", True),
         "naive torch": (naive, None, False),
         "naive torch, compiled": (naive_compiled, None, True),
         "sentence-transformers, cached, mini-batch 32": (sentence_transformers(32), "sentence_transformers", False),
@@ -151,7 +162,9 @@ CONTENDERS: dict[str, dict[str, tuple[Callable, str | None, bool]]] = {
         "inf-cl": (inf_cl, "inf_cl", True),
     },
     "sigmoid": {
-        "ours, chunked": (our_sigmoid, None, False),
+        "ours, chunked": (our_sigmoid("chunked"), None, False),
+        "ours, triton": (our_sigmoid("triton"), "triton", True),
+        "ours, triton, without persistent kernels": (our_sigmoid("triton", "tiles"), "triton", True),
         "naive torch": (naive_sigmoid, None, False),
         "siglip-kernel": (siglip_kernel, "siglip_kernel", True),
     },

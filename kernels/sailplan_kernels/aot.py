@@ -1,8 +1,12 @@
 """Compile the Triton kernels ahead of time, without a GPU, and judge what comes out: `python -m sailplan_kernels.aot`.
 
-For every launch configuration and target it prints, as Markdown, registers, stack, spills, shared memory and matrix instructions, and
-PASS or REJECT; the exit status is 1 on a REJECT. Rejected is what spills or uses a stack, needs more shared memory than
-the target has (the compiler itself does not look), or multiplies half-precision operands on sm_90 without WGMMA.
+For every launch configuration and target it prints, as Markdown, registers, stack, spills, shared memory, matrix instructions, TMA
+copies and groups of warps, and PASS or REJECT; the exit status is 1 on a REJECT. Rejected is what spills or uses a stack, needs
+more shared or tensor memory than the target has (the compiler itself does not look), multiplies half-precision operands on
+sm_90 without WGMMA or on sm_100 without tcgen05, or is meant to copy by TMA or to be specialised and is not.
+
+Specialisation is read off three places that must agree: the operation ttg.warp_specialize and its regions in the compiler's
+last representation, instructions that move registers between groups (setmaxnreg), and more warps than were asked for.
 """
 
 from __future__ import annotations
@@ -22,9 +26,11 @@ from pathlib import Path
 
 import torch
 
-from sailplan_kernels.triton_kernels.configurations import KINDS, MASKS, Configuration, configuration, switches
+from sailplan_kernels.triton_kernels.configurations import KINDS, MASKS, RESCALE_WARPS, Configuration, configuration, persistent_configuration, switches
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_COLUMNS = 512  # of tensor memory, on sm_100
+COLUMNS = "target|dtype|schedule|kernel|tile of|masks|BM x BN x BK|registers|stack|spills|shared|WGMMA|other MMA|TMA|warps|groups|verdict".split("|")
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -38,6 +44,15 @@ class Case:
     masks: str
     capability: int
     keep: bool = False  # statistics that also write what the rescale kernel reads
+    schedule: str = "tiles"
+
+    @property
+    def configuration(self) -> Configuration:
+        table = persistent_configuration if self.schedule == "persistent" else configuration
+        found = table(self.dtype, self.kind, self.masks, self.capability)
+        if found is None:
+            raise ValueError(f"{self}: there is no such kernel")
+        return found
 
 
 @dataclass(frozen=True)
@@ -48,31 +63,39 @@ class Verdict:
     shared: int
     wgmma: int
     mma: int
+    tma: int
+    warps: int  # at run time
+    groups: int  # of warps with a program of their own; 1: not specialised
     reason: str  # empty: PASS
 
 
 def cases(capabilities: list[int], dtypes=tuple(TYPES)) -> list[Case]:
     """Everything the engine can launch, each compiled kernel once: several kinds of tiles may share one, under the first's name."""
     wanted = []
-    for capability, dtype in itertools.product(capabilities, dtypes):
+    for capability, dtype, schedule in itertools.product(capabilities, dtypes, ("tiles", "persistent")):
         for kind, masks in itertools.product(KINDS, MASKS):
-            wanted.append(Case("statistics", dtype, kind, masks, capability))
-            wanted.append(Case("sigmoid" if kind.startswith("sigmoid") else "gradient", dtype, kind, masks, capability))
-        for masks in MASKS:
-            wanted += [Case("statistics", dtype, "plain", masks, capability, keep=True), Case("rescale", dtype, "plain", masks, capability)]
+            if schedule == "persistent" and persistent_configuration(dtype, kind, masks, capability) is None:
+                continue
+            tile = (dtype, kind, masks, capability)
+            wanted.append(Case("statistics", *tile, schedule=schedule))
+            wanted.append(Case("sigmoid" if kind.startswith("sigmoid") else "gradient", *tile, schedule=schedule))
+            if kind == "plain":
+                wanted += [Case("statistics", *tile, keep=True, schedule=schedule), Case("rescale", *tile, schedule=schedule)]
     different: dict[tuple, Case] = {}
     for case in wanted:
-        config = configuration(case.dtype, case.kind, case.masks, case.capability)
-        aligned = case.masks != "odd" or case.kernel == "rescale"
-        launch = (config.warps, config.stages) if case.kernel != "rescale" else ()
+        config = case.configuration
+        rescale = case.kernel == "rescale"
+        aligned = case.masks != "odd" or rescale
+        launch = (config.warps, config.stages, case.schedule) if not rescale else ()
         different.setdefault((case.kernel, case.dtype, case.capability, aligned, launch, *_constants(case, config).items()), case)
     return list(different.values())
 
 
 def _function(case: Case):
-    from sailplan_kernels.triton_kernels import sigmoid_tiles, tiles
+    from sailplan_kernels.triton_kernels import persistent, sigmoid_tiles, tiles
 
-    return getattr(sigmoid_tiles if case.kernel == "sigmoid" else tiles, f"{case.kernel}_kernel")
+    one_a_tile = sigmoid_tiles if case.kernel == "sigmoid" else tiles
+    return getattr(persistent if case.schedule == "persistent" and case.kernel != "rescale" else one_a_tile, f"{case.kernel}_kernel")
 
 
 def _constants(case: Case, config: Configuration) -> dict[str, object]:
@@ -81,32 +104,47 @@ def _constants(case: Case, config: Configuration) -> dict[str, object]:
     return {name: value for name, value in known.items() if name in _function(case).arg_names}
 
 
-def compile_case(case: Case, config: Configuration | None = None) -> Verdict:
-    """Compile in this process, which must not have the interpreter on. A compiler's error is a REJECT with its first line."""
+def compiled(case: Case, config: Configuration | None = None):
+    """The compiled kernel of a case, as a launch would make it, in this process, which must not have the interpreter on."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function = _function(case)
-    config = config or configuration(case.dtype, case.kind, case.masks, case.capability)
+    config = config or case.configuration
     constants = _constants(case, config)
-    kinds = {name: f"*{TYPES[case.dtype]}" for name in ("rows", "columns", "weights", "kept")}
-    kinds |= {"row_tags": "*i64", "column_tags": "*i64", "bounds": "*i32", **dict.fromkeys(("n", "m", "D", "pitch", "prefixes", "moments"), "i32")}
+    kinds = {name: f"*{TYPES[case.dtype]}" for name in ("rows", "columns", "weights", *["kept"] * (case.keep or case.kernel == "rescale"))}
+    kinds |= {"row_tags": "*i64", "column_tags": "*i64", "bounds": "*i32", **dict.fromkeys(("n", "m", "D", "length", "pitch", "prefixes"), "i32")}
+    if config.schedule == "persistent" and case.kernel != "rescale":
+        kinds |= {"rows": _descriptor(case, config.BM, config.BK), "columns": _descriptor(case, config.BN, config.BK)}
+        if config.DESCRIPTOR_STORE:
+            kinds |= {name: _descriptor(case, config.BM, config.BN) for name in ("weights", "kept") if name in kinds}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in function.arg_names}
     free = {function.arg_names[i] if isinstance(i, int) else i for i in function.do_not_specialize} | ({"D"} if case.masks == "odd" else set())
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name not in constants and name not in free}
+    free |= {name for name, kind in signature.items() if kind == "constexpr" or kind.startswith("tensordesc")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name not in free}
+    launch = {"num_warps": RESCALE_WARPS if case.kernel == "rescale" else config.warps, "num_stages": config.stages}
+    source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", case.capability, 32), options=launch)
+
+
+def compile_case(case: Case, config: Configuration | None = None) -> Verdict:
+    """Compile and judge. A compiler's error is a REJECT with its first line."""
     try:
-        source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
-        launch = {"num_warps": config.warps, "num_stages": config.stages}
-        return _judge(case, triton.compile(source, target=GPUTarget("cuda", case.capability, 32), options=launch))
+        return _judge(case, config or case.configuration, compiled(case, config))
     except Exception as error:  # whatever a compiler throws is a verdict on this case, the others go on
-        return Verdict(0, 0, 0, 0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:120])
+        return Verdict(0, 0, 0, 0, 0, 0, 0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:120])
 
 
-def _judge(case: Case, compiled) -> Verdict:
+def _descriptor(case: Case, *block: int) -> str:
+    """A descriptor argument's type, spelled as a launch spells it."""
+    return f"tensordesc<{TYPES[case.dtype]}{list(block)}>"
+
+
+def _judge(case: Case, config: Configuration, kernel) -> Verdict:
     from triton.backends.nvidia.compiler import get_ptxas
 
-    ptx = compiled.asm["ptx"]
+    ptx = kernel.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
@@ -114,17 +152,31 @@ def _judge(case: Case, compiled) -> Verdict:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stack = int(_found(r"(\d+) bytes stack frame", said))
     spills = int(_found(r"(\d+) bytes spill stores", said)) + int(_found(r"(\d+) bytes spill loads", said))
-    registers, shared = int(_found(r"Used (\d+) registers", said)), compiled.metadata.shared
+    registers, shared = int(_found(r"Used (\d+) registers", said)), kernel.metadata.shared
     wgmma, mma = ptx.count("wgmma.mma_async"), len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx))
+    tma, groups = ptx.count("cp.async.bulk.tensor"), _groups(kernel.asm["ttgir"])
+    warps, moves = kernel.metadata.num_warps, "setmaxnreg" in ptx
     half, products = case.dtype != torch.float32, case.kernel != "rescale"
+    persistent = products and config.schedule == "persistent"
+    specialised = groups > 1 and moves and warps > config.warps
+    tensor_memory = kernel.metadata.tmem_size
     reasons = [
         f"stack {stack}" if stack else "",
         f"spills {spills}" if spills else "",
         f"shared {shared} > {SHARED_LIMIT[case.capability]}" if shared > SHARED_LIMIT[case.capability] else "",
+        f"tensor memory {tensor_memory} > {TENSOR_COLUMNS}" if tensor_memory > TENSOR_COLUMNS else "",
         "no WGMMA" if case.capability == 90 and half and products and not wgmma else "",
+        "no tcgen05" if case.capability == 100 and half and products and "tcgen05.mma" not in ptx else "",
         "no matrix instruction" if half and products and not wgmma + mma else "",
+        "no TMA" if persistent and not tma else "",
+        "not specialised" if persistent and config.SPECIALISED and not specialised else "",
     ]
-    return Verdict(registers, stack, spills, shared, wgmma, mma, ", ".join(filter(None, reasons)))
+    return Verdict(registers, stack, spills, shared, wgmma, mma, tma, warps, groups, ", ".join(filter(None, reasons)))
+
+
+def _groups(ttgir: str) -> int:
+    """Groups of warps that run programs of their own: the default one and every partition of ttg.warp_specialize."""
+    return 1 + (len(re.findall(r"^ *partition\d+\(", ttgir, re.MULTILINE)) if "ttg.warp_specialize(" in ttgir else 0)
 
 
 def _found(pattern: str, text: str) -> str:
@@ -143,11 +195,10 @@ def compile_all(wanted: list[Case], workers: int = 2) -> Iterator[tuple[Case, Ve
 
 def row(case: Case, v: Verdict) -> str:
     """One line of the table, in Markdown."""
-    c = configuration(case.dtype, case.kind, case.masks, case.capability)
+    c = case.configuration
     tile = f"{c.BM}x{c.BN}x{c.BK}, {c.warps} warps, {c.stages} stages"
-    kernel = case.kernel + (" keep" if case.keep else "")
-    cells = (f"sm_{case.capability}", TYPES[case.dtype], kernel, case.kind, case.masks, tile, *astuple(v)[:-1], f"REJECT {v.reason}" if v.reason else "PASS")
-    return "| " + " | ".join(map(str, cells)) + " |"
+    what = (f"sm_{case.capability}", TYPES[case.dtype], case.schedule, case.kernel + (" keep" if case.keep else ""), case.kind, case.masks, tile)
+    return "| " + " | ".join(map(str, (*what, *astuple(v)[:-1], f"REJECT {v.reason}" if v.reason else "PASS"))) + " |"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -163,8 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("# Kernels compiled ahead of time, without a GPU\n")
     print(f"`python -m sailplan_kernels.aot --target {' '.join(chosen.target)} --dtype {' '.join(chosen.dtype)}`, triton {triton.__version__}, ", end="")
     print(f"torch {torch.__version__}. What the columns mean: see README.md. No time is measured here.\n")
-    print("| target | dtype | kernel | tile of | masks | BM x BN x BK | registers | stack | spills | shared | WGMMA | other MMA | verdict |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
     rejected = 0
     for case, verdict in compile_all(wanted, chosen.workers):
         rejected += bool(verdict.reason)

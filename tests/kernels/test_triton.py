@@ -24,16 +24,26 @@ def test_engine_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def test_kernels_compile_for_their_targets():
-    """The widest of each kernel where spills come first, and what the judge says of a tile that spills."""
+def compiling(*arguments: str) -> None:
+    """Python with the interpreter off."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300, env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)}
-    )
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
+def test_kernels_compile_for_their_targets():
+    """The widest of each kernel where spills come first, and what the judge says of a tile that spills or is not specialised."""
+    compiling("-c", COMPILE)
+
+
+def test_a_launch_compiles_what_was_judged():
+    compiling(str(Path(__file__).parent / "interpreter" / "check_launches.py"))
+
+
 COMPILE = """
+from dataclasses import replace
+
 import torch
 from sailplan_kernels.aot import Case, compile_case
 from sailplan_kernels.triton_kernels.configurations import Configuration
@@ -54,7 +64,23 @@ for case in (
     verdict = compile_case(case)
     print(case, verdict)
     assert not verdict.reason, verdict.reason
-wide = compile_case(Case("gradient", half, "columns", "all", 90), Configuration(64, 64, 64, 8, 4, 3))
+for case, groups in (
+    (Case("statistics", half, "plain", "few", 90, True, "persistent"), 3),
+    (Case("gradient", half, "plain", "few", 90, False, "persistent"), 3),
+    (Case("statistics", torch.float16, "plain", "all", 90, True, "persistent"), 3),
+    (Case("gradient", half, "columns", "all", 90, False, "persistent"), 1),
+    (Case("sigmoid", half, "sigmoid", "few", 90, False, "persistent"), 3),
+    (Case("gradient", half, "plain", "few", 100, False, "persistent"), 3),
+    (Case("gradient", half, "columns", "few", 100, False, "persistent"), 3),
+):
+    verdict = compile_case(case)
+    print(case, verdict)
+    assert not verdict.reason and verdict.tma and verdict.groups == groups
+case = Case("gradient", half, "plain", "few", 90, False, "persistent")
+for lost in (replace(case.configuration, warps=8), replace(case.configuration, FLATTEN=True)):  # the compiler drops it without a word
+    verdict = compile_case(case, lost)
+    assert "not specialised" in verdict.reason and verdict.groups == 1, verdict
+wide = compile_case(Case("gradient", half, "columns", "all", 90), Configuration(128, 128, 64, 8, 8, 3))
 assert "spills" in wide.reason, wide
 assert compile_case(Case("gradient", full, "plain", "few", 90)).wgmma == 0
 """

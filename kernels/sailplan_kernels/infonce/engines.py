@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -12,11 +15,22 @@ from sailplan_kernels.infonce.tile import Engine
 from sailplan_kernels.infonce.torch_engine import TorchEngine
 
 _TRITON_ENGINE = "sailplan_kernels.infonce.triton_engine"
+_SCHEDULE: ContextVar[str] = ContextVar("schedule of the Triton engine", default="auto")
+
+
+@contextmanager
+def triton_schedule(schedule: str) -> Iterator[None]:
+    """Losses called inside go over their tiles as said, see TritonEngine: for measurements of one schedule beside the other."""
+    token = _SCHEDULE.set(schedule)
+    try:
+        yield
+    finally:
+        _SCHEDULE.reset(token)
 
 
 def make_engine(backend: str) -> Engine:
     """The engine of a checked backend, "chunked" or "triton"."""
-    return TorchEngine() if backend == "chunked" else importlib.import_module(_TRITON_ENGINE).TritonEngine()
+    return TorchEngine() if backend == "chunked" else importlib.import_module(_TRITON_ENGINE).TritonEngine(_SCHEDULE.get())
 
 
 def why_no_triton(device: torch.device, dtype: torch.dtype, score_dtype: torch.dtype | None = None) -> str | None:

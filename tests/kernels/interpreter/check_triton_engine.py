@@ -6,6 +6,8 @@ Oracle: the contract of infonce/tile.py written out in float64 with whole matric
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -14,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sailplan_kernels import infonce, sigmoid
+from sailplan_kernels.infonce.engines import triton_schedule
 from sailplan_kernels.infonce.tile import Coefficients, Rule, Side
 from sailplan_kernels.infonce.triton_engine import TritonEngine
+from sailplan_kernels.triton_kernels.configurations import INTERPRETER_PROGRAMS
 
 torch.set_num_threads(1)
 HALF, FULL = 3e-3, 1e-5
@@ -48,9 +52,9 @@ def test_interpreter_rounds_to_nearest_even_and_keeps_nan():
     torch.testing.assert_close(b, a.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
-def problem(seed, n, m, prefixes, dtype, columns, sigmoid, tags, limits, correction, temperature, trained, moments=True):
+def problem(seed, n, m, prefixes, dtype, columns, sigmoid, tags, limits, correction, temperature, trained, moments=True, behind=None):
     g = torch.Generator().manual_seed(seed)
-    d, p = prefixes[-1] + seed % 3, len(prefixes)  # dimensions behind the last prefix belong to nobody
+    d, p = prefixes[-1] + (seed % 3 if behind is None else behind), len(prefixes)  # dimensions behind the last prefix belong to nobody
     x = torch.randn(n, d, generator=g)
     y = torch.randn(m, d, generator=g)
     if trained:
@@ -178,7 +182,7 @@ def check(rows, columns, rule, tolerance):
     seed=st.integers(0, 100),
     n=st.integers(1, 70),
     m=st.integers(1, 70),
-    prefixes=st.sampled_from([(33,), (16, 40), (8, 32, 64), (5, 20, 37, 70)]),
+    prefixes=st.sampled_from([(33,), (48,), (16, 40), (8, 32, 64), (5, 20, 37, 70)]),
     dtype=st.sampled_from(list(TOLERANCE)),
     kind=st.sampled_from(["rows", "columns", "sigmoid"]),
     tags=st.sampled_from([(), (0,), (0, 2), (0, 1, 2)]),
@@ -199,6 +203,69 @@ def test_kept_tiles_are_rescaled(dtype):
     kept = TritonEngine().tile(*case, keep=True)
     kept.statistics()
     assert kept.kept is not None and kept.kept[0].dtype == dtype
+
+
+KINDS = {"rows": (False, False, False), "moments": (False, False, True), "columns": (True, False, True), "sigmoid": (False, True, False)}
+
+
+def outputs(case, schedule, keep):
+    """Everything a tile says, and by which schedule it went."""
+    tile = TritonEngine(schedule).tile(*case, keep)
+    found = tile.statistics()
+    g = torch.Generator().manual_seed(1)
+    pushes = [torch.rand(x.inverse_norm.shape, generator=g) * x.valid for x in case[:2]]
+    logs = [torch.zeros_like(found.row_sum), None] if case[2].sigmoid else [log_of(found.row_maximum, found.row_sum), None]
+    if case[2].columns:
+        logs[1] = log_of(found.column_maximum, found.column_sum)
+    gradient = tile.gradient(Coefficients(logs[0], pushes[0], logs[1], pushes[1]))
+    return tile, [x for x in (*vars(found).values(), *gradient.weights, *list(vars(gradient).values())[1:]) if x is not None]
+
+
+@pytest.mark.parametrize("masks, dtype", [("few", torch.bfloat16), ("all", torch.float16)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_persistent_programs_go_from_tile_to_tile(kind, masks, dtype):
+    """Three programs and nine tiles, ragged both ways, dimensions in use that are no whole BK and others behind them."""
+    columns, pairwise, moments = KINDS[kind]
+    tags, limits = ((0,), False) if masks == "few" else ((0, 2), True)
+    case = problem(7, 70, 85, (48,), dtype, columns, pairwise, tags, limits and not pairwise, True, 0.1, True, moments, behind=32)
+    for keep in (False, True) if kind == "rows" else (False,):
+        (tile, found), (plain, right) = (outputs(case, schedule, keep) for schedule in ("auto", "tiles"))
+        assert tile.masks == masks and (tile.config.schedule, plain.config.schedule) == ("persistent", "tiles")
+        assert tile.tiles[0] * tile.tiles[1] == 9 and INTERPRETER_PROGRAMS == 3
+        for a, b in zip(found, right, strict=True):
+            if pairwise:  # its three sums are one reduction in the other schedule
+                close(a, b.double(), HALF if a.dtype == dtype else 1e-6, "a pairwise output")
+            else:
+                assert torch.equal(a, b)
+    check(*case, TOLERANCE[dtype])  # and calls each gradient twice, for equal bits
+
+
+@pytest.mark.parametrize("n, m", [(1, 1), (33, 32), (31, 97), (200, 1)])
+def test_persistent_tiles_at_the_edges(n, m):
+    case = problem(6, n, m, (64,), torch.bfloat16, False, False, (0,), False, False, 0.05, True, moments=False)
+    assert outputs(case, "auto", True)[0].config.schedule == "persistent"
+    check(*case, HALF)
+
+
+def misaligned(side):
+    """The same rows, starting 8 bytes behind a multiple of 16."""
+    vectors = torch.empty(side.vectors.numel() + 4, dtype=side.vectors.dtype)[4:].view_as(side.vectors).copy_(side.vectors)
+    return replace(side, vectors=vectors)
+
+
+@pytest.mark.parametrize("why", ["float32", "prefixes", "length", "rows", "columns"])
+def test_what_descriptors_do_not_reach_goes_one_program_a_tile(why):
+    prefixes = {"prefixes": (16, 48), "length": (44,)}.get(why, (48,))
+    dtype = torch.float32 if why == "float32" else torch.bfloat16
+    rows, columns, rule = problem(3, 40, 50, prefixes, dtype, False, False, (0,), False, False, 0.1, True, moments=False)
+    rows, columns = misaligned(rows) if why == "rows" else rows, misaligned(columns) if why == "columns" else columns
+    assert TritonEngine().tile(rows, columns, rule, False).config.schedule == "tiles"
+    check(rows, columns, rule, TOLERANCE[dtype])
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="schedule: found 'fast', expected one of auto, tiles"):
+        TritonEngine("fast")
 
 
 def test_slices_of_larger_sides():
@@ -254,6 +321,20 @@ def test_the_loss_through_the_engine(options):
         found.append((out.loss.detach(), queries.grad, keys.grad))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_by_both_schedules():
+    """Half precision through the driver, in tiles of a small budget; the statement around the call is what benchmarks use."""
+    start = torch.randn(2, 70, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    for options in ({}, {"symmetric": True, "memory_budget": 20_000}):
+        found = []
+        for schedule in ("auto", "tiles"):
+            queries, keys = (x.clone().requires_grad_() for x in start)
+            with triton_schedule(schedule):
+                out = infonce(queries, keys, 0.05, backend="triton", **options)
+            out.loss.backward()
+            found.append((out.loss.detach(), queries.grad, keys.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"prefixes": (16, 48), "memory_budget": 20_000}], ids=["plain", "prefixes in tiles"])

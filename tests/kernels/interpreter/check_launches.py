@@ -1,0 +1,85 @@
+"""What a launch compiles is what ahead-of-time compilation has judged, down to the last instruction.
+
+Run by test_triton.py as a program, with the interpreter off. There is no device: tensors are a CPU's, the driver only names
+the target, and launches stop after compiling.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from sailplan_kernels import aot
+from sailplan_kernels.infonce import triton_engine
+from sailplan_kernels.infonce.tile import Coefficients, Rule, Side
+from sailplan_kernels.triton_kernels.configurations import configuration, persistent_configuration
+
+N, M, D = 300, 501, 64
+
+
+class Target:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # a launch remembers the target of a device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def tile_on(capability: int) -> type[triton_engine.TritonTile]:
+    class Tile(triton_engine.TritonTile):
+        def _configuration(self, schedule: str):
+            table = persistent_configuration if schedule == "auto" else configuration
+            return table(self.rows.vectors.dtype, self.kind, self.masks, capability)
+
+    return Tile
+
+
+def side(rows: int, limits: bool) -> Side:
+    ones = torch.ones(rows)
+    return Side(torch.randn(rows, D).bfloat16(), ones[None], torch.zeros(rows, 3, dtype=torch.int64), ones > 0, ones[None] if limits else None, ones)
+
+
+def main() -> None:
+    launched: list[tuple[JITFunction, object]] = []
+    run = JITFunction.run
+
+    def compile_only(self, *given, grid, warmup, **named):
+        launched.append((self, run(self, *given, grid=grid, warmup=True, **named)))
+
+    JITFunction.run = compile_only
+    for capability, kind, limits, keep, schedule in (
+        (90, "plain", False, True, "auto"),
+        (90, "columns", True, False, "auto"),
+        (90, "sigmoid", False, False, "auto"),
+        (90, "columns", False, False, "tiles"),
+        (100, "plain", False, True, "auto"),
+    ):
+        driver.set_active(Target(capability))
+        launched.clear()
+        rule = Rule((D,), (0,), columns=kind == "columns", moments=False, sigmoid=kind == "sigmoid")
+        tile = tile_on(capability)(side(N, limits), side(M, limits), rule, keep, schedule)
+        tile.statistics()
+        rows, columns = torch.zeros(1, N), torch.zeros(1, M)
+        tile.gradient(Coefficients(rows, rows, columns, columns))
+        assert len(launched) == 2
+        for function, kernel in launched:
+            name = function.__name__.removesuffix("_kernel")
+            persistent = "persistent" if schedule == "auto" else "tiles"
+            case = aot.Case(name, torch.bfloat16, tile.kind, tile.masks, capability, keep and name == "statistics", persistent)
+            print(case, flush=True)
+            assert kernel.asm["ptx"] == aot.compiled(case).asm["ptx"], case
+
+
+if __name__ == "__main__":
+    triton_engine._processors = lambda device: 132
+    main()
