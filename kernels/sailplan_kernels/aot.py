@@ -30,7 +30,10 @@ from sailplan_kernels.triton_kernels.configurations import KINDS, MASKS, RESCALE
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_COLUMNS = 512  # of tensor memory, on sm_100
-COLUMNS = "target|dtype|schedule|kernel|tile of|masks|BM x BN x BK|registers|stack|spills|shared|WGMMA|other MMA|TMA|warps|groups|verdict".split("|")
+HEAD = (
+    "| target | dtype | schedule | kernel | tile of | masks | BM x BN x BK "
+    "| registers | stack | spills | shared | WGMMA | other MMA | TMA | warps | groups | verdict |"
+)
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -214,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("# Kernels compiled ahead of time, without a GPU\n")
     print(f"`python -m sailplan_kernels.aot --target {' '.join(chosen.target)} --dtype {' '.join(chosen.dtype)}`, triton {triton.__version__}, ", end="")
     print(f"torch {torch.__version__}. What the columns mean: see README.md. No time is measured here.\n")
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
+    print(f"{HEAD}\n{'|---' * (HEAD.count('|') - 1)}|", flush=True)
     rejected = 0
     for case, verdict in compile_all(wanted, chosen.workers):
         rejected += bool(verdict.reason)
