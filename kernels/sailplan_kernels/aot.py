@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from sailplan_kernels.triton_kernels.configurations import KINDS, MASKS, RESCALE_WARPS, Configuration, configuration, persistent_configuration, switches
+from sailplan_kernels.triton_kernels.configurations import KINDS, MASKS, RESCALE_WARPS, TABLES, Configuration, switches
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_COLUMNS = 512  # of tensor memory, on sm_100
@@ -51,8 +51,7 @@ class Case:
 
     @property
     def configuration(self) -> Configuration:
-        table = persistent_configuration if self.schedule == "persistent" else configuration
-        found = table(self.dtype, self.kind, self.masks, self.capability)
+        found = TABLES[self.schedule](self.dtype, self.kind, self.masks, self.capability)
         if found is None:
             raise ValueError(f"{self}: there is no such kernel")
         return found
@@ -75,11 +74,11 @@ class Verdict:
 def cases(capabilities: list[int], dtypes=tuple(TYPES)) -> list[Case]:
     """Everything the engine can launch, each compiled kernel once: several kinds of tiles may share one, under the first's name."""
     wanted = []
-    for capability, dtype, schedule in itertools.product(capabilities, dtypes, ("tiles", "persistent")):
+    for capability, dtype, schedule in itertools.product(capabilities, dtypes, TABLES):
         for kind, masks in itertools.product(KINDS, MASKS):
-            if schedule == "persistent" and persistent_configuration(dtype, kind, masks, capability) is None:
-                continue
             tile = (dtype, kind, masks, capability)
+            if TABLES[schedule](*tile) is None:
+                continue
             wanted.append(Case("statistics", *tile, schedule=schedule))
             wanted.append(Case("sigmoid" if kind.startswith("sigmoid") else "gradient", *tile, schedule=schedule))
             if kind == "plain":
@@ -95,10 +94,10 @@ def cases(capabilities: list[int], dtypes=tuple(TYPES)) -> list[Case]:
 
 
 def _function(case: Case):
-    from sailplan_kernels.triton_kernels import persistent, sigmoid_tiles, tiles
+    from sailplan_kernels.triton_kernels import persistent, persistent_prefixes, sigmoid_tiles, tiles
 
-    one_a_tile = sigmoid_tiles if case.kernel == "sigmoid" else tiles
-    return getattr(persistent if case.schedule == "persistent" and case.kernel != "rescale" else one_a_tile, f"{case.kernel}_kernel")
+    modules = {"tiles": sigmoid_tiles if case.kernel == "sigmoid" else tiles, "persistent": persistent, "persistent prefixes": persistent_prefixes}
+    return getattr(tiles if case.kernel == "rescale" else modules[case.schedule], f"{case.kernel}_kernel")
 
 
 def _constants(case: Case, config: Configuration) -> dict[str, object]:
@@ -118,7 +117,7 @@ def compiled(case: Case, config: Configuration | None = None):
     constants = _constants(case, config)
     kinds = {name: f"*{TYPES[case.dtype]}" for name in ("rows", "columns", "weights", *["kept"] * (case.keep or case.kernel == "rescale"))}
     kinds |= {"row_tags": "*i64", "column_tags": "*i64", "bounds": "*i32", **dict.fromkeys(("n", "m", "D", "length", "pitch", "prefixes"), "i32")}
-    if config.schedule == "persistent" and case.kernel != "rescale":
+    if config.schedule != "tiles" and case.kernel != "rescale":
         kinds |= {"rows": _descriptor(case, config.BM, config.BK), "columns": _descriptor(case, config.BN, config.BK)}
         if config.DESCRIPTOR_STORE:
             kinds |= {name: _descriptor(case, config.BM, config.BN) for name in ("weights", "kept") if name in kinds}
@@ -160,7 +159,7 @@ def _judge(case: Case, config: Configuration, kernel) -> Verdict:
     tma, groups = ptx.count("cp.async.bulk.tensor"), _groups(kernel.asm["ttgir"])
     warps, moves = kernel.metadata.num_warps, "setmaxnreg" in ptx
     half, products = case.dtype != torch.float32, case.kernel != "rescale"
-    persistent = products and config.schedule == "persistent"
+    persistent = products and config.schedule != "tiles"
     specialised = groups > 1 and moves and warps > config.warps
     tensor_memory = kernel.metadata.tmem_size
     reasons = [

@@ -72,6 +72,7 @@ for case, groups in (
     (Case("sigmoid", half, "sigmoid", "few", 90, False, "persistent"), 3),
     (Case("gradient", half, "plain", "few", 100, False, "persistent"), 3),
     (Case("gradient", half, "columns", "few", 100, False, "persistent"), 3),
+    (Case("gradient", half, "columns", "all", 90, False, "persistent prefixes"), 1),
 ):
     verdict = compile_case(case)
     print(case, verdict)

@@ -4,9 +4,9 @@ Statistics and gradient each run the matrix product once. Only the plain tile (o
 kept: its exponentials stay in the operands' dtype, relative to their row's maximum in their tile, and the gradient rescales
 them in place. Partial results of tiles are merged here in fixed order, so equal calls give equal bits.
 
-Tiles of one prefix in half precision, in whole STEPs, go by the persistent kernels where the device has them and descriptors
-reach the vectors (rows that start at multiples of 16 bytes); all others, and all of schedule "tiles", one program a tile.
-The meaning is the same, and the partial results have the same layout, by each configuration's own tile.
+Tiles in half precision, in whole STEPs, go by the persistent kernels where the device has them, descriptors reach the vectors
+(rows that start at multiples of 16 bytes) and all prefixes but the longest end in whole BKs; all others, and all of schedule
+"tiles", one program a tile. The meaning is the same, and the partial results have the same layout, by each configuration's own tile.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from triton import cdiv, knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sailplan_kernels.infonce.tile import Coefficients, Gradient, Rule, Side, Statistics
-from sailplan_kernels.triton_kernels import persistent, sigmoid_tiles, tiles
+from sailplan_kernels.triton_kernels import persistent, persistent_prefixes, sigmoid_tiles, tiles
 from sailplan_kernels.triton_kernels.arithmetic import OUT
 from sailplan_kernels.triton_kernels.configurations import (
     INTERPRETED,
     INTERPRETER_PROGRAMS,
     RESCALE_WARPS,
     STEP,
+    TABLES,
     Configuration,
     configuration,
-    persistent_configuration,
     switches,
 )
 
@@ -95,9 +95,9 @@ class TritonTile:
         device, dtype = self.rows.vectors.device, self.rows.vectors.dtype
         major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, INTERPRETED)
         kind = dtype, self.kind, self.masks, 10 * major + minor
-        if schedule == "auto" and self.p == 1 and _described(self.rows.vectors) and _described(self.columns.vectors):
-            found = persistent_configuration(*kind)
-            if found is not None and found.BM * self.pitch < 2**31:
+        if schedule == "auto" and _described(self.rows.vectors) and _described(self.columns.vectors):
+            found = TABLES["persistent" if self.p == 1 else "persistent prefixes"](*kind)
+            if found is not None and found.BM * self.pitch < 2**31 and not any(x % found.BK for x in self.rule.prefixes[:-1]):
                 return found
         return configuration(*kind)
 
@@ -131,19 +131,20 @@ class TritonTile:
             "row_tags": self.row_tags, "column_tags": self.column_tags, "row_limit": self._limit(rows), "column_limit": self._limit(columns),
             "row_scale": rows.inverse_temperature, "column_scale": columns.inverse_temperature,
             "row_shift": self.row_shift, "column_shift": self.column_shift, "n": self.n, "m": self.m, "D": rows.vectors.shape[1],
-            "length": self.rule.prefixes[0], "pitch": self.pitch, "prefixes": self.p, "PRECISION": "ieee", **self.switches, **asdict(config), **given,
+            "length": self.rule.prefixes[-1], "pitch": self.pitch, "prefixes": self.p, "PRECISION": "ieee", **self.switches, **asdict(config), **given,
         }  # fmt: skip
         module, programs = (sigmoid_tiles if name == "sigmoid" else tiles), self.tiles[0] * self.tiles[1]
-        if config.schedule == "persistent":
-            module, programs = persistent, min(programs, _processors(rows.vectors.device))
+        if config.schedule != "tiles":
+            module = persistent if config.schedule == "persistent" else persistent_prefixes
+            programs = min(programs, _processors(rows.vectors.device))
             known |= self._descriptors(given)
         kernel = getattr(module, f"{name}_kernel")
         arguments = {argument: known[argument] for argument in kernel.arg_names}
         kernel[(programs,)](**arguments, num_warps=config.warps, num_stages=config.stages)
 
     def _descriptors(self, given: dict[str, Any]) -> dict[str, TensorDescriptor]:
-        """Of both sides, as far as the prefix goes, and of what is written in whole tiles."""
-        config, length = self.config, self.rule.prefixes[0]
+        """Of both sides, as far as the longest prefix goes, and of what is written in whole tiles."""
+        config, length = self.config, self.rule.prefixes[-1]
         wanted = {"rows": (self.rows.vectors[:, :length], config.BM, config.BK), "columns": (self.columns.vectors[:, :length], config.BN, config.BK)}
         if config.DESCRIPTOR_STORE and given.get("KEEP", True):
             wanted |= {name: (given[name][0], config.BM, config.BN) for name in ("weights", "kept") if name in given}

@@ -26,7 +26,7 @@ class Configuration:
     GROUP: int
     warps: int  # as asked for; specialisation adds its own
     stages: int
-    schedule: str = "tiles"  # one program a tile, or "persistent": programs that go from tile to tile (persistent.py has the rest)
+    schedule: str = "tiles"  # one program a tile; "persistent", "persistent prefixes": programs that go from tile to tile, see there
     SPECIALISED: bool = False
     FLATTEN: bool = False
     DESCRIPTOR_STORE: bool = False
@@ -78,3 +78,19 @@ def persistent_configuration(dtype: torch.dtype, kind: str, masks: str, capabili
         BN = 256 if (kind, masks) == ("plain", "few") else 32 if masks == "all" and kind != "columns" else 64
         return Configuration(128, BN, 64, 8, 8, 3, "persistent", SPECIALISED=True, FLATTEN=True, DESCRIPTOR_STORE=True)
     return None
+
+
+def persistent_prefixes_configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) -> Configuration | None:
+    """Of several prefixes, all but the longest in whole BKs; None: there is no such kernel."""
+    if dtype == torch.float32 or masks == "odd" or kind in ("plain", "sigmoid"):  # several prefixes ask for moments
+        return None
+    if capability == INTERPRETED:
+        return Configuration(32, 32, 32, 2, 4, 1, "persistent prefixes")
+    if capability // 10 == 9:
+        return Configuration(128, 128 if (kind, masks) == ("moments", "few") else 64, 64, 8, 8, 3, "persistent prefixes")
+    if capability // 10 == 10:
+        return Configuration(128, 32 if (kind, masks) == ("columns", "all") else 64, 64, 8, 8, 3, "persistent prefixes")
+    return None
+
+
+TABLES = {"tiles": configuration, "persistent": persistent_configuration, "persistent prefixes": persistent_prefixes_configuration}

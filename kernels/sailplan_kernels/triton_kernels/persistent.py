@@ -1,4 +1,5 @@
 """As many programs as the device has processors, each going from tile to tile: for large batches in half precision, one prefix.
+(Several prefixes: persistent_prefixes.py.)
 
 What a tile means is arithmetic.py's; this is only the way there, for sm_90 and later. Vectors arrive through tensor descriptors,
 which the copy unit (TMA) reads: no thread holds their addresses, and what lies beyond their ends reads as zeros. With
@@ -17,10 +18,12 @@ from sailplan_kernels.triton_kernels.arithmetic import VECTORS, tile_of, write_g
 
 
 @triton.jit
-def products(rows, columns, pm, pn, length, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """[BM, BN] dot products of tile (pm, pn); added in the order of tiles.py."""
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, length, BK):
+def add_products(acc, rows, columns, pm, pn, start, end, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """acc + rows[:, start:end] @ columns[:, start:end].T of tile (pm, pn), in the order of tiles.py.
+
+    In whole BKs: ``end`` is one, or where the vectors end.
+    """
+    for k in range(start, end, BK):
         acc = tl.dot(rows.load([pm * BM, k]), columns.load([pn * BN, k]).T, acc, input_precision="ieee")
     return acc
 
@@ -49,7 +52,7 @@ def statistics_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALISED):
         pm, pn = tile_of(tile, n, m, BM, BN, GROUP)
         om, on = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-        acc = products(rows, columns, pm, pn, length, BM, BN, BK)
+        acc = add_products(tl.zeros((BM, BN), tl.float32), rows, columns, pm, pn, 0, length, BM, BN, BK)
         e = write_statistics(
             acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
             row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, 0, tiles_m, tiles_n, TAGS, LIMITS, COLUMNS, SIGMOID,
@@ -71,7 +74,7 @@ def gradient_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALISED):
         pm, pn = tile_of(tile, n, m, BM, BN, GROUP)
         om, on = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-        acc = products(rows, columns, pm, pn, length, BM, BN, BK)
+        acc = add_products(tl.zeros((BM, BN), tl.float32), rows, columns, pm, pn, 0, length, BM, BN, BK)
         g = write_gradient(
             acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
             row_log, row_push, column_log, column_push, row_moment, column_moment, row_temperature, column_temperature,
@@ -93,7 +96,7 @@ def sigmoid_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALISED):
         pm, pn = tile_of(tile, n, m, BM, BN, GROUP)
         om, on = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-        acc = products(rows, columns, pm, pn, length, BM, BN, BK)
+        acc = add_products(tl.zeros((BM, BN), tl.float32), rows, columns, pm, pn, 0, length, BM, BN, BK)
         g = write_sigmoid(
             acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift,
             row_push, row_sum, row_total, row_moment, column_moment, pm, pn, om, on, n, m, 0, tiles_m, tiles_n, TAGS, LIMITS, MOMENTS, AGAIN=True,

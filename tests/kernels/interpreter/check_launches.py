@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 from sailplan_kernels import aot
 from sailplan_kernels.infonce import triton_engine
 from sailplan_kernels.infonce.tile import Coefficients, Rule, Side
-from sailplan_kernels.triton_kernels.configurations import configuration, persistent_configuration
+from sailplan_kernels.triton_kernels.configurations import TABLES
 
 N, M, D = 300, 501, 64
 
@@ -38,15 +38,14 @@ class Target:
 def tile_on(capability: int) -> type[triton_engine.TritonTile]:
     class Tile(triton_engine.TritonTile):
         def _configuration(self, schedule: str):
-            table = persistent_configuration if schedule == "auto" else configuration
-            return table(self.rows.vectors.dtype, self.kind, self.masks, capability)
+            return TABLES[schedule](self.rows.vectors.dtype, self.kind, self.masks, capability)
 
     return Tile
 
 
-def side(rows: int, limits: bool) -> Side:
-    ones = torch.ones(rows)
-    return Side(torch.randn(rows, D).bfloat16(), ones[None], torch.zeros(rows, 3, dtype=torch.int64), ones > 0, ones[None] if limits else None, ones)
+def side(rows: int, prefixes: int, limits: bool) -> Side:
+    ones = torch.ones(prefixes, rows)
+    return Side(torch.randn(rows, D).bfloat16(), ones, torch.zeros(rows, 3, dtype=torch.int64), ones[0] > 0, ones if limits else None, ones[0])
 
 
 def main() -> None:
@@ -58,24 +57,25 @@ def main() -> None:
 
     JITFunction.run = compile_only
     for capability, kind, limits, keep, schedule in (
-        (90, "plain", False, True, "auto"),
-        (90, "columns", True, False, "auto"),
-        (90, "sigmoid", False, False, "auto"),
+        (90, "plain", False, True, "persistent"),
+        (90, "columns", True, False, "persistent"),
+        (90, "sigmoid", False, False, "persistent"),
+        (90, "moments", False, False, "persistent prefixes"),
         (90, "columns", False, False, "tiles"),
-        (100, "plain", False, True, "auto"),
+        (100, "plain", False, True, "persistent"),
     ):
         driver.set_active(Target(capability))
         launched.clear()
-        rule = Rule((D,), (0,), columns=kind == "columns", moments=False, sigmoid=kind == "sigmoid")
-        tile = tile_on(capability)(side(N, limits), side(M, limits), rule, keep, schedule)
+        prefixes = (D // 2, D) if schedule == "persistent prefixes" else (D,)
+        rule = Rule(prefixes, (0,), columns=kind == "columns", moments=kind == "moments", sigmoid=kind == "sigmoid")
+        tile = tile_on(capability)(side(N, len(prefixes), limits), side(M, len(prefixes), limits), rule, keep, schedule)
         tile.statistics()
-        rows, columns = torch.zeros(1, N), torch.zeros(1, M)
+        rows, columns = torch.zeros(len(prefixes), N), torch.zeros(len(prefixes), M)
         tile.gradient(Coefficients(rows, rows, columns, columns))
         assert len(launched) == 2
         for function, kernel in launched:
             name = function.__name__.removesuffix("_kernel")
-            persistent = "persistent" if schedule == "auto" else "tiles"
-            case = aot.Case(name, torch.bfloat16, tile.kind, tile.masks, capability, keep and name == "statistics", persistent)
+            case = aot.Case(name, torch.bfloat16, tile.kind, tile.masks, capability, keep and name == "statistics", schedule)
             print(case, flush=True)
             assert kernel.asm["ptx"] == aot.compiled(case).asm["ptx"], case
 

@@ -240,6 +240,23 @@ def test_persistent_programs_go_from_tile_to_tile(kind, masks, dtype):
     check(*case, TOLERANCE[dtype])  # and calls each gradient twice, for equal bits
 
 
+@pytest.mark.parametrize("masks, dtype", [("few", torch.float16), ("all", torch.bfloat16)])
+@pytest.mark.parametrize("kind", ["moments", "columns", "sigmoid"])
+def test_persistent_programs_with_prefixes(kind, masks, dtype):
+    """All prefixes but the longest in whole BKs, which are 32 here."""
+    tags, limits = ((0,), False) if masks == "few" else ((0, 2), True)
+    pairwise = kind == "sigmoid"
+    case = problem(7, 70, 85, (32, 96, 112), dtype, kind == "columns", pairwise, tags, limits and not pairwise, True, 0.1, True, behind=16)
+    (tile, found), (plain, right) = (outputs(case, schedule, False) for schedule in ("auto", "tiles"))
+    assert tile.masks == masks and (tile.config.schedule, plain.config.schedule) == ("persistent prefixes", "tiles")
+    for a, b in zip(found, right, strict=True):
+        if pairwise:
+            close(a, b.double(), HALF if a.dtype == dtype else 1e-6, "a pairwise output")
+        else:
+            assert torch.equal(a, b)
+    check(*case, TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("n, m", [(1, 1), (33, 32), (31, 97), (200, 1)])
 def test_persistent_tiles_at_the_edges(n, m):
     case = problem(6, n, m, (64,), torch.bfloat16, False, False, (0,), False, False, 0.05, True, moments=False)
