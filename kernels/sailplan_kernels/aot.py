@@ -198,7 +198,7 @@ def compile_all(wanted: list[Case], workers: int = 2) -> Iterator[tuple[Case, Ve
 def row(case: Case, v: Verdict) -> str:
     """One line of the table, in Markdown."""
     c = case.configuration
-    tile = f"{c.BM}x{c.BN}x{c.BK}, {c.warps} warps, {c.stages} stages"
+    tile = f"{c.BM}x{c.BN}, {RESCALE_WARPS} warps" if case.kernel == "rescale" else f"{c.BM}x{c.BN}x{c.BK}, {c.warps} warps, {c.stages} stages"
     what = (f"sm_{case.capability}", TYPES[case.dtype], case.schedule, case.kernel + (" keep" if case.keep else ""), case.kind, case.masks, tile)
     return "| " + " | ".join(map(str, (*what, *astuple(v)[:-1], f"REJECT {v.reason}" if v.reason else "PASS"))) + " |"
 

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from sailplan_kernels.triton_kernels.configurations import persistent_configuration, persistent_prefixes_configuration
 
 pytest.importorskip("triton")
 
@@ -22,6 +25,14 @@ def test_engine_in_the_interpreter():
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("table", [persistent_configuration, persistent_prefixes_configuration])
+def test_persistent_kernels_are_for_the_devices_they_were_compiled_for(table):
+    wanted = torch.bfloat16, "columns", "few"
+    assert [table(*wanted, capability) for capability in (80, 86, 89, 120)] == [None] * 4
+    assert table(*wanted, 90) is not None and table(*wanted, 100) == table(*wanted, 103)
+    assert table(torch.float32, "columns", "few", 90) is None
 
 
 def compiling(*arguments: str) -> None:

@@ -343,7 +343,7 @@ def test_the_loss_through_the_engine(options):
 def test_the_loss_by_both_schedules():
     """Half precision through the driver, in tiles of a small budget; the statement around the call is what benchmarks use."""
     start = torch.randn(2, 70, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
-    for options in ({}, {"symmetric": True, "memory_budget": 20_000}):
+    for options in ({}, {"symmetric": True, "memory_budget": 20_000}, {"prefixes": (32, 64)}):
         found = []
         for schedule in ("auto", "tiles"):
             queries, keys = (x.clone().requires_grad_() for x in start)
