@@ -89,7 +89,8 @@ def persistent_prefixes_configuration(dtype: torch.dtype, kind: str, masks: str,
     if capability // 10 == 9:
         return Configuration(128, 128 if (kind, masks) == ("moments", "few") else 64, 64, 8, 8, 3, "persistent prefixes")
     if capability // 10 == 10:
-        return Configuration(128, 32 if (kind, masks) == ("columns", "all") else 64, 64, 8, 8, 3, "persistent prefixes")
+        BM, BN = (128, 32) if kind == "columns" else (64, 64) if (kind, masks) == ("sigmoid moments", "all") else (128, 64)
+        return Configuration(BM, BN, 64, 8, 8, 3, "persistent prefixes")
     return None
 
 
