@@ -224,14 +224,14 @@ def outputs(case, schedule, keep):
 @pytest.mark.parametrize("masks, dtype", [("few", torch.bfloat16), ("all", torch.float16)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_persistent_programs_go_from_tile_to_tile(kind, masks, dtype):
-    """Three programs and nine tiles, ragged both ways, dimensions in use that are no whole BK and others behind them."""
+    """Three programs and six tiles, ragged both ways, dimensions in use that are no whole BK and others behind them."""
     columns, pairwise, moments = KINDS[kind]
     tags, limits = ((0,), False) if masks == "few" else ((0, 2), True)
-    case = problem(7, 70, 85, (48,), dtype, columns, pairwise, tags, limits and not pairwise, True, 0.1, True, moments, behind=32)
+    case = problem(7, 70, 60, (48,), dtype, columns, pairwise, tags, limits and not pairwise, True, 0.1, True, moments, behind=32)
     for keep in (False, True) if kind == "rows" else (False,):
         (tile, found), (plain, right) = (outputs(case, schedule, keep) for schedule in ("auto", "tiles"))
         assert tile.masks == masks and (tile.config.schedule, plain.config.schedule) == ("persistent", "tiles")
-        assert tile.tiles[0] * tile.tiles[1] == 9 and INTERPRETER_PROGRAMS == 3
+        assert tile.tiles[0] * tile.tiles[1] == 6 and INTERPRETER_PROGRAMS == 3
         for a, b in zip(found, right, strict=True):
             if pairwise:  # its three sums are one reduction in the other schedule
                 close(a, b.double(), HALF if a.dtype == dtype else 1e-6, "a pairwise output")
@@ -246,7 +246,7 @@ def test_persistent_programs_with_prefixes(kind, masks, dtype):
     """All prefixes but the longest in whole BKs, which are 32 here."""
     tags, limits = ((0,), False) if masks == "few" else ((0, 2), True)
     pairwise = kind == "sigmoid"
-    case = problem(7, 70, 85, (32, 96, 112), dtype, kind == "columns", pairwise, tags, limits and not pairwise, True, 0.1, True, behind=16)
+    case = problem(7, 70, 60, (32, 96, 112), dtype, kind == "columns", pairwise, tags, limits and not pairwise, True, 0.1, True, behind=16)
     (tile, found), (plain, right) = (outputs(case, schedule, False) for schedule in ("auto", "tiles"))
     assert tile.masks == masks and (tile.config.schedule, plain.config.schedule) == ("persistent prefixes", "tiles")
     for a, b in zip(found, right, strict=True):
