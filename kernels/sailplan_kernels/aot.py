@@ -53,7 +53,7 @@ class Case:
     def configuration(self) -> Configuration:
         found = TABLES[self.schedule](self.dtype, self.kind, self.masks, self.capability)
         if found is None:
-            raise ValueError(f"{self}: there is no such kernel")
+            raise ValueError(f"Case: found {self}, expected one that configurations.py has a kernel for")
         return found
 
 

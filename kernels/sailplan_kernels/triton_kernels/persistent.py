@@ -8,7 +8,7 @@ tile while the others still take exponentials of this one.
 
 Descriptors are made by the host (no device allocator). The weights leave through one with DESCRIPTOR_STORE. What the compiler
 takes differs: on sm_90 it specialises with FLATTEN off and 4 warps (it adds 8), gives each group of warps half of a tile's rows
-and then finds neither sums over rows nor stores through a descriptor; on sm_100 it specialises with FLATTEN on and takes both.
+and then takes neither sums over rows nor stores through a descriptor; on sm_100 it specialises with FLATTEN on and takes both.
 """
 
 import triton
