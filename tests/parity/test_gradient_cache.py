@@ -1,6 +1,6 @@
 """The step's gradients are those of the full batch: at any world, tensor-parallel size, micro-batch count, and for every loss.
 
-All comparisons are in float64 against plain autograd in one process; the table is `python -m sailplan.step.parity`.
+All comparisons are in float64 against plain autograd in one process; the table is `python -m sailplan.step.parity_matrix`.
 """
 
 from __future__ import annotations

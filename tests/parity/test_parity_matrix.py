@@ -1,6 +1,6 @@
 """The document of parity is what the command makes: all its lines are planned, within the limits, and a subset is made again here.
 
-The whole matrix takes minutes (`python -m sailplan.step.parity`). Here: one rank by the command, and on several ranks the
+The whole matrix takes minutes (`python -m sailplan.step.parity_matrix`). Here: one rank by the command, and on several ranks the
 corners that test_gradient_cache.py leaves out.
 """
 

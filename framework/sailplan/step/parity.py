@@ -1,4 +1,4 @@
-"""Does a layout give the full batch's gradients? The comparison; `python -m sailplan.step.parity` prints the whole matrix.
+"""Does a layout give the full batch's gradients? The comparison; `python -m sailplan.step.parity_matrix` prints the whole matrix.
 
 One mixed step with every loss runs through the gradient cache on a sharded encoder; its gradients, gathered, are compared
 with those of the full batch by plain autograd in one process, in float64. Error: the worst of all parameters' gradients,
@@ -212,11 +212,3 @@ def trajectory(world_size: int, tensor_parallel: int, micro_batches: int = 1, st
     """Losses and final parameters, gathered, of a number of optimizer steps on different batches; layout: options of `build_step`."""
     losses, parameters = run_ranks(_trajectory, world_size, tensor_parallel, micro_batches, steps, layout, timeout=400)[0]
     return losses, {name: torch.from_numpy(parameter) for name, parameter in parameters.items()}
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sailplan.step.parity_matrix import main
-
-    sys.exit(main())
