@@ -15,11 +15,15 @@ def run(options: argparse.Namespace) -> int:
 
     if options.overrides:
         raise ConfigurationError(f"check parity takes no overrides, found {options.overrides[0]}; give --loss module:function [--world-size N]")
-    module, _, name = (options.loss or "").partition(":")
+    if options.loss is None:
+        raise ConfigurationError("check parity: --loss is missing; give the loss to check, e.g. --loss sailplan.step.example_losses:exact")
+    module, _, name = options.loss.partition(":")
     if not module or not name:
         raise ConfigurationError(f"--loss {options.loss}: expected module:function, e.g. --loss sailplan.step.example_losses:exact")
     if options.world_size < 2:
         raise ConfigurationError(f"--world-size {options.world_size}: expected 2 or more ranks")
+    if not options.timeout > 0:
+        raise ConfigurationError(f"--timeout {options.timeout}: expected a number of seconds above 0")
     sys.path.insert(0, os.getcwd())
     try:
         loss: Loss | None = getattr(importlib.import_module(module), name, None)

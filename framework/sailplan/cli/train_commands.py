@@ -10,6 +10,7 @@ import torch
 from sailplan.config.checks import check as check_config
 from sailplan.config.compose import compose, config_hash
 from sailplan.config.schema import Config
+from sailplan.errors import ConfigurationError
 from sailplan.runtime.process import started, world_size_from_environment
 
 
@@ -18,9 +19,12 @@ def _config(options: argparse.Namespace, world_size: int) -> Config:
     from sailplan.model.check import check_model
     from sailplan.model.count import check_weights
     from sailplan.model.fused import chosen_extension
+    from sailplan.objective.registry import build_objectives, check_objectives
 
     config = compose(options.overrides)
     check_config(config, world_size)
+    objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, allowed_targets=config.allowed_targets)
+    check_objectives(objectives, {name: config.stages[name] for name in config.order}, config.data.sets)
     check_model(config.model, config.parallel.tensor, share_encoders=config.parallel.encoders == "share")
     check_weights(config.model)
     chosen_extension(config.parallel, "cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +41,9 @@ def train(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     from sailplan.train.preview import describe, render
 
-    world_size = options.ranks or world_size_from_environment()
+    world_size = world_size_from_environment() if options.ranks is None else options.ranks
+    if world_size < 1:
+        raise ConfigurationError(f"--ranks {world_size}: expected at least 1")
     config = _config(options, world_size)
     described = describe(config, world_size)
     print(json.dumps(described, indent=1) if options.json else render(described))
@@ -47,11 +53,13 @@ def plan(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """Configuration and model sizes, then every shard's index, then a collective over the ranks; and which optional extensions were found."""
     from sailplan.data.datasets import check_tokenizer, open_datasets
+    from sailplan.evaluate.sides import check_queries
     from sailplan.model.fused import USED, chosen_extension, extensions
 
     config = _config(options, world_size_from_environment())
     readers = open_datasets(config)
     check_tokenizer(config)
+    check_queries(readers, config.evaluation.tasks)
     with started(config.parallel) as parallel:
         parallel.barrier()
         if parallel.is_main:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sailplan.config.schema import MODALITIES, Config, DatasetConfig, StageConfig
+from sailplan.config.ranges import check_ranges
+from sailplan.config.schema import ARTIFACT, MODALITIES, Config, DatasetConfig, EvaluationTask, StageConfig
 from sailplan.errors import ConfigurationError
 from sailplan_kernels.exchange import ALL_EXCHANGES
 
@@ -13,6 +14,8 @@ PARTS = ("all", "text", "vision", "perceiver", "audio", "tower", "lora", "object
 INITIALISED = ("encoder", "objectives", "temperatures")  # what `initialise_from` can take
 RATES = {"whisper": 16000, "clap": 48000, "clap_fusion": 48000}  # Hz, of the front ends that published sound encoders were made for
 ARTIFACTS = ("interests", "teachers", "co_occurrence")
+TASK_KINDS = ("retrieval", "classification", "clustering", "sequence")
+METRICS = ("recall", "prefixes", "auc", "gap", "bijection", "kendall", "overlap", "nmi")  # of an evaluation task
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...] | list[str]) -> None:
@@ -20,13 +23,9 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...] | list[str]) -> None:
         raise ConfigurationError(f"{key}={value}: expected one of {', '.join(map(str, allowed))}")
 
 
-def _positive(key: str, value: float) -> None:
-    if value <= 0:
-        raise ConfigurationError(f"{key}={value}: expected a value above 0")
-
-
 def check(config: Config, world_size: int) -> None:
     """Raises ConfigurationError at the first rule that the configuration breaks for a world of `world_size` ranks."""
+    check_ranges(config)
     _check_parallel(config, world_size)
     _one_of("resume", config.resume, ("never", "auto"))
     for part in config.initialise_parts:
@@ -45,14 +44,13 @@ def check(config: Config, world_size: int) -> None:
     for name in config.order:
         if name not in config.stages:
             raise ConfigurationError(f"order names the stage '{name}', but stages has: {', '.join(config.stages) or 'none'}")
+        if config.order.count(name) > 1:
+            raise ConfigurationError(f"order names the stage '{name}' more than once, and its files and results would be mixed: give it a second name in stages")
         _check_stage(config, name, config.stages[name])
     for name, task in config.evaluation.tasks.items():
-        _one_of(f"evaluation.tasks.{name}.dataset", task.dataset, list(config.data.sets))
-        for side, view in (("query", task.query), ("target", task.target)):
-            if view and view not in config.data.sets[task.dataset].views:
-                raise ConfigurationError(
-                    f"evaluation.tasks.{name}.{side}={view}: data set '{task.dataset}' has the views {', '.join(config.data.sets[task.dataset].views)}"
-                )
+        check_task(config, name, task)
+    for name in config.evaluation.benchmark:
+        _one_of("evaluation.benchmark", name, list(config.evaluation.tasks))
     if config.model.audio.mel_bins != config.data.mel_bins:
         raise ConfigurationError(f"model.audio.mel_bins={config.model.audio.mel_bins}: expected data.mel_bins={config.data.mel_bins}, what the decoder makes")
     _check_sound(config)
@@ -137,7 +135,6 @@ def _check_parallel(config: Config, world_size: int) -> None:
     for key, rows in batches.items():
         if rows is not None and (rows < 1 or rows % config.data.lanes):
             raise ConfigurationError(f"{key}={rows} does not divide by data.lanes={config.data.lanes}: use a multiple of data.lanes")
-    _positive("step.micro_batch", config.step.micro_batch)
 
 
 def _check_sequence(config: Config) -> None:
@@ -181,6 +178,28 @@ def check_dataset(config: Config, name: str) -> None:
                 raise ConfigurationError(f"{key}.patterns.{pattern_name}: no view '{side}'; this data set has: {', '.join(dataset.views) or 'none'}")
 
 
+def check_task(config: Config, name: str, task: EvaluationTask) -> None:
+    """Raises ConfigurationError at the first thing in evaluation.tasks.NAME that cannot be, whatever the shards hold."""
+    key = f"evaluation.tasks.{name}"
+    _one_of(f"{key}.dataset", task.dataset, list(config.data.sets))
+    dataset = config.data.sets[task.dataset]
+    if dataset.shards.startswith(ARTIFACT):
+        raise ConfigurationError(f"{key}.dataset={task.dataset}: a stage makes its shards ({dataset.shards}); expected a data set that is there before the run")
+    _one_of(f"{key}.kind", task.kind, TASK_KINDS)
+    if task.kind != "clustering" and (task.kind == "sequence") != (dataset.kind == "sequences"):
+        wanted = "sequences" if task.kind == "sequence" else "items or pairs; for sequences use kind: sequence"
+        raise ConfigurationError(f"{key}.kind={task.kind}: data set '{task.dataset}' is of kind {dataset.kind}; expected {wanted}")
+    for side, view in (("query", task.query), ("target", task.target)):
+        if (view or side == "query" or task.kind != "clustering") and view not in dataset.views:
+            raise ConfigurationError(f"{key}.{side}={view}: data set '{task.dataset}' has the views {', '.join(dataset.views)}")
+    unknown = [metric for metric in task.metrics if metric not in METRICS]
+    if unknown:
+        raise ConfigurationError(f"{key}.metrics: found {', '.join(unknown)}; expected some of {', '.join(METRICS)}")
+    _one_of(f"{key}.candidates", task.candidates, ("split", "all"))
+    if task.kind == "clustering" and task.label is None:
+        raise ConfigurationError(f"{key}.label is empty: expected the key of the records that holds the label, such as subgroup")
+
+
 def _check_catalogue(config: Config, name: str, dataset: DatasetConfig) -> None:
     key = f"data.sets.{name}.catalogue"
     if dataset.kind == "items":
@@ -195,12 +214,10 @@ def _check_catalogue(config: Config, name: str, dataset: DatasetConfig) -> None:
 
 def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
     key = f"stages.{name}"
-    _positive(f"{key}.steps", stage.steps)
     if not stage.data:
         raise ConfigurationError(f"{key}.data is empty: name at least one data set and its weight")
-    for dataset, weight in stage.data.items():
+    for dataset in stage.data:
         _one_of(f"{key}.data", dataset, list(config.data.sets))
-        _positive(f"{key}.data.{dataset}", weight)
     for objective in stage.objectives:
         _one_of(f"{key}.objectives", objective, list(config.objectives))
     if not stage.objectives:

@@ -7,22 +7,28 @@ package ever sees a DictConfig.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
+from sailplan.config.overrides import apply, explain_value, is_value, nearest, parse
 from sailplan.config.schema import Config, OptimizerConfig, StageConfig
 from sailplan.errors import ConfigurationError
 
@@ -49,85 +55,70 @@ class _Schema(Config):
 ConfigStore.instance().store(name="schema", node=_Schema)
 
 
-def configuration_folder() -> Path:
-    """The folder of YAML groups: $SAILPLAN_CONF, else ./conf, else the conf/ beside the installed source tree."""
-    named = os.environ.get("SAILPLAN_CONF")
-    if named:
-        if not Path(named).is_dir():
-            raise ConfigurationError(f"SAILPLAN_CONF={named}: no such folder; point it at the folder that holds config.yaml")
-        return Path(named).resolve()
-    for candidate in (Path.cwd() / "conf", Path(__file__).resolve().parents[3] / "conf"):
-        if (candidate / "config.yaml").is_file():
-            return candidate
-    raise ConfigurationError("no conf/config.yaml in this folder or beside the source tree: run from the repository, or set SAILPLAN_CONF")
+def configuration_folders() -> list[Path]:
+    """Where groups are looked for, in this order: $SAILPLAN_CONF, else ./conf; then the conf/ of the source tree. A project of one's
+    own needs to hold its own files only. Raises ConfigurationError where none of them has a config.yaml."""
+    named, installed = os.environ.get("SAILPLAN_CONF"), Path(__file__).resolve().parents[3] / "conf"
+    if named and not Path(named).is_dir():
+        raise ConfigurationError(f"SAILPLAN_CONF={named}: no such folder; point it at a folder of configuration groups, such as conf")
+    found = [folder.resolve() for folder in (Path(named) if named else Path.cwd() / "conf", installed) if folder.is_dir()]
+    if not any((folder / "config.yaml").is_file() for folder in found):
+        raise ConfigurationError("no conf/config.yaml in this folder or beside the source tree: run from the repository, or set SAILPLAN_CONF")
+    return list(dict.fromkeys(found))
 
 
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).split("Config search path")[0].splitlines() if line.strip()]
-    cause = error.__cause__
-    if cause is not None and str(cause).strip():
-        lines.append(str(cause).strip().splitlines()[0])
-    return " ".join(line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "To append")))
+class _Folders(SearchPathPlugin):
+    """Tells Hydra to look through all the folders, as it takes one by itself."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in configuration_folders()[1:]:
+            search_path.append("sailplan", f"file://{folder}")
 
 
-def _nearest_key(key: str, node: Any) -> str:
-    """'; did you mean X?' for a key that is nearly one of a dataclass's fields, else the list of them."""
-    if not is_dataclass(node):
-        return ""
-    names = [field.name for field in fields(node)]
-    close = difflib.get_close_matches(key, names, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; expected one of: {', '.join(names)}"
+Plugins.instance().register(_Folders)
 
 
-def _type_at(path: list[str]) -> Any:
-    """The dataclass that holds the last key of a dotted path, as far as the schema tells it."""
-    current: Any = Config
-    names = iter(path[:-1])
-    for name in names:
-        hint = get_type_hints(current).get(name) if is_dataclass(current) else None
-        current = next((option for option in reversed([hint, *get_args(hint)]) if is_dataclass(option)), None)
-        if get_origin(hint) is dict:
-            next(names, None)  # the key of an entry, such as a stage's name
-    return current
-
-
-def compose(overrides: list[str]) -> Config:
-    """Composes conf/config.yaml with Hydra overrides and returns the typed configuration.
+def compose(overrides: Sequence[str]) -> Config:
+    """Composes config.yaml with command-line overrides and returns the typed configuration.
 
     Raises ConfigurationError (one line) for an unknown key or group, a wrong type or a missing value.
     """
-    folder = configuration_folder()
+    folders = configuration_folders()
+    groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
+    settings = parse(overrides)
+    files = [str(one.input_line) for one in settings if not is_value(one, groups)]
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
-            raw = hydra_compose(config_name="config", overrides=overrides)
+        with initialize_config_dir(config_dir=str(folders[0]), version_base="1.3"):
+            raw = hydra_compose(config_name="config", overrides=files)
     except HydraException as error:
-        raise ConfigurationError(_explain(error)) from error
+        raise ConfigurationError(_explain(error, folders)) from error
+    except yaml.MarkedYAMLError as error:
+        place = "" if error.problem_mark is None else f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: "
+        raise ConfigurationError(f"{place}not YAML ({error.problem}); correct the file") from error
+    for setting in settings:
+        if is_value(setting, groups):
+            apply(raw, setting)
     return typed(raw)
 
 
-def _explain(error: HydraException) -> str:
-    message = _one_line(error)
-    marker = "Could not override '"
-    if marker in message:
-        path = message.split(marker, 1)[1].split("'", 1)[0].split(".")
-        holder = _type_at(path)
-        if is_dataclass(holder) and path[-1] in [one.name for one in fields(holder)]:
-            return f"{'.'.join(path)}: the value has a key that is not there yet; add it with +{'.'.join(path)}.KEY=value"
-        return f"unknown key '{'.'.join(path)}'{_nearest_key(path[-1], _type_at(path))}"
-    return message
+def _explain(error: HydraException, folders: Sequence[Path]) -> str:
+    """One line for what Hydra could not compose."""
+    message = " ".join(line.strip() for line in str(error).split("Config search path")[0].splitlines() if line.strip())
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        known = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+        return f"no file {group}/{name}.yaml in {' or '.join(map(str, folders))}{nearest(name, known)}"
+    cause, place = error.__cause__ or error.__context__, re.match(r"In '([^']+)'", message)
+    return explain_value(cause, f"{place[1]}.yaml" if place else "") if isinstance(cause, OmegaConfBaseException) else message
 
 
 def typed(raw: DictConfig) -> Config:
     """Checks types and keys against the schema, resolves interpolations, converts to dataclasses."""
     try:
         result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Schema), raw))
-    except ConfigKeyError as error:
-        path = str(getattr(error, "full_key", "") or "").split(".")
-        raise ConfigurationError(f"unknown key '{'.'.join(path)}'{_nearest_key(path[-1], _type_at(path))}") from error
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise ConfigurationError((f"{key}: " if key else "") + _one_line(error)) from error
+        raise ConfigurationError(explain_value(error)) from error
     assert isinstance(result, Config)
     return result
 
@@ -171,15 +162,12 @@ def identity_difference(saved: dict[str, Any], now: dict[str, Any], path: str = 
     return lines
 
 
-def changed(config: Config, overrides: list[str]) -> Config:
-    """A saved run's configuration with some leaf keys changed (key=value)."""
+def changed(config: Config, overrides: Sequence[str]) -> Config:
+    """A saved run's configuration with some values changed (key=value, +key=value, ~key). Raises ConfigurationError as `compose`."""
     if not overrides:
         return config
-    values = OmegaConf.create(as_dict(config))
-    try:
-        for override in overrides:
-            key, _, value = override.partition("=")
-            OmegaConf.update(values, key.lstrip("+"), OmegaConf.from_dotlist([f"value={value}"]).value, force_add=override.startswith("+"))
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(f"{override}: {_one_line(error)}") from error
+    values = OmegaConf.merge(OmegaConf.structured(_Schema), as_dict(config))
+    assert isinstance(values, DictConfig)
+    for setting in parse(overrides):
+        apply(values, setting)
     return typed(values)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MODALITIES = ("text", "vision", "audio")
+ARTIFACT = "artifact:"  # shards of a data set that a stage makes at its start
 
 
 # ---------------------------------------------------------------- data sets

@@ -64,8 +64,8 @@ def matched(reader: RecordReader, positions: NDArray[np.int64]) -> NDArray[np.bo
     set's `positive_score`: those say how alike two items are, not that they belong together."""
     if not reader.scored:
         return np.ones(len(positions), dtype=bool)
-    scores = [reader.body(int(position)).get("score") for position in positions]
-    return np.array([score is not None and float(score) > reader.config.positive_score for score in scores], dtype=bool)
+    scores = [reader.score(int(position)) for position in positions]
+    return np.array([score is not None and score > reader.config.positive_score for score in scores], dtype=bool)
 
 
 def mine(

@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from sailplan.config.schema import Config
+from sailplan.config.schema import ARTIFACT, Config
 from sailplan.data.build.record import Record
 from sailplan.data.build.shards import write_shards
 from sailplan.data.reader import RecordReader
 from sailplan.errors import BadDataError, ConfigurationError
-
-ARTIFACT = "artifact:"
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,15 @@ class Histories:
         return sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(self.items), len(used)))
 
 
-def read_histories(reader: RecordReader, split: str = "train") -> Histories:
-    """All histories of a split of a `sequences` data set. `items`, or `history` and `target`, are a user's items.
+def read_histories(reader: RecordReader, split: str | None = "train") -> Histories:
+    """All histories of a split (None: of all) of a `sequences` data set. `items`, or `history` and `target`, are a user's items.
 
     Raises BadDataError when the split holds no history with a known item.
     """
     assert reader.catalogue is not None
     users, items, unknown = [], [], 0
     for position in reader.positions(split):
-        body = reader.body(int(position))
-        names = list(body.get("items") or [*body.get("history", []), body.get("target")])
-        found = [reader.catalogue.find(str(name)) for name in dict.fromkeys(names)]
+        found = [reader.catalogue.find(name) for name in dict.fromkeys(reader.item_ids(int(position)))]
         known = [place for place in found if place is not None]
         unknown += len(found) - len(known)
         if known:

@@ -24,6 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+# Broken bytes may tell any rate (Hz) and length, which would take all memory; silence in FLAC has some 4,700 samples a byte.
+RATES, SAMPLES_A_BYTE = (1000, 768_000), 8192
 WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
 FLOOR = 1e-8  # power; about 80 dB below a full-scale tone's mean power
 LOG_MEAN, LOG_SCALE = -5.5, 2.2  # of log10 power, measured on the quick start's recordings of speech
@@ -37,10 +39,14 @@ FUSED = 4  # spectrograms of a recording that CLAP's fusion takes
 def decode(content: bytes, rate: int) -> NDArray[np.float32]:
     """Encoded bytes (Ogg, Opus, FLAC, WAV) -> mono float32 [samples] at `rate` Hz.
 
-    Raises ValueError with a reason for broken bytes or an empty recording.
+    Raises ValueError with a reason for broken bytes, an empty recording, or a rate or length that cannot be.
     """
     try:
-        samples, found = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            found, told = file.samplerate, file.frames * file.channels
+            if not RATES[0] <= found <= RATES[1] or told > SAMPLES_A_BYTE * len(content):
+                raise ValueError(f"audio has a broken header: {told} samples at {found} Hz in {len(content)} bytes")
+            samples = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         raise ValueError(f"audio cannot be decoded: {error}") from error
     if len(samples) == 0:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sailplan.config.checks import check_dataset
-from sailplan.config.schema import Config
+from sailplan.config.schema import ARTIFACT, Config
 from sailplan.data.index import ShardIndex
 from sailplan.data.reader import BadSample, RecordReader
-from sailplan.data.shards import ARTIFACT, resolve
+from sailplan.data.shards import resolve
 from sailplan.data.tar import scan
 from sailplan.data.views import ViewDecoder, shared_decoder
 from sailplan.errors import BadDataError, ConfigurationError
@@ -54,11 +54,16 @@ def _open(config: Config, name: str, folders: Mapping[str, str | Path], readers:
 
 
 def check_tokenizer(config: Config) -> None:
-    """Raises ConfigurationError where the tokenizer has ids that the model has no embedding for: it may have fewer, never more.
+    """Raises ConfigurationError where the tokenizer has ids that the model has no embedding for, or a view's prompt leaves no room
+    for the item's own text.
 
-    A tensor-parallel embedding would answer such an id with zeros, without a word.
+    It may have fewer ids, never more: a tensor-parallel embedding would answer one with zeros, without a word.
     """
-    found = shared_decoder(config.data).tokenizer.vocabulary
+    tokenizer = shared_decoder(config.data).tokenizer
+    for dataset in config.data.sets.values():
+        for view in dataset.views.values():
+            tokenizer.prompt(view.prompt)
+    found = tokenizer.vocabulary
     if found > config.model.vocabulary:
         raise ConfigurationError(
             f"data.tokenizer={config.data.tokenizer} has {found} tokens, but model.vocabulary is {config.model.vocabulary}: "

@@ -8,6 +8,8 @@ BadSample; what happens then (a spare, a report, a stop) is the caller's decisio
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import random
 import threading
@@ -26,6 +28,7 @@ from sailplan.runtime.seeds import derive
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 AUDIO_EXTENSIONS = frozenset({"ogg", "opus", "flac", "wav"})
+logger = logging.getLogger("sailplan.data")
 ALL_MEDIA = frozenset({"vision", "audio"})
 CACHE_BYTES = 64 << 20
 FILES_OPEN = 128
@@ -101,14 +104,13 @@ class RecordReader:
         negatives = self._negatives(record_id, body, media, seed) if "negatives" in wanted else ()
         if self.config.kind == "pairs":
             used |= {"text", "query", "item", "score"}
-            score = body.get("score")
             return Record(
                 record_id,
                 split,
                 query=self._query(record_id, body, media) if "query" in wanted else None,
                 target=self._catalogue_item(record_id, body.get("item"), media) if "target" in wanted else None,
                 negatives=negatives,
-                score=None if score is None else float(score),
+                score=_number(record_id, body, "score"),
                 extra={key: value for key, value in body.items() if key not in used},
             )
         used |= {"target_probability", "negative_probability"}
@@ -132,8 +134,8 @@ class RecordReader:
         """
         length = self.config.history_length
         if "target" in body:
-            return [str(name) for name in body.get("history", [])][-length:], str(body["target"])
-        items = list(dict.fromkeys(str(name) for name in body.get("items", [])))
+            return self._listed(record_id, body, "history")[-length:], str(body["target"])
+        items = list(dict.fromkeys(self._listed(record_id, body, "items")))
         if len(items) < 2:
             raise BadSample(record_id, f"a sequence needs `history` and `target`, or at least 2 different `items`; found {len(items)}")
         source = random.Random(derive("held out target", record_id) if seed is None else seed)
@@ -149,14 +151,37 @@ class RecordReader:
         return self.draw(record_id, self._read_body(position)[0], seed)
 
     def body(self, position: int) -> dict[str, Any]:
-        """The record's JSON as it is in the shard ({} for a record without JSON)."""
-        return self._read_body(position)[0]
+        """The record's JSON as it is in the shard; {} for a record without JSON, and for a broken one, which a warning names."""
+        try:
+            return self._read_body(position)[0]
+        except BadSample as problem:
+            logger.warning("%s: left out: %s", self.name, problem)
+            return {}
+
+    def item_ids(self, position: int) -> list[str]:
+        """All item ids that a sequence names, in its order: its `items`, else its history, then its target. [] for a broken record,
+        which a warning names."""
+        record_id, body = self.ids([position])[0], self.body(position)
+        try:
+            return self._listed(record_id, body, "items") or self._listed(record_id, body, "history") + [str(body["target"])] * ("target" in body)
+        except BadSample as problem:
+            logger.warning("%s: left out: %s", self.name, problem)
+            return []
+
+    def score(self, position: int) -> float | None:
+        """The score of a graded pair; None where the record has none that can be used."""
+        try:
+            return _number(self.ids([position])[0], self.body(position), "score")
+        except BadSample as problem:
+            logger.warning("%s: left out: %s", self.name, problem)
+            return None
 
     @property
     def scored(self) -> bool:
-        """Whether the data set's pairs carry graded scores (decided by its first record, so equal on all ranks)."""
+        """Whether the data set's pairs carry graded scores (decided by its first record with JSON, so equal on all ranks)."""
         if self._scored is None:
-            self._scored = self.config.kind == "pairs" and len(self) > 0 and "score" in self._read_body(0)[0]
+            bodies = (self.body(position) for position in range(len(self))) if self.config.kind == "pairs" else ()
+            self._scored = "score" in next((body for body in bodies if body), {})
         return self._scored
 
     def item(self, position: int, media: frozenset[str] = ALL_MEDIA) -> Item:
@@ -192,7 +217,10 @@ class RecordReader:
         return body, files
 
     def _item(self, record_id: str, body: dict[str, Any], files: list[tuple[str, int, int, int]], media: frozenset[str]) -> Item:
-        fields = dict(body.get("fields") or {})
+        fields = body.get("fields") or {}
+        if not isinstance(fields, dict):
+            raise BadSample(record_id, f"fields is a {type(fields).__name__}, expected {{FIELD: {{LANGUAGE: text}}}}")
+        fields = dict(fields)
         images, audio = [], None
         for extension, shard, offset, size in files:
             kind = extension.rpartition(".")[2]
@@ -218,13 +246,19 @@ class RecordReader:
             raise BadSample(record_id, "a pair needs `text` or `query`; found neither")
         return Item(f"{record_id}#query", _fields(record_id, {"text": text}))
 
+    def _listed(self, record_id: str, body: Mapping[str, Any], key: str) -> list[str]:
+        """The item ids under a key of the record; [] where it has none."""
+        names = body.get(key) or []
+        if not isinstance(names, list):
+            raise BadSample(record_id, f"{key} is a {type(names).__name__}, expected a list of ids of '{self.config.catalogue}'")
+        return [str(name) for name in names]
+
     def _negatives(self, record_id: str, body: Mapping[str, Any], media: frozenset[str], seed: int | None) -> tuple[Item, ...]:
         """As many of the record's own negatives as the data set takes: all of a short list, a random part of a long one."""
-        count, names = self.config.negatives, body.get("negatives") or []
+        count = self.config.negatives
         if not count:
             return ()
-        if not isinstance(names, list):
-            raise BadSample(record_id, f"negatives is a {type(names).__name__}, expected a list of ids of '{self.config.catalogue}'")
+        names = self._listed(record_id, body, "negatives")
         if len(names) > count:
             names = random.Random(derive("negatives", record_id if seed is None else seed)).sample(names, count)
         return tuple(self._catalogue_item(record_id, name, media) for name in names)
@@ -249,13 +283,20 @@ class RecordReader:
         return content
 
 
-def _probability(record_id: str, body: Mapping[str, Any], key: str) -> float | None:
+def _number(record_id: str, body: Mapping[str, Any], key: str) -> float | None:
     value = body.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise BadSample(record_id, f"{key} is {value!r}, expected a number above 0, at most 1")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadSample(record_id, f"{key} is {value!r}, expected a number")
     return float(value)
+
+
+def _probability(record_id: str, body: Mapping[str, Any], key: str) -> float | None:
+    value = _number(record_id, body, key)
+    if value is not None and not 0 < value <= 1:
+        raise BadSample(record_id, f"{key} is {value!r}, expected a number above 0, at most 1")
+    return value
 
 
 def _fields(record_id: str, fields: dict[str, Any]) -> dict[str, dict[str, Any]]:

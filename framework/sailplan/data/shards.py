@@ -18,9 +18,8 @@ from pathlib import Path
 import braceexpand
 import webdataset
 
+from sailplan.config.schema import ARTIFACT
 from sailplan.errors import BadDataError, ConfigurationError
-
-ARTIFACT = "artifact:"
 
 
 def is_remote(name: str) -> bool:

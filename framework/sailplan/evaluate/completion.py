@@ -35,12 +35,9 @@ def set_completion_task(
     runner: Runner, name: str, task: EvaluationTask, reader: RecordReader
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics recall@k, mean_rank, mrr, the same under content_mean/ and popularity/, and examples. Collective."""
-    if reader.config.kind != "sequences" or reader.catalogue is None:
-        raise ConfigurationError(
-            f"evaluation.tasks.{name}.kind=sequence: data set '{task.dataset}' is of kind {reader.config.kind}; expected sequences"
-        )
+    assert reader.catalogue is not None, "check_task asks for a data set of sequences, which has one"
     catalogue, config = reader.catalogue, reader.config
-    split = read_histories(reader, task.split)
+    split = read_histories(reader, None if task.split == "all" else task.split)
     pool = split.used() if task.candidates == "split" else np.arange(len(catalogue), dtype=np.int64)
     view, target_view = item_view(config.views[task.query]), item_view(config.views[task.target])
     candidates = runner.embedder.rows(catalogue, target_view, pool)

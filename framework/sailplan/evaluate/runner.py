@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sailplan.config.checks import check_task
 from sailplan.config.schema import Config, EvaluationTask
 from sailplan.curriculum.embedder import Embedder
 from sailplan.curriculum.embedding import EmbeddedRows
@@ -25,9 +26,6 @@ from sailplan.evaluate.completion import set_completion_task
 from sailplan.evaluate.examples import retrieval_examples
 from sailplan.evaluate.sides import Sides, prepare, query_positions
 from sailplan.runtime.process import Parallel
-
-KINDS = ("retrieval", "classification", "clustering", "sequence")
-METRICS = ("recall", "prefixes", "auc", "gap", "bijection", "kendall", "overlap", "nmi")
 
 
 @dataclass
@@ -52,11 +50,7 @@ class Runner:
 
     def run(self, name: str, task: EvaluationTask, reader: RecordReader) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """One task's metrics and examples. Collective. Raises ConfigurationError for a task that cannot be."""
-        if task.kind not in KINDS:
-            raise ConfigurationError(f"evaluation.tasks.{name}.kind={task.kind}: expected one of {', '.join(KINDS)}")
-        unknown = [metric for metric in task.metrics if metric not in METRICS]
-        if unknown:
-            raise ConfigurationError(f"evaluation.tasks.{name}.metrics: found {', '.join(unknown)}; expected some of {', '.join(METRICS)}")
+        check_task(self.config, name, task)
         if task.kind == "clustering":
             return self._clustering(name, task, reader), []
         if task.kind == "sequence":
@@ -104,17 +98,14 @@ class Runner:
         return result
 
     def _graded(self, reader: RecordReader, sides: Sides) -> dict[str, float]:
-        scores = [reader.body(int(position)).get("score") for position in sides.queries.positions]
+        scores = [reader.score(int(position)) for position in sides.queries.positions]
         rows = np.array([row for row, score in enumerate(scores) if score is not None and sides.own[row] >= 0], dtype=np.int64)
         own = Pairs(torch.from_numpy(rows), torch.from_numpy(sides.own[rows]))
         cosines = pair_scores(unit(sides.queries.fused), unit(sides.candidates.fused), own).numpy()
-        return metrics.graded_order(cosines, np.array([float(scores[row]) for row in rows]))
+        return metrics.graded_order(cosines, np.array([scores[row] for row in rows], dtype=np.float64))
 
     def _clustering(self, name: str, task: EvaluationTask, reader: RecordReader) -> dict[str, float]:
-        if task.label is None:
-            raise ConfigurationError(
-                f"evaluation.tasks.{name}.label is empty: expected the key of the records that holds the label, such as subgroup"
-            )
+        assert task.label is not None, "check_task asks for it"
         rows = self.embedder.rows(reader, task.query, query_positions(reader, task, name))
         labels = [reader.body(int(position)).get(task.label) for position in rows.positions]
         keep = rows.valid & np.array([label is not None for label in labels])

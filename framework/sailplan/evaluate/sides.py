@@ -6,6 +6,7 @@ the same text (or the same document) are all right. So a name that two emoji sha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,16 +41,23 @@ def item_view(view: ViewConfig) -> ViewConfig:
     return replace(view, of="item")
 
 
+def check_queries(readers: Mapping[str, RecordReader], tasks: Mapping[str, EvaluationTask]) -> None:
+    """Raises ConfigurationError for the first task without query records: said before a run, not after its first stage."""
+    for name, task in tasks.items():
+        reader = readers[task.dataset]
+        if not (len(reader) if task.split == "all" else reader.count(task.split)):
+            raise ConfigurationError(
+                f"evaluation.tasks.{name}.split={task.split}: data set '{task.dataset}' has the splits "
+                f"{', '.join(reader.index.split_names) or 'of no record'}; choose one of them"
+            )
+
+
 def query_positions(reader: RecordReader, task: EvaluationTask, name: str) -> NDArray[np.int64]:
     """Sorted positions of the task's query records; `limit` takes a fixed random part. Raises ConfigurationError if there is none."""
+    check_queries({task.dataset: reader}, {name: task})
     positions = reader.positions(None if task.split == "all" else task.split)
     if task.limit is not None and len(positions) > task.limit:
         positions = np.sort(generator("evaluation", name).permutation(positions)[: task.limit])
-    if not len(positions):
-        raise ConfigurationError(
-            f"evaluation.tasks.{name}.split={task.split}: data set '{task.dataset}' has the splits "
-            f"{', '.join(reader.index.split_names)}; choose one of them"
-        )
     return positions
 
 
@@ -67,16 +75,12 @@ def prepare(reader: RecordReader, task: EvaluationTask, name: str, embedder: Emb
     if reader.config.kind == "items":
         target_reader, wanted = reader, queries.positions
         pool = np.arange(len(reader)) if task.candidates == "all" else positions
-    elif reader.config.kind == "pairs":
-        assert reader.catalogue is not None
+    else:
+        assert reader.config.kind == "pairs" and reader.catalogue is not None, "check_task lets no sequences come here"
         target_reader, target_view = reader.catalogue, item_view(target_view)
         wanted = embedder.catalogue_positions(reader, queries.positions, "item")
         own_query = embedder.catalogue_positions(reader, queries.positions, "query")
         pool = np.arange(len(target_reader)) if task.candidates == "all" else np.unique(wanted[wanted >= 0])
-    else:
-        raise ConfigurationError(
-            f"evaluation.tasks.{name}.kind={task.kind}: data set '{task.dataset}' holds sequences; expected kind: sequence"
-        )
     candidates = embedder.rows(target_reader, target_view, pool.astype(np.int64))
     candidates = candidates.where(candidates.valid)
     own = index_of(candidates.positions, wanted)

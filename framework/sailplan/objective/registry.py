@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sailplan.config.schema import DatasetConfig
+from sailplan.config.schema import DatasetConfig, StageConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import Objective
 from sailplan.runtime.seeds import derive
@@ -47,6 +47,21 @@ def build_objectives(
             torch.manual_seed(derive("objective", seed, name))
             built[name] = cls(embedding=embedding, datasets=datasets, **arguments)
     return built
+
+
+def check_objectives(objectives: nn.ModuleDict, stages: Mapping[str, StageConfig], datasets: Mapping[str, DatasetConfig]) -> None:
+    """Raises ConfigurationError where a stage names an objective that was not built, or draws a data set that none of its
+    objectives has a meaning for: said before the first step, not in the stage's first step with that set."""
+    for stage_name, stage in stages.items():
+        key = f"stages.{stage_name}.objectives"
+        unknown = [name for name in stage.objectives if name not in objectives]
+        if unknown:
+            raise ConfigurationError(f"{key}: found {', '.join(unknown)}, expected some of {', '.join(objectives)}")
+        used: list[Any] = [objectives[name] for name, weight in stage.objectives.items() if weight]
+        for dataset in stage.data:
+            if not any(objective.applies(datasets[dataset]) for objective in used):
+                kind = datasets[dataset].kind
+                raise ConfigurationError(f"{key}: none of {', '.join(stage.objectives)} applies to '{dataset}' ({kind}), expected one that does; add it")
 
 
 def _target(name: str, target: Any, allowed: Sequence[str]) -> type[Objective]:

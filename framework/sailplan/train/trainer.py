@@ -26,6 +26,7 @@ from sailplan.data.plan import Plan
 from sailplan.data.record import StepBatch
 from sailplan.errors import StopRequested
 from sailplan.evaluate.runner import evaluate
+from sailplan.evaluate.sides import check_queries
 from sailplan.observe.metrics import MetricWriter, StageInfo
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.signals import StopFlag
@@ -53,6 +54,7 @@ class Trainer:
         )
         self.readers = open_datasets(config)
         check_tokenizer(config)
+        check_queries(self.readers, config.evaluation.tasks)
         options = config.checkpoint
         self.saver = Saver(parallel, asynchronous=options.asynchronous, keep=options.keep, timeout_seconds=config.parallel.timeout_seconds)
         self.step = 0
