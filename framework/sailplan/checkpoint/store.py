@@ -134,6 +134,11 @@ def latest(checkpoints: Path) -> Path | None:
     return next((folder for folder in reversed(_steps(checkpoints)) if is_complete(folder)), None)
 
 
+def damaged(checkpoints: Path) -> list[Path]:
+    """Checkpoints that were sealed once and are not whole any more; what a job left unfinished has no seal and is not among them."""
+    return [folder for folder in _steps(checkpoints) if (folder / COMPLETE).is_file() and not is_complete(folder)]
+
+
 def newest(checkpoints: Path, count: int) -> list[Path]:
     """The `count` newest complete checkpoints below `checkpoints`, the newest first; fewer where there are fewer."""
     return [folder for folder in reversed(_steps(checkpoints)) if is_complete(folder)][:count]

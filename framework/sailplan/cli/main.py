@@ -128,6 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not os.environ.get("SAILPLAN_WARNINGS"):
         warnings.filterwarnings("ignore")  # dependencies warn about apex, TransformerEngine, pynvml on every rank
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news here
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a loss of one's own lies in the folder that one starts in
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except SailplanError as error:

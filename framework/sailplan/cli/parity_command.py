@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import sys
+import inspect
 
 from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError
 
 
 def run(options: argparse.Namespace) -> int:
-    from sailplan.step.loss_parity import Loss, check_loss
+    from sailplan.objective.protocol import Objective
+    from sailplan.step.loss_parity import Loss, check_loss, of_objective
 
     if options.overrides:
         raise ConfigurationError(f"check parity takes no overrides, found {options.overrides[0]}; give --loss module:function [--world-size N]")
@@ -24,13 +24,14 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError(f"--world-size {options.world_size}: expected 2 or more ranks")
     if not options.timeout > 0:
         raise ConfigurationError(f"--timeout {options.timeout}: expected a number of seconds above 0")
-    sys.path.insert(0, os.getcwd())
     try:
         loss: Loss | None = getattr(importlib.import_module(module), name, None)
     except ImportError as problem:
         raise ConfigurationError(f"--loss {options.loss}: the module cannot be imported ({problem}); run in its folder, or set PYTHONPATH") from problem
     if not callable(loss):
         raise ConfigurationError(f"--loss {options.loss}: {module} has no function '{name}'")
+    if inspect.isclass(loss) and issubclass(loss, Objective):
+        loss = of_objective(loss)
     found = check_loss(loss, options.world_size, options.timeout)
     verdict = "exact" if found.exact else "NOT exact"
     print(f"{options.loss} on {options.world_size} ranks: {verdict}: {found}")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,6 +46,20 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, RunFolder]:
     config = compose(options.overrides)
     folder = RunFolder(Path(config.runs) / config.name)
     return changed(folder.load_config(), [line for line in options.overrides if "." in line.split("=", 1)[0]]), folder
+
+
+def _check_out(out: str | None, *, file: bool = False) -> None:
+    """Makes the folder of --out. Raises ConfigurationError where nothing can be written: before the work is done, not after it."""
+    if out is None or not is_main_by_environment():
+        return
+    folder = Path(out).parent if file else Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) and not (file and Path(out).is_dir()) else "expected a file's name" if file else "not writable"
+    except OSError as error:
+        reason = str(error)
+    if reason:
+        raise ConfigurationError(f"--out {out}: cannot be written ({reason}); give a place that can")
 
 
 def _artifacts(folder: RunFolder, config: Config) -> dict[str, Path]:
@@ -86,7 +102,11 @@ def embed(options: argparse.Namespace) -> int:
     """All records of a view: vectors, ids, and semantic IDs where sizes are given."""
     from sailplan.export.embeddings import export_embeddings
 
-    sizes = [int(size) for size in options.semantic_ids.split(",")] if options.semantic_ids else []
+    given = options.semantic_ids
+    if given is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
+        raise ConfigurationError(f"--semantic-ids {given}: expected sizes of code books, such as 64,64,64")
+    _check_out(options.out)
+    sizes = [int(size) for size in given.split(",")] if given else []
     with _opened(options) as run:
         if options.dataset not in run.readers:
             raise ConfigurationError(f"--dataset {options.dataset}: expected one of {', '.join(run.readers)}")
@@ -103,6 +123,7 @@ def mine(options: argparse.Namespace) -> int:
     from sailplan.curriculum.hard_negatives import chosen_patterns
     from sailplan.curriculum.hard_negatives import mine as mine_patterns
 
+    _check_out(options.out, file=True)
     with _opened(options) as run:
         stage = _stage(run.config, options.stage)
         if stage.hard_negatives is None:
@@ -121,6 +142,7 @@ def balance(options: argparse.Namespace) -> int:
     from sailplan.curriculum.kinds import summarise_benchmark
     from sailplan.curriculum.stages import balance_sets
 
+    _check_out(options.out, file=True)
     with _opened(options) as run:
         stage = _stage(run.config, options.stage)
         settings = stage.balance or BalanceConfig()
@@ -143,6 +165,7 @@ def export(options: argparse.Namespace) -> int:
 
     if not is_main_by_environment():
         return EXIT_DONE
+    _check_out(options.out)
     if options.merge:
         return _merge(options)
     if options.weights or options.last is not None or len(options.checkpoint or []) > 1:

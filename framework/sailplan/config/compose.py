@@ -93,6 +93,8 @@ def compose(overrides: Sequence[str]) -> Config:
             raw = hydra_compose(config_name="config", overrides=files)
     except HydraException as error:
         raise ConfigurationError(_explain(error, folders)) from error
+    except AssertionError as error:  # Hydra's own check of the order speaks only of overrides with one value
+        raise ConfigurationError(f"{' '.join(files)}: a defaults list is out of order; `override` entries come behind all others, before _self_") from error
     except yaml.MarkedYAMLError as error:
         place = "" if error.problem_mark is None else f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: "
         raise ConfigurationError(f"{place}not YAML ({error.problem}); correct the file") from error

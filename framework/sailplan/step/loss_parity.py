@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from sailplan.config.schema import DatasetConfig, PatternConfig, ViewConfig
+from sailplan.errors import ConfigurationError
+from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
+from sailplan.objective.temperature import Temperatures
+from sailplan_kernels.exchange import AllGather, Local
 from sailplan_kernels.testing import RankFailure, run_ranks
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -94,6 +100,42 @@ def check_loss(function: Loss, world_size: int = 4, timeout: float = 60.0) -> Lo
         loss=sum(loss for loss, _ in found) / world_size,
         full_batch_loss=full_loss,
     )
+
+
+def of_objective(objective: type[Objective]) -> Loss:
+    """An Objective class, with its options' defaults, as a function of queries and keys: the two views of one pattern, in a data
+    set of items or, where the loss does not apply to these, of graded pairs. Raises ConfigurationError where it applies to neither.
+    """
+    parts = {"items": ("item", "item"), "pairs": ("query", "target")}  # what the two views show of a record of each kind
+    sets = {
+        kind: DatasetConfig(
+            kind=kind,
+            views={name: ViewConfig(part, ["vision", "text"]) for name, part in zip(("query", "target"), shown, strict=True)},
+            patterns={"checked": PatternConfig("query", "target")},
+        )
+        for kind, shown in parts.items()
+    }
+    built = objective(embedding=SIZE, datasets=sets)
+    kind = next((name for name, dataset in sets.items() if built.applies(dataset)), None)
+    if kind is None:
+        raise ConfigurationError(f"{objective.__name__} applies neither to items nor to pairs: check the function of queries and keys that it calls")
+
+    def loss(queries: Tensor, keys: Tensor) -> Tensor:
+        exchange = AllGather() if dist.get_world_size() > 1 else Local()
+        first, rows = dist.get_rank() * len(queries), len(queries)
+        ids = torch.arange(first, first + rows)
+        views = {
+            name: EncodedView(fused=side, valid=torch.ones(rows, dtype=torch.bool), ids=ids + offset, vision=side, text=side)
+            for name, side, offset in (("query", queries, 0), ("target", keys, ROWS * dist.get_world_size()))
+        }
+        scores = ((ids * 7) % 5 + 1) / 5.0 if kind == "pairs" else None
+        context = ObjectiveContext(sets, exchange, Temperatures(sets).double(), (SIZE // 2, SIZE))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # an objective's own weights are the same on all ranks
+            module = objective(embedding=SIZE, datasets=sets).double()
+        return module(EncodedStep(kind, views, {"checked": 1.0}, scores=scores), context).loss
+
+    return loss
 
 
 def _last_line(failure: RankFailure) -> str:

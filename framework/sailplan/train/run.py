@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-from sailplan.checkpoint.store import latest
+from sailplan.checkpoint.store import damaged, latest
 from sailplan.config.compose import as_dict, config_hash, identity
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
@@ -22,6 +23,13 @@ from sailplan.train.trainer import Trainer
 def _starting_point(config: Config, folder: RunFolder) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start; ConfigurationError rather than a lost or mixed run."""
     newest = latest(folder.checkpoints)
+    broken = [path for path in damaged(folder.checkpoints) if newest is None or path > newest]
+    if broken and newest is None:
+        raise ConfigurationError(
+            f"{broken[-1]} is damaged and {folder.root} has no whole checkpoint: restore its files, choose another name=, or delete the folder to start afresh"
+        )
+    for path in broken:
+        print(f"sailplan: checkpoint {path} is damaged, going on from {newest}", file=sys.stderr, flush=True)
     if newest is None:
         return None
     if config.resume == "never":
@@ -66,8 +74,10 @@ def _agreed_start(config: Config, folder: RunFolder, parallel: Parallel) -> tupl
             if config.initialise_from is not None and not found:
                 source = str(initial_source(config.initialise_from))
             folder.write_config(config)
-        except (ConfigurationError, OSError) as error:
+        except ConfigurationError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"runs={config.runs}: {folder.root} cannot be read and written ({error}); choose a folder that can, on all ranks' file system"
     problem, found, source = (parallel.broadcast_text(text) for text in (problem, found, source))
     if problem:
         raise ConfigurationError(problem)

@@ -76,6 +76,7 @@ class Trainer:
     # ---------------------------------------------------------------- loop
     def run(self) -> None:
         with self.saver:
+            self.writer.finished = self.step >= spans(self.config)[-1].last  # a run that was done before has no stage to finish
             for span in spans(self.config):
                 if self.step < span.last:
                     self._run_stage(span)
