@@ -5,6 +5,9 @@ Every message is one line: what key or file, what was found, what was expected, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_BAD_CONFIGURATION = 64
@@ -26,9 +29,16 @@ class ConfigurationError(SailplanError):
 
 
 class BadDataError(SailplanError):
-    """More broken samples than the configured limit (exit code 65)."""
+    """More broken samples than the configured limit (exit code 65). samples: those of the step, (record id, reason)."""
 
     exit_code = EXIT_BAD_DATA
+
+    def __init__(self, message: str, samples: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.samples = list(samples)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BadDataError, (str(self), self.samples)
 
 
 class StopRequested(SailplanError):

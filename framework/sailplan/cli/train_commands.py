@@ -52,13 +52,14 @@ def plan(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Configuration and model sizes, then every shard's index, then a collective over the ranks; and which optional extensions were found."""
-    from sailplan.data.datasets import check_tokenizer, open_datasets
+    from sailplan.data.datasets import check_records, check_tokenizer, open_datasets
     from sailplan.evaluate.sides import check_queries
     from sailplan.model.fused import USED, chosen_extension, extensions
 
     config = _config(options, world_size_from_environment())
     readers = open_datasets(config)
     check_tokenizer(config)
+    check_records(config, readers)
     check_queries(readers, config.evaluation.tasks)
     with started(config.parallel) as parallel:
         parallel.barrier()

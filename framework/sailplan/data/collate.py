@@ -128,7 +128,7 @@ class Collator:
                     raise BadSample(record.id, "has no `score`, but the data set's first pair has one")
                 decoded = {name: self._decode(record, name, view, dataset, seed) for name, view in views.items()}
             except BadSample as problem:
-                rows.quarantined.append((reader.ids([position])[0], str(problem)))
+                rows.quarantined.append(_named(reader.ids([position])[0], problem))
                 position = self.plan.spare(reader.name, step, row, attempt)
                 continue
             rows.records.append(record)
@@ -136,7 +136,8 @@ class Collator:
                 rows.views[name] += decoded[name]
             return position
         raise BadDataError(
-            f"data.sets.{reader.name}: {SPARES + 1} records in a row cannot be used, last {rows.quarantined[-1][1]}; run `sailplan data validate`"
+            f"data.sets.{reader.name}: {SPARES + 1} records in a row cannot be used, last {': '.join(rows.quarantined[-1])}; run `sailplan data validate`",
+            rows.quarantined,
         )
 
     def _decode(self, record: Record, name: str, view: ViewConfig, dataset: DatasetConfig, seed: int) -> list[ViewRow]:
@@ -191,6 +192,11 @@ class Collator:
                 for teacher in self.teachers.names:
                     result[f"{name}/{teacher}"] = self.teachers.look_up(teacher, [item.id if item is not None else "" for item in items])
         return result
+
+
+def _named(record_id: str, problem: BadSample) -> tuple[str, str]:
+    """(record id, reason); a reason that lies in another record names that."""
+    return record_id, problem.reason if problem.record_id == record_id else str(problem)
 
 
 def _log_probabilities(records: list[Record], negatives: int) -> torch.Tensor | None:

@@ -6,13 +6,14 @@ not have, a text view without fields, a catalogue that is absent or is no items 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sailplan.config.checks import check_dataset
 from sailplan.config.schema import ARTIFACT, Config
 from sailplan.data.index import ShardIndex
+from sailplan.data.plan import SPLIT
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.shards import resolve
 from sailplan.data.tar import scan
@@ -20,11 +21,14 @@ from sailplan.data.views import ViewDecoder, shared_decoder
 from sailplan.errors import BadDataError, ConfigurationError
 
 
-def open_datasets(config: Config, artifacts: Mapping[str, str | Path] | None = None, names: Iterable[str] | None = None) -> dict[str, RecordReader]:
+def open_datasets(
+    config: Config, artifacts: Mapping[str, str | Path] | None = None, names: Iterable[str] | None = None, progress: Callable[[], None] = lambda: None
+) -> dict[str, RecordReader]:
     """Data set name -> reader, catalogues included.
 
     artifacts: folders of the data sets whose shards are `artifact:NAME`; those without a folder yet are left out.
-    names: open only these (and their catalogues); default all of data.sets.
+    names: open only these (and their catalogues); default all of data.sets. progress: called behind each shard, of which a first
+    opening fetches and scans every one.
     Raises ConfigurationError naming the key, BadDataError naming a damaged shard.
     """
     sets = config.data.sets
@@ -35,21 +39,23 @@ def open_datasets(config: Config, artifacts: Mapping[str, str | Path] | None = N
             raise ConfigurationError(f"data.sets has no '{name}'; it has: {', '.join(sets) or 'none'}")
         shards = sets[name].shards
         if not shards.startswith(ARTIFACT) or shards.removeprefix(ARTIFACT) in folders:
-            _open(config, name, folders, readers)
+            _open(config, name, folders, readers, progress)
     return readers
 
 
-def _open(config: Config, name: str, folders: Mapping[str, str | Path], readers: dict[str, RecordReader]) -> RecordReader:
+def _open(
+    config: Config, name: str, folders: Mapping[str, str | Path], readers: dict[str, RecordReader], progress: Callable[[], None]
+) -> RecordReader:
     if name in readers:
         return readers[name]
     dataset = config.data.sets[name]
     check_dataset(config, name)
-    catalogue = _open(config, dataset.catalogue, folders, readers) if dataset.catalogue else None
+    catalogue = _open(config, dataset.catalogue, folders, readers, progress) if dataset.catalogue else None
     shards = dataset.shards
     if shards.startswith(ARTIFACT):
         shards = str(folders[shards.removeprefix(ARTIFACT)])
     cache = Path(config.data.cache) if config.data.cache else None
-    readers[name] = RecordReader(name, dataset, ShardIndex(resolve(name, shards, cache), cache), catalogue)
+    readers[name] = RecordReader(name, dataset, ShardIndex(resolve(name, shards, cache, progress), cache, progress), catalogue)
     return readers[name]
 
 
@@ -69,6 +75,15 @@ def check_tokenizer(config: Config) -> None:
             f"data.tokenizer={config.data.tokenizer} has {found} tokens, but model.vocabulary is {config.model.vocabulary}: "
             "expected at most as many; choose the tokenizer.json of the model's own folder, or set model.vocabulary"
         )
+
+
+def check_records(config: Config, readers: Mapping[str, RecordReader]) -> None:
+    """Raises ConfigurationError for the first data set of a stage without a record to train on: said before the run, not at that stage."""
+    for stage in config.order:
+        for name in config.stages[stage].data:
+            if name in readers and not readers[name].count(SPLIT):
+                found = f"{len(readers[name])} records, none of split '{SPLIT}'" if len(readers[name]) else "no record"
+                raise ConfigurationError(f"stages.{stage}.data names '{name}', which has {found}: check data.sets.{name}.shards, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,7 @@ def validate(config: Config, names: Iterable[str] | None = None) -> list[Problem
 
 def validate_reader(reader: RecordReader, decoder: ViewDecoder) -> list[Problem]:
     """All problems of an open data set's records (see `validate`)."""
-    problems: list[Problem] = []
+    problems: list[Problem] = [] if len(reader) else [Problem(reader.name, "-", f"no record in {len(reader.index.shards)} shards")]
     seen: set[str] = set()
     shown = dict.fromkeys(reader.config.views, 0)
     for position in range(len(reader)):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
@@ -73,6 +73,8 @@ def _pixels(content: bytes) -> Tensor:
             else:
                 rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
             array = np.array(rgb)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"image cannot be decoded: {len(content)} bytes that are no {', '.join(FORMATS)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image cannot be decoded: {error}") from error
     return torch.from_numpy(array).permute(2, 0, 1)

@@ -15,7 +15,7 @@ import secrets
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,13 @@ class ShardIndex:
     a record once `find` is used (catalogues).
     """
 
-    def __init__(self, shards: Sequence[Path], cache: Path | None = None) -> None:
-        """Opens or builds the index of each shard. Raises BadDataError for a shard that is not a whole tar."""
+    def __init__(self, shards: Sequence[Path], cache: Path | None = None, progress: Callable[[], None] = lambda: None) -> None:
+        """Opens or builds the index of each shard, and calls `progress` behind each. Raises BadDataError for a shard that is not a whole tar."""
         self.shards = [Path(shard) for shard in shards]
-        self._files = [_ensure(shard, cache) for shard in self.shards]
+        self._files: list[Path] = []
+        for shard in self.shards:
+            self._files.append(_ensure(shard, cache))
+            progress()
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
         self._lock = threading.RLock()
         counts = [_split_counts(file) for file in self._files]

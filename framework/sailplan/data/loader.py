@@ -130,7 +130,8 @@ class StepLoader:
             name, reason = next(entry for batch in reversed(batches) for entry in reversed(batch.quarantined))
             raise BadDataError(
                 f"{bad} bad samples in the latest {rows} rows, the limit is data.bad_sample_limit={self.data.bad_sample_limit}; "
-                f"last: {name}: {reason}; run `sailplan data validate`"
+                f"last: {name}: {reason}; run `sailplan data validate`",
+                [entry for batch in batches for entry in batch.quarantined],
             )
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import braceexpand
@@ -26,8 +27,8 @@ def is_remote(name: str) -> bool:
     return re.match(r"^[a-z0-9+]+:", name) is not None and not name.startswith("file:")
 
 
-def resolve(dataset: str, shards: str, cache: Path | None = None) -> list[Path]:
-    """Local paths of the data set's shards, in reading order (as listed, a folder's sorted by name).
+def resolve(dataset: str, shards: str, cache: Path | None = None, progress: Callable[[], None] = lambda: None) -> list[Path]:
+    """Local paths of the data set's shards, in reading order (as listed, a folder's sorted by name). progress: called for each.
 
     shards: a folder (its *.tar), one tar, or a brace pattern of paths or URLs such as `train-{000..009}.tar`.
     Raises ConfigurationError naming `data.sets.DATASET.shards` when nothing is there, BadDataError when a fetch fails.
@@ -43,7 +44,10 @@ def resolve(dataset: str, shards: str, cache: Path | None = None) -> list[Path]:
             raise ConfigurationError(f"{key}={shards}: the folder holds no .tar file; expected webdataset shards")
         return found
     names = list(braceexpand.braceexpand(shards))
-    paths = [fetch(name, cache) if is_remote(name) else Path(name.removeprefix("file:")) for name in names]
+    paths = []
+    for name in names:
+        paths.append(fetch(name, cache) if is_remote(name) else Path(name.removeprefix("file:")))
+        progress()
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise ConfigurationError(

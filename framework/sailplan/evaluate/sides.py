@@ -46,10 +46,8 @@ def check_queries(readers: Mapping[str, RecordReader], tasks: Mapping[str, Evalu
     for name, task in tasks.items():
         reader = readers[task.dataset]
         if not (len(reader) if task.split == "all" else reader.count(task.split)):
-            raise ConfigurationError(
-                f"evaluation.tasks.{name}.split={task.split}: data set '{task.dataset}' has the splits "
-                f"{', '.join(reader.index.split_names) or 'of no record'}; choose one of them"
-            )
+            has = f"has the splits {', '.join(reader.index.split_names)}; choose one of them" if len(reader) else "has no record; check its shards"
+            raise ConfigurationError(f"evaluation.tasks.{name}.split={task.split}: data set '{task.dataset}' {has}")
 
 
 def query_positions(reader: RecordReader, task: EvaluationTask, name: str) -> NDArray[np.int64]:

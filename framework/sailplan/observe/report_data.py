@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from sailplan.errors import ConfigurationError
-from sailplan.observe.run_files import EVALUATION, METRICS, STAGES, read_lines
+from sailplan.observe.run_files import EVALUATION, METRICS, QUARANTINE, STAGES, read_lines
 
 Series = list[tuple[int, float]]  # (step, value)
 BASELINES = ("popularity", "content_mean")  # metrics of simple methods, reported beside the model's own
@@ -167,5 +167,5 @@ def read_run(folder: Path) -> RunData:
         metrics=sorted(_lines(folder / METRICS), key=lambda line: line["step"]),
         evaluations=sorted(evaluations, key=lambda evaluation: evaluation["step"]),
         curriculum={path.parent.name: _json(path) for path in states},
-        quarantine=_lines(folder / "quarantine.jsonl"),
+        quarantine=_lines(folder / QUARANTINE),
     )

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from sailplan.observe.sink import Examples, Results, Sink, StageInfo, Value
 from sailplan.runtime.process import world_size_from_environment
 
-METRICS, PREVIOUS, STAGES, EVALUATION = "metrics.jsonl", "metrics.previous.jsonl", "stages.json", "evaluation"
+METRICS, PREVIOUS, STAGES, EVALUATION, QUARANTINE = "metrics.jsonl", "metrics.previous.jsonl", "stages.json", "evaluation", "quarantine.jsonl"
 
 
 def finite(value: Any) -> Any:
@@ -98,6 +98,8 @@ class RunFiles(Sink):
             if (folder / STAGES).exists():
                 stages = json.loads((folder / STAGES).read_text(encoding="utf-8"))
                 self.stages = [stage for stage in stages if stage["first_step"] <= resumed_step + 1]
+        if (folder / QUARANTINE).exists():
+            drop_after(folder / QUARANTINE, resumed_step or 0)
         self._drop_evaluations(-1 if resumed_step is None else resumed_step)
         self.file: TextIO = metrics.open("a", encoding="utf-8", buffering=1)  # line buffered: a crash loses no finished step
 

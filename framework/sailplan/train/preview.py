@@ -30,6 +30,7 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
     """Everything that `render` shows, as JSON values. Opens the data sets; makes no weights."""
     readers = open_datasets(config)
     check_tokenizer(config)
+    check_records(config, readers)
     check_queries(readers, config.evaluation.tasks)
     data_parallel = world_size // config.parallel.tensor
     rank_rows = max((stage.global_batch or config.global_batch) * _views(config, stage) for stage in config.stages.values()) // data_parallel

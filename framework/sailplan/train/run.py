@@ -44,6 +44,7 @@ def train(config: Config) -> Path:
     with stop_flag() as flag, started(config.parallel) as parallel, watchdog(config.parallel.timeout_seconds) as dog:
         checkpoint, source = _agreed_start(config, folder, parallel)
         whole = assemble(config, parallel)
+        dog.beat()
         if source is not None:
             initialise(whole, source, config.initialise_parts, parallel)
         resumed = None if checkpoint is None else int(checkpoint.name.removeprefix("step-"))

@@ -9,6 +9,8 @@ run therefore continues with the very next sample and the same numbers.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,11 +22,11 @@ from sailplan.config.compose import config_hash, identity
 from sailplan.config.schema import Config
 from sailplan.curriculum.embedding import training_exchange
 from sailplan.curriculum.stages import StageState, load_stage, prepare_stage, refresh_hard_negatives
-from sailplan.data.datasets import check_tokenizer, open_datasets
+from sailplan.data.datasets import check_records, check_tokenizer, open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.record import StepBatch
-from sailplan.errors import StopRequested
+from sailplan.errors import BadDataError, StopRequested
 from sailplan.evaluate.runner import evaluate
 from sailplan.evaluate.sides import check_queries
 from sailplan.observe.metrics import MetricWriter, StageInfo
@@ -52,8 +54,9 @@ class Trainer:
         self.training_step = TrainingStep(
             whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, training_exchange(parallel, config.parallel.exchange)
         )
-        self.readers = open_datasets(config)
+        self.readers = open_datasets(config, progress=dog.beat)  # the first reading of many shards takes long, and is no hang
         check_tokenizer(config)
+        check_records(config, self.readers)
         check_queries(self.readers, config.evaluation.tasks)
         options = config.checkpoint
         self.saver = Saver(parallel, asynchronous=options.asynchronous, keep=options.keep, timeout_seconds=config.parallel.timeout_seconds)
@@ -132,7 +135,7 @@ class Trainer:
         )  # fmt: skip
         if self.config.data.workers:
             self._settle()  # workers are forked: a lock that the saving thread holds would stay locked in them
-        with loader:
+        with loader, self._quarantining(span):
             began = time.perf_counter()
             for stage_step, batches in enumerate(loader, start=first):
                 waited = time.perf_counter() - began
@@ -147,6 +150,16 @@ class Trainer:
                 self._log(span, batches, result, scale * stage.optimizer.learning_rate, waited, seconds)
                 self._between_steps(span, batches, result)
                 began = time.perf_counter()
+
+    @contextmanager
+    def _quarantining(self, span: StageSpan) -> Iterator[None]:
+        """What made the data unusable is on record too when it ends the run; any rank may be the one that meets it."""
+        try:
+            yield
+        except BadDataError as error:
+            if self.parallel.tensor_parallel_rank == 0:
+                self.folder.add_quarantined([{"step": self.step + 1, "stage": span.name, "id": name, "reason": reason} for name, reason in error.samples])
+            raise
 
     def _between_steps(self, span: StageSpan, batches: list[StepBatch], result: StepResult) -> None:
         """One message over the world says whether anybody wants to stop, save or report bad samples."""
