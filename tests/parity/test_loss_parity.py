@@ -10,8 +10,12 @@ import torch
 import torch.distributed as dist
 
 from sailplan.cli.main import main
+from sailplan.objective.cosent import CoSENT
+from sailplan.objective.infonce import InfoNCE
+from sailplan.objective.micl import MICL
+from sailplan.objective.protocol import Objective, ObjectiveOutput
 from sailplan.step import example_losses
-from sailplan.step.loss_parity import check_loss
+from sailplan.step.loss_parity import check_loss, of_objective
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -33,6 +37,20 @@ def test_the_factor_of_a_scaled_loss_is_found(world_size: int) -> None:
 def test_a_gradient_in_another_direction_is_found(loss) -> None:
     found = check_loss(loss, 2)
     assert not found.exact and 0.3 < found.cosine < 0.99
+
+
+class Unscaled(InfoNCE):
+    """Wrong: every rank's loss divided by their number."""
+
+    def forward(self, encoded, context):
+        output = super().forward(encoded, context)
+        return ObjectiveOutput(output.loss / context.exchange.world_size)
+
+
+@pytest.mark.parametrize(("objective", "scale"), [(InfoNCE, 1), (CoSENT, 1), (MICL, 1), (Unscaled, 1 / 3)])
+def test_an_objective_class_is_checked_as_it_is(objective: type[Objective], scale: float) -> None:
+    found = check_loss(of_objective(objective), 3)
+    assert not found.problem and found.exact == (scale == 1) and found.scale == pytest.approx(scale)
 
 
 def one_rank_without(queries, keys):

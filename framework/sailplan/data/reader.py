@@ -163,7 +163,8 @@ class RecordReader:
         which a warning names."""
         record_id, body = self.ids([position])[0], self.body(position)
         try:
-            return self._listed(record_id, body, "items") or self._listed(record_id, body, "history") + [str(body["target"])] * ("target" in body)
+            target = [str(body["target"])] if "target" in body else []
+            return self._listed(record_id, body, "items") or self._listed(record_id, body, "history") + target
         except BadSample as problem:
             logger.warning("%s: left out: %s", self.name, problem)
             return []

@@ -53,9 +53,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
 
 
-def run(*arguments: str, ranks: int = 1, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Runs to the end; never raises on a non-zero exit code."""
-    return subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=timeout, env=environment())
+def run(*arguments: str, ranks: int = 1, timeout: float = 600, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs to the end, in `folder` or here; never raises on a non-zero exit code."""
+    return subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=timeout, env=environment(), cwd=folder)
 
 
 def run_until(condition: Callable[[], bool], number: signal.Signals, *arguments: str, ranks: int, timeout: float = 600) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sailplan.config.checks import check
-from sailplan.config.compose import as_dict, compose, config_hash, from_dict, identity, identity_difference
+from sailplan.config.compose import as_dict, changed, compose, config_hash, from_dict, identity, identity_difference
+from sailplan.config.ranges import RANGES
 from sailplan.errors import ConfigurationError
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
@@ -86,6 +87,32 @@ def test_quickstart_is_short_enough_to_read() -> None:
         (["experiment=quickstart", "vision=siglip2_naflex", "data.image_patch=14"], ["data.image_patch=14", "model.vision.patch=16"]),
         (["experiment=quickstart", "data.image_patches=64"], ["data.image_patches=64", "expected null", "backbone=own", "data.image_size"]),
         (["experiment=quickstart", "model.prefixes=[512]"], ["model.prefixes", "192"]),
+        (["experiment=quickstart", "++foo=1"], ["++foo=1", "unknown key 'foo'"]),
+        (["experiment=quickstart", "+stages.hard.stepz=4"], ["unknown key 'stages.hard.stepz'", "steps"]),
+        (["experiment=quickstart", "+data.sets.emoji.views.image.promt=a"], ["unknown key 'data.sets.emoji.views.image.promt'", "prompt"]),
+        (["experiment=quickstart", "+stages.more={stepz: 4}"], ["unknown key 'stages.more.stepz'", "steps"]),
+        (["experiment=quickstart", "stages.hardd.steps=4"], ["stages has no 'hardd'", "hard", "+stages.hardd.steps=4"]),
+        (["experiment=quickstart", "stages.hard.steps=1.5"], ["stages.hard.steps=1.5", "a whole number"]),
+        (["experiment=quickstart", "stages.hard=3"], ["stages.hard=3", "KEY: VALUE", "steps"]),
+        (["experiment=quickstart", "checkpoint.asynchronous=maybe"], ["checkpoint.asynchronous=maybe", "true or false"]),
+        (["experiment=quickstart", "order=diverse"], ["order=diverse", "a list"]),
+        (["experiment=quickstart", "seed={a"], ["seed={a", "key=value"]),
+        (["experiment=quickstart", "seed=1,2"], ["seed=1,2", "seed=[A,B]"]),
+        (["experiment=quickstart", "~stages.hardd"], ["~stages.hardd", "hard"]),
+        (["experiment=quickstart", "~seed"], ["~seed", "cannot be deleted"]),
+        (["experiment=quickstart", "data=[reading,emojii]"], ["data/emojii.yaml", "did you mean 'emoji'"]),
+        (["experiment=quickstart", "order=[diverse,diverse]"], ["order", "'diverse' more than once"]),
+        (["experiment=quickstart", "data.lanes=0"], ["data.lanes=0", "at least 1"]),
+        (["experiment=quickstart", "optimizer.learning_rate=0"], ["optimizer.learning_rate=0.0", "above 0"]),
+        (["experiment=quickstart", "stages.nearest.subset.nearest=1.5"], ["stages.nearest.subset.nearest=1.5", "at most 1"]),
+        (["experiment=quickstart", "data.sets.emoji.temperature=0"], ["data.sets.emoji.temperature=0.0", "above 0"]),
+        (["experiment=quickstart", "evaluation.tasks.icon_choice.kind=guess"], ["evaluation.tasks.icon_choice.kind=guess", "retrieval"]),
+        (["experiment=quickstart", "evaluation.tasks.icon_choice.metrics=[accuracy]"], ["evaluation.tasks.icon_choice.metrics", "accuracy", "recall"]),
+        (["experiment=quickstart", "evaluation.tasks.icon_choice.candidates=some"], ["evaluation.tasks.icon_choice.candidates=some", "split, all"]),
+        (["experiment=quickstart", "evaluation.tasks.set_completion.kind=retrieval"], ["evaluation.tasks.set_completion.kind=retrieval", "sequences"]),
+        (["experiment=quickstart", "evaluation.tasks.emoji_subgroups.label=null"], ["evaluation.tasks.emoji_subgroups.label", "empty"]),
+        (["experiment=quickstart", "evaluation.tasks.icon_choice.dataset=icon_neighbours"], ["evaluation.tasks.icon_choice.dataset", "artifact:"]),
+        (["experiment=quickstart", "evaluation.benchmark=[nothing]"], ["evaluation.benchmark=nothing", "icon_choice"]),
         (["experiment=quickstart", "initialise_parts=[optimizer]"], ["initialise_parts=optimizer", "encoder, objectives, temperatures"]),
         (["experiment=quickstart", "initialise_from=runs/other", "initialise_parts=[]"], ["initialise_parts", "initialise_from=runs/other", "encoder"]),
     ],
@@ -112,3 +139,57 @@ def test_a_stage_takes_the_common_optimizer_and_its_own_values_win() -> None:
     config = compose(["experiment=quickstart", "optimizer.weight_decay=0.5"])
     assert all(stage.optimizer.weight_decay == 0.5 for stage in config.stages.values())
     assert config.stages["hard"].optimizer.learning_rate != config.optimizer.learning_rate
+
+
+def test_new_entries_and_sections_that_were_null_can_be_set_on_the_command_line() -> None:
+    lines = ["+stages.more={steps: 3}", "+stages.more.data.emoji=2", "stages.more.steps=4", "stages.hard.balance.sample=5", "stages.diverse.balance=null"]
+    config = compose(["experiment=quickstart", "optimizer.weight_decay=0.5", *lines])
+    assert config.stages["more"].steps == 4 and config.stages["more"].data == {"emoji": 2.0}
+    assert config.stages["more"].optimizer.weight_decay == 0.5  # a stage from the command line follows the common optimizer too
+    assert config.stages["hard"].balance is not None and config.stages["hard"].balance.sample == 5
+    assert config.stages["diverse"].balance is None
+    saved = changed(config, ["~stages.more", "+stages.other.steps=7"])
+    assert "more" not in saved.stages and saved.stages["other"].steps == 7
+
+
+def test_every_range_is_of_a_key_that_there_is() -> None:
+    config = compose(["experiment=quickstart", "stages.hard.balance={}", "stages.hard.subset.nearest=0.5", "evaluation.tasks.icon_choice.limit=5"])
+    for pattern in RANGES:
+        node = [as_dict(config)]
+        for name in pattern.split("."):
+            entries = [value if isinstance(value, dict) else dict(enumerate(value or [])) for value in node]
+            node = [value for entry in entries for key, value in entry.items() if name in ("*", key)]
+        assert any(isinstance(value, int | float) for value in node), pattern
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stages: {hard: {stepz: 3}}", ["experiment/mine.yaml", "stages.hard.stepz", "steps"]),
+        ("stages: {hard: {steps: soon}}", ["experiment/mine.yaml", "stages.hard.steps", "'soon'", "a whole number"]),
+        ("stages: {hard: [1", ["experiment/mine.yaml, line 5", "not YAML"]),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(text: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAILPLAN_CONF", str(tmp_path))
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\ndefaults: [quickstart, _self_]\n\n{text}\n")
+    with pytest.raises(ConfigurationError) as caught:
+        compose(["experiment=mine"])
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_a_folder_of_ones_own_holds_its_own_files_only_and_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAILPLAN_CONF", str(tmp_path))
+    for name, text in {
+        "stage/warm.yaml": "steps: 7\ndata: {emoji: 1}\nobjectives: {infonce: 1.0}\n",
+        "experiment/mine.yaml": "# @package _global_\ndefaults: [quickstart, /stage@stages.first: warm, /stage@stages.again: warm, _self_]\n"
+        "order: [first, again]\nstages: {again: {steps: 2}}\n",
+        "tracking/offline.yaml": "log_every: 3\n",
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    config = compose(["experiment=mine"])
+    check(config, world_size=2)
+    assert [config.stages[name].steps for name in config.order] == [7, 2] and config.stages["again"].data == {"emoji": 1.0}
+    assert config.tracking.log_every == 3

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sailplan.config.schema import Config, ViewConfig
-from sailplan.data.datasets import open_datasets, validate
+from sailplan.config.schema import Config, StageConfig, ViewConfig
+from sailplan.data.datasets import check_records, check_tokenizer, open_datasets, validate
 from sailplan.data.testing import item_record, json_member, png, write_set
 from sailplan.errors import ConfigurationError
 
@@ -59,6 +59,31 @@ def test_data_sets_that_a_stage_makes_open_once_their_folder_is_known(make_confi
     assert set(readers) == {"histories", "things"} and readers["histories"].catalogue is readers["things"]
     with pytest.raises(ConfigurationError, match="no 'absent'"):
         open_datasets(config, names=["absent"])
+
+
+def test_a_data_set_without_a_record_to_train_on_is_told(make_config: Make, tmp_path: Path) -> None:
+    config = make_config()
+    config.order, config.stages = ["first", "second"], {"first": StageConfig(data={"graded": 1.0}), "second": StageConfig(data={"things": 1.0})}
+    check_records(config, open_datasets(config))
+    config.data.sets["things"].shards = str(write_set(tmp_path / "none", [[]]))
+    with pytest.raises(ConfigurationError, match=r"stages\.second\.data names 'things', which has no record"):
+        check_records(config, open_datasets(config))
+    assert [str(problem) for problem in validate(config, names=["things"])][:1] == ["things: -: no record in 1 shards"]
+    config.data.sets["things"].shards = str(write_set(tmp_path / "held", [item_record(9), item_record(19)]))
+    with pytest.raises(ConfigurationError, match="2 records, none of split 'train'"):
+        check_records(config, open_datasets(config))
+
+
+def test_a_prompt_that_leaves_no_room_is_told_before_the_run(make_config: Make) -> None:
+    config = make_config(max_tokens=4)
+    with pytest.raises(ConfigurationError, match=r"data\.max_tokens=4: the prompt"):
+        check_tokenizer(config)
+
+
+def test_each_shard_that_is_opened_counts_as_progress(make_config: Make) -> None:
+    calls: list[int] = []
+    readers = open_datasets(make_config(), progress=lambda: calls.append(1))
+    assert len(calls) == sum(len(reader.index.shards) for reader in readers.values()) > 4
 
 
 def test_good_data_sets_have_no_problems(make_config: Make) -> None:

@@ -207,6 +207,23 @@ def test_broken_sounds_are_value_errors(content: bytes) -> None:
         audio.decode(content, 8000)
 
 
+@pytest.mark.parametrize(("place", "value"), [(24, 1325408064), (24, 3)])
+def test_a_header_with_an_impossible_rate_is_a_bad_sound_and_takes_no_memory(place: int, value: int) -> None:
+    content = bytearray(wav(1))
+    content[place : place + 4] = value.to_bytes(4, "little")
+    with pytest.raises(ValueError, match="broken header"):
+        audio.decode(bytes(content), 8000)
+
+
+def test_a_header_that_tells_hours_in_a_few_bytes_is_a_bad_sound_and_takes_no_memory() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(4000, dtype=np.float32), 8000, format="FLAC")
+    content = bytearray(file.getvalue())
+    content[21] |= 0x0F  # the 36 bits of the number of samples start in the lower half of this byte of STREAMINFO
+    with pytest.raises(ValueError, match="broken header"):
+        audio.decode(bytes(content), 8000)
+
+
 def test_sound_augmentation_is_a_function_of_its_seed_and_leaves_the_original() -> None:
     mel = audio.log_mel(audio.chunks(audio.decode(wav(1), 8000), 8000, 1), 8000, 16)
     kept = mel.clone()

@@ -110,3 +110,29 @@ def test_a_shard_that_changes_while_in_use_is_noticed(tmp_path: Path) -> None:
 def test_a_pickled_reader_reads_on(make_config: Make) -> None:
     reader = open_datasets(make_config())["choices"]
     assert pickle.loads(pickle.dumps(reader)).read(3) == reader.read(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "reason"),
+    [
+        ("things", {"fields": "a title"}, "fields is a str"),
+        ("graded", {"query": "things/1", "item": "things/2", "score": "high"}, "score is 'high'"),
+        ("graded", {"query": "things/1", "item": "things/2", "score": float("nan")}, "score is nan"),
+        ("histories", {"history": "things/1", "target": "things/2"}, "history is a str"),
+        ("histories", {"items": {"things/1": 1}}, "items is a dict"),
+    ],
+)
+def test_values_of_another_type_are_a_bad_sample_wherever_they_are_read(
+    make_config: Make, tmp_path: Path, name: str, body: dict[str, Any], reason: str
+) -> None:
+    config = make_config()
+    whole = {"things": {"fields": {"title": "a"}}, "graded": {"query": "things/1", "item": "things/2", "score": 1}, "histories": {"items": ["things/1", "things/2"]}}
+    config.data.sets[name].shards = str(write_set(tmp_path, [[json_member("0", body)], [json_member("1", whole[name])], [("2.json", b"{")]]))
+    reader = open_datasets(config, names=[name])[name]
+    with pytest.raises(BadSample, match=reason):
+        reader.read(0)
+    if name == "graded":
+        assert reader.scored and [reader.score(position) for position in range(3)] == [None, 1.0, None]
+    if name == "histories":
+        assert [reader.item_ids(position) for position in range(3)] == [[], ["things/1", "things/2"], []]
+    assert reader.body(2) == {}

@@ -11,7 +11,7 @@ from sailplan.config.compose import compose
 from sailplan.config.schema import DatasetConfig, PatternConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import Objective
-from sailplan.objective.registry import build_objectives
+from sailplan.objective.registry import build_objectives, check_objectives
 from sailplan.objective.temperature import Temperatures
 
 DATASETS = {"items": DatasetConfig()}
@@ -100,3 +100,12 @@ def test_temperatures_refuse_what_cannot_work() -> None:
         Temperatures({"v1.0": DatasetConfig(patterns={"a": PatternConfig()})})
     with pytest.raises(ConfigurationError, match="expected one of items/a"):
         Temperatures({"items": DatasetConfig(patterns={"a": PatternConfig()})}).get("items", "b")
+
+
+def test_a_stage_without_a_loss_for_one_of_its_data_sets_is_told_before_it_runs() -> None:
+    config = compose(["experiment=quickstart"])
+    objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets)
+    check_objectives(objectives, config.stages, config.data.sets)
+    config.stages["seq2item"].objectives["infonce"] = 0.0
+    with pytest.raises(ConfigurationError, match=r"stages\.seq2item\.objectives: none of .* applies to 'emoji'"):
+        check_objectives(objectives, config.stages, config.data.sets)

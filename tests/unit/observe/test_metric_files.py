@@ -124,3 +124,11 @@ def test_a_terminal_gets_a_live_bar_that_is_closed_on_an_error(tmp_path: Path) -
         raise RuntimeError("boom")
     assert isinstance(console.file, io.StringIO)
     assert "\x1b[?25h" in console.file.getvalue()  # the cursor is shown again
+
+
+def test_quarantined_records_of_steps_to_be_redone_are_dropped(tmp_path: Path) -> None:
+    train(tmp_path, range(1, 3))
+    lines = [json.dumps({"step": step, "id": "a", "reason": "b"}) for step in (1, 2, 3)]
+    (tmp_path / "quarantine.jsonl").write_text("\n".join(lines) + "\n")
+    train(tmp_path, range(3, 4), resumed=2)
+    assert (tmp_path / "quarantine.jsonl").read_text().splitlines() == lines[:2]
