@@ -116,7 +116,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = [(f"{n:03d}.{kind}", content) for n in range(40) for kind, content in (("jpg", picture(n)), ("txt", f"{words[n % 3]} boot {n}".encode()))]
     told: list[tuple[str, bytes]] = []
     for n in range(40):
-        body = {"id": f"shoe-{n}", "split": "held_out" if n % 4 == 0 else "train", "fields": {"title": f"{words[n % 3]} sandal {n}", "tags": {"en": ["summer"]}}}
+        fields = {"title": f"{words[n % 3]} sandal {n}", "tags": {"en": ["summer"]}}
+        body = {"id": f"shoe-{n}", "split": "held_out" if n % 4 == 0 else "train", "fields": fields}
         told += [(f"{n:03d}.json", json.dumps(body).encode()), (f"{n:03d}.jpg", picture(n))]
     write_tar(root / "shards" / "shoes" / "plain.tar", plain)
     write_tar(root / "shards" / "shoes" / "told.tar", told)

@@ -25,16 +25,15 @@ def run(options: argparse.Namespace) -> int:
     if not options.timeout > 0:
         raise ConfigurationError(f"--timeout {options.timeout}: expected a number of seconds above 0")
     try:
-        loss: Loss | None = getattr(importlib.import_module(module), name, None)
+        found = getattr(importlib.import_module(module), name, None)
     except ImportError as problem:
         raise ConfigurationError(f"--loss {options.loss}: the module cannot be imported ({problem}); run in its folder, or set PYTHONPATH") from problem
-    if not callable(loss):
+    if not callable(found):
         raise ConfigurationError(f"--loss {options.loss}: {module} has no function '{name}'")
-    if inspect.isclass(loss) and issubclass(loss, Objective):
-        loss = of_objective(loss)
-    found = check_loss(loss, options.world_size, options.timeout)
-    verdict = "exact" if found.exact else "NOT exact"
-    print(f"{options.loss} on {options.world_size} ranks: {verdict}: {found}")
-    if not found.problem:
-        print(f"mean of the ranks' losses {found.loss:.8g}, loss of the full batch {found.full_batch_loss:.8g}")
-    return EXIT_DONE if found.exact else EXIT_FAILURE
+    loss: Loss = of_objective(found) if inspect.isclass(found) and issubclass(found, Objective) else found
+    parity = check_loss(loss, options.world_size, options.timeout)
+    verdict = "exact" if parity.exact else "NOT exact"
+    print(f"{options.loss} on {options.world_size} ranks: {verdict}: {parity}")
+    if not parity.problem:
+        print(f"mean of the ranks' losses {parity.loss:.8g}, loss of the full batch {parity.full_batch_loss:.8g}")
+    return EXIT_DONE if parity.exact else EXIT_FAILURE

@@ -45,7 +45,7 @@ def check(config: Config, world_size: int) -> None:
         if name not in config.stages:
             raise ConfigurationError(f"order names the stage '{name}', but stages has: {', '.join(config.stages) or 'none'}")
         if config.order.count(name) > 1:
-            raise ConfigurationError(f"order names the stage '{name}' more than once, and its files and results would be mixed: give it a second name in stages")
+            raise ConfigurationError(f"order names the stage '{name}' more than once, which would mix their files: give the second its own name in stages")
         _check_stage(config, name, config.stages[name])
     for name, task in config.evaluation.tasks.items():
         check_task(config, name, task)

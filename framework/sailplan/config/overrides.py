@@ -97,10 +97,8 @@ def hint_at(path: Sequence[str]) -> Any:
     """The schema's type of a dotted key, without its `| None`; None where it has no such key."""
     hint: Any = Config
     for name in path:
-        if is_dataclass(hint):
-            hint = get_type_hints(hint).get(name)
-        else:
-            hint = get_args(hint)[1] if get_origin(hint) is dict else None
+        keys = get_type_hints(hint) if is_dataclass(hint) else {name: get_args(hint)[1]} if get_origin(hint) is dict else {}
+        hint = keys.get(name)
         others = [option for option in get_args(hint) if option is not NoneType]
         hint = others[0] if len(others) < len(get_args(hint)) else hint
     return hint

@@ -126,8 +126,8 @@ def test_values_of_another_type_are_a_bad_sample_wherever_they_are_read(
     make_config: Make, tmp_path: Path, name: str, body: dict[str, Any], reason: str
 ) -> None:
     config = make_config()
-    whole = {"things": {"fields": {"title": "a"}}, "graded": {"query": "things/1", "item": "things/2", "score": 1}, "histories": {"items": ["things/1", "things/2"]}}
-    config.data.sets[name].shards = str(write_set(tmp_path, [[json_member("0", body)], [json_member("1", whole[name])], [("2.json", b"{")]]))
+    whole: dict[str, Any] = {"graded": {"query": "things/1", "item": "things/2", "score": 1}, "histories": {"items": ["things/1", "things/2"]}}
+    config.data.sets[name].shards = str(write_set(tmp_path, [[json_member("0", body)], [json_member("1", whole.get(name, {}))], [("2.json", b"{")]]))
     reader = open_datasets(config, names=[name])[name]
     with pytest.raises(BadSample, match=reason):
         reader.read(0)
