@@ -52,15 +52,13 @@ def plan(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Configuration and model sizes, then every shard's index, then a collective over the ranks; and which optional extensions were found."""
-    from sailplan.data.datasets import check_records, check_tokenizer, open_datasets
-    from sailplan.evaluate.sides import check_queries
+    from sailplan.data.datasets import open_datasets
     from sailplan.model.fused import USED, chosen_extension, extensions
+    from sailplan.train.assemble import check_data
 
     config = _config(options, world_size_from_environment())
     readers = open_datasets(config)
-    check_tokenizer(config)
-    check_records(config, readers)
-    check_queries(readers, config.evaluation.tasks)
+    check_data(config, readers)
     with started(config.parallel) as parallel:
         parallel.barrier()
         if parallel.is_main:

@@ -3,6 +3,7 @@ command that works with a run's checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from torch import nn
 
 from sailplan.checkpoint.store import latest, load_model_only
 from sailplan.config.schema import Config
+from sailplan.data.datasets import check_records, check_tokenizer
+from sailplan.data.reader import RecordReader
 from sailplan.errors import ConfigurationError
+from sailplan.evaluate.sides import check_queries
 from sailplan.model.build import build_encoder
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
@@ -41,6 +45,13 @@ def assemble(config: Config, parallel: Parallel) -> Whole:
     objectives, temperatures = objectives.to(parallel.device), temperatures.to(parallel.device)
     module = nn.ModuleDict({"encoder": encoder, "objectives": objectives, "temperatures": temperatures})
     return Whole(module, encoder, objectives, temperatures)
+
+
+def check_data(config: Config, readers: Mapping[str, RecordReader]) -> None:
+    """Raises ConfigurationError for what a stage or an evaluation of the run would miss in the open data sets, before the first step."""
+    check_tokenizer(config)
+    check_records(config, readers)
+    check_queries(readers, config.evaluation.tasks)
 
 
 def newest_checkpoint(folder: RunFolder) -> Path:

@@ -18,20 +18,18 @@ from rich.table import Table
 from sailplan.config.compose import config_hash
 from sailplan.config.schema import Config, StageConfig
 from sailplan.data.audio import SPECTROGRAMS
-from sailplan.data.datasets import check_tokenizer, open_datasets
+from sailplan.data.datasets import open_datasets
 from sailplan.data.plan import Plan
 from sailplan.data.reader import RecordReader
-from sailplan.evaluate.sides import check_queries
 from sailplan.model.count import activation_elements, count_parameters, estimate_memory
+from sailplan.train.assemble import check_data
 from sailplan.train.schedule import StageSpan, learning_rate_scale, spans
 
 
 def describe(config: Config, world_size: int) -> dict[str, Any]:
     """Everything that `render` shows, as JSON values. Opens the data sets; makes no weights."""
     readers = open_datasets(config)
-    check_tokenizer(config)
-    check_records(config, readers)
-    check_queries(readers, config.evaluation.tasks)
+    check_data(config, readers)
     data_parallel = world_size // config.parallel.tensor
     rank_rows = max((stage.global_batch or config.global_batch) * _views(config, stage) for stage in config.stages.values()) // data_parallel
     live = rank_rows if config.step.kept_graphs < 0 else config.step.micro_batch * (1 + config.step.kept_graphs)

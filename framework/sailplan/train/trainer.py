@@ -22,20 +22,19 @@ from sailplan.config.compose import config_hash, identity
 from sailplan.config.schema import Config
 from sailplan.curriculum.embedding import training_exchange
 from sailplan.curriculum.stages import StageState, load_stage, prepare_stage, refresh_hard_negatives
-from sailplan.data.datasets import check_records, check_tokenizer, open_datasets
+from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.record import StepBatch
 from sailplan.errors import BadDataError, StopRequested
 from sailplan.evaluate.runner import evaluate
-from sailplan.evaluate.sides import check_queries
 from sailplan.observe.metrics import MetricWriter, StageInfo
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.signals import StopFlag
 from sailplan.runtime.watchdog import Watchdog
 from sailplan.step.optimizer import build_optimizer, configure, set_learning_rate, set_trainable
 from sailplan.step.training_step import StepResult, TrainingStep
-from sailplan.train.assemble import Whole
+from sailplan.train.assemble import Whole, check_data
 from sailplan.train.run_folder import RunFolder
 from sailplan.train.schedule import StageSpan, learning_rate_scale, spans
 
@@ -55,9 +54,7 @@ class Trainer:
             whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, training_exchange(parallel, config.parallel.exchange)
         )
         self.readers = open_datasets(config, progress=dog.beat)  # the first reading of many shards takes long, and is no hang
-        check_tokenizer(config)
-        check_records(config, self.readers)
-        check_queries(self.readers, config.evaluation.tasks)
+        check_data(config, self.readers)
         options = config.checkpoint
         self.saver = Saver(parallel, asynchronous=options.asynchronous, keep=options.keep, timeout_seconds=config.parallel.timeout_seconds)
         self.step = 0
