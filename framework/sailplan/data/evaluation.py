@@ -92,19 +92,6 @@ class EvaluationRows:
             return [ViewRow() for _ in range(self.group)]
 
 
-def iterate(
-    reader: RecordReader,
-    view: ViewConfig,
-    positions: Sequence[int] | NDArray[np.int64],
-    batch: int,
-    config: DataConfig,
-    text_from: str | None = None,
-) -> Iterator[tuple[EncoderInputs, NDArray[np.int64], Tensor]]:
-    """All rows of EvaluationRows in batches; for a history view `batch` is rounded up to whole histories."""
-    rows = EvaluationRows(reader, view, positions, config, text_from)
-    return rows.batches(-(-batch // rows.group) * rows.group)
-
-
 def entry_texts(body: dict[str, object], key: str) -> list[str]:
     """Cleaned texts of a record's JSON entry {language: [text, ...]}: the English ones, else of the first language; may be empty."""
     languages = body.get(key)
@@ -112,24 +99,3 @@ def entry_texts(body: dict[str, object], key: str) -> list[str]:
         return []
     texts = languages.get("en") or next(iter(languages.values()))
     return [text for text in map(clean, [texts] if isinstance(texts, str) else texts) if text]
-
-
-def sequence_positions(reader: RecordReader, positions: Sequence[int] | NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the items of sequences lie in the catalogue: (history int64 [n, history_length], target int64 [n]).
-
-    -1 where a history is shorter or an id is unknown. The target is the fixed held-out one of each record. Lets an
-    evaluation embed each catalogue item once instead of once per history.
-    """
-    assert reader.catalogue is not None, "open_datasets refuses sequences without a catalogue"
-    histories = np.full((len(positions), reader.config.history_length), -1, dtype=np.int64)
-    targets = np.full(len(positions), -1, dtype=np.int64)
-    for row, position in enumerate(positions):
-        try:
-            history, target = reader.sequence_ids(int(position))
-        except BadSample as problem:
-            logger.warning("%s: left out of the evaluation: %s", reader.name, problem)
-            continue
-        found = [reader.catalogue.find(item_id) for item_id in [*history, target]]
-        histories[row, : len(history)] = [-1 if place is None else place for place in found[:-1]]
-        targets[row] = -1 if found[-1] is None else found[-1]
-    return histories, targets

@@ -120,7 +120,7 @@ def bijection(
 
 def neighbour_overlap(first: Tensor, second: Tensor, k: int) -> float:
     """Top-k overlap of two similarity orders of the same n rows: mean over rows of |top-k by first ∩ top-k by second| / k,
-    the row itself left out. first [n, D1], second [n, D2]; k is cut to n - 1."""
+    the row itself left out. first [n, D1], second [n, D2]; k is cut to n - 1, n is at least 2."""
     n = len(first)
     k = min(k, n - 1)
     itself = torch.arange(n, device=first.device).unsqueeze(1)

@@ -85,7 +85,8 @@ class Runner:
         return result
 
     def _prefixes(self, task: EvaluationTask, sides: Sides) -> dict[str, float]:
-        """recall@k of each shorter Matryoshka prefix, as prefix_D/recall@k: what cutting the vectors costs."""
+        """What cutting the vectors costs, for each shorter Matryoshka prefix: prefix_D/recall@k, and prefix_D/neighbours@10, the share
+        of a query's ten nearest other queries that stay its nearest."""
         excluded = None if sides.excluded is None else sides.excluded.to(self.parallel.device)
         queries, candidates = self.on_device(sides.queries), self.on_device(sides.candidates)
         result: dict[str, float] = {}
@@ -95,6 +96,8 @@ class Runner:
                 ranks = metrics.best_positive_ranks(queries[:, :size], candidates[:, :size], positives, excluded, self.exchange)
                 found = metrics.recall(ranks, task.recall_at)
                 result |= {f"prefix_{size}/{key}": value for key, value in found.items() if key.startswith("recall")}
+                if len(queries) > 1:
+                    result[f"prefix_{size}/neighbours@10"] = metrics.neighbour_overlap(queries, queries[:, :size], 10)
         return result
 
     def _graded(self, reader: RecordReader, sides: Sides) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 
 from sailplan.config.schema import Config
 from sailplan.data.datasets import open_datasets
-from sailplan.data.evaluation import EvaluationRows, iterate, sequence_positions
+from sailplan.data.evaluation import EvaluationRows
 from sailplan.data.testing import item_record, write_set
 from sailplan.errors import ConfigurationError
 
@@ -23,8 +23,8 @@ def test_rows_come_in_order_and_are_the_same_every_time(make_config: Make) -> No
     config = make_config()
     reader = open_datasets(config)["things"]
     view = reader.config.views["full"]
-    first = list(iterate(reader, view, reader.positions("held_out"), 4, config.data))
-    again = list(iterate(reader, view, reader.positions("held_out"), 4, config.data))
+    first = list(EvaluationRows(reader, view, reader.positions("held_out"), config.data).batches(4))
+    again = list(EvaluationRows(reader, view, reader.positions("held_out"), config.data).batches(4))
     assert [inputs.rows for inputs, _, _ in first] == [4, 2]
     assert np.concatenate([positions for _, positions, _ in first]).tolist() == [9, 19, 29, 39, 49, 59]
     for (left, _, left_ids), (right, _, right_ids) in zip(first, again, strict=True):
@@ -56,17 +56,6 @@ def test_held_out_entries_give_one_row_each(make_config: Make) -> None:
         EvaluationRows(histories, histories.config.views["history"], [0], config.data, text_from="held_out_tags")
 
 
-def test_sequence_positions_agree_with_the_items_shown(make_config: Make) -> None:
-    config = make_config()
-    readers = open_datasets(config)
-    reader, things = readers["histories"], readers["things"]
-    histories, targets = sequence_positions(reader, reader.positions())
-    for position in range(len(reader)):
-        record = reader.read(position)
-        assert histories[position].tolist() == [things.find(item.id) for item in record.history] + [-1] * (4 - len(record.history))
-        assert record.target is not None and targets[position] == things.find(record.target.id)
-
-
 def test_a_broken_record_is_left_out_with_a_warning(make_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = [item_record(number) for number in range(6)]
     records[2] = [(name, content[:50] if name.endswith("png") else content) for name, content in records[2]]
@@ -74,5 +63,5 @@ def test_a_broken_record_is_left_out_with_a_warning(make_config: Make, tmp_path:
     config.data.sets["things"].shards = str(write_set(tmp_path / "set", records))
     reader = open_datasets(config, names=["things"])["things"]
     with caplog.at_level(logging.WARNING, "sailplan.data"):
-        _, _, ids = next(iterate(reader, reader.config.views["image"], reader.positions(), 8, config.data))
+        _, _, ids = next(EvaluationRows(reader, reader.config.views["image"], reader.positions(), config.data).batches(8))
     assert (ids >= 0).tolist() == [True, True, False, True, True, True] and "things/2" in caplog.text

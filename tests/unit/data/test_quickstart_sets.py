@@ -10,7 +10,7 @@ from sailplan.config.compose import compose
 from sailplan.config.schema import Config, StageConfig
 from sailplan.data.collate import Collator
 from sailplan.data.datasets import open_datasets
-from sailplan.data.evaluation import iterate
+from sailplan.data.evaluation import EvaluationRows
 from sailplan.data.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,7 +44,7 @@ def test_held_out_keywords_are_queries_that_training_text_does_not_hold(config: 
     reader = open_datasets(config, names=["emoji"])["emoji"]
     view = reader.config.views["keyword"]
     positions = reader.positions("train")[:40]
-    rows = [position for _, batch, _ in iterate(reader, view, positions, 32, config.data, "held_out_tags") for position in batch.tolist()]
+    rows = [position for _, batch, _ in EvaluationRows(reader, view, positions, config.data, "held_out_tags").batches(32) for position in batch.tolist()]
     assert rows == sorted(rows) and len(rows) > 20
     for position in rows[:10]:
         body = reader.body(position)

@@ -61,6 +61,7 @@ def test_any_number_of_ranks_gives_the_same_result(config: Config, alone: dict[s
 def test_every_task_counts_what_it_should(alone: dict[str, Any]) -> None:
     tasks = alone["tasks"]
     assert tasks["names"]["queries"] == 48 and 0 <= tasks["names"]["recall@1"] <= tasks["names"]["recall@5"] <= 1
+    assert 0 < tasks["names"]["prefix_4/neighbours@10"] < 1 and tasks["names"]["prefix_4/neighbours@10"] <= tasks["names"]["prefix_8/neighbours@10"]
     assert {"prefix_4/recall@5", "prefix_8/recall@1"} <= set(tasks["names"]) and "prefix_16/recall@5" not in tasks["names"]
     assert tasks["tags"]["queries"] == 48 and tasks["tags"]["candidates"] == 48
     assert tasks["tags"]["recall@1"] in (0.0, 1 / 3, 2 / 3, 1.0)  # equal texts share all their items: three answers exist
