@@ -18,6 +18,14 @@ from typing import NoReturn
 from sailplan import __version__
 from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError
 
+ABOUT = """Train, look at and export omni-modal embedding models; settings are Hydra overrides of the files in conf/.
+
+  sailplan plan experiment=quickstart                             what would run
+  sailplan train experiment=quickstart name=NAME resume=auto      run it, or go on with it
+  sailplan COMMAND --help                                         flags of a command"""
+EXIT_CODES = """exit codes: 0 done; 64 bad configuration, one line says which key; 65 bad data over the limit; 70 hang detected;
+75 stopped on request and saved, start again with resume=auto; 1 anything else (check parity: the loss is not exact)
+SAILPLAN_CONF: a folder of your own configuration files, instead of ./conf; what it lacks is taken from sailplan's conf/"""
 COMMANDS = {
     "train": "train the stages of an experiment (name=NAME resume=auto continues after a stop)",
     "plan": "print stages, steps, data, learning rates and memory; trains nothing; equals what then runs",
@@ -27,7 +35,7 @@ COMMANDS = {
     "balance": "compute data weights with a run's newest checkpoint",
     "evaluate": "evaluate a run's newest checkpoint on all tasks; JSON out",
     "embed": "embed a data set's view: vectors, ids and, if asked, semantic IDs",
-    "export": "write a run's weights as safetensors with configuration, prompts and tokenizer",
+    "export": "write a run's weights as safetensors with configuration, prompts and tokenizer; sailplan export merge: an average of checkpoints",
     "report": "write report.html of a run folder",
 }
 
@@ -40,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sailplan", description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(prog="sailplan", description=ABOUT, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"sailplan {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, text in COMMANDS.items():
@@ -53,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--ranks", type=int, default=None, help="world size to plan for (default: this launch's)")
             command.add_argument("--json", action="store_true", help="as JSON, with the digest of every step's samples")
         if name == "check":
-            command.add_argument("--loss", default=None, metavar="MODULE:FUNCTION", help="check parity: the loss, called with (queries, keys) on each rank")
+            command.add_argument("--loss", default=None, metavar="MODULE:FUNCTION", help="check parity: a function of (queries, keys), or an Objective class")
             command.add_argument("--world-size", type=int, default=4, help="check parity: ranks to fork (default: 4)")
             command.add_argument("--timeout", type=float, default=60.0, help="check parity: seconds after which a hang is reported (default: 60)")
         if name in ("mine", "balance", "evaluate", "embed", "export", "report"):
