@@ -75,11 +75,13 @@ def test_the_plan_says_what_then_ran(uninterrupted: Path) -> None:
 def test_commands_work_on_the_run_at_another_layout(uninterrupted: Path, tmp_path: Path) -> None:
     import json
 
-    written = json.loads((sorted((uninterrupted / "evaluation").glob("*.json"))[-1]).read_text())["tasks"]
+    last = sorted((uninterrupted / "evaluation").glob("*.json"))[-1]
+    written = json.loads(last.read_text())["tasks"]
     found = run("evaluate", "--run-folder", str(uninterrupted))
     assert found.returncode == 0, found.stderr
     again = json.loads(found.stdout)
     assert again.keys() == written.keys()
+    assert json.loads(last.read_text())["stage"] == "id2item"  # the report's table has a column for each stage
     for task, values in written.items():
         assert again[task] == pytest.approx(values, abs=0.06)  # a tie may fall the other way on another number of ranks
     tensor = run("evaluate", "--run-folder", str(uninterrupted), "parallel.tensor=2", ranks=2)

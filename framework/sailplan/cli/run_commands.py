@@ -36,6 +36,7 @@ class _Run:
     parallel: Parallel
     whole: Whole
     step: int | None  # None: the weights are an exported folder's
+    stage: str  # that the checkpoint's step was the last of, so far; "" of an exported folder
     readers: dict[str, RecordReader]
 
 
@@ -45,7 +46,8 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, RunFolder]:
         return changed(folder.load_config(), options.overrides), folder
     config = compose(options.overrides)
     folder = RunFolder(Path(config.runs) / config.name)
-    return changed(folder.load_config(), [line for line in options.overrides if "." in line.split("=", 1)[0]]), folder
+    chosen = ("experiment", "name", "runs")  # these say which run
+    return changed(folder.load_config(), [line for line in options.overrides if line.lstrip("+").split("=", 1)[0] not in chosen]), folder
 
 
 def _check_out(out: str | None, *, file: bool = False) -> None:
@@ -77,7 +79,7 @@ def _opened(options: argparse.Namespace) -> Iterator[_Run]:
     check(config, world_size_from_environment())
     with started(config.parallel) as parallel:
         whole, extra = load_whole(config, parallel, checkpoint)
-        yield _Run(config, folder, checkpoint, parallel, whole, extra.get("step"), open_datasets(config, _artifacts(folder, config)))
+        yield _Run(config, folder, checkpoint, parallel, whole, extra.get("step"), extra.get("stage", ""), open_datasets(config, _artifacts(folder, config)))
 
 
 def _say(run: _Run, text: str) -> None:
@@ -93,7 +95,10 @@ def evaluate(options: argparse.Namespace) -> int:
     with _opened(options) as run:
         found = run_tasks(run.whole.encoder, run.whole.objectives, run.readers, run.config, run.parallel)
         if run.parallel.is_main and run.step is not None:
-            write_json(run.folder.root / "evaluation" / f"step-{run.step:08d}.json", found.as_dict(run.step, "evaluate"))
+            path = run.folder.root / "evaluation" / f"step-{run.step:08d}.json"
+            record = found.as_dict(run.step, run.stage)
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # of training: tasks left out now keep their results
+            write_json(path, record | {key: known.get(key, {}) | record[key] for key in ("tasks", "examples")})
         _say(run, json.dumps(found.tasks, indent=1))
     return EXIT_DONE
 

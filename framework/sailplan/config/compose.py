@@ -84,8 +84,7 @@ def compose(overrides: Sequence[str]) -> Config:
     Raises ConfigurationError (one line) for an unknown key or group, a wrong type or a missing value.
     """
     folders = configuration_folders()
-    groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
-    settings = parse(overrides)
+    groups, settings = _groups(folders), parse(overrides)
     files = [str(one.input_line) for one in settings if not is_value(one, groups)]
     GlobalHydra.instance().clear()
     try:
@@ -102,6 +101,10 @@ def compose(overrides: Sequence[str]) -> Config:
         if is_value(setting, groups):
             apply(raw, setting)
     return typed(raw)
+
+
+def _groups(folders: Sequence[Path]) -> set[str]:
+    return {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
 
 
 def _explain(error: HydraException, folders: Sequence[Path]) -> str:
@@ -170,6 +173,9 @@ def changed(config: Config, overrides: Sequence[str]) -> Config:
         return config
     values = OmegaConf.merge(OmegaConf.structured(_Schema), as_dict(config))
     assert isinstance(values, DictConfig)
+    groups = _groups(configuration_folders())
     for setting in parse(overrides):
+        if not is_value(setting, groups):
+            raise ConfigurationError(f"{setting.input_line}: a run keeps the files it was started with; change single values, such as evaluation.batch=64")
         apply(values, setting)
     return typed(values)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from sailplan.config.schema import Config, StageConfig
+from sailplan.config.schema import ARTIFACT, Config, StageConfig
 from sailplan.curriculum.embedder import Embedder
-from sailplan.curriculum.histories import ARTIFACT, Histories, read_histories, source_of_histories, write_artifact
+from sailplan.curriculum.histories import Histories, read_histories, source_of_histories, write_artifact
 from sailplan.curriculum.interests import records, sequences, views_count
 from sailplan.curriculum.teachers import TEACHERS, co_occurrence, factorise, pair_records
 from sailplan.data.reader import RecordReader
@@ -61,11 +61,16 @@ def make_artifacts(
     config = embedder.config
     told: dict[str, dict[str, Any]] = {}
     for artifact in stage.artifacts:
-        reader = readers[source_of_histories(config, _catalogue(config, stage_name, stage, artifact))]
+        reader = readers[histories_of(config, stage_name, stage, artifact)]
         histories = read_histories(reader, "train")
         told[artifact] = {"users": len(histories.users), "unknown_items": histories.unknown}
         told[artifact] |= _make(artifact, stage, embedder, reader, histories, folder)
     return told
+
+
+def histories_of(config: Config, stage_name: str, stage: StageConfig, artifact: str) -> str:
+    """Name of the data set whose training histories an artifact is made from. Raises ConfigurationError where that is not clear."""
+    return source_of_histories(config, _catalogue(config, stage_name, stage, artifact))
 
 
 def _catalogue(config: Config, stage_name: str, stage: StageConfig, artifact: str) -> str:

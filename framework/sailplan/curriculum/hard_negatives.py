@@ -11,7 +11,7 @@ the others; scores are multiplied in float64 as the threshold's were, so the sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,14 @@ def chosen_patterns(
     return {name: list(datasets[name].patterns)[:1] for name in fitting}
 
 
+def check_minable(name: str, dataset: DatasetConfig, patterns: Sequence[str]) -> None:
+    """Raises ConfigurationError for a pattern of the data set that starts from a history."""
+    for pattern in patterns:
+        sides = dataset.patterns[pattern]
+        if "history" in (dataset.views[sides.query].of, dataset.views[sides.target].of):
+            raise ConfigurationError(f"hard_negatives.patterns.{name}: pattern '{pattern}' starts from a history; name patterns of single items")
+
+
 def matched(reader: RecordReader, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
     """bool [n]: whether a record's two sides are a match. All are, except graded pairs whose score is not above the data
     set's `positive_score`: those say how alike two items are, not that they belong together."""
@@ -87,13 +95,9 @@ def mine(
         reader = readers[name]
         positions = (subsets or {}).get(name, reader.positions("train"))
         positions = positions[matched(reader, positions)]
+        check_minable(name, reader.config, names)
         for pattern in names:
             key, sides = f"{name}/{pattern}", reader.config.patterns[pattern]
-            for view in (sides.query, sides.target):
-                if reader.config.views[view].of == "history":
-                    raise ConfigurationError(
-                        f"hard_negatives.patterns.{name}: pattern '{pattern}' starts from a history; name patterns of single items"
-                    )
             queries, targets = (embedder.rows(reader, view, positions) for view in (sides.query, sides.target))
             both = np.intersect1d(queries.positions[queries.valid], targets.positions[targets.valid])
             queries, targets = queries.where(np.isin(queries.positions, both)), targets.where(np.isin(targets.positions, both))

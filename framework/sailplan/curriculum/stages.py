@@ -24,12 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sailplan.config.schema import BalanceConfig, Config, StageConfig
-from sailplan.curriculum.artifacts import TEACHERS_FILE, make_artifacts, on_main
+from sailplan.config.schema import ARTIFACT, BalanceConfig, Config, StageConfig
+from sailplan.curriculum.artifacts import TEACHERS_FILE, histories_of, make_artifacts, on_main
 from sailplan.curriculum.balance import Balance, Summary, balance, with_floor
 from sailplan.curriculum.embedder import Embedder
-from sailplan.curriculum.hard_negatives import chosen_patterns, matched, mine
-from sailplan.curriculum.histories import ARTIFACT
+from sailplan.curriculum.hard_negatives import check_minable, chosen_patterns, matched, mine
 from sailplan.curriculum.kinds import embed_kinds, pattern_views, summarise, summarise_benchmark
 from sailplan.curriculum.scoring import unit
 from sailplan.curriculum.subset import drop_lowest, keep_highest, nearness
@@ -56,6 +55,23 @@ class StageState:
     told: dict[str, Any] = field(default_factory=dict)  # the content of state.json
 
 
+def check_stage(name: str, stage: StageConfig, config: Config) -> None:
+    """Raises ConfigurationError for what the configuration alone says a stage's start cannot make: said before the run, which may
+    be days before that start."""
+    for dataset in stage.data:
+        shards = config.data.sets[dataset].shards
+        if shards.startswith(ARTIFACT) and shards.removeprefix(ARTIFACT) not in stage.artifacts:
+            raise ConfigurationError(f"stages.{name}.data.{dataset}: its shards are {shards}; list that in stages.{name}.artifacts")
+    for artifact in stage.artifacts:
+        histories_of(config, name, stage, artifact)
+    for dataset in stage.subset.sets if stage.subset is not None else ():
+        if dataset not in stage.data:
+            raise ConfigurationError(f"stages.{name}.subset.sets: found {dataset}; expected data sets of the stage: {', '.join(stage.data)}")
+    if stage.hard_negatives is not None:
+        for dataset, patterns in chosen_patterns(stage.hard_negatives, stage.data, config.data.sets).items():
+            check_minable(dataset, config.data.sets[dataset], patterns)
+
+
 def prepare_stage(
     stage_name: str,
     stage: StageConfig,
@@ -73,10 +89,7 @@ def prepare_stage(
     """
     began, embedder = time.monotonic(), Embedder(encoder, parallel, config)
     told: dict[str, Any] = {"stage": stage_name}
-    for name in stage.data:
-        shards = config.data.sets[name].shards
-        if shards.startswith(ARTIFACT) and shards.removeprefix(ARTIFACT) not in stage.artifacts:
-            raise ConfigurationError(f"stages.{stage_name}.data.{name}: its shards are {shards}; list that in stages.{stage_name}.artifacts")
+    check_stage(stage_name, stage, config)
     on_main(parallel, f"stage {stage_name}: clearing {folder}", lambda: _clear(folder))
     if stage.artifacts:
         told["artifacts"] = make_artifacts(stage_name, stage, embedder, readers, folder)
@@ -191,8 +204,6 @@ def _subsets(
         return {}
     result = {}
     for name in subset.sets or list(stage.data):
-        if name not in stage.data:
-            raise ConfigurationError(f"subset.sets: found {name}; expected data sets of the stage: {', '.join(stage.data)}")
         reader, patterns = readers[name], _patterns(stage, readers[name])
         positions = reader.positions("train")
         if subset.nearest is not None:

@@ -41,6 +41,8 @@ class ID2Item(Objective):
     Raises ConfigurationError for an empty or senseless option; at the first step for teachers that do not fit the batch.
     """
 
+    artifact = "teachers"
+
     def __init__(
         self,
         *,

@@ -71,6 +71,7 @@ class Objective(nn.Module):
     plus `embedding` (D), `datasets` (dict[str, DatasetConfig])."""
 
     per_modality = False  # True: the encoder must return the vision and text vectors too
+    artifact: str | None = None  # what a stage must list in its `artifacts` for this loss to have anything to learn from
 
     def applies(self, dataset: DatasetConfig) -> bool:
         """Whether this loss has a meaning for the data set."""

@@ -58,6 +58,11 @@ def check_objectives(objectives: nn.ModuleDict, stages: Mapping[str, StageConfig
         if unknown:
             raise ConfigurationError(f"{key}: found {', '.join(unknown)}, expected some of {', '.join(objectives)}")
         used: list[Any] = [objectives[name] for name, weight in stage.objectives.items() if weight]
+        for objective in used:
+            if objective.artifact is not None and objective.artifact not in stage.artifacts:
+                raise ConfigurationError(
+                    f"{key}: {type(objective).__name__} learns from the artifact {objective.artifact}: list it in stages.{stage_name}.artifacts"
+                )
         for dataset in stage.data:
             if not any(objective.applies(datasets[dataset]) for objective in used):
                 kind = datasets[dataset].kind

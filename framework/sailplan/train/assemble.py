@@ -12,6 +12,7 @@ from torch import nn
 
 from sailplan.checkpoint.store import latest, load_model_only
 from sailplan.config.schema import Config
+from sailplan.curriculum.stages import check_stage
 from sailplan.data.datasets import check_records, check_tokenizer
 from sailplan.data.reader import RecordReader
 from sailplan.errors import ConfigurationError
@@ -49,6 +50,8 @@ def assemble(config: Config, parallel: Parallel) -> Whole:
 
 def check_data(config: Config, readers: Mapping[str, RecordReader]) -> None:
     """Raises ConfigurationError for what a stage or an evaluation of the run would miss in the open data sets, before the first step."""
+    for name in config.order:
+        check_stage(name, config.stages[name], config)
     check_tokenizer(config)
     check_records(config, readers)
     check_queries(readers, config.evaluation.tasks)

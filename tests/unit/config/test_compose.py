@@ -150,6 +150,8 @@ def test_new_entries_and_sections_that_were_null_can_be_set_on_the_command_line(
     assert config.stages["diverse"].balance is None
     saved = changed(config, ["~stages.more", "+stages.other.steps=7"])
     assert "more" not in saved.stages and saved.stages["other"].steps == 7
+    with pytest.raises(ConfigurationError, match="tracking=online: a run keeps the files"):
+        changed(config, ["tracking=online"])
 
 
 def test_every_range_is_of_a_key_that_there_is() -> None:

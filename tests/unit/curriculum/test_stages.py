@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from sailplan.config.compose import compose
 from sailplan.config.schema import BalanceConfig, Config, HardNegativeConfig, StageConfig, SubsetConfig
 from sailplan.curriculum.artifacts import on_main
 from sailplan.curriculum.embedding import EmbeddedRows, embed_view
 from sailplan.curriculum.hard_negatives import matched, mine_rows
 from sailplan.curriculum.histories import read_histories
-from sailplan.curriculum.stages import load_stage, prepare_stage, refresh_hard_negatives
+from sailplan.curriculum.stages import check_stage, load_stage, prepare_stage, refresh_hard_negatives
 from sailplan.curriculum.testing import write_pack
 from sailplan.data.datasets import open_datasets
 from sailplan.errors import ConfigurationError, SailplanError
@@ -220,3 +221,23 @@ def test_held_out_rows_never_steer_the_weights(config: Config, tmp_path: Path) -
     other.parallel, other.stages = config.parallel, config.stages
     after = run_ranks(prepared, 1, other, "selected", tmp_path / "after" / "selected")[0]
     assert after["weights"] == before["weights"] and after["subsets"] == before["subsets"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["stages.seq2item.artifacts=[]"], r"stages\.seq2item\.data\.icon_sequences: its shards are artifact:interests; list that"),
+        (["stages.hard.subset.sets=[icons]"], r"stages\.hard\.subset\.sets: found icons; expected data sets of the stage"),
+        (["stages.seq2item.hard_negatives.patterns={icon_sequences: [history_to_item]}"], r"icon_sequences: pattern 'history_to_item' starts from a history"),
+        (["data.sets.icon_neighbours.shards=elsewhere"], r"stages\.id2item\.artifacts: no data set has `shards: artifact:co_occurrence`"),
+        (["+data.sets.more=${data.sets.icon_histories}"], r"2 sequences data sets with recorded histories over 'icons'"),
+    ],
+)
+def test_what_a_later_stage_cannot_make_is_told_by_the_configuration_alone(settings: list[str], message: str) -> None:
+    config = compose(["experiment=quickstart"])
+    for name in config.order:
+        check_stage(name, config.stages[name], config)
+    broken = compose(["experiment=quickstart", *settings])
+    with pytest.raises(ConfigurationError, match=message):
+        for name in broken.order:
+            check_stage(name, broken.stages[name], broken)

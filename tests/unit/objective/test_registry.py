@@ -106,6 +106,9 @@ def test_a_stage_without_a_loss_for_one_of_its_data_sets_is_told_before_it_runs(
     config = compose(["experiment=quickstart"])
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets)
     check_objectives(objectives, config.stages, config.data.sets)
+    config.stages["id2item"].artifacts = ["interests", "co_occurrence"]
+    with pytest.raises(ConfigurationError, match=r"stages\.id2item\.objectives: ID2Item learns from the artifact teachers"):
+        check_objectives(objectives, {"id2item": config.stages["id2item"]}, config.data.sets)
     config.stages["seq2item"].objectives["infonce"] = 0.0
     with pytest.raises(ConfigurationError, match=r"stages\.seq2item\.objectives: none of .* applies to 'emoji'"):
         check_objectives(objectives, config.stages, config.data.sets)
