@@ -16,7 +16,7 @@ import warnings
 from typing import NoReturn
 
 from sailplan import __version__
-from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError
+from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError, StopRequested
 
 ABOUT = """Train, look at and export omni-modal embedding models; settings are Hydra overrides of the files in conf/.
 
@@ -141,7 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except SailplanError as error:
-        print(f"sailplan: {error}", file=sys.stderr, flush=True)
+        from sailplan.runtime.process import is_main_by_environment
+
+        if is_main_by_environment() or not isinstance(error, StopRequested):  # a stop is the same for all ranks: told once
+            print(f"sailplan: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

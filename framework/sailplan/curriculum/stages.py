@@ -11,7 +11,6 @@ all, `state.json` last; then every rank reads the same files, as a resumed run d
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ from sailplan.data.negatives import HardNegativeStore, save_arrays
 from sailplan.data.reader import RecordReader
 from sailplan.data.teachers import TeacherTable
 from sailplan.errors import ConfigurationError
+from sailplan.runtime.files import write_whole
 from sailplan.runtime.process import Parallel
 
 STATE, SUBSETS = "state.json", "subsets.npz"
@@ -249,7 +249,4 @@ def _clear(folder: Path) -> None:
 
 
 def _write_state(folder: Path, told: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{STATE}.tmp"
-    temporary.write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / STATE)
+    write_whole(folder / STATE, json.dumps(told, ensure_ascii=False, indent=1))

@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sailplan.checkpoint.exported import TYPES
 from sailplan.config.schema import ModelConfig
 from sailplan.errors import ConfigurationError
 from sailplan.model.backbones.folder import CONFIG, INDEX
 from sailplan.model.backbones.load import Source, open_sources
-
-TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def export_backbones(weights: Mapping[str, Tensor], out: Path, *, config: ModelConfig) -> list[Path]:

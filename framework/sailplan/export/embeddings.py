@@ -7,7 +7,6 @@ All ranks encode each shard together, rank 0 writes it, so memory stays at one s
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from sailplan.curriculum.embedding import embed_view
 from sailplan.data.reader import RecordReader
 from sailplan.errors import ConfigurationError
 from sailplan.export.semantic_ids import SemanticIds, semantic_ids, write_semantic_ids
+from sailplan.runtime.files import write_whole
 from sailplan.runtime.process import Parallel
 
 MANIFEST = "embeddings.json"
@@ -80,9 +80,7 @@ def export_embeddings(
     }
 
     def publish() -> None:
-        temporary = out / f".{MANIFEST}.tmp"
-        temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        os.replace(temporary, out / MANIFEST)
+        write_whole(out / MANIFEST, json.dumps(manifest, indent=1))
 
     on_main(parallel, f"writing {out / MANIFEST}", publish)
     return manifest | ({"semantic_ids": write_codes(out, semantic_id_sizes, parallel, config.seed)} if semantic_id_sizes else {})

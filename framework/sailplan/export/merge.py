@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, Entries, ExportedFolder, is_exported
+from sailplan.checkpoint.exported import DESCRIPTION, Entries, ExportedFolder, is_exported
 from sailplan.checkpoint.store import WholeCheckpoint, is_complete, newest
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
-from sailplan.export.weights import TOKENIZER, describe
+from sailplan.export.weights import TOKENIZER, describe, write_folder
 from sailplan.model.lora import is_lora
 
 
@@ -55,16 +52,7 @@ def merge(sources: Sequence[Path], out: Path, *, weights: Sequence[float] | None
         averaged[name] = total.to(dtype)
     description, tokenizer = _description(sources, config)
     description |= {"merged": [{"source": source.name, "weight": share} for source, share in zip(sources, shares, strict=True)]}
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(description, ensure_ascii=False, indent=1)
-    if tokenizer.resolve() != (out / TOKENIZER).resolve():
-        shutil.copyfile(tokenizer, out / TOKENIZER)
-    (out / DESCRIPTION).unlink(missing_ok=True)
-    save_file(averaged, out / WEIGHTS, metadata={"format": "pt"})
-    temporary = out / f".{DESCRIPTION}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, out / DESCRIPTION)
-    return out
+    return write_folder(out, averaged, description, tokenizer)
 
 
 def last_checkpoints(checkpoints: Path, count: int, decay: float = 1.0) -> tuple[list[Path], list[float]]:

@@ -7,7 +7,6 @@ the first codes are alike; the tuple is what a ranking or a generative model use
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from sailplan.curriculum.clustering import k_means
 from sailplan.errors import ConfigurationError
+from sailplan.runtime.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,5 @@ def write_semantic_ids(found: SemanticIds, ids: Sequence[str], folder: Path) -> 
     """semantic_ids.json ({id: [codes]}, errors, statistics) and code_books.npz (level_0, level_1, ...) in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     body = {"statistics": found.statistics, "errors": found.errors, "codes": dict(zip(ids, found.codes.tolist(), strict=True))}
-    temporary = folder / "semantic_ids.json.tmp"
-    temporary.write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
     np.savez(folder / "code_books.npz", allow_pickle=False, **{f"level_{level}": book for level, book in enumerate(found.books)})
-    os.replace(temporary, folder / "semantic_ids.json")
+    write_whole(folder / "semantic_ids.json", json.dumps(body, ensure_ascii=False))

@@ -12,8 +12,8 @@ group. Prompts are part of the model: a view's vector is only right with the pro
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sailplan.model.backbones.load import published_parts
 from sailplan.model.count import build_on_meta
 from sailplan.model.lora import merged
 from sailplan.model.tower import OmniEncoder
+from sailplan.runtime.files import write_whole
 
 INPUT_KEYS = (
     *("max_tokens", "image_size", "image_patches", "image_patch", "frames"),
@@ -54,17 +55,24 @@ def export_weights(checkpoint: Path, out: Path, *, config: Config) -> Path:
     whole = read_whole(checkpoint)
     _check_model(checkpoint, whole, config)
     weights = merged(whole, config.model.lora)
+    if published_parts(config.model):
+        export_backbones({name.removeprefix("encoder."): value for name, value in weights.items()}, out, config=config.model)
+    return write_folder(out, weights, describe(config, checkpoint.name), Path(config.data.tokenizer))
+
+
+def write_folder(out: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any], tokenizer: Path) -> Path:
+    """Weights, tokenizer and, last, model.json in the folder `out`, which may hold an older export; returns it.
+
+    Raises ConfigurationError for a missing tokenizer, before anything is changed.
+    """
+    if not tokenizer.is_file():
+        raise ConfigurationError(f"data.tokenizer={tokenizer}: no such file; an export needs the tokenizer that the run was trained with")
     out.mkdir(parents=True, exist_ok=True)
     (out / DESCRIPTION).unlink(missing_ok=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
-    if published_parts(config.model):
-        export_backbones({name.removeprefix("encoder."): value for name, value in weights.items()}, out, config=config.model)
-    if not Path(config.data.tokenizer).is_file():
-        raise ConfigurationError(f"data.tokenizer={config.data.tokenizer}: no such file; the export needs the tokenizer that the run was trained with")
-    shutil.copyfile(config.data.tokenizer, out / TOKENIZER)
-    temporary = out / f".{DESCRIPTION}.tmp"
-    temporary.write_text(json.dumps(describe(config, checkpoint.name), ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(temporary, out / DESCRIPTION)
+    if tokenizer.resolve() != (out / TOKENIZER).resolve():
+        shutil.copyfile(tokenizer, out / TOKENIZER)
+    write_whole(out / DESCRIPTION, json.dumps(description, ensure_ascii=False, indent=1))
     return out
 
 

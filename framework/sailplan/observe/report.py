@@ -7,7 +7,6 @@ let through is the SVG drawn here. A part that the run does not have is shown as
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -19,6 +18,7 @@ from markupsafe import Markup
 from sailplan.observe.console import duration
 from sailplan.observe.report_data import BASELINES, COUNTS, RunData, Series, headline_metric, is_baseline, read_run
 from sailplan.observe.report_pictures import SERIES_COLOURS, curves, smooth
+from sailplan.runtime.files import write_whole
 
 _PICTURE = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=\s]+")
 SHOWN_EXAMPLES = 6  # queries shown per task or pattern
@@ -251,7 +251,5 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     page = render(read_run(folder))
     path = folder / "report.html"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, page)
     return path

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sailplan.observe.sink import Examples, Results, Sink, StageInfo, Value
+from sailplan.runtime.files import write_whole
 from sailplan.runtime.process import world_size_from_environment
 
 METRICS, PREVIOUS, STAGES, EVALUATION, QUARANTINE = "metrics.jsonl", "metrics.previous.jsonl", "stages.json", "evaluation", "quarantine.jsonl"
@@ -35,10 +36,7 @@ def finite(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON to `path` atomically (temporary file in the same folder, then rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(finite(value), ensure_ascii=False, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(finite(value), ensure_ascii=False, indent=1, allow_nan=False))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,7 @@ import yaml
 from sailplan.config.compose import config_hash, from_dict, identity, identity_difference, to_yaml
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+from sailplan.runtime.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,7 @@ class RunFolder:
         return self.root / "curriculum" / stage
 
     def write_config(self, config: Config) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config, f"# hash: {config_hash(config)}\n{to_yaml(config)}")
+        write_whole(self.config, f"# hash: {config_hash(config)}\n{to_yaml(config)}")
 
     def load_config(self) -> Config:
         """The resolved configuration of this run; ConfigurationError if there is none."""
