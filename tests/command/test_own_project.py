@@ -39,7 +39,7 @@ views:
 patterns:
   query_to_item: {query: query, target: item}
 """,
-    "conf/objective/alignment.yaml": "# @package objectives.alignment\n_target_: shoe_losses.Alignment\npower: 1.0\n",
+    "conf/objective/alignment.yaml": "# @package objectives.alignment\n_target_: own_losses.Alignment\npower: 1.0\n",
     "conf/stage/content.yaml": "steps: 2\ndata: {shoes: 1}\nobjectives: {infonce: 1.0, alignment: 0.5}\n",
     "conf/experiment/shoes.yaml": """# @package _global_
 defaults:
@@ -50,7 +50,7 @@ defaults:
   - _self_
 name: shoes
 global_batch: 16
-allowed_targets: [sailplan., shoe_losses.]
+allowed_targets: [sailplan., own_losses.]
 step: {micro_batch: 16}
 tracking: {wandb: disabled, log_every: 1}
 checkpoint: {every_steps: 1}
@@ -62,7 +62,7 @@ evaluation:
   tasks:
     shoe_photo_to_name: {dataset: shoes, query: photo, target: name, metrics: [recall, auc]}
 """,
-    "shoe_losses.py": '''"""A loss of one's own: positives lie together."""
+    "own_losses.py": '''"""A loss of one's own: positives lie together."""
 
 from torch.nn.functional import normalize
 
@@ -140,7 +140,7 @@ def test_its_own_loss_data_and_stages_are_trained(project: Path) -> None:
 
 
 def test_its_loss_is_checked_for_exactness_as_a_class(project: Path) -> None:
-    found = run("check", "parity", "--loss", "shoe_losses:Alignment", "--world-size", "2", folder=project)
+    found = run("check", "parity", "--loss", "own_losses:Alignment", "--world-size", "2", folder=project)
     assert found.returncode == 0 and "exact" in found.stdout, found.stderr
 
 
