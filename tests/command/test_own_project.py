@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sailplan.checkpoint.store import is_complete
 from sailplan.cli.main import main
 from sailplan.train.testing import metrics, run
 
@@ -144,9 +145,20 @@ def test_its_loss_is_checked_for_exactness_as_a_class(project: Path) -> None:
     assert found.returncode == 0 and "exact" in found.stdout, found.stderr
 
 
-def test_a_finished_run_is_finished(project: Path) -> None:
+def test_a_finished_run_is_finished_but_for_an_evaluation_that_a_kill_came_before(project: Path) -> None:
+    evaluation = project / "runs" / "shoes" / "evaluation" / "step-00000004.json"
+    before = json.loads(evaluation.read_text())
+    evaluation.unlink()
     again = run("train", "experiment=shoes", "resume=auto", folder=project)
-    assert again.returncode == 0 and "finished after" in again.stdout and len(metrics(project / "runs" / "shoes")) == 4
+    assert again.returncode == 0 and "finished after" in again.stdout and len(metrics(project / "runs" / "shoes")) == 4, again.stderr
+    assert json.loads(evaluation.read_text())["tasks"] == before["tasks"]
+
+
+def test_an_evaluation_that_fails_does_not_cost_the_stage(project: Path, tmp_path: Path) -> None:
+    task = "+evaluation.tasks.groups={dataset: shoes, kind: clustering, query: name, label: nothing}"
+    result = run("train", "experiment=shoes", f"runs={tmp_path}", task, "checkpoint.every_steps=0", folder=project)
+    assert result.returncode == 64 and "evaluation.tasks.groups.label=nothing" in result.stderr, result.stderr
+    assert is_complete(tmp_path / "shoes" / "checkpoints" / "step-00000002")
 
 
 def test_damaged_checkpoints_are_told_and_never_make_a_run_begin_again(project: Path, tmp_path: Path) -> None:

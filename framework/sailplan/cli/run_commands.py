@@ -95,7 +95,7 @@ def evaluate(options: argparse.Namespace) -> int:
     with _opened(options) as run:
         found = run_tasks(run.whole.encoder, run.whole.objectives, run.readers, run.config, run.parallel)
         if run.parallel.is_main and run.step is not None:
-            path = run.folder.root / "evaluation" / f"step-{run.step:08d}.json"
+            path = run.folder.evaluation(run.step)
             record = found.as_dict(run.step, run.stage)
             known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # of training: tasks left out now keep their results
             write_json(path, record | {key: known.get(key, {}) | record[key] for key in ("tasks", "examples")})

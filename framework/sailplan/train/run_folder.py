@@ -33,6 +33,9 @@ class RunFolder:
     def quarantine(self) -> Path:
         return self.root / "quarantine.jsonl"
 
+    def evaluation(self, step: int) -> Path:
+        return self.root / "evaluation" / f"step-{step:08d}.json"
+
     def curriculum(self, stage: str) -> Path:
         return self.root / "curriculum" / stage
 

@@ -80,6 +80,8 @@ class Trainer:
             for span in spans(self.config):
                 if self.step < span.last:
                     self._run_stage(span)
+                elif self.step == span.last:
+                    self._catch_up(span)
             self._settle()
 
     def _settle(self) -> None:
@@ -99,6 +101,7 @@ class Trainer:
 
     def _run_stage(self, span: StageSpan) -> None:
         stage, options = self.config.stages[span.name], self.config.stages[span.name].optimizer
+        self._catch_up(span)
         state = self._stage_state(span)
         self.readers |= state.readers
         set_trainable(self.whole.encoder, self.whole.objectives, self.whole.temperatures, stage.trainable)
@@ -180,17 +183,27 @@ class Trainer:
         if stop:
             self._settle()
             raise StopRequested(f"stopped at step {self.step} (stage {span.name}), saved; go on with the same command and resume=auto")
-        every = self.config.evaluation.every_steps
-        if every and self.step % every == 0:
+        if self._due(span):
             self._evaluate(span)
 
     def _finish_stage(self, span: StageSpan) -> None:
-        last_stage = span.index + 1 == len(self.config.order)
-        if self.config.evaluation.tasks and (self.config.evaluation.at_stage_end or last_stage):
-            self._evaluate(span)
         with self.dog.paused():
-            self.save(span.name)
+            self.save(span.name)  # first: an evaluation that fails must not cost the stage
+        if self._due(span):
+            self._evaluate(span)
         self.writer.finish_stage()
+
+    def _due(self, span: StageSpan) -> bool:
+        """Whether the evaluation belongs behind the step that was just done."""
+        options = self.config.evaluation
+        if self.step == span.last:
+            return bool(options.tasks) and (options.at_stage_end or span.index + 1 == len(self.config.order))
+        return bool(options.tasks) and span.first <= self.step < span.last and options.every_steps > 0 and self.step % options.every_steps == 0
+
+    def _catch_up(self, span: StageSpan) -> None:
+        """The evaluation of the step that a resumed run goes on from, where a stop or a kill came between the save and it."""
+        if self._due(span) and not self.parallel.agree(self.parallel.is_main and self.folder.evaluation(self.step).is_file()):
+            self._evaluate(span)
 
     def _evaluate(self, span: StageSpan) -> None:
         with self.dog.paused():
