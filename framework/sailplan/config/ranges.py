@@ -23,7 +23,7 @@ FITS = {
     "at least -1 (-1: all)": lambda value: value >= -1,
 }
 OPTIMIZER = {
-    "learning_rate": ABOVE_ZERO,
+    "learning_rate": AT_LEAST_ZERO,
     "final_learning_rate": AT_LEAST_ZERO,
     "warmup_steps": AT_LEAST_ZERO,
     "weight_decay": AT_LEAST_ZERO,

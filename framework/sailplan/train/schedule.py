@@ -40,6 +40,6 @@ def learning_rate_scale(config: OptimizerConfig, step: int, steps: int) -> float
     warmup = min(config.warmup_steps, steps)
     if step < warmup:
         return (step + 1) / warmup
-    floor = config.final_learning_rate / config.learning_rate
+    floor = config.final_learning_rate / config.learning_rate if config.learning_rate else 1.0  # of a rate of 0 any fraction is 0
     progress = (step - warmup) / max(1, steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

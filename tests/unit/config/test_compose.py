@@ -103,7 +103,7 @@ def test_quickstart_is_short_enough_to_read() -> None:
         (["experiment=quickstart", "data=[reading,emojii]"], ["data/emojii.yaml", "did you mean 'emoji'"]),
         (["experiment=quickstart", "order=[diverse,diverse]"], ["order", "'diverse' more than once"]),
         (["experiment=quickstart", "data.lanes=0"], ["data.lanes=0", "at least 1"]),
-        (["experiment=quickstart", "optimizer.learning_rate=0"], ["optimizer.learning_rate=0.0", "above 0"]),
+        (["experiment=quickstart", "optimizer.learning_rate=-1"], ["optimizer.learning_rate=-1.0", "at least 0"]),
         (["experiment=quickstart", "stages.nearest.subset.nearest=1.5"], ["stages.nearest.subset.nearest=1.5", "at most 1"]),
         (["experiment=quickstart", "data.sets.emoji.temperature=0"], ["data.sets.emoji.temperature=0.0", "above 0"]),
         (["experiment=quickstart", "evaluation.tasks.icon_choice.kind=guess"], ["evaluation.tasks.icon_choice.kind=guess", "retrieval"]),
