@@ -55,23 +55,21 @@ class _Schema(Config):
 ConfigStore.instance().store(name="schema", node=_Schema)
 
 
-def configuration_folders() -> list[Path]:
+def _folders() -> list[Path]:
     """Where groups are looked for, in this order: $SAILPLAN_CONF, else ./conf; then the conf/ of the source tree. A project of one's
-    own needs to hold its own files only. Raises ConfigurationError where none of them has a config.yaml."""
-    named, installed = os.environ.get("SAILPLAN_CONF"), Path(__file__).resolve().parents[3] / "conf"
+    own needs to hold its own files only."""
+    named = os.environ.get("SAILPLAN_CONF")
     if named and not Path(named).is_dir():
         raise ConfigurationError(f"SAILPLAN_CONF={named}: no such folder; point it at a folder of configuration groups, such as conf")
-    found = [folder.resolve() for folder in (Path(named) if named else Path.cwd() / "conf", installed) if folder.is_dir()]
-    if not any((folder / "config.yaml").is_file() for folder in found):
-        raise ConfigurationError("no conf/config.yaml in this folder or beside the source tree: run from the repository, or set SAILPLAN_CONF")
-    return list(dict.fromkeys(found))
+    places = (Path(named) if named else Path.cwd() / "conf", Path(__file__).resolve().parents[3] / "conf")
+    return list(dict.fromkeys(folder.resolve() for folder in places if folder.is_dir()))
 
 
 class _Folders(SearchPathPlugin):
     """Tells Hydra to look through all the folders, as it takes one by itself."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for folder in configuration_folders()[1:]:
+        for folder in _folders()[1:]:
             search_path.append("sailplan", f"file://{folder}")
 
 
@@ -83,7 +81,9 @@ def compose(overrides: Sequence[str]) -> Config:
 
     Raises ConfigurationError (one line) for an unknown key or group, a wrong type or a missing value.
     """
-    folders = configuration_folders()
+    folders = _folders()
+    if not any((folder / "config.yaml").is_file() for folder in folders):
+        raise ConfigurationError("no conf/config.yaml in this folder or beside the source tree: run from the repository, or set SAILPLAN_CONF")
     groups, settings = _groups(folders), parse(overrides)
     files = [str(one.input_line) for one in settings if not is_value(one, groups)]
     GlobalHydra.instance().clear()
@@ -173,7 +173,7 @@ def changed(config: Config, overrides: Sequence[str]) -> Config:
         return config
     values = OmegaConf.merge(OmegaConf.structured(_Schema), as_dict(config))
     assert isinstance(values, DictConfig)
-    groups = _groups(configuration_folders())
+    groups = _groups(_folders())
     for setting in parse(overrides):
         if not is_value(setting, groups):
             raise ConfigurationError(f"{setting.input_line}: a run keeps the files it was started with; change single values, such as evaluation.batch=64")
