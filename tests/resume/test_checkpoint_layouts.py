@@ -168,6 +168,9 @@ def test_unfinished_and_damaged_checkpoints_are_passed_over(tmp_path):
     os.mkdir(tmp_path / "step-00000009.tmp")
     assert store.latest(tmp_path) == folders[0]
     assert store.latest(tmp_path / "none") is None
+    assert store.damaged(tmp_path) == folders[1:3]
+    (folders[2] / store.COMPLETE).write_text('{"index_sha')  # killed while it was sealed: unfinished, and no reason to ask for a repair
+    assert store.damaged(tmp_path) == folders[1:2]
     with pytest.raises(RankFailure) as failure:
         tiny_load(folders[2], nn.Linear(2, 2))
     assert isinstance(failure.value.__cause__, ConfigurationError) and "incomplete or damaged" in str(failure.value.__cause__)

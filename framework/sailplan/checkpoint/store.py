@@ -135,8 +135,15 @@ def latest(checkpoints: Path) -> Path | None:
 
 
 def damaged(checkpoints: Path) -> list[Path]:
-    """Checkpoints that were sealed once and are not whole any more; what a job left unfinished has no seal and is not among them."""
-    return [folder for folder in _steps(checkpoints) if (folder / COMPLETE).is_file() and not is_complete(folder)]
+    """Checkpoints that were sealed once and are not whole any more; what a job left unfinished, its seal too, is not among them."""
+
+    def sealed(folder: Path) -> bool:
+        try:
+            return bool(json.loads((folder / COMPLETE).read_text())["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    return [folder for folder in _steps(checkpoints) if sealed(folder) and not is_complete(folder)]
 
 
 def newest(checkpoints: Path, count: int) -> list[Path]:
