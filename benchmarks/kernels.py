@@ -37,8 +37,9 @@ from torch import Tensor
 from sailplan_kernels import infonce, sigmoid
 from sailplan_kernels.infonce.engines import triton_schedule
 
-TEMPERATURE, BIAS = 0.05, -10.0
+BIAS = -10.0
 ERROR_SIZE = 1024  # rows of the gradient check: float64 of the full size would take longer than everything else
+Case = dict[str, Any]  # a workload
 PACKAGES = ("torch", "triton", "memeff", "inf-cl", "siglip-kernel", "sentence-transformers")
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
@@ -49,31 +50,31 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x if x.dtype is torch.float64 else x.float(), dim=1).to(x.dtype)
 
 
-def plain_infonce(q: Tensor, k: Tensor, symmetric: bool) -> Tensor:
+def plain_infonce(q: Tensor, k: Tensor, symmetric: bool, temperature: float) -> Tensor:
     scores = unit(q) @ unit(k).T
-    logits = (scores if scores.dtype is torch.float64 else scores.float()) / TEMPERATURE
+    logits = (scores if scores.dtype is torch.float64 else scores.float()) / temperature
     target = torch.arange(len(q), device=q.device)
     loss = F.cross_entropy(logits, target)
     return (loss + F.cross_entropy(logits.T, target)) / 2 if symmetric else loss
 
 
-def plain_sigmoid(q: Tensor, k: Tensor) -> Tensor:
+def plain_sigmoid(q: Tensor, k: Tensor, temperature: float) -> Tensor:
     scores = unit(q) @ unit(k).T
-    logits = (scores if scores.dtype is torch.float64 else scores.float()) / TEMPERATURE + BIAS
+    logits = (scores if scores.dtype is torch.float64 else scores.float()) / temperature + BIAS
     signs = 2 * torch.eye(len(q), device=q.device, dtype=logits.dtype) - 1
     return -F.logsigmoid(signs * logits).sum() / len(q)
 
 
-def naive(q: Tensor, k: Tensor, symmetric: bool) -> None:
-    plain_infonce(q, k, symmetric).backward()
+def naive(q: Tensor, k: Tensor, case: Case) -> None:
+    plain_infonce(q, k, case["symmetric"], case["temperature"]).backward()
 
 
-def naive_compiled(q: Tensor, k: Tensor, symmetric: bool) -> None:
-    _compiled(plain_infonce)(q, k, symmetric).backward()
+def naive_compiled(q: Tensor, k: Tensor, case: Case) -> None:
+    _compiled(plain_infonce)(q, k, case["symmetric"], case["temperature"]).backward()
 
 
-def naive_sigmoid(q: Tensor, k: Tensor, symmetric: bool) -> None:
-    plain_sigmoid(q, k).backward()
+def naive_sigmoid(q: Tensor, k: Tensor, case: Case) -> None:
+    plain_sigmoid(q, k, case["temperature"]).backward()
 
 
 _COMPILED: dict[Callable, Callable] = {}
@@ -85,21 +86,21 @@ def _compiled(function: Callable) -> Callable:
     return _COMPILED[function]
 
 
-def ours(backend: str, schedule: str = "auto") -> Callable:
+def ours(backend: str, schedule: str = "auto", score_dtype: torch.dtype | None = None) -> Callable:
     """``schedule`` of the Triton engine: "tiles" goes without persistent kernels."""
 
-    def step(q: Tensor, k: Tensor, symmetric: bool) -> None:
+    def step(q: Tensor, k: Tensor, case: Case) -> None:
         with triton_schedule(schedule):
-            loss = infonce(q, k, TEMPERATURE, symmetric=symmetric, backend=backend).loss
+            loss = infonce(q, k, case["temperature"], symmetric=case["symmetric"], backend=backend, score_dtype=score_dtype).loss
         loss.backward()
 
     return step
 
 
 def our_sigmoid(backend: str, schedule: str = "auto") -> Callable:
-    def step(q: Tensor, k: Tensor, symmetric: bool) -> None:
+    def step(q: Tensor, k: Tensor, case: Case) -> None:
         with triton_schedule(schedule):
-            loss = sigmoid(q, k, TEMPERATURE, BIAS, backend=backend).loss
+            loss = sigmoid(q, k, case["temperature"], BIAS, backend=backend).loss
         loss.backward()
 
     return step
@@ -108,13 +109,13 @@ def our_sigmoid(backend: str, schedule: str = "auto") -> Callable:
 def sentence_transformers(rows: int) -> Callable:
     """The loss stage alone: what runs between the two encoder passes, on embeddings in mini-batches of ``rows``."""
 
-    def step(q: Tensor, k: Tensor, symmetric: bool) -> None:
+    def step(q: Tensor, k: Tensor, case: Case) -> None:
         from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-        directions = ("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",)
+        directions = ("query_to_doc", "doc_to_query") if case["symmetric"] else ("query_to_doc",)
         encoder = torch.nn.Sequential(torch.nn.Identity())  # the loss stage never calls it
-        mode = {"partition_mode": "per_direction"} if symmetric else {}
-        loss = CachedMultipleNegativesRankingLoss(encoder, scale=1 / TEMPERATURE, mini_batch_size=rows, directions=directions, **mode)
+        mode = {"partition_mode": "per_direction"} if case["symmetric"] else {}
+        loss = CachedMultipleNegativesRankingLoss(encoder, scale=1 / case["temperature"], mini_batch_size=rows, directions=directions, **mode)
         reps = [[part.detach().requires_grad_() for part in x.split(rows)] for x in (q, k)]
         loss.calculate_loss(reps, with_backward=True)
         q.grad, k.grad = (torch.cat([part.grad for part in parts]) for parts in reps)
@@ -122,29 +123,30 @@ def sentence_transformers(rows: int) -> Callable:
     return step
 
 
-def memeff(q: Tensor, k: Tensor, symmetric: bool) -> None:
+def memeff(q: Tensor, k: Tensor, case: Case) -> None:
     from memeff import MemoryEfficientCLIPLoss, MemoryEfficientQwen3Loss
 
     # Its row-only loss with both gradients is Qwen3's, with the other blocks and the margin off.
-    rows_only = MemoryEfficientQwen3Loss(TEMPERATURE, stable=False, margin=2.0)
-    loss = MemoryEfficientCLIPLoss(TEMPERATURE, stable=False) if symmetric else rows_only
+    rows_only = MemoryEfficientQwen3Loss(case["temperature"], stable=False, margin=2.0)
+    loss = MemoryEfficientCLIPLoss(case["temperature"], stable=False) if case["symmetric"] else rows_only
     loss(q, k).backward()
 
 
-def inf_cl(q: Tensor, k: Tensor, symmetric: bool) -> None:
+def inf_cl(q: Tensor, k: Tensor, case: Case) -> None:
     from inf_cl import cal_flash_loss
 
     a, b, head = unit(q), unit(k), min(256, q.shape[1] & -q.shape[1])
-    loss = cal_flash_loss(a, b, scale=1 / TEMPERATURE, head_dim=head).mean()
-    if symmetric:
-        loss = (loss + cal_flash_loss(b, a, scale=1 / TEMPERATURE, head_dim=head).mean()) / 2
+    scale = 1 / case["temperature"]
+    loss = cal_flash_loss(a, b, scale=scale, head_dim=head).mean()
+    if case["symmetric"]:
+        loss = (loss + cal_flash_loss(b, a, scale=scale, head_dim=head).mean()) / 2
     loss.backward()
 
 
-def siglip_kernel(q: Tensor, k: Tensor, symmetric: bool) -> None:
+def siglip_kernel(q: Tensor, k: Tensor, case: Case) -> None:
     from siglip_kernel import fused_siglip_loss
 
-    scale = torch.tensor(1 / TEMPERATURE, device=q.device).log()  # its "temperature" multiplies
+    scale = torch.tensor(1 / case["temperature"], device=q.device).log()  # its "temperature" multiplies
     fused_siglip_loss(unit(q), unit(k), scale, torch.tensor(BIAS, device=q.device)).backward()
 
 
@@ -152,6 +154,7 @@ def siglip_kernel(q: Tensor, k: Tensor, symmetric: bool) -> None:
 CONTENDERS: dict[str, dict[str, tuple[Callable, str | None, bool]]] = {
     "infonce": {
         "ours, chunked": (ours("chunked"), None, False),
+        "ours, chunked, float32 scores": (ours("chunked", score_dtype=torch.float32), None, False),
         "ours, triton": (ours("triton"), "triton", True),
         "ours, triton, without persistent kernels": (ours("triton", "tiles"), "triton", True),
         "naive torch": (naive, None, False),
@@ -171,64 +174,75 @@ CONTENDERS: dict[str, dict[str, tuple[Callable, str | None, bool]]] = {
 }
 
 
-def workloads(device: str) -> list[dict[str, Any]]:
+def workloads(device: str) -> list[Case]:
     """Smallest first, so that a run that ends early has whole tables."""
-    one = {"loss": "infonce", "symmetric": False, "rows": 8192, "dimension": 768, "dtype": "float32"}
+    one = {"loss": "infonce", "symmetric": False, "rows": 8192, "dimension": 768, "dtype": "float32", "temperature": 0.05, "data": "random"}
+    cold = {**one, "rows": 4096, "temperature": 0.01, "data": "trained-like"}  # where ours computes scores in float64
     if device == "cpu":
-        return [one]
+        return [one, cold]
     half = [{**one, "symmetric": s, "rows": 16384, "dimension": d, "dtype": "bfloat16"} for d in (768, 1536, 3584) for s in (False, True)]
     large = [{**case, "rows": 65536} for case in half]
     pairs = [{**one, "loss": "sigmoid", "rows": n, "dtype": "bfloat16"} for n in (16384, 65536)]
-    return [one, *half[:2], pairs[0], *large[:2], pairs[1], *half[2:], *large[2:]]
+    return [one, cold, *half[:2], pairs[0], *large[:2], pairs[1], *half[2:], *large[2:]]
 
 
 # -------------------------------------------------------------------- measures
-def inputs(case: dict[str, Any], device: str, rows: int | None = None) -> tuple[Tensor, Tensor]:
+def inputs(case: Case, device: str, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """Random, or topics of eight neighbours and keys that are their queries and noise: cosines of about 0.83 with
+    the neighbours' keys and 0.86 with one's own, so that there is a loss at t = 0.01."""
     g = torch.Generator().manual_seed(0)
-    shape = (rows or case["rows"], case["dimension"])
-    dtype = getattr(torch, case["dtype"])
-    one, other = (torch.randn(shape, generator=g).to(device, dtype).requires_grad_() for _ in range(2))
-    return one, other
+    n, d, dtype = rows or case["rows"], case["dimension"], getattr(torch, case["dtype"])
+    one, other = (torch.randn(n, d, generator=g) for _ in range(2))
+    if case["data"] == "trained-like":
+        one = torch.randn(-(-n // 8), d, generator=g).repeat(8, 1)[:n] + 0.2 * one
+        other = one + 0.6 * other
+    return one.to(device, dtype).requires_grad_(), other.to(device, dtype).requires_grad_()
 
 
-def gradient_error(step: Callable, case: dict[str, Any], device: str) -> float:
+def contenders(case: Case) -> dict[str, tuple[Callable, str | None, bool]]:
+    """Those of the case's loss; float32 scores are an entry of their own where they are not what ours does anyway."""
+    plain = case["temperature"] >= 0.02 or case["dtype"] != "float32"
+    return {name: entry for name, entry in CONTENDERS[case["loss"]].items() if not (plain and name.endswith("float32 scores"))}
+
+
+def gradient_error(step: Callable, case: Case, device: str) -> float:
     """Relative, of both gradients together, against autograd of the definition in float64."""
     q, k = inputs(case, device, min(ERROR_SIZE, case["rows"]))
     a, b = (x.detach().double().requires_grad_() for x in (q, k))
-    (plain_sigmoid(a, b) if case["loss"] == "sigmoid" else plain_infonce(a, b, case["symmetric"])).backward()
-    step(q, k, case["symmetric"])
+    (plain_sigmoid(a, b, case["temperature"]) if case["loss"] == "sigmoid" else plain_infonce(a, b, case["symmetric"], case["temperature"])).backward()
+    step(q, k, case)
     found, expected = torch.cat([q.grad, k.grad]).double(), torch.cat([a.grad, b.grad])
     return float((found - expected).norm() / expected.norm())
 
 
-def timed(step: Callable, q: Tensor, k: Tensor, symmetric: bool) -> tuple[float, float]:
+def timed(step: Callable, q: Tensor, k: Tensor, case: Case) -> tuple[float, float]:
     """Seconds by the clock and of this process's processors."""
     q.grad = k.grad = None
     if q.is_cuda:
         torch.cuda.synchronize()
     clock, processor = time.perf_counter(), time.process_time()
-    step(q, k, symmetric)
+    step(q, k, case)
     if q.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def matrix_rate(case: dict[str, Any], device: str) -> tuple[float, float]:
+def matrix_rate(case: Case, device: str) -> tuple[float, float]:
     """FLOP a second of the vendor's matrix product at this dtype, by the clock and by the processors' time."""
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, case["dtype"])) for _ in range(2))
     multiply = lambda q, k, _: torch.mm(q, k)  # noqa: E731
-    timed(multiply, a, b, False)
-    clock, processor = timed(multiply, a, b, False)
+    timed(multiply, a, b, case)
+    clock, processor = timed(multiply, a, b, case)
     return 2 * size**3 / clock, 2 * size**3 / max(processor, 1e-9)
 
 
-def cuda_peak(step: Callable, q: Tensor, k: Tensor, symmetric: bool) -> int:
+def cuda_peak(step: Callable, q: Tensor, k: Tensor, case: Case) -> int:
     q.grad = k.grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step(q, k, symmetric)
+    step(q, k, case)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
@@ -242,15 +256,15 @@ def print_peak(options: argparse.Namespace) -> None:
     """In a process of its own: bytes that one step adds to the resident set at its highest."""
     case = json.loads(options.workload)
     step = CONTENDERS[case["loss"]][options.contender][0]
-    step(*inputs(case, "cpu", 64), case["symmetric"])  # libraries and threads are there
+    step(*inputs(case, "cpu", 64), case)  # libraries and threads are there
     q, k = inputs(case, "cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again from now
     before = resident("VmRSS")
-    step(q, k, case["symmetric"])
+    step(q, k, case)
     print(resident("VmHWM") - before)
 
 
-def cpu_peaks(names: list[str], case: dict[str, Any]) -> dict[str, int]:
+def cpu_peaks(names: list[str], case: Case) -> dict[str, int]:
     """Of all contenders at once: memory, unlike time, does not mind company."""
     command = [sys.executable, __file__, "peak", "--workload", json.dumps(case), "--contender"]
     processes = {name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in names}
@@ -262,10 +276,10 @@ def cpu_peaks(names: list[str], case: dict[str, Any]) -> dict[str, int]:
 
 
 # -------------------------------------------------------------------- a run
-def measure(case: dict[str, Any], device: str, rounds: int, deadline: float) -> dict[str, Any]:
+def measure(case: Case, device: str, rounds: int, deadline: float) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     ready = {}
-    for name, (step, module, needs_cuda) in CONTENDERS[case["loss"]].items():
+    for name, (step, module, needs_cuda) in contenders(case).items():
         row = rows[name] = {"name": name, "seconds": [], "processor_seconds": []}
         if needs_cuda and device != "cuda":
             row["error"] = "needs CUDA"
@@ -286,9 +300,9 @@ def measure(case: dict[str, Any], device: str, rounds: int, deadline: float) -> 
         rates.append(matrix_rate(case, device))
         for name, step in list(ready.items()):
             try:
-                clock, processor = timed(step, q, k, case["symmetric"])
+                clock, processor = timed(step, q, k, case)
                 if device == "cuda" and number == 0:
-                    rows[name]["peak_bytes"] = cuda_peak(step, q, k, case["symmetric"])
+                    rows[name]["peak_bytes"] = cuda_peak(step, q, k, case)
                     continue
             except Exception as error:  # out of memory, say
                 rows[name]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
@@ -303,7 +317,7 @@ def measure(case: dict[str, Any], device: str, rounds: int, deadline: float) -> 
         for name, found in cpu_peaks(list(ready), case).items():
             rows[name]["peak_bytes"] = found
     clock, processor = (statistics.median(x) for x in zip(*rates, strict=True))
-    return {**case, "temperature": TEMPERATURE, "matrix_flops": clock, "matrix_flops_processor": processor, "contenders": list(rows.values())}
+    return {**case, "matrix_flops": clock, "matrix_flops_processor": processor, "contenders": list(rows.values())}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -357,7 +371,7 @@ def table(record: dict[str, Any]) -> str:
         kind = f"{case['loss']}{', symmetric' if case['symmetric'] else ''}"
         lines += [
             "",
-            f"**{kind}, {case['rows']:,} x {case['rows']:,}, D = {case['dimension']}, {case['dtype']}, t = {case['temperature']}**",
+            f"**{kind}, {case['rows']:,} x {case['rows']:,}, D = {case['dimension']}, {case['dtype']}, {case['data']}, t = {case['temperature']}**",
             "",
             "| contender | seconds by the clock |" + (" seconds of the processor |" if cpu else "") + " times ours | "
             "peak extra MiB | gradient error | part of the matrix rate |",
@@ -399,7 +413,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         right.barh(names, [row["peak_bytes"] / 2**20 for row in rows], color=colors)
         right.set_yticks([])
         right.set_xlabel("peak extra MiB")
-        left.set_title(f"{case['loss']} {case['rows']:,}, D = {case['dimension']}, {case['dtype']}", fontsize=9)
+        left.set_title(f"{case['loss']} {case['rows']:,}, D = {case['dimension']}, {case['dtype']}, t = {case['temperature']}", fontsize=9)
     figure.suptitle(f"{record['device']}, {record['date']}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
