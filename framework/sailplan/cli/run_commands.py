@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sailplan.checkpoint.exported import is_exported
-from sailplan.config.checks import check
+from sailplan.config.checks import check, check_device
 from sailplan.config.compose import changed, compose
 from sailplan.config.schema import BalanceConfig, Config, StageConfig
 from sailplan.data.datasets import open_datasets
@@ -77,6 +77,7 @@ def _opened(options: argparse.Namespace) -> Iterator[_Run]:
     if is_exported(checkpoint):
         config = replace(config, model=exported_model(checkpoint))
     check(config, world_size_from_environment())
+    check_device(config)
     with started(config.parallel) as parallel:
         whole, extra = load_whole(config, parallel, checkpoint)
         yield _Run(config, folder, checkpoint, parallel, whole, extra.get("step"), extra.get("stage", ""), open_datasets(config, _artifacts(folder, config)))

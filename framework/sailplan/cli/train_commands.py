@@ -8,6 +8,7 @@ import json
 import torch
 
 from sailplan.config.checks import check as check_config
+from sailplan.config.checks import check_device
 from sailplan.config.compose import compose, config_hash
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
@@ -15,10 +16,9 @@ from sailplan.runtime.process import started, world_size_from_environment
 
 
 def _config(options: argparse.Namespace, world_size: int) -> Config:
-    """The composed configuration, refused where a world of this size could not run it."""
+    """The composed configuration, refused where no world of this size could run it."""
     from sailplan.model.check import check_model
     from sailplan.model.count import check_weights
-    from sailplan.model.fused import chosen_extension
     from sailplan.objective.registry import build_objectives, check_objectives
 
     config = compose(options.overrides)
@@ -27,6 +27,15 @@ def _config(options: argparse.Namespace, world_size: int) -> Config:
     check_objectives(objectives, {name: config.stages[name] for name in config.order}, config.data.sets)
     check_model(config.model, config.parallel.tensor, share_encoders=config.parallel.encoders == "share")
     check_weights(config.model)
+    return config
+
+
+def _config_here(options: argparse.Namespace) -> Config:
+    """As `_config`, of this launch's ranks; refused too where this machine's devices could not run it."""
+    from sailplan.model.fused import chosen_extension
+
+    config = _config(options, world_size_from_environment())
+    check_device(config)
     chosen_extension(config.parallel, "cuda" if torch.cuda.is_available() else "cpu")
     return config
 
@@ -34,7 +43,7 @@ def _config(options: argparse.Namespace, world_size: int) -> Config:
 def train(options: argparse.Namespace) -> int:
     from sailplan.train.run import train as run
 
-    run(_config(options, world_size_from_environment()))
+    run(_config_here(options))
     return 0
 
 
@@ -56,7 +65,7 @@ def check(options: argparse.Namespace) -> int:
     from sailplan.model.fused import USED, chosen_extension, extensions
     from sailplan.train.assemble import check_data
 
-    config = _config(options, world_size_from_environment())
+    config = _config_here(options)
     readers = open_datasets(config)
     check_data(config, readers)
     with started(config.parallel) as parallel:

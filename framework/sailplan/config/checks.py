@@ -121,8 +121,6 @@ def _check_parallel(config: Config, world_size: int) -> None:
         _check_sequence(config)
     if config.parallel.cuda_graphs and config.parallel.compile != "blocks":
         raise ConfigurationError("parallel.cuda_graphs is on beside parallel.compile=none: expected blocks, what the graphs are recorded of; set it")
-    if config.parallel.cuda_graphs and not torch.cuda.is_available():
-        raise ConfigurationError("parallel.cuda_graphs is on, but there is no GPU here: expected CUDA; leave it off")
     replicas = config.parallel.replicas
     if config.parallel.sharding == "hybrid" and (replicas < 1 or data_parallel % replicas):
         allowed = ", ".join(str(size) for size in range(1, data_parallel + 1) if data_parallel % size == 0)
@@ -137,6 +135,18 @@ def _check_parallel(config: Config, world_size: int) -> None:
             raise ConfigurationError(f"{key}={rows} does not divide by data.lanes={config.data.lanes}: use a multiple of data.lanes")
 
 
+def check_device(config: Config) -> None:
+    """Raises ConfigurationError for what this machine's devices cannot run; `check` says the rest, which can be said anywhere."""
+    if torch.cuda.is_available():
+        return
+    for key, on, needs in (
+        ("parallel.cuda_graphs", config.parallel.cuda_graphs, "CUDA"),
+        ("parallel.sequence", config.parallel.sequence, "GPUs, which megatron-core's sequence parallelism needs"),
+    ):
+        if on:
+            raise ConfigurationError(f"{key} is on, but there is no GPU here: expected {needs}; leave it off")
+
+
 def _check_sequence(config: Config) -> None:
     lora = config.model.lora
     for key, found, expected, fits in (
@@ -145,7 +155,6 @@ def _check_sequence(config: Config) -> None:
         ("model.tower.dropout", config.model.tower.dropout, "0", config.model.tower.dropout == 0),
         ("model.lora.rank", lora.rank, "0, or model.lora.parts without tower", not lora.rank or "tower" not in lora.parts),
         ("model.vision.deepstack", list(config.model.vision.deepstack), "[]: its features are added to whole sequences", not config.model.vision.deepstack),
-        ("the device", "a CPU", "GPUs, which megatron-core's sequence parallelism needs", torch.cuda.is_available()),
     ):
         if not fits:
             raise ConfigurationError(f"parallel.sequence is on, but {key} is {found}: expected {expected}; leave parallel.sequence off")
