@@ -111,7 +111,7 @@ def infonce(
         which may come once.
     score_dtype: float32 or float64, of scores until they are probabilities; matrix products of gradients stay in the inputs'
         dtype. None: float64 for float64 inputs, and for float32 inputs with any temperature below 0.02 on a CPU or a CUDA
-        device with full-rate float64, as float32 logits are then 5e-5 of the gradient off; else float32. Triton's are float32.
+        device with full-rate float64, as float32 logits may then cost the gradient more than 1e-5; else float32. Triton's are float32.
 
     Raises ValueError on a wrong call. No valid row anywhere gives loss 0 with zero gradients.
     """

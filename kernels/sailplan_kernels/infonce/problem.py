@@ -241,7 +241,7 @@ def scores_in_float64(queries: Tensor, backend: str) -> bool:
     """Whether scores at temperatures below LOW_TEMPERATURE are float64 unless told otherwise.
 
     A logit is a cosine over the temperature, and its float32 rounding, 6e-8 / t, a relative error of its softmax weight. On
-    trained embeddings, whose gradients are differences of close vectors, that alone is 5e-5 of the gradient at t = 0.005.
+    trained embeddings, whose gradients are differences of close vectors, that alone can be more than 1e-5 of the gradient.
     So where the inputs are float32, have more to say than that, and where float64 products are not many times slower.
     """
     fast = not queries.is_cuda or torch.cuda.get_device_capability(queries.device) in FULL_RATE_FLOAT64
