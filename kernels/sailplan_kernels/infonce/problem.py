@@ -154,7 +154,7 @@ def build_problem(
     h = hard_negatives.shape[1]
     given = [x is None for x in (key_ids, query_ids, key_log_probability, positive_ids)]
     call = options.fingerprint(queries.shape[1], h, queries.dtype, backend, score_dtype, *given)
-    numbers = torch.tensor([n, m, call, *needs, 0, 0], dtype=torch.int64, device=device)
+    numbers = torch.tensor([n, m, call, *needs, scores_in_float64(queries, backend), 0, 0], dtype=torch.int64, device=device)
     numbers[-2], numbers[-1] = torch.as_tensor(temperature).detach().lt(LOW_TEMPERATURE).any(), row_valid.sum()
     table = exchange.gather(numbers[None], [1] * exchange.world_size).tolist()
     if any(row[2] != call for row in table):
@@ -163,7 +163,7 @@ def build_problem(
     valid_rows = sum(row[-1] for row in table)
     agreed = Needs(*(any(row[3 + i] for row in table) for i in range(4)))
     compute = score_dtype or accumulate
-    if score_dtype is None and any(row[-2] for row in table) and scores_in_float64(queries, backend):
+    if score_dtype is None and any(row[-2] for row in table) and all(row[-3] for row in table):
         compute = torch.float64
 
     tags_in_use = (0,) + (1,) * (key_ids is not None) + (2,) * (query_ids is not None)
@@ -238,7 +238,7 @@ def build_problem(
 
 
 def scores_in_float64(queries: Tensor, backend: str) -> bool:
-    """Whether scores at temperatures below LOW_TEMPERATURE are float64 unless told otherwise.
+    """Whether scores at temperatures below LOW_TEMPERATURE are float64 unless told otherwise, if all ranks say so.
 
     A logit is a cosine over the temperature, and its float32 rounding, 6e-8 / t, a relative error of its softmax weight. On
     trained embeddings, whose gradients are differences of close vectors, that alone can be more than 1e-5 of the gradient.
