@@ -16,7 +16,9 @@ PACK = Path(__file__).resolve().parents[2] / "data" / "quickstart"
     ("arguments", "words"),
     [
         (["trian"], ["trian", "train"]),
+        (["--hlep"], ["unknown flag --hlep"]),
         (["train", "--fast"], ["--fast", "key=value"]),
+        (["report", "--run-foldr", "runs/x"], ["unknown flag --run-foldr"]),
         (["train", "quickstart"], ["quickstart", "experiment=quickstart"]),
         (["train", "experiment=quickstartt"], ["quickstartt", "quickstart"]),
         (["plan", "experiment=quickstart", "globl_batch=3"], ["globl_batch", "global_batch"]),

@@ -86,9 +86,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_overrides(overrides: list[str]) -> None:
+    flag = next((override for override in overrides if override.startswith("-")), None)
+    if flag is not None:  # before what was meant as its value
+        raise ConfigurationError(f"unknown flag {flag} (settings are given as key=value; see: sailplan --help)")
     for override in overrides:
-        if override.startswith("-"):
-            raise ConfigurationError(f"unknown flag {override} (settings are given as key=value; see: sailplan --help)")
         if "=" not in override and not override.startswith("~"):
             raise ConfigurationError(f"'{override}' is not an override: write key=value, e.g. experiment=quickstart")
 
@@ -100,6 +101,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigurationError(f"unknown command '{arguments[0]}'{f'; did you mean {close[0]!r}?' if close else ''}; commands: {', '.join(COMMANDS)}")
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:
+        _check_overrides(rest)
         parser.print_help()
         return 0
     options.overrides += rest  # overrides after a flag
