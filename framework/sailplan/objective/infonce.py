@@ -89,7 +89,7 @@ class InfoNCE(Objective):
                 prefix_weights=self._weights(context.prefixes),
                 max_negative_score=context.thresholds.get(f"{encoded.dataset}/{pattern.name}"),
                 **self._identities(pattern),
-                **self._hard_negatives(encoded, pattern),
+                **self._hard_negatives(encoded, pattern, context),
                 **self.margins,
                 **self.more_negatives,
             )
@@ -111,8 +111,8 @@ class InfoNCE(Objective):
             return {}
         return {"query_ids": pattern.query.ids, "key_ids": pattern.target.ids, "key_query_ids": pattern.query.ids}
 
-    def _hard_negatives(self, encoded: EncodedStep, pattern: Pattern) -> dict[str, Any]:
-        found = negatives_of(encoded, pattern)
+    def _hard_negatives(self, encoded: EncodedStep, pattern: Pattern, context: ObjectiveContext) -> dict[str, Any]:
+        found = negatives_of(encoded, pattern, context)
         if found and self.mask_same_ids:
             # The kernel's masks know ids of keys only; a mined negative may be the positive under another record,
             # and in item-to-item patterns the query's own item.

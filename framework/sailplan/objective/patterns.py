@@ -85,16 +85,18 @@ def contrast(
     """InfoNCE of row i's query [r, D] with row i's key [r, D] at the pattern's temperature, and its metrics.
 
     `symmetric` None: as the data set says. `name` goes into the metrics' names. Other options are those of
-    `sailplan_kernels.infonce`. A graded pair whose score is not above the data set's `positive_score` is no positive: its
-    row does not count, its key is still a negative of others. Returns (loss, metrics): both are this rank's shares,
-    their mean over ranks is the value over all valid rows.
+    `sailplan_kernels.infonce`, which reads all vectors as `ObjectiveContext.operands` gives them. A graded pair whose score
+    is not above the data set's `positive_score` is no positive: its row does not count, its key is still a negative of
+    others. Returns (loss, metrics): both are this rank's shares, their mean over ranks is the value over all valid rows.
     """
     temperature = context.temperatures.get(encoded.dataset, pattern)
     if encoded.scores is not None:
         query_valid = query_valid & ~(encoded.scores <= context.datasets[encoded.dataset].positive_score)
+    if "hard_negatives" in options:
+        options["hard_negatives"] = context.operands(options["hard_negatives"])
     output = infonce(
-        queries,
-        keys,
+        context.operands(queries),
+        context.operands(keys),
         temperature,
         query_valid=query_valid,
         key_valid=key_valid,
@@ -116,13 +118,13 @@ def contrast(
     return output.loss, metrics
 
 
-def negatives_of(encoded: EncodedStep, pattern: Pattern) -> dict[str, Any]:
+def negatives_of(encoded: EncodedStep, pattern: Pattern, context: ObjectiveContext) -> dict[str, Any]:
     """The kernel's hard_negatives [r, g, D] and hard_negative_valid bool [r, g]: those mined for the pattern and the records' own; {} without any."""
     view = encoded.views.get(f"negatives/{pattern.name}")
     if view is None:
         return {}
     rows = (len(view.ids) // view.group, view.group)
-    return {"hard_negatives": view.fused.unflatten(0, rows), "hard_negative_valid": view.valid.view(rows)}
+    return {"hard_negatives": context.operands(view.fused).unflatten(0, rows), "hard_negative_valid": view.valid.view(rows)}
 
 
 def check_margins(name: str, margin_absolute: float | None, margin_relative: float | None) -> None:

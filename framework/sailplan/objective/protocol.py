@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sailplan.config.schema import DatasetConfig
+from sailplan.objective.operands import HALF, Rounded
 
 
 @dataclass
@@ -58,6 +60,20 @@ class ObjectiveContext:
     prefixes: tuple[int, ...]
     backend: str = "auto"
     thresholds: dict[str, float] = field(default_factory=dict)  # "DATASET/PATTERN" -> lambda*, while in-batch masking is on
+    compute_dtype: torch.dtype = torch.float32  # what the encoder computed in; the encodings are float32 also where it is half precision
+    rounded: dict[int, Rounded] = field(default_factory=dict, init=False, repr=False)  # by the vectors' identity
+
+    def operands(self, vectors: Tensor) -> Tensor:
+        """Vectors [..., D] as a loss's kernels should read and exchange them: normalised and rounded where half precision computes.
+
+        Else, and where they are in that precision already, the vectors themselves. Vectors are rounded once, however often
+        they are asked for: ask for a view's own tensor, not for a slice made anew.
+        """
+        if self.compute_dtype not in HALF or vectors.dtype is self.compute_dtype:
+            return vectors
+        if id(vectors) not in self.rounded:
+            self.rounded[id(vectors)] = Rounded(vectors, self.compute_dtype)  # it keeps them, so their identity stays theirs
+        return self.rounded[id(vectors)].read()
 
 
 @dataclass

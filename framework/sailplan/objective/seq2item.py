@@ -126,7 +126,7 @@ class Seq2Item(Objective):
         metrics: dict[str, Tensor] = {}
         for pattern in patterns_of(encoded, context, histories=True):
             history, target = pattern.query, pattern.target
-            negatives = negatives_of(encoded, pattern)
+            negatives = negatives_of(encoded, pattern, context)
             loss, found = contrast(
                 encoded,
                 context,

@@ -78,6 +78,7 @@ def build_step(
 ) -> TrainingStep:
     """The step of step.testing at a layout; sharding: shard, hybrid (two copies) or replicate; checkpointing: of activations."""
     config = step_config(kept_graphs=kept_graphs, dropout=dropout, vision=vision)
+    config.parallel.dtype = str(compute_dtype or dtype).removeprefix("torch.")
     encoder, objectives, temperatures = build_modules(config, dtype, share_encoders=share_encoders, sequence_parallel=sequence_parallel)
     if checkpointing:
         checkpoint_activations(encoder)

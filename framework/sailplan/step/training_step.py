@@ -192,6 +192,7 @@ class TrainingStep:
             prefixes=tuple(self.config.model.prefixes),
             backend=self.config.step.backend,
             thresholds=thresholds,
+            compute_dtype=getattr(torch, self.config.parallel.dtype),
         )
         found = _Losses(next(iter(encoded[0].views.values())).fused.new_zeros(()))
         shares = self._shares(batches).to(found.total.dtype)
