@@ -101,7 +101,25 @@ def shard(model: nn.Module, parallel: Parallel, *, shard: bool, replicas: int = 
     for name, parameter in model.named_parameters():
         for key, value in notes[name].items():
             setattr(parameter, key, value)
+    if compute_dtype is not None:
+        _accumulate_gradients_in(model, policy.reduce_dtype)
     return model
+
+
+def _accumulate_gradients_in(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Has autograd add up the gradients of gathered parameters in `dtype` from the first on, and gathers each unit once to say so.
+
+    FSDP2 by itself keeps the last backward's gradients in the parameters' dtype and the sum of earlier ones in the dtype of the
+    reduction, and refuses a unit that has both: parts that only one micro-batch ran, beside parts that more did. It also asks
+    units that have never been gathered in this process for their gradients. With one dtype from the start, and every unit
+    gathered once, neither can arise, whatever runs, is frozen or is resumed; nor is a sum ever formed in `compute_dtype`.
+    """
+    for module in _sharded_modules(model):
+        module.unshard()
+        for parameter in module.parameters():
+            if not isinstance(parameter, DTensor):  # of this unit: other units are not gathered
+                parameter.grad_dtype = dtype
+        module.reshard()
 
 
 def _mesh(parallel: Parallel, replicas: int) -> DeviceMesh:
