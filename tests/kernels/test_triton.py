@@ -17,14 +17,27 @@ from sailplan_kernels.triton_kernels.configurations import persistent_configurat
 pytest.importorskip("triton")
 
 
-def test_engine_in_the_interpreter():
+# As if on other processors: the kernels that numpy's BLAS, numpy and torch choose there.
+PROCESSORS = {
+    "Haswell": {"OPENBLAS_CORETYPE": "Haswell", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "SkylakeX": {"OPENBLAS_CORETYPE": "SkylakeX"},
+}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_engine_in_the_interpreter(processor):
+    if processor == "SkylakeX" and not torch.cpu._is_avx512_supported():
+        pytest.skip("this processor has no AVX-512: the interpreter's tests ran as on Haswell alone, not as on SkylakeX")
     folder = Path(__file__).parent / "interpreter"
     path = os.pathsep.join([str(folder), *sys.path])
+    checks = [str(folder / name) for name in ("check_exact_interpreter.py", "check_triton_engine.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **PROCESSORS[processor]}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "exact_interpreter", str(folder / "check_triton_engine.py")],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "exact_interpreter", *checks],
+        capture_output=True, text=True, timeout=600, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert f"openblas for {processor}" in done.stdout  # else a library that does not know the variable passed as another
 
 
 @pytest.mark.parametrize("table", [persistent_configuration, persistent_prefixes_configuration])

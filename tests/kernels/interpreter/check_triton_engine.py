@@ -10,8 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,32 +22,6 @@ from sailplan_kernels.triton_kernels.configurations import INTERPRETER_PROGRAMS
 torch.set_num_threads(1)
 HALF, FULL = 3e-3, 1e-5
 TOLERANCE = {torch.bfloat16: HALF, torch.float16: HALF, torch.float32: FULL}
-
-
-@triton.jit
-def dot_kernel(a, b, c, N: tl.constexpr):
-    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at)))
-
-
-@triton.jit
-def round_kernel(a, b, N: tl.constexpr):
-    tl.store(b + tl.arange(0, N), tl.load(a + tl.arange(0, N)).to(tl.bfloat16))
-
-
-def test_interpreter_multiplies_bfloat16():
-    a, b = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    c = torch.empty(32, 32)
-    dot_kernel[(1,)](a, b, c, 32)
-    torch.testing.assert_close(c, a.float() @ b.float())
-
-
-def test_interpreter_rounds_to_nearest_even_and_keeps_nan():
-    a = torch.randn(4096, generator=torch.Generator().manual_seed(0))
-    a[:5] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, torch.nan, torch.inf, -torch.inf])  # two ties, and what is no number
-    b = torch.empty(4096, dtype=torch.bfloat16)
-    round_kernel[(1,)](a, b, 4096)
-    torch.testing.assert_close(b, a.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 def problem(seed, n, m, prefixes, dtype, columns, sigmoid, tags, limits, correction, temperature, trained, moments=True, behind=None):
