@@ -3,7 +3,7 @@
 Every metric here is a sum of integer counts over tiles of the score matrix. Each rank walks its own query rows
 (`share`), the counts are summed over the ranks, so any number of ranks gives the same integers. Tiles are
 multiplied in float64 and rounded once to float32: the shape of a tile, which changes with the number of ranks,
-then cannot change a score, and equal rows stay exactly tied.
+then changes a score about once in 10^8, by its last bit, and equal rows stay tied.
 
 Shape legend: n queries, m candidates, D dimensions, p positive pairs.
 """

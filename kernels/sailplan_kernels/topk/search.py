@@ -2,8 +2,8 @@
 
 Score and index are packed into one 64-bit integer that sorts as "higher score, then lower index", so that merging is
 a plain top-k of unique numbers: ties always go to the lower index, whatever the tile and on every device. Scores are
-float32 (half-precision inputs are raised first; where both are float64, they are multiplied so and rounded once, and the
-shape of a tile, which changes with the number of ranks, does not change a score).
+float32 (half-precision inputs are raised first; where both are float64, they are multiplied so and rounded once, so that the
+shape of a tile, which changes with the number of ranks, changes a score about once in 10^8, by its last bit).
 
 Across ranks the keys come past in shards, as in the losses: each rank scores its own queries against all keys and holds what
 its exchange holds, at least a shard. Only ids are gathered whole, 8 bytes a key.
