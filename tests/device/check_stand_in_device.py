@@ -20,8 +20,10 @@ from megatron.core import parallel_state
 from stand_in_device import DEVICE, There, serve, stand_in_device
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from traffic import Traffic
 
 from sailplan.cli.main import main
+from sailplan.data.record import StepBatch
 from sailplan.model.parallelize import shard
 from sailplan.model.testing import PUBLISHED, join_layout, published_config, published_inputs
 from sailplan.model.tower import OmniEncoder
@@ -60,8 +62,8 @@ def test_exchanges_of_two_ranks(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def three_steps(parallel: Parallel) -> list[tuple[float, float]]:
-    """FSDP2, encoding with and without kept graphs, every objective, replay, clipping, guard and optimizer: losses and gradient norms."""
+def small_step(parallel: Parallel) -> TrainingStep:
+    """A training step with one kept graph and every objective over the small encoder, sharded."""
     config = steps.step_config(kept_graphs=1)
     modules = steps.build_modules(config, torch.float32)
     shard(modules[0], parallel, shard=True)
@@ -69,14 +71,22 @@ def three_steps(parallel: Parallel) -> list[tuple[float, float]]:
         module.to(parallel.device)
     optimizer = torch.optim.AdamW([p for module in modules for p in module.parameters()], lr=1e-3)
     exchange = RowSplit(AllGather(parallel.data_parallel_group), AllGather(parallel.tensor_parallel_group))
-    step = TrainingStep(*modules, optimizer, config, parallel, exchange)
-    found = []
+    return TrainingStep(*modules, optimizer, config, parallel, exchange)
+
+
+def batches_of(step: TrainingStep, number: int) -> list[StepBatch]:
+    place = step.parallel
+    whole = steps.global_batches(step.config, number)
+    return [steps.share(batch, place.data_parallel_rank, place.data_parallel_size, 3, dtype=torch.float32) for batch in whole]
+
+
+def three_steps(parallel: Parallel) -> list[tuple[float, float]]:
+    """FSDP2, encoding with and without kept graphs, every objective, replay, clipping, guard and optimizer: losses and gradient norms."""
+    step, found = small_step(parallel), []
     for number in (1, 2, 3):
-        whole = steps.global_batches(config, number)
-        batches = [steps.share(batch, parallel.data_parallel_rank, parallel.data_parallel_size, 3, dtype=torch.float32) for batch in whole]
-        result = step.run(batches, steps.WEIGHTS, step=number, stage="one", thresholds=steps.THRESHOLDS)
-        assert not result.skipped and isinstance(result.grad_norm, There) == (parallel.device.type != "cpu")
-        found.append((float(result.loss), float(result.grad_norm)))
+        result = step.run(batches_of(step, number), steps.WEIGHTS, step=number, stage="one", thresholds=steps.THRESHOLDS)
+        assert not result.skipped and all(isinstance(p.grad, There) for p in step.objectives.parameters() if p.grad is not None)
+        found.append((result.loss, result.grad_norm))
     return found
 
 
@@ -94,6 +104,25 @@ def test_steps_of_two_ranks_with_all_losses(tensor_parallel):
             return three_steps(there) == [pytest.approx(pair, rel=1e-4) for pair in expected]
 
     assert run_ranks(work, 2, timeout=120) == [True, True]
+
+
+def test_a_step_waits_for_its_device_once():
+    """Whatever number of metrics, temperatures, wishes, data sets and micro-batches it has; the losses and the encoder have counts of their own."""
+
+    def work(rank: int, world_size: int) -> tuple[dict[str, int], list[bool], set[str]]:
+        there = dataclasses.replace(join_layout(1), device=DEVICE)
+        for group in {dist.distributed_c10d._get_default_group(), there.data_parallel_group}:
+            serve(group)
+        with stand_in_device():
+            step = small_step(there)
+            batches = batches_of(step, 1)
+            with Traffic("_loss_stage", "_encode") as traffic:
+                result = step.run(batches, steps.WEIGHTS, step=1, stage="one", wishes=lambda: [rank == 1, False])
+        return dict(traffic.waits), result.wishes, set(result.temperatures)
+
+    for waits, wishes, temperatures in run_ranks(work, 2, timeout=120):
+        assert waits == {"_to_copy down": 1}, waits
+        assert wishes == [True, False] and "items/name_to_item" in temperatures
 
 
 def test_tensors_of_two_devices_do_not_meet():

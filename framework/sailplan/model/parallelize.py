@@ -208,28 +208,35 @@ def _counted_here(parameter: Tensor, parallel: Parallel) -> bool:
     return all(index == 0 for index, placement in zip(coordinate, parameter.placements, strict=True) if isinstance(placement, Replicate))
 
 
-def clip_gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float, parallel: Parallel) -> Tensor:
+def clip_gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float, parallel: Parallel, also: Tensor | None = None) -> Tensor:
     """Scales gradients so that their common 2-norm is at most `max_norm`; returns the norm before, a 0-d float64 tensor.
 
     The parameters may mix sharded and plain ones, and tensor-parallel and replicated ones: each element of the
     whole model counts once. Every rank calls it with the same list and gets the same norm; one all-reduce of one
-    number. A norm that is not finite leaves NaN or inf in the gradients: check it before the optimizer steps.
+    number, with `also` (float64 [n]), which is summed over the world in the same message, in place. A few launches,
+    however many parameters there are, and no wait. A norm that is not finite leaves NaN or inf in the gradients:
+    check it before the optimizer steps.
     """
-    counted: list[Tensor] = []
-    gradients: list[Tensor] = []
+    counted: dict[torch.dtype, list[Tensor]] = {}
+    gradients: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is None:
             continue
         gradient = _local(parameter.grad)
-        gradients.append(gradient)
+        gradients.setdefault(gradient.dtype, []).append(gradient)
         if _counted_here(parameter, parallel):
-            counted.append(gradient if gradient.dtype in (torch.float32, torch.float64) else gradient.float())
-    square = torch.zeros((), dtype=torch.float64, device=parallel.device)
-    if counted:
-        square += torch.nn.utils.get_total_norm(counted).double().square()
-    dist.all_reduce(square)
-    norm = square.sqrt()
+            counted.setdefault(gradient.dtype, []).append(gradient)
+    message = torch.zeros(1 if also is None else 1 + also.numel(), dtype=torch.float64, device=parallel.device)
+    for dtype, tensors in counted.items():
+        norms = torch._foreach_norm(tensors, 2.0, dtype=torch.promote_types(dtype, torch.float32))
+        message[0] += torch.stack(norms).double().square().sum()
+    if also is not None:
+        message[1:] = also
+    dist.all_reduce(message)
+    if also is not None:
+        also.copy_(message[1:])
+    norm = message[0].sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(scale.to(gradient.dtype))
+    for dtype, tensors in gradients.items():
+        torch._foreach_mul_(tensors, scale.to(dtype))
     return norm

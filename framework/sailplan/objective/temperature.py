@@ -47,12 +47,25 @@ class Temperatures(nn.Module):
     @torch.no_grad()
     def clamp_(self) -> None:
         """Brings every parameter back into the bounds; called after each optimizer step."""
-        for logarithm in self.logarithms.values():
-            # Rounding the bound to float32 may fall just outside it, where the gradient would be zero.
-            inside = 1e-6
-            logarithm.clamp_(math.log(LOWEST) + inside, math.log(HIGHEST) - inside)
+        # Rounding the bound to float32 may fall just outside it, where the gradient would be zero.
+        inside = 1e-6
+        logarithms = [logarithm.data for logarithm in self.logarithms.values()]
+        if logarithms:
+            torch._foreach_clamp_min_(logarithms, math.log(LOWEST) + inside)
+            torch._foreach_clamp_max_(logarithms, math.log(HIGHEST) - inside)
 
     @torch.no_grad()
+    def packed(self) -> Tensor:
+        """The temperatures in use, float64 [n] on the device, in the order of `names`."""
+        if not self.logarithms:
+            return torch.zeros(0, dtype=torch.float64)
+        return torch.stack(list(self.logarithms.values())).double().exp().clamp(LOWEST, HIGHEST)
+
+    @property
+    def names(self) -> list[str]:
+        """"DATASET/PATTERN" of each temperature."""
+        return list(self.logarithms)
+
     def values(self) -> dict[str, float]:
-        """"DATASET/PATTERN" -> temperature in use."""
-        return {name: min(max(math.exp(value.item()), LOWEST), HIGHEST) for name, value in self.logarithms.items()}
+        """"DATASET/PATTERN" -> temperature in use; one transfer for all."""
+        return dict(zip(self.names, self.packed().tolist(), strict=True))

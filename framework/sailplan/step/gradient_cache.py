@@ -27,6 +27,7 @@ from sailplan.model.parallelize import set_gradient_sync
 from sailplan.model.protocol import Embeddings
 from sailplan.objective.protocol import EncodedStep, EncodedView
 from sailplan.runtime.seeds import derive
+from sailplan.runtime.transfer import to_device
 
 VECTORS = ("fused", "vision", "text")
 
@@ -144,14 +145,14 @@ class GradientCache:
         views = {}
         for name, rows in batch.views.items():
             parts = [micro_batch.leaves for micro_batch in self.micro_batches if micro_batch.batch == number and micro_batch.view == name]
-            order = rows.order.to(device)
+            order = to_device(rows.order, device)
             vectors = {vector: torch.cat([leaves[vector] for leaves in parts])[order] for vector in VECTORS if vector in parts[0]}
-            views[name] = EncodedView(valid=rows.valid.to(device), ids=rows.ids.to(device), group=rows.group, **vectors)
+            views[name] = EncodedView(valid=to_device(rows.valid, device), ids=to_device(rows.ids, device), group=rows.group, **vectors)
         return EncodedStep(
             dataset=batch.dataset,
             views=views,
             patterns=batch.patterns,
-            scores=None if batch.scores is None else batch.scores.to(device),
-            target_log_probability=None if batch.target_log_probability is None else batch.target_log_probability.to(device),
-            teachers={name: vectors.to(device) for name, vectors in batch.teachers.items()},
+            scores=None if batch.scores is None else to_device(batch.scores, device),
+            target_log_probability=None if batch.target_log_probability is None else to_device(batch.target_log_probability, device),
+            teachers={name: to_device(vectors, device) for name, vectors in batch.teachers.items()},
         )

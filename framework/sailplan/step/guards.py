@@ -1,8 +1,9 @@
 """What must hold on all ranks before the optimizer moves the weights.
 
 One rank's infinite loss or gradient would poison every replica, and ranks that disagree about skipping a step would
-drift apart or hang. So the verdict is one agreement over the world: all step, or none does. A skipped step names the
-records that look guilty; too many skips in a row end the run, because then it is not the data.
+drift apart or hang. So the verdict is one agreement over the world, in the message that sums the gradient norm anyway: all
+step, or none does. A skipped step names the records that look guilty; too many skips in a row end the run, because then it
+is not the data.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from sailplan.data.record import StepBatch
 from sailplan.errors import SailplanError
@@ -29,13 +29,12 @@ class FiniteGuard:
         self.max_skips = max_skips
         self.skips = 0
 
-    def all_finite(self, *values: Tensor) -> bool:
-        """Whether the values are finite on every rank of the world. A collective.
+    def allows(self, finite: bool) -> bool:
+        """Whether the optimizer may step. finite: the verdict that all ranks agreed on; counts skips in a row.
 
-        Raises SailplanError after `max_skips` negative answers in a row.
+        Raises SailplanError at the `max_skips`-th skip in a row.
         """
-        finite = all(bool(torch.isfinite(value).all()) for value in values)
-        if not self.parallel.agree(not finite):
+        if finite:
             self.skips = 0
             return True
         self.skips += 1

@@ -4,14 +4,20 @@ Encode (gradient cache, A) -> losses on the embeddings (B) -> encoder gradients 
 parameters' gradients in one message -> norm and clipping -> guard -> optimizer. The step is exact: at any number of
 ranks, tensor-parallel size and micro-batch size the gradients are those of the full batch in one process.
 
+The host waits for the device once, before the optimizer: one transfer brings the verdict of the guard, what the ranks wish
+(to stop, to save), loss, norm, metrics and temperatures.
+
 A mixed step has several batches, each of one data set; its loss is their mean weighted by the rows of all ranks.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,21 +31,26 @@ from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext
 from sailplan.objective.temperature import Temperatures
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.seeds import derive
+from sailplan.runtime.transfer import to_device
 from sailplan.step.gradient_cache import GradientCache
 from sailplan.step.guards import FiniteGuard
-from sailplan.step.reduction import average_gradients
+from sailplan.step.reduction import Averaged, average_gradients
+
+Number = TypeVar("Number", float, Tensor)
 
 
 @dataclass
 class StepResult:
-    """What a step did; numbers are the full batch's (averaged over data-parallel ranks), 0-d tensors on the device."""
+    """What a step did; numbers are the full batch's (averaged over data-parallel ranks)."""
 
-    loss: Tensor  # weighted sum of the objectives
-    losses: dict[str, Tensor]  # objective name -> its unweighted loss
-    metrics: dict[str, Tensor]  # "OBJECTIVE/DATASET/METRIC" -> value
-    grad_norm: Tensor  # before clipping, over all parameters
+    loss: float  # weighted sum of the objectives
+    losses: dict[str, float]  # objective name -> its unweighted loss
+    metrics: dict[str, float]  # "OBJECTIVE/DATASET/METRIC" -> value
+    temperatures: dict[str, float]  # "DATASET/PATTERN" -> temperature that the step used
+    grad_norm: float  # before clipping, over all parameters
     skipped: bool  # the guard kept the optimizer from stepping
     suspects: list[str]  # this rank's records to quarantine, if skipped
+    wishes: list[bool]  # for each wish, whether any rank of the world had it
     seconds: dict[str, float]  # phase -> wall seconds: encode, loss, backward, update
     replayed: int = 0  # micro-batches that went backward
 
@@ -48,6 +59,11 @@ class StepResult:
 class _Losses:
     total: Tensor
     values: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _below(prefix: str, values: Mapping[str, Number]) -> dict[str, Number]:
+    """The values whose names begin so, under the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 class TrainingStep:
@@ -88,22 +104,33 @@ class TrainingStep:
         stage: str,
         thresholds: Mapping[str, float] | None = None,
         clip_norm: float = 1.0,
+        wishes: Callable[[], Sequence[bool]] = tuple,
     ) -> StepResult:
         """One step. A collective over the world: all ranks call it with the same step and data sets.
 
         batches: this rank's rows, one data set each. weights: objective name -> weight, of the stage. thresholds:
         "DATASET/PATTERN" -> lambda*, for masking in-batch negatives. Learning rates are the caller's business.
+        wishes: called once, late in the step: what this rank wants all to know; the same number on all ranks.
 
         Raises ConfigurationError for no batch, an unknown objective, or a data set that no objective of the stage can
         use; SailplanError after too many skipped steps in a row.
         """
         seconds: dict[str, float] = {}
-        result = self.gradients(batches, weights, step=step, stage=stage, thresholds=thresholds, seconds=seconds)
+        averaged, encoded, replayed = self._gradients(batches, weights, step, stage, thresholds, seconds)
         began = time.perf_counter()
-        loss, losses, metrics, encoded, replayed = result
-        grad_norm = clip_gradient_norm(self._parameters(), clip_norm, self.parallel)
+        loss = averaged.values[averaged.names.index("total")]
+        shared = to_device(torch.tensor([0.0, *wishes()], dtype=torch.float64), self.parallel.device)
+        shared[0] = ~loss.isfinite()
+        grad_norm = clip_gradient_norm(self._parameters(), clip_norm, self.parallel, also=shared)
+        parts = [grad_norm.view(1), shared, averaged.used, averaged.values, self.temperatures.packed()]
+        # The step's one wait for the device: everything that the host wants to know, in one transfer.
+        numbers = iter(torch.cat([part.to(self.parallel.device, torch.float64) for part in parts]).tolist())
+        norm, diverged, *wanted = islice(numbers, 1 + shared.numel())
+        averaged.drop_unused(list(islice(numbers, averaged.used.numel())))
+        values = dict(zip(averaged.names, numbers, strict=False))
+        temperatures = dict(zip(self.temperatures.names, numbers, strict=True))
         suspects: list[str] = []
-        finite = self.guard.all_finite(loss, grad_norm)
+        finite = self.guard.allows(math.isfinite(norm) and not diverged)
         if finite:
             self.optimizer.step()
             self.temperatures.clamp_()
@@ -111,7 +138,18 @@ class TrainingStep:
             suspects = self.guard.suspects(batches, encoded)
         self.optimizer.zero_grad(set_to_none=True)
         seconds["update"] = time.perf_counter() - began
-        return StepResult(loss, losses, metrics, grad_norm, not finite, suspects, seconds, replayed)
+        return StepResult(
+            loss=values["total"],
+            losses=_below("loss/", values),
+            metrics=_below("metric/", values),
+            temperatures=temperatures,
+            grad_norm=norm,
+            skipped=not finite,
+            suspects=suspects,
+            wishes=[bool(wish) for wish in wanted],
+            seconds=seconds,
+            replayed=replayed,
+        )
 
     def gradients(
         self,
@@ -125,10 +163,23 @@ class TrainingStep:
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], list[EncodedStep], int]:
         """The step up to the full-batch gradients in `.grad`.
 
-        Returns (loss, losses, metrics, encoded batches, micro-batches run backward); see StepResult.
+        Returns (loss, losses, metrics, encoded batches, micro-batches run backward); numbers are 0-d tensors on the device.
         """
+        averaged, encoded, replayed = self._gradients(batches, weights, step, stage, thresholds, {} if seconds is None else seconds)
+        averaged.drop_unused(averaged.used.tolist())
+        values = averaged.named()
+        return values["total"], _below("loss/", values), _below("metric/", values), encoded, replayed
+
+    def _gradients(
+        self,
+        batches: Sequence[StepBatch],
+        weights: Mapping[str, float],
+        step: int,
+        stage: str,
+        thresholds: Mapping[str, float] | None,
+        seconds: dict[str, float],
+    ) -> tuple[Averaged, list[EncodedStep], int]:
         applied = self._applied(batches, weights)
-        seconds = {} if seconds is None else seconds
         devices = [self.parallel.device] if self.parallel.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             began = time.perf_counter()
@@ -140,11 +191,7 @@ class TrainingStep:
             began = time.perf_counter()
             # Dropout inside an objective: as the encoder's, a function of the place in the run.
             torch.manual_seed(derive(*place, "objectives"))
-            found = self._losses(batches, encoded, applied, weights, dict(thresholds or {}))
-            if found.total.requires_grad:
-                found.total.backward()
-            # Their graph holds the embeddings once more, and what the losses saved; the replay needs neither.
-            found.total = found.total.detach()
+            found = self._loss_stage(batches, encoded, applied, weights, dict(thresholds or {}))
             encoded = [one.detach() for one in encoded]
             seconds["loss"] = time.perf_counter() - began
 
@@ -155,9 +202,7 @@ class TrainingStep:
             finish_gradients(self.encoder, self.parallel)
             averaged = average_gradients(self._replicated(), found.values | {"total": found.total}, self.parallel)
             seconds["backward"] = time.perf_counter() - began
-        losses = {name.removeprefix("loss/"): value for name, value in averaged.items() if name.startswith("loss/")}
-        metrics = {name.removeprefix("metric/"): value for name, value in averaged.items() if name.startswith("metric/")}
-        return averaged["total"], losses, metrics, encoded, replayed
+        return averaged, encoded, replayed
 
     def _applied(self, batches: Sequence[StepBatch], weights: Mapping[str, float]) -> list[list[str]]:
         """For each batch, the names of the objectives with a weight that have a meaning for its data set."""
@@ -176,6 +221,22 @@ class TrainingStep:
                 )
             applied.append(names)
         return applied
+
+    def _loss_stage(
+        self,
+        batches: Sequence[StepBatch],
+        encoded: Sequence[EncodedStep],
+        applied: Sequence[Sequence[str]],
+        weights: Mapping[str, float],
+        thresholds: dict[str, float],
+    ) -> _Losses:
+        """The losses, and their gradients in the leaves of `encoded` and in the small parameters."""
+        found = self._losses(batches, encoded, applied, weights, thresholds)
+        if found.total.requires_grad:
+            found.total.backward()
+        # Their graph holds the embeddings once more, and what the losses saved; the replay needs neither.
+        found.total = found.total.detach()
+        return found
 
     def _losses(
         self,
@@ -213,7 +274,7 @@ class TrainingStep:
         """
         if len(batches) == 1:
             return torch.ones(1, device=self.parallel.device)
-        rows = torch.tensor([len(batch.record_ids) for batch in batches], dtype=torch.float64, device=self.parallel.device)
+        rows = to_device(torch.tensor([len(batch.record_ids) for batch in batches], dtype=torch.float64), self.parallel.device)
         if self.parallel.data_parallel_size > 1:
             dist.all_reduce(rows, group=self.parallel.data_parallel_group)
         return rows / rows.sum().clamp(min=1)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from sailplan.checkpoint.background import Saver
@@ -142,8 +142,9 @@ class Trainer:
                 scale = learning_rate_scale(stage.optimizer, stage_step, span.steps)
                 set_learning_rate(self.optimizer, scale)
                 result = self.training_step.run(
-                    batches, stage.objectives, step=stage_step, stage=span.name, thresholds=state.thresholds, clip_norm=stage.optimizer.clip_norm
-                )
+                    batches, stage.objectives, step=stage_step, stage=span.name, thresholds=state.thresholds, clip_norm=stage.optimizer.clip_norm,
+                    wishes=partial(self._wishes, batches),
+                )  # fmt: skip
                 self.step += 1
                 self.dog.beat()
                 seconds = time.perf_counter() - began
@@ -161,15 +162,17 @@ class Trainer:
                 self.folder.add_quarantined([{"step": self.step + 1, "stage": span.name, "id": name, "reason": reason} for name, reason in error.samples])
             raise
 
+    def _wishes(self, batches: list[StepBatch]) -> list[bool]:
+        """What the step's own message over the world asks: does anybody want to stop, to save, or to report bad samples?"""
+        clock = self.parallel.is_main and time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
+        return [self.flag.name is not None, clock, any(batch.quarantined for batch in batches)]
+
     def _between_steps(self, span: StageSpan, batches: list[StepBatch], result: StepResult) -> None:
-        """One message over the world says whether anybody wants to stop, save or report bad samples."""
+        """Does what some rank wished for in the step. A stop signal that comes too late for the step's message is heard in the next."""
+        stop, clock, quarantine = result.wishes
         bad = [{"step": self.step, "stage": span.name, "id": name, "reason": reason} for batch in batches for name, reason in batch.quarantined]
         bad += [{"step": self.step, "stage": span.name, "id": name, "reason": "loss or gradient not finite"} for name in result.suspects]
-        clock = self.parallel.is_main and time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
-        wishes = torch.tensor([self.flag.name is not None, clock, bool(bad)], dtype=torch.float32, device=self.parallel.device)
-        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
-        stop, clock, quarantine = (bool(wish) for wish in wishes.tolist())
-        if quarantine:
+        if quarantine or result.skipped:
             everyone: list[list[dict[str, Any]]] = [[] for _ in range(self.parallel.world_size)]
             dist.all_gather_object(everyone, bad if self.parallel.tensor_parallel_rank == 0 else [])
             if self.parallel.is_main:
@@ -181,14 +184,19 @@ class Trainer:
             with self.dog.paused():
                 self.save(span.name)
         if stop:
-            self._settle()
-            raise StopRequested(f"stopped at step {self.step} (stage {span.name}), saved; go on with the same command and resume=auto")
+            self._stop(span)
         if self._due(span):
             self._evaluate(span)
+
+    def _stop(self, span: StageSpan) -> None:
+        self._settle()
+        raise StopRequested(f"stopped at step {self.step} (stage {span.name}), saved; go on with the same command and resume=auto")
 
     def _finish_stage(self, span: StageSpan) -> None:
         with self.dog.paused():
             self.save(span.name)  # first: an evaluation that fails must not cost the stage
+        if self.parallel.agree(self.flag.name is not None):  # what follows may take long
+            self._stop(span)
         if self._due(span):
             self._evaluate(span)
         self.writer.finish_stage()
@@ -215,21 +223,20 @@ class Trainer:
             "data/set": "+".join(batch.dataset for batch in batches),
             "data/digest": "+".join(dict.fromkeys(batch.digest for batch in batches)),
             "data/wait_seconds": round(waited, 4),
-            "loss/total": result.loss.item(),
-            "grad_norm": result.grad_norm.item(),
+            "loss/total": result.loss,
+            "grad_norm": result.grad_norm,
             "learning_rate": learning_rate,
             "rows_per_second": self.parallel.data_parallel_size * sum(len(batch.record_ids) for batch in batches) / seconds,
             "seconds": round(seconds, 4),
         }
-        values |= {f"loss/{name}": value.item() for name, value in result.losses.items()}
-        values |= {name: value.item() for name, value in result.metrics.items()}
+        values |= {f"loss/{name}": value for name, value in result.losses.items()}
+        values |= result.metrics
         values |= {f"seconds/{phase}": round(spent, 4) for phase, spent in result.seconds.items()}
         accuracies = [value for name, value in values.items() if name.endswith("/accuracy")]
         if accuracies:
             values["accuracy"] = sum(accuracies) / len(accuracies)
         if result.skipped:
             values["skipped"] = 1
-        known = self.whole.temperatures.values()
         for batch in batches:
-            values |= {f"temperature/{batch.dataset}/{pattern}": known[f"{batch.dataset}/{pattern}"] for pattern in batch.patterns}
+            values |= {f"temperature/{name}": result.temperatures[name] for name in (f"{batch.dataset}/{pattern}" for pattern in batch.patterns)}
         self.writer.log_step(self.step, span.name, values)
