@@ -42,7 +42,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from sailplan.config.schema import Config, DataConfig, DatasetConfig, ModelConfig, OptimizerConfig, ParallelConfig, PatternConfig, StepConfig, ViewConfig
+from sailplan.config.schema import (
+    Config,
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PatternConfig,
+    StepConfig,
+    TransformerShape,
+    ViewConfig,
+)
 from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
 from sailplan.model.parallelize import shard
 from sailplan.model.tower import OmniEncoder
@@ -58,8 +69,19 @@ CONTENDERS = ("sailplan", "sentence-transformers", "open_clip-style", "whole bat
 Pair = tuple[EncoderInputs, EncoderInputs]
 
 
-def configuration(micro_batch: int) -> Config:
-    """The quick start's tower, pairs of texts, InfoNCE at the full size in both directions."""
+# The quick start's tower, and the layers of the 1.5B shape with fewer of them and a small vocabulary.
+SHAPES: dict[str, dict[str, Any]] = {
+    "quickstart": {"embedding": 192, "prefixes": [192]},
+    "sail": {
+        "embedding": 1536,
+        "prefixes": [1536],
+        "tower": TransformerShape(layers=8, hidden=1536, heads=12, key_value_heads=2, feed_forward=8960, query_key_value_bias=True),
+    },
+}
+
+
+def configuration(micro_batch: int, shape: str = "quickstart", kept_graphs: int = 0) -> Config:
+    """Pairs of texts, InfoNCE at the full size in both directions."""
     text = ["text"]
     pairs = DatasetConfig(
         kind="pairs",
@@ -70,8 +92,8 @@ def configuration(micro_batch: int) -> Config:
     )
     return Config(
         data=DataConfig(sets={"pairs": pairs}),
-        model=ModelConfig(vocabulary=8192, embedding=192, prefixes=[192]),
-        step=StepConfig(micro_batch=micro_batch),
+        model=ModelConfig(vocabulary=8192, **SHAPES[shape]),
+        step=StepConfig(micro_batch=micro_batch, kept_graphs=kept_graphs),
         objectives={"infonce": {"_target_": "sailplan.objective.infonce.InfoNCE", "matryoshka": False}},
     )
 
@@ -95,11 +117,15 @@ def contrastive(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 class Contender:
-    """A way to make the step: `gradients(pair)` leaves the full batch's gradients in `.grad`, `step(pair)` is the whole step."""
+    """A way to make the step: `gradients(pair)` leaves the full batch's gradients in `.grad`, `step(pair)` is the whole step.
 
-    def __init__(self, config: Config, parallel: Parallel) -> None:
+    dtype: what the encoder computes in. sailplan keeps float32 parameters over it; the others' parameters are of that dtype
+    themselves, which spares them the copies and half of the optimizer's traffic (megatron-core's layers do not go with autocast).
+    """
+
+    def __init__(self, config: Config, parallel: Parallel, dtype: torch.dtype = torch.float32) -> None:
         self.micro_batch = config.step.micro_batch
-        self.encoder: nn.Module = OmniEncoder(config.model, seed=config.seed).to(parallel.device)
+        self.encoder: nn.Module = OmniEncoder(config.model, seed=config.seed, dtype=dtype).to(parallel.device)
         self.optimizer = build_optimizer(self.encoder, nn.ModuleDict(), Temperatures({}), OptimizerConfig())
 
     def gradients(self, pair: Pair) -> None:
@@ -113,9 +139,10 @@ class Contender:
 
 
 class Sailplan(Contender):
-    def __init__(self, config: Config, parallel: Parallel) -> None:
+    def __init__(self, config: Config, parallel: Parallel, dtype: torch.dtype = torch.float32) -> None:
         self.micro_batch = config.step.micro_batch
-        self.encoder = shard(OmniEncoder(config.model, seed=config.seed), parallel, shard=True)
+        compute_dtype = None if dtype is torch.float32 else dtype
+        self.encoder = shard(OmniEncoder(config.model, seed=config.seed), parallel, shard=True, compute_dtype=compute_dtype)
         objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, seed=config.seed).to(parallel.device)
         temperatures = Temperatures(config.data.sets).to(parallel.device)
         optimizer = build_optimizer(self.encoder, objectives, temperatures, OptimizerConfig())
@@ -155,10 +182,10 @@ class _Features(nn.Module):
 
 
 class SentenceTransformers(Contender):
-    def __init__(self, config: Config, parallel: Parallel) -> None:
+    def __init__(self, config: Config, parallel: Parallel, dtype: torch.dtype = torch.float32) -> None:
         from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-        super().__init__(config, parallel)
+        super().__init__(config, parallel, dtype)
         self.loss = CachedMultipleNegativesRankingLoss(
             nn.Sequential(_Features(self.encoder)),
             scale=1 / TEMPERATURE,

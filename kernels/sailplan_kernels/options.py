@@ -33,36 +33,37 @@ LEAVES = ("queries", "keys", "hard_negatives", "temperature", "bias")
 ALWAYS = {"queries", "keys", "temperature", "bias", "exchange", "backend"}  # in every row, or rows or columns themselves
 
 
-def samples() -> list[tuple[str, dict[str, Any]]]:
-    """(what the table calls it, arguments)."""
+def samples(n: int = N, m: int = M, d: int = D) -> list[tuple[str, dict[str, Any]]]:
+    """(what the table calls it, arguments), for n queries and m keys of d dimensions (a multiple of 4)."""
     g = torch.Generator().manual_seed(0)
     flags = lambda *shape: torch.rand(*shape, generator=g) < 0.8  # noqa: E731
-    ids = lambda n: torch.randint(-1, 5, (n,), generator=g)  # noqa: E731
-    hard = torch.randn(N, H, D, generator=g)
-    by_id = {"positive_ids": torch.randint(0, 4, (N,), generator=g), "key_ids": torch.randint(0, 4, (M,), generator=g)}
+    ids = lambda count: torch.randint(-1, 5, (count,), generator=g)  # noqa: E731
+    hard = torch.randn(n, H, d, generator=g)
+    by_id = {"positive_ids": torch.randint(0, 4, (n,), generator=g), "key_ids": torch.randint(0, 4, (m,), generator=g)}
+    positives = torch.tensor([3, 1, -1, 1, 0, 7]).repeat(-(-n // N))[:n]
     return [
         ("no option", {}),
-        ("`temperature` [N]", {"temperature": 0.1 + 0.1 * torch.rand(N, generator=g)}),
-        ("`positives`, shared and -1", {"positives": torch.tensor([3, 1, -1, 1, 0, 7])}),
-        ("`query_ids`", {"query_ids": ids(N)}),
-        ("`query_ids`, `key_query_ids`", {"query_ids": ids(N), "key_query_ids": ids(M)}),
-        ("`key_ids`", {"key_ids": ids(M)}),
-        ("`query_valid`, `key_valid`", {"query_valid": flags(N), "key_valid": flags(M)}),
+        ("`temperature` [N]", {"temperature": 0.1 + 0.1 * torch.rand(n, generator=g)}),
+        ("`positives`, shared and -1", {"positives": positives}),
+        ("`query_ids`", {"query_ids": ids(n)}),
+        ("`query_ids`, `key_query_ids`", {"query_ids": ids(n), "key_query_ids": ids(m)}),
+        ("`key_ids`", {"key_ids": ids(m)}),
+        ("`query_valid`, `key_valid`", {"query_valid": flags(n), "key_valid": flags(m)}),
         ("`hard_negatives`", {"hard_negatives": hard}),
-        ("`hard_negatives`, `hard_negative_valid`", {"hard_negatives": hard, "hard_negative_valid": flags(N, H)}),
+        ("`hard_negatives`, `hard_negative_valid`", {"hard_negatives": hard, "hard_negative_valid": flags(n, H)}),
         ("`hard_negatives`, `shared_hard_negatives`", {"hard_negatives": hard, "shared_hard_negatives": True}),
-        ("`key_log_probability`", {"key_log_probability": (torch.rand(M, generator=g) + 0.01).log()}),
+        ("`key_log_probability`", {"key_log_probability": (torch.rand(m, generator=g) + 0.01).log()}),
         ("`positive_ids`, `key_ids`", by_id),
         ("`positive_ids`, `key_ids`, `symmetric`, `key_negatives`", {**by_id, "symmetric": True, "key_negatives": True}),
         ("`max_negative_score`", {"max_negative_score": 0.3}),
-        ("`max_negative_score` [N]", {"max_negative_score": torch.rand(N, generator=g)}),
+        ("`max_negative_score` [N]", {"max_negative_score": torch.rand(n, generator=g)}),
         ("`margin_absolute`", {"margin_absolute": 0.1}),
         ("`margin_relative`", {"margin_relative": 0.95}),
         ("`symmetric`", {"symmetric": True}),
         ("`query_negatives`", {"query_negatives": True}),
         ("`key_negatives`", {"key_negatives": True}),
-        ("`prefixes`", {"prefixes": (4, 8, 16)}),
-        ("`prefixes`, `prefix_weights`", {"prefixes": (4, 16), "prefix_weights": (0.5, 1.0)}),
+        ("`prefixes`", {"prefixes": (d // 4, d // 2, d)}),
+        ("`prefixes`, `prefix_weights`", {"prefixes": (d // 4, d), "prefix_weights": (0.5, 1.0)}),
         ("`memory_budget` of one byte", {"memory_budget": 1}),
         ("`score_dtype` float64", {"score_dtype": torch.float64}),
         ("float64", {"dtype": torch.float64}),
@@ -71,13 +72,13 @@ def samples() -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def arguments(loss: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A whole call; trained-like embeddings, every float input a leaf that wants its gradient."""
+def arguments(loss: str, options: dict[str, Any], n: int = N, m: int = M, d: int = D) -> dict[str, Any]:
+    """A whole call; trained-like embeddings, every float input a leaf that wants its gradient. Sizes as in `samples`."""
     g = torch.Generator().manual_seed(1)
     options = dict(options)
     dtype = options.pop("dtype", torch.float32)
-    queries = torch.randn(N, D, generator=g)
-    keys = torch.cat([queries + 0.5 * torch.randn(N, D, generator=g), torch.randn(M - N, D, generator=g)])
+    queries = torch.randn(n, d, generator=g)
+    keys = torch.cat([queries + 0.5 * torch.randn(n, d, generator=g), torch.randn(m - n, d, generator=g)])
     call = {"queries": queries.to(dtype), "keys": keys.to(dtype), "temperature": torch.tensor(0.2), **options}
     if loss == "sigmoid":
         call["bias"] = torch.tensor(-3.0)
