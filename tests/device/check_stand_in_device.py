@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from stand_in_device import DEVICE, There, serve, stand_in_device
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from traffic import Traffic
 
 from sailplan.cli.main import main
@@ -35,6 +36,7 @@ from sailplan.train.testing import SMALL
 from sailplan_kernels import infonce, rank_of, topk
 from sailplan_kernels import options as matrix
 from sailplan_kernels.exchange import EXCHANGES, AllGather, RowSplit
+from sailplan_kernels.infonce.products import add_product
 from sailplan_kernels.testing import run_ranks
 
 torch.set_num_threads(1)
@@ -144,6 +146,35 @@ def test_tensors_of_two_devices_do_not_meet():
         leaf = here.to(device).requires_grad_()
         (leaf * 3).sum().backward()
         assert isinstance(leaf.grad, There) and leaf.grad.tolist() == (3 * here).tolist()
+
+
+def test_half_precision_products_are_added_in_place():
+    """By the product itself, as CUDA offers it, onto a part of a wider matrix: no temporary, no operation for the sum."""
+    g = torch.Generator().manual_seed(0)
+    a, b, start = torch.randn(5, 7, generator=g).bfloat16(), torch.randn(7, 4, generator=g).bfloat16(), torch.randn(5, 6, generator=g)
+    with stand_in_device() as device:
+        target = start.to(device)
+        operands = a.to(device), b.to(device)
+        add_product(target[:, :4], *operands)  # the first finds out what this torch offers
+        with Calls() as calls:
+            add_product(target[:, 1:5], *operands)
+        found = target.cpu()
+    assert calls.seen == ["aten.slice.Tensor", "aten.addmm.dtype_out"]
+    start[:, :4] += a.float() @ b.float()
+    start[:, 1:5] += a.float() @ b.float()
+    torch.testing.assert_close(found, start)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])

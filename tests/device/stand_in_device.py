@@ -100,6 +100,10 @@ def _run(function: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     wanted = kwargs.get("device")
     if function is aten.mm.dtype:  # accumulates and answers in a wider type, which the CPU does not offer
         return There(args[0].inner.to(args[2]) @ args[1].inner.to(args[2]))
+    if function is aten.addmm.dtype_out:
+        total = kwargs["out"].inner
+        total.copy_(torch.addmm(args[0].inner.to(args[3]), args[1].inner.to(args[3]), args[2].inner.to(args[3])))
+        return kwargs["out"]
     result = function(*_here(args), **{**_here(kwargs), **({} if wanted is None else {"device": torch.device("cpu")})})
     if function is aten._local_scalar_dense.default:
         return result

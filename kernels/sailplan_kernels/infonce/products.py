@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,11 +27,24 @@ def product(a: Tensor, b: Tensor, accumulate: torch.dtype) -> Tensor:
 
 
 def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
-    """target += a @ b, in target's dtype."""
+    """target += a @ b, in target's dtype: by the product itself, which reads and writes ``target`` once and makes no other tensor."""
     if a.dtype == target.dtype:
         target.addmm_(a, b)
+    elif _adds_in_place(a.dtype, target.dtype, target.device):
+        torch.addmm(target, a, b, out_dtype=target.dtype, out=target)
     else:
         target += torch.mm(a, b, out_dtype=target.dtype)
+
+
+@lru_cache(maxsize=64)
+def _adds_in_place(operand: torch.dtype, target: torch.dtype, device: torch.device) -> bool:
+    """Whether this torch multiplies half-precision operands onto a wider tensor: the first versions with ``out_dtype`` wanted both alike."""
+    x, total = torch.zeros(16, 16, dtype=operand, device=device), torch.zeros(16, 16, dtype=target, device=device)
+    try:
+        torch.addmm(total, x, x, out_dtype=target, out=total)
+    except (RuntimeError, TypeError):  # also NotImplementedError
+        return False
+    return True
 
 
 def prefix_dots(a: Tensor, b: Tensor, prefixes: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -1,15 +1,18 @@
 """Rounds over the tiles: first the statistics of all denominators, then gradients, in as much memory as the budget says.
 
-Where a rank sees all candidates of a row at once, a chunk of rows sees its whole denominator: its statistics and its
-gradient come out of ONE product of scores (6 NMD of matrix products). The symmetric loss, and an exchange whose shards
-pass by, need two rounds: statistics of all rows and columns, then gradients (8 NMD; tiles that fit into the memory
-budget are kept in between and not computed again). All Matryoshka prefixes come out of the same round: prefix p's dot
-product is the running sum up to its length, and each segment's gradient product reads only its own dimensions.
+Where a rank sees all candidates of a row at once and the engine keeps tiles, a chunk of rows sees its whole denominator: its
+statistics and its gradient come out of ONE product of scores (6 NMD of matrix products). All else, as the symmetric loss and
+an exchange whose shards pass by, needs two rounds: statistics of all rows and columns, then gradients (8 NMD; tiles that fit
+into the memory budget are kept in between and not computed again). Their tiles are as square as the sides allow: every tile
+reads and writes the gradients of its rows and of its columns, so of all tiles of one area a square moves the fewest bytes.
+All Matryoshka prefixes come out of the same round: prefix p's dot product is the running sum up to its length, and each
+segment's gradient product reads only its own dimensions.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isqrt
 
 from sailplan_kernels.infonce.columns import Columns
 from sailplan_kernels.infonce.positives import Positives
@@ -19,6 +22,21 @@ from sailplan_kernels.infonce.sources import Anchors, Source, some
 from sailplan_kernels.infonce.tile import Coefficients, Gradient, Rule, Tile
 
 FEWEST_ROWS = 64  # a chunk of fewer rows is no matrix product worth its overhead: go by tiles, in two rounds
+WHOLE = 128  # sides of tiles are multiples of it where they are longer, so that few blocks of a kernel or a product are ragged
+
+
+def tile_sides(n: int, m: int, area: int) -> tuple[int, int]:
+    """Rows and columns of tiles of at most ``area`` pairs that cover n x m: as square as n and m allow, and of about equal size."""
+    rows = _equal_parts(n, max(16, min(n, isqrt(area))))
+    columns = _equal_parts(m, max(64, min(m, area // rows)))
+    return _equal_parts(n, max(16, min(n, area // columns))), columns
+
+
+def _equal_parts(whole: int, most: int) -> int:
+    """The length of about equal parts, none above ``most``, in whole WHOLEs if they are longer."""
+    most -= most % WHOLE if most > WHOLE else 0
+    part = -(-whole // -(-whole // most)) if whole else most
+    return -(-part // WHOLE) * WHOLE if part > WHOLE else max(part, 1)
 
 
 class Rounds:
@@ -36,6 +54,7 @@ class Rounds:
         at_once = setting.budget // (width * max(self._pair_bytes(rule, True) for _, rule in blocks))
         # Of several positives a row each may be an anchor, and a chunk of few rows have many.
         one_pass = setting.exchange.whole and self.columns is None and not (setting.problem.by_id and positives.anchors is not None)
+        one_pass &= all(setting.engine.kept_bytes(rule, setting.queries.dtype) for _, rule in blocks)
         if one_pass and at_once >= min(n, FEWEST_ROWS):
             self.room, self.tile_columns = float("inf"), width
             chunks = cut(0, n, max(at_once, 1))
@@ -46,9 +65,7 @@ class Rounds:
         # Half of the budget for the tile at work, half for tiles that wait for their gradient.
         self.room = setting.budget // 2
         area = max(1, self.room // max(self._pair_bytes(rule, True) for _, rule in blocks))
-        rows_of_all = area // width
-        step = min(max(n, 1), max(16, min(rows_of_all, 4096) if rows_of_all >= FEWEST_ROWS else int(area**0.5)))
-        self.tile_columns = max(64, area // step)
+        step, self.tile_columns = tile_sides(n, max(len(source.candidates.valid) for source in self.sources), area)
         chunks, pairs = cut(0, n, step), cut(0, len(positives.pairs.rows), step)
         self._statistics(chunks, pairs)
         if self.columns is not None:
