@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import torch
 
 
 def derive(*parts: int | str) -> int:
@@ -20,3 +21,13 @@ def derive(*parts: int | str) -> int:
 def generator(*parts: int | str) -> np.random.Generator:
     """A numpy generator seeded by `derive(*parts)`."""
     return np.random.Generator(np.random.Philox(derive(*parts)))
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seeds torch's global generators of the CPU and of `device`, as torch.manual_seed does for every device that there could be.
+
+    That takes longer than a small micro-batch's kernels where CUDA was not started: each call notes the stack from which it came.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index].manual_seed(seed)

@@ -26,7 +26,7 @@ from sailplan.data.record import EncoderInputs, StepBatch
 from sailplan.model.parallelize import set_gradient_sync
 from sailplan.model.protocol import Embeddings
 from sailplan.objective.protocol import EncodedStep, EncodedView
-from sailplan.runtime.seeds import derive
+from sailplan.runtime.seeds import derive, seed_torch
 from sailplan.runtime.transfer import to_device
 
 VECTORS = ("fused", "vision", "text")
@@ -119,7 +119,9 @@ class GradientCache:
         used = [m for m in self.micro_batches if m.trainable and any(gradient is not None for gradient in m.gradients.values())]
         ordered = [m for m in used if m.keep_graph] + [m for m in used if not m.keep_graph]
         for number, micro_batch in enumerate(ordered):
-            set_gradient_sync(self.encoder, number == len(ordered) - 1)
+            last = number == len(ordered) - 1
+            if last or number == 0:
+                set_gradient_sync(self.encoder, last)
             outputs = micro_batch.outputs
             if outputs is None:
                 with torch.enable_grad():
@@ -137,7 +139,7 @@ class GradientCache:
         return len(ordered)
 
     def _run(self, micro_batch: MicroBatch) -> Embeddings:
-        torch.manual_seed(micro_batch.seed)
+        seed_torch(micro_batch.seed, micro_batch.inputs.token_ids.device)
         return self.encoder(micro_batch.inputs, per_modality=micro_batch.per_modality)
 
     def _assemble(self, number: int, batch: StepBatch, device: torch.device) -> EncodedStep:

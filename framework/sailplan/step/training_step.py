@@ -30,7 +30,7 @@ from sailplan.model.parallelize import clip_gradient_norm, finish_gradients, res
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext
 from sailplan.objective.temperature import Temperatures
 from sailplan.runtime.process import Parallel
-from sailplan.runtime.seeds import derive
+from sailplan.runtime.seeds import derive, seed_torch
 from sailplan.runtime.transfer import to_device
 from sailplan.step.gradient_cache import GradientCache
 from sailplan.step.guards import FiniteGuard
@@ -190,7 +190,7 @@ class TrainingStep:
 
             began = time.perf_counter()
             # Dropout inside an objective: as the encoder's, a function of the place in the run.
-            torch.manual_seed(derive(*place, "objectives"))
+            seed_torch(derive(*place, "objectives"), self.parallel.device)
             found = self._loss_stage(batches, encoded, applied, weights, dict(thresholds or {}))
             encoded = [one.detach() for one in encoded]
             seconds["loss"] = time.perf_counter() - began
