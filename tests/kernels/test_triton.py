@@ -24,20 +24,28 @@ PROCESSORS = {
 }
 
 
+def interpreted(*checks: str, **environment: str) -> str:
+    """What pytest says of files in interpreter/, in a process with Triton's interpreter."""
+    folder = Path(__file__).parent / "interpreter"
+    path = os.pathsep.join([str(folder), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "exact_interpreter", *(str(folder / name) for name in checks)],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_engine_in_the_interpreter(processor):
     if processor == "SkylakeX" and not torch.cpu._is_avx512_supported():
         pytest.skip("this processor has no AVX-512: the interpreter's tests ran as on Haswell alone, not as on SkylakeX")
-    folder = Path(__file__).parent / "interpreter"
-    path = os.pathsep.join([str(folder), *sys.path])
-    checks = [str(folder / name) for name in ("check_exact_interpreter.py", "check_triton_engine.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **PROCESSORS[processor]}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "exact_interpreter", *checks],
-        capture_output=True, text=True, timeout=600, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert f"openblas for {processor}" in done.stdout  # else a library that does not know the variable passed as another
+    said = interpreted("check_exact_interpreter.py", "check_triton_engine.py", **PROCESSORS[processor])
+    assert f"openblas for {processor}" in said  # else a library that does not know the variable passed as another
+
+
+def test_a_refused_kernel_never_ends_a_run():
+    interpreted("check_fallback.py")
 
 
 @pytest.mark.parametrize("table", [persistent_configuration, persistent_prefixes_configuration])

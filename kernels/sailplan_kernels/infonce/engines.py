@@ -11,11 +11,12 @@ from contextvars import ContextVar
 
 import torch
 
+from sailplan_kernels.infonce.fallback import FallbackEngine
 from sailplan_kernels.infonce.tile import Engine
 from sailplan_kernels.infonce.torch_engine import TorchEngine
 
 _TRITON_ENGINE = "sailplan_kernels.infonce.triton_engine"
-_SCHEDULE: ContextVar[str] = ContextVar("schedule of the Triton engine", default="auto")
+_SCHEDULE: ContextVar[str | None] = ContextVar("schedule of the Triton engine", default=None)
 
 
 @contextmanager
@@ -29,8 +30,14 @@ def triton_schedule(schedule: str) -> Iterator[None]:
 
 
 def make_engine(backend: str) -> Engine:
-    """The engine of a checked backend, "chunked" or "triton"."""
-    return TorchEngine() if backend == "chunked" else importlib.import_module(_TRITON_ENGINE).TritonEngine(_SCHEDULE.get())
+    """The engine of a checked backend, "chunked" or "triton". Kernels that do not compile here are gone around (fallback.py), unless
+    a schedule was asked for: a measurement of it must be of it."""
+    if backend == "chunked":
+        return TorchEngine()
+    triton_engine, schedule = importlib.import_module(_TRITON_ENGINE).TritonEngine, _SCHEDULE.get()
+    if schedule is not None:
+        return triton_engine(schedule)
+    return FallbackEngine([triton_engine("auto"), triton_engine("tiles"), TorchEngine()])
 
 
 def why_no_triton(device: torch.device, dtype: torch.dtype, score_dtype: torch.dtype | None = None) -> str | None:
