@@ -9,7 +9,7 @@ plain autograd in float64. The same in plain bfloat16 says what rounding alone c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,26 +65,21 @@ class Case:
     activations: str = "kept"  # repeated: activation checkpointing
 
 
-def pairwise(choices: dict[str, tuple[Any, ...]] = CHOICES) -> list[Case]:
-    """Cases in which any two choices meet at least once: greedily, the one next that covers most that is missing; always the same."""
-    names = list(choices)
-    missing = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in range(len(choices[a])) for y in range(len(choices[b]))
-    }
-    cases = []
+def pairwise(choices: Mapping[str, Sequence[Any]] = CHOICES) -> list[Case]:
+    """Cases in which any two choices meet at least once, few of them; always the same ones."""
+    names, sizes = list(choices), [len(options) for options in choices.values()]
+    places = range(len(names))
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(places, 2) for x in range(sizes[a]) for y in range(sizes[b])}
+    cases: list[Case] = []
     while missing:
-        chosen = dict(min(missing))  # which two must meet; the others are chosen for what else they cover
-        for name in names:
-            if name not in chosen:
-                counts = [
-                    sum(tuple(sorted(((name, value), other), key=lambda one: names.index(one[0]))) in missing for other in chosen.items())
-                    for value in range(len(choices[name]))
-                ]
-                # Of equals, the next in turn: no value is favoured.
-                start = len(cases) % len(counts)
-                chosen[name] = max(range(len(counts)), key=lambda value, start=start, counts=counts: (counts[value], -((value - start) % len(counts))))
-        missing -= {((a, chosen[a]), (b, chosen[b])) for a, b in itertools.combinations(names, 2)}
-        cases.append(Case(**{name: choices[name][value] for name, value in chosen.items()}))
+        chosen = dict(min(missing))  # these two must meet; the other choices are those that meet most of what is missing beside them
+        for place in places:
+            if place not in chosen:
+                turns = [(len(cases) + turn) % sizes[place] for turn in range(sizes[place])]  # of equals, each in turn
+                meets = [sum(tuple(sorted([(place, option), other])) in missing for other in chosen.items()) for option in turns]
+                chosen[place] = turns[meets.index(max(meets))]
+        missing -= set(itertools.combinations(sorted(chosen.items()), 2))
+        cases.append(Case(**{names[place]: choices[names[place]][option] for place, option in chosen.items()}))
     return cases
 
 
