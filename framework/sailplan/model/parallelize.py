@@ -13,6 +13,7 @@ touching parameters (optimizer set-up, saving, freezing) after a forward without
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -116,7 +117,7 @@ def _accumulate_gradients_in(model: nn.Module, dtype: torch.dtype | None) -> Non
     """
     for module in _sharded_modules(model):
         module.unshard()
-        for parameter in module.parameters():
+        for parameter in cast(nn.Module, module).parameters():
             if not isinstance(parameter, DTensor):  # of this unit: other units are not gathered
                 parameter.grad_dtype = dtype
         module.reshard()

@@ -38,6 +38,8 @@ class InfoNCE(Objective):
     Raises ConfigurationError for options that mean nothing.
     """
 
+    calls_kernels = True
+
     def __init__(
         self,
         *,

@@ -34,6 +34,7 @@ class LateFusion(Objective):
     """
 
     per_modality = True
+    calls_kernels = True
 
     def __init__(
         self, *, embedding: int, datasets: Mapping[str, DatasetConfig], symmetric: bool | None = None, matryoshka: bool = False

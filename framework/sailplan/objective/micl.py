@@ -39,6 +39,7 @@ class MICL(Objective):
     """
 
     per_modality = True
+    calls_kernels = True
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sailplan.config.schema import DatasetConfig, ViewConfig
 from sailplan.errors import ConfigurationError
+from sailplan.objective.backends import described
 from sailplan.objective.protocol import EncodedStep, EncodedView, ObjectiveContext
 from sailplan_kernels.infonce import infonce
 
@@ -94,9 +95,10 @@ def contrast(
         query_valid = query_valid & ~(encoded.scores <= context.datasets[encoded.dataset].positive_score)
     if "hard_negatives" in options:
         options["hard_negatives"] = context.operands(options["hard_negatives"])
+    queries, keys = context.operands(queries), context.operands(keys)
     output = infonce(
-        context.operands(queries),
-        context.operands(keys),
+        queries,
+        keys,
         temperature,
         query_valid=query_valid,
         key_valid=key_valid,
@@ -106,6 +108,7 @@ def contrast(
         backend=context.backend,
         **options,
     )
+    context.ran.add(described(output.backend, queries.dtype))
     counted = query_valid & key_valid
     share = context.exchange.world_size / max(output.valid_rows, 1)
     label = f"{pattern}/{name}" if name else pattern

@@ -62,6 +62,7 @@ class ObjectiveContext:
     thresholds: dict[str, float] = field(default_factory=dict)  # "DATASET/PATTERN" -> lambda*, while in-batch masking is on
     compute_dtype: torch.dtype = torch.float32  # what the encoder computed in; the encodings are float32 also where it is half precision
     rounded: dict[int, Rounded] = field(default_factory=dict, init=False, repr=False)  # by the vectors' identity
+    ran: set[str] = field(default_factory=set, init=False)  # "BACKEND DTYPE" of the calls of kernels so far, see objective.backends
 
     def operands(self, vectors: Tensor) -> Tensor:
         """Vectors [..., D] as a loss's kernels should read and exchange them: normalised and rounded where half precision computes.
@@ -87,6 +88,7 @@ class Objective(nn.Module):
     plus `embedding` (D), `datasets` (dict[str, DatasetConfig])."""
 
     per_modality = False  # True: the encoder must return the vision and text vectors too
+    calls_kernels = False  # True: it scores rows in sailplan_kernels (patterns.contrast); else in torch alone, in float32 or float64
     artifact: str | None = None  # what a stage must list in its `artifacts` for this loss to have anything to learn from
 
     def applies(self, dataset: DatasetConfig) -> bool:

@@ -40,7 +40,7 @@ def build_objectives(
     for name, options in objectives.items():
         if "." in name:
             raise ConfigurationError(f"objectives.{name}: found a dot in the name, expected none; rename it")
-        cls = _target(name, options.get("_target_"), allowed_targets)
+        cls = objective_class(name, options.get("_target_"), allowed_targets)
         arguments = {key: value for key, value in options.items() if key != "_target_"}
         _check_options(name, cls, arguments)
         with torch.random.fork_rng(devices=[]):
@@ -69,7 +69,8 @@ def check_objectives(objectives: nn.ModuleDict, stages: Mapping[str, StageConfig
                 raise ConfigurationError(f"{key}: none of {', '.join(stage.objectives)} applies to '{dataset}' ({kind}), expected one that does; add it")
 
 
-def _target(name: str, target: Any, allowed: Sequence[str]) -> type[Objective]:
+def objective_class(name: str, target: Any, allowed: Sequence[str]) -> type[Objective]:
+    """The class that `objectives.NAME._target_` names. Raises ConfigurationError where it is none, or not allowed."""
     key = f"objectives.{name}._target_"
     if not isinstance(target, str) or not target:
         raise ConfigurationError(f"{key}: found {target!r}, expected a class, such as sailplan.objective.infonce.InfoNCE")

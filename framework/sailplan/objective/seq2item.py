@@ -46,6 +46,8 @@ class Seq2Item(Objective):
     Raises ConfigurationError for options that mean nothing together.
     """
 
+    calls_kernels = True
+
     def __init__(
         self,
         *,

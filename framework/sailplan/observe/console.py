@@ -57,6 +57,8 @@ class ConsoleSink(Sink):
         steps = stage.last_step - stage.first_step + 1
         mixture = ", ".join(f"{name} {weight:.2f}" for name, weight in stage.data.items())
         self._say(f"stage {stage.index}/{stage.count} {stage.name}: steps {stage.first_step}-{stage.last_step}" + (f"; {mixture}" if mixture else ""))
+        if stage.backends:
+            self._say("losses: " + ", ".join(f"{name} {backend}" for name, backend in stage.backends.items()))
         if self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("{task.description}", markup=False),

@@ -117,6 +117,7 @@ class RunFiles(Sink):
             "data": list(stage.data),
             "weights": dict(stage.data),
             "objectives": dict(stage.objectives),
+            "backends": dict(stage.backends),
             "learning_rate": list(stage.learning_rate) if stage.learning_rate else None,
             "world_size": world_size_from_environment(),
         }

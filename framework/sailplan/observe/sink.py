@@ -27,6 +27,7 @@ class StageInfo:
     data: Mapping[str, float] = field(default_factory=dict)  # data set -> sampling weight in use
     objectives: Mapping[str, float] = field(default_factory=dict)  # objective -> weight
     learning_rate: tuple[float, float] | None = None  # peak, final
+    backends: Mapping[str, str] = field(default_factory=dict)  # objective -> "BACKEND DTYPE" that its scores will go through
 
 
 class Sink:

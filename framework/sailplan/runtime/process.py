@@ -82,6 +82,11 @@ def check_world(config: ParallelConfig, world_size: int) -> None:
         )
 
 
+def device_type() -> str:
+    """The kind of device that a run on this machine computes on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @contextmanager
 def started(config: ParallelConfig) -> Iterator[Parallel]:
     """Joins the world, forms the groups, yields this rank's place; leaves the world at the end.
@@ -95,7 +100,7 @@ def started(config: ParallelConfig) -> Iterator[Parallel]:
     check_world(config, world_size)
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    if torch.cuda.is_available():
+    if device_type() == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:

@@ -27,6 +27,7 @@ from sailplan.config.schema import Config
 from sailplan.data.record import StepBatch
 from sailplan.errors import ConfigurationError
 from sailplan.model.parallelize import clip_gradient_norm, finish_gradients, reshard
+from sailplan.objective.backends import described
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext
 from sailplan.objective.temperature import Temperatures
 from sailplan.runtime.process import Parallel
@@ -52,6 +53,7 @@ class StepResult:
     suspects: list[str]  # this rank's records to quarantine, if skipped
     wishes: list[bool]  # for each wish, whether any rank of the world had it
     seconds: dict[str, float]  # phase -> wall seconds: encode, loss, backward, update
+    backends: dict[str, str] = field(default_factory=dict)  # objective name -> "BACKEND DTYPE" that its scores went through
     replayed: int = 0  # micro-batches that went backward
 
 
@@ -59,6 +61,7 @@ class StepResult:
 class _Losses:
     total: Tensor
     values: dict[str, Tensor] = field(default_factory=dict)
+    backends: dict[str, str] = field(default_factory=dict)
 
 
 def _below(prefix: str, values: Mapping[str, Number]) -> dict[str, Number]:
@@ -116,7 +119,7 @@ class TrainingStep:
         use; SailplanError after too many skipped steps in a row.
         """
         seconds: dict[str, float] = {}
-        averaged, encoded, replayed = self._gradients(batches, weights, step, stage, thresholds, seconds)
+        averaged, encoded, replayed, backends = self._gradients(batches, weights, step, stage, thresholds, seconds)
         began = time.perf_counter()
         loss = averaged.values[averaged.names.index("total")]
         shared = to_device(torch.tensor([0.0, *wishes()], dtype=torch.float64), self.parallel.device)
@@ -148,6 +151,7 @@ class TrainingStep:
             suspects=suspects,
             wishes=[bool(wish) for wish in wanted],
             seconds=seconds,
+            backends=backends,
             replayed=replayed,
         )
 
@@ -165,7 +169,7 @@ class TrainingStep:
 
         Returns (loss, losses, metrics, encoded batches, micro-batches run backward); numbers are 0-d tensors on the device.
         """
-        averaged, encoded, replayed = self._gradients(batches, weights, step, stage, thresholds, {} if seconds is None else seconds)
+        averaged, encoded, replayed, _ = self._gradients(batches, weights, step, stage, thresholds, {} if seconds is None else seconds)
         averaged.drop_unused(averaged.used.tolist())
         values = averaged.named()
         return values["total"], _below("loss/", values), _below("metric/", values), encoded, replayed
@@ -178,7 +182,7 @@ class TrainingStep:
         stage: str,
         thresholds: Mapping[str, float] | None,
         seconds: dict[str, float],
-    ) -> tuple[Averaged, list[EncodedStep], int]:
+    ) -> tuple[Averaged, list[EncodedStep], int, dict[str, str]]:
         applied = self._applied(batches, weights)
         devices = [self.parallel.device] if self.parallel.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -202,7 +206,7 @@ class TrainingStep:
             finish_gradients(self.encoder, self.parallel)
             averaged = average_gradients(self._replicated(), found.values | {"total": found.total}, self.parallel)
             seconds["backward"] = time.perf_counter() - began
-        return averaged, encoded, replayed
+        return averaged, encoded, replayed, found.backends
 
     def _applied(self, batches: Sequence[StepBatch], weights: Mapping[str, float]) -> list[list[str]]:
         """For each batch, the names of the objectives with a weight that have a meaning for its data set."""
@@ -259,7 +263,9 @@ class TrainingStep:
         shares = self._shares(batches).to(found.total.dtype)
         for batch, views, names, share in zip(batches, encoded, applied, shares, strict=True):
             for name in names:
+                context.ran.clear()
                 output = self._objective(name)(views, context)
+                found.backends[name] = " + ".join(sorted(context.ran)) or described("torch", output.loss.dtype)
                 found.total = found.total + weights[name] * share * output.loss
                 key = f"loss/{name}"
                 found.values[key] = found.values.get(key, 0.0) + share * output.loss.detach()

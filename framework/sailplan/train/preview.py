@@ -21,7 +21,11 @@ from sailplan.data.audio import SPECTROGRAMS
 from sailplan.data.datasets import open_datasets
 from sailplan.data.plan import Plan
 from sailplan.data.reader import RecordReader
+from sailplan.errors import ConfigurationError
 from sailplan.model.count import activation_elements, count_parameters, estimate_memory
+from sailplan.objective.backends import planned_backends
+from sailplan.objective.registry import objective_class
+from sailplan.runtime.process import device_type
 from sailplan.train.assemble import check_data
 from sailplan.train.schedule import StageSpan, learning_rate_scale, spans
 
@@ -61,8 +65,22 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
         "parameters": count_parameters(config.model),
         "memory_bytes": asdict(memory) | {"total": memory.total},
         "records": {name: len(reader) for name, reader in readers.items()},
+        "backends": _backends(config),
         "stages": [_stage(config, span, readers) for span in spans(config)],
     }
+
+
+def _backends(config: Config) -> dict[str, dict[str, str]]:
+    """Device -> objective -> what its scores would go through: here, and on a GPU, where here is none. Refusals stand where they would come."""
+    classes = {name: objective_class(name, options.get("_target_"), config.allowed_targets) for name, options in config.objectives.items()}
+    used = {name: cls for name, cls in classes.items() if any(stage.objectives.get(name) for stage in config.stages.values())}
+    found: dict[str, dict[str, str]] = {}
+    for device in dict.fromkeys((device_type(), "cuda")):
+        try:
+            found[device] = planned_backends(used, config.step.backend, torch.device(device), getattr(torch, config.parallel.dtype))
+        except ConfigurationError as error:
+            found[device] = {"refused": str(error)}
+    return found
 
 
 def _views(config: Config, stage: StageConfig) -> int:
@@ -108,6 +126,8 @@ def render(plan: dict[str, Any]) -> str:
     parts = ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in plan["memory_bytes"].items())
     console.print(f"memory of a rank (estimate) {parts}", highlight=False)
     console.print("records " + ", ".join(f"{name} {count:,}" for name, count in plan["records"].items()), highlight=False)
+    for device, backends in plan["backends"].items():
+        console.print(f"losses on {device}: " + ", ".join(f"{name} {backend}" for name, backend in backends.items()), highlight=False)
     table = Table()
     for heading in ("stage", "steps", "rows", "data (weight)", "objectives (weight)", "learning rate", "computed at its start", "order of the data"):
         table.add_column(heading)

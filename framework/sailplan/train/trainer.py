@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from sailplan.checkpoint.background import Saver
@@ -28,6 +29,7 @@ from sailplan.data.plan import Plan
 from sailplan.data.record import StepBatch
 from sailplan.errors import BadDataError, StopRequested
 from sailplan.evaluate.runner import evaluate
+from sailplan.objective.backends import planned_backends
 from sailplan.observe.metrics import MetricWriter, StageInfo
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.signals import StopFlag
@@ -108,10 +110,12 @@ class Trainer:
         configure(self.optimizer, options)
         plan = Plan(self.config, span.name, stage, state.weights, self.readers, state.subsets)
         plan.check_ranks(self.parallel.data_parallel_size)
+        used: dict[str, Any] = {name: self.whole.objectives[name] for name, weight in stage.objectives.items() if weight}
+        backends = planned_backends(used, self.config.step.backend, self.parallel.device, getattr(torch, self.config.parallel.dtype))
         self.writer.start_stage(
             StageInfo(
                 span.name, span.index + 1, len(self.config.order), span.first, span.last,
-                state.weights, stage.objectives, (options.learning_rate, options.final_learning_rate),
+                state.weights, stage.objectives, (options.learning_rate, options.final_learning_rate), backends,
             )
         )  # fmt: skip
         refresh = stage.hard_negatives.refresh_steps if stage.hard_negatives else 0
@@ -230,6 +234,7 @@ class Trainer:
             "seconds": round(seconds, 4),
         }
         values |= {f"loss/{name}": value for name, value in result.losses.items()}
+        values |= {f"backend/{name}": backend for name, backend in result.backends.items()}
         values |= result.metrics
         values |= {f"seconds/{phase}": round(spent, 4) for phase, spent in result.seconds.items()}
         accuracies = [value for name, value in values.items() if name.endswith("/accuracy")]

@@ -7,26 +7,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sailplan_kernels.infonce.engines import why_no_triton
+from sailplan_kernels.infonce import engines
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def choose_backend(backend: str, queries: Tensor, score_dtype: torch.dtype | None = None) -> str:
-    """The backend that will run. "auto" takes triton for half-precision inputs on CUDA where it can run, else chunked."""
-    allowed = (None, torch.float64) if queries.dtype is torch.float64 else (None, torch.float32, torch.float64)
+    """The backend that will run."""
+    return backend_for(backend, queries.device, queries.dtype, score_dtype)
+
+
+def backend_for(backend: str, device: torch.device, dtype: torch.dtype, score_dtype: torch.dtype | None = None) -> str:
+    """The backend that will run for embeddings of `dtype` on `device`, before there are any.
+
+    "auto" takes triton for half precision on a device that it compiles for, where it can run, else chunked. Raises ValueError
+    for one that cannot run, or dtypes that do not go together.
+    """
+    allowed = (None, torch.float64) if dtype is torch.float64 else (None, torch.float32, torch.float64)
     if score_dtype not in allowed:
         raise ValueError(f"score_dtype: found {score_dtype}, expected one of {', '.join(map(str, allowed))}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend not in ("auto", "triton"):
         return backend
-    obstacle = why_no_triton(queries.device, queries.dtype, score_dtype)
+    obstacle = engines.why_no_triton(device, dtype, score_dtype)
     if backend == "triton" and obstacle is not None:
         raise ValueError(f"backend: found 'triton', but {obstacle}, expected 'auto', 'chunked' or 'reference'")
-    half = queries.dtype in (torch.float16, torch.bfloat16)
-    return "triton" if obstacle is None and (backend == "triton" or (half and queries.is_cuda)) else "chunked"
+    half = dtype in (torch.float16, torch.bfloat16)
+    return "triton" if obstacle is None and (backend == "triton" or (half and device.type in engines.TRITON_DEVICES)) else "chunked"
 
 
 def check_embeddings(queries: Tensor, keys: Tensor, hard: Tensor | None) -> None:

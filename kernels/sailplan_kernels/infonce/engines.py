@@ -16,6 +16,7 @@ from sailplan_kernels.infonce.tile import Engine
 from sailplan_kernels.infonce.torch_engine import TorchEngine
 
 _TRITON_ENGINE = "sailplan_kernels.infonce.triton_engine"
+TRITON_DEVICES = ("cuda",)  # types of device that Triton compiles for; on others its interpreter may run
 _SCHEDULE: ContextVar[str | None] = ContextVar("schedule of the Triton engine", default=None)
 
 
@@ -50,6 +51,6 @@ def why_no_triton(device: torch.device, dtype: torch.dtype, score_dtype: torch.d
         return "the Triton engine computes in float32 and the inputs are float64"
     if score_dtype is torch.float64:
         return "the Triton engine computes scores in float32 and score_dtype is float64"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type not in TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the inputs are on {device.type} and Triton's interpreter is off"
     return None
