@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from sailplan_kernels import sass
-from sailplan_kernels.triton_kernels.configurations import KINDS, MASKS, RESCALE_WARPS, TABLES, Configuration, switches
+from sailplan_kernels.triton_kernels.configurations import KINDS, MASKS, RESCALE_WARPS, TABLES, Configuration, asked_for, switches
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_COLUMNS = 512  # of tensor memory, on sm_100
@@ -80,7 +80,7 @@ def cases(capabilities: list[int], dtypes=tuple(TYPES)) -> list[Case]:
     for capability, dtype, schedule in itertools.product(capabilities, dtypes, TABLES):
         for kind, masks in itertools.product(KINDS, MASKS):
             tile = (dtype, kind, masks, capability)
-            if TABLES[schedule](*tile) is None or (kind == "symmetric" and masks != "ids"):
+            if TABLES[schedule](*tile) is None or not asked_for(kind, masks):
                 continue
             wanted.append(Case("statistics", *tile, schedule=schedule))
             wanted.append(Case("sigmoid" if kind.startswith("sigmoid") else "gradient", *tile, schedule=schedule))

@@ -33,6 +33,7 @@ class Block:
     size: int
     products: int  # matrix instructions among them
     next: tuple[int, ...]  # addresses of the blocks that may follow
+    leaves: bool  # the kernel may end here
 
 
 def disassembled(cubin: bytes) -> str:
@@ -68,7 +69,7 @@ def blocks(sass: str) -> dict[int, Block]:
             follows = [targets[at]] if at in targets else []
             if after is not None and (not jump or guard):
                 follows.append(after[0])
-            found_blocks[first] = Block(size, products, tuple(follows))
+            found_blocks[first] = Block(size, products, tuple(follows), name == "EXIT")
             first, size, products = after[0] if after is not None else 0, 0, 0
     return found_blocks
 
@@ -128,9 +129,12 @@ def _cheapest(graph: dict[int, Block], inside: frozenset[int], free: frozenset[i
     raise ValueError("a kernel's flow of control: found no way through its product loop, expected one")
 
 
-def _pass(graph: dict[int, Block], inside: frozenset[int], around: frozenset[int], start: set[int], end: set[int]) -> int:
-    """Fewest instructions of one pass through ``inside`` that goes through the loop ``around``, whose own do not count."""
-    return _cheapest(graph, inside, around, start, set(around)) + _cheapest(graph, inside, around, set(around), end)
+def _pass(
+    graph: dict[int, Block], inside: frozenset[int], around: frozenset[int], start: set[int], end: set[int], others: frozenset[int] = frozenset()
+) -> int:
+    """Fewest instructions of one pass through ``inside`` that goes through the loop ``around``, whose own do not count, nor those of ``others``."""
+    free = around | others
+    return _cheapest(graph, inside, free, start, set(around)) + _cheapest(graph, inside, free, set(around), end)
 
 
 def count(sass: str, pairs: int, levels: int) -> tuple[float, float] | None:
@@ -156,11 +160,11 @@ def count(sass: str, pairs: int, levels: int) -> tuple[float, float] | None:
         return heads, {at for at in loop if heads & set(graph[at].next)}
 
     a_prefix = _pass(graph, prefix, product, *ends(prefix))
-    start, end = ends(whole) if levels == 2 else ({min(graph)}, {at for at, block in graph.items() if not block.next})
+    start, end = ends(whole) if levels == 2 else ({min(graph)}, {at for at, block in graph.items() if block.leaves})
     others = [x for x in loops(graph, whole - prefix - (start if levels == 2 else set())) if len(x) > 1 or sum(graph[at].size for at in x) > 16]
     summing = frozenset().union(*others)
     a_prefix += sum(graph[at].size for at in summing)
-    return a_prefix / pairs, _pass(graph, whole - summing, prefix, start, end) / pairs
+    return a_prefix / pairs, _pass(graph, whole, prefix, start, end, summing) / pairs
 
 
 def share(instructions: tuple[float, float], capability: int, prefixes: tuple[int, ...] = RECIPE) -> float:

@@ -118,6 +118,9 @@ class TritonTile:
             "row_scale": scale, "column_shift": _padded(correction.masked_fill(~columns.valid, OUT.value), m, OUT.value),
         }  # fmt: skip
         found["column_scale"] = found["row_shift"] = scale
+        if self.kind == "symmetric":  # ranks that were given different numbers get none: their losses are NaN, not wrong
+            other = (columns.inverse_temperature - rows.inverse_temperature[0]).abs() > 1e-3 * rows.inverse_temperature[0]
+            found["column_shift"][: self.m].masked_fill_(other & (columns.inverse_temperature > 0), torch.nan)
         if self.rule.columns:
             found["column_scale"] = _padded(columns.inverse_temperature, m, 0.0)
             found["row_shift"] = _padded(torch.zeros_like(rows.inverse_temperature).masked_fill_(~rows.valid, OUT.value), n, OUT.value)
@@ -235,7 +238,7 @@ class TritonTile:
         return self._without_moments(weights)
 
     def _without_moments(self, weights: Tensor) -> Gradient:
-        row, column = torch.zeros_like(self.row_norm), torch.zeros_like(self.columns.inverse_norm)
+        row, column = torch.zeros_like(self.rows.inverse_norm), torch.zeros_like(self.columns.inverse_norm)
         return Gradient(list(weights[:, :, : self.m].unbind(0)), row, column, row, None)
 
 

@@ -142,13 +142,13 @@ def write_shared_statistics(
     total = tl.sum(e, 1)
     if p == prefixes - 1:
         top = tl.max(z, 1)
-        tl.store(row_maximum + at, tl.where(total > 0, top, float("-inf")), mask=om < n)
-        tl.store(row_sum + at, tl.where(total > 0, total * tl.exp2(-top), 0.0), mask=om < n)
+        tl.store(row_maximum + at, tl.where(total == 0, float("-inf"), top), mask=om < n)
+        tl.store(row_sum + at, tl.where(total == 0, 0.0, total * tl.exp2(-top)), mask=om < n)
     else:
-        tl.store(row_maximum + at, tl.where(total > 0, 0.0, float("-inf")), mask=om < n)
+        tl.store(row_maximum + at, tl.where(total == 0, float("-inf"), 0.0), mask=om < n)
         tl.store(row_sum + at, total, mask=om < n)
     total = tl.sum(e, 0)
-    tl.store(column_maximum + down, tl.where(total > 0, 0.0, float("-inf")), mask=on < m)
+    tl.store(column_maximum + down, tl.where(total == 0, float("-inf"), 0.0), mask=on < m)
     tl.store(column_sum + down, total, mask=on < m)
 
 

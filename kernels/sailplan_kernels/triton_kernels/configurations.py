@@ -41,6 +41,11 @@ def switches(kind: str, masks: str) -> dict[str, int | bool]:
     }
 
 
+def asked_for(kind: str, masks: str) -> bool:
+    """Whether the losses make such tiles: limits are InfoNCE's, and one temperature without limits has kernels of its own."""
+    return masks == "ids" or (kind != "symmetric" and (masks == "odd" or not kind.startswith("sigmoid")))
+
+
 def configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) -> Configuration:
     """Of one program a tile. ``capability``: 80, 90, 100. Statistics and gradient of one tile share it: the same sums in the same order."""
     if capability == INTERPRETED:
@@ -51,7 +56,7 @@ def configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) ->
         return Configuration(64, 64, 32, 8, 8, 2)
     if capability // 10 == 10:  # a thread reads one row of the accumulator, and twice the columns
         return Configuration(128, 32, 32 if masks == "odd" else 64, 8, 8, 3)
-    return Configuration(128, 64, 64, 8, 8, 3)
+    return Configuration(128, 64, 32 if masks == "odd" else 64, 8, 8, 3)
 
 
 def persistent_configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) -> Configuration | None:
@@ -61,7 +66,7 @@ def persistent_configuration(dtype: torch.dtype, kind: str, masks: str, capabili
     if capability == INTERPRETED:
         return Configuration(32, 32, 32, 2, 4, 1, "persistent")
     if capability // 10 == 9:
-        return Configuration(128, 128, 64, 8, 8, 3, "persistent")
+        return Configuration(128, 128 if kind in ("plain", "moments", "symmetric") else 64, 64, 8, 8, 3, "persistent")
     if capability // 10 == 10:
         return Configuration(128, 64, 64, 8, 8, 3, "persistent")
     return None
