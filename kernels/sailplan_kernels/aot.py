@@ -1,12 +1,13 @@
 """Compile the Triton kernels ahead of time, without a GPU, and judge what comes out: `python -m sailplan_kernels.aot`.
 
 For every launch configuration and target it prints, as Markdown, registers, stack, spills, shared memory, matrix instructions, TMA
-copies and groups of warps, and PASS or REJECT; the exit status is 1 on a REJECT. Rejected is what spills or uses a stack, needs
-more shared or tensor memory than the target has (the compiler itself does not look), multiplies half-precision operands on
-sm_90 without WGMMA or on sm_100 without tcgen05, or is meant to copy by TMA or to be specialised and is not.
+copies, and PASS or REJECT; the exit status is 1 on a REJECT. Rejected is what spills or uses a stack, needs more shared or
+tensor memory than the target has (the compiler itself does not look), multiplies half-precision operands on sm_90 without WGMMA
+or on sm_100 without tcgen05, or is meant to copy by TMA and does not.
 
-Specialisation is read off three places that must agree: the operation ttg.warp_specialize and its regions in the compiler's
-last representation, instructions that move registers between groups (setmaxnreg), and more warps than were asked for.
+Of half-precision kernels it counts what a pair costs beside its products (sass.py): instructions a prefix, instructions a tile, and the
+share of the time in which the matrix units would multiply at the recipe's prefixes, if nothing ran beside anything else. That is
+a figure of the code, not a time: it compares kernels with each other and with what they were.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from pathlib import Path
 
 import torch
 
-from sailplan_kernels.triton_kernels.configurations import KINDS, MASKS, RESCALE_WARPS, TABLES, Configuration, switches
+from sailplan_kernels import sass
+from sailplan_kernels.triton_kernels.configurations import KINDS, MASKS, RESCALE_WARPS, TABLES, Configuration, asked_for, switches
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_COLUMNS = 512  # of tensor memory, on sm_100
 HEAD = (
     "| target | dtype | schedule | kernel | tile of | masks | BM x BN x BK "
-    "| registers | stack | spills | shared | WGMMA | other MMA | TMA | warps | groups | verdict |"
+    "| registers | stack | spills | shared | WGMMA | other MMA | TMA | a prefix | a tile | share | verdict |"
 )
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -66,8 +68,9 @@ class Verdict:
     wgmma: int
     mma: int
     tma: int
-    warps: int  # at run time
-    groups: int  # of warps with a program of their own; 1: not specialised
+    a_prefix: float | None  # instructions of a pair beside its products, that every prefix costs; None: not counted
+    a_tile: float | None  # those that come once, whatever the number of prefixes
+    share: float | None  # of the matrix units, as sass.share
     reason: str  # empty: PASS
 
 
@@ -77,7 +80,7 @@ def cases(capabilities: list[int], dtypes=tuple(TYPES)) -> list[Case]:
     for capability, dtype, schedule in itertools.product(capabilities, dtypes, TABLES):
         for kind, masks in itertools.product(KINDS, MASKS):
             tile = (dtype, kind, masks, capability)
-            if TABLES[schedule](*tile) is None:
+            if TABLES[schedule](*tile) is None or not asked_for(kind, masks):
                 continue
             wanted.append(Case("statistics", *tile, schedule=schedule))
             wanted.append(Case("sigmoid" if kind.startswith("sigmoid") else "gradient", *tile, schedule=schedule))
@@ -94,15 +97,15 @@ def cases(capabilities: list[int], dtypes=tuple(TYPES)) -> list[Case]:
 
 
 def _function(case: Case):
-    from sailplan_kernels.triton_kernels import persistent, persistent_prefixes, sigmoid_tiles, tiles
+    from sailplan_kernels.triton_kernels import persistent, sigmoid_tiles, tiles
 
-    modules = {"tiles": sigmoid_tiles if case.kernel == "sigmoid" else tiles, "persistent": persistent, "persistent prefixes": persistent_prefixes}
+    modules = {"tiles": sigmoid_tiles if case.kernel == "sigmoid" else tiles, "persistent": persistent}
     return getattr(tiles if case.kernel == "rescale" else modules[case.schedule], f"{case.kernel}_kernel")
 
 
 def _constants(case: Case, config: Configuration) -> dict[str, object]:
     """What the kernel is compiled for, of what the engine decides by kind and masks."""
-    known = {**switches(case.kind, case.masks), "MOMENTS": case.kind not in ("plain", "sigmoid"), "KEEP": case.keep, "PRECISION": "ieee", **asdict(config)}
+    known: dict[str, object] = {**switches(case.kind, case.masks), "MOMENTS": case.kind not in ("plain", "sigmoid"), "KEEP": case.keep, "PRECISION": "ieee", **asdict(config)}
     return {name: value for name, value in known.items() if name in _function(case).arg_names}
 
 
@@ -116,11 +119,9 @@ def compiled(case: Case, config: Configuration | None = None):
     config = config or case.configuration
     constants = _constants(case, config)
     kinds = {name: f"*{TYPES[case.dtype]}" for name in ("rows", "columns", "weights", *["kept"] * (case.keep or case.kernel == "rescale"))}
-    kinds |= {"row_tags": "*i64", "column_tags": "*i64", "bounds": "*i32", **dict.fromkeys(("n", "m", "D", "length", "pitch", "prefixes"), "i32")}
+    kinds |= {**dict.fromkeys(("row_tags", "column_tags", "bounds"), "*i32"), **dict.fromkeys(("n", "m", "N", "M", "D", "pitch", "prefixes", "tags"), "i32")}
     if config.schedule != "tiles" and case.kernel != "rescale":
         kinds |= {"rows": _descriptor(case, config.BM, config.BK), "columns": _descriptor(case, config.BN, config.BK)}
-        if config.DESCRIPTOR_STORE:
-            kinds |= {name: _descriptor(case, config.BM, config.BN) for name in ("weights", "kept") if name in kinds}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in function.arg_names}
     free = {function.arg_names[i] if isinstance(i, int) else i for i in function.do_not_specialize} | ({"D"} if case.masks == "odd" else set())
     free |= {name for name, kind in signature.items() if kind == "constexpr" or kind.startswith("tensordesc")}
@@ -135,7 +136,7 @@ def compile_case(case: Case, config: Configuration | None = None) -> Verdict:
     try:
         return _judge(case, config or case.configuration, compiled(case, config))
     except Exception as error:  # whatever a compiler throws is a verdict on this case, the others go on
-        return Verdict(0, 0, 0, 0, 0, 0, 0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:120])
+        return Verdict(0, 0, 0, 0, 0, 0, 0, None, None, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:120])
 
 
 def _descriptor(case: Case, *block: int) -> str:
@@ -156,11 +157,9 @@ def _judge(case: Case, config: Configuration, kernel) -> Verdict:
     spills = int(_found(r"(\d+) bytes spill stores", said)) + int(_found(r"(\d+) bytes spill loads", said))
     registers, shared = int(_found(r"Used (\d+) registers", said)), kernel.metadata.shared
     wgmma, mma = ptx.count("wgmma.mma_async"), len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx))
-    tma, groups = ptx.count("cp.async.bulk.tensor"), _groups(kernel.asm["ttgir"])
-    warps, moves = kernel.metadata.num_warps, "setmaxnreg" in ptx
+    tma = ptx.count("cp.async.bulk.tensor")
     half, products = case.dtype != torch.float32, case.kernel != "rescale"
     persistent = products and config.schedule != "tiles"
-    specialised = groups > 1 and moves and warps > config.warps
     tensor_memory = kernel.metadata.tmem_size
     reasons = [
         f"stack {stack}" if stack else "",
@@ -171,14 +170,13 @@ def _judge(case: Case, config: Configuration, kernel) -> Verdict:
         "no tcgen05" if case.capability == 100 and half and products and "tcgen05.mma" not in ptx else "",
         "no matrix instruction" if half and products and not wgmma + mma else "",
         "no TMA" if persistent and not tma else "",
-        "not specialised" if persistent and config.SPECIALISED and not specialised else "",
     ]
-    return Verdict(registers, stack, spills, shared, wgmma, mma, tma, warps, groups, ", ".join(filter(None, reasons)))
-
-
-def _groups(ttgir: str) -> int:
-    """Groups of warps that run programs of their own: the default one and every partition of ttg.warp_specialize."""
-    return 1 + (len(re.findall(r"^ *partition\d+\(", ttgir, re.MULTILINE)) if "ttg.warp_specialize(" in ttgir else 0)
+    counted = None
+    if half and products:
+        levels = 2 if persistent else 1
+        counted = sass.count(sass.disassembled(kernel.asm["cubin"]), config.BM * config.BN // (32 * config.warps), levels)
+    figures = (None, None, None) if counted is None else (*counted, sass.share(counted, case.capability))
+    return Verdict(registers, stack, spills, shared, wgmma, mma, tma, *figures, ", ".join(filter(None, reasons)))
 
 
 def _found(pattern: str, text: str) -> str:
@@ -200,7 +198,9 @@ def row(case: Case, v: Verdict) -> str:
     c = case.configuration
     tile = f"{c.BM}x{c.BN}, {RESCALE_WARPS} warps" if case.kernel == "rescale" else f"{c.BM}x{c.BN}x{c.BK}, {c.warps} warps, {c.stages} stages"
     what = (f"sm_{case.capability}", TYPES[case.dtype], case.schedule, case.kernel + (" keep" if case.keep else ""), case.kind, case.masks, tile)
-    return "| " + " | ".join(map(str, (*what, *astuple(v)[:-1], f"REJECT {v.reason}" if v.reason else "PASS"))) + " |"
+    figures = [f"{x:.1f}" if isinstance(x, float) else "" if x is None else str(x) for x in astuple(v)[:-2]]
+    share = "" if v.share is None else f"{v.share:.0%}"
+    return "| " + " | ".join((*what, *figures, share, f"REJECT {v.reason}" if v.reason else "PASS")) + " |"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -71,7 +71,7 @@ def infonce(
     """InfoNCE of this rank's N queries against the keys of all ranks.
 
     queries [N, D], keys [M, D]: any one float dtype, not normalised. The outputs are float32 (float64 for float64).
-    temperature: number, 0-d tensor, or [N] tensor, one a row; positive. The gradient reaches a tensor.
+    temperature: number or 0-d tensor, the same on all ranks, or [N] tensor, one a row; positive. The gradient reaches a tensor.
     positives: int64 [N] into this rank's keys, -1 for "this row has none"; None: key i belongs to query i (M >= N).
     positive_ids: int64 [N] instead of positives, -1 for none: every valid key of ANY rank whose key_ids entry equals it is a
         positive. The row pays the mean over its positives p of softplus(lse_neg - cos(q, p) / t), its other positives

@@ -48,6 +48,7 @@ class Problem:
     row_weight: Tensor  # [N], world_size / valid rows of all ranks, 0 where the row does not count
     max_negative_score: Tensor | None  # [N], None: no such limit
     inverse_temperature: Tensor  # [N], differentiable
+    one_temperature: bool  # it was given as one number, the same for all rows of all ranks
     anchor_tags: Tensor  # int64 [N, 3], positive's global index and id, own query id
     query_valid: Tensor  # bool [N]
     hard_valid: Tensor  # bool [N, H]
@@ -152,13 +153,14 @@ def build_problem(
     if hard_negatives is None:
         hard_negatives = queries.new_zeros(n, 0, queries.shape[1])
     h = hard_negatives.shape[1]
-    given = [x is None for x in (key_ids, query_ids, key_log_probability, positive_ids)]
+    one_temperature = not isinstance(temperature, Tensor) or temperature.dim() == 0
+    given = [one_temperature, *(x is None for x in (key_ids, query_ids, key_log_probability, positive_ids))]
     call = options.fingerprint(queries.shape[1], h, queries.dtype, backend, score_dtype, *given)
     numbers = torch.tensor([n, m, call, *needs, scores_in_float64(queries, backend), 0, 0], dtype=torch.int64, device=device)
     numbers[-2], numbers[-1] = torch.as_tensor(temperature).detach().lt(LOW_TEMPERATURE).any(), row_valid.sum()
     table = exchange.gather(numbers[None], [1] * exchange.world_size).tolist()
     if any(row[2] != call for row in table):
-        raise ValueError("infonce: ranks differ in dimensions, dtype, ids given, backend or options, expected equal calls")
+        raise ValueError("infonce: ranks differ in dimensions, dtype, ids given, kind of temperature, backend or options, expected equal calls")
     query_sizes, key_sizes = [row[0] for row in table], [row[1] for row in table]
     valid_rows = sum(row[-1] for row in table)
     agreed = Needs(*(any(row[3 + i] for row in table) for i in range(4)))
@@ -218,6 +220,7 @@ def build_problem(
         row_weight=row_valid.to(compute) * (exchange.world_size / max(valid_rows, 1)),
         max_negative_score=max_negative_score,
         inverse_temperature=temperature.to(device, compute).reciprocal().expand(n),
+        one_temperature=one_temperature,
         anchor_tags=query_tags,
         query_valid=query_valid,
         hard_valid=hard_valid,

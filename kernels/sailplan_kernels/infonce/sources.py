@@ -115,7 +115,7 @@ def make_sources(setting: Setting, key_stream: Stream, queries: Anchors, positiv
     whole, options, needs = setting.whole, setting.options, setting.needs
 
     def block(anchors: Anchors, tags: tuple[int, ...] = whole.tags_in_use, columns: bool = False) -> tuple[Anchors, Rule]:
-        return anchors, Rule(setting.prefixes, tags, columns, anchors.moments)
+        return anchors, Rule(setting.prefixes, tags, columns, anchors.moments, one_temperature=whole.one_temperature)
 
     def source(stream: Stream, candidates: Candidates, sizes: list[int], needed: bool, *blocks: tuple[Anchors, Rule]) -> Source:
         moment = setting.zeros(len(setting.prefixes), len(candidates.valid))

@@ -44,6 +44,7 @@ class Rule:
     tags_in_use: tuple[int, ...]  # columns of the tags to compare; () for candidates without tags
     columns: bool  # the column loss is wanted too: rows are then candidates of the columns
     moments: bool = True  # row_moment, column_moment and the temperature sums are read; an engine may leave them 0 otherwise
+    one_temperature: bool = False  # all rows and columns have the same inverse temperature: an engine may say the sum of both temperature sums in one
     sigmoid: bool = False  # pairwise sigmoid loss instead of a softmax (SigLIP); its bias is in ``correction``, negated; without columns
 
 
@@ -53,7 +54,8 @@ class Statistics:
 
     Row logit: cosine * row inverse temperature - correction, over pairs with valid column, different tags and a cosine
     within the row's limit. Column logit: cosine * column inverse temperature, over pairs with valid row AND column,
-    different tags and a cosine within the column's limit.
+    different tags and a cosine within the column's limit. With Rule.columns nobody reads rows that are not valid.
+    A maximum may be another number that exponentials relative to it stay finite with, but for rows of the longest prefix.
     With Rule.sigmoid there is no maximum (0) and row_sum is the sum of softplus(logit).
     """
 
@@ -87,7 +89,7 @@ class Gradient:
     row_moment: Tensor  # fp [P, n] sum over columns of G * cosine (for the normalisation's backward)
     column_moment: Tensor  # fp [P, m] sum over rows of G * cosine
     row_temperature: Tensor  # fp [P, n] sum over columns of R * cosine (for the temperature); equals row_moment without columns
-    column_temperature: Tensor | None  # fp [P, m] sum over rows of C * cosine, with Rule.columns
+    column_temperature: Tensor | None  # fp [P, m] sum over rows of C * cosine, with Rule.columns; with Rule.one_temperature it may be in row_temperature
     row_total: Tensor | None = None  # fp [P, n] sum over columns of push * sigmoid(logit), with Rule.sigmoid (for the bias)
     row_sum: Tensor | None = None  # fp [P, n] as of Statistics, with Rule.sigmoid: its one pass says both
 

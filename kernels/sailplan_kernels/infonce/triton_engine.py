@@ -4,9 +4,14 @@ Statistics and gradient each run the matrix product once. Only the plain tile (o
 kept: its exponentials stay in the operands' dtype, relative to their row's maximum in their tile, and the gradient rescales
 them in place. Partial results of tiles are merged here in fixed order, so equal calls give equal bits.
 
+The recipe's tile (both losses, one temperature for all, no limits: "symmetric") has kernels of its own, see arithmetic.py.
+
 Tiles in half precision, in whole STEPs, go by the persistent kernels where the device has them, descriptors reach the vectors
 (rows that start at multiples of 16 bytes) and all prefixes but the longest end in whole BKs; all others, and all of schedule
 "tiles", one program a tile. The meaning is the same, and the partial results have the same layout, by each configuration's own tile.
+
+What a kernel reads as a vector is padded here to whole tiles: with norms of 0, shifts that are OUT, tags that match nothing.
+Tags are compared as two 32-bit halves each, so as exactly as in 64 bits.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from triton import cdiv, knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sailplan_kernels.infonce.tile import Coefficients, Gradient, Rule, Side, Statistics
-from sailplan_kernels.triton_kernels import persistent, persistent_prefixes, sigmoid_tiles, tiles
+from sailplan_kernels.triton_kernels import persistent, sigmoid_tiles, tiles
 from sailplan_kernels.triton_kernels.arithmetic import OUT
 from sailplan_kernels.triton_kernels.configurations import (
     INTERPRETED,
@@ -75,38 +80,60 @@ class TritonTile:
         self.moments = rule.moments or rule.columns or rule.sigmoid
         self.keep = keep and self.p == 1 and not self.moments
         self.kept: tuple[Tensor, Tensor] | None = None  # exponentials [1, n, pitch] and their maxima [TC, n], log2
-        sigmoid = "sigmoid moments" if rule.moments else "sigmoid"
-        self.kind = sigmoid if rule.sigmoid else "columns" if rule.columns else "moments" if self.moments else "plain"
         limits = rows.limit is not None or (rule.columns and columns.limit is not None)
         odd = any(x % STEP for x in (*rule.prefixes, rows.vectors.shape[1]))
-        self.masks = "odd" if odd else "all" if limits or len(rule.tags_in_use) > 1 else "few"
+        self.masks = "odd" if odd else "limits" if limits else "ids"
+        sigmoid = "sigmoid moments" if rule.moments else "sigmoid"
+        shared = rule.one_temperature and self.masks == "ids" and columns.correction is None
+        both = "symmetric" if shared else "columns"
+        self.kind = sigmoid if rule.sigmoid else both if rule.columns else "moments" if self.moments else "plain"
         self.switches = switches(self.kind, self.masks)
         self.pitch = cdiv(self.m, STEP) * STEP  # rows of weights start aligned, for the stores and for the products after them
         self.config = self._configuration(schedule)
         self.tiles = cdiv(self.n, self.config.BM), cdiv(self.m, self.config.BN)
-        self.bounds = _bounds(rule.prefixes, self.switches["STEP"], rows.vectors.device)
-        self.row_tags, self.column_tags = self._tags(rows, -2), self._tags(columns, -1)
-        self.row_norm, self.column_norm = rows.inverse_norm.contiguous(), columns.inverse_norm.contiguous()
-        correction = self._new(self.m).zero_() if columns.correction is None else columns.correction
-        self.row_shift = self._new(self.n).zero_().masked_fill_(~rows.valid, OUT.value) if rule.columns else correction
-        self.column_shift = correction.masked_fill(~columns.valid, OUT.value)
+        self.padded = self.tiles[0] * self.config.BM, self.tiles[1] * self.config.BN
+        self.vectors = self._vectors() if self.n and self.m else {}
 
     def _configuration(self, schedule: str) -> Configuration:
         device, dtype = self.rows.vectors.device, self.rows.vectors.dtype
         major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, INTERPRETED)
         kind = dtype, self.kind, self.masks, 10 * major + minor
         if schedule == "auto" and _described(self.rows.vectors) and _described(self.columns.vectors):
-            found = TABLES["persistent" if self.p == 1 else "persistent prefixes"](*kind)
+            found = TABLES["persistent"](*kind)
             if found is not None and found.BM * self.pitch < 2**31 and not any(x % found.BK for x in self.rule.prefixes[:-1]):
                 return found
         return configuration(*kind)
 
-    def _tags(self, side: Side, none: int) -> Tensor:
-        """int64 [TAGS, rows of the side], ``none`` where there is no tag and in tags not in use: it differs by side, so it matches nothing."""
-        tags = side.tags.new_full((self.switches["TAGS"], len(side.tags)), none)
-        for place, tag in enumerate(self.rule.tags_in_use):
-            tags[place] = torch.where(side.tags[:, tag] < 0, none, side.tags[:, tag])
-        return tags
+    def _vectors(self) -> dict[str, Tensor]:
+        """What the kernels read of both sides beside the vectors, padded. Shifts are in units of log2."""
+        rows, columns, (n, m) = self.rows, self.columns, self.padded
+        scale = _padded(rows.inverse_temperature, n, 0.0)
+        limits = [scale, scale]  # never read
+        if self.switches["LIMITS"]:  # one side may have a limit and the other none
+            limits = [_padded(torch.full_like(x.inverse_norm, torch.inf) if x.limit is None else x.limit, k, torch.inf) for x, k in ((rows, n), (columns, m))]
+        correction = torch.zeros_like(columns.inverse_temperature) if columns.correction is None else columns.correction * LOG2E
+        found = {
+            "row_norm": _padded(rows.inverse_norm, n, 0.0), "column_norm": _padded(columns.inverse_norm, m, 0.0),
+            "row_tags": self._tags(rows, -2, n), "column_tags": self._tags(columns, -1, m), "row_limit": limits[0], "column_limit": limits[1],
+            "row_scale": scale, "column_shift": _padded(correction.masked_fill(~columns.valid, OUT.value), m, OUT.value),
+        }  # fmt: skip
+        found["column_scale"] = found["row_shift"] = scale
+        if self.kind == "symmetric":  # ranks that were given different numbers get none: their losses are NaN, not wrong
+            other = (columns.inverse_temperature - rows.inverse_temperature[0]).abs() > 1e-3 * rows.inverse_temperature[0]
+            found["column_shift"][: self.m].masked_fill_(other & (columns.inverse_temperature > 0), torch.nan)
+        if self.rule.columns:
+            found["column_scale"] = _padded(columns.inverse_temperature, m, 0.0)
+            found["row_shift"] = _padded(torch.zeros_like(rows.inverse_temperature).masked_fill_(~rows.valid, OUT.value), n, OUT.value)
+        return found
+
+    def _tags(self, side: Side, none: int, padded: int) -> Tensor:
+        """int32 [T, 2, padded], lower and upper halves, ``none`` where there is no tag: it differs by side, so it matches nothing."""
+        tags = side.tags[:, list(self.rule.tags_in_use)] if len(self.rule.tags_in_use) < side.tags.shape[1] else side.tags
+        halves = torch.where(tags < 0, none, tags).contiguous().view(torch.int32).view(*tags.shape, 2)
+        found = halves.new_empty(tags.shape[1], 2, padded)
+        found[:, 0, len(tags) :], found[:, 1, len(tags) :] = none, -1
+        found[:, :, : len(tags)] = halves.permute(1, 2, 0)
+        return found
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.rows.vectors.device)
@@ -114,41 +141,29 @@ class TritonTile:
     def _weights(self) -> Tensor:
         return torch.empty((self.p, self.n, self.pitch), dtype=self.rows.vectors.dtype, device=self.rows.vectors.device)
 
-    def _limit(self, side: Side) -> Tensor:
-        """[P, rows of the side]; one side may have a limit and the other none."""
-        if side.limit is not None:
-            return side.limit.contiguous()
-        unlimited = self.switches["LIMITS"]
-        return torch.full_like(side.inverse_norm, torch.inf, memory_format=torch.contiguous_format) if unlimited else self.column_shift
-
     def _launch(self, name: str, **given: Any) -> None:
         """The kernel ``name``; ``given``: what it takes beyond both sides, lengths and the configuration."""
         if not (self.n and self.m):
             return
-        rows, columns, config = self.rows, self.columns, self.config
+        rows, columns, config, rule = self.rows, self.columns, self.config, self.rule
         known = {
-            "rows": rows.vectors, "columns": columns.vectors, "bounds": self.bounds, "row_norm": self.row_norm, "column_norm": self.column_norm,
-            "row_tags": self.row_tags, "column_tags": self.column_tags, "row_limit": self._limit(rows), "column_limit": self._limit(columns),
-            "row_scale": rows.inverse_temperature, "column_scale": columns.inverse_temperature,
-            "row_shift": self.row_shift, "column_shift": self.column_shift, "n": self.n, "m": self.m, "D": rows.vectors.shape[1],
-            "length": self.rule.prefixes[-1], "pitch": self.pitch, "prefixes": self.p, "PRECISION": "ieee", **self.switches, **asdict(config), **given,
+            "rows": rows.vectors, "columns": columns.vectors, "bounds": _bounds(rule.prefixes, int(self.switches["STEP"]), rows.vectors.device),
+            **self.vectors, "n": self.n, "m": self.m, "N": self.padded[0], "M": self.padded[1], "D": rows.vectors.shape[1], "pitch": self.pitch,
+            "prefixes": self.p, "tags": len(rule.tags_in_use), "PRECISION": "ieee", **self.switches, **asdict(config), **given,
         }  # fmt: skip
         module, programs = (sigmoid_tiles if name == "sigmoid" else tiles), self.tiles[0] * self.tiles[1]
         if config.schedule != "tiles":
-            module = persistent if config.schedule == "persistent" else persistent_prefixes
-            programs = min(programs, _processors(rows.vectors.device))
-            known |= self._descriptors(given)
+            module, programs = persistent, min(programs, _processors(rows.vectors.device))
+            known |= self._descriptors()
         kernel = getattr(module, f"{name}_kernel")
         arguments = {argument: known[argument] for argument in kernel.arg_names}
         kernel[(programs,)](**arguments, num_warps=config.warps, num_stages=config.stages)
 
-    def _descriptors(self, given: dict[str, Any]) -> dict[str, TensorDescriptor]:
-        """Of both sides, as far as the longest prefix goes, and of what is written in whole tiles."""
+    def _descriptors(self) -> dict[str, TensorDescriptor]:
+        """Of both sides, as far as the longest prefix goes."""
         config, length = self.config, self.rule.prefixes[-1]
-        wanted = {"rows": (self.rows.vectors[:, :length], config.BM, config.BK), "columns": (self.columns.vectors[:, :length], config.BN, config.BK)}
-        if config.DESCRIPTOR_STORE and given.get("KEEP", True):
-            wanted |= {name: (given[name][0], config.BM, config.BN) for name in ("weights", "kept") if name in given}
-        return {name: TensorDescriptor(x, list(x.shape), list(x.stride()), block) for name, (x, *block) in wanted.items()}
+        sides = {"rows": (self.rows.vectors, config.BM), "columns": (self.columns.vectors, config.BN)}
+        return {name: TensorDescriptor(x, [len(x), length], list(x.stride()), [block, config.BK]) for name, (x, block) in sides.items()}
 
     def statistics(self) -> Statistics:
         p, n, m, (tr, tc) = self.p, self.n, self.m, self.tiles
@@ -171,25 +186,26 @@ class TritonTile:
             return self._sigmoid_gradient(coefficients)
         p, n, m, (tr, tc), rule = self.p, self.n, self.m, self.tiles, self.rule
         weights = self._weights()
-        row_moment, column_moment = (self._new(p, tc, n), self._new(p, tr, m)) if self.moments else (self.row_norm, self.column_norm)
-        row_temperature, column_temperature = (torch.empty_like(row_moment), torch.empty_like(column_moment)) if rule.columns else (row_moment, column_moment)
-        row_log, row_push = coefficients.row_log_negatives.contiguous(), coefficients.row_push.contiguous()
-        column_log, column_push = row_log, row_push
+        row_moment, column_moment = (self._new(p, tc, n), self._new(p, tr, m)) if self.moments else (weights, weights)
+        told_apart = self.kind == "columns"  # temperatures
+        row_temperature, column_temperature = (torch.empty_like(row_moment), torch.empty_like(column_moment)) if told_apart else (row_moment, column_moment)
+        row_log = column_log = _exponent(coefficients.row_log_negatives, coefficients.row_push, self.rows, self.padded[0])
         if rule.columns:
             assert coefficients.column_log_negatives is not None and coefficients.column_push is not None
-            column_log, column_push = coefficients.column_log_negatives.contiguous(), (coefficients.column_push * self.columns.valid).contiguous()
-        coefficient = {"row_log": row_log, "row_push": row_push, "column_log": column_log, "column_push": column_push}
+            column_push = coefficients.column_push * self.columns.valid
+            column_log = _exponent(coefficients.column_log_negatives, column_push, self.columns, self.padded[1])
         sums = {"row_moment": row_moment, "column_moment": column_moment, "row_temperature": row_temperature, "column_temperature": column_temperature}
-        self._launch("gradient", **coefficient, **sums, weights=weights, MOMENTS=self.moments)
+        self._launch("gradient", row_log=row_log, column_log=column_log, **sums, weights=weights, MOMENTS=self.moments)
         if not self.moments:
             return self._without_moments(weights)
         moment = row_moment.sum(1)
+        of_columns = column_temperature.sum(1) if told_apart else torch.zeros_like(self.columns.inverse_norm)
         return Gradient(
             weights=list(weights[:, :, :m].unbind(0)),
             row_moment=moment,
             column_moment=column_moment.sum(1),
-            row_temperature=row_temperature.sum(1) if rule.columns else moment,
-            column_temperature=column_temperature.sum(1) if rule.columns else None,
+            row_temperature=row_temperature.sum(1) if told_apart else moment,
+            column_temperature=of_columns if rule.columns else None,
         )
 
     def _sigmoid_gradient(self, coefficients: Coefficients) -> Gradient:
@@ -198,12 +214,12 @@ class TritonTile:
         row_sum, row_total, row_moment = (self._new(p, tc, n) for _ in range(3))
         column_moment = self._new(p, tr, m) if moments else row_moment
         sums = {"row_sum": row_sum, "row_total": row_total, "row_moment": row_moment, "column_moment": column_moment}
-        self._launch("sigmoid", **sums, row_push=coefficients.row_push.contiguous(), weights=weights, MOMENTS=moments)
+        self._launch("sigmoid", **sums, row_log=_padded(coefficients.row_push, self.padded[0], 0.0), weights=weights, MOMENTS=moments)
         moment = row_moment.sum(1)
         return Gradient(
             weights=list(weights[:, :, :m].unbind(0)),
             row_moment=moment,
-            column_moment=column_moment.sum(1) if moments else torch.zeros_like(self.column_norm),
+            column_moment=column_moment.sum(1) if moments else torch.zeros_like(self.columns.inverse_norm),
             row_temperature=moment,
             column_temperature=None,
             row_total=row_total.sum(1),
@@ -214,16 +230,30 @@ class TritonTile:
         """From exponentials relative to ``maximum`` to weights; a tile without negatives of a row has zeros there."""
         assert self.kept is not None
         (weights, maximum), self.kept = self.kept, None
-        scale = coefficients.row_push[0] * self.rows.inverse_temperature * self.row_norm[0]
+        scale = coefficients.row_push[0] * self.rows.inverse_temperature * self.rows.inverse_norm[0]
         factor = torch.exp2((maximum - coefficients.row_log_negatives[0] * LOG2E).clamp_max_(1.0)).mul_(scale)
         if self.n and self.m:
             BM, BN = self.config.BM, self.config.BN
-            tiles.rescale_kernel[self.tiles](weights, factor, self.column_norm, self.n, self.m, self.pitch, BM=BM, BN=BN, num_warps=RESCALE_WARPS)
+            tiles.rescale_kernel[self.tiles](weights, factor, self.columns.inverse_norm[0].contiguous(), self.n, self.m, self.pitch, BM=BM, BN=BN, num_warps=RESCALE_WARPS)
         return self._without_moments(weights)
 
     def _without_moments(self, weights: Tensor) -> Gradient:
-        row, column = torch.zeros_like(self.row_norm), torch.zeros_like(self.column_norm)
+        row, column = torch.zeros_like(self.rows.inverse_norm), torch.zeros_like(self.columns.inverse_norm)
         return Gradient(list(weights[:, :, : self.m].unbind(0)), row, column, row, None)
+
+
+def _padded(x: Tensor, length: int, fill: float) -> Tensor:
+    """[..., length], contiguous and aligned; itself where it is so already."""
+    if x.shape[-1] == length and x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    found = x.new_full((*x.shape[:-1], length), fill)
+    found[..., : x.shape[-1]] = x
+    return found
+
+
+def _exponent(log: Tensor, push: Tensor, side: Side, length: int) -> Tensor:
+    """[P, length] what to subtract from a logit times log2(e), so that 2 to the rest is push * inverse temperature * softmax weight."""
+    return _padded(log * LOG2E - (push * side.inverse_temperature).log2(), length, torch.inf)
 
 
 def _described(vectors: Tensor) -> bool:

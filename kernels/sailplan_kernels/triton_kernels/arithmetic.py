@@ -6,11 +6,16 @@ is added atomically, so results are bitwise equal from run to run.
 
 What is excluded stands at FLOOR: finite, so that products with 0 stay 0, and with an exponential of exactly 0. A column
 that is no candidate has a shift of OUT, which does the same to its logits; a row that is none likewise for the columns.
-A thread holds few rows and many columns of a tile, so vectors over columns are what registers are short of: there are few.
+So validity costs nothing: a shift is part of a multiplication and addition that is there anyway. Tags are looked at where a
+tile has any that may match (``tags_to_compare``), which few tiles have.
 
-Exponentials are taken to the base 2, with the logits multiplied by log2(e) beforehand.
-Legend: n rows, m columns, P prefixes, T tags, TR and TC the number of tiles along rows and columns; om, on [BM], [BN] the
-places of this tile's rows and columns, pm, pn its own place, p its prefix.
+Instructions are what these kernels are short of: while they are issued, the matrix units wait. So vectors over rows and columns
+are padded to whole tiles and aligned (no bounds, wide loads), coefficients are folded into shifts of exponents beforehand, and
+exponentials are taken to the base 2, with the logits multiplied by log2(e).
+
+Legend: n rows, m columns, N and M the same padded to whole tiles, P prefixes, T tags, TR and TC the number of tiles along rows and
+columns; om, on [BM], [BN] the places of this tile's rows and columns, pm, pn its own place, p its prefix.
+Vectors: norms, limits, logs, pushes [P, N] or [P, M]; scales, shifts [N] or [M]; tags int32 [T, 2, N] or [T, 2, M].
 """
 
 import triton
@@ -20,11 +25,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-1e30)
 EMPTY = tl.constexpr(-1e20)  # a maximum below it is that of nothing
 OUT = tl.constexpr(1e30)
-# Chunks of rows start anywhere: what is read as a vector is compiled for any alignment, one kernel for all of them.
+# Logits to the base 2 within it need no maximum: their exponentials, and the sums of 2^27 of them, are ordinary float32 numbers.
+# It is a temperature of 0.0152 or more.
+TAME = tl.constexpr(95.0)
+# Chunks of rows start anywhere: what is written as a vector is compiled for any alignment, one kernel for all of them.
 VECTORS = [
-    "bounds", "row_norm", "column_norm", "row_tags", "column_tags", "row_limit", "column_limit", "row_scale", "column_scale",
-    "row_shift", "column_shift", "row_maximum", "row_sum", "column_maximum", "column_sum", "row_log", "row_push", "column_log",
-    "column_push", "row_moment", "column_moment", "row_temperature", "column_temperature", "row_total", "n", "m", "prefixes",
+    "bounds", "row_maximum", "row_sum", "column_maximum", "column_sum", "row_moment", "column_moment",
+    "row_temperature", "column_temperature", "row_total", "n", "m", "prefixes", "tags",
 ]  # fmt: skip
 
 
@@ -39,53 +46,30 @@ def tile_of(program, n, m, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constex
 
 
 @triton.jit
-def cosines(acc, row_norm, column_norm, row_tags, column_tags, om, on, n, m, p, TAGS: tl.constexpr):
-    """From dot products; FLOOR where row and column share a tag. Tags of rows that are none are -2, those of columns -1."""
-    rn = tl.load(row_norm + p * n + om, mask=om < n, other=0.0)
-    cn = tl.load(column_norm + p * m + on, mask=on < m, other=0.0)
-    x = acc * rn[:, None] * cn[None, :]
-    for t in tl.static_range(TAGS):
-        mine = tl.load(row_tags + t * n + om, mask=om < n, other=-2)
-        theirs = tl.load(column_tags + t * m + on, mask=on < m, other=-1)
-        x = tl.where(mine[:, None] == theirs[None, :], FLOOR, x)
-    return x
+def tags_to_compare(row_tags, column_tags, om, on, N, M, tags):
+    """``tags``, or 0 where no pair of the tile shares a tag's lower half: such a tile is clean, its masks are skipped.
 
-
-@triton.jit
-def times_norms(g, row_norm, column_norm, om, on, n, m, p, AGAIN: tl.constexpr):
-    """d loss / d cosine to d loss / d dot product.
-
-    AGAIN: the norms are really loaded a second time, which a policy of its own tells the compiler. In a wide tile they would
-    spill, held since the cosines; in a narrow one the addresses cost more than the norms.
+    Looked at pair by pair are only tags whose ranges meet. Halves may agree where tags do not; then the masks find nothing, at the
+    price of having looked.
     """
-    policy: tl.constexpr = "evict_last" if AGAIN else ""
-    rn = tl.load(row_norm + p * n + om, mask=om < n, other=0.0, eviction_policy=policy)
-    cn = tl.load(column_norm + p * m + on, mask=on < m, other=0.0, eviction_policy=policy)
-    return g * rn[:, None] * cn[None, :]
+    found = 0
+    for t in range(tags):
+        mine, theirs = tl.load(row_tags + 2 * t * N + om), tl.load(column_tags + 2 * t * M + on)
+        if (tl.max(mine) >= tl.min(theirs)) & (tl.min(mine) <= tl.max(theirs)):
+            difference = (mine[:, None] ^ theirs[None, :]).to(tl.uint32, bitcast=True)
+            found = tl.where(tl.min(tl.ravel(difference, can_reorder=True)) == 0, tags, found)
+    return found
 
 
 @triton.jit
-def row_logits(x, row_limit, row_scale, column_shift, om, on, n, m, p, LIMITS: tl.constexpr):
-    """Logits of the row loss times log2(e), hugely negative where the pair is masked."""
-    scale = tl.load(row_scale + om, mask=om < n, other=0.0) * LOG2E
-    shift = tl.load(column_shift + on, mask=on < m, other=OUT) * LOG2E
-    z = x * scale[:, None] - shift[None, :]
-    if LIMITS:
-        limit = tl.load(row_limit + p * n + om, mask=om < n, other=float("inf"))
-        z = tl.where(x > limit[:, None], FLOOR, z)
-    return z
-
-
-@triton.jit
-def column_logits(x, row_shift, column_limit, column_scale, om, on, n, m, p, LIMITS: tl.constexpr):
-    """As row_logits, of the column loss. Columns that are no candidates have logits nobody may read."""
-    scale = tl.load(column_scale + on, mask=on < m, other=0.0) * LOG2E
-    shift = tl.load(row_shift + om, mask=om < n, other=OUT)
-    z = x * scale[None, :] - shift[:, None]
-    if LIMITS:
-        limit = tl.load(column_limit + p * m + on, mask=on < m, other=float("inf"))
-        z = tl.where(x > limit[None, :], FLOOR, z)
-    return z
+def masked(x, row_tags, column_tags, om, on, N, M, tags):
+    """FLOOR where row and column share a tag, both halves of it. Tags of rows that are none are -2, those of columns -1."""
+    for t in range(tags):
+        mine, theirs = row_tags + 2 * t * N + om, column_tags + 2 * t * M + on
+        same = tl.load(mine)[:, None] == tl.load(theirs)[None, :]
+        same &= tl.load(mine + N)[:, None] == tl.load(theirs + M)[None, :]
+        x = tl.where(same, FLOOR, x)
+    return x
 
 
 @triton.jit
@@ -109,17 +93,76 @@ def sigmoid(z):
 
 
 @triton.jit
+def row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS: tl.constexpr):
+    """Cosines, FLOOR where row and column share a tag, and logits of the row loss times log2(e), hugely negative where the pair is masked.
+
+    LIMITS compares cosines, which are therefore the same product of the same numbers wherever they are computed.
+    """
+    x = acc * tl.load(row_norm + p * N + om)[:, None] * tl.load(column_norm + p * M + on)[None, :]
+    x = masked(x, row_tags, column_tags, om, on, N, M, live)
+    z = x * (tl.load(row_scale + om) * LOG2E)[:, None] - tl.load(column_shift + on)[None, :]
+    if LIMITS:
+        z = tl.where(x > tl.load(row_limit + p * N + om)[:, None], FLOOR, z)
+    return x, z
+
+
+@triton.jit
+def column_logits(x, row_shift, column_limit, column_scale, om, on, N, M, p, LIMITS: tl.constexpr):
+    """As row_logits, of the column loss. Columns that are no candidates have logits nobody may read."""
+    z = x * (tl.load(column_scale + on) * LOG2E)[None, :] - tl.load(row_shift + om)[:, None]
+    if LIMITS:
+        z = tl.where(x > tl.load(column_limit + p * M + on)[None, :], FLOOR, z)
+    return z
+
+
+@triton.jit
+def shared_factors(row_norm, row_scale, om, N, p):
+    """What turns (dot product * column norm) into a logit times log2(e) [BM], where one temperature serves rows and columns.
+
+    A row of zeros has dot products of 0 and may have any factor; it must not be 0, which would take its shifts away.
+    """
+    norm = tl.load(row_norm + p * N + om)
+    return tl.where(norm == 0, 1.0, norm * tl.load(row_scale) * LOG2E)
+
+
+@triton.jit
+def write_shared_statistics(
+    acc, row_norm, column_norm, row_tags, column_tags, row_scale, row_shift, column_shift,
+    row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, prefixes, tiles_m, tiles_n, live,
+):  # fmt: skip
+    """write_statistics of tame logits at one temperature: one exponential serves row and column, and nothing is subtracted from it.
+
+    Maxima of rows are real for the longest prefix, whose row is compared with its positive; all else says 0 there.
+    """
+    y = acc * tl.load(column_norm + p * M + on)[None, :] - tl.load(column_shift + on)[None, :]
+    y = masked(y, row_tags, column_tags, om, on, N, M, live)
+    z = y * shared_factors(row_norm, row_scale, om, N, p)[:, None] - tl.load(row_shift + om)[:, None]
+    e = tl.exp2(z)
+    at, down = (p * tiles_n + pn).to(tl.int64) * n + om, (p * tiles_m + pm).to(tl.int64) * m + on
+    total = tl.sum(e, 1)
+    if p == prefixes - 1:
+        top = tl.max(z, 1)
+        tl.store(row_maximum + at, tl.where(total == 0, float("-inf"), top), mask=om < n)
+        tl.store(row_sum + at, tl.where(total == 0, 0.0, total * tl.exp2(-top)), mask=om < n)
+    else:
+        tl.store(row_maximum + at, tl.where(total == 0, float("-inf"), 0.0), mask=om < n)
+        tl.store(row_sum + at, total, mask=om < n)
+    total = tl.sum(e, 0)
+    tl.store(column_maximum + down, tl.where(total == 0, float("-inf"), 0.0), mask=on < m)
+    tl.store(column_sum + down, total, mask=on < m)
+
+
+@triton.jit
 def write_statistics(
     acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
-    row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, p, tiles_m, tiles_n,
-    TAGS: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SIGMOID: tl.constexpr,
+    row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live,
+    LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Partial maxima and sums of one tile: row_* [P, TC, n], column_* [P, TR, m], maxima in units of log2.
 
     Returns the exponentials relative to the maximum of their row in this tile (with SIGMOID the logits).
     """
-    x = cosines(acc, row_norm, column_norm, row_tags, column_tags, om, on, n, m, p, TAGS)
-    e = row_logits(x, row_limit, row_scale, column_shift, om, on, n, m, p, LIMITS)
+    x, e = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
     at = (p * tiles_n + pn).to(tl.int64) * n + om
     if SIGMOID:
         tl.store(row_sum + at, tl.sum(softplus(e), 1), mask=om < n)
@@ -130,85 +173,92 @@ def write_statistics(
         tl.store(row_maximum + at, tl.where(top < EMPTY, float("-inf"), top), mask=om < n)
         tl.store(row_sum + at, tl.sum(e, 1), mask=om < n)
     if COLUMNS:
-        z = column_logits(x, row_shift, column_limit, column_scale, om, on, n, m, p, LIMITS)
+        z = column_logits(x, row_shift, column_limit, column_scale, om, on, N, M, p, LIMITS)
         at = (p * tiles_m + pm).to(tl.int64) * m + on
         top = tl.max(z, 0)
         total = tl.sum(tl.exp2(z - tl.where(top < EMPTY, 0.0, top)[None, :]), 0)
-        out = (top < EMPTY) | (tl.load(column_shift + on, mask=on < m, other=OUT) >= OUT)
+        out = (top < EMPTY) | (tl.load(column_shift + on) >= EMPTY * -1)
         tl.store(column_maximum + at, tl.where(out, float("-inf"), top), mask=on < m)
         tl.store(column_sum + at, tl.where(out, 0.0, total), mask=on < m)
     return e
 
 
 @triton.jit
-def write_gradient(
+def write_either_statistics(
     acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
-    row_log, row_push, column_log, column_push, row_moment, column_moment, row_temperature, column_temperature,
-    pm, pn, om, on, n, m, p, tiles_m, tiles_n, TAGS: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, MOMENTS: tl.constexpr,
-    AGAIN: tl.constexpr,
+    row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, prefixes, tiles_m, tiles_n, live,
 ):  # fmt: skip
-    """Partial moments of one tile: row_* [P, TC, n], column_* [P, TR, m]. Returns the weights of this prefix.
-
-    column_push is 0 for columns that are no candidates.
-    """
-    x = cosines(acc, row_norm, column_norm, row_tags, column_tags, om, on, n, m, p, TAGS)
-    z = row_logits(x, row_limit, row_scale, column_shift, om, on, n, m, p, LIMITS)
-    at = (p * tiles_n + pn).to(tl.int64) * n + om
-    down = (p * tiles_m + pm).to(tl.int64) * m + on
-    push = tl.load(row_push + p * n + om, mask=om < n, other=0.0)
-    scale = tl.load(row_scale + om, mask=om < n, other=0.0)
-    log = tl.load(row_log + p * n + om, mask=om < n, other=0.0) * LOG2E
-    # A logit is below its own logsumexp; rows without push may hold any, and 0 * inf is NaN.
-    g = tl.exp2(tl.minimum(z - log[:, None], 1.0)) * (push * scale)[:, None]
-    if COLUMNS:
-        tl.store(row_temperature + at, tl.sum(g * x, 1), mask=om < n)
-        z = column_logits(x, row_shift, column_limit, column_scale, om, on, n, m, p, LIMITS)
-        log = tl.load(column_log + p * m + on, mask=on < m, other=0.0) * LOG2E
-        c = tl.exp2(tl.minimum(z - log[None, :], 1.0))
-        push = tl.load(column_push + p * m + on, mask=on < m, other=0.0)
-        scale = tl.load(column_scale + on, mask=on < m, other=0.0)
-        c *= (push * scale)[None, :]
-        tl.store(column_temperature + down, tl.sum(c * x, 0), mask=on < m)
-        g += c
-    if MOMENTS:
-        tl.store(row_moment + at, tl.sum(g * x, 1), mask=om < n)
-        tl.store(column_moment + down, tl.sum(g * x, 0), mask=on < m)
-    return times_norms(g, row_norm, column_norm, om, on, n, m, p, AGAIN)
+    """write_statistics of both losses at one temperature: at a low one, with maxima."""
+    if tl.load(row_scale) * LOG2E <= TAME:
+        write_shared_statistics(
+            acc, row_norm, column_norm, row_tags, column_tags, row_scale, row_shift, column_shift,
+            row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, prefixes, tiles_m, tiles_n, live,
+        )  # fmt: skip
+    else:
+        write_statistics(
+            acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+            row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live, False, True, False,
+        )  # fmt: skip
 
 
 @triton.jit
-def add_each(a, b, c, x, y, z):
-    return a + x, b + y, c + z
+def write_gradient(
+    acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    row_log, column_log, row_moment, column_moment, row_temperature, column_temperature,
+    pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live,
+    LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, MOMENTS: tl.constexpr,
+):  # fmt: skip
+    """Partial moments of one tile: row_* [P, TC, n], column_* [P, TR, m]. Returns the weights of this prefix.
+
+    row_log, column_log: logsumexps times log2(e), less the logarithms of push times inverse temperature, so infinite where there is
+    no push: the exponential of the difference is the coefficient, d loss / d cosine, of rows and columns that push and 0 of others.
+    SHARED (with COLUMNS): one temperature, whose derivative needs no sums of its own.
+    """
+    at, down = (p * tiles_n + pn).to(tl.int64) * n + om, (p * tiles_m + pm).to(tl.int64) * m + on
+    row, column = tl.load(row_log + p * N + om), tl.load(column_norm + p * M + on)
+    norm = tl.load(row_norm + p * N + om)
+    if SHARED:
+        y = acc * column[None, :] - tl.load(column_shift + on)[None, :]
+        y = masked(y, row_tags, column_tags, om, on, N, M, live)
+        factor = shared_factors(row_norm, row_scale, om, N, p)
+        g = tl.exp2(y * factor[:, None] - row[:, None]) + tl.exp2(y * factor[:, None] - tl.load(column_log + p * M + on)[None, :])
+        norm = tl.where(tl.load(row_shift + om) > 0, 0.0, norm)
+    else:
+        x, z = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
+        g = tl.exp2(z - row[:, None])
+        if COLUMNS:
+            tl.store(row_temperature + at, tl.sum(g * x, 1), mask=om < n)
+            z = column_logits(x, row_shift, column_limit, column_scale, om, on, N, M, p, LIMITS)
+            c = tl.exp2(z - tl.load(column_log + p * M + on)[None, :])
+            tl.store(column_temperature + down, tl.sum(c * x, 0), mask=on < m)
+            g += c
+    w = g * norm[:, None] * column[None, :]
+    if MOMENTS:
+        tl.store(row_moment + at, tl.sum(w * acc, 1), mask=om < n)
+        tl.store(column_moment + down, tl.sum(w * acc, 0), mask=on < m)
+    return w
 
 
 @triton.jit
 def write_sigmoid(
     acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift,
-    row_push, row_sum, row_total, row_moment, column_moment, pm, pn, om, on, n, m, p, tiles_m, tiles_n,
-    TAGS: tl.constexpr, LIMITS: tl.constexpr, MOMENTS: tl.constexpr, AGAIN: tl.constexpr,
+    row_log, row_sum, row_total, row_moment, column_moment, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live,
+    LIMITS: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of one tile of the pairwise sigmoid loss. Returns the weights of this prefix.
 
-    row_* [P, TC, n]: row_sum the softplus of the logits, row_total push * sigmoid; column_moment [P, TR, m], written with MOMENTS.
-    AGAIN: as times_norms; and three sums one after the other, as no kernel with a sum of several is specialised on sm_90.
+    row_log [P, N]: here the push itself. row_* [P, TC, n]: row_sum the softplus of the logits, row_total push * sigmoid;
+    column_moment [P, TR, m], written with MOMENTS.
     """
-    x = cosines(acc, row_norm, column_norm, row_tags, column_tags, om, on, n, m, p, TAGS)
-    z = row_logits(x, row_limit, row_scale, column_shift, om, on, n, m, p, LIMITS)
+    x, z = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
     at = (p * tiles_n + pn).to(tl.int64) * n + om
-    push = tl.load(row_push + p * n + om, mask=om < n, other=0.0)
-    scaled = push * tl.load(row_scale + om, mask=om < n, other=0.0)
-    if AGAIN:
-        tl.store(row_sum + at, tl.sum(softplus(z), 1), mask=om < n)
-        g = sigmoid(z)
-        tl.store(row_total + at, tl.sum(g, 1) * push, mask=om < n)
-        tl.store(row_moment + at, tl.sum(g * x, 1) * scaled, mask=om < n)
-    else:
-        g = sigmoid(z)
-        loss, total, moment = tl.reduce((softplus(z), g, g * x), 1, add_each)
-        tl.store(row_sum + at, loss, mask=om < n)
-        tl.store(row_total + at, total * push, mask=om < n)
-        tl.store(row_moment + at, moment * scaled, mask=om < n)
+    push = tl.load(row_log + p * N + om)
+    scaled = push * tl.load(row_scale + om)
+    tl.store(row_sum + at, tl.sum(softplus(z), 1), mask=om < n)
+    g = sigmoid(z)
+    tl.store(row_total + at, tl.sum(g, 1) * push, mask=om < n)
     g *= scaled[:, None]
+    tl.store(row_moment + at, tl.sum(g * x, 1), mask=om < n)
     if MOMENTS:
         tl.store(column_moment + (p * tiles_m + pm).to(tl.int64) * m + on, tl.sum(g * x, 0), mask=on < m)
-    return times_norms(g, row_norm, column_norm, om, on, n, m, p, AGAIN)
+    return g * tl.load(row_norm + p * N + om)[:, None] * tl.load(column_norm + p * M + on)[None, :]

@@ -9,7 +9,14 @@ prefixes is a loop at run time: one compiled kernel serves any number of prefixe
 import triton
 import triton.language as tl
 
-from sailplan_kernels.triton_kernels.arithmetic import VECTORS, tile_of, write_gradient, write_statistics
+from sailplan_kernels.triton_kernels.arithmetic import (
+    VECTORS,
+    tags_to_compare,
+    tile_of,
+    write_either_statistics,
+    write_gradient,
+    write_statistics,
+)
 
 
 @triton.jit
@@ -28,69 +35,87 @@ def add_segment(acc, rows, columns, bounds, om, on, n, m, D, p, STEP: tl.constex
 
 
 @triton.jit
-def add_to_prefixes(place, layer, inside, prefixes):
+def places(om, on, n, pitch, BM: tl.constexpr, BN: tl.constexpr):
+    """Of a tile's weights from its corner on, and which of them are inside; BM * pitch is below 2^31."""
+    return tl.arange(0, BM)[:, None] * pitch + tl.arange(0, BN)[None, :], (om < n)[:, None] & (on < pitch)[None, :]
+
+
+@triton.jit
+def corner(weights, pm, pn, n, pitch, p, BM: tl.constexpr, BN: tl.constexpr):
+    """Where a tile's weights of prefix p begin, in [P, n, pitch]."""
+    return weights + ((p * n.to(tl.int64) + pm * BM) * pitch + pn * BN)
+
+
+@triton.jit
+def add_to_prefixes(weights, pm, pn, om, on, n, pitch, prefixes, BM: tl.constexpr, BN: tl.constexpr):
     """From each prefix's own weights, which this program has written, to those of all prefixes from it on, in place.
 
     Added up in float32 and from the longest prefix down: a weight is rounded twice at most, whatever the number of prefixes.
     """
     if prefixes > 1:
         tl.debug_barrier()  # another thread of this program may have written what this one reads
-        total = tl.load(place + (prefixes - 1) * layer, mask=inside, other=0.0).to(tl.float32)
+        place, inside = places(om, on, n, pitch, BM, BN)
+        total = tl.load(corner(weights, pm, pn, n, pitch, prefixes - 1, BM, BN) + place, mask=inside, other=0.0).to(tl.float32)
         for i in range(1, prefixes):
-            here = place + (prefixes - 1 - i) * layer
+            here = corner(weights, pm, pn, n, pitch, prefixes - 1 - i, BM, BN) + place
             total += tl.load(here, mask=inside, other=0.0).to(tl.float32)
-            tl.store(here, total.to(place.dtype.element_ty), mask=inside)
+            tl.store(here, total.to(weights.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=VECTORS)
 def statistics_kernel(
-    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit,
-    row_scale, column_scale, row_shift, column_shift, row_maximum, row_sum, column_maximum, column_sum, kept,
-    n, m, D, pitch, prefixes,
-    STEP: tl.constexpr, TAGS: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SIGMOID: tl.constexpr, KEEP: tl.constexpr,
+    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    row_maximum, row_sum, column_maximum, column_sum, kept, n, m, N, M, D, pitch, prefixes, tags,
+    STEP: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, KEEP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """row_* [P, TC, n], column_* [P, TR, m]. KEEP (one prefix, rows only): kept [n, pitch] are the tile's exponentials."""
     pm, pn = tile_of(tl.program_id(0), n, m, BM, BN, GROUP)
     tiles_m, tiles_n = tl.cdiv(n, BM), tl.cdiv(m, BN)
     om, on = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
+    live = tags_to_compare(row_tags, column_tags, om, on, N, M, tags)
     acc = tl.zeros((BM, BN), tl.float32)
     for p in range(prefixes):
         acc = add_segment(acc, rows, columns, bounds, om, on, n, m, D, p, STEP, BK, PRECISION)
-        e = write_statistics(
-            acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
-            row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, p, tiles_m, tiles_n, TAGS, LIMITS, COLUMNS, SIGMOID,
-        )  # fmt: skip
-        if KEEP:
-            place = kept + om[:, None].to(tl.int64) * pitch + on[None, :]
-            tl.store(place, e.to(kept.dtype.element_ty), mask=(om < n)[:, None] & (on < pitch)[None, :])
+        if SHARED:
+            write_either_statistics(
+                acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+                row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, prefixes, tiles_m, tiles_n, live,
+            )  # fmt: skip
+        else:
+            e = write_statistics(
+                acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+                row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live, LIMITS, COLUMNS, SIGMOID,
+            )  # fmt: skip
+            if KEEP:
+                place, inside = places(om, on, n, pitch, BM, BN)
+                tl.store(corner(kept, pm, pn, n, pitch, 0, BM, BN) + place, e.to(kept.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=VECTORS)
 def gradient_kernel(
-    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit,
-    row_scale, column_scale, row_shift, column_shift, row_log, row_push, column_log, column_push, weights,
-    row_moment, column_moment, row_temperature, column_temperature, n, m, D, pitch, prefixes,
-    STEP: tl.constexpr, TAGS: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, MOMENTS: tl.constexpr,
+    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    row_log, column_log, weights, row_moment, column_moment, row_temperature, column_temperature,
+    n, m, N, M, D, pitch, prefixes, tags,
+    STEP: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, MOMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """weights [P, n, pitch]; row_* [P, TC, n], column_* [P, TR, m]."""
     pm, pn = tile_of(tl.program_id(0), n, m, BM, BN, GROUP)
     tiles_m, tiles_n = tl.cdiv(n, BM), tl.cdiv(m, BN)
     om, on = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-    inside = (om < n)[:, None] & (on < pitch)[None, :]
-    place = weights + om[:, None].to(tl.int64) * pitch + on[None, :]
-    layer = n.to(tl.int64) * pitch
+    live = tags_to_compare(row_tags, column_tags, om, on, N, M, tags)
     acc = tl.zeros((BM, BN), tl.float32)
     for p in range(prefixes):
         acc = add_segment(acc, rows, columns, bounds, om, on, n, m, D, p, STEP, BK, PRECISION)
         g = write_gradient(
             acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
-            row_log, row_push, column_log, column_push, row_moment, column_moment, row_temperature, column_temperature,
-            pm, pn, om, on, n, m, p, tiles_m, tiles_n, TAGS, LIMITS, COLUMNS, MOMENTS, AGAIN=False,
+            row_log, column_log, row_moment, column_moment, row_temperature, column_temperature,
+            pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live, LIMITS, COLUMNS, SHARED, MOMENTS,
         )  # fmt: skip
-        tl.store(place + p * layer, g.to(weights.dtype.element_ty), mask=inside)
-    add_to_prefixes(place, layer, inside, prefixes)
+        place, inside = places(om, on, n, pitch, BM, BN)
+        tl.store(corner(weights, pm, pn, n, pitch, p, BM, BN) + place, g.to(weights.dtype.element_ty), mask=inside)
+    add_to_prefixes(weights, pm, pn, om, on, n, pitch, prefixes, BM, BN)
 
 
 @triton.jit(do_not_specialize=["row_factor", "column_factor", "n", "m"])
@@ -103,4 +128,5 @@ def rescale_kernel(kept, row_factor, column_factor, n, m, pitch, BM: tl.constexp
     row = tl.load(row_factor + pn.to(tl.int64) * n + om, mask=om < n, other=0.0)
     column = tl.load(column_factor + on, mask=on < m, other=0.0)
     e = tl.load(place, mask=inside, other=0.0).to(tl.float32) * row[:, None] * column[None, :]
-    tl.store(place, e.to(kept.dtype.element_ty), mask=inside)
+    place, inside = places(om, on, n, pitch, BM, BN)
+    tl.store(corner(kept, pm, pn, n, pitch, 0, BM, BN) + place, e.to(kept.dtype.element_ty), mask=inside)

@@ -56,18 +56,18 @@ def main() -> None:
         launched.append((self, run(self, *given, grid=grid, warmup=True, **named)))
 
     JITFunction.run = compile_only
-    for capability, kind, limits, keep, schedule in (
-        (90, "plain", False, True, "persistent"),
-        (90, "columns", True, False, "persistent"),
-        (90, "sigmoid", False, False, "persistent"),
-        (90, "moments", False, False, "persistent prefixes"),
-        (90, "columns", False, False, "tiles"),
-        (100, "plain", False, True, "persistent"),
+    for capability, kind, limits, keep, schedule, prefixes in (
+        (90, "plain", False, True, "persistent", (D,)),
+        (90, "columns", True, False, "persistent", (D,)),
+        (90, "symmetric", False, False, "persistent", (D // 2, D)),
+        (90, "sigmoid", False, False, "persistent", (D,)),
+        (90, "symmetric", False, False, "tiles", (D // 2, D)),
+        (100, "moments", False, True, "persistent", (D // 2, D)),
     ):
         driver.set_active(Target(capability))
         launched.clear()
-        prefixes = (D // 2, D) if schedule == "persistent prefixes" else (D,)
-        rule = Rule(prefixes, (0,), columns=kind == "columns", moments=kind == "moments", sigmoid=kind == "sigmoid")
+        both, one = kind in ("columns", "symmetric"), kind == "symmetric"
+        rule = Rule(prefixes, (0, 1), columns=both, moments=kind == "moments", one_temperature=one, sigmoid=kind == "sigmoid")
         tile = tile_on(capability)(side(N, len(prefixes), limits), side(M, len(prefixes), limits), rule, keep, schedule)
         tile.statistics()
         rows, columns = torch.zeros(len(prefixes), N), torch.zeros(len(prefixes), M)
@@ -75,7 +75,7 @@ def main() -> None:
         assert len(launched) == 2
         for function, kernel in launched:
             name = function.__name__.removesuffix("_kernel")
-            case = aot.Case(name, torch.bfloat16, tile.kind, tile.masks, capability, keep and name == "statistics", schedule)
+            case = aot.Case(name, torch.bfloat16, tile.kind, tile.masks, capability, tile.keep and name == "statistics", schedule)
             print(case, flush=True)
             assert kernel.asm["ptx"] == aot.compiled(case).asm["ptx"], case
 
