@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from traffic import Traffic
 
 from sailplan.cli.main import main
-from sailplan.data.record import StepBatch
+from sailplan.data.record import EncoderInputs, StepBatch
 from sailplan.model.parallelize import shard
 from sailplan.model.testing import PUBLISHED, join_layout, published_config, published_inputs
 from sailplan.model.tower import OmniEncoder
@@ -64,9 +64,9 @@ def test_exchanges_of_two_ranks(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def small_step(parallel: Parallel) -> TrainingStep:
-    """A training step with one kept graph and every objective over the small encoder, sharded."""
-    config = steps.step_config(kept_graphs=1)
+def small_step(parallel: Parallel, kept_graphs: int = 1) -> TrainingStep:
+    """A training step with every objective over the small encoder, sharded."""
+    config = steps.step_config(kept_graphs=kept_graphs)
     modules = steps.build_modules(config, torch.float32)
     shard(modules[0], parallel, shard=True)
     for module in modules[1:]:
@@ -125,6 +125,43 @@ def test_a_step_waits_for_its_device_once():
     for waits, wishes, temperatures in run_ranks(work, 2, timeout=120):
         assert waits == {"_to_copy down": 1}, waits
         assert wishes == [True, False] and "items/name_to_item" in temperatures
+
+
+@pytest.mark.parametrize("kept_graphs", [0, 1])
+def test_two_micro_batches_at_most_are_on_the_device(kept_graphs):
+    """One that computes and one that is on its way, in both passes; each is sent once a pass, pixels as bytes."""
+
+    def work(rank: int, world_size: int) -> tuple[int, int, int, int]:
+        there = dataclasses.replace(join_layout(1), device=DEVICE)
+        for group in {dist.distributed_c10d._get_default_group(), there.data_parallel_group}:
+            serve(group)
+        with stand_in_device():
+            step = small_step(there, kept_graphs)
+            batches = [with_pixels(batch) for batch in batches_of(step, 1)]
+            # The order of both passes: the kept graph is that of the last micro-batch, and only that is not sent again.
+            sizes = [size_of(inputs) for batch in batches for _, view in sorted(batch.views.items()) for inputs in view.micro_batches]
+            passes = sizes + sizes[: len(sizes) - kept_graphs]
+            with Traffic(uploads_in="_start") as traffic:
+                step.run(batches, steps.WEIGHTS, step=1, stage="one")
+        pairs = max(sum(passes[place : place + 2]) for place in range(len(passes)))
+        return traffic.most_alive, pairs, traffic.uploaded, sum(passes)
+
+    for most, pairs, uploaded, expected in run_ranks(work, 2, timeout=120):
+        assert 0 < most <= pairs and uploaded == expected
+
+
+def with_pixels(batch: StepBatch) -> StepBatch:
+    """The batch with bytes in place of its random images, augmented."""
+    for view in batch.views.values():
+        for inputs in view.micro_batches:
+            if inputs.images is not None:
+                inputs.images = inputs.images.mul(64).add(128).clamp(0, 255).to(torch.uint8)
+                inputs.image_augmentation = torch.tensor([[0.9, 0.1, 0.0, -0.1, 1.1, 0.1, 1.1, 0.1, 0.0, -0.1]] * inputs.rows).view(-1, 10)
+    return batch
+
+
+def size_of(inputs: EncoderInputs) -> int:
+    return sum(x.nbytes for x in vars(inputs).values() if isinstance(x, Tensor))
 
 
 def test_tensors_of_two_devices_do_not_meet():

@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_
 
 
 class Traffic(TorchDispatchMode):
-    """Counts inside a `with` block, entered after `stand_in_device()`; what a function of a name in `leave_out` calls is not counted."""
+    """Counts inside a `with` block, entered after `stand_in_device()`; waits in what a function of a name in `leave_out` calls are not
+    counted, nor are uploads outside of functions named `uploads_in`."""
 
-    def __init__(self, *leave_out: str) -> None:
+    def __init__(self, *leave_out: str, uploads_in: str = "") -> None:
         super().__init__()
-        self.leave_out = leave_out
+        self.leave_out, self.uploads_in = leave_out, uploads_in
         self.waits: Counter[str] = Counter()
         self.uploaded = 0  # bytes
         self.alive = 0  # bytes of uploads whose memory is held
@@ -55,22 +57,22 @@ class Traffic(TorchDispatchMode):
         return result
 
     def _wait(self, name: str, waits: bool) -> None:
-        if waits and not self._left_out():
+        if waits and not self._inside(self.leave_out):
             self.waits[name] += 1
 
-    def _left_out(self) -> bool:
+    def _inside(self, names: Collection[str]) -> bool:
         # Backward passes run in threads of autograd's own, on behalf of the main thread, which waits in the call.
         frames = [sys._getframe(2), sys._current_frames()[threading.main_thread().ident]]  # type: ignore[index]
         while frames:
             frame = frames.pop()
-            if frame.f_code.co_name in self.leave_out:
+            if frame.f_code.co_name in names:
                 return True
             if frame.f_back is not None:
                 frames.append(frame.f_back)
         return False
 
     def _upload(self, inner: Tensor) -> None:
-        if self._left_out():
+        if self.uploads_in and not self._inside((self.uploads_in,)):
             return
         size = inner.nbytes
         self.uploaded += size

@@ -27,6 +27,8 @@ from sailplan.data.record import EncoderInputs
 from sailplan.errors import ConfigurationError
 from sailplan.model.parallelize import reshard
 from sailplan.runtime.process import Parallel
+from sailplan.runtime.transfer import to_device
+from sailplan.step.upload import Uploads
 from sailplan_kernels.exchange import ALL_EXCHANGES, AllGather, Local, RowSplit
 from sailplan_kernels.exchange.base import Exchange
 
@@ -127,18 +129,24 @@ def embed_view(
     kinds = [kind for kind in ("vision", "text") if per_modality and kind in view.modalities]
     vectors: list[Tensor] = []  # [b, 1 + kinds, D]
     ids: list[Tensor] = []
-    with evaluating(encoder):
-        inputs: EncoderInputs | None = None
+
+    def inputs() -> Iterator[EncoderInputs]:
+        latest: EncoderInputs | None = None
         for _ in range(-(-longest * rows.group // batch)):
             found = next(own, None)
             if found is not None:
-                inputs = found[0]
-            elif inputs is None:  # an empty share: the first row of all serves as the filler
-                inputs = next(rows.batches(rows.group))[0]
-            encoded = encoder(inputs.to(parallel.device), per_modality=per_modality)
-            if found is not None:
+                latest = found[0]
+                ids.append(to_device(found[2], parallel.device))
+            elif latest is None:  # an empty share: the first row of all serves as the filler
+                latest = next(rows.batches(rows.group))[0]
+            yield latest
+
+    with evaluating(encoder):
+        uploads = Uploads(inputs(), parallel.device)
+        for place in range(-(-longest * rows.group // batch)):
+            encoded = encoder(next(uploads), per_modality=per_modality)
+            if place < len(ids):
                 vectors.append(torch.stack([encoded.fused, *(getattr(encoded, kind) for kind in kinds)], 1).float())
-                ids.append(found[2].to(parallel.device))
     shape = (0, 1 + len(kinds), config.model.embedding)
     everything = exchange.gather(torch.cat(vectors) if vectors else torch.empty(shape, device=parallel.device)).cpu()
     all_ids = exchange.gather(torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64, device=parallel.device)).cpu()

@@ -1,9 +1,7 @@
-"""Images: Pillow decodes, torch resizes, and one warp over the whole micro-batch augments.
+"""Images: Pillow decodes, torch resizes; augmentation is drawn here and done where the pixels are used.
 
-Until the micro-batch is put together an image stays uint8 (a quarter of the memory and of the work). Augmentation
-is drawn per row from the row's random source as a handful of numbers; crop, zoom, flip and rotation are then one
-affine map sampled once, with white outside the picture, followed by contrast, brightness and colour. The map is
-written out element by element, so a row's pixels do not depend on which rows share its micro-batch.
+An image stays uint8 from here to the device (a quarter of the memory, of the copies and of the bytes that travel). A row's
+augmentation is a handful of numbers from the row's random source, which travel beside its pixels (model.pixels).
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 FORMATS = ("WEBP", "PNG", "JPEG")
-ROWS_AT_ONCE = 16  # augmented together: small enough for the processor's cache, three times faster than all at once
+IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # of draw_augmentation
 
 
 def decode(content: bytes, size: int) -> Tensor:
@@ -104,46 +102,22 @@ def draw_augmentation(source: random.Random, strength: float) -> tuple[float, ..
     return (*affine, 1.0 + 0.3 * strength * u[5], *(brightness + 0.15 * strength * u[place] for place in (7, 8, 9)))
 
 
-def to_batch(images: Tensor, augmentations: Sequence[tuple[float, ...] | None]) -> Tensor:
-    """uint8 [b, f, 3, h, w] and one augmentation per row (or None) -> float32 [b, f, 3, h, w] in [-1, 1]."""
-    pixels = torch.empty(images.shape, dtype=torch.float32)
-    changed = [numbers is not None for numbers in augmentations]
-    identity = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
-    table = torch.tensor([numbers if numbers is not None else identity for numbers in augmentations], dtype=torch.float32)
-    for start in range(0, len(images), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        plain = images[part].to(torch.float32).div_(127.5).sub_(1.0)
-        if any(changed[part]):
-            chosen = torch.tensor(changed[part])[:, None, None, None, None]
-            pixels[part] = torch.where(chosen, _augment(plain, table[part]), plain)
-        else:
-            pixels[part] = plain
-    return pixels
+def augmentation_table(augmentations: Sequence[tuple[float, ...] | None]) -> Tensor | None:
+    """float32 [b, 10]: the numbers of each row, of one without the ones that change nothing; None where no row has any."""
+    if all(numbers is None for numbers in augmentations):
+        return None
+    return torch.tensor([IDENTITY if numbers is None else numbers for numbers in augmentations], dtype=torch.float32)
 
 
-def to_patches(rows: Sequence[Sequence[Tensor]], augmentations: Sequence[tuple[float, ...] | None], patch: int, most: int) -> tuple[Tensor, Tensor]:
-    """Rows of pictures, each uint8 [3, rows * patch, columns * patch] of its own, and one augmentation per row (or None) ->
-    float32 [b, f, most, patch * patch * 3] in [-1, 1] and the grids int64 [b, f, 2]; zeros where there is no patch or picture."""
+def to_patches(rows: Sequence[Sequence[Tensor]], patch: int, most: int) -> tuple[Tensor, Tensor]:
+    """Rows of pictures, each uint8 [3, rows * patch, columns * patch] of its own -> uint8 [b, f, most, patch * patch * 3] and
+    the grids int64 [b, f, 2]; zeros where there is no patch or picture."""
     frames = max((len(row) for row in rows if row), default=1)
-    patches = torch.zeros(len(rows), frames, most, 3 * patch**2)
+    patches = torch.zeros(len(rows), frames, most, 3 * patch**2, dtype=torch.uint8)
     sizes = torch.zeros(len(rows), frames, 2, dtype=torch.int64)
-    for row, (pictures, numbers) in enumerate(zip(rows, augmentations, strict=True)):
+    for row, pictures in enumerate(rows):
         for frame, picture in enumerate(pictures):
-            (pixels,) = to_batch(picture[None, None], [numbers])[0]
-            cut = pixels.unflatten(2, (-1, patch)).unflatten(1, (-1, patch))  # [3, rows, patch, columns, patch]
+            cut = picture.unflatten(2, (-1, patch)).unflatten(1, (-1, patch))  # [3, rows, patch, columns, patch]
             sizes[row, frame] = torch.tensor([cut.size(1), cut.size(3)])
             patches[row, frame, : cut.size(1) * cut.size(3)] = cut.permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1)
     return patches, sizes
-
-
-def _augment(pixels: Tensor, numbers: Tensor) -> Tensor:
-    """float32 [b, f, 3, h, w] warped and recoloured; numbers float32 [b, 10] of draw_augmentation, all frames of a row alike."""
-    rows, frames, _, height, width = pixels.shape
-    numbers = numbers.repeat_interleave(frames, dim=0)[:, :, None, None]
-    vertical = ((torch.arange(height) * 2 + 1) / height - 1)[:, None]
-    horizontal = ((torch.arange(width) * 2 + 1) / width - 1)[None, :]
-    a, b, c, d, e, f = (numbers[:, place] for place in range(6))
-    grid = torch.stack([a * horizontal + b * vertical + c, d * horizontal + e * vertical + f], dim=-1)
-    # shifted so that white is 0, which is what sampling outside the picture gives
-    warped = functional.grid_sample(pixels.flatten(0, 1) - 1.0, grid, mode="bilinear", padding_mode="zeros", align_corners=False).add_(1.0)
-    return warped.mul_(numbers[:, 6:7]).add_(numbers[:, 7:10]).clamp_(-1.0, 1.0).view(rows, frames, 3, height, width)

@@ -113,6 +113,7 @@ class StepLoader:
             num_workers=self.data.workers,
             prefetch_factor=self.data.prefetch,
             collate_fn=_unchanged,  # type: ignore[arg-type]
+            pin_memory=torch.cuda.is_available(),  # by a thread of the loader's: uploads start from there (step.upload)
             multiprocessing_context="fork",
         )
         for packed in loader:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sailplan.runtime.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Item:
@@ -54,12 +56,13 @@ class EncoderInputs:
     token_ids: Tensor  # int64 [b, t]; prompt then text, padded with 0
     token_mask: Tensor  # bool [b, t]; True at real tokens
     text_mask: Tensor  # bool [b, t]; True at tokens of the item's own text (no prompt): read-out of the text vector
-    images: Tensor | None = None  # float32 [b, f, 3, height, width], values in [-1, 1]
+    images: Tensor | None = None  # uint8 [b, f, 3, height, width] (of a floating dtype: normalised already, values in [-1, 1])
     image_mask: Tensor | None = None  # bool [b, f]
     # With data.image_patches, int64 [b, f, 2]: patches of each picture down and across; `images` are then its patches, row by row,
-    # float32 [b, f, p, 3 * patch * patch] (a patch's rows, columns, colours), filled up to the same p.
+    # uint8 [b, f, p, 3 * patch * patch] (a patch's rows, columns, colours), filled up to the same p.
     image_sizes: Tensor | None = None
-    audio: Tensor | None = None  # float32 [b, c, frames, mel_bins] log-mel
+    image_augmentation: Tensor | None = None  # float32 [b, 10]: data.image.draw_augmentation of each row; None: nothing is changed
+    audio: Tensor | None = None  # float16 [b, c, frames, mel_bins] log-mel; any floating dtype is taken
     audio_mask: Tensor | None = None  # bool [b, c]
 
     @property
@@ -67,7 +70,9 @@ class EncoderInputs:
         return self.token_ids.shape[0]
 
     def to(self, device: torch.device | str) -> EncoderInputs:
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        """The inputs on `device`; from pinned memory to a GPU, without a wait."""
+        device = torch.device(device)
+        moved = {f.name: to_device(getattr(self, f.name), device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **moved)
 
 

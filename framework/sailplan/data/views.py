@@ -1,8 +1,8 @@
 """One item shown in one view: decode what the view asks for, nothing else; then stack rows into encoder inputs.
 
 The same two calls serve training (with the row's seed: augmentation, language and field choice) and evaluation
-(without): `row` decodes one item, `inputs` stacks rows of a view into one micro-batch. Pictures stay uint8 and
-spectrograms float16 until then.
+(without): `row` decodes one item, `inputs` stacks rows of a view into one micro-batch. Pictures stay uint8, and spectrograms
+float16, up to the device.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class ViewDecoder:
         )
         if "vision" in view.modalities:
             result.images, result.image_mask, result.image_sizes = self._stack_images(rows)
+            result.image_augmentation = image.augmentation_table([row.augmentation for row in rows])
         if "audio" in view.modalities:
             result.audio, result.audio_mask = self._stack_audio(rows)
         return result
@@ -158,8 +159,7 @@ class ViewDecoder:
 
     def _stack_images(self, rows: Sequence[ViewRow]) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.config.image_patches is not None and self.config.image_patch is not None:
-            pictures, augmentations = [row.images for row in rows], [row.augmentation for row in rows]
-            patches, sizes = image.to_patches(pictures, augmentations, self.config.image_patch, self.config.image_patches)
+            patches, sizes = image.to_patches([row.images for row in rows], self.config.image_patch, self.config.image_patches)
             return patches, sizes.prod(-1) > 0, sizes
         size, frames = self.config.image_size, max((len(row.images) for row in rows if row.images), default=1)
         pixels = torch.zeros(len(rows), frames, 3, size, size, dtype=torch.uint8)
@@ -168,12 +168,12 @@ class ViewDecoder:
             for frame, picture in enumerate(row.images):
                 pixels[place, frame] = picture
             mask[place, : len(row.images)] = True
-        return image.to_batch(pixels, [row.augmentation for row in rows]), mask, None
+        return pixels, mask, None
 
     def _stack_audio(self, rows: Sequence[ViewRow]) -> tuple[Tensor, Tensor]:
         # All four of a fusion, whatever the rows have: what is computed must not depend on them.
         chunks = audio.FUSED if self.spectrogram.whole else max((len(row.audio) for row in rows if row.audio is not None), default=1)
-        mels = torch.zeros(len(rows), chunks, self._frames, self.config.mel_bins)
+        mels = torch.zeros(len(rows), chunks, self._frames, self.config.mel_bins, dtype=torch.float16)
         mask = torch.zeros(len(rows), chunks, dtype=torch.bool)
         for place, row in enumerate(rows):
             if row.audio is not None:

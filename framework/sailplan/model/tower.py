@@ -37,6 +37,7 @@ from sailplan.model.backbones.whisper import WhisperAudioEncoder
 from sailplan.model.blocks import Blocks, initial_deviation, interleaved_angles, process_groups, transformer_config, uncut
 from sailplan.model.check import check_model
 from sailplan.model.lora import add_lora, is_lora
+from sailplan.model.pixels import normalise
 from sailplan.model.pooling import LatentAttention, last_position, masked_mean
 from sailplan.model.protocol import Embeddings
 from sailplan.model.sharing import encode_own_rows, mark_shared
@@ -185,7 +186,13 @@ class OmniEncoder(nn.Module):
             sizes = [inputs.image_sizes] if inputs.image_sizes is not None else []
             if isinstance(self.vision, NaflexVisionEncoder) != bool(sizes):
                 raise ValueError("pictures that keep their sides' ratio (data.image_patches) and model.vision.backbone=siglip2 go together")
-            tokens, *features = self._shared(self._see, inputs.images, inputs.image_mask, *sizes)
+            table = {} if inputs.image_augmentation is None else {"augmentation": inputs.image_augmentation}
+            beside = ({"image_sizes": sizes[0]} if sizes else {}) | table
+
+            def see(images: Tensor, image_mask: Tensor, *others: Tensor) -> Sequence[Tensor]:
+                return self._see(images, image_mask, **dict(zip(beside, others, strict=True)))
+
+            tokens, *features = self._shared(see, inputs.images, inputs.image_mask, *beside.values())
             present = inputs.image_mask.any(1, keepdim=True).expand(-1, tokens.size(1))
             if isinstance(self.vision, QwenVisionEncoder):
                 grid = self.vision.grid(inputs.images)
@@ -227,10 +234,13 @@ class OmniEncoder(nn.Module):
         return Embeddings(fused=fused, vision=vision, text=text)
 
 
-    def _see(self, images: Tensor, image_mask: Tensor, image_sizes: Tensor | None = None) -> Sequence[Tensor]:
+    def _see(
+        self, images: Tensor, image_mask: Tensor, image_sizes: Tensor | None = None, augmentation: Tensor | None = None
+    ) -> Sequence[Tensor]:
         """images [b, f, 3, height, width], or with image_sizes [b, f, 2] their patches, and image_mask bool [b, f]: latents
         [b, l, h]; of Qwen3-VL's image tower its tokens [b, f * p, h] and, in the same shape, what is added to them behind the
         tower's first layers."""
+        images = normalise(images, augmentation, image_sizes)
         if isinstance(self.vision, QwenVisionEncoder):
             images = images.masked_fill(~image_mask[:, :, None, None, None], 0)
             return [part.unflatten(0, image_mask.shape).flatten(1, 2) for part in self.vision(images.flatten(0, 1))]
@@ -284,7 +294,7 @@ def _one_absent_row(inputs: EncoderInputs) -> EncoderInputs:
         "token_mask": inputs.token_mask.new_zeros(1, tokens),
         "text_mask": inputs.text_mask.new_zeros(1, tokens),
     }
-    for name in ("images", "image_mask", "image_sizes", "audio", "audio_mask"):
+    for name in ("images", "image_mask", "image_sizes", "image_augmentation", "audio", "audio_mask"):
         value = getattr(inputs, name)
         if value is not None:
             changes[name] = value.new_zeros(1, *value.shape[1:])

@@ -16,7 +16,7 @@ Views whose towers are all frozen are not encoded a second time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,13 +28,17 @@ from sailplan.model.protocol import Embeddings
 from sailplan.objective.protocol import EncodedStep, EncodedView
 from sailplan.runtime.seeds import derive, seed_torch
 from sailplan.runtime.transfer import to_device
+from sailplan.step.upload import Uploads
 
 VECTORS = ("fused", "vision", "text")
 
 
 @dataclass
 class MicroBatch:
-    """One call of the encoder: where its rows belong, the seed of both passes, and what must be kept between them."""
+    """One call of the encoder: where its rows belong, the seed of both passes, and what must be kept between them.
+
+    inputs: as the loader made them; both passes upload them (step.upload).
+    """
 
     batch: int
     view: str
@@ -74,6 +78,7 @@ class GradientCache:
     def __init__(self, encoder: nn.Module, kept_graphs: int) -> None:
         self.encoder = encoder
         self.kept_graphs = kept_graphs
+        self.device = torch.device("cpu")
         self.micro_batches: list[MicroBatch] = []
 
     def encode(
@@ -85,8 +90,9 @@ class GradientCache:
         are derived from, besides the micro-batch's own place (run seed, stage, step, data-parallel rank). The order of
         encoding is that of the batches and, inside, of the views' names: the same on all ranks.
         """
+        self.device = device
         self.micro_batches = [
-            MicroBatch(number, view, inputs.to(device), wanted, derive(*seed_parts, number, view, index), trainable)
+            MicroBatch(number, view, inputs, wanted, derive(*seed_parts, number, view, index), trainable)
             for number, (batch, wanted) in enumerate(zip(batches, per_modality, strict=True))
             for view, rows in sorted(batch.views.items())
             for trainable in [view_is_trainable(self.encoder, rows.micro_batches[0].modalities)]
@@ -96,9 +102,10 @@ class GradientCache:
         kept = len(trainable) if self.kept_graphs < 0 else min(self.kept_graphs, len(trainable))
         for micro_batch in trainable[len(trainable) - kept :]:
             micro_batch.keep_graph = True
+        uploads = Uploads((micro_batch.inputs for micro_batch in self.micro_batches), device)
         for micro_batch in self.micro_batches:
             with torch.set_grad_enabled(micro_batch.keep_graph):
-                outputs = self._run(micro_batch)
+                outputs = self._run(micro_batch, next(uploads))
             for name in VECTORS:
                 vector = getattr(outputs, name)
                 if vector is not None:
@@ -118,29 +125,34 @@ class GradientCache:
             micro_batch.leaves = {}
         used = [m for m in self.micro_batches if m.trainable and any(gradient is not None for gradient in m.gradients.values())]
         ordered = [m for m in used if m.keep_graph] + [m for m in used if not m.keep_graph]
+        uploads = Uploads((m.inputs for m in ordered if not m.keep_graph), self.device)
         for number, micro_batch in enumerate(ordered):
             last = number == len(ordered) - 1
             if last or number == 0:
                 set_gradient_sync(self.encoder, last)
-            outputs = micro_batch.outputs
-            if outputs is None:
-                with torch.enable_grad():
-                    outputs = self._run(micro_batch)
-            vectors, gradients = [], []
-            for name, gradient in micro_batch.gradients.items():
-                vector = getattr(outputs, name)
-                if vector.requires_grad:
-                    vectors.append(vector)
-                    gradients.append(torch.zeros_like(vector) if gradient is None else gradient)
-            torch.autograd.backward(vectors, gradients)
-            micro_batch.outputs = None
+            self._backward(micro_batch, uploads)
             micro_batch.gradients = {}
         self.micro_batches = []
         return len(ordered)
 
-    def _run(self, micro_batch: MicroBatch) -> Embeddings:
-        seed_torch(micro_batch.seed, micro_batch.inputs.token_ids.device)
-        return self.encoder(micro_batch.inputs, per_modality=micro_batch.per_modality)
+    def _backward(self, micro_batch: MicroBatch, uploads: Iterator[EncoderInputs]) -> None:
+        """Goes through the kept graph, or encodes again with a graph; the graph is gone when this returns."""
+        outputs, micro_batch.outputs = micro_batch.outputs, None
+        if outputs is None:
+            with torch.enable_grad():
+                outputs = self._run(micro_batch, next(uploads))
+        vectors, gradients = [], []
+        for name, gradient in micro_batch.gradients.items():
+            vector = getattr(outputs, name)
+            if vector.requires_grad:
+                vectors.append(vector)
+                gradients.append(torch.zeros_like(vector) if gradient is None else gradient)
+        torch.autograd.backward(vectors, gradients)
+
+    def _run(self, micro_batch: MicroBatch, inputs: EncoderInputs) -> Embeddings:
+        """inputs: the micro-batch's, on the device."""
+        seed_torch(micro_batch.seed, inputs.token_ids.device)
+        return self.encoder(inputs, per_modality=micro_batch.per_modality)
 
     def _assemble(self, number: int, batch: StepBatch, device: torch.device) -> EncodedStep:
         """One batch's encodings, rows back in the step's order."""
