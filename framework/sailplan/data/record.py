@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sailplan.data.packing import Packing
+
 
 @dataclass(frozen=True)
 class Item:
@@ -61,6 +63,8 @@ class EncoderInputs:
     image_sizes: Tensor | None = None
     audio: Tensor | None = None  # float32 [b, c, frames, mel_bins] log-mel
     audio_mask: Tensor | None = None  # bool [b, c]
+    # Where the kept positions lie (data.packing.pack), made on the CPU; None: the encoder packs, which waits for masks on a device.
+    packing: Packing | None = None
 
     @property
     def rows(self) -> int:
@@ -68,7 +72,7 @@ class EncoderInputs:
 
     def to(self, device: torch.device | str) -> EncoderInputs:
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        return replace(self, packing=None if self.packing is None else self.packing.to(device), **moved)
 
 
 @dataclass
