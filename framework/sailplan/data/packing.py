@@ -17,7 +17,7 @@ Shape legend: b rows, s positions of a padded row, p kept positions in all, f fr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ def pack(inputs: EncoderInputs, layout: SequenceLayout) -> Packing:
     lists: dict[str, Numbers] = {}
     runs: dict[str, Runs] = {}
     absent: set[int] = set()
-    keeps: list[NDArray[np.bool_]] = []
+    keeps: list[Any] = []  # bool [b, n] of each piece
     first_visual = text = 0  # columns
     frame: Numbers | None = None
     if "audio" in inputs.modalities:
@@ -146,18 +146,15 @@ def pack(inputs: EncoderInputs, layout: SequenceLayout) -> Packing:
     own = np.zeros_like(keep)
     own[:, text:] = known(inputs.text_mask, 1) & keeps[-1]
     what = np.where(own[row, column], OWN_TEXT, np.where((column >= first_visual) & ~is_text, VISUAL, OTHER))
-    if text:
-        # Sources: the sound of each row, its visual tokens, the text in packed order.
-        wide = text - first_visual
-        source = np.where(column < first_visual, row, first_visual * rows + row * wide + column - first_visual)
-        source[is_text] = rows * text + np.arange(is_text.sum())
+    # Sources: the sound of each row, its visual tokens, the text in packed order.
+    source = np.where(column < first_visual, row, first_visual * rows + row * (text - first_visual) + column - first_visual)
+    source[is_text] = rows * text + np.arange(is_text.sum())
     places = np.broadcast_to(np.arange(keep.shape[1]), (rows, keep.shape[1]))[None]
     if layout.dimensions == 3:
         places = np.broadcast_to(places, (3, *places.shape[1:])) if frame is None else _places(keep, first_visual, text, frame)
     place = places[:, row, column]
     if not len(row):  # the filler is the first text token
-        what, place, source = np.zeros(1, dtype=np.int64), place.repeat(1, 1), np.full(1, rows * text)
-        place = np.zeros((len(places), 1), dtype=np.int64)
+        what, place, source = np.zeros(1, dtype=np.int64), np.zeros((len(places), 1), dtype=np.int64), np.full(1, rows * text)
 
     offsets = np.concatenate([[0], lengths[order].cumsum()])
     chosen = (np.ones_like(what), what == VISUAL, what == OWN_TEXT)

@@ -27,7 +27,7 @@ from sailplan.data.packing import Runs
 
 HALF = (torch.bfloat16, torch.float16)
 VARLEN_DEVICES = ("cuda",)
-_VARLEN: list[tuple[Callable[..., Tensor], bool]] = []  # torch's function, and whether it knows groups of query heads (torch 2.12)
+_VARLEN: list[tuple[Callable[..., Any], bool]] = []  # torch's function, and whether it knows groups of query heads (torch 2.12)
 
 
 class Sequences(NamedTuple):
@@ -43,6 +43,8 @@ class Sequences(NamedTuple):
     @classmethod
     def of(cls, runs: Runs, ends: Tensor | None, device: torch.device) -> Sequences:
         """ends: of any integer type; None where there is one run."""
+        if device.type in VARLEN_DEVICES:
+            load_varlen()  # outside of what is compiled
         if ends is None:
             ((rows, length),) = runs
             ends = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
@@ -107,17 +109,16 @@ def takes_varlen(query: Tensor) -> bool:
     return query.device.type in VARLEN_DEVICES and query.dtype in HALF and query.size(-1) % 8 == 0 and query.size(-1) <= 256
 
 
-def load_varlen() -> tuple[Callable[..., Tensor], bool]:
-    """varlen_attn, and whether it takes fewer key and value heads; its import takes seconds, so only where it is wanted."""
+def load_varlen() -> None:
+    """Its import takes seconds, so only where it is wanted."""
     if not _VARLEN:
         from torch.nn.attention.varlen import varlen_attn
 
         _VARLEN.append((varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters))
-    return _VARLEN[0]
 
 
 def _by_cumulative_lengths(query: Tensor, key: Tensor, value: Tensor, rows: Sequences, causal: bool) -> Tensor:
-    attend, knows_groups = load_varlen()
+    ((attend, knows_groups),) = _VARLEN
     groups = query.size(1) // key.size(1)
     options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
     if groups > 1 and knows_groups:
@@ -129,9 +130,9 @@ def _by_cumulative_lengths(query: Tensor, key: Tensor, value: Tensor, rows: Sequ
 
 def _equal(query: Tensor, key: Tensor, value: Tensor, length: int, causal: bool, dropout: float) -> Tensor:
     """Rows of one length."""
-    parts = (part.unflatten(0, (-1, length)).transpose(1, 2) for part in (query, key, value))
     grouped = query.size(1) != key.size(1)
-    context = F.scaled_dot_product_attention(*parts, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
+    query, key, value = (part.unflatten(0, (-1, length)).transpose(1, 2) for part in (query, key, value))
+    context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
     return context.transpose(1, 2).flatten(0, 1)
 
 
@@ -171,8 +172,9 @@ def _backward_operation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad(), _drawing_from(seed, dropout, query.device):
         leaves = [part.detach().requires_grad_() for part in (query, key, value)]
-        context = by_length(*leaves, lengths.tolist(), causal, dropout)
-    return torch.autograd.grad(context, leaves, gradient)
+        context = by_length(leaves[0], leaves[1], leaves[2], lengths.tolist(), causal, dropout)
+    of_query, of_key, of_value = torch.autograd.grad(context, leaves, gradient)
+    return of_query, of_key, of_value
 
 
 @_operation.register_fake

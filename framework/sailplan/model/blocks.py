@@ -236,7 +236,7 @@ class Blocks(nn.Module):
             return self.block(hidden)
         shape = hidden.shape
         if rows is None:
-            rows = Sequences.of((tuple(shape[:2]),), None, hidden.device)
+            rows = Sequences.of(((shape[0], shape[1]),), None, hidden.device)
             if angles is None and self.rope_base is not None:
                 angles = rotary_angles(torch.arange(shape[1], device=hidden.device), self.head_size, self.rope_base)
             angles = None if angles is None else angles.repeat(shape[0], 1)

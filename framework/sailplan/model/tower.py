@@ -85,11 +85,8 @@ class Tower(nn.Module):
         places: int64 [p], or with `rope_sections` [3, p]. added: [n, h] for each of the first layers, added to its output at
         the packed positions `at` int64 [n].
         """
-        head_size = self.blocks.head_size
-        if self.sections:
-            angles = interleaved_angles(places, head_size, self.rope_base, self.sections)
-        else:
-            angles = rotary_angles(places, head_size, self.rope_base)
+        size, base = self.blocks.head_size, self.rope_base
+        angles = interleaved_angles(places, size, base, self.sections) if self.sections else rotary_angles(places, size, base)
         after = (lambda layer, hidden: hidden.index_add(0, at, added[layer]) if layer < len(added) else hidden) if added else None
         hidden = self.blocks(sequence, rows, angles, after)
         return hidden if self.pooling is None else self.pooling(hidden)
@@ -251,12 +248,10 @@ class OmniEncoder(nn.Module):
         if image_sizes is not None:
             own = lists[f"patches {peer}"]
             pictures = Sequences.of(packing.runs[f"patches {peer}"], lists[f"patch ends {peer}"], images.device)
-            present, patches = own // images.size(1), images.size(1)
+            present = own // images.size(1)
             tokens = self.vision(images, image_sizes.flatten(0, 1), own, pictures)
-        elif present is not None:
-            images = images.index_select(0, present)
-        if image_sizes is None:
-            tokens = self.vision(images)
+        else:
+            tokens = self.vision(images if present is None else images.index_select(0, present))
         if isinstance(self.vision, QwenVisionEncoder):
             if present is not None:
                 tokens = [part.new_zeros(rows * frames, *part.shape[1:]).index_copy(0, present, part) for part in tokens]
