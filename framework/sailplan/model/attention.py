@@ -166,15 +166,22 @@ def _operation(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, seed:
         return by_length(query, key, value, lengths.tolist(), causal, dropout)
 
 
-@torch.library.custom_op("sailplan::attention_by_length_backward", mutates_args=())
 def _backward_operation(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, seed: Tensor, causal: bool, dropout: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     with torch.enable_grad(), _drawing_from(seed, dropout, query.device):
         leaves = [part.detach().requires_grad_() for part in (query, key, value)]
         context = by_length(leaves[0], leaves[1], leaves[2], lengths.tolist(), causal, dropout)
-    of_query, of_key, of_value = torch.autograd.grad(context, leaves, gradient)
-    return of_query, of_key, of_value
+    return torch.autograd.grad(context, leaves, gradient)
+
+
+# Not a custom_op: what runs inside of one is not differentiated.
+_LIBRARY = torch.library.Library("sailplan", "FRAGMENT")
+_LIBRARY.define(
+    "attention_by_length_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor seed, "
+    "bool causal, float dropout) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("attention_by_length_backward", _backward_operation, "CompositeExplicitAutograd")
 
 
 @_operation.register_fake
@@ -182,7 +189,7 @@ def _(query: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
-@_backward_operation.register_fake
+@torch.library.register_fake("sailplan::attention_by_length_backward")
 def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
