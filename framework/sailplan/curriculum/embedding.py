@@ -123,7 +123,7 @@ def embed_view(
     records, batch = len(rows) // rows.group, -(-config.evaluation.batch // rows.group) * rows.group
     start, stop = (place * rows.group for place in share(records, exchange.rank, exchange.world_size))
     longest = max(last - first for first, last in (share(records, rank, exchange.world_size) for rank in range(exchange.world_size)))
-    own = rows.batches(batch, start, stop)
+    own, layout = rows.batches(batch, start, stop), SequenceLayout.planned(config.model, config.parallel)
     kinds = [kind for kind in ("vision", "text") if per_modality and kind in view.modalities]
     vectors: list[Tensor] = []  # [b, 1 + kinds, D]
     ids: list[Tensor] = []
@@ -135,6 +135,7 @@ def embed_view(
                 inputs = found[0]
             elif inputs is None:  # an empty share: the first row of all serves as the filler
                 inputs = next(rows.batches(rows.group))[0]
+            inputs = replace(inputs, packing=inputs.packing or pack(inputs, layout))
             encoded = encoder(inputs.to(parallel.device), per_modality=per_modality)
             if found is not None:
                 vectors.append(torch.stack([encoded.fused, *(getattr(encoded, kind) for kind in kinds)], 1).float())
