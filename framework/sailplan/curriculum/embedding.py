@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sailplan.config.schema import Config, ViewConfig
 from sailplan.curriculum.scoring import share
 from sailplan.data.evaluation import EvaluationRows
+from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.reader import RecordReader
 from sailplan.data.record import EncoderInputs
 from sailplan.errors import ConfigurationError
