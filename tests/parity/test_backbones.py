@@ -30,8 +30,8 @@ from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.build import build_encoder
 from sailplan.model.count import check_weights
-from sailplan.model.pooling import last_position
-from sailplan.model.testing import join_layout, small_config, whole_tensor
+from sailplan.model.pooling import last_positions
+from sailplan.model.testing import join_layout, packed_rows, small_config, whole_tensor
 from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks
 
@@ -83,7 +83,9 @@ def inputs():
 
 def hidden_states(encoder, ids, mask):
     with torch.no_grad():
-        return encoder.tower(encoder.text(ids), torch.zeros(ids.size(1), dtype=torch.int64), mask)
+        numbers, places, rows = packed_rows(mask)
+        hidden = encoder.tower(encoder.text(ids.flatten()[numbers]), rows, places)
+        return torch.zeros(ids.numel(), hidden.size(1)).index_copy(0, numbers, hidden).unflatten(0, ids.shape)
 
 
 def loaded(rank, world, family, folder, causal):
@@ -175,10 +177,9 @@ def test_a_run_starts_from_the_weights_at_any_layout(published):
     assert torch.equal(one["text.weight"], model.model.embed_tokens.weight)
 
 
-def test_last_position():
-    values = torch.arange(24.0).view(2, 4, 3)
-    mask = torch.tensor([[True, False, True, False], [False] * 4])
-    assert torch.equal(last_position(values, mask), torch.stack([values[0, 2], torch.zeros(3)]))
+def test_last_positions():
+    values = torch.arange(24.0).view(8, 3)
+    assert torch.equal(last_positions(values, torch.tensor([2, -1])), torch.stack([values[2], torch.zeros(3)]))
 
 
 def damaged(folder: Path, out: Path, change) -> Path:

@@ -31,7 +31,7 @@ def _gradients(rank: int, world_size: int, tensor_parallel: int, backend: str, c
             compile_blocks(encoder, backend=backend)
         shard(encoder, parallel, shard=True)
         assert [name for name, _ in encoder.named_parameters()] == names
-        batches = [random_inputs(("text",), rows, rank, tokens=tokens) for rows, tokens in ((4, 5), (3, 7))]
+        batches = [random_inputs(("text",), rows, parallel.data_parallel_rank, tokens=tokens) for rows, tokens in ((4, 5), (3, 7))]
         with torch.no_grad():
             for inputs in batches:
                 encoder(inputs)

@@ -22,10 +22,10 @@ from sailplan.config.compose import compose
 from sailplan.config.schema import ModelConfig, ParallelConfig, TransformerShape
 from sailplan.errors import ConfigurationError
 from sailplan.model import fused
-from sailplan.model.blocks import Blocks
+from sailplan.model.blocks import Blocks, rotary_angles
 from sailplan.model.fused import chosen_extension, extensions, fuse
 from sailplan.model.parallelize import checkpoint_activations
-from sailplan.model.testing import join_layout, random_inputs, small_config
+from sailplan.model.testing import join_layout, packed_rows, random_inputs, small_config
 from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks
 
@@ -73,9 +73,9 @@ class DotProductAttention(torch.nn.Module):
             assert 0 < min(lengths) and max(lengths) <= max_seqlen_q == max_seqlen_kv
             parts = zip(*(part.split(lengths) for part in (query_layer, key_layer, value_layer)))
             return torch.cat([self.one(*part, causal) for part in parts]).flatten(1)
-        assert qkv_format == "sbhd" and query_layer.dim() == 4 and "padding" not in mask_type
-        rows = [self.one(*part, causal) for part in zip(query_layer.unbind(1), key_layer.unbind(1), value_layer.unbind(1))]
-        return torch.stack(rows, 1).flatten(2)
+        assert qkv_format == "bshd" and query_layer.dim() == 4 and "padding" not in mask_type
+        rows = [self.one(*part, causal) for part in zip(query_layer, key_layer, value_layer)]
+        return torch.stack(rows).flatten(2)
 
     def one(self, query, key, value, causal):
         key, value = (part.repeat_interleave(self.heads // self.groups, 1) for part in (key, value))
@@ -199,7 +199,7 @@ def _both_ways(rank: int, world_size: int, folder: Path, tensor_parallel: int, c
 def test_a_small_model_is_the_same_with_a_stand_in(tmp_path: Path, tensor_parallel: int, checkpointing: bool) -> None:
     for error, attention, norms in run_ranks(_both_ways, tensor_parallel, _write(tmp_path), tensor_parallel, checkpointing):
         assert error <= 2e-5, error
-        assert attention == {("sbhd", "no_mask"), ("sbhd", "causal"), ("thd", "padding"), ("thd", "padding_causal")}
+        assert attention == {("bshd", "no_mask"), ("bshd", "causal"), ("thd", "padding"), ("thd", "padding_causal")}
         assert norms == {"rms", "layer"}
 
 
@@ -215,10 +215,11 @@ def _in_bfloat16(rank: int, world_size: int, folder: Path) -> tuple[float, int]:
                 for number, parameter in enumerate(blocks.parameters()):
                     parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) / 4)
             fuse(blocks.eval(), extension)
-            keep = torch.tensor([[True, False, True, True], [False] * 4])
-            hidden = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(9)).bfloat16()
+            keep = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])
+            hidden = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(9)).bfloat16()
             with torch.no_grad():
-                outputs.append(blocks(hidden, keep)[0, keep[0]].float())
+                numbers, places, rows = packed_rows(keep)
+                outputs.append(blocks(hidden.flatten(0, 1)[numbers], rows, rotary_angles(places, 4, 10000.0)).float())
         seen = len(calls)
         wide = Blocks(TransformerShape(1, 16, 4, 2, 24), torch.float64, 10000.0)
         fuse(wide, "transformer_engine")

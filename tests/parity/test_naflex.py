@@ -18,7 +18,7 @@ from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.backbones.naflex import resize_weights
 from sailplan.model.count import check_weights
-from sailplan.model.testing import join_layout, random_inputs, rows_of, small_config, whole_tensor
+from sailplan.model.testing import join_layout, packed_rows, random_inputs, rows_of, small_config, whole_tensor
 from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks
 
@@ -62,7 +62,8 @@ def seen(rank: int, world: int, folder: Path) -> tuple[torch.Tensor, dict[str, t
     (source,) = open_sources(config)
     load(source, encoder, parallel.tensor_parallel_rank, world)
     with torch.no_grad():
-        tokens = encoder.vision(patches(), GRIDS)
+        own, _, rows = packed_rows(torch.arange(PATCHES) < GRIDS.prod(1, keepdim=True))
+        tokens = patches().new_zeros(GRIDS.size(0) * PATCHES, 32).index_copy(0, own, encoder.vision(patches(), GRIDS, own, rows)).unflatten(0, (-1, PATCHES))
     return tokens, {name: whole_tensor(parameter, parameter, parallel) for name, parameter in encoder.named_parameters()}, source.folder.bytes_read
 
 
@@ -100,9 +101,9 @@ def one_column(rank: int, world: int) -> None:
     join_layout(1)
     encoder = OmniEncoder(configured(None), seed=1).vision
     with torch.no_grad():
-        column = encoder._positions(torch.tensor([[7, 1]]), PATCHES)
+        column = encoder.positions_of(torch.arange(7), torch.tensor([[7, 1]]).expand(7, -1))
         encoder.positions.copy_(encoder.positions.unflatten(0, (5, 5)).transpose(0, 1).flatten(0, 1).clone())
-        torch.testing.assert_close(column, encoder._positions(torch.tensor([[1, 7]]), PATCHES), rtol=0, atol=1e-6)
+        torch.testing.assert_close(column, encoder.positions_of(torch.arange(7), torch.tensor([[1, 7]]).expand(7, -1)), rtol=0, atol=1e-6)
 
 
 def test_a_single_column_has_the_positions_of_a_row_across() -> None:

@@ -39,20 +39,20 @@ def test_the_gradients_are_the_full_batchs(megatron_on_a_cpu: None, world_size: 
 
 
 def _positions(rank: int, world_size: int, sequence_parallel: bool) -> set[int]:
-    """Positions of what enters the tower's layers on this rank, for a sequence of five tokens."""
+    """Positions of what enters the tower's layers on this rank, for three rows of five tokens."""
     join_layout(world_size)
     encoder = OmniEncoder(small_config(), dtype=torch.float64, seed=1, sequence_parallel=sequence_parallel)
     seen: set[int] = set()
     for layer in encoder.tower.modules():
         if isinstance(layer, TransformerLayer):
             layer.register_forward_pre_hook(lambda _, inputs, named: seen.add(named["hidden_states"].size(0)), with_kwargs=True)
-    encoder(random_inputs(("text",), 2, 1, tokens=5))
+    encoder(random_inputs(("text",), 3, 1, tokens=5, absent=False))
     return seen
 
 
 def test_a_rank_holds_its_part_of_the_positions(megatron_on_a_cpu: None) -> None:
-    assert run_ranks(_positions, 2, False) == [{5}] * 2
-    assert run_ranks(_positions, 2, True) == [{3}] * 2  # five filled up to six
+    assert run_ranks(_positions, 2, False) == [{15}] * 2
+    assert run_ranks(_positions, 2, True) == [{8}] * 2  # fifteen filled up to sixteen
 
 
 def test_where_it_cannot_be_is_one_line() -> None:

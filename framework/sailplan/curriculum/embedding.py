@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sailplan.config.schema import Config, ViewConfig
 from sailplan.curriculum.scoring import share
 from sailplan.data.evaluation import EvaluationRows
+from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.reader import RecordReader
 from sailplan.data.record import EncoderInputs
 from sailplan.errors import ConfigurationError
@@ -125,7 +126,7 @@ def embed_view(
     records, batch = len(rows) // rows.group, -(-config.evaluation.batch // rows.group) * rows.group
     start, stop = (place * rows.group for place in share(records, exchange.rank, exchange.world_size))
     longest = max(last - first for first, last in (share(records, rank, exchange.world_size) for rank in range(exchange.world_size)))
-    own = rows.batches(batch, start, stop)
+    own, layout = rows.batches(batch, start, stop), SequenceLayout.planned(config.model, config.parallel)
     kinds = [kind for kind in ("vision", "text") if per_modality and kind in view.modalities]
     vectors: list[Tensor] = []  # [b, 1 + kinds, D]
     ids: list[Tensor] = []
@@ -139,6 +140,7 @@ def embed_view(
                 ids.append(to_device(found[2], parallel.device))
             elif latest is None:  # an empty share: the first row of all serves as the filler
                 latest = next(rows.batches(rows.group))[0]
+            latest = replace(latest, packing=latest.packing or pack(latest, layout))
             yield latest
 
     with evaluating(encoder):

@@ -9,13 +9,14 @@ declared modality is no error: its row is not valid in that view and the pattern
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from sailplan.config.schema import Config, DatasetConfig, StageConfig, ViewConfig
 from sailplan.data.negatives import HardNegativeStore
+from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.plan import Plan, PlannedRows
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import Item, Record, StepBatch, ViewBatch
@@ -70,6 +71,7 @@ class Collator:
         self.config, self.stage, self.plan, self.readers = config, stage, plan, dict(readers)
         self.rank, self.size, self.negatives, self.teachers = rank, size, negatives, teachers
         self.decoder = shared_decoder(config.data)
+        self.layout = SequenceLayout.planned(config.model, config.parallel)
 
     def batches(self, step: int) -> list[StepBatch]:
         """One StepBatch per data set of the step (one, or several in a mixed step). Raises BadDataError when a row finds no usable spare."""
@@ -171,7 +173,8 @@ class Collator:
         micro_batches = []
         for start in range(0, len(rows), size):
             chosen = by_length[start : start + size]
-            micro_batches.append(self.decoder.inputs([rows[row] for row in chosen], [tokens[row] for row in chosen], view))
+            inputs = self.decoder.inputs([rows[row] for row in chosen], [tokens[row] for row in chosen], view)
+            micro_batches.append(replace(inputs, packing=pack(inputs, self.layout)))
         order = torch.empty(len(rows), dtype=torch.int64)
         order[torch.tensor(by_length)] = torch.arange(len(rows))
         return ViewBatch(

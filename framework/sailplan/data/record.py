@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sailplan.data.packing import Packing
 from sailplan.runtime.transfer import to_device
 
 
@@ -64,6 +65,8 @@ class EncoderInputs:
     image_augmentation: Tensor | None = None  # float32 [b, 10]: data.image.draw_augmentation of each row; None: nothing is changed
     audio: Tensor | None = None  # float16 [b, c, frames, mel_bins] log-mel; any floating dtype is taken
     audio_mask: Tensor | None = None  # bool [b, c]
+    # Where the kept positions lie (data.packing.pack), made on the CPU; None: the encoder packs, which waits for masks on a device.
+    packing: Packing | None = None
 
     @property
     def rows(self) -> int:
@@ -73,7 +76,7 @@ class EncoderInputs:
         """The inputs on `device`; from pinned memory to a GPU, without a wait."""
         device = torch.device(device)
         moved = {f.name: to_device(getattr(self, f.name), device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        return replace(self, packing=None if self.packing is None else self.packing.to(device), **moved)
 
 
 @dataclass

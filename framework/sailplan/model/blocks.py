@@ -1,8 +1,8 @@
 """Transformer blocks, bidirectional or causal, made of unmodified megatron-core parts.
 
-megatron-core brings the tensor-parallel linears and the layer wiring; the core attention is torch's
-scaled_dot_product_attention (flash kernels on a GPU, plain on a CPU) and the norm is torch's RMSNorm or LayerNorm.
-Everything around a block sees [rows, positions, hidden]; megatron's [positions, rows, hidden] stays in here.
+megatron-core brings the tensor-parallel linears and the layer wiring; the core attention is `model.attention`'s and the
+norm is torch's RMSNorm or LayerNorm. Rows lie one behind the other, [positions of all rows, 1, hidden] in megatron-core's
+order, whether they are of one length or not.
 
 Weights are drawn as whole matrices on the CPU and then cut, so that a seed gives the same model at every
 tensor-parallel size.
@@ -38,6 +38,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from sailplan.config.schema import TransformerShape
+from sailplan.model.attention import PackedAttention, Sequences
 
 
 def initial_deviation(hidden: int) -> float:
@@ -108,36 +109,6 @@ class RowLinear(RowParallelLinear):
         return super()._forward_impl(input, weight, *args, tp_group=self.tp_group, **options)
 
 
-class ScaledDotProductAttention(nn.Module):
-    """Core attention over this rank's heads; every position attends to all positions that the mask keeps, or, without
-    a mask and with `attn_mask_type` causal, to itself and those before it."""
-
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.dropout = config.attention_dropout
-        self.grouped = config.num_query_groups != config.num_attention_heads
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attn_mask_type: AttnMaskType = AttnMaskType.no_mask, **_: Any
-    ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, key_value_heads, d], attention_mask bool [b, 1, 1 or s, s], True = attend.
-
-        Returns [s, b, heads * d].
-        """
-        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=attention_mask is None and attn_mask_type == AttnMaskType.causal,
-            enable_gqa=self.grouped,
-        )
-        return context.permute(2, 0, 1, 3).flatten(2)
-
-
 def head_size(shape: TransformerShape) -> int:
     return shape.head_size or shape.hidden // shape.heads
 
@@ -177,7 +148,7 @@ def transformer_config(shape: TransformerShape, dtype: torch.dtype, tensor_paral
 
 def _layer(shape: TransformerShape) -> ModuleSpec:
     head_norm = {"q_layernorm": HeadNorm, "k_layernorm": HeadNorm} if shape.query_key_norm else {}
-    attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=ScaledDotProductAttention, linear_proj=RowLinear, **head_norm)
+    attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=PackedAttention, linear_proj=RowLinear, **head_norm)
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowLinear)
     norm = NORMS[shape.norm]
     mask_type = AttnMaskType.causal if shape.causal else AttnMaskType.no_mask
@@ -194,26 +165,30 @@ def _layer(shape: TransformerShape) -> ModuleSpec:
     )
 
 
-def rotary_angles(positions: int, head_size: int, base: float, device: torch.device) -> Tensor:
-    """Angles of rotary position embedding, float32 [positions, 1, 1, head_size] (Su et al., 2021; halves, not pairs)."""
-    frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size)
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequencies)
-    return torch.cat([angles, angles], -1)[:, None, None, :]
+def rotary_frequencies(head_size: int, base: float, device: torch.device) -> Tensor:
+    """float32 [head_size / 2] (Su et al., 2021)."""
+    return base ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size)
+
+
+def rotary_angles(places: Tensor, head_size: int, base: float) -> Tensor:
+    """Angles of rotary position embedding of places int64 [p], float32 [p, head_size]."""
+    angles = places.float()[:, None] * rotary_frequencies(head_size, base, places.device)
+    return torch.cat([angles, angles], -1)
 
 
 def interleaved_angles(places: Tensor, head_size: int, base: float, sections: Sequence[int]) -> Tensor:
-    """Rotary angles of places in three dimensions, float32 [s, b, 1, head_size].
+    """Rotary angles of places in three dimensions, float32 [p, head_size].
 
-    places: int64 [3, b, s], frame, row and column. Of each three neighbouring frequencies the second follows the row and the
+    places: int64 [3, p], frame, row and column. Of each three neighbouring frequencies the second follows the row and the
     third the column, up to sections[1] and sections[2] of them; all others follow the frame ("interleaved MRoPE" of
     Qwen3-VL, arXiv 2511.21631). With three equal places these are the angles of `rotary_angles`.
     """
-    frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device=places.device) / head_size)
-    dimension = torch.zeros(head_size // 2, dtype=torch.int64, device=places.device)
+    frequencies = rotary_frequencies(head_size, base, places.device)
+    followed = places.float()[0, :, None].expand(-1, head_size // 2).clone()
     for number in (1, 2):
-        dimension[number : 3 * sections[number] : 3] = number
-    angles = places[dimension].permute(2, 1, 0).float() * frequencies
-    return torch.cat([angles, angles], -1)[:, :, None, :]
+        followed[:, number : 3 * sections[number] : 3] = places.float()[number, :, None]
+    angles = followed * frequencies
+    return torch.cat([angles, angles], -1)
 
 
 class Blocks(nn.Module):
@@ -249,47 +224,43 @@ class Blocks(nn.Module):
                     parameter.tensor_parallel_partial = True  # type: ignore[attr-defined]
 
     def forward(
-        self, hidden: Tensor, keep: Tensor | None = None, angles: Tensor | None = None, after: Callable[[int, Tensor], Tensor] | None = None
+        self, hidden: Tensor, rows: Sequences | None = None, angles: Tensor | None = None, after: Callable[[int, Tensor], Tensor] | None = None
     ) -> Tensor:
-        """hidden [b, s, h]; keep bool [b, s], True where a position may be attended to (None: everywhere). Returns [b, s, h].
+        """hidden [b, s, h], rows of one length that attend to all of themselves; or with `rows` packed, [p, h]. Returns the same shape.
 
-        angles: rotary angles float32 [s, 1 or b, 1, head_size], where they are not those of the positions 0, 1, 2, ...
-        after: called with each layer's number and output [b, s, h]; what it returns goes into the next layer.
-
-        A row that keeps nothing attends to everything instead: a softmax over nothing would be NaN, and such a
-        row's positions are left out of every later sum anyway. For the same reason a position always sees itself
-        in a causal stack.
+        angles: rotary angles float32 [s, head_size], or packed [p, head_size]; None: of the positions 0, 1, 2, ..., where the
+        stack has rotary angles and is not packed.
+        after: called with each layer's number and output, in the shape of `hidden`; what it returns goes into the next layer.
         """
         if not self.layers:
             return self.block(hidden)
-        positions = hidden.size(1)
+        shape = hidden.shape
+        if rows is None:
+            rows = Sequences.of(((shape[0], shape[1]),), None, hidden.device)
+            if angles is None and self.rope_base is not None:
+                angles = rotary_angles(torch.arange(shape[1], device=hidden.device), self.head_size, self.rope_base)
+            angles = None if angles is None else angles.repeat(shape[0], 1)
+            hidden = hidden.flatten(0, 1)
+        if angles is not None:
+            rows = rows.rotated_by(angles, hidden.dtype)
+        positions = len(hidden)
         if self.cut_positions is not None and (extra := -positions % self.cut_positions.size()):
-            keep = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if keep is None else keep
-            hidden, keep = F.pad(hidden, (0, 0, 0, extra)), F.pad(keep, (0, extra))
-            angles = None if angles is None else F.pad(angles, (0, 0, 0, 0, 0, 0, 0, extra))
-        mask = None
-        if keep is not None and not bool(keep.all()):  # nothing masked is common, and faster without a mask
-            mask = (keep | ~keep.any(1, keepdim=True))[:, None, None, :]
-            if self.causal:
-                square = torch.ones(hidden.size(1), hidden.size(1), dtype=torch.bool, device=hidden.device)
-                mask = mask & square.tril() | torch.eye(hidden.size(1), dtype=torch.bool, device=hidden.device)
-        if angles is None and self.rope_base is not None:
-            angles = rotary_angles(hidden.size(1), self.head_size, self.rope_base, hidden.device)
-        hidden = hidden.transpose(0, 1).contiguous()
+            hidden, rows = F.pad(hidden, (0, 0, 0, extra)), rows.filled_up(extra)
+        hidden = hidden[:, None]
         if after is not None:
-            return self._layer_by_layer(hidden, mask, angles, after).transpose(0, 1)
+            return self._layer_by_layer(hidden, rows, lambda layer, output: after(layer, output.reshape(shape))).reshape(shape)
         if self.cut_positions is not None:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.cut_positions)
-        output = self.block(hidden, attention_mask=mask, rotary_pos_emb=angles)
+        output = self.block(hidden, attention_mask=rows)
         if self.cut_positions is not None:  # the gradient that comes back is whole on every rank
             output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=self.cut_positions)
-        return output.transpose(0, 1)[:, :positions]
+        return output[:positions].reshape(shape)
 
-    def _layer_by_layer(self, hidden: Tensor, mask: Tensor | None, angles: Tensor | None, after: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """hidden [s, b, h] and the result; `after` sees whole sequences, so they must not be cut."""
+    def _layer_by_layer(self, hidden: Tensor, rows: Sequences, after: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """hidden [p, 1, h] and the result; `after` sees whole sequences, so they must not be cut."""
         assert self.cut_positions is None
         for number, layer in enumerate(self.block.layers):  # type: ignore[arg-type, var-annotated]
-            hidden, _ = layer(hidden_states=hidden, attention_mask=mask, rotary_pos_emb=angles)
-            hidden = after(number, hidden.transpose(0, 1)).transpose(0, 1).contiguous()
+            hidden, _ = layer(hidden_states=hidden, attention_mask=rows)
+            hidden = after(number, hidden).reshape(hidden.shape)
         norm = self.block.final_layernorm
         return hidden if norm is None else norm(hidden)  # type: ignore[operator]

@@ -7,9 +7,8 @@ What is taken from them reads our own weights or has none, so that names, checkp
                         and core attention in bfloat16 (DotProductAttention, which has no parameters)
 
 TransformerEngine's linear layers are not used: they keep weights under other names, with a state of their own beside them.
-Rows with absent or padded positions go through its attention without them, one behind the other (its format "thd"): its
-padding masks count positions and expect the present ones first, and in our sequences gaps stand anywhere. Its fused attention
-takes that format from sm_90 on; an older GPU needs flash-attn beside it.
+Packed rows of several lengths go through its attention in its format "thd", by cumulative lengths, and those of one length in
+"bshd". Its fused attention takes the former from sm_90 on; an older GPU needs flash-attn beside it.
 
 The arguments are those of TransformerEngine 2.0 to 2.18, and of its main branch of August 2026 (2.20.0.dev0), as their sources
 have them. No GPU has run any of this yet.
@@ -27,13 +26,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sailplan.config.schema import ParallelConfig
 from sailplan.errors import ConfigurationError
-from sailplan.model.blocks import CenteredNorm, Norm, ScaledDotProductAttention
+from sailplan.model.attention import PackedAttention, Sequences
+from sailplan.model.blocks import CenteredNorm, Norm
 
 USED = {
     "none": "torch's own kernels",
@@ -103,13 +102,12 @@ def fuse(model: nn.Module, extension: str) -> None:
         fuse_norms(model)
     elif extension == "transformer_engine":
         engine = Engine.load()
-        packing = Packing()
         for module in model.modules():
             if isinstance(module, (Norm, CenteredNorm)):
                 module.forward = partial(_engine_norm, engine, module)  # type: ignore[method-assign]
-            elif isinstance(module, ScaledDotProductAttention):
+            elif isinstance(module, PackedAttention):
                 # Not a child of the module: it would bring a state of its own into checkpoints.
-                module.forward = partial(_engine_attention, engine.attention_of(module), packing, module)  # type: ignore[method-assign]
+                module.attend = partial(_engine_attention, engine.attention_of(module), module)  # type: ignore[method-assign]
 
 
 def fuse_norms(model: nn.Module) -> bool:
@@ -146,7 +144,7 @@ class Engine(NamedTuple):
         constants: Any = importlib.import_module("transformer_engine.pytorch.constants")
         return cls(pytorch.DotProductAttention, importlib.import_module("transformer_engine_torch"), constants.TE_DType)
 
-    def attention_of(self, module: ScaledDotProductAttention) -> Any:
+    def attention_of(self, module: PackedAttention) -> Any:
         """Its core attention over the heads that this tensor-parallel rank has."""
         config = module.config
         ranks = config.tensor_model_parallel_size
@@ -155,7 +153,7 @@ class Engine(NamedTuple):
             config.kv_channels,
             num_gqa_groups=config.num_query_groups // ranks,
             attention_dropout=module.dropout,
-            qkv_format="sbhd",
+            qkv_format="bshd",
             attn_mask_type="no_mask",
         )
 
@@ -195,60 +193,25 @@ def _engine_norm(engine: Engine, norm: Norm | CenteredNorm, hidden: Tensor) -> T
     return _EngineNorm.apply(engine, flat, norm.weight, bias, norm.eps).view(hidden.shape)  # type: ignore[no-untyped-call]
 
 
-class Packing:
-    """Where the kept positions of a mask are, worked out once for all layers that are given the same mask."""
-
-    def __init__(self) -> None:
-        self.mask: Tensor | None = None
-        self.places = self.ends = torch.empty(0)
-
-    def of(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a mask bool [b, 1, 1 or s, s]: numbers of the kept positions in [s * b], row by row, int64 [t]; and where in them each
-        row begins and the last one ends, int32 [b + 1]. Every row keeps something (`Blocks.forward`). Waits for the GPU.
-
-        In a causal mask the last position sees all that are kept, and itself: kept or not, nothing else sees it.
-        """
-        if self.mask is not mask:
-            keep = mask[:, 0, -1]
-            row, position = keep.nonzero(as_tuple=True)
-            self.places = position * len(keep) + row
-            self.ends = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).int()
-            self.mask = mask
-        return self.places, self.ends
-
-
 def _engine_attention(
-    attention: Any,
-    packing: Packing,
-    module: ScaledDotProductAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    attn_mask_type: AttnMaskType = AttnMaskType.no_mask,
-    **_: Any,
+    attention: Any, module: PackedAttention, query: Tensor, key: Tensor, value: Tensor, rows: Sequences, causal: bool
 ) -> Tensor:
-    """`ScaledDotProductAttention.forward`, except that positions which are not kept get zeros."""
+    """`PackedAttention.attend`, [p, heads * d]."""
     if query.dtype not in ATTENTION_DTYPES:
-        return ScaledDotProductAttention.forward(module, query, key, value, attention_mask, attn_mask_type)
+        return PackedAttention.attend(module, query, key, value, rows, causal)
     # In evaluation its attention keeps nothing for a backward pass, which may follow all the same.
     attention.train(module.training or (torch.is_grad_enabled() and not module.dropout))
-    causal = attn_mask_type == AttnMaskType.causal
-    if attention_mask is None:
-        return attention(query, key, value, qkv_format="sbhd", attn_mask_type="causal" if causal else "no_mask")
-    positions, rows = query.shape[:2]
-    places, ends = packing.of(attention_mask)
-    query, key, value = (part.flatten(0, 1).index_select(0, places) for part in (query, key, value))
-    context = attention(
+    if rows.equal:
+        query, key, value = (part.unflatten(0, (-1, rows.longest)) for part in (query, key, value))
+        return attention(query, key, value, qkv_format="bshd", attn_mask_type="causal" if causal else "no_mask").flatten(0, 1)
+    return attention(
         query,
         key,
         value,
         qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=positions,
-        max_seqlen_kv=positions,
+        cu_seqlens_q=rows.ends,
+        cu_seqlens_kv=rows.ends,
+        max_seqlen_q=rows.longest,
+        max_seqlen_kv=rows.longest,
         attn_mask_type="padding_causal" if causal else "padding",
     )
-    whole = context.new_zeros(positions * rows, context.size(-1))
-    return whole.index_copy(0, places, context).unflatten(0, (positions, rows))

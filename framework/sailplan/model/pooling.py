@@ -1,6 +1,6 @@
 """From the hidden states of a sequence to one vector: means, the last position, and a mean after latent attention.
 
-Shape legend: b rows, s positions, h hidden, l latents.
+Shape legend: b rows, s positions of a row, p of all rows packed, h hidden, l latents.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from sailplan.model.blocks import initial_deviation
 POOLINGS = ("tanh_mean", "mean", "last_token", "latent_attention")
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of [b, s, h] over the positions where bool [b, s] is True; zeros where there is none."""
-    weight = mask.to(values.dtype)
-    return torch.einsum("bsh,bs->bh", values, weight) / weight.sum(1, keepdim=True).clamp(min=1)
+def row_means(values: Tensor, chosen: Tensor | None, counts: Tensor, offsets: Tensor, slot: Tensor) -> Tensor:
+    """Means of packed [p, h] over each row's chosen positions, [b, h]; zeros where there is none.
+
+    chosen: bool [p], None: all. counts [b]: how many they are, by row. offsets [b + 1] and slot [b]: of `data.packing`. Sums run
+    over each row in order, so that they are the same every time.
+    """
+    values = values if chosen is None else values * chosen.to(values.dtype)[:, None]
+    sums = torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True).index_select(0, slot)
+    return sums / counts.clamp(min=1).to(values.dtype)[:, None]
 
 
-def last_position(values: Tensor, mask: Tensor) -> Tensor:
-    """[b, s, h] at the last position where bool [b, s] is True; zeros where there is none."""
-    places = torch.arange(mask.size(1), device=mask.device)
-    last = torch.where(mask, places, -1).amax(1)
-    chosen = values[torch.arange(len(values), device=mask.device), last.clamp(min=0)]
-    return chosen * (last >= 0)[:, None].to(values.dtype)
+def last_positions(values: Tensor, last: Tensor) -> Tensor:
+    """Packed [p, h] at each row's last position [b]; zeros where it is -1."""
+    return values.index_select(0, last.clamp(min=0)) * (last >= 0).to(values.dtype)[:, None]
 
 
 class LatentAttention(nn.Module):
@@ -55,11 +57,9 @@ class LatentAttention(nn.Module):
         self.to(dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[b, s, h] to [b, s, h]."""
-        rows = hidden.size(0)
-        query = self.query(self.norm(hidden)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        both = self.key_value(self.latent_norm(self.latents)).unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)
-        key, value = both[:, None].expand(-1, rows, -1, -1, -1)
-        found = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        """[p, h] to [p, h]."""
+        query = self.query(self.norm(hidden)).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        key, value = self.key_value(self.latent_norm(self.latents)).unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)
+        found = F.scaled_dot_product_attention(query[None], key[None], value[None])[0].transpose(0, 1).flatten(1)
         hidden = hidden + self.output(found)
         return hidden + self.mlp(self.mlp_norm(hidden))

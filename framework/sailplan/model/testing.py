@@ -11,7 +11,9 @@ from megatron.core import parallel_state
 from torch.distributed.tensor import DTensor
 
 from sailplan.config.schema import AudioConfig, ModelConfig, SwinShape, TransformerShape, VisionConfig
+from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.record import EncoderInputs
+from sailplan.model.attention import Sequences
 from sailplan.runtime.process import Parallel
 
 PATCHES = 6  # of a picture that keeps its sides' ratio
@@ -116,8 +118,16 @@ def join_layout(tensor_parallel: int) -> Parallel:
 def rows_of(inputs: EncoderInputs, start: int, stop: int) -> EncoderInputs:
     """Rows start..stop of a micro-batch (none, where start is past the end)."""
     tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-    changes: dict[str, Any] = {name: value[start:stop] for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    changes: dict[str, Any] = {"packing": None} | {name: value[start:stop] for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     return dataclasses.replace(inputs, **changes)
+
+
+def packed_rows(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Sequences]:
+    """Of a mask bool [b, s]: the kept positions' numbers in [b * s] in packed order, their places in their rows, and the rows."""
+    numbers = torch.arange(keep.numel(), device=keep.device).view(keep.shape)
+    packing = pack(EncoderInputs(("text",), numbers, keep, keep), SequenceLayout.of(ModelConfig()))
+    lists = packing.lists()
+    return lists["ids"], lists["place"], Sequences.of(packing.runs["tower"], lists["ends"], keep.device)
 
 
 def whole_tensor(parameter: torch.Tensor, value: torch.Tensor, parallel: Parallel) -> torch.Tensor:

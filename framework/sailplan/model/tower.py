@@ -26,22 +26,24 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from sailplan.config.schema import AudioConfig, ModelConfig, VisionConfig
+from sailplan.data.packing import OWN_TEXT, READ_OUTS, VISUAL, Packing, SequenceLayout, pack
 from sailplan.data.record import EncoderInputs
+from sailplan.model.attention import Sequences
 from sailplan.model.audio import AudioAdapter, AudioEncoder
 from sailplan.model.backbones.clap import ClapAudioEncoder
 from sailplan.model.backbones.clap_fusion import FusedClapAudioEncoder
-from sailplan.model.backbones.naflex import NaflexVisionEncoder, present_patches
+from sailplan.model.backbones.naflex import NaflexVisionEncoder
 from sailplan.model.backbones.qwen_vl import QwenVisionEncoder
 from sailplan.model.backbones.siglip import SiglipVisionEncoder
 from sailplan.model.backbones.whisper import WhisperAudioEncoder
-from sailplan.model.blocks import Blocks, initial_deviation, interleaved_angles, process_groups, transformer_config, uncut
+from sailplan.model.blocks import Blocks, initial_deviation, interleaved_angles, process_groups, rotary_angles, transformer_config, uncut
 from sailplan.model.check import check_model
 from sailplan.model.lora import add_lora, is_lora
 from sailplan.model.pixels import normalise
-from sailplan.model.pooling import LatentAttention, last_position, masked_mean
+from sailplan.model.pooling import LatentAttention, last_positions, row_means
 from sailplan.model.protocol import Embeddings
 from sailplan.model.sharing import encode_own_rows, mark_shared
-from sailplan.model.vision import Perceiver, VisionEncoder
+from sailplan.model.vision import PackedRows, Perceiver, VisionEncoder
 
 VISION: dict[str, Callable[[VisionConfig, torch.dtype], nn.Module]] = {
     "own": VisionEncoder,
@@ -77,17 +79,16 @@ class Tower(nn.Module):
         latent = config.pooling == "latent_attention"
         self.pooling = LatentAttention(config.tower.hidden, config.pooling_latents, config.pooling_heads, dtype) if latent else None
 
-    def forward(self, sequence: Tensor, kind: Tensor, keep: Tensor, places: Tensor | None = None, added: Sequence[Tensor] = ()) -> Tensor:
-        """sequence [b, s, h], kind int64 [s], keep bool [b, s]. Returns [b, s, h].
+    def forward(self, sequence: Tensor, rows: Sequences, places: Tensor, added: Sequence[Tensor] = (), at: Tensor | None = None) -> Tensor:
+        """sequence packed [p, h], with `kinds` added. Returns [p, h].
 
-        places: int64 [3, b, s], with `rope_sections` (None: 0, 1, 2, ... in all three). added: [b, s, h] for each of the first
-        layers, added to its output.
+        places: int64 [p], or with `rope_sections` [3, p]. added: [n, h] for each of the first layers, added to its output at
+        the packed positions `at` int64 [n].
         """
-        angles = None
-        if self.sections and places is not None:
-            angles = interleaved_angles(places, self.blocks.head_size, self.rope_base, self.sections)
-        after = (lambda layer, hidden: hidden + added[layer] if layer < len(added) else hidden) if added else None
-        hidden = self.blocks(sequence + self.kinds[kind], keep, angles, after)
+        size, base = self.blocks.head_size, self.rope_base
+        angles = interleaved_angles(places, size, base, self.sections) if self.sections else rotary_angles(places, size, base)
+        after = (lambda layer, hidden: hidden.index_add(0, at, added[layer]) if layer < len(added) else hidden) if added else None
+        hidden = self.blocks(sequence, rows, angles, after)
         return hidden if self.pooling is None else self.pooling(hidden)
 
 
@@ -121,6 +122,7 @@ class OmniEncoder(nn.Module):
         tensor_parallel = groups.tp.size() if groups.tp is not None else 1
         check_model(config, tensor_parallel, share_encoders=share_encoders)
         self.sharing: dist.ProcessGroup | None = groups.tp if share_encoders and tensor_parallel > 1 else None
+        self.layout = SequenceLayout.of(config, tensor_parallel if share_encoders else 1)
         self.config = config
         self.dtype = dtype
         hidden = config.tower.hidden
@@ -165,90 +167,107 @@ class OmniEncoder(nn.Module):
         A row with nothing present gets a zero vector. `per_modality` adds the vectors pooled over the visual
         positions (None unless vision is declared) and over the item's own text positions (`text_mask`).
         A micro-batch of 0 rows runs one absent row, so that this rank meets the others in every collective.
+        Inputs without `packing` are packed here: where their masks are on a GPU, the host waits for it.
         """
+        packing = inputs.packing or pack(inputs, self.layout)
+        if packing.layout != self.layout:
+            raise ValueError(f"inputs packed for {packing.layout}, but the model has {self.layout}: pack them with OmniEncoder.layout")
         if inputs.rows == 0:
-            embeddings = self._encode(_one_absent_row(inputs), per_modality)
+            embeddings = self._encode(_one_absent_row(inputs), packing, per_modality)
             return _pytree.tree_map(lambda vector: vector[:0], embeddings)
-        return self._encode(inputs, per_modality)
+        return self._encode(inputs, packing, per_modality)
 
-    def _encode(self, inputs: EncoderInputs, per_modality: bool) -> Embeddings:
-        pieces: list[tuple[int, Tensor, Tensor]] = []  # (kind, [b, n, h], present [b, n])
-        features: Sequence[Tensor] = ()  # of visual tokens, to be added behind the tower's first layers
-        grid: tuple[int, int] | None = None
+    def _encode(self, inputs: EncoderInputs, packing: Packing, per_modality: bool) -> Embeddings:
+        lists = packing.lists()
+        pieces: list[Tensor] = []  # [n, h]: sound of each row, visual tokens of each row, text; the pack takes what is present
+        features: Sequence[Tensor] = ()  # [b, n, h] of visual tokens, to be added behind the tower's first layers
+        sound, visual, text = self.tower.kinds[2], self.tower.kinds[1], self.tower.kinds[0]
         if "audio" in inputs.modalities:
             if inputs.audio is None or inputs.audio_mask is None:
                 raise ValueError("the view declares audio, but the inputs hold none")
             (token,) = self._shared(self._hear, inputs.audio, inputs.audio_mask)
-            pieces.append((2, token, inputs.audio_mask.any(1, keepdim=True)))
+            pieces.append(token.flatten(0, 1) + sound)
+        # Prompts are text: the embedding runs for every view.
+        words = self.text(lists["ids"])
         if "vision" in inputs.modalities:
             if inputs.images is None or inputs.image_mask is None:
                 raise ValueError("the view declares vision, but the inputs hold no images")
             sizes = [inputs.image_sizes] if inputs.image_sizes is not None else []
             if isinstance(self.vision, NaflexVisionEncoder) != bool(sizes):
                 raise ValueError("pictures that keep their sides' ratio (data.image_patches) and model.vision.backbone=siglip2 go together")
-            table = {} if inputs.image_augmentation is None else {"augmentation": inputs.image_augmentation}
-            beside = ({"image_sizes": sizes[0]} if sizes else {}) | table
+            beside = {"image_sizes": inputs.image_sizes, "augmentation": inputs.image_augmentation}
+            beside = {name: tensor for name, tensor in beside.items() if tensor is not None}
 
-            def see(images: Tensor, image_mask: Tensor, *others: Tensor) -> Sequence[Tensor]:
-                return self._see(images, image_mask, **dict(zip(beside, others, strict=True)))
+            def see(images: Tensor, *others: Tensor) -> Sequence[Tensor]:
+                return self._see(packing, lists, images, **dict(zip(beside, others, strict=True)))
 
-            tokens, *features = self._shared(see, inputs.images, inputs.image_mask, *beside.values())
-            present = inputs.image_mask.any(1, keepdim=True).expand(-1, tokens.size(1))
-            if isinstance(self.vision, QwenVisionEncoder):
-                grid = self.vision.grid(inputs.images)
-                if self.config.vision.marks:  # of the text embedding, which all tensor-parallel ranks look up together
-                    frames = inputs.image_mask.shape
-                    before, behind = self.text(torch.tensor(self.config.vision.marks, device=tokens.device)).expand(*frames, -1, -1).split(1, 2)
-                    tokens = torch.cat([before, tokens.unflatten(1, (frames[1], -1)), behind], 2).flatten(1, 2)
-                    features = [F.pad(part.unflatten(1, (frames[1], -1)), (0, 0, 1, 1)).flatten(1, 2) for part in features]
-                present = inputs.image_mask.repeat_interleave(tokens.size(1) // inputs.image_mask.size(1), 1)
-            pieces.append((1, tokens, present))
-        # Prompts are text: the embedding runs for every view.
-        pieces.append((0, self.text(inputs.token_ids), inputs.token_mask))
+            tokens, *features = self._shared(see, inputs.images, *beside.values())
+            if self.layout.marks:  # embedded with the text, which all tensor-parallel ranks look up together
+                frames = inputs.image_mask.size(1)
+                marks, words = words.split([2, len(words) - 2])
+                before, behind = marks.expand(len(tokens), frames, -1, -1).split(1, 2)
+                tokens = torch.cat([before, tokens.unflatten(1, (frames, -1)), behind], 2).flatten(1, 2)
+                features = [F.pad(part.unflatten(1, (frames, -1)), (0, 0, 1, 1)).flatten(1, 2) for part in features]
+            pieces.append(tokens.flatten(0, 1) + visual)
+        pieces.append(words + text)
+        sequence = pieces[0] if "source" not in lists else torch.cat(pieces).index_select(0, lists["source"])
+        rows = Sequences.of(packing.runs["tower"], lists["ends"], sequence.device)
+        places = lists["place"].unflatten(0, (self.layout.dimensions, -1))
+        at = lists["visual"]
+        if features:  # numbered among all visual tokens
+            chosen = lists["source"].index_select(0, at) - (len(pieces[0]) if "audio" in inputs.modalities else 0)
+            features = [part.flatten(0, 1).index_select(0, chosen) for part in features]
+        hidden = self.tower(sequence, rows, places if self.layout.dimensions == 3 else places[0], features, at)
+        return self._read_out(hidden, lists, "vision" in inputs.modalities, per_modality)
 
-        keep = torch.cat([present for _, _, present in pieces], 1)
-        kinds = [kind for kind, tokens, _ in pieces for _ in range(tokens.size(1))]
-        kind = torch.tensor(kinds, device=keep.device)
-        first = kinds.index(1) if features else 0
-        added = [F.pad(part, (0, 0, first, len(kinds) - first - part.size(1))) for part in features]
-        places = None if grid is None else places_of(pieces, grid, bool(self.config.vision.marks))
-        hidden = self.tower(torch.cat([tokens for _, tokens, _ in pieces], 1), kind, keep, places, added)
+    def _read_out(self, hidden: Tensor, lists: dict[str, Tensor], vision: bool, per_modality: bool) -> Embeddings:
+        """hidden packed [p, h]."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         hidden = hidden.to(wide)
         if self.config.pooling == "tanh_mean":
             hidden = hidden.tanh()
+        counts, last = (lists[name].unflatten(0, (len(READ_OUTS), -1)) for name in ("counts", "last"))
 
-        pool = last_position if self.config.pooling == "last_token" else masked_mean
-        fused = pool(hidden, keep)
+        def pooled(number: int, what: int | None) -> Tensor:
+            if self.config.pooling == "last_token":
+                return last_positions(hidden, last[number])
+            return row_means(hidden, None if what is None else lists["what"] == what, counts[number], lists["offsets"], lists["slot"])
+
+        fused = pooled(0, None)
         if torch.is_grad_enabled() and not fused.requires_grad:
             # Nothing that ran is trainable. The backward must reach FSDP2's hooks all the same: gradients of
             # earlier micro-batches are reduced in the step's last backward.
             fused = fused + torch.zeros((), dtype=wide, device=fused.device, requires_grad=True)
-        vision = text = None
-        if per_modality:
-            if "vision" in inputs.modalities:
-                vision = pool(hidden, keep & (kind == 1))
-            own_text = torch.zeros_like(keep)
-            own_text[:, keep.size(1) - inputs.text_mask.size(1) :] = inputs.text_mask & inputs.token_mask
-            text = pool(hidden, own_text)
-        return Embeddings(fused=fused, vision=vision, text=text)
-
+        seen = pooled(1, VISUAL) if per_modality and vision else None
+        return Embeddings(fused=fused, vision=seen, text=pooled(2, OWN_TEXT) if per_modality else None)
 
     def _see(
-        self, images: Tensor, image_mask: Tensor, image_sizes: Tensor | None = None, augmentation: Tensor | None = None
+        self, packing: Packing, lists: dict[str, Tensor], images: Tensor, image_sizes: Tensor | None = None, augmentation: Tensor | None = None
     ) -> Sequence[Tensor]:
-        """images [b, f, 3, height, width], or with image_sizes [b, f, 2] their patches, and image_mask bool [b, f]: latents
-        [b, l, h]; of Qwen3-VL's image tower its tokens [b, f * p, h] and, in the same shape, what is added to them behind the
-        tower's first layers."""
-        images = normalise(images, augmentation, image_sizes)
-        if isinstance(self.vision, QwenVisionEncoder):
-            images = images.masked_fill(~image_mask[:, :, None, None, None], 0)
-            return [part.unflatten(0, image_mask.shape).flatten(1, 2) for part in self.vision(images.flatten(0, 1))]
+        """images [b, f, 3, height, width], or with image_sizes [b, f, 2] their patches, of this peer's b rows: latents [b, l, h];
+        of Qwen3-VL's image tower its tokens [b, f * p, h] and, in the same shape, what is added to them behind the tower's
+        first layers. Pictures that are absent are not encoded."""
+        peer = 0 if self.sharing is None else self.sharing.rank()
+        rows, frames = images.shape[:2]
+        if peer in packing.absent:
+            images = torch.zeros_like(images)  # the filler may hold anything, and 0 * inf is NaN
+        images, present = normalise(images, augmentation, image_sizes).flatten(0, 1), lists.get(f"frames {peer}")
         if image_sizes is not None:
-            patches = self.vision(images.flatten(0, 1), image_sizes.flatten(0, 1))
-            return [self.perceiver(patches.unflatten(0, image_mask.shape), image_mask, present_patches(image_sizes, images.size(2)))]
-        patches = self.vision(images.flatten(0, 1))
-        return [self.perceiver(patches.unflatten(0, image_mask.shape), image_mask)]
+            own = lists[f"patches {peer}"]
+            pictures = Sequences.of(packing.runs[f"patches {peer}"], lists[f"patch ends {peer}"], images.device)
+            present = own // images.size(1)
+            tokens = self.vision(images, image_sizes.flatten(0, 1), own, pictures)
+        else:
+            tokens = self.vision(images if present is None else images.index_select(0, present))
+        if isinstance(self.vision, QwenVisionEncoder):
+            if present is not None:
+                tokens = [part.new_zeros(rows * frames, *part.shape[1:]).index_copy(0, present, part) for part in tokens]
+            return [part.unflatten(0, (rows, frames)).flatten(1, 2) for part in tokens]
+        packed = None
+        if present is not None:
+            joint = Sequences.of(packing.runs[f"rows {peer}"], lists[f"ends {peer}"], images.device)
+            packed = PackedRows(present % frames, lists[f"source {peer}"], lists[f"latents {peer}"], joint)
+        return [self.perceiver(tokens, rows, frames, packed)]
 
     def _hear(self, audio: Tensor, audio_mask: Tensor) -> Sequence[Tensor]:
         """audio [b, c, frames, mel_bins], audio_mask bool [b, c]: one token, [b, 1, h]."""
@@ -259,41 +278,9 @@ class OmniEncoder(nn.Module):
         return encode_own_rows(encode, self.sharing, *inputs, dropout=self.training and any(shape.dropout > 0 for shape in shapes))
 
 
-def places_of(pieces: Sequence[tuple[int, Tensor, Tensor]], grid: tuple[int, int], marked: bool) -> Tensor:
-    """Frame, row and column of each position, int64 [3, b, s], as Qwen3-VL counts them. pieces: (kind, [b, n, h], present [b, n]).
-
-    A position that is no visual token is one further on in all three. A frame's tokens [rows, columns] begin together
-    where the frame begins and count rows and columns from there; what follows begins behind its longer side. marked: a
-    frame's tokens stand between two marks, which count as text. A frame that a row lacks takes no room: the row's vector
-    must not depend on how many frames its neighbours have.
-    """
-    device = pieces[0][1].device
-    frame = torch.stack([torch.zeros(grid), *torch.meshgrid(*[torch.arange(float(side)) for side in grid], indexing="ij")]).flatten(1).long()
-    length = max(grid)
-    if marked:
-        ends = torch.tensor([0, length + 1]).expand(3, -1)
-        frame, length = torch.cat([ends[:, :1], frame + 1, ends[:, 1:]], 1), length + 2
-    frame, places = frame.to(device), []
-    start = torch.zeros(len(pieces[0][1]), dtype=torch.int64, device=device)
-    for kind, tokens, present in pieces:
-        if kind != 1:
-            places.append((start[:, None] + torch.arange(tokens.size(1), device=device)).expand(3, -1, -1))
-            start = start + tokens.size(1)
-            continue
-        for first in range(0, tokens.size(1), frame.size(1)):
-            places.append(start[None, :, None] + frame[:, None])
-            start = start + length * present[:, first]
-    return torch.cat(places, 2)
-
-
 def _one_absent_row(inputs: EncoderInputs) -> EncoderInputs:
-    """One row with nothing present, in the shapes of an empty micro-batch (at least one token wide)."""
-    tokens = max(1, inputs.token_ids.size(1))
-    changes: dict[str, Any] = {
-        "token_ids": inputs.token_ids.new_zeros(1, tokens),
-        "token_mask": inputs.token_mask.new_zeros(1, tokens),
-        "text_mask": inputs.text_mask.new_zeros(1, tokens),
-    }
+    """One row with nothing present, in the shapes of an empty micro-batch."""
+    changes: dict[str, Any] = {}
     for name in ("images", "image_mask", "image_sizes", "image_augmentation", "audio", "audio_mask"):
         value = getattr(inputs, name)
         if value is not None:

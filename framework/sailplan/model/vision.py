@@ -11,12 +11,14 @@ Shape legend: n frames in all, b rows, f frames a row, p patches a frame, h hidd
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sailplan.config.schema import VisionConfig
+from sailplan.model.attention import Sequences
 from sailplan.model.blocks import Blocks, initial_deviation
 
 POSITION_GRID = 16  # learned positions lie on a 16 x 16 grid and are interpolated to the image's own grid
@@ -87,6 +89,15 @@ def frame_positions(frames: int, hidden: int, like: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], -1)[:, :hidden].to(like.dtype)
 
 
+class PackedRows(NamedTuple):
+    """Which tokens each row of the perceiver reads, where rows lack some (`data.packing`)."""
+
+    frame: Tensor  # int64: the number, within its row, of each picture or token that is handed over
+    source: Tensor  # int64: the packed positions in cat(latents of all rows, tokens)
+    latents: Tensor  # int64: the latents in the pack, row by row
+    rows: Sequences
+
+
 class Perceiver(nn.Module):
     """Learned latents that read the visual tokens of all frames of an item, in the tower's width."""
 
@@ -103,20 +114,20 @@ class Perceiver(nn.Module):
         self.to(dtype)
         self.blocks = Blocks(config.perceiver, dtype)
 
-    def forward(self, tokens: Tensor, frame_mask: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """tokens [b, f, p, h], frame_mask bool [b, f], patch_mask bool [b, f, p] where frames have patches that are filled up.
+    def forward(self, tokens: Tensor, rows: int, frames: int, packed: PackedRows | None = None) -> Tensor:
+        """tokens [n, p, h] of the n = rows * frames pictures, or with `packed` those of present ones, [n, p, h] or [k, h].
 
-        Returns [b, latents, tower hidden]; absent frames and patches have no influence.
+        Returns [rows, latents, tower hidden]; absent frames and patches have no influence.
         """
-        rows, frames, patches, _ = tokens.shape
-        visual = self.input(tokens) + (frame_positions(frames, self.latents.size(1), self.latents) * self.frame_gain)[:, None]
-        # A frame that is absent may hold anything; a masked key still multiplies its value by zero, and 0 * inf is NaN.
-        present = frame_mask[:, :, None].expand(-1, -1, patches)
-        if patch_mask is not None:
-            present = present & patch_mask
-        visual = visual.masked_fill(~present[..., None], 0).flatten(1, 2)
+        visual = self.input(tokens)
+        numbered = frame_positions(frames, self.latents.size(1), self.latents) * self.frame_gain
         latents = self.latents.expand(rows, -1, -1)
-        present = present.flatten(1)
-        keep = torch.cat([present.new_ones(rows, latents.size(1)), present], 1)
-        hidden = self.blocks(torch.cat([latents, visual], 1), keep)
-        return self.output(hidden[:, : latents.size(1)])
+        if packed is None:
+            visual = visual.unflatten(0, (rows, frames)) + numbered[:, None]
+            hidden = self.blocks(torch.cat([latents, visual.flatten(1, 2)], 1))
+            return self.output(hidden[:, : latents.size(1)])
+        numbered = numbered.index_select(0, packed.frame)
+        visual = visual + (numbered[:, None] if visual.dim() == 3 else numbered)
+        joint = torch.cat([latents.flatten(0, 1), visual.flatten(0, -2)]).index_select(0, packed.source)
+        hidden = self.blocks(joint, packed.rows)
+        return self.output(hidden.index_select(0, packed.latents)).unflatten(0, (rows, -1))

@@ -144,7 +144,8 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
 
 def _rows(inputs: EncoderInputs, chosen: Tensor, dtype: torch.dtype) -> EncoderInputs:
     tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if isinstance(getattr(inputs, f.name), Tensor)}
-    return dataclasses.replace(inputs, **{name: tensor[chosen].to(dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in tensors.items()})
+    own = {name: tensor[chosen].to(dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in tensors.items()}
+    return dataclasses.replace(inputs, packing=None, **own)  # type: ignore[arg-type]
 
 
 def share(

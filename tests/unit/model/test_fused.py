@@ -11,9 +11,9 @@ import torch
 from megatron.core import parallel_state
 
 from sailplan.config.schema import TransformerShape
-from sailplan.model.blocks import NORMS, Blocks, transformer_config
+from sailplan.model.blocks import NORMS, Blocks, rotary_angles, transformer_config
 from sailplan.model.fused import extensions, fuse, fuse_norms
-from sailplan.model.testing import join_layout
+from sailplan.model.testing import join_layout, packed_rows
 
 
 def test_the_public_package_called_apex_is_neither_taken_nor_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +81,9 @@ def test_transformer_engines_kernels_give_what_ours_do(world: None, dtype: torch
             blocks = Blocks(shape, dtype, 10000.0).cuda()
             fuse(blocks, extension)
             hidden = torch.randn(6, 50, 256, generator=torch.Generator().manual_seed(2)).to("cuda", dtype).requires_grad_()
-            output = blocks(hidden, keep.cuda()).masked_fill(~keep.cuda()[..., None], 0)
-            (output.float() * weights).sum().backward()
+            numbers, places, rows = packed_rows(keep.cuda())
+            output = blocks(hidden.flatten(0, 1)[numbers], rows, rotary_angles(places, 64, 10000.0))
+            (output.float() * weights.flatten(0, 1)[numbers]).sum().backward()
             found.append([output, hidden.grad, *(parameter.grad for parameter in blocks.parameters())])
         for one, other in zip(*found, strict=True):
             assert (one - other).float().norm() <= tolerance * one.float().norm()

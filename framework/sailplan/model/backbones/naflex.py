@@ -2,7 +2,7 @@
 
 A picture keeps its sides' ratio: it comes as the patches of its own grid, row by row, filled up to the same number for all
 (`data.image_patches`). The square grid of learned positions is resized to each picture's grid, antialiased bilinear; what
-was filled up is masked. Blocks, norms and names are SigLIP's, without the attention-pooling head.
+was filled up is left out. Blocks, norms and names are SigLIP's, without the attention-pooling head.
 
 Shape legend: n pictures in all, p patches a picture, filled up ones included, g side of the square grid of positions.
 """
@@ -15,16 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from sailplan.config.schema import ModelConfig, VisionConfig
+from sailplan.model.attention import Sequences
 from sailplan.model.backbones import siglip
 from sailplan.model.backbones.weight_map import WeightMap
 from sailplan.model.blocks import Blocks, initial_deviation
 
 MODEL_TYPES = ("siglip2", "siglip2_vision_model")
-
-
-def present_patches(sizes: Tensor, patches: int) -> Tensor:
-    """Sizes int64 [..., 2], patches down and across, to bool [..., patches]: True at those that are the picture's own."""
-    return torch.arange(patches, device=sizes.device) < sizes.prod(-1, keepdim=True)
 
 
 def resize_weights(place: Tensor, length: Tensor, grid: int) -> Tensor:
@@ -40,7 +36,7 @@ def resize_weights(place: Tensor, length: Tensor, grid: int) -> Tensor:
 
 
 class NaflexVisionEncoder(nn.Module):
-    """Patches [n, p, 3 * patch * patch] in [-1, 1] of grids sizes int64 [n, 2] to tokens [n, p, h], each picture alone."""
+    """Patches [n, p, 3 * patch * patch] in [-1, 1] of grids sizes int64 [n, 2] to tokens of those that are no filling, each picture alone."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -52,18 +48,16 @@ class NaflexVisionEncoder(nn.Module):
         self.to(dtype)
         self.blocks = Blocks(config.encoder, dtype)
 
-    def forward(self, patches: Tensor, sizes: Tensor) -> Tensor:
-        """Tokens of patches that are filled up hold anything finite."""
-        present = present_patches(sizes, patches.size(1))
-        patches = patches.masked_fill(~present[..., None], 0)  # a masked key still multiplies its value by zero, and 0 * inf is NaN
-        return self.blocks(self.embedding(patches.to(self.positions.dtype)) + self._positions(sizes, patches.size(1)), present)
+    def forward(self, patches: Tensor, sizes: Tensor, own: Tensor, rows: Sequences) -> Tensor:
+        """own: int64 [k], which of the n * p patches are a picture's own, in the order of `rows`. Returns [k, h]."""
+        tokens = self.embedding(patches.flatten(0, 1).index_select(0, own).to(self.positions.dtype))
+        return self.blocks(tokens + self.positions_of(own % patches.size(1), sizes.index_select(0, own // patches.size(1))), rows)
 
-    def _positions(self, sizes: Tensor, patches: int) -> Tensor:
-        """[n, p, h]: for each picture the learned positions in its own grid."""
-        down, across = (side[:, None] for side in sizes.clamp(min=1).unbind(-1))
-        place = torch.arange(patches, device=sizes.device).minimum(down * across - 1)
+    def positions_of(self, place: Tensor, sizes: Tensor) -> Tensor:
+        """place int64 [k] of patches in grids of sizes int64 [k, 2]: the learned positions there, [k, h]."""
+        down, across = sizes.clamp(min=1).unbind(-1)
         rows, columns = (resize_weights(at, length, self.grid) for at, length in ((place // across, down), (place % across, across)))
-        return (rows[..., :, None] * columns[..., None, :]).flatten(2).to(self.positions.dtype) @ self.positions
+        return (rows[:, :, None] * columns[:, None, :]).flatten(1).to(self.positions.dtype) @ self.positions
 
 
 def weight_map(config: ModelConfig) -> WeightMap:

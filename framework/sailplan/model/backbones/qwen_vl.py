@@ -103,13 +103,13 @@ class QwenVisionEncoder(nn.Module):
         return cut.permute(0, 2, 4, 3, 5, 1).flatten(1, 4)
 
     def _angles(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Rotary angles float32 [positions, 1, 1, head_size]: a quarter of the head's size of frequencies for the row, as many for the column."""
+        """Rotary angles float32 [positions, head_size]: a quarter of the head's size of frequencies for the row, as many for the column."""
         half = self.head_size // 2
         frequencies = ROPE_BASE ** (-torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
         down, across = (torch.arange(sides * self.merge, dtype=torch.float32, device=device) for sides in (rows, columns))
         places = self._by_squares(torch.stack(torch.meshgrid(down, across, indexing="ij"))[None])[0]  # [positions, 2]
         angles = (places[:, :, None] * frequencies).flatten(1)
-        return torch.cat([angles, angles], -1)[:, None, None, :]
+        return torch.cat([angles, angles], -1)
 
 
 def weight_map(config: ModelConfig) -> WeightMap:
