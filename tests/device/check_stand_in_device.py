@@ -142,9 +142,9 @@ def test_two_micro_batches_at_most_are_on_the_device(kept_graphs):
         with stand_in_device():
             step = small_step(there, kept_graphs)
             batches = [with_pixels(batch) for batch in batches_of(step, 1)]
-            # The order of both passes: the kept graph is that of the last micro-batch, and only that is not sent again.
+            # The second pass goes from the last to the first; a micro-batch whose graph was kept is not sent again.
             sizes = [size_of(inputs) for batch in batches for _, view in sorted(batch.views.items()) for inputs in view.micro_batches]
-            passes = sizes + sizes[: len(sizes) - kept_graphs]
+            passes = sizes + sizes[: len(sizes) - kept_graphs][::-1]
             with Traffic(uploads_in="_start") as traffic:
                 step.run(batches, steps.WEIGHTS, step=1, stage="one")
         pairs = max(sum(passes[place : place + 2]) for place in range(len(passes)))

@@ -81,14 +81,18 @@ RANGES = {
     "evaluation.tasks.*.limit": AT_LEAST_ONE,
     "tracking.log_every": AT_LEAST_ONE,
 }
+WORDS = {"step.kept_graphs": ("auto",)}  # what a setting may be instead of a number
 
 
 def check_ranges(config: Config) -> None:
     """Raises ConfigurationError naming the first key whose number is outside its range; nan and infinity always are."""
     for pattern, words in RANGES.items():
         for key, value in _values(config, pattern.split(".")):
-            if value is not None and not (math.isfinite(value) and FITS[words](value)):
-                raise ConfigurationError(f"{key}={value}: expected a number {words}")
+            if isinstance(value, str) and value in WORDS.get(pattern, ()):
+                continue
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and FITS[words](value)):
+                beside = "".join(f", or {word}" for word in WORDS.get(pattern, ()))
+                raise ConfigurationError(f"{key}={value}: expected a number {words}{beside}")
 
 
 def _values(node: Any, pattern: list[str], key: str = "") -> Iterator[tuple[str, Any]]:

@@ -274,7 +274,9 @@ class ParallelConfig:
 @dataclass
 class StepConfig:
     micro_batch: int = 128  # rows encoded at once
-    kept_graphs: int = 0  # micro-batches, counted from the last, whose graph is kept instead of replayed; -1: all
+    # Micro-batches, counted from the last, whose graph is kept instead of replayed: a number, -1 (all), or auto (as many as fit
+    # into the memory that the first step of a stage and its data sets leaves free, at least one).
+    kept_graphs: int | str = "auto"
     backend: str = "auto"  # sailplan_kernels backend
 
 

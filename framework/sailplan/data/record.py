@@ -75,7 +75,7 @@ class EncoderInputs:
     def to(self, device: torch.device | str) -> EncoderInputs:
         """The inputs on `device`; from pinned memory to a GPU, without a wait."""
         device = torch.device(device)
-        moved = {f.name: to_device(getattr(self, f.name), device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {f.name: to_device(getattr(self, f.name), device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, packing=None if self.packing is None else self.packing.to(device), **moved)
 
 

@@ -4,19 +4,21 @@ The loss couples all rows, but the encoder does not: given the gradient of the l
 a micro-batch's share of the parameters' gradient needs that micro-batch alone (Gao et al., "Scaling Deep Contrastive
 Learning Batch Size under Memory Limited Setup", arXiv 2101.06983). So:
 
-(A) encode all micro-batches without graphs, except the last few, whose graphs are kept;
+(A) encode all micro-batches without graphs, except the last few, whose graphs are kept (step.kept_graphs says how many);
 (B) compute the loss on the embeddings as leaves, and their gradients (the caller's part);
-(C) go backward through the kept graphs, then encode the others again with graphs and go backward with the cached
-    gradients.
+(C) from the last micro-batch to the first, go backward with the cached gradients, through the kept graphs and then through
+    those of the others, which are encoded again.
 
 The result is the gradient of the full batch, not an approximation: each micro-batch is encoded under a seed of its
-own, so dropout in (C) repeats that in (A). Gradients are reduced over data-parallel ranks in the last backward only.
+own, so dropout in (C) repeats that in (A). The order of summation is the same however many graphs are kept, which may
+therefore change at any step. Gradients are reduced over data-parallel ranks in the last backward only.
 Views whose towers are all frozen are not encoded a second time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +30,7 @@ from sailplan.model.protocol import Embeddings
 from sailplan.objective.protocol import EncodedStep, EncodedView
 from sailplan.runtime.seeds import derive, seed_torch
 from sailplan.runtime.transfer import to_device
+from sailplan.step.kept_graphs import KeptGraphs
 from sailplan.step.upload import Uploads
 
 VECTORS = ("fused", "vision", "text")
@@ -72,10 +75,10 @@ class GradientCache:
     """Encodes the views of a step's batches (A), and carries gradients of the embeddings to the encoder (C).
 
     encoder: a model.protocol.Encoder, plain or sharded by model.parallelize.
-    kept_graphs: trainable micro-batches, counted from the last, whose graphs are kept; -1: all.
+    kept_graphs: how many trainable micro-batches, counted from the last, keep their graphs.
     """
 
-    def __init__(self, encoder: nn.Module, kept_graphs: int) -> None:
+    def __init__(self, encoder: nn.Module, kept_graphs: KeptGraphs) -> None:
         self.encoder = encoder
         self.kept_graphs = kept_graphs
         self.device = torch.device("cpu")
@@ -87,7 +90,7 @@ class GradientCache:
         """(A): the batches' views as leaves that require a gradient where their encoder does.
 
         per_modality: for each batch, whether its losses need the vision and text vectors. seed_parts: what the seeds
-        are derived from, besides the micro-batch's own place (run seed, stage, step, data-parallel rank). The order of
+        are derived from, besides the micro-batch's own place: run seed, stage, step, data-parallel rank. The order of
         encoding is that of the batches and, inside, of the views' names: the same on all ranks.
         """
         self.device = device
@@ -99,13 +102,13 @@ class GradientCache:
             for index, inputs in enumerate(rows.micro_batches)
         ]
         trainable = [micro_batch for micro_batch in self.micro_batches if micro_batch.trainable]
-        kept = len(trainable) if self.kept_graphs < 0 else min(self.kept_graphs, len(trainable))
+        number = self.kept_graphs.begin([str(seed_parts[1]), *(batch.dataset for batch in batches)])
+        kept = len(trainable) if number < 0 else min(number, len(trainable))
         for micro_batch in trainable[len(trainable) - kept :]:
             micro_batch.keep_graph = True
         uploads = Uploads((micro_batch.inputs for micro_batch in self.micro_batches), device)
         for micro_batch in self.micro_batches:
-            with torch.set_grad_enabled(micro_batch.keep_graph):
-                outputs = self._run(micro_batch, next(uploads))
+            outputs = self._run(micro_batch, next(uploads), micro_batch.keep_graph)
             for name in VECTORS:
                 vector = getattr(outputs, name)
                 if vector is not None:
@@ -124,7 +127,10 @@ class GradientCache:
             micro_batch.gradients = {name: leaf.grad for name, leaf in micro_batch.leaves.items()}
             micro_batch.leaves = {}
         used = [m for m in self.micro_batches if m.trainable and any(gradient is not None for gradient in m.gradients.values())]
-        ordered = [m for m in used if m.keep_graph] + [m for m in used if not m.keep_graph]
+        for micro_batch in self.micro_batches:
+            if all(gradient is None for gradient in micro_batch.gradients.values()):
+                micro_batch.outputs = None
+        ordered = used[::-1]
         uploads = Uploads((m.inputs for m in ordered if not m.keep_graph), self.device)
         for number, micro_batch in enumerate(ordered):
             last = number == len(ordered) - 1
@@ -139,8 +145,7 @@ class GradientCache:
         """Goes through the kept graph, or encodes again with a graph; the graph is gone when this returns."""
         outputs, micro_batch.outputs = micro_batch.outputs, None
         if outputs is None:
-            with torch.enable_grad():
-                outputs = self._run(micro_batch, next(uploads))
+            outputs = self._run(micro_batch, next(uploads), True)
         vectors, gradients = [], []
         for name, gradient in micro_batch.gradients.items():
             vector = getattr(outputs, name)
@@ -149,10 +154,11 @@ class GradientCache:
                 gradients.append(torch.zeros_like(vector) if gradient is None else gradient)
         torch.autograd.backward(vectors, gradients)
 
-    def _run(self, micro_batch: MicroBatch, inputs: EncoderInputs) -> Embeddings:
+    def _run(self, micro_batch: MicroBatch, inputs: EncoderInputs, graph: bool) -> Embeddings:
         """inputs: the micro-batch's, on the device."""
         seed_torch(micro_batch.seed, inputs.token_ids.device)
-        return self.encoder(inputs, per_modality=micro_batch.per_modality)
+        with torch.set_grad_enabled(graph), self.kept_graphs.measuring() if graph else nullcontext():
+            return self.encoder(inputs, per_modality=micro_batch.per_modality)
 
     def _assemble(self, number: int, batch: StepBatch, device: torch.device) -> EncodedStep:
         """One batch's encodings, rows back in the step's order."""

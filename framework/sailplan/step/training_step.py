@@ -35,6 +35,7 @@ from sailplan.runtime.seeds import derive, seed_torch
 from sailplan.runtime.transfer import to_device
 from sailplan.step.gradient_cache import GradientCache
 from sailplan.step.guards import FiniteGuard
+from sailplan.step.kept_graphs import KeptGraphs
 from sailplan.step.reduction import Averaged, average_gradients
 
 Number = TypeVar("Number", float, Tensor)
@@ -95,7 +96,7 @@ class TrainingStep:
         self.config = config
         self.parallel = parallel
         self.exchange = exchange
-        self.cache = GradientCache(encoder, config.step.kept_graphs)
+        self.cache = GradientCache(encoder, KeptGraphs(config.step.kept_graphs, encoder, parallel))
         self.guard = FiniteGuard(parallel, max_skips)
 
     def run(
