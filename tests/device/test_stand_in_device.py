@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_everything_runs_on_another_device() -> None:
+
+@pytest.mark.parametrize("file", ["check_stand_in_device.py", "check_bfloat16.py"])
+def test_everything_runs_on_another_device(file: str) -> None:
     """In a process of its own, as the device is registered for a whole process."""
-    checks = Path(__file__).with_name("check_stand_in_device.py")
+    checks = Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(checks)]
     path = os.pathsep.join(filter(None, (str(checks.parent), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}

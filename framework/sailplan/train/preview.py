@@ -73,7 +73,7 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
 def _backends(config: Config) -> dict[str, dict[str, str]]:
     """Device -> objective -> what its scores would go through: here, and on a GPU, where here is none. Refusals stand where they would come."""
     classes = {name: objective_class(name, options.get("_target_"), config.allowed_targets) for name, options in config.objectives.items()}
-    used = {name: cls for name, cls in classes.items() if any(stage.objectives.get(name) for stage in config.stages.values())}
+    used = {name: cls for name, cls in classes.items() if any(config.stages[stage].objectives.get(name) for stage in config.order)}
     found: dict[str, dict[str, str]] = {}
     for device in dict.fromkeys((device_type(), "cuda")):
         try:
@@ -127,7 +127,7 @@ def render(plan: dict[str, Any]) -> str:
     console.print(f"memory of a rank (estimate) {parts}", highlight=False)
     console.print("records " + ", ".join(f"{name} {count:,}" for name, count in plan["records"].items()), highlight=False)
     for device, backends in plan["backends"].items():
-        console.print(f"losses on {device}: " + ", ".join(f"{name} {backend}" for name, backend in backends.items()), highlight=False)
+        console.print(f"losses on {device}: " + ", ".join(f"{name} {backend}" for name, backend in backends.items()), highlight=False, soft_wrap=True)
     table = Table()
     for heading in ("stage", "steps", "rows", "data (weight)", "objectives (weight)", "learning rate", "computed at its start", "order of the data"):
         table.add_column(heading)
