@@ -6,6 +6,8 @@ VENV ?= .venv
 NAME ?= quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Versions of Triton that the kernels are tested with beside the environment's own, each in a folder of its own.
+TRITONS := $(patsubst requirements/%.txt,$(VENV)/%/.ready,$(wildcard requirements/triton-*.txt))
 
 .PHONY: help environment quickstart test check clean
 
@@ -28,7 +30,13 @@ $(READY): requirements/runtime.txt requirements/test.txt requirements/constraint
 quickstart: $(READY)
 	$(BIN)/python -W ignore -m sailplan.runtime.torchrun --standalone --nproc-per-node 2 -m sailplan train experiment=quickstart name=$(NAME) resume=auto
 
-test: $(READY)
+$(VENV)/triton-%/.ready: requirements/triton-%.txt $(READY)
+	@rm -rf $(@D) && mkdir $(@D)
+	@$(BIN)/pip freeze | grep -qxF "$$(grep == $<)" || { echo "installing $$(grep == $<) for its tests ..."; \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<; } \
+	  && touch $@ || { rm -rf $(@D); echo "sailplan: $< could not be installed: the tests with it are SKIPPED"; }
+
+test: $(READY) $(TRITONS)
 	$(BIN)/ruff check framework kernels tests benchmarks
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

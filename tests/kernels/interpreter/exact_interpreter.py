@@ -16,6 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import threadpoolctl
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -59,5 +60,6 @@ interpreter.InterpreterBuilder.cast_impl = _cast_impl
 
 
 def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"triton {triton.__version__}")
     for library in threadpoolctl.threadpool_info():
         terminalreporter.write_line(f"{library['internal_api']} for {library.get('architecture')}")
