@@ -195,8 +195,8 @@ class OmniEncoder(nn.Module):
             sizes = [inputs.image_sizes] if inputs.image_sizes is not None else []
             if isinstance(self.vision, NaflexVisionEncoder) != bool(sizes):
                 raise ValueError("pictures that keep their sides' ratio (data.image_patches) and model.vision.backbone=siglip2 go together")
-            beside = {"image_sizes": inputs.image_sizes, "augmentation": inputs.image_augmentation}
-            beside = {name: tensor for name, tensor in beside.items() if tensor is not None}
+            options = {"image_sizes": inputs.image_sizes, "augmentation": inputs.image_augmentation}
+            beside = {name: tensor for name, tensor in options.items() if tensor is not None}
 
             def see(images: Tensor, *others: Tensor) -> Sequence[Tensor]:
                 return self._see(packing, lists, images, **dict(zip(beside, others, strict=True)))
