@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from sailplan_kernels import sass
+from sailplan_kernels.triton_kernels import versions
 from sailplan_kernels.triton_kernels.configurations import KINDS, MASKS, RESCALE_WARPS, TABLES, Configuration, asked_for, switches
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -75,9 +76,9 @@ class Verdict:
 
 
 def cases(capabilities: list[int], dtypes=tuple(TYPES)) -> list[Case]:
-    """Everything the engine can launch, each compiled kernel once: several kinds of tiles may share one, under the first's name."""
+    """Everything the engine can launch with this Triton, each compiled kernel once: several kinds of tiles may share one, under the first's name."""
     wanted = []
-    for capability, dtype, schedule in itertools.product(capabilities, dtypes, TABLES):
+    for capability, dtype, schedule in itertools.product(capabilities, dtypes, versions.schedules(versions.installed())):
         for kind, masks in itertools.product(KINDS, MASKS):
             tile = (dtype, kind, masks, capability)
             if TABLES[schedule](*tile) is None or not asked_for(kind, masks):

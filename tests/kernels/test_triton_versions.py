@@ -12,6 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from sailplan_kernels.aot import cases
+from sailplan_kernels.infonce.engines import make_engine, why_no_triton
+from sailplan_kernels.triton_kernels import versions
+from sailplan_kernels.triton_kernels.configurations import configuration
 
 triton = pytest.importorskip("triton")
 
@@ -35,8 +41,36 @@ def python(name: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_there_are_versions_to_test():
-    assert PINS["triton-3.6"] == "3.6.0" and PINS["triton-3.7"] == "3.7.1"
+def test_every_version_of_the_table_is_tested_and_no_other():
+    assert {versions.version_of(version) for version in PINS.values()} == set(versions.SCHEDULES) >= {(3, 6), (3, 7)}
+    assert all(name == "triton-{}.{}".format(*versions.version_of(version)) for name, version in PINS.items())
+
+
+def test_what_is_chosen_for_versions_that_nobody_tested(monkeypatch):
+    assert versions.version_of("3.7.0+git1b2c3d4") == (3, 7)
+    assert versions.schedules((4, 0)) == versions.schedules((3, 99)) == versions.SCHEDULES[max(versions.SCHEDULES)]
+    assert versions.why_not((3, 6)) is None and versions.schedules((3, 5)) == versions.schedules((2, 9)) == ()
+    monkeypatch.setattr(versions, "installed", lambda: (3, 5))
+    words = "triton 3.5 is older than 3.6, the first that the kernels were compiled with"
+    assert why_no_triton(torch.device("cuda"), torch.bfloat16) == words
+    monkeypatch.setattr(versions, "installed", lambda: (3, 7))
+    assert why_no_triton(torch.device("cuda"), torch.bfloat16) is None
+
+
+def test_a_tile_that_a_version_spills_is_another_one_there(monkeypatch):
+    wanted = torch.float32, "sigmoid", "ids", 90
+    steps = {}
+    for version in ((3, 6), (3, 7), (3, 8)):
+        monkeypatch.setattr(versions, "installed", lambda version=version: version)
+        steps[version] = configuration(*wanted).BK
+    assert steps == {(3, 6): 32, (3, 7): 16, (3, 8): 16}
+
+
+def test_a_version_without_persistent_programs_begins_with_tiles(monkeypatch):
+    assert [getattr(engine, "schedule", None) for engine in make_engine("triton").engines] == ["auto", "tiles", None]
+    monkeypatch.setitem(versions.SCHEDULES, versions.installed(), ("tiles",))
+    assert [getattr(engine, "schedule", None) for engine in make_engine("triton").engines] == ["tiles", None]
+    assert {case.schedule for case in cases([90])} == {"tiles"}
 
 
 @pytest.mark.parametrize("name", [name for name, version in PINS.items() if version != triton.__version__])

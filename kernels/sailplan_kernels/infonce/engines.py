@@ -14,6 +14,7 @@ import torch
 from sailplan_kernels.infonce.fallback import FallbackEngine
 from sailplan_kernels.infonce.tile import Engine
 from sailplan_kernels.infonce.torch_engine import TorchEngine
+from sailplan_kernels.triton_kernels import versions
 
 _TRITON_ENGINE = "sailplan_kernels.infonce.triton_engine"
 TRITON_DEVICES = ("cuda",)  # types of device that Triton compiles for; on others its interpreter may run
@@ -38,7 +39,8 @@ def make_engine(backend: str) -> Engine:
     triton_engine, schedule = importlib.import_module(_TRITON_ENGINE).TritonEngine, _SCHEDULE.get()
     if schedule is not None:
         return triton_engine(schedule)
-    return FallbackEngine([triton_engine("auto"), triton_engine("tiles"), TorchEngine()])
+    names = ("auto", "tiles") if "persistent" in versions.schedules(versions.installed()) else ("tiles",)
+    return FallbackEngine([*map(triton_engine, names), TorchEngine()])
 
 
 def why_no_triton(device: torch.device, dtype: torch.dtype, score_dtype: torch.dtype | None = None) -> str | None:
@@ -47,6 +49,8 @@ def why_no_triton(device: torch.device, dtype: torch.dtype, score_dtype: torch.d
         return "triton is not installed"
     if importlib.util.find_spec(_TRITON_ENGINE) is None:
         return "this build has no Triton engine"
+    if obstacle := versions.why_not(versions.installed()):
+        return obstacle
     if dtype is torch.float64:
         return "the Triton engine computes in float32 and the inputs are float64"
     if score_dtype is torch.float64:

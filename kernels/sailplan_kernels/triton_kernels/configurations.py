@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sailplan_kernels.triton_kernels.versions import by_version
+
 # Of a tile: rows alone, without and with moments; rows and columns, each at temperatures of its own, or all at one ("symmetric": the
 # recipe's loss); pairwise sigmoid.
 KINDS = ("plain", "moments", "columns", "symmetric", "sigmoid", "sigmoid moments")
@@ -46,6 +48,7 @@ def asked_for(kind: str, masks: str) -> bool:
     return masks == "ids" or (kind != "symmetric" and (masks == "odd" or not kind.startswith("sigmoid")))
 
 
+@by_version("tiles")
 def configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) -> Configuration:
     """Of one program a tile. ``capability``: 80, 90, 100. Statistics and gradient of one tile share it: the same sums in the same order."""
     if capability == INTERPRETED:
@@ -59,6 +62,7 @@ def configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) ->
     return Configuration(128, 64, 32 if masks == "odd" else 64, 8, 8, 3)
 
 
+@by_version("persistent")
 def persistent_configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) -> Configuration | None:
     """Of programs that go from tile to tile; None: there is no such kernel."""
     if dtype == torch.float32 or masks == "odd":
@@ -72,4 +76,4 @@ def persistent_configuration(dtype: torch.dtype, kind: str, masks: str, capabili
     return None
 
 
-TABLES = {"tiles": configuration, "persistent": persistent_configuration}
+TABLES = {"tiles": configuration, "persistent": persistent_configuration}  # as by the Triton that is installed
