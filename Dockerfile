@@ -37,7 +37,7 @@ WORKDIR /sailplan
 COPY requirements/ requirements/
 # torch, triton and numpy are the image's own builds, matched to its CUDA, NCCL, TransformerEngine and apex: they are written down
 # as they are and kept, and our pins of everything else hold. The image's PIP_CONSTRAINT would fight these pins. sailplan needs no
-# apex or TransformerEngine; it finds out by itself whether they are there.
+# apex or TransformerEngine; it finds out by itself whether they are there. Triton may be of 3.6 or newer (kernels/README.md).
 RUN python -c "import torch; version = tuple(map(int, torch.__version__.split('.')[:2])); assert version >= (2, 11), torch.__version__" \
  && pip list --format=freeze | grep -iE '^(torch|triton|pytorch-triton|numpy)==' > kept.txt \
  && grep -viE '^(torch|triton|numpy|setuptools)==' requirements/constraints.txt > constraints.txt \
