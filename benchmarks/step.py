@@ -6,7 +6,7 @@
 `run` measures on the GPU where there is one, else on the CPU. A step is: encode, exchange, loss, replay, clip, optimizer; the encoder is
 the quick start's tower on random tokens of one length, the loss InfoNCE in both directions at a temperature of 0.05.
 
-    sailplan               sailplan.step.TrainingStep as a run of one rank makes it (FSDP2's hooks included)
+    sailplan               sailplan.step.TrainingStep as a run of one rank makes it, with the graph of one micro-batch kept
     sentence-transformers  its CachedMultipleNegativesRankingLoss around the same encoder
     open_clip-style        written here after open_clip's --accum-freq: features of all micro-batches without graphs, then for each
                            micro-batch of pairs its features anew with graphs in the place of the old ones, and the whole loss
@@ -65,6 +65,7 @@ from sailplan.step.training_step import TrainingStep
 from sailplan_kernels.exchange import AllGather
 
 TEMPERATURE = 0.05
+KEPT_GRAPHS = 1  # of sailplan: the first pass keeps the last micro-batch's graph, which a replay would need the memory of anyway
 CONTENDERS = ("sailplan", "sentence-transformers", "open_clip-style", "whole batch")
 Pair = tuple[EncoderInputs, EncoderInputs]
 
@@ -259,7 +260,7 @@ def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
 def measure_times(options: argparse.Namespace) -> dict[str, Any]:
     """Contender -> seconds of each round, gradient error."""
     with started(ParallelConfig(threads=options.threads)) as parallel:
-        config = configuration(options.micro_batch)
+        config = configuration(options.micro_batch, kept_graphs=KEPT_GRAPHS)
         pair = (tokens(options.rows, options.length, 1, parallel.device), tokens(options.rows, options.length, 2, parallel.device))
         expected = true_gradients(config, pair, parallel.device)
         contenders: dict[str, Contender] = {}
@@ -305,7 +306,7 @@ def peak_of(action: Callable[[], None], device: torch.device) -> int:
 
 def measure_memory(options: argparse.Namespace, name: str, rows: int) -> int:
     with started(ParallelConfig(threads=options.threads)) as parallel:
-        contender = BUILDERS[name](configuration(options.micro_batch), parallel)
+        contender = BUILDERS[name](configuration(options.micro_batch, kept_graphs=KEPT_GRAPHS), parallel)
         first, pair = (
             (tokens(count, options.length, 1, parallel.device), tokens(count, options.length, 2, parallel.device)) for count in (options.micro_batch, rows)
         )
@@ -377,6 +378,7 @@ def run(options: argparse.Namespace) -> None:
         "threads": options.threads,
         "dtype": "float32",
         "micro_batch": options.micro_batch,
+        "kept_graphs": KEPT_GRAPHS,
         "tokens": options.length,
         "embedding": 192,
     }
