@@ -62,12 +62,12 @@ def blocks(sass: str) -> dict[int, Block]:
                 starts.add(after[0])
     found_blocks: dict[int, Block] = {}
     first, size, products = lines[0][0] if lines else 0, 0, 0
-    for (at, guard, name, _), after in zip(lines, [*lines[1:], None], strict=True):
+    for (at, guard, name, rest), after in zip(lines, [*lines[1:], None], strict=True):
         size, products = size + (name != "NOP"), products + name.startswith(_MATRIX)
         if after is None or after[0] in starts:
             jump = name.split(".")[0] in _JUMPS
             follows = [targets[at]] if at in targets else []
-            if after is not None and (not jump or guard):
+            if after is not None and (not jump or guard or re.search(r"\bU?P\d", rest)):  # a condition in front or among the operands
                 follows.append(after[0])
             found_blocks[first] = Block(size, products, tuple(follows), name == "EXIT")
             first, size, products = after[0] if after is not None else 0, 0, 0
