@@ -106,7 +106,8 @@ def _function(case: Case):
 
 def _constants(case: Case, config: Configuration) -> dict[str, object]:
     """What the kernel is compiled for, of what the engine decides by kind and masks."""
-    known: dict[str, object] = {**switches(case.kind, case.masks), "MOMENTS": case.kind not in ("plain", "sigmoid"), "KEEP": case.keep, "PRECISION": "ieee", **asdict(config)}
+    known: dict[str, object] = {**switches(case.kind, case.masks), "KEEP": case.keep, "PRECISION": "ieee", **asdict(config)}
+    known["MOMENTS"] = case.kind not in ("plain", "sigmoid")
     return {name: value for name, value in known.items() if name in _function(case).arg_names}
 
 
@@ -137,7 +138,8 @@ def compile_case(case: Case, config: Configuration | None = None) -> Verdict:
     try:
         return _judge(case, config or case.configuration, compiled(case, config))
     except Exception as error:  # whatever a compiler throws is a verdict on this case, the others go on
-        return Verdict(0, 0, 0, 0, 0, 0, 0, None, None, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:120])
+        first = next(iter(str(error).strip().splitlines()), "")
+        return Verdict(0, 0, 0, 0, 0, 0, 0, None, None, None, f"{type(error).__name__}: {first}"[:120])
 
 
 def _descriptor(case: Case, *block: int) -> str:

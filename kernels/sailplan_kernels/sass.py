@@ -23,7 +23,7 @@ PRODUCTS = {80: 1024, 90: 2048, 100: 4096}  # multiplications of half-precision 
 RECIPE = (128, 768, 1536)  # the prefixes that the share is predicted for
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCMMA")
-_JUMPS = ("BRA", "EXIT", "BRX", "JMP", "RET", "JMXU", "BRXU")
+_JUMPS = ("BRA", "CALL", "EXIT", "BRX", "JMP", "RET", "JMXU", "BRXU")  # CALL: how sm_80 leaves a loop; it does not come back
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def blocks(sass: str) -> dict[int, Block]:
     targets: dict[int, int] = {}
     for (at, _, name, rest), after in zip(lines, [*lines[1:], None], strict=True):
         if name.split(".")[0] in _JUMPS:
-            found = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+            found = re.search(r"0x([0-9a-f]+)", rest) if name.startswith(("BRA", "CALL")) else None
             if found is not None:
                 targets[at] = int(found[1], 16)
                 starts.add(targets[at])
@@ -62,12 +62,12 @@ def blocks(sass: str) -> dict[int, Block]:
                 starts.add(after[0])
     found_blocks: dict[int, Block] = {}
     first, size, products = lines[0][0] if lines else 0, 0, 0
-    for (at, guard, name, _), after in zip(lines, [*lines[1:], None], strict=True):
+    for (at, guard, name, rest), after in zip(lines, [*lines[1:], None], strict=True):
         size, products = size + (name != "NOP"), products + name.startswith(_MATRIX)
         if after is None or after[0] in starts:
             jump = name.split(".")[0] in _JUMPS
             follows = [targets[at]] if at in targets else []
-            if after is not None and (not jump or guard):
+            if after is not None and (not jump or guard or re.search(r"\bU?P\d", rest)):  # a condition in front or among the operands
                 follows.append(after[0])
             found_blocks[first] = Block(size, products, tuple(follows), name == "EXIT")
             first, size, products = after[0] if after is not None else 0, 0, 0

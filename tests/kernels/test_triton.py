@@ -125,7 +125,12 @@ COUNT = """
 import torch
 from sailplan_kernels.aot import Case, compile_case
 
-for kernel, kind, most in COMMITTED:
+for kernel, kind, most in (
+    ("statistics", "symmetric", 21),
+    ("gradient", "symmetric", 33),
+    ("statistics", "moments", 17),
+    ("gradient", "moments", 31),
+):
     case = Case(kernel, torch.bfloat16, kind, "ids", 90, False, "persistent")
     verdict = compile_case(case)
     print(case, verdict)

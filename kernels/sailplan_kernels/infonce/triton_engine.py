@@ -234,7 +234,8 @@ class TritonTile:
         factor = torch.exp2((maximum - coefficients.row_log_negatives[0] * LOG2E).clamp_max_(1.0)).mul_(scale)
         if self.n and self.m:
             BM, BN = self.config.BM, self.config.BN
-            tiles.rescale_kernel[self.tiles](weights, factor, self.columns.inverse_norm[0].contiguous(), self.n, self.m, self.pitch, BM=BM, BN=BN, num_warps=RESCALE_WARPS)
+            column = self.columns.inverse_norm[0].contiguous()
+            tiles.rescale_kernel[self.tiles](weights, factor, column, self.n, self.m, self.pitch, BM=BM, BN=BN, num_warps=RESCALE_WARPS)
         return self._without_moments(weights)
 
     def _without_moments(self, weights: Tensor) -> Gradient:

@@ -252,8 +252,8 @@ def test_persistent_programs_with_prefixes(kind, masks, dtype):
     """All prefixes but the longest in whole BKs, which are 32 here."""
     if (kind, masks) in (("symmetric", "limits"), ("sigmoid", "limits")):
         pytest.skip("no such tile")
-    one = kind == "symmetric"
-    case = problem(7, 70, 60, (32, 96, 112), dtype, kind in ("columns", "symmetric"), kind == "sigmoid", (0, 2), masks == "limits", not one, 0.1, True, behind=16, one=one)
+    both, one = kind in ("columns", "symmetric"), kind == "symmetric"
+    case = problem(7, 70, 60, (32, 96, 112), dtype, both, kind == "sigmoid", (0, 2), masks == "limits", not one, 0.1, True, behind=16, one=one)
     (tile, found), (plain, right) = (outputs(case, schedule, False) for schedule in ("auto", "tiles"))
     assert tile.masks == masks and (tile.config.schedule, plain.config.schedule) == ("persistent", "tiles")
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
