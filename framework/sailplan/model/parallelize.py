@@ -87,8 +87,13 @@ def shard(model: nn.Module, parallel: Parallel, *, shard: bool, replicas: int = 
     compute_dtype: None computes in the parameters' dtype; bfloat16 over float32 parameters gathers and computes
     in bfloat16 and reduces gradients in float32 (the optimizer then updates float32 parameters).
 
+    On one data-parallel rank that computes in the parameters' dtype there is nothing to spread: the model stays as it is, without
+    FSDP2's second copy of the parameters and without its hooks.
+
     Create the optimizer afterwards: the parameters are replaced by sharded ones.
     """
+    if parallel.data_parallel_size == 1 and compute_dtype is None:
+        return model.to(parallel.device)
     notes = {name: {key: getattr(p, key) for key in TENSOR_PARALLEL_NOTES if hasattr(p, key)} for name, p in model.named_parameters()}
     model.to(parallel.device)
     mesh = _mesh(parallel, replicas if shard else parallel.data_parallel_size)
