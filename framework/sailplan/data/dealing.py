@@ -1,10 +1,9 @@
 """Which rank encodes which row of a step, and into how many micro-batches: pure functions of the rows' foreseen costs.
 
 All ranks foresee the same costs, so they agree without a message. Every rank gets equally many rows, as the exchange
-of embeddings and the loss expect, and nearly equal sums of costs: rows are dealt in rounds from the most costly on, one
-row to each rank, the most costly of the round to the rank that has least so far (Graham's rule of the longest
-processing time, with a row for everyone in each round). Rows of equal costs are dealt as cards are: rank r gets
-r, r + R, r + 2R, ...
+of embeddings and the loss expect, and nearly equal sums of costs: rows are dealt from the most costly on, each to the
+rank that has least so far and still has room (Graham's rule of the longest processing time, with a limit of rows).
+Rows of equal costs are dealt as cards are: rank r gets r, r + R, r + 2R, ...
 
 Micro-batches of a view hold neighbours in the order of costs, so that they are of nearly equal length. Their number
 is that of the rank that needs most of them under the budget; a rank then cuts its real rows into so many parts, as
@@ -12,6 +11,8 @@ evenly as it can.
 """
 
 from __future__ import annotations
+
+import heapq
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,17 +30,24 @@ def deal(costs: Integers, ranks: int, loads: Integers | None = None) -> Integers
     loads = np.zeros(ranks, dtype=np.int64) if loads is None else loads
     owners = np.zeros(len(costs), dtype=np.int64)
     if ranks > 1:
-        falling = np.argsort(-costs, kind="stable")
-        for round_ in falling.reshape(-1, ranks):
-            takers = np.argsort(loads, kind="stable")
-            # Equal costs in a row: in the order of the ranks, so that reading stays that of the lanes.
-            if costs[round_[0]] == costs[round_[-1]] and loads[takers[0]] == loads[takers[-1]]:
-                takers = np.arange(ranks)
-            owners[round_] = takers
-            loads[takers] += costs[round_]
-    else:
-        loads += costs.sum()
+        room = len(costs) // ranks
+        least = [(load, 0, rank) for rank, load in enumerate(loads.tolist())]
+        heapq.heapify(least)
+        for row, cost in zip(*(values.tolist() for values in _falling(costs)), strict=True):
+            load, taken, rank = least[0]
+            owners[row] = rank
+            if taken + 1 < room:
+                heapq.heapreplace(least, (load + cost, taken + 1, rank))
+            else:
+                heapq.heappop(least)
+    np.add.at(loads, owners, costs)
     return owners
+
+
+def _falling(costs: Integers) -> tuple[Integers, Integers]:
+    """Rows and costs from the most costly on, equal ones in order."""
+    order = np.argsort(-costs, kind="stable")
+    return order, costs[order]
 
 
 def micro_batches_needed(costs: Integers, rows: int, budget: int) -> int:
