@@ -12,20 +12,22 @@ from typing import Any
 import pytest
 import torch
 
+from sailplan.config.compose import compose
 from sailplan.config.schema import AudioConfig, Config, ModelConfig, ParallelConfig, StageConfig, TransformerShape, VisionConfig
 from sailplan.curriculum.embedding import exchange_of
 from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.testing import made_up_config, write_shards
+from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
-from sailplan.model.build import build_encoder
 from sailplan.step.training_step import TrainingStep
 from sailplan_kernels.testing import run_ranks
 
 EXACT = 1e-10
+OBJECTIVES = {"infonce": 1.0, "seq2item": 1.0}
 WEIGHTS = {"things": 1.0, "choices": 1.0, "histories": 1.0}
 
 
@@ -50,7 +52,7 @@ def configuration(shards: Path, budget: int, dealing: str) -> Config:
     )
     config.parallel = ParallelConfig(dtype="float64")
     config.step.token_budget, config.step.dealing = budget, dealing
-    config.objectives = {"infonce": {"_target_": "sailplan.objective.infonce.InfoNCE"}}
+    config.objectives = {name: {"_target_": compose([]).objectives[name]["_target_"]} for name in OBJECTIVES}
     return config
 
 
@@ -67,7 +69,7 @@ def _steps(rank: int, world_size: int, shards: Path, budget: int, dealing: str, 
     ranks: dict[str, Any] = {"data_parallel_rank": parallel.data_parallel_rank, "data_parallel_size": parallel.data_parallel_size}
     with StepLoader(plan, readers, config, stage, start_step=first, stop_step=4, **ranks) as loader:
         for number, batches in enumerate(loader, start=first):
-            loss, *_ = step.gradients(batches, {"infonce": 1.0}, step=number, stage="first")
+            loss, *_ = step.gradients(batches, OBJECTIVES, step=number, stage="first")
             gradients = {
                 name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
                 for name, p in [*encoder.named_parameters(), *temperatures.named_parameters()]

@@ -112,12 +112,11 @@ def test_no_rank_of_64_has_much_more_to_do_than_the_mean(name: str, most: float)
     """64 ranks x 32 rows, text tokens alone. Emoji keywords are drawn from many of several lengths, which count with their mean."""
     config = texts_alone(quickstart(), name)
     one, many = collator(config, {name: 1.0}), collator(config, {name: 1.0}, size=64)
-    for step in range(2):
-        (batch,), (share,) = one.batches(step), many.shares.step(step)
-        real = np.sum([counted(one, name, key, view) for key, view in batch.views.items()], axis=0)
-        by_rank, by_lanes = (np.bincount(owners, weights=real, minlength=64) for owners in (share.owners, np.arange(2048) % 64))
-        assert by_rank.max() <= most * by_rank.mean() and np.bincount(share.owners).tolist() == [32] * 64
-        assert by_lanes.max() > 1.1 * by_lanes.mean(), "there was something to balance"
+    (batch,), (share,) = one.batches(1), many.shares.step(1)
+    real = np.sum([counted(one, name, key, view) for key, view in batch.views.items()], axis=0)
+    by_rank, by_lanes = (np.bincount(owners, weights=real, minlength=64) for owners in (share.owners, np.arange(2048) % 64))
+    assert by_rank.max() <= most * by_rank.mean() and np.bincount(share.owners).tolist() == [32] * 64
+    assert by_lanes.max() > 1.1 * by_lanes.mean(), "there was something to balance"
 
 
 @pytest.mark.parametrize("budget", [0, 60])
@@ -157,11 +156,11 @@ def test_rows_without_tables_count_as_equally_long(make_config: Make, dataset: s
     assert all(sum(inputs.rows for inputs in view.micro_batches) == 4 for maker in makers for view in maker.batches(1)[0].views.values())
 
 
-@pytest.mark.parametrize(("name", "view", "most"), [("icon_choices", "text", 1.06), ("icons", "alias", 1.1), ("prompts", "transcript", 1.2), ("emoji", "name", 1.06)])
+@pytest.mark.parametrize(("name", "view", "most"), [("icon_choices", "text", 1.1), ("icons", "alias", 1.12), ("prompts", "transcript", 1.25), ("emoji", "name", 1.1)])
 def test_evaluation_pads_little(name: str, view: str, most: float) -> None:
-    config = quickstart("evaluation.batch=64")
+    config = texts_alone(quickstart("evaluation.batch=64"), name)
     reader = open_datasets(config, names=[name])[name]
-    rows = EvaluationRows(reader, reader.config.views[view], reader.positions()[:1500], config)
+    rows = EvaluationRows(reader, reader.config.views[view], reader.positions()[:800], config)
     for ranks in (1, 4):
         real = padded = 0
         for own in rows.shares(ranks):
@@ -169,3 +168,5 @@ def test_evaluation_pads_little(name: str, view: str, most: float) -> None:
                 inputs, _ = rows.inputs(batch)
                 real, padded = real + int(inputs.token_mask.sum()), padded + inputs.token_mask.numel()
         assert padded <= most * real, padded / real
+    unsorted = sum(inputs.token_mask.numel() for start in range(0, len(rows), 64) for inputs in [rows.inputs(np.arange(start, min(start + 64, len(rows))))[0]])
+    assert unsorted > 1.4 * real
