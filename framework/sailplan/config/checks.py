@@ -35,6 +35,7 @@ def check(config: Config, world_size: int) -> None:
     _one_of("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled"))
     _one_of("parallel.exchange", config.parallel.exchange, tuple(ALL_EXCHANGES))
     _one_of("step.backend", config.step.backend, ("auto", "reference", "chunked", "triton"))
+    _one_of("step.dealing", config.step.dealing, ("length", "lanes"))
     if "/" in config.name or not config.name:
         raise ConfigurationError(f"name={config.name!r}: expected a folder name without '/'")
     for name in config.data.sets:

@@ -69,6 +69,7 @@ RANGES = {
     **{f"data.sets.*.{key}": words for key, words in DATASET.items()},
     **{f"data.{key}": words for key, words in DATA.items()},
     "step.micro_batch": AT_LEAST_ONE,
+    "step.token_budget": AT_LEAST_ZERO,
     "step.kept_graphs": "at least -1 (-1: all)",
     "parallel.timeout_seconds": ABOVE_ZERO,
     "parallel.threads": AT_LEAST_ZERO,

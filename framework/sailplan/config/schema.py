@@ -273,7 +273,11 @@ class ParallelConfig:
 
 @dataclass
 class StepConfig:
-    micro_batch: int = 128  # rows encoded at once
+    micro_batch: int = 128  # rows encoded at once, at most
+    # Positions of the tower's sequence encoded at once, at most: prompt and text tokens, visual tokens, and the encoders' work on pictures
+    # and sound in positions that cost as much. A longer row is encoded alone. 0: micro-batches are cut by rows alone.
+    token_budget: int = 0
+    dealing: str = "length"  # which rank encodes which rows: length: so that their costs balance | lanes: whole lanes, read in long sequences
     # Micro-batches, counted from the last, whose graph is kept instead of replayed: a number, -1 (all), or auto (as many as fit
     # into the memory that the first step of a stage and its data sets leaves free, at least one).
     kept_graphs: int | str = "auto"

@@ -1,7 +1,8 @@
-"""Embed a view of a data set with all ranks: each data-parallel rank encodes a contiguous share, then all rows are gathered.
+"""Embed a view of a data set with all ranks: each data-parallel rank encodes a share, then all rows are gathered.
 
-Sharded weights make every forward pass a collective, so the ranks must run the same number of them: as many as the
-longest share needs; a rank that has no rows left encodes a filler whose vectors are dropped.
+Rows of nearly equal lengths are encoded together and put back in order behind the gathering. Sharded weights make
+every forward pass a collective, so the ranks must run the same number of them: as many as the longest share needs; a
+rank that has no rows left encodes a filler whose vectors are dropped.
 Tensor-parallel peers have the same share and so the same batches. A row's vector does not depend on the other rows
 of its batch: any number of ranks gives the same rows up to float rounding.
 
@@ -20,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sailplan.config.schema import Config, ViewConfig
-from sailplan.curriculum.scoring import share
 from sailplan.data.evaluation import EvaluationRows
 from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.reader import RecordReader
@@ -114,7 +114,7 @@ def embed_view(
     per_modality: bool = False,
     text_from: str | None = None,
 ) -> EmbeddedRows:
-    """Encodes the view of the records at `positions` int64 [k], `evaluation.batch` rows at a time; a collective call.
+    """Encodes the view of the records at `positions` int64 [k], at most `evaluation.batch` rows at a time; a collective call.
 
     view: a name among the data set's views, or a view of one's own (catalogue items shown as another set's target).
     text_from: take the text from this key of the record, one row per entry, so n may differ from k. Every rank ends
@@ -122,35 +122,36 @@ def embed_view(
     """
     view = reader.config.views[view] if isinstance(view, str) else view
     exchange = exchange_of(parallel)
-    rows = EvaluationRows(reader, view, positions, config.data, text_from)
-    records, batch = len(rows) // rows.group, -(-config.evaluation.batch // rows.group) * rows.group
-    start, stop = (place * rows.group for place in share(records, exchange.rank, exchange.world_size))
-    longest = max(last - first for first, last in (share(records, rank, exchange.world_size) for rank in range(exchange.world_size)))
-    own, layout = rows.batches(batch, start, stop), SequenceLayout.planned(config.model, config.parallel)
+    rows = EvaluationRows(reader, view, positions, config, text_from)
+    shares, layout = rows.shares(exchange.world_size), SequenceLayout.planned(config.model, config.parallel)
+    own, forwards = shares[exchange.rank], max(len(batches) for batches in shares)
     kinds = [kind for kind in ("vision", "text") if per_modality and kind in view.modalities]
     vectors: list[Tensor] = []  # [b, 1 + kinds, D]
     ids: list[Tensor] = []
 
     def inputs() -> Iterator[EncoderInputs]:
         latest: EncoderInputs | None = None
-        for _ in range(-(-longest * rows.group // batch)):
-            found = next(own, None)
-            if found is not None:
-                latest = found[0]
-                ids.append(to_device(found[2], parallel.device))
+        for turn in range(forwards):
+            if turn < len(own):
+                latest, found = rows.inputs(own[turn])
+                ids.append(to_device(found, parallel.device))
             elif latest is None:  # an empty share: the first row of all serves as the filler
-                latest = next(rows.batches(rows.group))[0]
+                latest, _ = rows.inputs(np.arange(rows.group))
             latest = replace(latest, packing=latest.packing or pack(latest, layout))
             yield latest
 
     with evaluating(encoder):
         uploads = Uploads(inputs(), parallel.device)
-        for place in range(-(-longest * rows.group // batch)):
+        for turn in range(forwards):
             encoded = encoder(next(uploads), per_modality=per_modality)
-            if place < len(ids):
+            if turn < len(own):
                 vectors.append(torch.stack([encoded.fused, *(getattr(encoded, kind) for kind in kinds)], 1).float())
     shape = (0, 1 + len(kinds), config.model.embedding)
-    everything = exchange.gather(torch.cat(vectors) if vectors else torch.empty(shape, device=parallel.device)).cpu()
-    all_ids = exchange.gather(torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64, device=parallel.device)).cpu()
+    sizes = [sum(map(len, batches)) for batches in shares]
+    everything = exchange.gather(torch.cat(vectors) if vectors else torch.empty(shape, device=parallel.device), sizes).cpu()
+    all_ids = exchange.gather(torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64, device=parallel.device), sizes).cpu()
+    back = torch.empty(len(rows), dtype=torch.int64)  # where each row lies among those gathered
+    back[torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *(batch for batches in shares for batch in batches)]))] = torch.arange(len(rows))
+    everything, all_ids = everything[back], all_ids[back]
     parts = dict(zip(["fused", *kinds], everything.unbind(1), strict=True))
     return EmbeddedRows(parts["fused"], all_ids, rows.positions, all_ids.numpy() >= 0, parts.get("vision"), parts.get("text"))

@@ -1,9 +1,10 @@
 """From a step's plan to this rank's StepBatch: read, decode every needed view once, sort by length, cut into micro-batches.
 
-Everything random about a row comes from derive(seed, stage, step, data set, row number), so it is the same on any
-rank, worker and restart. A record that cannot be used (broken bytes or JSON, unknown ids) is replaced by the plan's
-spare for that row, which is equally deterministic, and reported in `quarantined`. An item that merely lacks a
-declared modality is no error: its row is not valid in that view and the pattern's mean leaves it out.
+Which rows are this rank's, and how many micro-batches a view has, `shares` tells. Everything random about a row comes
+from (seed, stage, step, data set, row number) through `row_seeds`, so it is the same on any rank, worker and restart.
+A record that cannot be used (broken bytes or JSON, unknown ids) is replaced by the plan's spare for that row, which
+is equally deterministic, and reported in `quarantined`. An item that merely lacks a declared modality is no error:
+its row is not valid in that view and the pattern's mean leaves it out.
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ import numpy as np
 import torch
 
 from sailplan.config.schema import Config, DatasetConfig, StageConfig, ViewConfig
+from sailplan.data.costs import RowCosts
+from sailplan.data.dealing import cut
 from sailplan.data.negatives import HardNegativeStore
+from sailplan.data.order import keyed_integer
 from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.plan import Plan, PlannedRows
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import Item, Record, StepBatch, ViewBatch
+from sailplan.data.shares import OWN_NEGATIVES, PartShares, StepShares, row_seeds, shown_views
 from sailplan.data.teachers import TeacherTable
 from sailplan.data.views import ViewRow, shared_decoder
 from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
 
 SPARES = 16  # replacements tried for one row
+SEQUENCE = derive("sequence")
 
 
 @dataclass
@@ -47,12 +53,6 @@ def media_of(views: Sequence[ViewConfig]) -> frozenset[str]:
     return frozenset(modality for view in views for modality in view.modalities if modality != "text")
 
 
-def stage_patterns(stage: StageConfig, name: str, dataset: DatasetConfig) -> dict[str, float]:
-    """Pattern name -> weight of the patterns that a stage trains on a data set (all unless the stage names some)."""
-    chosen = stage.patterns.get(name) or list(dataset.patterns)
-    return {pattern: dataset.patterns[pattern].weight for pattern in chosen}
-
-
 class Collator:
     """Makes the step batches of one data-parallel rank; a pure function of the step number."""
 
@@ -72,39 +72,35 @@ class Collator:
         self.rank, self.size, self.negatives, self.teachers = rank, size, negatives, teachers
         self.decoder = shared_decoder(config.data)
         self.layout = SequenceLayout.planned(config.model, config.parallel)
+        self.costs = RowCosts(config, self.decoder.tokenizer)
+        self.shares = StepShares(config, stage, plan, self.readers, self.costs, size, negatives)
 
     def batches(self, step: int) -> list[StepBatch]:
         """One StepBatch per data set of the step (one, or several in a mixed step). Raises BadDataError when a row finds no usable spare."""
         digest = self.plan.digest(step)
-        return [self._batch(step, part, digest) for part in self.plan.step(step).parts]
+        return [self._batch(step, part, shares, digest) for part, shares in zip(self.plan.step(step).parts, self.shares.step(step), strict=True)]
 
-    def _batch(self, step: int, part: PlannedRows, digest: str) -> StepBatch:
+    def _batch(self, step: int, part: PlannedRows, shares: PartShares, digest: str) -> StepBatch:
         reader = self.readers[part.dataset]
         dataset = reader.config
-        patterns = stage_patterns(self.stage, part.dataset, dataset)
-        names = list(dict.fromkeys(side for name in patterns for side in (dataset.patterns[name].query, dataset.patterns[name].target)))
-        mined = {
-            name: self.negatives.positions[f"{part.dataset}/{name}"]
-            for name in patterns
-            if self.negatives is not None and f"{part.dataset}/{name}" in self.negatives.positions
-        }
-        # How many negatives a row brings: those mined for the pattern, and the record's own.
-        own = {name: dataset.negatives if dataset.views[dataset.patterns[name].target].of == "target" else 0 for name in patterns}
-        brought = {name: (mined[name].shape[1] if name in mined else 0) + own[name] for name in patterns}
-        brought = {name: count for name, count in brought.items() if count}
-        rows = _Rows(views={name: [] for name in [*names, *(f"negatives/{name}" for name in brought)]})
-        for row, position in zip(*part.rank_rows(self.rank, self.size), strict=True):
-            seed = derive(self.config.seed, self.plan.stage_name, step, part.dataset, int(row))
-            position = self._add_row(rows, reader, names, step, int(row), int(position), seed)
-            for name in brought:
+        shown = shown_views(self.stage, part.dataset, dataset, self.negatives)
+        names, mined = shown.views, self.negatives.positions if self.negatives is not None else {}
+        rows = _Rows(views={key: [] for key in shown.keys})
+        own = np.flatnonzero(shares.owners == self.rank)
+        of_rows = row_seeds(self.config.seed, self.plan.stage_name, step, part.dataset, part.first_row + own)
+        for row, position, seed in zip((part.first_row + own).tolist(), part.positions[own].tolist(), of_rows.tolist(), strict=True):
+            used = self._add_row(rows, reader, names, step, row, position, seed)
+            for name, (count, of_record) in shown.negatives.items():
                 view = dataset.patterns[name].target
-                places = mined[name][position] if name in mined else np.empty(0, dtype=np.int64)
+                places = mined[f"{part.dataset}/{name}"][used] if count else np.empty(0, dtype=np.int64)
                 rows.views[f"negatives/{name}"] += self._negatives(rows, reader, view, places, seed)
-                rows.views[f"negatives/{name}"] += self._own_negatives(rows.records[-1], own[name], dataset.views[view], dataset, seed)
-        views = {name: self._view_batch(rows.views[name], dataset.views[name], dataset) for name in names}
-        for name, count in brought.items():
-            key = f"negatives/{name}"
-            views[key] = self._view_batch(rows.views[key], dataset.views[dataset.patterns[name].target], dataset, group=count)
+                rows.views[f"negatives/{name}"] += self._own_negatives(rows.records[-1], of_record, dataset.views[view], dataset, seed)
+        views = {}
+        for key in shown.keys:
+            pattern = key.removeprefix("negatives/") if key not in names else None
+            show = dataset.views[key if pattern is None else dataset.patterns[pattern].target]
+            group = sum(shown.negatives[pattern]) if pattern is not None else dataset.history_length if show.of == "history" else 1
+            views[key] = self._view_batch(rows.views[key], show, group, shares.micro_batches[key])
         return StepBatch(
             step=step,
             dataset=part.dataset,
@@ -113,7 +109,7 @@ class Collator:
             scores=torch.tensor([record.score for record in rows.records], dtype=torch.float32) if reader.scored else None,
             target_log_probability=_log_probabilities(rows.records, dataset.negatives),
             teachers=self._teachers(rows.records, {name: dataset.views[name] for name in names}),
-            patterns=patterns,
+            patterns=shown.patterns,
             quarantined=rows.quarantined,
             digest=digest,
         )
@@ -125,7 +121,7 @@ class Collator:
         media, needs = media_of(list(views.values())), {view.of for view in views.values()} | {"negatives"}
         for attempt in range(SPARES + 1):
             try:
-                record = reader.read(position, seed=derive(seed, "sequence"), media=media, needs=needs)
+                record = reader.read(position, seed=keyed_integer(seed, SEQUENCE) >> 1, media=media, needs=needs)
                 if reader.scored and record.score is None:
                     raise BadSample(record.id, "has no `score`, but the data set's first pair has one")
                 decoded = {name: self._decode(record, name, view, dataset, seed) for name, view in views.items()}
@@ -144,19 +140,19 @@ class Collator:
 
     def _decode(self, record: Record, name: str, view: ViewConfig, dataset: DatasetConfig, seed: int) -> list[ViewRow]:
         if view.of != "history":
-            return [self.decoder.row(view_item(record, view), view, dataset, derive(seed, name))]
-        length = dataset.history_length
+            return [self.decoder.row(view_item(record, view), view, dataset, keyed_integer(seed, derive("view", name), 0) >> 1)]
+        length, key = dataset.history_length, derive("view", name)
         items: list[Item | None] = [*record.history, *[None] * (length - len(record.history))]
-        return [self.decoder.row(item, view, dataset, derive(seed, name, place)) for place, item in enumerate(items)]
+        return [self.decoder.row(item, view, dataset, keyed_integer(seed, key, place) >> 1) for place, item in enumerate(items)]
 
     def _negatives(self, rows: _Rows, reader: RecordReader, view_name: str, positions: np.ndarray, seed: int) -> list[ViewRow]:
-        view, result = reader.config.views[view_name], []
+        view, key, result = reader.config.views[view_name], derive("negative", view_name), []
         for place, position in enumerate(positions.tolist()):
             row = ViewRow()
             if position >= 0:
                 try:
                     record = reader.read(position, media=media_of([view]), needs={view.of})
-                    row = self.decoder.row(view_item(record, view), view, reader.config, derive(seed, "negative", view_name, place))
+                    row = self.decoder.row(view_item(record, view), view, reader.config, keyed_integer(seed, key, place) >> 1)
                 except BadSample as problem:  # one negative less: the row stays not valid
                     rows.quarantined.append((reader.ids([position])[0], f"as a hard negative: {problem}"))
             result.append(row)
@@ -164,25 +160,28 @@ class Collator:
 
     def _own_negatives(self, record: Record, count: int, view: ViewConfig, dataset: DatasetConfig, seed: int) -> list[ViewRow]:
         items: list[Item | None] = [*record.negatives[:count], *[None] * (count - len(record.negatives))]
-        return [self.decoder.row(item, view, dataset, derive(seed, "own negative", place)) for place, item in enumerate(items)]
+        return [self.decoder.row(item, view, dataset, keyed_integer(seed, OWN_NEGATIVES, place) >> 1) for place, item in enumerate(items)]
 
-    def _view_batch(self, rows: list[ViewRow], view: ViewConfig, dataset: DatasetConfig, group: int | None = None) -> ViewBatch:
+    def _view_batch(self, rows: list[ViewRow], view: ViewConfig, group: int, count: int) -> ViewBatch:
+        """The rows of a view in `count` micro-batches of rows of nearly equal costs."""
         tokens = self.decoder.tokens(rows, view)
-        by_length = sorted(range(len(rows)), key=lambda row: len(tokens[row]))
-        size = self.config.step.micro_batch
+        costs = np.array([self.costs.of_row(row, len(ids), view) for row, ids in zip(rows, tokens, strict=True)], dtype=np.int64)
+        rising, size = np.argsort(costs, kind="stable"), self.config.step.micro_batch
+        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+        if self.config.step.token_budget:
+            parts = cut(costs[rising], count, size)
         micro_batches = []
-        for start in range(0, len(rows), size):
-            chosen = by_length[start : start + size]
-            inputs = self.decoder.inputs([rows[row] for row in chosen], [tokens[row] for row in chosen], view)
+        for part in parts:
+            inputs = self.decoder.inputs([rows[row] for row in rising[part]], [tokens[row] for row in rising[part]], view)
             micro_batches.append(replace(inputs, packing=pack(inputs, self.layout)))
         order = torch.empty(len(rows), dtype=torch.int64)
-        order[torch.tensor(by_length)] = torch.arange(len(rows))
+        order[torch.from_numpy(rising)] = torch.arange(len(rows))
         return ViewBatch(
             micro_batches=micro_batches,
             order=order,
             valid=torch.tensor([row.valid for row in rows]),
             ids=torch.tensor([row.id for row in rows]),
-            group=group or (dataset.history_length if view.of == "history" else 1),
+            group=group,
         )
 
     def _teachers(self, records: list[Record], views: dict[str, ViewConfig]) -> dict[str, torch.Tensor]:

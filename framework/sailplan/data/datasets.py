@@ -13,6 +13,7 @@ from pathlib import Path
 from sailplan.config.checks import check_dataset
 from sailplan.config.schema import ARTIFACT, Config
 from sailplan.data.index import ShardIndex
+from sailplan.data.lengths import LengthIndex
 from sailplan.data.plan import SPLIT
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.shards import resolve
@@ -55,8 +56,11 @@ def _open(
     if shards.startswith(ARTIFACT):
         shards = str(folders[shards.removeprefix(ARTIFACT)])
     cache = Path(config.data.cache) if config.data.cache else None
-    readers[name] = RecordReader(name, dataset, ShardIndex(resolve(name, shards, cache, progress), cache, progress), catalogue)
-    return readers[name]
+    reader = RecordReader(name, dataset, ShardIndex(resolve(name, shards, cache, progress), cache, progress), catalogue)
+    reader.lengths = LengthIndex(reader.index, shared_decoder(config.data).tokenizer, reader.outlines, cache)
+    reader.lengths.build(progress)
+    readers[name] = reader
+    return reader
 
 
 def check_tokenizer(config: Config) -> None:

@@ -1,7 +1,7 @@
-"""Rows for embedding a data set as it is: in order, without augmentation or dropped fields, the same every time.
+"""Rows for embedding a data set as it is: without augmentation or dropped fields, the same every time.
 
-Evaluation, mining, balancing and export all read through here. The number of rows is known before anything is
-decoded, so that every rank can take an equal slice and run the same number of forward passes. Rows of a history
+Evaluation, mining, balancing and export all read through here. What each row costs is foreseen before anything is
+decoded, so that rows of nearly equal lengths are encoded together, and all ranks know which of them encodes which. Rows of a history
 view come in groups of history_length; `text_from` makes one row per held-out entry of an item's record instead of
 one row per item (unseen keywords as queries).
 """
@@ -9,15 +9,17 @@ one row per item (unseen keywords as queries).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sailplan.config.schema import DataConfig, ViewConfig
+from sailplan.config.schema import Config, ViewConfig
 from sailplan.data.collate import media_of, view_item
+from sailplan.data.costs import RowCosts
+from sailplan.data.dealing import sorted_batches
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import EncoderInputs, Item
 from sailplan.data.text import clean
@@ -40,14 +42,14 @@ class EvaluationRows:
         reader: RecordReader,
         view: ViewConfig,
         positions: Sequence[int] | NDArray[np.int64],
-        config: DataConfig,
+        config: Config,
         text_from: str | None = None,
         decoder: ViewDecoder | None = None,
     ) -> None:
         if text_from and view.of == "history":
             raise ConfigurationError(f"query_text={text_from}: a history view of '{reader.name}' cannot take its text from there")
         self.reader, self.view, self.config = reader, view, config
-        self.decoder = decoder or shared_decoder(config)
+        self.decoder = decoder or shared_decoder(config.data)
         self.group = reader.config.history_length if view.of == "history" else 1
         given = np.asarray(positions, dtype=np.int64)
         self._texts: list[str] | None = None
@@ -61,23 +63,31 @@ class EvaluationRows:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def batches(self, batch: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[EncoderInputs, NDArray[np.int64], Tensor]]:
-        """(inputs of b rows, record positions int64 [b], ids int64 [b]) over rows start .. stop - 1, at most `batch` each.
+    def shares(self, ranks: int) -> list[list[NDArray[np.int64]]]:
+        """Return each rank's batches: arrays of row numbers, of at most `evaluation.batch` rows (or one history) and of
+        `step.token_budget`, every row in one of them."""
+        rows = max(1, self.config.evaluation.batch // self.group)
+        batches = sorted_batches(self._costs().reshape(-1, self.group).sum(1), ranks, rows, self.config.step.token_budget)
+        places = np.arange(self.group)
+        return [[(batch[:, None] * self.group + places).reshape(-1) for batch in own] for own in batches]
+
+    def inputs(self, rows: NDArray[np.int64]) -> tuple[EncoderInputs, Tensor]:
+        """Return the inputs of rows int64 [b] and their ids int64 [b]; histories whole.
 
         ids as in ViewBatch: equal for the same document, for text-only views for the same text; -1 where the row has
-        none of the view's modalities, is past a history's end, or cannot be read (a warning names it). `start` and
-        `batch` must be multiples of `group`.
+        none of the view's modalities, is past a history's end, or cannot be read (a warning names it).
         """
-        assert batch % self.group == 0 and start % self.group == 0, "histories are not cut"
-        end = len(self) if stop is None else min(stop, len(self))
-        for first in range(start, end, batch):
-            rows = [row for place in range(first, min(first + batch, end), self.group) for row in self._rows(place)]
-            tokens = self.decoder.tokens(rows, self.view)
-            yield (
-                self.decoder.inputs(rows, tokens, self.view),
-                self.positions[first : first + len(rows)],
-                torch.tensor([row.id for row in rows]),
-            )
+        assert (rows[:: self.group] % self.group == 0).all() and len(rows) % self.group == 0, "histories are not cut"
+        decoded = [row for place in rows[:: self.group].tolist() for row in self._rows(place)]
+        return self.decoder.inputs(decoded, self.decoder.tokens(decoded, self.view), self.view), torch.tensor([row.id for row in decoded])
+
+    def _costs(self) -> NDArray[np.int64]:
+        """Foreseen cost of each row, int64 [len]."""
+        costs = RowCosts(self.config, self.decoder.tokenizer)
+        if self._texts is not None:
+            tokens = [len(ids) for ids in self.decoder.tokenizer.texts(self._texts, self.view.prompt)]
+            return np.array([costs.counted(count, 0, 0, self.view) for count in tokens], dtype=np.int64)
+        return costs.foreseen(self.reader, self.view, self.positions[:: self.group], None).reshape(-1)
 
     def _rows(self, place: int) -> list[ViewRow]:
         """The `group` rows that start at row `place`."""

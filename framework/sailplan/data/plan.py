@@ -6,7 +6,7 @@ homogeneous sub-batches. The rows of a data set continue where its previous step
 rows drawn before is a prefix count that is summed per block of steps. Nothing depends on ranks, workers or history,
 so the step number is the whole data state of a run.
 
-Ranks: rank r of R takes rows r, r + R, ... of every part, which are the lanes congruent r modulo R (see order.py).
+Which rank takes which rows of a step is no matter of the plan: see shares.py.
 Weighted sums are decided in float64 by integer-keyed uniforms; permutations are integers only.
 """
 
@@ -49,11 +49,6 @@ class PlannedRows:
     dataset: str
     first_row: int
     positions: NDArray[np.int64]
-
-    def rank_rows(self, rank: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(row numbers in the data set's stream, record positions), int64 [n / size] each, of a data-parallel rank."""
-        rows = np.arange(rank, len(self.positions), size, dtype=np.int64)
-        return self.first_row + rows, self.positions[rank::size]
 
 
 @dataclass(frozen=True)

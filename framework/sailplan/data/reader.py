@@ -14,7 +14,7 @@ import os
 import random
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from sailplan.config.schema import DatasetConfig
 from sailplan.data.cache import ByteCache
 from sailplan.data.index import ShardIndex
+from sailplan.data.lengths import ROLES, LengthIndex
 from sailplan.data.record import Item, Record
 from sailplan.runtime.seeds import derive
 
@@ -56,6 +57,7 @@ class RecordReader:
         self._files: OrderedDict[int, int] = OrderedDict()
         self._items: ByteCache[Item] = ByteCache(CACHE_BYTES)
         self._scored: bool | None = None
+        self.lengths: LengthIndex | None = None  # None: rows count as equally long
         self._lock = threading.RLock()  # the prefetch thread and an evaluation may read at the same time
 
     def __len__(self) -> int:
@@ -194,6 +196,21 @@ class RecordReader:
         item = self._item(self.ids([position])[0], body, files, media)
         self._items.put((position, media), item, self.index.size(position) * 2)
         return item
+
+    def outlines(self, shard: int) -> Iterator[tuple[dict[str, Any], int, int]]:
+        """Yield of each record of a shard its texts as `fields`, with the ids under ROLES, and how many pictures and sounds it
+        has; nothing of a record that cannot be used."""
+        for position in range(int(self.index.starts[shard]), int(self.index.starts[shard + 1])):
+            try:
+                body, files = self._read_body(position)
+                item = self._item("", body, files, frozenset()) if self.config.kind == "items" else None
+                texts = item.fields if item is not None else _fields("", {"text": body["text"]} if body.get("text") else {})
+            except BadSample:
+                yield {}, 0, 0
+                continue
+            kinds = [extension.rpartition(".")[2] for extension, *_ in files]
+            named = {} if item is not None else {role: body[role] for role in ROLES if role in body}
+            yield {"fields": texts, **named}, sum(kind in IMAGE_EXTENSIONS for kind in kinds), any(kind in AUDIO_EXTENSIONS for kind in kinds)
 
     # ---------------------------------------------------------------- parts
     def _read_body(self, position: int) -> tuple[dict[str, Any], list[tuple[str, int, int, int]]]:

@@ -1,14 +1,14 @@
 """From an item's fields to tokens: clean, choose a language per field, drop, join in one format, cut to length.
 
 Format (recipe section 1): several fields give `title: grinning face | tags: smile, happy`, one field gives its bare
-text. Training draws from the row's own random source: the language of each field by `language_weights`, the fields
-to drop (never all), and for `pick: one` a single entry, such as one keyword. Without a source (evaluation) the
+text. Training draws from the row's own seed: the language of each field by `language_weights`, the fields
+to drop (never all), and for `pick: one` a single entry, such as one keyword. Without a seed (evaluation) the
 language is English, else the first one, and nothing is dropped.
 """
 
 from __future__ import annotations
 
-import random
+import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -19,11 +19,16 @@ import tokenizers
 
 from sailplan.config.schema import DatasetConfig, ViewConfig
 from sailplan.data.cache import ByteCache
+from sailplan.data.order import keyed_integer
 from sailplan.errors import ConfigurationError
 
 TEXT_TOKENS_LEFT = 4  # a prompt must leave at least this many tokens to the text
+COUNTED_AT_ONCE = 4096  # an encoding takes kilobytes until it is counted
 KNOWN_BYTES = 32 << 20  # tokens of recent texts
 PREFERRED_LANGUAGE = "en"
+SEPARATOR = " | "
+LANGUAGE_DRAW, DROP_DRAW, ENTRY_DRAW = 1, 2, 3  # purposes of a row's random words
+WEIGHT_UNITS = 1 << 20
 
 
 @lru_cache(maxsize=65536)
@@ -32,15 +37,17 @@ def clean(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
-def compose(fields: Mapping[str, Mapping[str, Any]], view: ViewConfig, dataset: DatasetConfig, source: random.Random | None) -> str:
+def compose(fields: Mapping[str, Mapping[str, Any]], view: ViewConfig, dataset: DatasetConfig, seed: int | None) -> str:
     """The text of an item in a view; "" where it has none of the view's fields.
 
-    fields: field -> language -> text or list of texts. source: the row's random source in training, None in evaluation.
+    fields: field -> language -> text or list of texts. seed: of the row's draws in training, None in evaluation. Each
+    draw is a word keyed by the seed, its purpose and the field's number: `data.costs` repeats them for all rows at once.
     """
-    entries: dict[str, list[str]] = {}
+    entries: dict[int, list[str]] = {}
     seen: set[str] = set()
-    for name in view.fields:
-        language = choose_language(fields.get(name) or {}, dataset.language_weights, source)
+    for number, name in enumerate(view.fields):
+        word = None if seed is None else keyed_integer(seed, LANGUAGE_DRAW, number)
+        language = choose_language(fields.get(name) or {}, dataset.language_weights, word)
         if language is None:
             continue
         value = fields[name][language]
@@ -50,48 +57,62 @@ def compose(fields: Mapping[str, Mapping[str, Any]], view: ViewConfig, dataset: 
                 seen.add(text.casefold())
                 kept.append(text)
         if kept:
-            entries[name] = kept
+            entries[number] = kept
     if not entries:
         return ""
-    if source is not None and view.pick == "one":
+    if seed is not None and view.pick == "one":
         every = [text for kept in entries.values() for text in kept]
-        return every[int(source.random() * len(every))]
-    if source is not None:
-        entries = _drop(entries, dataset.field_drop, source)
+        return every[keyed_integer(seed, ENTRY_DRAW) * len(every) >> 64]
+    if seed is not None:
+        entries = _drop(entries, dataset.field_drop, seed)
     if len(entries) == 1:
         return ", ".join(next(iter(entries.values())))
-    return " | ".join(f"{name}: {', '.join(kept)}" for name, kept in entries.items())
+    return SEPARATOR.join(label(view.fields[number]) + ", ".join(kept) for number, kept in entries.items())
 
 
-def choose_language(languages: Mapping[str, Any], weights: Mapping[str, float], source: random.Random | None) -> str | None:
+def label(field: str) -> str:
+    """What stands before a field's text where a view joins several."""
+    return f"{field}: "
+
+
+def choose_language(languages: Mapping[str, Any], weights: Mapping[str, float], word: int | None) -> str | None:
     """One of the field's languages, or None if it has none.
 
     Listed languages have their weight; what is left of 1 is shared equally by the others that the field has. Weights
-    of languages that it lacks are shared out in proportion. Without a source: English, else the first language.
+    of languages that it lacks are shared out in proportion. word: 64 random bits. Without them: English, else the first.
     """
     available = [language for language, value in languages.items() if value]
     if not available:
         return None
-    if source is None or len(available) == 1:
+    if word is None or len(available) == 1:
         return PREFERRED_LANGUAGE if PREFERRED_LANGUAGE in available else available[0]
-    listed = {language: weight for language, weight in weights.items() if languages.get(language)}
-    unlisted = [language for language in available if language not in listed]
-    rest = max(0.0, 1.0 - sum(weights.values())) if unlisted else 0.0
-    left = source.random() * (sum(listed.values()) + rest)
-    for language, weight in listed.items():
-        left -= weight
+    unlisted = sum(language not in weights for language in available)
+    listed, rest = weight_units(weights)
+    units = [listed.get(language, rest // max(1, unlisted)) for language in available]
+    units = units if any(units) else [1] * len(available)
+    left = (word >> 32) * sum(units) >> 32
+    for language, unit in zip(available, units, strict=True):
+        left -= unit
         if left < 0:
             return language
-    if rest > 0:
-        return unlisted[min(int(left / rest * len(unlisted)), len(unlisted) - 1)]
-    # nothing left for the unlisted ones: take them only where no listed language is there with a weight
-    return next((language for language in reversed(listed) if listed[language] > 0), None) or available[int(source.random() * len(available))]
+    raise AssertionError("the draw lies below the sum of the weights")
 
 
-def _drop(entries: dict[str, list[str]], probability: float, source: random.Random) -> dict[str, list[str]]:
+def weight_units(weights: Mapping[str, float]) -> tuple[dict[str, int], int]:
+    """Return weights in whole units of 2**-20, and what they leave of 1: sums of integers are the same on every machine."""
+    listed = {language: round(weight * WEIGHT_UNITS) for language, weight in weights.items()}
+    return listed, max(0, WEIGHT_UNITS - sum(listed.values()))
+
+
+def drop_threshold(probability: float) -> int:
+    """Return the 53-bit number below which a field's draw, cut to 53 bits, drops it."""
+    return int(probability * 2**53)
+
+
+def _drop(entries: dict[int, list[str]], probability: float, seed: int) -> dict[int, list[str]]:
     """Each field dropped with the given probability, but one random field always stays."""
-    draws = {name: source.random() for name in entries}
-    kept = {name: entries[name] for name, draw in draws.items() if draw >= probability}
+    draws = {number: keyed_integer(seed, DROP_DRAW, number) >> 11 for number in entries}
+    kept = {number: entries[number] for number, draw in draws.items() if draw >= drop_threshold(probability)}
     if kept:
         return kept
     last = max(draws, key=draws.__getitem__)
@@ -112,6 +133,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.path, self.max_tokens = path, max_tokens
+        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]  # tells this tokenizer's counts from another's
         self._prompts: dict[str, list[int]] = {}
         self._known: ByteCache[list[int]] = ByteCache(KNOWN_BYTES)
 
@@ -145,3 +167,8 @@ class Tokenizer:
             known[place] = ids = encoding.ids[: self.max_tokens]
             self._known.put(texts[place], ids, 200 + 2 * len(texts[place]) + 40 * len(ids))
         return [ids[:room] for ids in known if ids is not None]
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Number of tokens of each text, neither cut nor kept."""
+        parts = (texts[start : start + COUNTED_AT_ONCE] for start in range(0, len(texts), COUNTED_AT_ONCE))
+        return [len(encoding.ids) for part in parts for encoding in self._tokenizer.encode_batch_fast(part, add_special_tokens=False)]

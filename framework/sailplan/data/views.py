@@ -65,7 +65,7 @@ class ViewDecoder:
         source = random.Random(seed) if seed is not None else None
         row = ViewRow()
         if "text" in view.modalities:
-            row.text = compose(item.fields, view, dataset, source) if text is None else text
+            row.text = compose(item.fields, view, dataset, seed) if text is None else text
         strength = dataset.image_augmentation if source is not None else 0.0
         if "vision" in view.modalities and item.images:
             row.images = tuple(self._image(item.id, content) for content in item.images[: self.config.frames])

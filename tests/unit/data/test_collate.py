@@ -55,8 +55,13 @@ def test_rows_are_cut_by_length_and_put_back_in_order(make_config: Make) -> None
     batch = one(maker.batches(2))
     assert set(batch.views) == {"image", "title", "keyword", "full"} and batch.patterns == {"image_title": 1.0, "keyword_full": 0.5}
     assert [inputs.rows for inputs in batch.views["full"].micro_batches] == [5, 5, 5, 1]
-    lengths = [int(count) for inputs in batch.views["full"].micro_batches for count in inputs.token_mask.sum(1)]
-    assert lengths == sorted(lengths)
+    costs = []
+    for inputs in batch.views["full"].micro_batches:
+        assert inputs.image_mask is not None and inputs.audio_mask is not None
+        own = inputs.token_mask.sum(1) - len(maker.decoder.tokenizer.prompt(""))
+        counts = zip(own.tolist(), inputs.image_mask.sum(1).tolist(), inputs.audio_mask.sum(1).tolist(), strict=True)
+        costs += [maker.costs.counted(*row, maker.readers["things"].config.views["full"]) for row in counts]
+    assert costs == sorted(costs) and len(set(costs)) > 3
     decoder, reader = maker.decoder, maker.readers["things"]
     for place, (record_id, shown) in enumerate(zip(batch.record_ids, in_step_order(batch.views["image"]), strict=True)):
         item = reader.read(int(reader.find(record_id) or 0)).item
@@ -82,14 +87,15 @@ def test_a_row_is_the_same_on_any_number_of_ranks(make_config: Make, dataset: st
         for part, batch in enumerate(whole):
             assert {share[part].digest for share in shares} == {batch.digest}
             for name, view in batch.views.items():
-                counts = {tuple(inputs.rows for inputs in share[part].views[name].micro_batches) for share in shares}
-                assert len(counts) == 1, "the same micro-batches on all ranks"
+                counts = {len(share[part].views[name].micro_batches) for share in shares}
+                assert len(counts) == 1, "the same number of micro-batches on all ranks"
                 mine = in_step_order(view)
+                owners = collator(config, weights, 0, size, mixed).shares.step(3)[part].owners
+                assert sorted(record_id for share in shares for record_id in share[part].record_ids) == sorted(batch.record_ids)
                 for rank, share in enumerate(shares):
                     theirs = in_step_order(share[part].views[name])
-                    for row, record_id in enumerate(share[part].record_ids):
-                        place = row * size + rank
-                        assert record_id == batch.record_ids[place]
+                    for row, place in enumerate(np.flatnonzero(owners == rank)):
+                        assert share[part].record_ids[row] == batch.record_ids[place], "in the step's order"
                         for item in range(view.group):
                             left, right = mine[place * view.group + item], theirs[row * view.group + item]
                             assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
@@ -174,8 +180,9 @@ def test_a_truncated_picture_is_replaced_and_named_alike_on_all_ranks(make_confi
     assert all("image cannot be decoded" in reason for batch in whole for _, reason in batch.quarantined)
     assert all(batch.views["image"].valid.all() and len(batch.record_ids) == 16 for batch in whole)
     for rank in range(2):
-        share = one(collator(config, {"things": 1.0}, rank, 2).batches(1))
-        assert share.record_ids == whole[1].record_ids[rank::2] and share.digest == whole[1].digest
+        maker = collator(config, {"things": 1.0}, rank, 2)
+        share, owners = one(maker.batches(1)), maker.shares.step(1)[0].owners
+        assert share.record_ids == [whole[1].record_ids[place] for place in np.flatnonzero(owners == rank)] and share.digest == whole[1].digest
 
 
 def test_a_set_of_broken_records_ends_with_bad_data(make_config: Make, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_held_out_keywords_are_queries_that_training_text_does_not_hold(config: 
     reader = open_datasets(config, names=["emoji"])["emoji"]
     view = reader.config.views["keyword"]
     positions = reader.positions("train")[:40]
-    rows = [position for _, batch, _ in EvaluationRows(reader, view, positions, config.data, "held_out_tags").batches(32) for position in batch.tolist()]
+    rows = EvaluationRows(reader, view, positions, config, "held_out_tags").positions.tolist()
     assert rows == sorted(rows) and len(rows) > 20
     for position in rows[:10]:
         body = reader.body(position)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sailplan.config.schema import DatasetConfig, ViewConfig
+from sailplan.data.order import keyed_integer
 from sailplan.data.text import Tokenizer, choose_language, compose
 from sailplan.errors import ConfigurationError
 
@@ -33,27 +33,27 @@ def test_evaluation_text_is_clean_without_repeats_and_fixed() -> None:
 
 
 def test_training_drops_fields_but_never_all() -> None:
-    texts = Counter(compose(FIELDS, VIEW, DatasetConfig(field_drop=0.5, language_weights={"en": 1.0}), random.Random(seed)) for seed in range(400))
+    texts = Counter(compose(FIELDS, VIEW, DatasetConfig(field_drop=0.5, language_weights={"en": 1.0}), seed) for seed in range(400))
     assert set(texts) == {"title: grinning face | tags: smile, happy", "grinning face", "smile, happy"}
-    assert all(compose(FIELDS, VIEW, DatasetConfig(field_drop=1.0), random.Random(seed)) for seed in range(50))
-    kept = sum(compose(FIELDS, VIEW, DatasetConfig(field_drop=0.15), random.Random(seed)).count("|") for seed in range(1000))
+    assert all(compose(FIELDS, VIEW, DatasetConfig(field_drop=1.0), seed) for seed in range(50))
+    kept = sum(compose(FIELDS, VIEW, DatasetConfig(field_drop=0.15), seed).count("|") for seed in range(1000))
     assert 680 < kept < 770, "both kept with probability 0.85 squared"
 
 
 def test_keyword_views_draw_one_entry() -> None:
     view, dataset = ViewConfig(fields=["tags", "title"], pick="one"), DatasetConfig(language_weights={"en": 1.0}, field_drop=0.9)
-    assert {compose(FIELDS, view, dataset, random.Random(seed)) for seed in range(100)} == {"smile", "happy", "Grinning Face"}
+    assert {compose(FIELDS, view, dataset, seed) for seed in range(100)} == {"smile", "happy", "Grinning Face"}
 
 
 def test_languages_follow_their_weights() -> None:
     names = {"en": "x", "de": "x", "fr": "x", "ja": "x"}
-    drawn = Counter(choose_language(names, {"en": 0.5, "de": 0.2}, random.Random(seed)) for seed in range(4000))
+    drawn = Counter(choose_language(names, {"en": 0.5, "de": 0.2}, keyed_integer(seed)) for seed in range(4000))
     assert abs(drawn["en"] / 4000 - 0.5) < 0.04 and abs(drawn["de"] / 4000 - 0.2) < 0.04 and abs(drawn["fr"] / 4000 - 0.15) < 0.04
-    assert choose_language({"ko": "x", "en": ""}, {"en": 1.0}, random.Random(1)) == "ko", "an empty text is no language"
-    assert {choose_language({"ko": "x", "ja": "x"}, {"en": 1.0}, random.Random(seed)) for seed in range(20)} == {"ko", "ja"}
-    assert {choose_language(names, {"en": 0.7, "de": 0.3}, random.Random(seed)) for seed in range(40)} == {"en", "de"}
-    assert {choose_language({"de": "x", "fr": "x"}, {"en": 0.5, "de": 0.5}, random.Random(seed)) for seed in range(20)} == {"de"}
-    assert choose_language({}, {"en": 1.0}, random.Random(1)) is None
+    assert choose_language({"ko": "x", "en": ""}, {"en": 1.0}, keyed_integer(1)) == "ko", "an empty text is no language"
+    assert {choose_language({"ko": "x", "ja": "x"}, {"en": 1.0}, keyed_integer(seed)) for seed in range(20)} == {"ko", "ja"}
+    assert {choose_language(names, {"en": 0.7, "de": 0.3}, keyed_integer(seed)) for seed in range(40)} == {"en", "de"}
+    assert {choose_language({"de": "x", "fr": "x"}, {"en": 0.5, "de": 0.5}, keyed_integer(seed)) for seed in range(20)} == {"de"}
+    assert choose_language({}, {"en": 1.0}, keyed_integer(1)) is None
 
 
 def test_long_texts_are_cut_and_the_prompt_stays(shards: Path) -> None:

@@ -1,0 +1,256 @@
+"""What rows cost the model, in positions of its tower: counted for rows that are here, foreseen for all rows of a step.
+
+A row's cost is the positions that it fills in the tower's sequence (prompt and text tokens, visual tokens, one for
+sound), and of a picture or a chunk of sound also its own encoder's work, in positions that cost the tower as much.
+Foreseen costs come from the shards' length tables and repeat the row's draws of language and dropped fields. They are
+integers throughout, so that ranks on different machines foresee the same.
+
+Foreseen exactly but for: `pick: one`, whose entries count with their mean; a text that two fields share; tokens that
+a tokenizer merges across fields; a sequence that draws from `items`; and a spare in the place of a broken sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sailplan.config.schema import Config, DatasetConfig, TransformerShape, ViewConfig
+from sailplan.data.audio import FUSED, SPECTROGRAMS
+from sailplan.data.lengths import MOST_REFERENCES, PICTURES, ROLES, SOUND, Integers, LengthIndex, Lengths
+from sailplan.data.order import keyed, seeds
+from sailplan.data.reader import RecordReader
+from sailplan.data.text import DROP_DRAW, LANGUAGE_DRAW, PREFERRED_LANGUAGE, SEPARATOR, WEIGHT_UNITS, Tokenizer, drop_threshold, label, weight_units
+from sailplan.data.views import ViewRow
+
+RowSeeds = Callable[[int], Integers]  # number of a row's item -> seeds of its draws, int64 [n]
+
+
+class RowCosts:
+    """Costs of rows under a run's configuration."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.per_picture, self.pictures_at_all = _picture_positions(config)
+        self.per_chunk = _sound_positions(config)
+        # A fusion's spectrograms are computed all together, whatever the recording has.
+        self.most_chunks = 1 if SPECTROGRAMS[config.data.spectrogram].whole else config.data.audio_chunks
+        self._labels: dict[str, int] = {}
+
+    def counted(self, tokens: int, pictures: int, chunks: int, view: ViewConfig) -> int:
+        """Return the cost of a decoded row: tokens of its own text, its pictures and its chunks of sound."""
+        cost = len(self.tokenizer.prompt(view.prompt)) + tokens
+        cost += self.pictures_at_all * (pictures > 0) + self.per_picture * pictures
+        return cost + (chunks > 0) + self.per_chunk * min(chunks, self.most_chunks)
+
+    def of_row(self, row: ViewRow, tokens: int, view: ViewConfig) -> int:
+        """Return the cost of a decoded row whose own text has so many tokens."""
+        return self.counted(tokens, len(row.images), 0 if row.audio is None else len(row.audio), view)
+
+    def longest(self, view: ViewConfig) -> int:
+        """Return the most that a row of the view can cost."""
+        room = self.config.data.max_tokens - len(self.tokenizer.prompt(view.prompt)) if "text" in view.modalities else 0
+        pictures = self.config.data.frames if "vision" in view.modalities else 0
+        return self.counted(room, pictures, self.config.data.audio_chunks if "audio" in view.modalities else 0, view)
+
+    def foreseen(self, reader: RecordReader, view: ViewConfig, positions: Integers, draws: RowSeeds | None) -> Integers:
+        """Return the cost of each item that records show in a view: int64 [n] positions -> [n, g], g as in ViewBatch.
+
+        draws: seeds of the rows' draws; None: evaluation. Without length tables all rows cost the same.
+        """
+        group = reader.config.history_length if view.of == "history" else 1
+        catalogue = reader.catalogue
+        if reader.lengths is None or (catalogue is not None and catalogue.lengths is None):
+            return np.full((len(positions), group), self.longest(view), dtype=np.int64)
+        lengths = reader.lengths.lengths(positions)
+        if reader.config.kind == "items" or (view.of == "query" and not (lengths.role == ROLES.index("query")).any()):
+            return self._items(reader.lengths, lengths, len(positions), view, reader.config, draws(0) if draws else None)[:, None]
+        named = _named(lengths, len(positions), view.of, group)
+        costs = self._named_items(reader, lengths, named, view, draws)
+        if view.of == "query":  # the rows that have a text instead of an item
+            own = self._items(reader.lengths, lengths, len(positions), view, reader.config, draws(0) if draws else None)
+            costs[:, 0] = np.where(named[:, 0] >= 0, costs[:, 0], own)
+        return costs
+
+    def foreseen_mined(self, reader: RecordReader, view: ViewConfig, mined: Integers, draws: RowSeeds) -> Integers:
+        """Return the costs of mined negatives of n rows: int64 [n, k] positions, -1 for none, -> int64 [n, k]."""
+        costs = np.full(mined.shape, len(self.tokenizer.prompt(view.prompt)), dtype=np.int64)
+        for number in range(mined.shape[1]):
+            there = np.flatnonzero(mined[:, number] >= 0)
+            drawn = draws(number)[there]
+            costs[there, number] = self.foreseen(reader, view, mined[there, number], lambda _, drawn=drawn: drawn)[:, 0]  # type: ignore[misc]
+        return costs
+
+    def foreseen_own(self, reader: RecordReader, view: ViewConfig, positions: Integers, count: int, draws: RowSeeds) -> Integers:
+        """Return the costs of `count` negatives that each of n records names itself, int64 [n, count]."""
+        if not count or reader.lengths is None:
+            return np.full((len(positions), count), self.longest(view), dtype=np.int64)
+        lengths = reader.lengths.lengths(positions)
+        return self._named_items(reader, lengths, _ranked(lengths, len(positions), "negatives", count), view, draws)
+
+    # ---------------------------------------------------------------- parts
+    def _named_items(self, reader: RecordReader, lengths: Lengths, named: Integers, view: ViewConfig, draws: RowSeeds | None) -> Integers:
+        """Cost of catalogue items that n records name: int64 [n, g] places among the references, -1 for none, -> int64 [n, g]."""
+        catalogue = reader.catalogue
+        assert catalogue is not None and catalogue.lengths is not None, "pairs and sequences have a catalogue"
+        costs = np.full(named.shape, len(self.tokenizer.prompt(view.prompt)), dtype=np.int64)
+        for number in range(named.shape[1]):
+            there = np.flatnonzero(named[:, number] >= 0)
+            places = catalogue.index.find_hashes(lengths.hash[named[there, number]])
+            there, places = there[places >= 0], places[places >= 0]
+            found = catalogue.lengths.lengths(places)
+            drawn = draws(number)[there] if draws else None
+            costs[there, number] = self._items(catalogue.lengths, found, len(there), view, reader.config, drawn)
+        return costs
+
+    def _items(self, index: LengthIndex, lengths: Lengths, count: int, view: ViewConfig, dataset: DatasetConfig, drawn: Integers | None) -> Integers:
+        """Cost of n items in a view, int64 [n]."""
+        prompt = len(self.tokenizer.prompt(view.prompt))
+        costs = np.full(count, prompt, dtype=np.int64)
+        if "text" in view.modalities:
+            costs += np.minimum(self._text(index, lengths, count, view, dataset, drawn), self.config.data.max_tokens - prompt)
+        if "vision" in view.modalities:
+            pictures = np.minimum(_media(lengths, count, PICTURES), self.config.data.frames)
+            costs += self.pictures_at_all * (pictures > 0) + self.per_picture * pictures
+        if "audio" in view.modalities:  # how long a recording is, its header alone would tell
+            costs += (1 + self.per_chunk) * (_media(lengths, count, SOUND) > 0)
+        return costs
+
+    def _text(self, index: LengthIndex, lengths: Lengths, count: int, view: ViewConfig, dataset: DatasetConfig, drawn: Integers | None) -> Integers:
+        """Tokens of the text that `text.compose` makes, int64 [n]."""
+        texts, tokens = np.zeros((len(view.fields), count), dtype=np.int64), np.zeros((len(view.fields), count), dtype=np.int64)
+        for number, name in enumerate(view.fields):
+            entries = np.flatnonzero(lengths.field == index.field(name))
+            words = None if drawn is None else keyed(drawn, LANGUAGE_DRAW, number)
+            chosen = entries[_choose(lengths.record[entries], lengths.language[entries], index, dataset, words)]
+            texts[number, lengths.record[chosen]], tokens[number, lengths.record[chosen]] = lengths.texts[chosen], lengths.tokens[chosen]
+        kept = texts > 0
+        if drawn is not None and view.pick == "one":
+            commas = np.maximum(texts - 1, 0).sum(0) * self._label(",")
+            return (tokens.sum(0) - commas + texts.sum(0) // 2) // np.maximum(texts.sum(0), 1)
+        if drawn is not None and len(view.fields) > 1:
+            draws = np.stack([keyed(drawn, DROP_DRAW, number) >> np.uint64(11) for number in range(len(view.fields))]).astype(np.int64)
+            staying = kept & (draws >= drop_threshold(dataset.field_drop))
+            last = np.where(kept, draws, -1).argmax(0)
+            staying[last, np.arange(count)] |= kept.any(0) & ~staying.any(0)
+            kept = staying
+        labels = np.array([self._label(label(name)) for name in view.fields], dtype=np.int64)[:, None]
+        joined = ((labels + self._label(SEPARATOR)) * kept).sum(0) - self._label(SEPARATOR)
+        return (tokens * kept).sum(0) + np.where(kept.sum(0) > 1, joined, 0)
+
+    def _label(self, text: str) -> int:
+        if text not in self._labels:
+            (self._labels[text],) = self.tokenizer.counts([text.strip()])
+        return self._labels[text]
+
+
+def _choose(record: Integers, language: Integers, index: LengthIndex, dataset: DatasetConfig, words: NDArray[np.uint64] | None) -> Integers:
+    """Which of the entries [k] of one field, sorted by record, each record shows: `text.choose_language` for all at once."""
+    if not len(record):
+        return record
+    first = np.flatnonzero(np.diff(record, prepend=-1))
+    run = np.repeat(np.arange(len(first)), np.diff(first, append=len(record)))  # of each entry
+    sizes = np.bincount(run)
+    preferred = first.copy()
+    places = np.flatnonzero(language == index.language(PREFERRED_LANGUAGE))
+    preferred[run[places]] = places
+    if words is None:
+        return preferred
+    listed, rest = weight_units(dataset.language_weights)
+    units = np.full(len(record), -1, dtype=np.int64)
+    for name, unit in listed.items():
+        units[language == index.language(name)] = unit
+    unlisted = np.bincount(run, units < 0)
+    units = np.where(units < 0, rest // np.maximum(unlisted.astype(np.int64), 1)[run], units)
+    none = np.bincount(run, units) == 0
+    units[none[run]] = 1
+    upto = np.cumsum(units)
+    before = (upto - units)[first]
+    total = upto[first + sizes - 1] - before
+    assert total.max() < WEIGHT_UNITS << 8, "a product of 32 bits and a sum of weights must fit into 64"
+    left = ((words[record[first]] >> np.uint64(32)) * total.astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+    passed = upto - before[run] > left[run]  # from the chosen entry of the run on
+    chosen = first + sizes - np.bincount(run, passed).astype(np.int64)
+    return np.where(sizes > 1, chosen, preferred)
+
+
+def _media(lengths: Lengths, count: int, code: int) -> Integers:
+    result = np.zeros(count, dtype=np.int64)
+    chosen = lengths.field == code
+    result[lengths.record[chosen]] = lengths.texts[chosen]
+    return result
+
+
+def _ranked(lengths: Lengths, count: int, role: str, most: int) -> Integers:
+    """Place among the references of each record's first `most` of a role, int64 [n, most]; -1 where it has fewer."""
+    chosen = np.flatnonzero(lengths.role == ROLES.index(role))
+    owner = lengths.owner[chosen]
+    first = np.flatnonzero(np.diff(owner, prepend=-1))
+    rank = np.arange(len(chosen)) - np.repeat(first, np.diff(first, append=len(chosen)))
+    result = np.full((count, most), -1, dtype=np.int64)
+    within = rank < most
+    result[owner[within], rank[within]] = chosen[within]
+    return result
+
+
+def _named(lengths: Lengths, count: int, of: str, group: int) -> Integers:
+    """Place among the references of the items that a view of records shows, int64 [n, g]; -1 where there is none.
+
+    Of a sequence that draws from its `items`, the first stands for the target and the others for the history.
+    """
+    if of == "query":
+        return _ranked(lengths, count, "query", 1)
+    if of == "target":
+        found = [_ranked(lengths, count, role, 1) for role in ("item", "target", "items")]
+        return np.where(found[0] >= 0, found[0], np.where(found[1] >= 0, found[1], found[2]))
+    # the latest of a history: as many as there are, at most `group`
+    history = _ranked(lengths, count, "history", MOST_REFERENCES)
+    present = (history >= 0).sum(1)
+    places = np.arange(group)[None] + np.maximum(present - group, 0)[:, None]
+    latest = np.take_along_axis(np.pad(history, ((0, 0), (0, group)), constant_values=-1), np.minimum(places, history.shape[1] + group - 1), 1)
+    drawn = _ranked(lengths, count, "items", group + 1)[:, 1:]
+    return np.where((present > 0)[:, None], latest, drawn)
+
+
+def _work(shape: TransformerShape) -> float:
+    """Multiplications of one position in a stack's matrices."""
+    size = shape.head_size or shape.hidden // shape.heads
+    attention = shape.hidden * size * (2 * shape.heads + 2 * (shape.key_value_heads or shape.heads))
+    return shape.layers * (attention + (3 if shape.gated else 2) * shape.hidden * shape.feed_forward)
+
+
+def _picture_positions(config: Config) -> tuple[int, int]:
+    """(cost of each picture, cost once where there is any) in positions of the tower."""
+    model, vision, data = config.model, config.model.vision, config.data
+    patches = data.image_patches or (data.image_size // vision.patch) ** 2
+    tower = max(1.0, _work(model.tower))
+    if vision.backbone == "qwen3_vl":
+        shown = patches // vision.merge**2 + len(vision.marks)
+        return shown + math.ceil(patches * _work(vision.encoder) / tower), 0
+    perceiver = _work(vision.perceiver) / tower
+    return math.ceil(patches * (_work(vision.encoder) / tower + perceiver)), vision.latents + math.ceil(vision.latents * perceiver)
+
+
+def _sound_positions(config: Config) -> int:
+    """Cost of each chunk of sound in positions of the tower, beside its one token."""
+    audio, data = config.model.audio, config.data
+    front = SPECTROGRAMS[data.spectrogram]
+    tower = max(1.0, _work(config.model.tower))
+    if audio.backbone.startswith("clap"):
+        stages = enumerate(zip(audio.swin.layers, audio.swin.heads, strict=True))
+        work = sum(
+            (audio.swin.image / audio.swin.patch / 2**stage) ** 2 * layers * (4 + 2 * audio.swin.feed_forward) * (audio.swin.hidden * 2**stage) ** 2
+            for stage, (layers, _) in stages
+        )
+        return math.ceil((FUSED if front.whole else 1) * work / tower)
+    positions = front.frames(data.audio_chunk_seconds, data.audio_rate) / (2 if audio.backbone == "whisper" else audio.time_stride)
+    return math.ceil(positions * _work(audio.encoder) / tower)
+
+
+def draw_seeds(row_seeds: Integers, key: int) -> RowSeeds:
+    """Return the seeds of the items of rows: those that `collate` gives the rows' items under the same key."""
+    return lambda place: seeds(row_seeds, key, place)
+
+

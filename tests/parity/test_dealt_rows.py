@@ -1,0 +1,102 @@
+"""Risk: rows that are dealt by length, or cut by a token budget, change the loss or the gradients of the full batch.
+
+From shards to gradients in float64: 1, 2 and 4 ranks, each with its own collator, must have the same loss and the same
+full gradients, whatever the number and sizes of the micro-batches; and a resume in the middle sees the same steps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sailplan.config.compose import compose
+from sailplan.config.schema import AudioConfig, Config, ModelConfig, ParallelConfig, StageConfig, TransformerShape, VisionConfig
+from sailplan.curriculum.embedding import exchange_of
+from sailplan.data.datasets import open_datasets
+from sailplan.data.loader import StepLoader
+from sailplan.data.plan import Plan
+from sailplan.data.testing import made_up_config, write_shards
+from sailplan.model.build import build_encoder
+from sailplan.model.testing import join_layout
+from sailplan.objective.registry import build_objectives
+from sailplan.objective.temperature import Temperatures
+from sailplan.step.training_step import TrainingStep
+from sailplan_kernels.testing import run_ranks
+
+EXACT = 1e-10
+OBJECTIVES = {"infonce": 1.0, "seq2item": 1.0}
+WEIGHTS = {"things": 1.0, "choices": 1.0, "histories": 1.0}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root: Path = tmp_path_factory.mktemp("shards")
+    write_shards(root)
+    open_datasets(made_up_config(root))  # ranks that fork race for nothing
+    return root
+
+
+def configuration(shards: Path, budget: int, dealing: str) -> Config:
+    config = made_up_config(shards, global_batch=16, micro_batch=6)
+    small = TransformerShape(layers=1, hidden=16, heads=2, feed_forward=32)
+    config.model = ModelConfig(
+        vocabulary=256,
+        embedding=16,
+        prefixes=[8, 16],
+        tower=small,
+        vision=VisionConfig(stem_width=8, latents=2, encoder=small, perceiver=small),
+        audio=AudioConfig(encoder=small, stem_width=8, mel_bins=16, output=16),
+    )
+    config.parallel = ParallelConfig(dtype="float64")
+    config.step.token_budget, config.step.dealing = budget, dealing
+    config.objectives = {name: {"_target_": compose([]).objectives[name]["_target_"]} for name in OBJECTIVES}
+    return config
+
+
+def _steps(rank: int, world_size: int, shards: Path, budget: int, dealing: str, first: int) -> list[tuple[float, dict[str, torch.Tensor], str, int]]:
+    parallel = join_layout(1)
+    config = configuration(shards, budget, dealing)
+    encoder = build_encoder(config.model, config.parallel, parallel, config.seed)
+    objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, allowed_targets=config.allowed_targets, seed=0).double()
+    temperatures = Temperatures(config.data.sets).double()
+    optimizer = torch.optim.SGD([*encoder.parameters(), *temperatures.parameters()], lr=0.0)
+    step = TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, exchange_of(parallel))
+    stage, readers = StageConfig(steps=6, mixed_fraction=0.5), open_datasets(config, names=WEIGHTS)
+    plan, found = Plan(config, "first", stage, WEIGHTS, readers), []
+    ranks: dict[str, Any] = {"data_parallel_rank": parallel.data_parallel_rank, "data_parallel_size": parallel.data_parallel_size}
+    with StepLoader(plan, readers, config, stage, start_step=first, stop_step=4, **ranks) as loader:
+        for number, batches in enumerate(loader, start=first):
+            loss, *_ = step.gradients(batches, OBJECTIVES, step=number, stage="first")
+            gradients = {
+                name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+                for name, p in [*encoder.named_parameters(), *temperatures.named_parameters()]
+                if p.grad is not None
+            }
+            optimizer.zero_grad(set_to_none=True)
+            micro_batches = sum(len(view.micro_batches) for batch in batches for view in batch.views.values())
+            found.append((float(loss), gradients, "+".join(batch.digest for batch in batches), micro_batches))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(shards: Path) -> list[tuple[float, dict[str, torch.Tensor], str, int]]:
+    return run_ranks(_steps, 1, shards, 0, "length", 0)[0]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "budget", "dealing", "first"),
+    [(1, 50, "length", 0), (2, 0, "length", 0), (2, 50, "length", 0), (4, 50, "length", 0), (4, 50, "length", 2), (4, 25, "lanes", 0)],
+)
+def test_loss_and_gradients_are_the_full_batch_s(world_size: int, budget: int, dealing: str, first: int, shards: Path, alone: Any) -> None:
+    ranks = run_ranks(_steps, world_size, shards, budget, dealing, first)
+    assert all(len(own) == 4 - first for own in ranks)
+    for own in ranks:
+        for (loss, gradients, digest, count), (expected, full, same, _) in zip(own, alone[first:], strict=True):
+            assert digest == same and loss == pytest.approx(expected, rel=EXACT, abs=EXACT)
+            assert gradients.keys() == full.keys() and len(full) > 20
+            for name, gradient in gradients.items():
+                assert (gradient - full[name]).norm() <= EXACT * max(1.0, float(full[name].norm())), name
+    assert [[step[3] for step in own] for own in ranks] == [[step[3] for step in ranks[0]]] * world_size, "as many micro-batches on all ranks"
