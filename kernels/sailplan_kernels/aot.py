@@ -178,8 +178,9 @@ def _judge(case: Case, config: Configuration, kernel) -> Verdict:
     if half and products:
         levels = 2 if persistent else 1
         counted = sass.count(sass.disassembled(kernel.asm["cubin"]), config.BM * config.BN // (32 * config.warps), levels)
-    figures = (None, None, None) if counted is None else (*counted, sass.share(counted, case.capability))
-    return Verdict(registers, stack, spills, shared, wgmma, mma, tma, *figures, ", ".join(filter(None, reasons)))
+    a_prefix, a_tile = counted or (None, None)
+    share = None if counted is None else sass.share(counted, case.capability)
+    return Verdict(registers, stack, spills, shared, wgmma, mma, tma, a_prefix, a_tile, share, ", ".join(filter(None, reasons)))
 
 
 def _found(pattern: str, text: str) -> str:

@@ -144,7 +144,8 @@ def count(sass: str, pairs: int, levels: int) -> tuple[float, float] | None:
     to tile, else 1. None: a kernel without matrix instructions in loops of that kind.
     """
     graph = blocks(sass)
-    region, nest = frozenset(graph), []
+    region = frozenset(graph)
+    nest: list[frozenset[int]] = []
     for _ in range(levels + 1):
         entry = {to for at, block in graph.items() if at not in region for to in block.next if to in region} or {min(region)}
         around = [x for x in loops(graph, region - (entry if nest else set())) if any(graph[at].products for at in x)]

@@ -127,7 +127,7 @@ from sailplan_kernels.aot import Case, compile_case
 
 for kernel, kind, most in (
     ("statistics", "symmetric", 21),
-    ("gradient", "symmetric", 33),
+    ("gradient", "symmetric", 33.5),
     ("statistics", "moments", 17),
     ("gradient", "moments", 31),
 ):

@@ -39,6 +39,8 @@ class InfoNCEOptions:
         weights = (1.0,) * len(prefixes) if prefix_weights is None else tuple(float(w) for w in prefix_weights)
         if len(weights) != len(prefixes):
             raise ValueError(f"prefix_weights: found {len(weights)}, expected {len(prefixes)}, one a prefix")
+        if any(not weight >= 0 for weight in weights):  # also NaN; a kernel takes its logarithm
+            raise ValueError(f"prefix_weights: found {weights}, expected none below 0")
         if memory_budget is not None and memory_budget <= 0:
             raise ValueError(f"memory_budget: found {memory_budget}, expected a positive number of bytes")
         return cls(prefixes=prefixes, prefix_weights=weights, memory_budget=int(memory_budget or 0), **others)

@@ -222,7 +222,7 @@ def write_gradient(
         y = masked(y, row_tags, column_tags, om, on, N, M, live)
         factor = shared_factors(row_norm, row_scale, om, N, p)
         g = tl.exp2(y * factor[:, None] - row[:, None]) + tl.exp2(y * factor[:, None] - tl.load(column_log + p * M + on)[None, :])
-        norm = tl.where(tl.load(row_shift + om) > 0, 0.0, norm)
+        g = tl.where((tl.load(row_shift + om) > 0)[:, None], 0.0, g)  # such a row may lie above a column's logsumexp: 0 times infinity
     else:
         x, z = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
         g = tl.exp2(z - row[:, None])

@@ -54,12 +54,10 @@ def configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) ->
     if capability == INTERPRETED:
         return Configuration(32, 32, 32, 2, 4, 1)
     if dtype == torch.float32:  # exact float32 products run outside the matrix units: registers limit the tile
-        if kind in ("columns", "symmetric"):
-            return Configuration(64, 32, 32, 8, 8, 2)
-        return Configuration(64, 64, 32, 8, 8, 2)
-    if capability // 10 == 10:  # a thread reads one row of the accumulator, and twice the columns
-        return Configuration(128, 32, 32 if masks == "odd" else 64, 8, 8, 3)
-    return Configuration(128, 64, 32 if masks == "odd" else 64, 8, 8, 3)
+        return Configuration(64, 32, 32, 8, 8 if (kind, masks) == ("columns", "odd") else 4, 2)
+    if masks == "odd":  # addresses of single words fill the registers
+        return Configuration(128, 32, 32, 8, 8, 3)
+    return Configuration(128, 64, 64, 8, 8, 3)
 
 
 @by_version("persistent")
