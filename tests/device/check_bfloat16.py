@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ class Door(TorchEngine):
     """In the Triton engine's place: notes the operands of each tile."""
 
     name = "triton"
-    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    seen: ClassVar[list[tuple[torch.dtype, torch.dtype]]] = []
 
     def __init__(self, schedule: str = "auto") -> None: ...
 
@@ -188,6 +188,7 @@ def test_a_run_says_what_its_losses_go_through(triton_here, monkeypatch, tmp_pat
     assert ", ".join(f"{name} {backend}" for name, backend in stage["backends"].items()) == planned
     lines = [json.loads(line) for line in Path(tmp_path, "half", "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and not any(line.get("skipped") for line in lines)
+    said = {f"backend/{name}": backend for name, backend in stage["backends"].items()}
     for found in lines:
         assert found["backend/infonce"] == "triton bfloat16"
-        assert {name: value for name, value in found.items() if name.startswith("backend/")}.items() <= {f"backend/{n}": b for n, b in stage["backends"].items()}.items()
+        assert {name: value for name, value in found.items() if name.startswith("backend/")}.items() <= said.items()
