@@ -156,7 +156,9 @@ def test_rows_without_tables_count_as_equally_long(make_config: Make, dataset: s
     assert all(sum(inputs.rows for inputs in view.micro_batches) == 4 for maker in makers for view in maker.batches(1)[0].views.values())
 
 
-@pytest.mark.parametrize(("name", "view", "most"), [("icon_choices", "text", 1.1), ("icons", "alias", 1.12), ("prompts", "transcript", 1.25), ("emoji", "name", 1.1)])
+@pytest.mark.parametrize(
+    ("name", "view", "most"), [("icon_choices", "text", 1.1), ("icons", "alias", 1.12), ("prompts", "transcript", 1.25), ("emoji", "name", 1.1)]
+)
 def test_evaluation_pads_little(name: str, view: str, most: float) -> None:
     config = texts_alone(quickstart("evaluation.batch=64"), name)
     reader = open_datasets(config, names=[name])[name]
