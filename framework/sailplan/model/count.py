@@ -16,10 +16,10 @@ from sailplan.model.tower import OmniEncoder
 BYTES = {torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
 
 
-def build_on_meta(config: ModelConfig) -> OmniEncoder:
-    """The model's shapes without its numbers."""
+def build_on_meta(config: ModelConfig, *, dtype: torch.dtype = torch.float32, share_encoders: bool = True) -> OmniEncoder:
+    """The model's shapes without its numbers; dtype and share_encoders as OmniEncoder's."""
     with torch.device("meta"):
-        return OmniEncoder(config)
+        return OmniEncoder(config, dtype=dtype, share_encoders=share_encoders)
 
 
 def check_weights(config: ModelConfig) -> None:

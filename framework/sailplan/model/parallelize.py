@@ -92,14 +92,11 @@ def shard(
     shard: True cuts every parameter over the data-parallel ranks. False keeps whole copies and only averages
     gradients: the same machinery over a mesh of (data-parallel size) x 1, so that both run one path.
     replicas: hybrid sharding where above 1: so many copies, each cut over neighbouring data-parallel ranks (those of a
-    node, where their number is the nodes'); gradients are averaged over both. A divisor of the data-parallel size.
+    node, where there are as many copies as nodes); gradients are averaged over both. A divisor of the data-parallel size.
     compute_dtype: None computes in the parameters' dtype; bfloat16 over float32 parameters gathers and computes
     in bfloat16 and reduces gradients in float32 (the optimizer then updates float32 parameters).
     reshard_after_forward: ZeRO-3 (Rajbhandari et al., arXiv 1910.02054): a layer's parameters are whole while it runs, forward
     or backward, and gradients are reduced after every backward; see `set_gradient_sync`.
-
-    One data-parallel rank that computes in the parameters' dtype has nothing to cut, to gather or to reduce: the model is
-    moved and otherwise left as it is.
 
     On one data-parallel rank that computes in the parameters' dtype there is nothing to spread: the model stays as it is, without
     FSDP2's second copy of the parameters and without its hooks.
@@ -110,8 +107,6 @@ def shard(
         return model.to(parallel.device)
     notes = {name: {key: getattr(p, key) for key in TENSOR_PARALLEL_NOTES if hasattr(p, key)} for name, p in model.named_parameters()}
     model.to(parallel.device)
-    if parallel.data_parallel_size == 1 and compute_dtype is None:
-        return model
     mesh = _mesh(parallel, replicas if shard else parallel.data_parallel_size)
     policy = MixedPrecisionPolicy()
     if compute_dtype is not None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -29,10 +29,10 @@ from torch.utils._pytree import tree_leaves
 from sailplan.config.schema import Config
 from sailplan.config.sharding import sharding_of
 from sailplan.data import audio
-from sailplan.data.packing import pack
+from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.record import EncoderInputs
+from sailplan.model.count import build_on_meta
 from sailplan.model.parallelize import checkpoint_activations
-from sailplan.model.tower import OmniEncoder
 from sailplan.step.kept_graphs import SavedBytes
 
 aten = torch.ops.aten
@@ -154,8 +154,8 @@ class _View:
     inputs: int
 
 
-def _view(encoder: OmniEncoder, inputs: EncoderInputs) -> _View:
-    inputs = replace(inputs, packing=pack(inputs, encoder.layout)).to("meta")
+def _view(encoder: nn.Module, layout: SequenceLayout, inputs: EncoderInputs) -> _View:
+    inputs = replace(inputs, packing=pack(inputs, layout)).to("meta")
     held = [x for x in vars(inputs).values() if isinstance(x, Tensor)]
     for parameter in encoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -183,11 +183,11 @@ def estimate_memory(config: Config, modalities: Sequence[tuple[str, ...]], *, wo
     width, compute_dtype = 8 if double else 4, getattr(torch, config.parallel.dtype)
     rows = min(config.step.micro_batch, rank_rows)
     with _tensor_parallel_world(tensor):
-        with torch.device("meta"):
-            encoder = OmniEncoder(config.model, dtype=compute_dtype, share_encoders=config.parallel.encoders == "share").to("meta")
+        share = config.parallel.encoders == "share"
+        encoder = build_on_meta(config.model, dtype=compute_dtype, share_encoders=share).to("meta")  # tables made of numbers too
         if config.parallel.activation_checkpointing == "full":
             checkpoint_activations(encoder)
-        views = [_view(encoder, largest_inputs(config, each, rows)) for each in _largest(modalities)]
+        views = [_view(encoder, encoder.layout, largest_inputs(config, each, rows)) for each in _largest(modalities)]
         seen = sum(parameter.numel() for parameter in encoder.parameters())
         layers = [sum(p.numel() for p in module.parameters()) for module in encoder.modules() if isinstance(module, TransformerLayer)]
     worst = max(views, key=lambda view: view.peak)

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from sailplan.config.schema import AudioConfig, Config, DataConfig, ModelConfig, ParallelConfig, StepConfig, SwinShape, TransformerShape, VisionConfig
+from sailplan.config.sharding import sharding_of
 from sailplan.data.record import StepBatch, ViewBatch
 from sailplan.model.parallelize import checkpoint_activations
 from sailplan.model.testing import join_layout, small_config
 from sailplan.model.tower import OmniEncoder
+from sailplan.runtime.process import node_count
 from sailplan.step.gradient_cache import GradientCache
 from sailplan.step.kept_graphs import KeptGraphs
 from sailplan.train.memory import LiveBytes, estimate_memory, largest_inputs
@@ -50,9 +52,8 @@ CASES = [
 def configuration(model: str, checkpointing: str = "none", **parallel: Any) -> Config:
     shape = MODELS[model]()
     front = {"image_size": 64, "max_tokens": 32, "audio_chunk_seconds": 2.0, "audio_chunks": 1, "mel_bins": shape.audio.mel_bins}
-    return Config(
-        data=DataConfig(**front), model=shape, step=StepConfig(micro_batch=MICRO_BATCH), parallel=ParallelConfig(activation_checkpointing=checkpointing, **parallel)
-    )
+    layout = ParallelConfig(activation_checkpointing=checkpointing, **parallel)
+    return Config(data=DataConfig(**front), model=shape, step=StepConfig(micro_batch=MICRO_BATCH), parallel=layout)
 
 
 def _measured(rank: int, world_size: int) -> list[tuple[int, int]]:
@@ -86,8 +87,26 @@ def test_the_plan_is_within_15_percent_of_what_a_step_holds() -> None:
     shares = {case: planned / held for case, (held, planned) in zip(CASES, found, strict=True)}
     assert all(0.85 <= share <= 1.15 for share in shares.values()), shares
     held = {case: held for case, (held, _) in zip(CASES, found, strict=True)}
-    for modalities in (TEXT, PICTURES):
-        assert held["middle", modalities, "full"] < 0.75 * held["middle", modalities, "none"]
+    # Of text alone, the gradient of the embedding is the largest part.
+    for modalities, part in ((TEXT, 0.85), (PICTURES, 0.5)):
+        assert held["middle", modalities, "full"] < part * held["middle", modalities, "none"]
+
+
+def test_sharding_is_by_node_where_there_are_several() -> None:
+    found = {(ranks, nodes): sharding_of(ParallelConfig(), ranks, nodes) for ranks, nodes in ((1, 1), (8, 1), (16, 2), (64, 8), (2, 2), (6, 4))}
+    assert found == {
+        (1, 1): ("shard", 1), (8, 1): ("shard", 1), (16, 2): ("hybrid", 2), (64, 8): ("hybrid", 8), (2, 2): ("shard", 1), (6, 4): ("shard", 1),
+    }  # fmt: skip
+    assert sharding_of(ParallelConfig(sharding="hybrid", replicas=4), 16, 2) == ("hybrid", 4)
+    assert sharding_of(ParallelConfig(sharding="replicate"), 16, 2) == ("replicate", 16)
+
+
+def test_nodes_are_counted_from_the_launchers_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for local, nodes in (("8", 4), ("32", 1), ("5", 1), ("0", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert node_count(32) == nodes
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert node_count(32) == 1
 
 
 def test_parameters_gradients_and_optimizer_follow_the_sharding() -> None:
