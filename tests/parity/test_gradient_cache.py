@@ -52,6 +52,13 @@ def test_hybrid_sharding_has_the_full_batch_gradient_too(expected: Any) -> None:
         assert row.error <= EXACT, row
 
 
+@pytest.mark.parametrize(("world_size", "tensor_parallel", "sharding"), [(2, 1, "shard"), (2, 2, "shard"), (4, 1, "hybrid")])
+def test_parameters_that_are_gathered_for_one_layer_at_a_time(world_size: int, tensor_parallel: int, sharding: str, expected: Any) -> None:
+    """ZeRO-3, with replays and with all graphs kept."""
+    for row in compare(world_size, tensor_parallel, ((3, 1), (3, -1)), expected=expected, sharding=sharding, reshard_after_forward=True):
+        assert row.error <= EXACT, row
+
+
 FEWER = {"items": (14, 3, 0, 15), "pairs": (0, 9, 6, 1), "sequences": (2, 0, 5, 1)}
 NONE = {"items": (32, 0), "pairs": (5, 11), "sequences": (8, 0)}
 
@@ -148,6 +155,11 @@ def test_one_reduction_a_step_whatever_the_number_of_micro_batches(micro_batches
     for counts, units in run_ranks(_reductions, 2, micro_batches, kept_graphs, {}):
         assert units == 6
         assert counts == {"_reduce_scatter_base_": units}  # and no parameter is gathered a second time
+
+
+def test_resharded_parameters_are_gathered_and_reduced_for_every_micro_batch() -> None:
+    for counts, units in run_ranks(_reductions, 2, 2, 0, {"reshard_after_forward": True}):
+        assert counts["_reduce_scatter_base_"] > units and counts["_allgather_base_"] > 2 * units
 
 
 @pytest.mark.parametrize("micro_batches", [1, 8])

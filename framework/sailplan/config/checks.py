@@ -107,7 +107,7 @@ def _check_parallel(config: Config, world_size: int) -> None:
             f"parallel.tensor={tensor} does not divide the world of {world_size} processes: use a divisor, or start another number of processes"
         )
     _one_of("parallel.dtype", config.parallel.dtype, ("float32", "bfloat16", "float64"))
-    _one_of("parallel.sharding", config.parallel.sharding, ("shard", "hybrid", "replicate"))
+    _one_of("parallel.sharding", config.parallel.sharding, ("auto", "shard", "hybrid", "replicate"))
     _one_of("parallel.encoders", config.parallel.encoders, ("share", "tensor"))
     data_parallel = world_size // tensor
     _one_of("parallel.activation_checkpointing", config.parallel.activation_checkpointing, ("none", "full"))

@@ -255,8 +255,13 @@ class ParallelConfig:
     tensor: int = 1  # tensor-parallel size; data-parallel size = world size / tensor
     sequence: bool = False  # at tensor > 1, on GPUs: the tower's ranks hold a part of the positions each between its matrices
     encoders: str = "share"  # at tensor > 1: share: whole on every peer, each encodes a part of the rows | tensor: cut like the tower
-    sharding: str = "shard"  # shard: FSDP2 over all data-parallel ranks | hybrid: over a part of them, `replicas` times | replicate: whole copies
+    # shard: FSDP2 over all data-parallel ranks | hybrid: over a part of them, `replicas` times | replicate: whole copies | auto: hybrid with
+    # one copy a node where there are several nodes, else shard
+    sharding: str = "auto"
     replicas: int = 2  # hybrid: copies of the parameters; each is cut over data-parallel size / replicas ranks
+    # ZeRO-3: parameters are gathered for each layer's forward and backward alone, and gradients reduced after every micro-batch: least
+    # memory, most messages. False: gathered once a step, reduced once a step.
+    reshard_after_forward: bool = False
     # How ranks show each other their negatives, in training and mining: all_gather | ring (least memory) | grid (many nodes) |
     # symmetric_memory (all-gather by CUDA's copy engines on one node; no GPU has run it).
     exchange: str = "all_gather"

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sailplan.config.schema import ModelConfig, ParallelConfig
+from sailplan.config.sharding import sharding_of
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.check import check_model
 from sailplan.model.fused import chosen_extension, fuse
@@ -47,5 +48,6 @@ def build_encoder(config: ModelConfig, parallel_config: ParallelConfig, parallel
         checkpoint_activations(encoder)
     if parallel_config.compile == "blocks":
         compile_blocks(encoder, cuda_graphs=parallel_config.cuda_graphs)
-    replicas = parallel_config.replicas if parallel_config.sharding == "hybrid" else 1
-    return shard(encoder, parallel, shard=parallel_config.sharding != "replicate", replicas=replicas, compute_dtype=compute)
+    sharding, replicas = sharding_of(parallel_config, parallel.data_parallel_size, parallel.nodes)
+    reshard = parallel_config.reshard_after_forward
+    return shard(encoder, parallel, shard=sharding != "replicate", replicas=replicas, compute_dtype=compute, reshard_after_forward=reshard)

@@ -4,7 +4,8 @@ Tensor parallelism is inside megatron-core's layers. Over the data-parallel grou
 parameter's first dimension (or keeps whole copies, or several copies that are each cut),
 one unit per transformer layer and one for the rest, and averages gradients over
 the ranks. Parameters stay gathered from the first forward of a step to its last backward, so a step of many
-micro-batches gathers once and reduces once.
+micro-batches gathers once and reduces once; or they are resharded after each forward (ZeRO-3), for models that do
+not fit otherwise.
 
 While parameters are gathered, `model.parameters()` gives short-lived whole tensors: call `reshard` before
 touching parameters (optimizer set-up, saving, freezing) after a forward without a backward.
@@ -77,15 +78,25 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
     return model
 
 
-def shard(model: nn.Module, parallel: Parallel, *, shard: bool, replicas: int = 1, compute_dtype: torch.dtype | None = None) -> nn.Module:
+def shard(
+    model: nn.Module,
+    parallel: Parallel,
+    *,
+    shard: bool,
+    replicas: int = 1,
+    compute_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = False,
+) -> nn.Module:
     """Moves `model` to the rank's device and spreads it over the data-parallel group, in place; returns it.
 
     shard: True cuts every parameter over the data-parallel ranks. False keeps whole copies and only averages
     gradients: the same machinery over a mesh of (data-parallel size) x 1, so that both run one path.
     replicas: hybrid sharding where above 1: so many copies, each cut over neighbouring data-parallel ranks (those of a
-    node, where their number is the node's); gradients are averaged over both. A divisor of the data-parallel size.
+    node, where there are as many copies as nodes); gradients are averaged over both. A divisor of the data-parallel size.
     compute_dtype: None computes in the parameters' dtype; bfloat16 over float32 parameters gathers and computes
     in bfloat16 and reduces gradients in float32 (the optimizer then updates float32 parameters).
+    reshard_after_forward: ZeRO-3 (Rajbhandari et al., arXiv 1910.02054): a layer's parameters are whole while it runs, forward
+    or backward, and gradients are reduced after every backward; see `set_gradient_sync`.
 
     On one data-parallel rank that computes in the parameters' dtype there is nothing to spread: the model stays as it is, without
     FSDP2's second copy of the parameters and without its hooks.
@@ -102,8 +113,9 @@ def shard(model: nn.Module, parallel: Parallel, *, shard: bool, replicas: int = 
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=next(model.parameters()).dtype, cast_forward_inputs=False)
     for module in list(model.modules()):
         if isinstance(module, TransformerLayer):
-            fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+            fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
+    model.reduces_every_backward = reshard_after_forward  # type: ignore[assignment]
     for name, parameter in model.named_parameters():
         for key, value in notes[name].items():
             setattr(parameter, key, value)
@@ -155,7 +167,10 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
     Switch it on for a step's last backward only: that one reduces everything gathered so far, also of parts that
     only earlier micro-batches ran, and cuts the parameters into shards again. The last backward must go through
     the model, with the modalities of any micro-batch; if nothing that ran in it is trainable, it still reduces.
+    A model whose parameters are resharded after each forward reduces in every backward, as a sum of whole gradients would
+    take the memory that was saved.
     """
+    on = on or bool(getattr(model, "reduces_every_backward", False))
     for module in _sharded_modules(model):
         module.set_requires_gradient_sync(on, recurse=False)
         module.set_reshard_after_backward(on, recurse=False)

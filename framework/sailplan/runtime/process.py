@@ -33,6 +33,7 @@ class Parallel:
     tensor_parallel_group: dist.ProcessGroup
     tensor_parallel_rank: int
     tensor_parallel_size: int
+    nodes: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -67,6 +68,12 @@ def _slurm_environment() -> None:
 
 def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def node_count(world_size: int) -> int:
+    """Nodes of the world, from the launcher's LOCAL_WORLD_SIZE; 1 without it, or where it does not divide the world."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return world_size // local if 0 < local <= world_size and world_size % local == 0 else 1
 
 
 def is_main_by_environment() -> bool:
@@ -125,6 +132,7 @@ def started(config: ParallelConfig) -> Iterator[Parallel]:
                 tensor_parallel_group=parallel_state.get_tensor_model_parallel_group(),
                 tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
                 tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+                nodes=node_count(world_size),
             )
         finally:
             parallel_state.destroy_model_parallel()

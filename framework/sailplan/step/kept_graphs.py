@@ -129,7 +129,7 @@ class SavedBytes:
 
 
 def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() or id(tensor)
+    return tensor.untyped_storage()._cdata
 
 
 def _unchanged(tensor: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ def build_step(
     kept_graphs: int = 0,
     dropout: float = 0.0,
     sharding: str = "shard",
+    reshard_after_forward: bool = False,
     exchange: str = "all_gather",
     dtype: torch.dtype = torch.float64,
     checkpointing: bool = False,
@@ -82,7 +83,10 @@ def build_step(
     encoder, objectives, temperatures = build_modules(config, dtype, share_encoders=share_encoders, sequence_parallel=sequence_parallel)
     if checkpointing:
         checkpoint_activations(encoder)
-    shard(encoder, parallel, shard=sharding != "replicate", replicas=2 if sharding == "hybrid" else 1, compute_dtype=compute_dtype)
+    replicas = 2 if sharding == "hybrid" else 1
+    shard(
+        encoder, parallel, shard=sharding != "replicate", replicas=replicas, compute_dtype=compute_dtype, reshard_after_forward=reshard_after_forward
+    )  # fmt: skip
     optimizer = build_optimizer(encoder, objectives, temperatures, OptimizerConfig())
     row_split = RowSplit(EXCHANGES[exchange](parallel.data_parallel_group), AllGather(parallel.tensor_parallel_group))
     return TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, row_split)

@@ -17,16 +17,17 @@ from rich.table import Table
 
 from sailplan.config.compose import config_hash
 from sailplan.config.schema import Config, StageConfig
-from sailplan.data.audio import SPECTROGRAMS
+from sailplan.config.sharding import sharding_of
 from sailplan.data.datasets import open_datasets
 from sailplan.data.plan import Plan
 from sailplan.data.reader import RecordReader
 from sailplan.errors import ConfigurationError
-from sailplan.model.count import activation_elements, count_parameters, estimate_memory
+from sailplan.model.count import count_parameters
 from sailplan.objective.backends import planned_backends
 from sailplan.objective.registry import objective_class
-from sailplan.runtime.process import device_type
+from sailplan.runtime.process import device_type, node_count
 from sailplan.train.assemble import check_data
+from sailplan.train.memory import estimate_memory
 from sailplan.train.schedule import StageSpan, learning_rate_scale, spans
 
 
@@ -36,32 +37,14 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
     check_data(config, readers)
     data_parallel = world_size // config.parallel.tensor
     rank_rows = max((stage.global_batch or config.global_batch) * _views(config, stage) for stage in config.stages.values()) // data_parallel
-    live = rank_rows if config.step.kept_graphs < 0 else config.step.micro_batch * (1 + config.step.kept_graphs)
-    row: dict[str, Any] = {
-        "tokens": config.data.max_tokens,
-        "image_size": config.data.image_size,
-        "image_patches": config.data.image_patches,
-        "frames": config.data.frames,
-        "audio_frames": SPECTROGRAMS[config.data.spectrogram].frames(config.data.audio_chunk_seconds, config.data.audio_rate),
-        "audio_chunks": config.data.audio_chunks,
-    }
-    shown = {tuple(view.modalities) for stage in config.stages.values() for name in stage.data for view in config.data.sets[name].views.values()}
-    memory = estimate_memory(
-        config.model,
-        modalities=max(shown, key=lambda modalities: activation_elements(config.model, modalities, tensor=config.parallel.tensor, **row)),
-        tensor=config.parallel.tensor,
-        data=data_parallel // config.parallel.replicas if config.parallel.sharding == "hybrid" else data_parallel,
-        shard=config.parallel.sharding != "replicate",
-        rows=min(live, rank_rows),
-        share_encoders=config.parallel.encoders == "share",
-        **row,
-        parameter_dtype=torch.float64 if config.parallel.dtype == "float64" else torch.float32,
-        compute_dtype=getattr(torch, config.parallel.dtype),
-    )
+    nodes = node_count(world_size)
+    sharding, copies = sharding_of(config.parallel, data_parallel, nodes)
+    shown = [tuple(view.modalities) for stage in config.stages.values() for name in stage.data for view in config.data.sets[name].views.values()]
+    memory = estimate_memory(config, shown, world_size=world_size, nodes=nodes, rank_rows=rank_rows)
     return {
         "name": config.name,
         "config_hash": config_hash(config),
-        "world": {"ranks": world_size, "data_parallel": data_parallel, "tensor_parallel": config.parallel.tensor},
+        "world": {"ranks": world_size, "data_parallel": data_parallel, "tensor_parallel": config.parallel.tensor, "sharding": sharding, "copies": copies},
         "parameters": count_parameters(config.model),
         "memory_bytes": asdict(memory) | {"total": memory.total},
         "records": {name: len(reader) for name, reader in readers.items()},
@@ -122,6 +105,7 @@ def render(plan: dict[str, Any]) -> str:
     console = Console(file=stream, width=150)
     console.print(f"{plan['name']}: configuration {plan['config_hash']}, {plan['stages'][-1]['last_step']} steps", highlight=False)
     console.print(f"ranks {world['ranks']} = data-parallel {world['data_parallel']} x tensor-parallel {world['tensor_parallel']}", highlight=False)
+    console.print(f"parameters lie as parallel.sharding={world['sharding']}, {world['copies']} copies", highlight=False)
     console.print("parameters " + ", ".join(f"{part} {count:,}" for part, count in plan["parameters"].items()), highlight=False)
     parts = ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in plan["memory_bytes"].items())
     console.print(f"memory of a rank (estimate) {parts}", highlight=False)

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from sailplan.config.schema import AudioConfig, ModelConfig, SwinShape, TransformerShape, VisionConfig
+from sailplan.config.schema import AudioConfig, ModelConfig, TransformerShape, VisionConfig
 from sailplan.errors import ConfigurationError
 from sailplan.model.check import check_model
-from sailplan.model.count import activation_elements, count_parameters, estimate_memory
+from sailplan.model.count import count_parameters
 from sailplan.model.testing import join_layout, random_inputs, rows_of, small_config
 from sailplan.model.tower import OmniEncoder
 
@@ -239,90 +239,6 @@ def test_the_count_is_the_built_models_at_any_layout(encoder):
     assert counts["total"] == sum(p.numel() for p in encoder.parameters())
     assert counts["perceiver"] == sum(p.numel() for p in encoder.parts()["perceiver"])
     assert len({id(p) for part in encoder.parts().values() for p in part}) == len(list(encoder.parameters()))
-
-
-def quickstart_like():
-    def shape(layers):
-        return TransformerShape(layers, 192, 4, None, 512)
-
-    vision = VisionConfig(8, "convolutional", 32, shape(1), shape(2), 8)
-    return ModelConfig(8192, 192, [48, 96, 192], shape(3), vision, AudioConfig(shape(2)))
-
-
-def whisper_like():
-    config = quickstart_like()
-    shape = TransformerShape(2, 128, 4, None, 512, norm="layer", activation="gelu", gated=False, bias=True)
-    config.audio = dataclasses.replace(config.audio, backbone="whisper", time_stride=2, encoder=shape)
-    return config
-
-
-def naflex_like():
-    config = quickstart_like()
-    image = TransformerShape(2, 192, 4, None, 512, norm="layer", activation="gelu_tanh", gated=False, bias=True)
-    config.vision = dataclasses.replace(config.vision, backbone="siglip2", position_grid=8, encoder=image)
-    return config
-
-
-def fusion_like():
-    config = published_like()
-    config.audio.backbone = "clap_fusion"
-    return config
-
-
-def published_like():
-    """With CLAP's audio encoder and Qwen3-VL's image tower."""
-    config = quickstart_like()
-    image = TransformerShape(4, 128, 4, None, 512, norm="layer", activation="gelu_tanh", gated=False, bias=True)
-    config.vision = dataclasses.replace(config.vision, backbone="qwen3_vl", patch=8, merge=2, deepstack=[1, 3], encoder=image)
-    config.audio = dataclasses.replace(config.audio, backbone="clap", swin=SwinShape(layers=[2, 2], heads=[4, 8], image=128))
-    return config
-
-
-@pytest.mark.parametrize(
-    ("config", "modalities", "chunks"),
-    [(quickstart_like(), (kind,), 1) for kind in EVERYTHING]
-    + [(published_like(), (kind,), 1) for kind in EVERYTHING]
-    + [(quickstart_like(), ("audio",), 3), (published_like(), ("audio",), 3), (whisper_like(), ("audio",), 1)]
-    + [(naflex_like(), ("vision",), 1), (fusion_like(), ("audio",), 1)],
-)
-def test_activation_estimate_is_near_what_autograd_keeps(modalities, config, chunks):
-    encoder = OmniEncoder(config)
-    parameters = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
-    kept = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor
-        return tensor
-
-    inputs = random_inputs(modalities, 2, 0, dtype=torch.float32, absent=False, tokens=12, frames=1)
-    if "vision" in modalities:
-        inputs.images = torch.randn(2, 1, 3, 64, 64)
-        if config.vision.backbone == "siglip2":
-            inputs.images, inputs.image_sizes = torch.randn(2, 1, 60, 192), torch.tensor([[[6, 10]], [[20, 3]]])
-    if "audio" in modalities:
-        frames = 400 if config.audio.backbone in ("own", "whisper") else 200
-        pictures = 4 if config.audio.backbone == "clap_fusion" else chunks
-        inputs.audio, inputs.audio_mask = torch.randn(2, pictures, frames, 64), torch.ones(2, pictures, dtype=torch.bool)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = encoder(inputs)
-    assert out.fused.requires_grad
-    found = sum(size for size, _ in kept.values()) / 2 / 4
-    patches = 60 if config.vision.backbone == "siglip2" else None
-    shown = {"tokens": 12, "image_size": 64, "image_patches": patches, "frames": 1, "audio_frames": 400, "audio_chunks": chunks}
-    estimate = activation_elements(config, modalities, tensor=1, **shown)
-    assert 0.7 < estimate / found < 1.4
-
-
-def test_memory_shrinks_with_sharding_as_it_should():
-    one = estimate_memory(small_config(), tensor=1, data=1, shard=True, rows=4)
-    four = estimate_memory(small_config(), tensor=1, data=4, shard=True, rows=4)
-    copies = estimate_memory(small_config(), tensor=1, data=4, shard=False, rows=4)
-    assert copies == one
-    assert four.optimizer == pytest.approx(one.optimizer / 4, rel=1e-3) and four.activations == one.activations and four.gathered == one.gathered
-    halved = estimate_memory(small_config(), tensor=2, data=1, shard=True, rows=4)
-    assert one.parameters / 2 < halved.parameters < one.parameters
 
 
 def published_shape(layers):
