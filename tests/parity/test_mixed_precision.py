@@ -15,7 +15,7 @@ from sailplan.model.parallelize import set_gradient_sync, shard
 from sailplan.model.testing import join_layout, random_inputs, small_config
 from sailplan.model.tower import OmniEncoder
 from sailplan.step.optimizer import set_learning_rate
-from sailplan.step.parity import build_step, named_parameters, rank_batches, trajectory
+from sailplan.step.parity import build_step, gathered_gradients, named_parameters, rank_batches, relative_errors, trajectory
 from sailplan.step.testing import THRESHOLDS, WEIGHTS, Call, Recorder
 from sailplan_kernels.testing import run_ranks
 
@@ -103,3 +103,18 @@ def test_micro_batches_are_summed_in_float32() -> None:
 def test_some_steps_stay_near_float32s() -> None:
     exact, narrow = (trajectory(2, 2, 1, steps=3, dtype=torch.float32, compute_dtype=kind)[0] for kind in (None, torch.bfloat16))
     assert all(0 < abs(one - other) < 0.02 * abs(one) for one, other in zip(exact, narrow, strict=True)), (exact, narrow)
+
+
+def _resharded(rank: int, world_size: int) -> float:
+    """The largest difference of gathered gradients between parameters gathered once and for each layer, relative to the largest element."""
+    parallel, found = join_layout(1), []
+    for reshard in (False, True):
+        step = build_step(parallel, kept_graphs=1, reshard_after_forward=reshard, **BFLOAT16)
+        step.gradients(rank_batches(step, 3), WEIGHTS, step=1, stage="parity", thresholds=THRESHOLDS)
+        found.append(gathered_gradients(step, parallel))
+    return max(relative_errors(*found).values())
+
+
+def test_parameters_gathered_for_one_layer_at_a_time_in_bfloat16() -> None:
+    """The same forward and backward passes; sums over micro-batches and ranks change places, in float32."""
+    assert max(run_ranks(_resharded, 2, timeout=120)) < 1e-4
