@@ -19,11 +19,13 @@ from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.testing import made_up_config, write_shards
+from sailplan.errors import BadDataError
 from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
 from sailplan.step.training_step import TrainingStep
+from sailplan.train.trainer import check_shares
 from sailplan_kernels.testing import run_ranks
 
 EXACT = 1e-10
@@ -100,3 +102,23 @@ def test_loss_and_gradients_are_the_full_batch_s(world_size: int, budget: int, d
             for name, gradient in gradients.items():
                 assert (gradient - full[name]).norm() <= EXACT * max(1.0, float(full[name].norm())), name
     assert [[step[3] for step in own] for own in ranks] == [[step[3] for step in ranks[0]]] * world_size, "as many micro-batches on all ranks"
+
+
+def _disagreement(rank: int, world_size: int, shards: Path) -> str:
+    parallel, config, stage = join_layout(1), configuration(shards, 0, "length"), StageConfig(steps=6)
+    readers = open_datasets(config, names=["things"])
+    plan = Plan(config, "first", stage, {"things": 1.0}, readers)
+    ranks: dict[str, Any] = {"data_parallel_rank": parallel.data_parallel_rank, "data_parallel_size": parallel.data_parallel_size}
+    shares = StepLoader(plan, readers, config, stage, **ranks).collator.shares
+    check_shares(parallel, shares, 0, "first")
+    if rank:
+        readers["things"].lengths = None
+    try:
+        check_shares(parallel, shares, 0, "first")
+    except BadDataError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_share_out_rows_in_different_ways_stop_before_a_step(shards: Path) -> None:
+    assert all("step 1 in different ways" in told for told in run_ranks(_disagreement, 2, shards))

@@ -123,7 +123,8 @@ def embed_view(
     view = reader.config.views[view] if isinstance(view, str) else view
     exchange = exchange_of(parallel)
     rows = EvaluationRows(reader, view, positions, config, text_from)
-    shares, layout = rows.shares(exchange.world_size), SequenceLayout.planned(config.model, config.parallel)
+    shares, peers = rows.shares(exchange.world_size), parallel.tensor_parallel_size if config.parallel.encoders == "share" else 1
+    layout = SequenceLayout.of(config.model, peers)
     own, forwards = shares[exchange.rank], max(len(batches) for batches in shares)
     kinds = [kind for kind in ("vision", "text") if per_modality and kind in view.modalities]
     vectors: list[Tensor] = []  # [b, 1 + kinds, D]

@@ -7,6 +7,7 @@ of a step know nothing of it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -107,6 +108,13 @@ class StepShares:
             }
             result.append(PartShares(owners, needed))
         return result
+
+    def fingerprint(self, step: int) -> str:
+        """Return 16 hex digits of the shares of a step: equal on ranks that see the same shards, tokenizer and configuration."""
+        digest = hashlib.sha256()
+        for part in self.step(step):
+            digest.update(part.owners.tobytes() + repr(sorted(part.micro_batches.items())).encode())
+        return digest.hexdigest()[:16]
 
     def foreseen(self, step: int, part: PlannedRows) -> dict[str, Integers]:
         """Return the costs of the rows of a part in each view batch, int64 [n, g]."""

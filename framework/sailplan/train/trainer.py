@@ -27,6 +27,7 @@ from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.record import StepBatch
+from sailplan.data.shares import StepShares
 from sailplan.errors import BadDataError, StopRequested
 from sailplan.evaluate.runner import evaluate
 from sailplan.objective.backends import planned_backends
@@ -137,6 +138,7 @@ class Trainer:
             data_parallel_rank=self.parallel.data_parallel_rank, data_parallel_size=self.parallel.data_parallel_size,
             start_step=first, stop_step=last, negatives=state.negatives, teachers=state.teachers,
         )  # fmt: skip
+        check_shares(self.parallel, loader.collator.shares, first, span.name)
         if self.config.data.workers:
             self._settle()  # workers are forked: a lock that the saving thread holds would stay locked in them
         with loader, self._quarantining(span):
@@ -245,3 +247,14 @@ class Trainer:
         for batch in batches:
             values |= {f"temperature/{name}": result.temperatures[name] for name in (f"{batch.dataset}/{pattern}" for pattern in batch.patterns)}
         self.writer.log_step(self.step, span.name, values)
+
+
+def check_shares(parallel: Parallel, shares: StepShares, step: int, stage: str) -> None:
+    """Raises BadDataError on all ranks where some share out the rows of a stage's step differently: they would lose some rows
+    and take others twice, without a word."""
+    own = shares.fingerprint(step)
+    if parallel.agree(own != parallel.broadcast_text(own)):
+        raise BadDataError(
+            f"stage {stage}: ranks share out the rows of its step {step + 1} in different ways, expected the same shards and tokenizer on all "
+            "machines: compare them, delete the *.lengths files beside the shards' index, and start again"
+        )

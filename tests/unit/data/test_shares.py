@@ -149,10 +149,12 @@ def test_rows_without_tables_count_as_equally_long(make_config: Make, dataset: s
     config = make_config()
     config.step.token_budget = 200
     makers = [collator(config, {dataset: 1.0}, rank, 4) for rank in range(4)]
+    known = {maker.shares.fingerprint(1) for maker in makers}
     for maker in makers:
         for reader in {id(r): r for name in maker.readers for r in (maker.readers[name], maker.readers[name].catalogue) if r is not None}.values():
             reader.lengths = None
     assert makers[0].shares.step(1)[0].owners.tolist() == [0, 1, 2, 3] * 4
+    assert len(known) == 1 and makers[0].shares.fingerprint(1) not in known, "a rank that sees other lengths is noticed"
     assert all(sum(inputs.rows for inputs in view.micro_batches) == 4 for maker in makers for view in maker.batches(1)[0].views.values())
 
 
