@@ -34,7 +34,6 @@ NO_KERNEL = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "record_stream", "is_same_size", "lift_fresh",
     "_local_scalar_dense", "is_pinned",
 }  # fmt: skip
-PLACES = {"sailplan_kernels": "loss", "objective": "loss", "model": "encoder", "optim": "update", "checkpoint": "checkpoint"}
 
 
 @dataclass

@@ -16,6 +16,7 @@ counts_before.json (commit 3e849ec), counts.json and the arithmetic of cluster_a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import subprocess
@@ -33,6 +34,7 @@ from counting import ROOT, Counting, device  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from sailplan.config.schema import Config  # noqa: E402
+from sailplan.data.packing import SequenceLayout, pack  # noqa: E402
 from sailplan.data.record import StepBatch  # noqa: E402
 from sailplan.model.parallelize import shard  # noqa: E402
 from sailplan.model.testing import join_layout  # noqa: E402
@@ -49,7 +51,7 @@ LOSS_ROWS = (64, 512)
 DIMENSION, PREFIXES, HARD = 192, (48, 96, 192), 4
 MICRO_BATCHES = 8
 KEPT = (0, 1, 4, 8)
-GROWS = ("operations", "waits", "uploads", "uploaded_bytes", "collectives", "collective_bytes", "flop_per_forward")
+GROWS = ("operations", "waits", "uploads", "uploaded_bytes", "collectives", "collective_bytes", "flop", "flop_per_forward")
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -99,6 +101,15 @@ def build(config: Config, parallel: Parallel, compute_dtype: torch.dtype | None)
     return TrainingStep(*modules, optimizer, config, parallel, exchange)
 
 
+def packed(batch: StepBatch, layout: SequenceLayout) -> StepBatch:
+    """With the packing of every micro-batch, which the loader makes on the CPU."""
+    views = {
+        name: dataclasses.replace(view, micro_batches=[dataclasses.replace(inputs, packing=pack(inputs, layout)) for inputs in view.micro_batches])
+        for name, view in batch.views.items()
+    }
+    return dataclasses.replace(batch, views=views)
+
+
 def batches_of(config: Config, datasets: tuple[str, ...], micro_batches: int, parallel: Parallel) -> list[StepBatch]:
     whole = [batch for batch in steps.global_batches(config, 1) if batch.dataset in datasets]
     place = parallel.data_parallel_rank, parallel.data_parallel_size
@@ -128,6 +139,7 @@ def count_step(datasets: tuple[str, ...], weights: dict[str, float], micro_batch
         batches = batches_of(config, datasets, micro_batches, parallel)
         with device.stand_in_device():
             step = build(config, parallel, dtype)
+            batches = [packed(batch, step.encoder.layout) for batch in batches]
             options: dict[str, Any] = {"stage": "one", "thresholds": steps.THRESHOLDS}
             step.run(batches, weights, step=1, **options)
             forward = forward_flop(step, batches)

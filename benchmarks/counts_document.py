@@ -10,7 +10,8 @@ import cluster_arithmetic
 
 COLUMNS = (
     ("operations", "device operations"), ("waits", "host waits"), ("uploads", "uploads"), ("uploaded_bytes", "uploaded bytes"),
-    ("collectives", "collectives"), ("collective_bytes", "their bytes"), ("collectives_of_one", "in a group of one"), ("flop_per_forward", "FLOP / F"),
+    ("collectives", "collectives"), ("collective_bytes", "their bytes"), ("collectives_of_one", "in a group of one"), ("flop", "FLOP"),
+    ("flop_per_forward", "FLOP / F"),
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out benchmarks/results/gpu.json
     python benchmarks/gpu.py --device cpu --quick --out /tmp/gpu.json     # the whole flow, in small, without a GPU
-    python benchmarks/gpu.py table --out benchmarks/results/gpu.json      # the rows in Markdown
+    python benchmarks/gpu.py table --out benchmarks/results/gpu.json      # the rows, a line each
 
 In this order: (a) every option of the losses at odd sizes and temperatures of 0.005 to 1 against float64, and bfloat16 training
 steps of a tiny model with each subset of modalities; (b) the losses beside the peers of kernels.py, the recipe's loss (ids, three
@@ -33,14 +33,14 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gpu_parts as parts
 from isolated import Isolated, Lost
-from records import Record, header, query
+from records import Record, header, lines, query
 
 STOPPED = 75
 GRACE = 20  # seconds that the last rows may run on after --seconds
@@ -273,17 +273,6 @@ def run(options: argparse.Namespace) -> int:
     return STOPPED if left else 0
 
 
-def table(options: argparse.Namespace) -> Iterator[str]:
-    record = json.loads(Path(options.out).read_text())
-    yield json.dumps({key: value for key, value in record["header"].items() if key != "calls"}, indent=1)
-    for key, row in record["rows"].items():
-        if "median_seconds" in row:
-            peak = f", {row['peak_bytes'] / 2**20:,.0f} MiB" if row["peak_bytes"] is not None else ""
-            yield f"{key}: {row['median_seconds'] * 1e3:.3g} ms{peak}, gradient error {row['gradient_error']:.1e}"
-        else:
-            yield f"{key}: {row.get('error') or json.dumps(row)}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", choices=("run", "table"), default="run")
@@ -302,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (2 if options.quick else 5)
     if options.command == "table":
-        print("\n".join(table(options)))
+        print("\n".join(lines(Path(options.out))))
         return 0
     return run(options)
 

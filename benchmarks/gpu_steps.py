@@ -12,6 +12,7 @@ import step as whole_step
 import torch
 
 from sailplan.config.schema import Config, DataConfig, DatasetConfig, ParallelConfig, PatternConfig, StepConfig, ViewConfig
+from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.record import StepBatch, ViewBatch
 from sailplan.model.parallelize import shard
 from sailplan.model.testing import random_inputs, rows_of, small_config
@@ -36,11 +37,12 @@ def _config(modalities: list[str], kept_graphs: int) -> Config:
     )
 
 
-def _batch(modalities: list[str]) -> StepBatch:
+def _batch(modalities: list[str], layout: SequenceLayout) -> StepBatch:
     views = {}
     for number, name in enumerate(("query", "target")):
         inputs = random_inputs(tuple(modalities), ROWS, number, dtype=torch.float32, absent=False)
         cut = [rows_of(inputs, start, start + MICRO_BATCH) for start in range(0, ROWS, MICRO_BATCH)]
+        cut = [dataclasses.replace(part, packing=pack(part, layout)) for part in cut]  # as the loader does
         views[name] = ViewBatch(cut, torch.arange(ROWS), torch.ones(ROWS, dtype=torch.bool), torch.arange(ROWS) + number * ROWS)
     return StepBatch(1, "pairs", [str(row) for row in range(ROWS)], views, patterns={"pair": 1.0})
 
@@ -49,6 +51,7 @@ def _three_steps(modalities: list[str], kept_graphs: int, dtype: torch.dtype | N
     """Loss and gradient norm of each."""
     config = _config(modalities, kept_graphs)
     encoder = shard(OmniEncoder(config.model, seed=1), parallel, shard=True, compute_dtype=dtype)
+    layout: SequenceLayout = encoder.layout  # type: ignore[assignment]
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, seed=1).to(parallel.device)
     temperatures = Temperatures(config.data.sets).to(parallel.device)
     parameters = [p for module in (encoder, objectives, temperatures) for p in module.parameters()]
@@ -57,7 +60,7 @@ def _three_steps(modalities: list[str], kept_graphs: int, dtype: torch.dtype | N
     )
     found = []
     for number in (1, 2, 3):
-        result = step.run([_batch(modalities)], {"infonce": 1.0}, step=number, stage="gpu")
+        result = step.run([_batch(modalities, layout)], {"infonce": 1.0}, step=number, stage="gpu")
         found += [float(result.loss), float(result.grad_norm)]
     return found
 
@@ -92,7 +95,7 @@ def time_step(contender: str, shape: str, settings: dict[str, Any], tell: Callab
         peak = whole_step.peak_of(lambda: made.step(pair), device) if device.type == "cuda" else None
         tell("FLOP")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            made.encoder(whole_step.cut(pair[0], 0, settings["micro_batch"]))
+            made.encoder(whole_step.cut(pair[0], 0, settings["micro_batch"], made.layout))
         if hasattr(made.encoder, "reshard"):
             for module in made.encoder.modules():
                 if hasattr(module, "reshard"):

@@ -143,6 +143,17 @@ def inf_cl(q: Tensor, k: Tensor, case: Case) -> None:
     loss.backward()
 
 
+def open_clip(q: Tensor, k: Tensor, case: Case) -> None:
+    """Both of its losses take normalised features and a factor of the cosine."""
+    from open_clip.loss import ClipLoss, SigLipLoss
+
+    scale = torch.tensor(1 / case["temperature"], device=q.device)
+    if case["loss"] == "sigmoid":
+        SigLipLoss()(unit(q), unit(k), scale, torch.tensor(BIAS, device=q.device)).backward()
+    else:
+        ClipLoss()(unit(q), unit(k), scale).backward()
+
+
 def siglip_kernel(q: Tensor, k: Tensor, case: Case) -> None:
     from siglip_kernel import fused_siglip_loss
 
@@ -161,6 +172,7 @@ CONTENDERS: dict[str, dict[str, tuple[Callable, str | None, bool]]] = {
         "naive torch, compiled": (naive_compiled, None, True),
         "sentence-transformers, cached, mini-batch 32": (sentence_transformers(32), "sentence_transformers", False),
         "sentence-transformers, cached, mini-batch 512": (sentence_transformers(512), "sentence_transformers", False),
+        "open_clip": (open_clip, "open_clip", True),
         "memeff": (memeff, "memeff", True),
         "inf-cl": (inf_cl, "inf_cl", True),
     },
@@ -169,6 +181,7 @@ CONTENDERS: dict[str, dict[str, tuple[Callable, str | None, bool]]] = {
         "ours, triton": (our_sigmoid("triton"), "triton", True),
         "ours, triton, without persistent kernels": (our_sigmoid("triton", "tiles"), "triton", True),
         "naive torch": (naive_sigmoid, None, False),
+        "open_clip": (open_clip, "open_clip", True),
         "siglip-kernel": (siglip_kernel, "siglip_kernel", True),
     },
 }
@@ -201,8 +214,10 @@ def inputs(case: Case, device: str, rows: int | None = None) -> tuple[Tensor, Te
 
 def contenders(case: Case) -> dict[str, tuple[Callable, str | None, bool]]:
     """Those of the case's loss; float32 scores are an entry of their own where they are not what ours does anyway."""
-    plain = case["temperature"] >= 0.02 or case["dtype"] != "float32"
-    return {name: entry for name, entry in CONTENDERS[case["loss"]].items() if not (plain and name.endswith("float32 scores"))}
+    left_out = {"ours, chunked, float32 scores"} if case["temperature"] >= 0.02 or case["dtype"] != "float32" else set()
+    if case["loss"] == "infonce" and not case["symmetric"]:
+        left_out.add("open_clip")  # has both directions only
+    return {name: entry for name, entry in CONTENDERS[case["loss"]].items() if name not in left_out}
 
 
 def gradient_error(step: Callable, case: Case, device: str) -> float:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,15 @@ def header(options: argparse.Namespace, log: Path) -> dict[str, Any]:
         "l2_flush_bytes": parts.FLUSH_BYTES if options.device == "cuda" else 0,
         "calls": [call],
     }
+
+
+def lines(path: Path) -> Iterator[str]:
+    """One for each row."""
+    record = json.loads(path.read_text())
+    yield json.dumps({key: value for key, value in record["header"].items() if key != "calls"}, indent=1)
+    for key, row in record["rows"].items():
+        if "median_seconds" in row:
+            peak = f", {row['peak_bytes'] / 2**20:,.0f} MiB" if row["peak_bytes"] is not None else ""
+            yield f"{key}: {row['median_seconds'] * 1e3:.3g} ms{peak}, gradient error {row['gradient_error']:.1e}"
+        else:
+            yield f"{key}: {row.get('error') or json.dumps(row)}"

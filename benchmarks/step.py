@@ -33,6 +33,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ from sailplan.config.schema import (
     TransformerShape,
     ViewConfig,
 )
+from sailplan.data.packing import Packing, SequenceLayout, pack
 from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
 from sailplan.model.parallelize import shard
 from sailplan.model.tower import OmniEncoder
@@ -106,8 +108,20 @@ def tokens(rows: int, length: int, seed: int, device: torch.device) -> EncoderIn
     return EncoderInputs(("text",), ids, present, present)
 
 
-def cut(inputs: EncoderInputs, start: int, stop: int) -> EncoderInputs:
-    return EncoderInputs(inputs.modalities, inputs.token_ids[start:stop], inputs.token_mask[start:stop], inputs.text_mask[start:stop])
+_PACKED: dict[tuple[Any, ...], Packing] = {}
+
+
+def text_inputs(ids: Tensor, present: Tensor, layout: SequenceLayout) -> EncoderInputs:
+    """A micro-batch with its packing, which a loader makes once for all passes: made at the first call for these rows, for every contender alike."""
+    inputs = EncoderInputs(("text",), ids, present, present)
+    key = (ids.data_ptr(), tuple(ids.shape), layout)
+    if key not in _PACKED:
+        _PACKED[key] = pack(inputs, layout).to(ids.device)
+    return replace(inputs, packing=_PACKED[key])
+
+
+def cut(inputs: EncoderInputs, start: int, stop: int, layout: SequenceLayout) -> EncoderInputs:
+    return text_inputs(inputs.token_ids[start:stop], inputs.token_mask[start:stop], layout)
 
 
 def contrastive(queries: Tensor, keys: Tensor) -> Tensor:
@@ -128,6 +142,16 @@ class Contender:
         self.micro_batch = config.step.micro_batch
         self.encoder: nn.Module = OmniEncoder(config.model, seed=config.seed, dtype=dtype).to(parallel.device)
         self.optimizer = build_optimizer(self.encoder, nn.ModuleDict(), Temperatures({}), OptimizerConfig())
+
+    @property
+    def layout(self) -> SequenceLayout:
+        return self.encoder.layout  # type: ignore[return-value]
+
+    def prepare(self, pair: Pair) -> None:
+        """Have ready what a loader hands over."""
+        for inputs in pair:
+            for start in range(0, inputs.rows, self.micro_batch):
+                cut(inputs, start, start + self.micro_batch, self.layout)
 
     def gradients(self, pair: Pair) -> None:
         raise NotImplementedError
@@ -154,7 +178,7 @@ class Sailplan(Contender):
         ids = torch.arange(rows, device=pair[0].token_ids.device)
         views = {
             name: ViewBatch(
-                [cut(inputs, start, start + self.micro_batch) for start in range(0, rows, self.micro_batch)],
+                [cut(inputs, start, start + self.micro_batch, self.layout) for start in range(0, rows, self.micro_batch)],
                 ids,
                 torch.ones_like(ids, dtype=torch.bool),
                 ids + number * rows,
@@ -179,7 +203,7 @@ class _Features(nn.Module):
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         present = features["attention_mask"]
-        return {"sentence_embedding": self.encoder(EncoderInputs(("text",), features["input_ids"], present, present)).fused}
+        return {"sentence_embedding": self.encoder(text_inputs(features["input_ids"], present, self.encoder.layout)).fused}
 
 
 class SentenceTransformers(Contender):
@@ -204,18 +228,18 @@ class OpenClipStyle(Contender):
     def gradients(self, pair: Pair) -> None:
         starts = range(0, pair[0].rows, self.micro_batch)
         with torch.no_grad():
-            features = [[self.encoder(cut(inputs, start, start + self.micro_batch)).fused for start in starts] for inputs in pair]
+            features = [[self.encoder(cut(inputs, start, start + self.micro_batch, self.layout)).fused for start in starts] for inputs in pair]
         for number, start in enumerate(starts):
             views = []
             for inputs, old in zip(pair, features, strict=True):
-                fresh = self.encoder(cut(inputs, start, start + self.micro_batch)).fused
+                fresh = self.encoder(cut(inputs, start, start + self.micro_batch, self.layout)).fused
                 views.append(torch.cat([*old[:number], fresh, *old[number + 1 :]]))
             contrastive(*views).backward()
 
 
 class WholeBatch(Contender):
     def gradients(self, pair: Pair) -> None:
-        contrastive(self.encoder(pair[0]).fused, self.encoder(pair[1]).fused).backward()
+        contrastive(*(self.encoder(cut(inputs, 0, inputs.rows, self.layout)).fused for inputs in pair)).backward()
 
 
 BUILDERS: dict[str, type[Contender]] = dict(zip(CONTENDERS, (Sailplan, SentenceTransformers, OpenClipStyle, WholeBatch), strict=True))
@@ -310,6 +334,7 @@ def measure_memory(options: argparse.Namespace, name: str, rows: int) -> int:
         first, pair = (
             (tokens(count, options.length, 1, parallel.device), tokens(count, options.length, 2, parallel.device)) for count in (options.micro_batch, rows)
         )
+        contender.prepare(pair)
         contender.step(first)  # makes the optimizer's state
         return peak_of(lambda: contender.step(pair), parallel.device)
 
