@@ -54,7 +54,7 @@ def configuration(dtype: torch.dtype, kind: str, masks: str, capability: int) ->
     if capability == INTERPRETED:
         return Configuration(32, 32, 32, 2, 4, 1)
     if dtype == torch.float32:  # exact float32 products run outside the matrix units: registers limit the tile
-        return Configuration(64, 32, 32, 8, 8 if (kind, masks) == ("columns", "odd") else 4, 2)
+        return Configuration(64, 32, 16 if masks == "limits" else 32, 8, 8 if (kind, masks) == ("columns", "odd") else 4, 2)
     if masks == "odd":  # addresses of single words fill the registers
         return Configuration(128, 32, 32, 8, 8, 3)
     return Configuration(128, 64, 64, 8, 8, 3)
