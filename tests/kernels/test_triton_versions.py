@@ -17,7 +17,7 @@ import torch
 from sailplan_kernels.aot import cases
 from sailplan_kernels.infonce.engines import make_engine, why_no_triton
 from sailplan_kernels.triton_kernels import versions
-from sailplan_kernels.triton_kernels.configurations import configuration
+from sailplan_kernels.triton_kernels.configurations import persistent_configuration
 
 triton = pytest.importorskip("triton")
 
@@ -58,12 +58,11 @@ def test_what_is_chosen_for_versions_that_nobody_tested(monkeypatch):
 
 
 def test_a_tile_that_a_version_spills_is_another_one_there(monkeypatch):
-    wanted = torch.float32, "sigmoid", "ids", 90
-    steps = {}
+    widths = {}
     for version in ((3, 6), (3, 7), (3, 8)):
         monkeypatch.setattr(versions, "installed", lambda version=version: version)
-        steps[version] = configuration(*wanted).BK
-    assert steps == {(3, 6): 32, (3, 7): 16, (3, 8): 16}
+        widths[version] = [persistent_configuration(torch.bfloat16, "plain", "ids", capability).BN for capability in (90, 100, 103)]
+    assert widths == {(3, 6): [128, 64, 64], (3, 7): [128, 32, 32], (3, 8): [128, 32, 32]}
 
 
 def test_a_version_without_persistent_programs_begins_with_tiles(monkeypatch):

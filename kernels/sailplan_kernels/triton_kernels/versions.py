@@ -25,9 +25,30 @@ SCHEDULES: dict[Version, tuple[str, ...]] = {
     (3, 6): ("tiles", "persistent"),  # 3.6.0: torch 2.10 and 2.11
     (3, 7): ("tiles", "persistent"),  # 3.7.1: torch 2.13, whose CUDA 12 and CUDA 13 builds bring the same
 }
-# What a version compiles in another tile than configurations.py says, else it spills: of (schedule, dtype, kind, masks, capability).
+# What a version compiles in another tile than configurations.py says, else it spills: of (schedule, dtype, kind, masks, capability),
+# the last in whole tens.
+_HALF, _FULL = (torch.bfloat16, torch.float16), (torch.float32,)
 CHANGES: dict[Version, dict[tuple[str, torch.dtype, str, str, int], dict[str, int]]] = {
-    (3, 7): {("tiles", torch.float32, "sigmoid", "ids", 90): {"BK": 16}},
+    (3, 7): {
+        (schedule, dtype, kind, masks, capability): changes
+        for schedule, dtypes, kind, masks, capability, changes in (
+            ("tiles", _FULL, "plain", "limits", 90, {"warps": 8}),
+            ("tiles", _FULL, "plain", "ids", 80, {"BN": 64, "BK": 16, "warps": 8}),
+            ("tiles", _FULL, "columns", "ids", 80, {"warps": 8}),
+            ("tiles", _FULL, "columns", "limits", 80, {"warps": 8}),
+            ("tiles", _FULL, "sigmoid", "ids", 80, {"BN": 64, "BK": 16, "warps": 8}),
+            ("tiles", _FULL, "moments", "limits", 100, {"warps": 8}),
+            ("tiles", _FULL, "columns", "limits", 100, {"warps": 8}),
+            ("tiles", _FULL, "symmetric", "ids", 100, {"warps": 8}),
+            ("tiles", _HALF, "plain", "odd", 80, {"BM": 64, "warps": 4}),
+            ("tiles", _HALF, "plain", "odd", 100, {"BM": 64, "warps": 4}),
+            ("tiles", _HALF, "sigmoid", "ids", 100, {"BN": 32}),
+            ("persistent", _HALF, "plain", "ids", 100, {"BN": 32}),
+            ("persistent", _HALF, "plain", "limits", 100, {"BN": 32}),
+            ("persistent", _HALF, "sigmoid", "ids", 100, {"BN": 32}),
+        )
+        for dtype in dtypes
+    },
 }
 
 
@@ -63,7 +84,7 @@ def by_version(schedule: str) -> Callable[[Chooser], Chooser]:
         @wraps(choose)
         def chosen(dtype: torch.dtype, kind: str, masks: str, capability: int) -> Any:
             found = choose(dtype, kind, masks, capability)
-            changes = CHANGES.get(known(installed()), {}).get((schedule, dtype, kind, masks, capability))
+            changes = CHANGES.get(known(installed()), {}).get((schedule, dtype, kind, masks, capability // 10 * 10))
             return replace(found, **changes) if found is not None and changes else found
 
         return cast(Chooser, chosen)
