@@ -169,7 +169,7 @@ CHECKED = ("losses", "three sets, all objectives, bfloat16", "4")  # of the test
 def counted(work: Callable[..., Any]) -> dict[str, Any]:
     """Rank 0's counts; a step that fails is a row that says how."""
     try:
-        return run_ranks(work, RANKS, timeout=120)[0]
+        return run_ranks(work, RANKS, timeout=500)[0]
     except Exception as error:
         cause = error.__cause__ or error
         return {"error": f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"[:200]}

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def python(*arguments: object) -> str:
     path = os.pathsep.join(str(ROOT / name) for name in ("benchmarks", "framework", "kernels"))
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return done.stdout
 
