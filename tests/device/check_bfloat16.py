@@ -65,7 +65,7 @@ def test_no_gradient_is_lost(layout, tmp_path):
             found = [case_gradients(case, place, tmp_path)[1] for case in cases]
         return [{name: (str(gradient.dtype), gradient.numpy()) for name, gradient in gradients.items()} for gradients in found]
 
-    for case, found, pair in zip(cases, run_ranks(work, layout[0], timeout=180)[0], run_ranks(plain, 1)[0], strict=True):
+    for case, found, pair in zip(cases, run_ranks(work, layout[0], timeout=400)[0], run_ranks(plain, 1)[0], strict=True):
         exact, rounded = ({name: torch.from_numpy(array) for name, array in arrays.items()} for arrays in pair)
         names = {name for name in exact if trained(name, case.trainable)}
         assert {name: kind for name, (kind, _) in found.items()} == dict.fromkeys(names, "torch.float32"), case
@@ -150,7 +150,7 @@ def test_every_loss_of_a_step_reaches_the_triton_engine(triton_here, tensor_para
             alone = {name: one(place, torch.bfloat16, [name]) for name in steps.WEIGHTS} if tensor_parallel == 1 else {}
             return alone, one(place, torch.bfloat16, list(steps.WEIGHTS)), one(place, torch.float32, list(steps.WEIGHTS))
 
-    for alone, half, full in run_ranks(work, 2, timeout=180):
+    for alone, half, full in run_ranks(work, 2, timeout=400):
         for name, (backends, seen, launches, _) in alone.items():
             called = name in KERNELS
             assert backends == {name: "triton bfloat16" if called else "torch float32"}
