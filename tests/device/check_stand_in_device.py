@@ -165,7 +165,8 @@ def with_pixels(batch: StepBatch) -> StepBatch:
 
 
 def size_of(inputs: EncoderInputs) -> int:
-    return sum(x.nbytes for x in vars(inputs).values() if isinstance(x, Tensor))
+    assert inputs.packing is not None
+    return inputs.packing.numbers.nbytes + sum(x.nbytes for x in vars(inputs).values() if isinstance(x, Tensor))
 
 
 def test_tensors_of_two_devices_do_not_meet():

@@ -103,20 +103,19 @@ def shard(
 
     Create the optimizer afterwards: the parameters are replaced by sharded ones.
     """
-    if parallel.data_parallel_size == 1 and compute_dtype is None:
-        return model.to(parallel.device)
     notes = {name: {key: getattr(p, key) for key in TENSOR_PARALLEL_NOTES if hasattr(p, key)} for name, p in model.named_parameters()}
     model.to(parallel.device)
-    mesh = _mesh(parallel, replicas if shard else parallel.data_parallel_size)
     policy = MixedPrecisionPolicy()
     if compute_dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=next(model.parameters()).dtype, cast_forward_inputs=False)
-    for module in list(model.modules()):
-        if isinstance(module, TransformerLayer):
-            fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
-    model.reduces_every_backward = reshard_after_forward  # type: ignore[assignment]
-    for name, parameter in model.named_parameters():
+    if parallel.data_parallel_size > 1 or compute_dtype is not None:
+        mesh = _mesh(parallel, replicas if shard else parallel.data_parallel_size)
+        for module in list(model.modules()):
+            if isinstance(module, TransformerLayer):
+                fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
+        fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
+        model.reduces_every_backward = reshard_after_forward  # type: ignore[assignment]
+    for name, parameter in model.named_parameters():  # a move to another device can make new parameters, as sharding does
         for key, value in notes[name].items():
             setattr(parameter, key, value)
     if compute_dtype is not None:
