@@ -32,7 +32,7 @@ quickstart: $(READY)
 
 $(VENV)/triton-%/.ready: requirements/triton-%.txt $(READY)
 	@rm -rf $(@D) && mkdir $(@D)
-	@$(BIN)/pip freeze | grep -qxF "$$(grep == $<)" || { echo "installing $$(grep == $<) for its tests ..."; \
+	@$(BIN)/pip freeze | grep -xF "$$(grep == $<)" > /dev/null || { echo "installing $$(grep == $<) for its tests ..."; \
 	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<; } \
 	  && touch $@ || { rm -rf $(@D); echo "sailplan: $< could not be installed: the tests with it are SKIPPED"; }
 
