@@ -28,26 +28,28 @@ SCHEDULES: dict[Version, tuple[str, ...]] = {
 # What a version compiles in another tile than configurations.py says, else it spills: of (schedule, dtype, kind, masks, capability),
 # the last in whole tens.
 _HALF, _FULL = (torch.bfloat16, torch.float16), (torch.float32,)
+_ROWS, _SIGMOID = ("plain", "moments"), ("sigmoid", "sigmoid moments")  # each two have their statistics kernel in common
 CHANGES: dict[Version, dict[tuple[str, torch.dtype, str, str, int], dict[str, int]]] = {
     (3, 7): {
         (schedule, dtype, kind, masks, capability): changes
-        for schedule, dtypes, kind, masks, capability, changes in (
-            ("tiles", _FULL, "plain", "limits", 90, {"warps": 8}),
-            ("tiles", _FULL, "plain", "ids", 80, {"BN": 64, "BK": 16, "warps": 8}),
-            ("tiles", _FULL, "columns", "ids", 80, {"warps": 8}),
-            ("tiles", _FULL, "columns", "limits", 80, {"warps": 8}),
-            ("tiles", _FULL, "sigmoid", "ids", 80, {"BN": 64, "BK": 16, "warps": 8}),
-            ("tiles", _FULL, "moments", "limits", 100, {"warps": 8}),
-            ("tiles", _FULL, "columns", "limits", 100, {"warps": 8}),
-            ("tiles", _FULL, "symmetric", "ids", 100, {"warps": 8}),
-            ("tiles", _HALF, "plain", "odd", 80, {"BM": 64, "warps": 4}),
-            ("tiles", _HALF, "plain", "odd", 100, {"BM": 64, "warps": 4}),
-            ("tiles", _HALF, "sigmoid", "ids", 100, {"BN": 32}),
-            ("persistent", _HALF, "plain", "ids", 100, {"BN": 32}),
-            ("persistent", _HALF, "plain", "limits", 100, {"BN": 32}),
-            ("persistent", _HALF, "sigmoid", "ids", 100, {"BN": 32}),
+        for schedule, dtypes, kinds, masks, capability, changes in (
+            ("tiles", _FULL, _ROWS, "ids", 80, {"BN": 64, "BK": 16, "warps": 8}),
+            ("tiles", _FULL, _SIGMOID, "ids", 80, {"BN": 64, "BK": 16, "warps": 8}),
+            ("tiles", _FULL, ("columns",), "ids", 80, {"warps": 8}),
+            ("tiles", _FULL, ("columns",), "limits", 80, {"warps": 8}),
+            ("tiles", _FULL, _ROWS, "limits", 90, {"warps": 8}),
+            ("tiles", _FULL, ("moments",), "limits", 100, {"warps": 8}),
+            ("tiles", _FULL, ("columns",), "limits", 100, {"warps": 8}),
+            ("tiles", _FULL, ("symmetric",), "ids", 100, {"warps": 8}),
+            ("tiles", _HALF, _ROWS, "odd", 80, {"BM": 64, "warps": 4}),
+            ("tiles", _HALF, _ROWS, "odd", 100, {"BM": 64, "warps": 4}),
+            ("tiles", _HALF, _SIGMOID, "ids", 100, {"BN": 32}),
+            ("persistent", _HALF, _ROWS, "ids", 100, {"BN": 32}),
+            ("persistent", _HALF, _ROWS, "limits", 100, {"BN": 32}),
+            ("persistent", _HALF, _SIGMOID, "ids", 100, {"BN": 32}),
         )
         for dtype in dtypes
+        for kind in kinds
     },
 }
 
