@@ -46,7 +46,6 @@ CHANGES: dict[Version, dict[tuple[str, torch.dtype, str, str, int], dict[str, in
             ("tiles", _HALF, _SIGMOID, "ids", 100, {"BN": 32}),
             ("persistent", _HALF, _ROWS, "ids", 100, {"BN": 32}),
             ("persistent", _HALF, _ROWS, "limits", 100, {"BN": 32}),
-            ("persistent", _HALF, _SIGMOID, "ids", 100, {"BN": 32}),
         )
         for dtype in dtypes
         for kind in kinds
