@@ -10,7 +10,7 @@ Importing it registers the device "standin" for the whole process: only for test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -88,17 +88,11 @@ class There(Tensor):
         return _run(function, types, args, kwargs or {})
 
 
-observers: list[Callable[[Any, Any, dict[str, Any]], None]] = []  # called with each operation that touches the device
-
-
 def _run(function: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if any(kind not in (There, Tensor, torch.nn.Parameter) for kind in types):
         return NotImplemented  # DTensor's turn first: it comes back with what it holds
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     there = any(isinstance(x, There) for x in tensors)
-    if there or torch.device(kwargs.get("device") or "cpu").type == DEVICE.type:
-        for observer in observers:
-            observer(function, args, kwargs)
     if there and function not in BETWEEN_DEVICES:
         meeting = tree_leaves((args[0], args[2:])) if function in INDEXING and isinstance(args[0], There) else tensors
         if any(isinstance(x, Tensor) and not isinstance(x, There) and x.dim() for x in meeting):
