@@ -73,6 +73,7 @@ class _Fused(torch.autograd.Function):
         gradients = work.gradients()
         ctx.gradients = [x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad[4:], strict=True)]
         ctx.kinds = [(x.dtype, x.shape) for x in given]
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found)
         return total, *found
 
@@ -83,7 +84,12 @@ class _Fused(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("infonce: found a second backward of one call, expected one; call infonce again")
-        scaled = [None if x is None else x.mul_(gradient).to(dtype).view(shape) for x, (dtype, shape) in zip(gradients, ctx.kinds, strict=True)]
+        if gradient is None:
+            return (None,) * (4 + len(gradients))
+        # Tensors that were joined lie in one buffer still, which is scaled in one piece.
+        for whole in {id(_buffer(x)): _buffer(x) for x in gradients if x is not None}.values():
+            whole.mul_(gradient)
+        scaled = [None if x is None else x.to(dtype).view(shape) for x, (dtype, shape) in zip(gradients, ctx.kinds, strict=True)]
         return None, None, None, None, *scaled
 
 
@@ -177,7 +183,7 @@ class _Loss:
         if queries.moments:
             positives.add_moments()
             if needs.queries and len(setting.prefixes) > 1:
-                setting.queries.moment[:, setting.share] += queries.moment
+                setting.queries.moment[:, setting.share].add_(queries.moment)
 
     def temperature_sums(self) -> list[tuple[Tensor, Layout]]:
         """What the owners of the keys must add up for their rows' temperatures."""
@@ -306,6 +312,11 @@ class _Work:
             if of_place:
                 found[place] = of_place[0] if len(of_place) == 1 else torch.stack(of_place).sum(0)
         return found
+
+
+def _buffer(x: Tensor) -> Tensor:
+    """What ``x`` is a part of."""
+    return x if x._base is None else x._base
 
 
 def _layout(vectors: Vectors) -> Layout:

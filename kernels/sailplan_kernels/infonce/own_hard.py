@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sailplan_kernels.infonce.products import prefix_dots
+from sailplan_kernels.infonce.products import of_dimensions, prefix_dots, segments
 from sailplan_kernels.infonce.setting import Setting, cut
 from sailplan_kernels.infonce.sources import Anchors
 
@@ -45,17 +45,13 @@ class OwnHard:
             assert queries.moment is not None
             queries.moment += moment.sum(2)
             if needs.hard and len(setting.prefixes) > 1:
-                setting.hard.moment[:, self.rows] += moment.flatten(1)
+                setting.hard.moment[:, self.rows].add_(moment.flatten(1))
         share.mul_(queries.side.inverse_norm[:, :, None]).mul_(self.norm)
-        for s in reversed(range(len(share) - 1)):
-            share[s] += share[s + 1]
-        share = share.to(setting.gradient_dtype)
+        share = segments(share).to(setting.gradient_dtype)
         own = setting.hard.gradient[self.rows].view(self.hard.shape) if needs.hard else None
         for rows in self._blocks():
-            first = 0
-            for s, end in enumerate(setting.prefixes):
-                if queries.gradient is not None:
-                    queries.gradient[rows, first:end] += (share[s, rows, :, None] * self.hard[rows, :, first:end]).sum(1)
-                if own is not None:
-                    own[rows, :, first:end].addcmul_(share[s, rows, :, None], queries.side.vectors[rows, None, first:end])
-                first = end
+            weights = of_dimensions(share[:, rows], setting.prefixes)
+            if queries.gradient is not None:
+                queries.gradient[rows].add_((weights * self.hard[rows]).sum(1))
+            if own is not None:
+                own[rows].addcmul_(weights, queries.side.vectors[rows, None])

@@ -19,7 +19,7 @@ from sailplan_kernels.exchange.base import Shard
 from sailplan_kernels.infonce.masks import Candidates, limits
 from sailplan_kernels.infonce.normalize import inverse_norms
 from sailplan_kernels.infonce.pairs import PairList, RowPairs, pairs_by_id, sum_at
-from sailplan_kernels.infonce.products import add_scaled_rows, prefix_dots, row_dots, softplus
+from sailplan_kernels.infonce.products import add_scaled_rows, of_dimensions, prefix_dots, row_dots, segments, softplus
 from sailplan_kernels.infonce.setting import Setting, comparable, cut, finite
 from sailplan_kernels.infonce.sources import Anchors
 from sailplan_kernels.infonce.tile import Coefficients, Side
@@ -145,17 +145,17 @@ class Positives:
         """[n] of each row's positives, longest prefix; 0 where the row does not count."""
         if isinstance(self.pairs, PairList):
             return self.pairs.per_row(self.cosine[-1:])[0] / self.pairs.counts.clamp_min(1)
-        return self.cosine[-1].masked_fill(~self.row_valid_here, 0.0)
+        return self.cosine[-1] * self.row_valid_here
 
     def correct(self, hard_top: Tensor | None) -> Tensor:
         """bool [n], whether a positive of the row beats all negatives; longest prefix. ``hard_top`` [P, n]: of its own hard ones."""
         tops = [x[-1:] for x in (self.queries.top, hard_top) if x is not None]
         if self.anchors is not None and self.anchors.top is not None:
             tops.append(self.pairs.best(self.anchors.top[-1:]))
-        best = self.pairs.best(self.logits[-1:])
+        best, found = self.pairs.best(self.logits[-1:])[0], self.row_valid_here
         for top in tops:
-            best = torch.where(top < best, best, -torch.inf)
-        return self.row_valid_here & (best[0] > -torch.inf)
+            found = found & (best > top[0])
+        return found
 
     def _inside(self, shard: Shard, pairs: slice) -> Iterator[Tensor]:
         """Places in the list of those pairs whose key is in this shard, some at a time."""
@@ -209,26 +209,20 @@ class Positives:
         setting, pairs = self.setting, self.pairs
         if isinstance(pairs, PairList) or not (self.queries.gradient is not None or setting.needs.keys):
             return
-        weights = self._segments(self._pull * self.norm)
+        all_weights = self._segments(self._pull * self.norm)
         keys, queries = setting.keys, self.queries
         for here in cut(0, pairs.count, setting.rows_at_once):
-            first, of_keys = 0, pairs.own_keys(keys.operand, here)
-            for weight, end in zip(weights, setting.prefixes, strict=True):
-                factor = weight[here, None]
-                if queries.gradient is not None:
-                    queries.gradient[here, first:end].addcmul_(of_keys[:, first:end], factor, value=-1)
-                if setting.needs.keys and pairs.index is None:
-                    target = keys.gradient[pairs.start + here.start : pairs.start + here.stop, first:end]
-                    target.addcmul_(queries.side.vectors[here, first:end], factor, value=-1)
-                elif setting.needs.keys and pairs.index is not None:
-                    add_scaled_rows(keys.gradient[:, first:end], pairs.index[here], queries.side.vectors[here, first:end], -weight[here])
-                first = end
+            weights = of_dimensions(all_weights[:, here], setting.prefixes)
+            if queries.gradient is not None:
+                queries.gradient[here].addcmul_(pairs.own_keys(keys.operand, here), weights)
+            if setting.needs.keys and pairs.index is None:
+                keys.gradient[pairs.start + here.start : pairs.start + here.stop].addcmul_(queries.side.vectors[here], weights)
+            elif setting.needs.keys and pairs.index is not None:
+                keys.gradient.index_put_((pairs.index[here],), weights * queries.side.vectors[here], accumulate=True)
 
     def _segments(self, weight: Tensor) -> Tensor:
-        """[P, E] weights of each prefix's own dimensions, from those of the prefixes; in the gradients' dtype."""
-        for s in reversed(range(len(weight) - 1)):
-            weight[s] += weight[s + 1]
-        return weight.to(self.setting.gradient_dtype)
+        """Minus the [P, E] weights of each prefix's own dimensions, from those of the prefixes; in the gradients' dtype."""
+        return segments(weight).neg_().to(self.setting.gradient_dtype)
 
     def add_gradient(self, shard: Shard, pairs: slice) -> None:
         """As ``add_own_gradient``, of pairs by id whose key is in this shard."""
@@ -238,9 +232,9 @@ class Positives:
             rows, keys, first = self.pairs.rows[here], self.pairs.keys[here] - shard.start, 0
             for weight, end in zip(self._segments(self._pull[:, here] * self.norm[:, here]), setting.prefixes, strict=True):
                 if self.queries.gradient is not None:
-                    add_scaled_rows(self.queries.gradient[:, first:end], rows, shard.vectors[keys, first:end], -weight)
+                    add_scaled_rows(self.queries.gradient[:, first:end], rows, shard.vectors[keys, first:end], weight)
                 if shard.gradient is not None:
-                    add_scaled_rows(shard.gradient[:, first:end], keys, self.queries.side.vectors[rows, first:end], -weight)
+                    add_scaled_rows(shard.gradient[:, first:end], keys, self.queries.side.vectors[rows, first:end], weight)
                 first = end
 
     def make_pull(self) -> None:
@@ -301,6 +295,6 @@ class Positives:
             assert setting.keys.layout is not None
             setting.keys.add_moment(slice(0, setting.keys.layout.total), -sum_at(self.pairs.keys, moment, setting.keys.layout.total))
         elif self.pairs.index is None:
-            setting.keys.moment[:, self.pairs.start : self.pairs.start + self.pairs.count] -= moment
+            setting.keys.moment[:, self.pairs.start : self.pairs.start + self.pairs.count].sub_(moment)
         else:
             setting.keys.moment.sub_(sum_at(self.pairs.index, moment, setting.keys.moment.shape[1]))

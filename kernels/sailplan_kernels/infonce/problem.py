@@ -188,7 +188,7 @@ def build_problem(
         key_log_probability=None if key_log_probability is None else key_log_probability.detach().to(device, compute),
         max_negative_score=max_negative_score,
         inverse_temperature=inverse,
-        tags_in_use=(0,) + (1,) * (key_ids is not None) + (2,) * (query_ids is not None),
+        tags_in_use=(0,) * known["own_number"] + (1,) * (key_ids is not None) + (2,) * (query_ids is not None),
         query_sizes=list(agreed.rows),
         key_sizes=list(agreed.keys),
         score_dtype=compute,
@@ -245,7 +245,9 @@ def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, devic
         padding = tuple(not bool(mask.all()) for _, mask in masks)
     else:
         padding = "query_valid" in given, "key_valid" in given, "query_valid" in given or "hard_valid" in given
-    return {**upload(found, device), "padding": padding}
+    # A row's positive is no negative of it: where its key's id says so already, its number need not.
+    own_number = wanted is not None or "key_ids" not in given or at.type != "cpu" or not bool((own[row_valid, 1] >= 0).all())
+    return {**upload(found, device), "padding": padding, "own_number": own_number}
 
 
 def gathered(problem: Problem) -> GatheredProblem:

@@ -59,6 +59,27 @@ def prefix_dots(a: Tensor, b: Tensor, prefixes: tuple[int, ...], dtype: torch.dt
     return found
 
 
+def segments(weight: Tensor) -> Tensor:
+    """[P, ...] weights of each prefix's own dimensions, those that it has beyond the one before, from the prefixes' own; in place."""
+    for s in reversed(range(len(weight) - 1)):
+        weight[s].add_(weight[s + 1])
+    return weight
+
+
+def of_dimensions(weight: Tensor, prefixes: tuple[int, ...]) -> Tensor:
+    """[..., D] of every dimension, or [..., 1] where all have the same, from [P, ...] of the prefixes' segments."""
+    if len(prefixes) == 1:
+        return weight[0].unsqueeze(-1)
+    return weight.movedim(0, -1).index_select(-1, _segment_of(prefixes, weight.device))
+
+
+@lru_cache(maxsize=64)
+def _segment_of(prefixes: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [D] the prefix that a dimension first belongs to; uploaded once."""
+    lengths = torch.tensor([end - start for start, end in zip((0, *prefixes), prefixes, strict=False)])
+    return torch.arange(len(prefixes)).repeat_interleave(lengths).to(device)
+
+
 def row_dots(a: Tensor, b: Tensor, at_once: int) -> Tensor:
     """[n] dot products of the rows of ``a`` and ``b`` [n, D], in b's dtype; the products of that many rows are in memory at once."""
     return torch.cat([torch.linalg.vecdot(x.to(b.dtype), y) for x, y in zip(a.split(at_once), b.split(at_once), strict=True)])

@@ -121,9 +121,12 @@ class _Tile:
         """[P, n, m], FLOOR where identity or validity rules the pair out."""
         rows, columns, prefixes = self.rows, self.columns, self.rule.prefixes
         excluded = ~columns.valid
-        for tag in self.rule.tags_in_use:
-            mine = rows.tags[:, tag, None]
-            excluded = excluded | ((columns.tags[None, :, tag] == mine) & (mine >= 0))
+        if self.rule.columns:
+            excluded = excluded | ~rows.valid[:, None]
+        if self.rule.tags_in_use:
+            mine = rows.tags.masked_fill(rows.tags < 0, -2)  # matches nothing
+            for tag in self.rule.tags_in_use:
+                excluded = excluded | (columns.tags[None, :, tag] == mine[:, tag, None])
         found = torch.empty((len(prefixes), len(rows.valid), len(columns.valid)), dtype=rows.inverse_norm.dtype, device=rows.valid.device)
         start = 0
         for p, end in enumerate(prefixes):
@@ -143,8 +146,8 @@ class _Tile:
         return logits if beyond is None else logits.masked_fill_(beyond, FLOOR)
 
     def _column_logits(self, cosines: Tensor) -> Tensor:
-        rows, columns = self.rows, self.columns
-        logits = (cosines * columns.inverse_temperature).masked_fill_(~rows.valid[:, None], FLOOR)
+        columns = self.columns
+        logits = cosines * columns.inverse_temperature
         return logits if columns.limit is None else logits.masked_fill_(cosines > columns.limit[:, None], FLOOR)
 
 
