@@ -22,7 +22,7 @@ from torch import Tensor
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
 from sailplan_kernels.infonce.engines import make_engine
-from sailplan_kernels.infonce.fused import fused_losses
+from sailplan_kernels.infonce.fused import Found, fused_losses
 from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.infonce.problem import Problem, build_problem, gathered
 from sailplan_kernels.infonce.reference import reference_loss
@@ -142,6 +142,8 @@ def infonce_sum(
         raise ValueError(f"calls: found {len(calls)} with {'no' if weights is None else len(weights)} weights, expected one a call, at least one")
     exchange = Local() if exchange is None else exchange
     weights = [1.0] * len(calls) if weights is None else [float(weight) for weight in weights]
+    if any(not weight >= 0 for weight in weights):
+        raise ValueError(f"weights: found {weights}, expected none below 0")
     # Under autocast the matrix products would round the logits to half precision.
     with torch.autocast(calls[0]["queries"].device.type, enabled=False):
         made = [_problem(exchange=exchange, backend=backend, **call) for call in calls]
@@ -161,7 +163,7 @@ def infonce_sum(
     return total, [outputs[i] for i in range(len(calls))]
 
 
-def _reference_losses(problems: Sequence[Problem], weights: Sequence[float]) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+def _reference_losses(problems: Sequence[Problem], weights: Sequence[float]) -> tuple[Tensor, list[Found]]:
     totals, found = [], []
     for problem, weight in zip(problems, weights, strict=True):
         whole = gathered(problem)

@@ -116,10 +116,8 @@ class Columns:
 
     def sums(self) -> Tensor:
         """[P, C] this rank's sums of exponentials, to be added to the others'; its logarithms where there are none."""
-        if self.top is None or self.total is None:
-            some = self.setting.zeros(len(self.setting.prefixes), self.count) - torch.inf
-        else:
-            some = self.total.log() + self.top
+        nothing = self.top is None or self.total is None
+        some = self.setting.zeros(len(self.setting.prefixes), self.count) - torch.inf if nothing else self.total.log() + self.top  # type: ignore[union-attr,operator]
         return some if self.setting.alone else some.to(torch.float64).exp_()
 
     def finish_statistics(self, sums: Tensor) -> None:

@@ -62,7 +62,8 @@ def _place(given: list[Tensor], x: Tensor, longest: int | None) -> int:
 
 def _same_view(x: Tensor, other: Tensor) -> bool:
     """Whether both show the same part of the same tensor."""
-    return other._is_view() and other._base is x._base and other.shape == x.shape and other.stride() == x.stride() and other.storage_offset() == x.storage_offset()
+    same = other._is_view() and other._base is x._base and other.shape == x.shape
+    return same and other.stride() == x.stride() and other.storage_offset() == x.storage_offset()
 
 
 class _Fused(torch.autograd.Function):
@@ -177,12 +178,14 @@ class _Loss:
         if per_row:
             positives.add_temperature()
         if self.hard is not None:
-            self.hard.add_gradient(_joined([c.row_log_negatives for c in positives.query_coefficients]), _joined([c.row_push for c in positives.query_coefficients]))
+            known = positives.query_coefficients
+            self.hard.add_gradient(_joined([c.row_log_negatives for c in known]), _joined([c.row_push for c in known]))
         positives.add_own_gradient()
         positives.anchors_home()
         if queries.moments:
             positives.add_moments()
             if needs.queries and len(setting.prefixes) > 1:
+                assert queries.moment is not None
                 setting.queries.moment[:, setting.share].add_(queries.moment)
 
     def temperature_sums(self) -> list[tuple[Tensor, Layout]]:
@@ -200,10 +203,12 @@ class _Loss:
             # Every part of the loss is a function of cosine / t, so d loss / d (1 / t) is the sum of G * cosine over it.
             anchors = self.positives.anchors
             if queries.moments:
+                assert queries.moment is not None
                 found = queries.moment.sum() if anchors is None or anchors.moment is None else queries.moment.sum() + anchors.moment.sum()
             else:
                 found = self.read
             return (found if setting.peers.world_size == 1 else setting.peers.sum(found)) / setting.inverse
+        assert queries.temperature is not None
         if self.columns is not None:
             queries.temperature += self.columns.temperature_gradient(home)
         return setting.rows_of_all_peers(queries.temperature)
@@ -224,7 +229,7 @@ class _Loss:
     def values(self) -> Found:
         """See fused_losses; of this rank's and its peers' shares."""
         setting, positives = self.setting, self.positives
-        losses = positives.losses[0] if len(positives.losses) == 1 else torch.stack(positives.losses).sum(0) if positives.losses else setting.zeros(len(setting.prefixes))
+        losses = positives.losses[0] if len(positives.losses) == 1 else torch.stack(positives.losses).sum(0)
         if self.columns is not None:
             losses = losses + self.columns.losses
         cosine, correct = positives.mean_cosine(), positives.correct(None if self.hard is None else self.hard.top).sum()
@@ -255,7 +260,8 @@ class _Work:
                     self.vectors.setdefault(place, []).append(known[kind])
                 known[kind].uses += 1
                 mine.append(known[kind])
-            settings.append(Setting(problem, engine, *mine, weight))
+            queries, keys, hard = mine
+            settings.append(Setting(problem, engine, queries, keys, hard, weight))
         self.losses = [_Loss(setting) for setting in settings]
         self.groups = prepare(list(known.values()), min(p.options.memory_budget for p in problems), min(rows_at_once(p) for p in problems))
         for loss in self.losses:

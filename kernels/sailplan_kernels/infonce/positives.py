@@ -260,9 +260,9 @@ class Positives:
             stream = setting.exchange.stream(setting.keys.operand, setting.keys.layout.sizes, setting.gradient_dtype)
             again = stream.shards(accumulate=True)
         for shard in again:
-            for here in self._inside(shard, slice(0, pairs.count)):
+            for places in self._inside(shard, slice(0, pairs.count)):
                 assert shard.gradient is not None
-                shard.gradient.index_put_((pairs.keys[here] - shard.start,), gradient[here], accumulate=True)
+                shard.gradient.index_put_((pairs.keys[places] - shard.start,), gradient[places], accumulate=True)
         if not setting.exchange.whole:
             setting.keys.gradient.add_(stream.finish())
 

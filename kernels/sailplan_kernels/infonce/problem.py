@@ -172,10 +172,8 @@ def build_problem(
     if isinstance(max_negative_score, Tensor):
         # In the scores' dtype from the start: a row's limit and its column's must be the same number.
         max_negative_score = max_negative_score.detach().to(device, compute)
-    if isinstance(temperature, Tensor):
-        inverse = temperature.to(device, compute).reciprocal()
-    else:
-        inverse = torch.full((), 1 / temperature, dtype=compute, device=device)
+    given_number = not isinstance(temperature, Tensor)
+    inverse = (torch.full((), temperature, dtype=compute, device=device) if given_number else temperature.to(device, compute)).reciprocal()  # type: ignore
     tensors = {name: x for name, x in known.items() if isinstance(x, Tensor)}
     return Problem(
         raw_queries=queries,

@@ -22,7 +22,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
 EMPTY = -1e20  # below every logit: a maximum or logsumexp that is no larger is that of nothing
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sailplan_kernels.exchange import Exchange
-from sailplan_kernels.exchange.base import Shard, Stream
+from sailplan_kernels.exchange.base import Gathering, Shard, Stream
 from sailplan_kernels.infonce.normalize import inverse_norms, normalized_gradient_, operand
 
 JOINED = 4  # tensors that together take less than a budget's fourth are joined
@@ -72,6 +72,7 @@ class Vectors:
         self.x, self.valid, self.prefixes, self.scores, self.dtype, self.gradients = x, valid, prefixes, scores, dtype, gradients
         self.uses = 0  # of losses
         self.operand = self.norms = x  # set by ``prepare``
+        self.scale: Tensor | None = None  # [n] by what rows were multiplied
         self.group: _Group
         self.here = slice(0, len(x))  # in the group
         # Of those that all ranks see:
@@ -213,7 +214,7 @@ class _Sent:
             parts += [v.layout.padded(v.operand)] if exchange.whole else []
             parts.append(v.layout.padded(v.norms, dim=1))
             v.waiting = self
-        self.work = exchange.gather_parts([*parts, *notes])
+        self.work: Gathering | None = exchange.gather_parts([*parts, *notes])
         if not exchange.whole:
             for v in vectors:
                 assert v.layout is not None
@@ -250,8 +251,8 @@ def bring_home(exchange: Exchange, vectors: Sequence[Vectors], sums: Sequence[tu
         assert v.layout is not None
         if exchange.whole and not alone:
             shape = (v.layout.total, v.operand.shape[1])
-            empty = v.whole_gradient is None
-            parts.append(torch.zeros(shape, dtype=v.gradients, device=v.operand.device) if empty else v.whole_gradient)
+            whole = v.whole_gradient
+            parts.append(torch.zeros(shape, dtype=v.gradients, device=v.operand.device) if whole is None else whole)
             v.whole_gradient = None
         if len(v.prefixes) > 1:
             parts.append(_by_rank(v.norms.new_zeros(len(v.norms), v.layout.total) if v.whole_moment is None else v.whole_moment, v.layout))
