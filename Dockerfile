@@ -2,7 +2,7 @@
 #   docker build --target cpu -t sailplan:cpu .    small; the quick start and the tests' platform
 #   docker build --target gpu -t sailplan:gpu .    NVIDIA's PyTorch with NCCL, TransformerEngine and apex
 # Run:  docker run --rm -v "$PWD/runs:/sailplan/runs" sailplan:cpu train experiment=quickstart
-# Inside, the working folder is /sailplan: conf/, data/ and launch/ lie there, and runs/ is where results go. The user has the
+# Inside, the working folder is /sailplan: data/ and launch/ lie there, the configuration in framework/sailplan/conf, and runs/ is where results go. The user has the
 # number 1000; a mounted runs/ must be writable for it (or use --user).
 
 ARG CPU_IMAGE=python:3.11-slim
@@ -21,7 +21,6 @@ COPY pyproject.toml README.md LICENSE ./
 COPY kernels/ kernels/
 COPY framework/ framework/
 RUN pip install --no-deps --no-build-isolation ./kernels -e .
-COPY conf/ conf/
 COPY data/ data/
 COPY launch/ launch/
 RUN useradd --create-home --uid 1000 sailplan && mkdir -p runs && chown sailplan:sailplan runs
@@ -47,7 +46,6 @@ COPY pyproject.toml README.md LICENSE ./
 COPY kernels/ kernels/
 COPY framework/ framework/
 RUN PIP_CONSTRAINT= pip install --no-deps --no-build-isolation ./kernels -e .
-COPY conf/ conf/
 COPY data/ data/
 COPY launch/ launch/
 # the image may already have a user with the number 1000

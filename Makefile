@@ -37,7 +37,7 @@ $(VENV)/triton-%/.ready: requirements/triton-%.txt $(READY)
 	  && touch $@ || { rm -rf $(@D); echo "sailplan: $< could not be installed: the tests with it are SKIPPED"; }
 
 test: $(READY) $(TRITONS)
-	$(BIN)/ruff check framework kernels tests benchmarks
+	$(BIN)/ruff check framework kernels tests benchmarks tools
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 

@@ -13,8 +13,8 @@ from sailplan.config.schema import ModelConfig, ParallelConfig, SwinShape
 from sailplan.model.backbones.clap import WindowBlock
 from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout, random_inputs, small_config, whole_tensor
-from sailplan.step.parity import cached_step, compare, gathered_gradients, relative_errors
-from sailplan.step.testing import WEIGHTS
+from sailplan.parity.layouts import cached_step, compare, gathered_gradients, relative_errors
+from sailplan.parity.testing import WEIGHTS
 from sailplan_kernels.testing import run_ranks
 
 

@@ -1,4 +1,4 @@
-"""bfloat16 trains, whatever runs, is frozen or came before: every two choices of step.bfloat16_matrix meet in some case.
+"""bfloat16 trains, whatever runs, is frozen or came before: every two choices of parity.bfloat16 meet in some case.
 
 FSDP2 sees units that never ran, ran in some micro-batches only, are frozen, were frozen at first, or were loaded before they
 ran. No gradient may be missing, none too many, all are float32, and none is further from the exact one than plain bfloat16's.
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sailplan.model.testing import join_layout
-from sailplan.step.bfloat16_matrix import CHOICES, Case, Gradients, apart, case_gradients, pairwise, plain_gradients, trained
+from sailplan.parity.bfloat16 import CHOICES, Case, Gradients, apart, case_gradients, pairwise, plain_gradients, trained
 from sailplan_kernels.testing import run_ranks
 
 CASES = pairwise()

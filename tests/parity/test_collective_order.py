@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from sailplan.data.record import StepBatch
 from sailplan.model.testing import join_layout
-from sailplan.step.parity import cached_step, gathered_gradients, reference, relative_errors
-from sailplan.step.testing import ROWS, WEIGHTS, Call, Recorder
+from sailplan.parity.layouts import cached_step, gathered_gradients, reference, relative_errors
+from sailplan.parity.testing import ROWS, WEIGHTS, Call, Recorder
 from sailplan_kernels.testing import run_ranks
 
 KINDS = {"text": {"text"}, "image": {"vision"}, "audio": {"audio"}, "mixed": {"text", "vision", "audio"}, "empty": set()}

@@ -14,11 +14,11 @@ import torch
 
 from sailplan.config.compose import compose
 from sailplan.config.schema import AudioConfig, Config, ModelConfig, ParallelConfig, StageConfig, TransformerShape, VisionConfig
-from sailplan.curriculum.embedding import exchange_of
 from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.testing import made_up_config, write_shards
+from sailplan.embed.exchange import exchange_of
 from sailplan.errors import BadDataError
 from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout

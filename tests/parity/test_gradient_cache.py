@@ -1,6 +1,6 @@
 """The step's gradients are those of the full batch: at any world, tensor-parallel size, micro-batch count, and for every loss.
 
-All comparisons are in float64 against plain autograd in one process; the table is `python -m sailplan.step.parity_matrix`.
+All comparisons are in float64 against plain autograd in one process; the table is `python -m sailplan.parity.matrix`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sailplan.data.record import StepBatch
 from sailplan.model.testing import join_layout
-from sailplan.step.parity import cached_step, compare, gathered_gradients, reference, relative_errors
-from sailplan.step.testing import THRESHOLDS, WEIGHTS
+from sailplan.parity.layouts import cached_step, compare, gathered_gradients, reference, relative_errors
+from sailplan.parity.testing import THRESHOLDS, WEIGHTS
 from sailplan_kernels.testing import run_ranks
 
 EXACT = 1e-10
@@ -173,7 +173,7 @@ def test_one_reduction_a_step_in_hybrid_and_replicated_layouts(micro_batches: in
 def test_thresholds_matter_in_the_case_under_test() -> None:
     """The masks by lambda* must be active in the compared step, or their exchange would go untested."""
     assert THRESHOLDS
-    import sailplan.step.testing as testing
+    import sailplan.parity.testing as testing
 
     def loss(rank: int, world_size: int, thresholds: dict[str, float]) -> float:
         join_layout(1)

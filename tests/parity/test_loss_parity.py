@@ -14,8 +14,8 @@ from sailplan.objective.cosent import CoSENT
 from sailplan.objective.infonce import InfoNCE
 from sailplan.objective.micl import MICL
 from sailplan.objective.protocol import Objective, ObjectiveOutput
+from sailplan.parity.losses import check_loss, of_objective
 from sailplan.step import example_losses
-from sailplan.step.loss_parity import check_loss, of_objective
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -92,7 +92,7 @@ def test_what_cannot_be_compared_is_named(loss, words: str, timeout: float) -> N
 
 def test_the_command_has_the_documented_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "handed_over.py").write_text(
-        "from sailplan.step.example_losses import exact, scaled_by_world\ndef mine(queries, keys):\n    return exact(queries, keys)\n"
+        "from sailplan.parity.example_losses import exact, scaled_by_world\ndef mine(queries, keys):\n    return exact(queries, keys)\n"
     )
     monkeypatch.chdir(tmp_path)
     assert main(["check", "parity", "--loss", "handed_over:mine", "--world-size", "2"]) == 0

@@ -14,9 +14,9 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from sailplan.model.parallelize import set_gradient_sync, shard
 from sailplan.model.testing import join_layout, random_inputs, small_config
 from sailplan.model.tower import OmniEncoder
+from sailplan.parity.layouts import build_step, gathered_gradients, named_parameters, rank_batches, relative_errors, trajectory
+from sailplan.parity.testing import THRESHOLDS, WEIGHTS, Call, Recorder
 from sailplan.step.optimizer import set_learning_rate
-from sailplan.step.parity import build_step, gathered_gradients, named_parameters, rank_batches, relative_errors, trajectory
-from sailplan.step.testing import THRESHOLDS, WEIGHTS, Call, Recorder
 from sailplan_kernels.testing import run_ranks
 
 BFLOAT16 = {"dtype": torch.float32, "compute_dtype": torch.bfloat16}

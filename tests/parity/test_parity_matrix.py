@@ -1,6 +1,6 @@
 """The document of parity is what the command makes: all its lines are planned, within the limits, and a subset is made again here.
 
-The whole matrix takes minutes (`python -m sailplan.step.parity_matrix`). Here: one rank by the command, and on several ranks the
+The whole matrix takes minutes (`python -m sailplan.parity.matrix`). Here: one rank by the command, and on several ranks the
 corners that test_gradient_cache.py leaves out.
 """
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sailplan.step.parity import trajectory
-from sailplan.step.parity_matrix import COLUMNS, LIMITS, STEPS, Group, References, groups, lines, main, written
+from sailplan.parity.layouts import trajectory
+from sailplan.parity.matrix import COLUMNS, LIMITS, STEPS, Group, References, groups, lines, main, written
 from sailplan_kernels.exchange import EXCHANGES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
@@ -59,7 +59,7 @@ def test_the_command_makes_the_documents_lines(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_an_error_above_the_limit_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import sailplan.step.parity_matrix as matrix
+    import sailplan.parity.matrix as matrix
 
     monkeypatch.setattr(matrix, "groups", lambda worlds: [Group(1, 1, ((1, 0),), loss="cosent")])
     monkeypatch.setattr(matrix, "LIMITS", {torch.float64: 0.0})

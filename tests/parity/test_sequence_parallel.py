@@ -20,7 +20,7 @@ from sailplan.config.compose import compose
 from sailplan.errors import ConfigurationError
 from sailplan.model.testing import join_layout, random_inputs, small_config
 from sailplan.model.tower import OmniEncoder
-from sailplan.step.parity import compare
+from sailplan.parity.layouts import compare
 from sailplan_kernels.testing import run_ranks
 
 

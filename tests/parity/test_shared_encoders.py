@@ -16,8 +16,8 @@ from sailplan.model.build import build_encoder
 from sailplan.model.sharing import encode_own_rows
 from sailplan.model.testing import join_layout, random_inputs, rows_of, small_config
 from sailplan.model.tower import ENCODERS, OmniEncoder
-from sailplan.step.parity import cached_step, compare, gathered_gradients, relative_errors
-from sailplan.step.testing import WEIGHTS
+from sailplan.parity.layouts import cached_step, compare, gathered_gradients, relative_errors
+from sailplan.parity.testing import WEIGHTS
 from sailplan_kernels.testing import run_ranks
 
 EVERYTHING = ("text", "vision", "audio")

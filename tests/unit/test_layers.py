@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"runtime", "config"},
     {"data", "model", "objective"},
     {"step", "checkpoint"},
+    {"embed", "parity"},
     {"curriculum"},
     {"train", "evaluate", "export", "observe"},
     {"cli"},

@@ -1,4 +1,4 @@
-"""`sailplan data index|validate|build`: prepare and prove the data before a long run."""
+"""`sailplan data index|validate`: prepare and prove the data before a long run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ from sailplan.errors import EXIT_BAD_DATA, EXIT_DONE, ConfigurationError
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.action == "build":
-        from sailplan.data.build.__main__ import main as build
-
-        if options.out is None:
-            raise ConfigurationError("sailplan data build needs --out FOLDER, where the rebuilt pack is written")
-        return build(["--out", options.out, *(["--sources", options.sources] if options.sources else [])])
     from sailplan.data.datasets import open_datasets, validate
 
     config = compose(options.overrides)

@@ -30,7 +30,7 @@ COMMANDS = {
     "train": "train the stages of an experiment (name=NAME resume=auto continues after a stop)",
     "plan": "print stages, steps, data, learning rates and memory; trains nothing; equals what then runs",
     "check": "check configuration, data and ranks before a long run; sailplan check parity --loss module:function: is this loss exact across ranks",
-    "data": "index, validate or build data sets: sailplan data index|validate|build",
+    "data": "index or validate data sets: sailplan data index|validate",
     "mine": "mine hard negatives with a run's newest checkpoint",
     "balance": "compute data weights with a run's newest checkpoint",
     "evaluate": "evaluate a run's newest checkpoint on all tasks; JSON out",
@@ -54,9 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == "data":
-            command.add_argument("action", choices=["index", "validate", "build"], help="what to do")
-            command.add_argument("--out", default=None, help="build: folder for the rebuilt quick-start pack")
-            command.add_argument("--sources", default=None, help="build: folder for the downloaded sources")
+            command.add_argument("action", choices=["index", "validate"], help="what to do")
         if name == "plan":
             command.add_argument("--ranks", type=int, default=None, help="world size to plan for (default: this launch's)")
             command.add_argument("--json", action="store_true", help="as JSON, with the digest of every step's samples")

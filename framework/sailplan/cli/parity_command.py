@@ -11,15 +11,15 @@ from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError
 
 def run(options: argparse.Namespace) -> int:
     from sailplan.objective.protocol import Objective
-    from sailplan.step.loss_parity import Loss, check_loss, of_objective
+    from sailplan.parity.losses import Loss, check_loss, of_objective
 
     if options.overrides:
         raise ConfigurationError(f"check parity takes no overrides, found {options.overrides[0]}; give --loss module:function [--world-size N]")
     if options.loss is None:
-        raise ConfigurationError("check parity: --loss is missing; give the loss to check, e.g. --loss sailplan.step.example_losses:exact")
+        raise ConfigurationError("check parity: --loss is missing; give the loss to check, e.g. --loss sailplan.parity.example_losses:exact")
     module, _, name = options.loss.partition(":")
     if not module or not name:
-        raise ConfigurationError(f"--loss {options.loss}: expected module:function, e.g. --loss sailplan.step.example_losses:exact")
+        raise ConfigurationError(f"--loss {options.loss}: expected module:function, e.g. --loss sailplan.parity.example_losses:exact")
     if options.world_size < 2:
         raise ConfigurationError(f"--world-size {options.world_size}: expected 2 or more ranks")
     if not options.timeout > 0:

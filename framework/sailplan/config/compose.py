@@ -56,12 +56,14 @@ ConfigStore.instance().store(name="schema", node=_Schema)
 
 
 def _folders() -> list[Path]:
-    """Where groups are looked for, in this order: $SAILPLAN_CONF, else ./conf; then the conf/ of the source tree. A project of one's
-    own needs to hold its own files only."""
+    """Return where groups are looked for, in this order: $SAILPLAN_CONF, else ./conf; then the package's own.
+
+    A project of its own needs to hold its own files only.
+    """
     named = os.environ.get("SAILPLAN_CONF")
     if named and not Path(named).is_dir():
         raise ConfigurationError(f"SAILPLAN_CONF={named}: no such folder; point it at a folder of configuration groups, such as conf")
-    places = (Path(named) if named else Path.cwd() / "conf", Path(__file__).resolve().parents[3] / "conf")
+    places = (Path(named) if named else Path.cwd() / "conf", Path(__file__).resolve().parents[1] / "conf")
     return list(dict.fromkeys(folder.resolve() for folder in places if folder.is_dir()))
 
 

@@ -7,8 +7,7 @@ model embeds; rank 0 alone computes and writes the rest.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,33 +15,17 @@ from typing import Any
 import numpy as np
 
 from sailplan.config.schema import ARTIFACT, Config, StageConfig
-from sailplan.curriculum.embedder import Embedder
 from sailplan.curriculum.histories import Histories, read_histories, source_of_histories, write_artifact
 from sailplan.curriculum.interests import records, sequences, views_count
 from sailplan.curriculum.teachers import TEACHERS, co_occurrence, factorise, pair_records
 from sailplan.data.reader import RecordReader
 from sailplan.data.teachers import TeacherTable
-from sailplan.errors import ConfigurationError, SailplanError
-from sailplan.runtime.process import Parallel
+from sailplan.embed.embedder import Embedder
+from sailplan.errors import ConfigurationError
+from sailplan.runtime.main_rank import on_main
 
 TEACHERS_FILE = "teachers.npz"
 TEACHER_DIMENSIONS = 64
-
-
-def on_main(parallel: Parallel, what: str, work: Callable[[], Any]) -> Any:
-    """`work()` done on rank 0; its JSON-able value on every rank. If it fails, every rank raises, so that none waits for ever."""
-    answer, cause = "", None
-    if parallel.is_main:
-        try:
-            answer = json.dumps({"value": work()})
-        except Exception as error:  # told to the other ranks, then raised again
-            answer, cause = json.dumps({"problem": f"{type(error).__name__}: {error}"}), error
-    found = json.loads(parallel.broadcast_text(answer))
-    if cause is not None:
-        raise cause
-    if "problem" in found:
-        raise SailplanError(f"{what} failed on rank 0: {found['problem']}")
-    return found["value"]
 
 
 def artifact_sets(config: Config, stage: StageConfig, name: str) -> list[str]:

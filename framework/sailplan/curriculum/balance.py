@@ -15,7 +15,7 @@ import numpy as np
 import ot
 
 from sailplan.config.schema import BalanceConfig
-from sailplan.curriculum.clustering import k_means
+from sailplan.embed.clustering import k_means
 
 Summary = dict[str, "Clusters"]  # kind of vector ("fused", "vision", ...) -> its clusters
 

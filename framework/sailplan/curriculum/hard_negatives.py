@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sailplan.config.schema import Config, DatasetConfig, HardNegativeConfig
-from sailplan.curriculum.embedder import Embedder
-from sailplan.curriculum.embedding import EmbeddedRows
-from sailplan.curriculum.pictures import show
-from sailplan.curriculum.scoring import Pairs, labelled_pairs, share
 from sailplan.curriculum.threshold import Threshold, f1_threshold
+from sailplan.data.excerpt import show
 from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.reader import RecordReader
+from sailplan.embed.embedder import Embedder
+from sailplan.embed.embedding import EmbeddedRows
+from sailplan.embed.scoring import Pairs, labelled_pairs, share
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.seeds import generator

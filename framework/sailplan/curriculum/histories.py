@@ -15,9 +15,8 @@ import numpy as np
 from scipy import sparse
 
 from sailplan.config.schema import ARTIFACT, Config
-from sailplan.data.build.record import Record
-from sailplan.data.build.shards import write_shards
 from sailplan.data.reader import RecordReader
+from sailplan.data.writer import Record, write_shards
 from sailplan.errors import BadDataError, ConfigurationError
 
 

@@ -23,9 +23,9 @@ import numpy as np
 from scipy import sparse
 
 from sailplan.curriculum.balance import unit_rows
-from sailplan.curriculum.clustering import k_means
 from sailplan.curriculum.histories import Histories
 from sailplan.curriculum.teachers import factorise
+from sailplan.embed.clustering import k_means
 from sailplan.runtime.seeds import generator
 
 VIEWS = ("content_single", "collaboration_single", "content_multi", "collaboration_multi")

@@ -16,9 +16,9 @@ from torch import nn
 
 from sailplan.config.schema import BalanceConfig, Config
 from sailplan.curriculum.balance import Summary, cluster
-from sailplan.curriculum.embedder import Embedder
-from sailplan.curriculum.embedding import EmbeddedRows
 from sailplan.data.reader import RecordReader
+from sailplan.embed.embedder import Embedder
+from sailplan.embed.embedding import EmbeddedRows
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.seeds import generator
 

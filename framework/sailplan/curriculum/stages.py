@@ -24,19 +24,20 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sailplan.config.schema import ARTIFACT, BalanceConfig, Config, StageConfig
-from sailplan.curriculum.artifacts import TEACHERS_FILE, histories_of, make_artifacts, on_main
+from sailplan.curriculum.artifacts import TEACHERS_FILE, histories_of, make_artifacts
 from sailplan.curriculum.balance import Balance, Summary, balance, with_floor
-from sailplan.curriculum.embedder import Embedder
 from sailplan.curriculum.hard_negatives import check_minable, chosen_patterns, matched, mine
 from sailplan.curriculum.kinds import embed_kinds, pattern_views, summarise, summarise_benchmark
-from sailplan.curriculum.scoring import unit
 from sailplan.curriculum.subset import drop_lowest, keep_highest, nearness
 from sailplan.data.datasets import open_datasets
 from sailplan.data.negatives import HardNegativeStore, save_arrays
 from sailplan.data.reader import RecordReader
 from sailplan.data.teachers import TeacherTable
+from sailplan.embed.embedder import Embedder
+from sailplan.embed.scoring import unit
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.files import write_whole
+from sailplan.runtime.main_rank import on_main
 from sailplan.runtime.process import Parallel
 
 STATE, SUBSETS = "state.json", "subsets.npz"

@@ -13,8 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from sailplan.config.schema import Config, DatasetConfig, EvaluationTask, PatternConfig, ViewConfig
-from sailplan.data.build.record import Record
-from sailplan.data.build.shards import write_shards
+from sailplan.data.writer import Record, write_shards
 from sailplan.model.testing import small_config
 
 COLOURS = ("red", "green", "blue", "grey")

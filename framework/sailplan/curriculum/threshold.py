@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from sailplan.curriculum.scoring import ALONE, Pairs, count_negatives
+from sailplan.embed.scoring import ALONE, Pairs, count_negatives
 from sailplan_kernels.exchange.base import Exchange
 
 

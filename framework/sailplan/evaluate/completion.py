@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sailplan.config.schema import EvaluationTask
-from sailplan.curriculum.embedding import EmbeddedRows, evaluating
 from sailplan.curriculum.histories import read_histories
-from sailplan.curriculum.pictures import show
-from sailplan.curriculum.scoring import Pairs, unit
+from sailplan.data.excerpt import show
 from sailplan.data.reader import RecordReader
+from sailplan.embed.embedding import EmbeddedRows, evaluating
+from sailplan.embed.scoring import Pairs, unit
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate import metrics
 from sailplan.evaluate.examples import answers, spread

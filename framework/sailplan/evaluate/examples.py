@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sailplan.config.schema import EvaluationTask, ViewConfig
-from sailplan.curriculum.embedding import EmbeddedRows
-from sailplan.curriculum.pictures import show
+from sailplan.data.excerpt import show
 from sailplan.data.reader import RecordReader
+from sailplan.embed.embedding import EmbeddedRows
 from sailplan.evaluate.sides import Sides
 from sailplan_kernels.topk import topk
 

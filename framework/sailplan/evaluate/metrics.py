@@ -16,8 +16,8 @@ from scipy.stats import kendalltau
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
-from sailplan.curriculum.clustering import k_means
-from sailplan.curriculum.scoring import ALONE, Pairs, count_negatives, pair_scores, share, tiles, unit
+from sailplan.embed.clustering import k_means
+from sailplan.embed.scoring import ALONE, Pairs, count_negatives, pair_scores, share, tiles, unit
 from sailplan.runtime.seeds import derive, generator
 from sailplan_kernels.exchange.base import Exchange
 from sailplan_kernels.topk import topk

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from sailplan.config.checks import check_task
 from sailplan.config.schema import Config, EvaluationTask
-from sailplan.curriculum.embedder import Embedder
-from sailplan.curriculum.embedding import EmbeddedRows
-from sailplan.curriculum.scoring import Pairs, pair_scores, unit
 from sailplan.data.reader import RecordReader
+from sailplan.embed.embedder import Embedder
+from sailplan.embed.embedding import EmbeddedRows
+from sailplan.embed.scoring import Pairs, pair_scores, unit
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate import metrics
 from sailplan.evaluate.completion import set_completion_task

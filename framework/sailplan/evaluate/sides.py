@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from sailplan.config.schema import EvaluationTask, ViewConfig
-from sailplan.curriculum.embedder import Embedder
-from sailplan.curriculum.embedding import EmbeddedRows
 from sailplan.curriculum.hard_negatives import matched
-from sailplan.curriculum.scoring import Pairs, labelled_pairs
 from sailplan.data.reader import RecordReader
+from sailplan.embed.embedder import Embedder
+from sailplan.embed.embedding import EmbeddedRows
+from sailplan.embed.scoring import Pairs, labelled_pairs
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.seeds import generator
 

@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from sailplan.config.schema import Config
-from sailplan.curriculum.artifacts import on_main
-from sailplan.curriculum.embedding import embed_view
 from sailplan.data.reader import RecordReader
+from sailplan.embed.embedding import embed_view
 from sailplan.errors import ConfigurationError
 from sailplan.export.semantic_ids import SemanticIds, semantic_ids, write_semantic_ids
 from sailplan.runtime.files import write_whole
+from sailplan.runtime.main_rank import on_main
 from sailplan.runtime.process import Parallel
 
 MANIFEST = "embeddings.json"

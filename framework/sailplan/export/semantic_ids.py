@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sailplan.curriculum.clustering import k_means
+from sailplan.embed.clustering import k_means
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.files import write_whole
 

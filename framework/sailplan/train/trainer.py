@@ -21,13 +21,13 @@ from sailplan.checkpoint.background import Saver
 from sailplan.checkpoint.store import folder_of, load
 from sailplan.config.compose import config_hash, identity
 from sailplan.config.schema import Config
-from sailplan.curriculum.embedding import training_exchange
 from sailplan.curriculum.stages import StageState, load_stage, prepare_stage, refresh_hard_negatives
 from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.record import StepBatch
 from sailplan.data.shares import StepShares
+from sailplan.embed.exchange import training_exchange
 from sailplan.errors import BadDataError, StopRequested
 from sailplan.evaluate.runner import evaluate
 from sailplan.objective.backends import planned_backends

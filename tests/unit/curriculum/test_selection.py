@@ -8,9 +8,9 @@ import torch
 
 from sailplan.config.schema import BalanceConfig
 from sailplan.curriculum.balance import Clusters, balance, cluster, softmax_weights, transport_plan, unit_rows
-from sailplan.curriculum.scoring import Pairs, unit
 from sailplan.curriculum.subset import drop_lowest, keep_highest, nearness
 from sailplan.curriculum.threshold import f1_threshold
+from sailplan.embed.scoring import Pairs, unit
 from sailplan_kernels.exchange import AllGather
 from sailplan_kernels.testing import run_ranks
 

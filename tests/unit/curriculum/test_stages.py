@@ -13,16 +13,16 @@ import torch
 
 from sailplan.config.compose import compose
 from sailplan.config.schema import BalanceConfig, Config, HardNegativeConfig, StageConfig, SubsetConfig
-from sailplan.curriculum.artifacts import on_main
-from sailplan.curriculum.embedding import EmbeddedRows, embed_view
 from sailplan.curriculum.hard_negatives import matched, mine_rows
 from sailplan.curriculum.histories import read_histories
 from sailplan.curriculum.stages import check_stage, load_stage, prepare_stage, refresh_hard_negatives
 from sailplan.curriculum.testing import write_pack
 from sailplan.data.datasets import open_datasets
+from sailplan.embed.embedding import EmbeddedRows, embed_view
 from sailplan.errors import ConfigurationError, SailplanError
 from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout
+from sailplan.runtime.main_rank import on_main
 from sailplan_kernels.exchange import AllGather, Local
 from sailplan_kernels.testing import RankFailure, run_ranks
 

@@ -8,13 +8,12 @@ import pytest
 import soundfile
 from PIL import Image
 
-from sailplan.data.build.__main__ import main
-from sailplan.data.build.audio import opus
-from sailplan.data.build.images import webp
-from sailplan.data.build.pairs import MOST, emoji_pairs
-from sailplan.data.build.record import BuildError, Record
-from sailplan.data.build.shards import write_shards
-from sailplan.data.build.sources import SOURCES, archive, unpack_all
+from quickstart_data.__main__ import main
+from quickstart_data.audio import opus
+from quickstart_data.images import webp
+from quickstart_data.pairs import MOST, emoji_pairs
+from quickstart_data.sources import SOURCES, archive, unpack_all
+from sailplan.data.writer import BuildError, Record, write_shards
 
 
 def made_up(count: int) -> list[Record]:

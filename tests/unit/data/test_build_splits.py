@@ -1,7 +1,6 @@
 """What is held out must be decided by the strings alone, and nothing may be on both sides."""
 
-from sailplan.data.build.record import Record
-from sailplan.data.build.splits import (
+from quickstart_data.splits import (
     HELD_OUT,
     TRAIN,
     drop_aliases_of_the_other_side,
@@ -10,6 +9,7 @@ from sailplan.data.build.splits import (
     split_by_name,
     training_texts,
 )
+from sailplan.data.writer import Record
 
 
 def item(name: str, split: str, title: dict, **fields) -> Record:

@@ -13,7 +13,7 @@ import webdataset
 from PIL import Image
 from tokenizers import Tokenizer
 
-from sailplan.data.build.splits import normal
+from quickstart_data.splits import normal
 
 PACK = Path(__file__).parents[3] / "data" / "quickstart"
 ITEMS = ("emoji", "icons", "prompts")

@@ -16,9 +16,9 @@ from torch import nn
 from sailplan.checkpoint.store import folder_of, save
 from sailplan.cli.main import main
 from sailplan.config.schema import Config, ParallelConfig
-from sailplan.curriculum.embedding import embed_view
 from sailplan.curriculum.testing import write_pack
 from sailplan.data.datasets import open_datasets
+from sailplan.embed.embedding import embed_view
 from sailplan.errors import ConfigurationError
 from sailplan.export.embeddings import export_embeddings, read_embeddings
 from sailplan.export.weights import export_weights, load_exported, read_whole

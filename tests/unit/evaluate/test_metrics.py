@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from sailplan.curriculum.scoring import Pairs, pair_scores, unit
+from sailplan.embed.scoring import Pairs, pair_scores, unit
 from sailplan.evaluate import metrics
 from sailplan_kernels.exchange import AllGather
 from sailplan_kernels.testing import run_ranks

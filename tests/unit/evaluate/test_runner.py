@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sailplan.config.schema import Config, EvaluationTask
-from sailplan.curriculum.embedding import embed_view
 from sailplan.curriculum.testing import write_pack
 from sailplan.data.datasets import open_datasets
+from sailplan.embed.embedding import embed_view
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate.runner import evaluate
 from sailplan.model.build import build_encoder

@@ -13,7 +13,7 @@ from sailplan.objective import patterns
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
-from sailplan.step.testing import HARD_NEGATIVES, WEIGHTS, global_batches, step_config
+from sailplan.parity.testing import HARD_NEGATIVES, WEIGHTS, global_batches, step_config
 from sailplan_kernels.exchange import Local
 from sailplan_kernels.infonce import infonce
 

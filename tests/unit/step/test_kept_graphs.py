@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sailplan.model.testing import join_layout
+from sailplan.parity.layouts import build_step, rank_batches
+from sailplan.parity.testing import THRESHOLDS, WEIGHTS, named_gradients
 from sailplan.step.kept_graphs import KeptGraphs, SavedBytes, host_memory
-from sailplan.step.parity import build_step, rank_batches
-from sailplan.step.testing import THRESHOLDS, WEIGHTS, named_gradients
 from sailplan.step.training_step import TrainingStep
 from sailplan_kernels.testing import run_ranks
 

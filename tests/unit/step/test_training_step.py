@@ -12,9 +12,9 @@ from sailplan.config.schema import OptimizerConfig
 from sailplan.errors import ConfigurationError, SailplanError
 from sailplan.model.parallelize import shard
 from sailplan.model.testing import join_layout
+from sailplan.parity.testing import build_modules, global_batches, share, step_config
 from sailplan.step.gradient_cache import view_is_trainable
 from sailplan.step.optimizer import build_optimizer, configure, set_learning_rate, set_trainable
-from sailplan.step.testing import build_modules, global_batches, share, step_config
 from sailplan.step.training_step import TrainingStep
 from sailplan_kernels.exchange import AllGather
 from sailplan_kernels.testing import RankFailure, run_ranks

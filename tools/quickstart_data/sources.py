@@ -13,7 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sailplan.data.build.record import BuildError
+from sailplan.data.writer import BuildError
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Losses to try the parity check on: the library's own, and three mistakes that public trainers make.
 
-    sailplan check parity --loss sailplan.step.example_losses:exact
+    sailplan check parity --loss sailplan.parity.example_losses:exact
 """
 
 from __future__ import annotations

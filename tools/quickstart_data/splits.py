@@ -13,7 +13,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from sailplan.data.build.record import Record
+from sailplan.data.writer import Record
 
 TRAIN, HELD_OUT = "train", "held_out"
 

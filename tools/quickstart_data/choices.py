@@ -14,8 +14,8 @@ from collections import defaultdict
 from collections.abc import Container, Iterator
 from typing import Any
 
-from sailplan.data.build.record import Record
-from sailplan.data.build.splits import HELD_OUT, TRAIN, fraction, split_by_name
+from quickstart_data.splits import HELD_OUT, TRAIN, fraction, split_by_name
+from sailplan.data.writer import Record
 
 ROOT = "homeassistant/components"
 LANGUAGES = "en de fr es it nl pl ru ja zh-Hans ko pt-BR sv cs tr da el uk ro ca hu fi nb vi".split()  # noqa: SIM905

@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sailplan.data.build.record import Record
-from sailplan.data.build.splits import TRAIN
+from quickstart_data.splits import TRAIN
+from sailplan.data.writer import Record
 
 VOCABULARY = 8192
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]  # ids 0, 1, 2, 3

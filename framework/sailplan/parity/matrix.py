@@ -1,4 +1,4 @@
-"""The proof of exactness as a table: `python -m sailplan.step.parity_matrix [--world N ...] [--markdown FILE]`.
+"""The proof of exactness as a table: `python -m sailplan.parity.matrix [--world N ...] [--markdown FILE]`.
 
 Four parts. The mixed step of all losses at every layout: worlds of 1, 2 and 4 ranks, tensor-parallel sizes 1 and 2, every
 sharding, every exchange, several micro-batch counts and numbers of kept graphs. The same in float32, whose rounding is
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from sailplan.step.parity import compare, reference, relative_errors, trajectory
-from sailplan.step.testing import WEIGHTS
+from sailplan.parity.layouts import compare, reference, relative_errors, trajectory
+from sailplan.parity.testing import WEIGHTS
 from sailplan_kernels.exchange import EXCHANGES
 
 LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2))  # (world, tensor parallel)
@@ -130,8 +130,8 @@ def markdown(found: Sequence[tuple[Any, ...]]) -> str:
         [
             "# Parity: every layout against the full batch",
             "",
-            "Made by `python -m sailplan.step.parity_matrix --markdown docs/parity.md`; the words are in [exactness](exactness.md). Each line is a",
-            "step of `sailplan.step.testing`: one, whose gradients are compared with those of the full batch by plain autograd in one process;",
+            "Made by `python -m sailplan.parity.matrix --markdown docs/parity.md`; the words are in [exactness](exactness.md). Each line is a",
+            "step of `sailplan.parity.testing`: one, whose gradients are compared with those of the full batch by plain autograd in one process;",
             "or, where it says so, twenty optimizer steps, whose losses and final parameters are compared with those of one rank.",
             "Error: the largest difference of any parameter's gradient, relative to that gradient's largest element.",
             "Encoder calls: micro-batches that a rank ran backward. Kept graphs: micro-batches that were not encoded a second time.",
@@ -158,7 +158,7 @@ def written(line: tuple[Any, ...]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table line by line; 1 if an error is above its limit."""
-    parser = argparse.ArgumentParser(prog="python -m sailplan.step.parity_matrix", description="compare every layout's gradients with the full batch's")
+    parser = argparse.ArgumentParser(prog="python -m sailplan.parity.matrix", description="compare every layout's gradients with the full batch's")
     parser.add_argument("--world", type=int, action="append", choices=(1, 2, 4), help="this world size only; may be repeated (default: all)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to a file")
     options = parser.parse_args(arguments)

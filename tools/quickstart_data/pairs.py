@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sailplan.data.build.record import Record
-from sailplan.data.build.splits import fraction, normal
+from quickstart_data.splits import fraction, normal
+from sailplan.data.writer import Record
 
 CLOSEST, SAME_SUBGROUP, STRANGERS = 3, 1, 1  # proposals of one emoji
 MOST = 10  # pairs that touch one emoji: without it a few emoji with two keywords would be everybody's neighbour

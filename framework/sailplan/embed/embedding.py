@@ -25,13 +25,11 @@ from sailplan.data.evaluation import EvaluationRows
 from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.reader import RecordReader
 from sailplan.data.record import EncoderInputs
-from sailplan.errors import ConfigurationError
+from sailplan.embed.exchange import exchange_of
 from sailplan.model.parallelize import reshard
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.transfer import to_device
 from sailplan.step.upload import Uploads
-from sailplan_kernels.exchange import ALL_EXCHANGES, AllGather, Local, RowSplit
-from sailplan_kernels.exchange.base import Exchange
 
 
 @dataclass(frozen=True)
@@ -70,23 +68,6 @@ class EmbeddedRows:
             vision,
             text,
         )
-
-
-def exchange_of(parallel: Parallel, kind: str = "all_gather") -> Exchange:
-    """The exchange over this rank's data-parallel group; kind: a name in ALL_EXCHANGES. Raises ConfigurationError for one that
-    cannot work here."""
-    if parallel.data_parallel_size == 1:
-        return Local()
-    try:
-        return ALL_EXCHANGES[kind](parallel.data_parallel_group)
-    except ValueError as error:
-        raise ConfigurationError(f"parallel.exchange={kind}: {error}") from error
-
-
-def training_exchange(parallel: Parallel, kind: str) -> Exchange:
-    """As `exchange_of`; tensor-parallel peers, who hold the same embeddings, share the rows of the loss among them."""
-    exchange = exchange_of(parallel, kind)
-    return exchange if parallel.tensor_parallel_size == 1 else RowSplit(exchange, AllGather(parallel.tensor_parallel_group))
 
 
 @contextmanager

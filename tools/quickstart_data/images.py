@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from sailplan.data.build.record import BuildError
+from sailplan.data.writer import BuildError
 
 SIDE = 64  # pixels
 NOTO_SIZE = 109  # the one size of Noto Color Emoji's bitmaps (136 x 128 pixels)

@@ -1,4 +1,4 @@
-"""Does a layout give the full batch's gradients? The comparison; `python -m sailplan.step.parity_matrix` prints the whole matrix.
+"""Does a layout give the full batch's gradients? The comparison; `python -m sailplan.parity.matrix` prints the whole matrix.
 
 One mixed step with every loss runs through the gradient cache on a sharded encoder; its gradients, gathered, are compared
 with those of the full batch by plain autograd in one process, in float64. Error: the worst of all parameters' gradients,
@@ -18,9 +18,7 @@ from sailplan.config.schema import OptimizerConfig
 from sailplan.data.record import StepBatch
 from sailplan.model.parallelize import checkpoint_activations, shard
 from sailplan.model.testing import join_layout, whole_tensor
-from sailplan.runtime.process import Parallel
-from sailplan.step.optimizer import build_optimizer
-from sailplan.step.testing import (
+from sailplan.parity.testing import (
     ROWS,
     THRESHOLDS,
     WEIGHTS,
@@ -31,6 +29,8 @@ from sailplan.step.testing import (
     share,
     step_config,
 )
+from sailplan.runtime.process import Parallel
+from sailplan.step.optimizer import build_optimizer
 from sailplan.step.training_step import TrainingStep
 from sailplan_kernels.exchange import EXCHANGES, AllGather, RowSplit
 from sailplan_kernels.testing import run_ranks
@@ -77,7 +77,7 @@ def build_step(
     compute_dtype: torch.dtype | None = None,
     vision: str = "own",
 ) -> TrainingStep:
-    """The step of step.testing at a layout; sharding: shard, hybrid (two copies) or replicate; checkpointing: of activations."""
+    """The step of parity.testing at a layout; sharding: shard, hybrid (two copies) or replicate; checkpointing: of activations."""
     config = step_config(kept_graphs=kept_graphs, dropout=dropout, vision=vision)
     config.parallel.dtype = str(compute_dtype or dtype).removeprefix("torch.")
     encoder, objectives, temperatures = build_modules(config, dtype, share_encoders=share_encoders, sequence_parallel=sequence_parallel)
@@ -135,7 +135,7 @@ def cached_step(
 
 
 def named_parameters(step: TrainingStep) -> dict[str, nn.Parameter]:
-    """All parameters of a step, by the names that `step.testing.named_gradients` uses."""
+    """All parameters of a step, by the names that `parity.testing.named_gradients` uses."""
     modules = (("encoder", step.encoder), ("objectives", step.objectives), ("temperatures", step.temperatures))
     return {f"{prefix}.{name}": parameter for prefix, module in modules for name, parameter in module.named_parameters()}
 

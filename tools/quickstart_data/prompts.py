@@ -11,10 +11,10 @@ from pathlib import Path
 
 import soundfile
 
-from sailplan.data.build.audio import opus
-from sailplan.data.build.record import BuildError, Record
-from sailplan.data.build.sources import Unpacked
-from sailplan.data.build.splits import split_by_name
+from quickstart_data.audio import opus
+from quickstart_data.sources import Unpacked
+from quickstart_data.splits import split_by_name
+from sailplan.data.writer import BuildError, Record
 
 
 def spoken_form(transcript: str) -> str:

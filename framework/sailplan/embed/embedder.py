@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sailplan.config.schema import Config, ViewConfig
-from sailplan.curriculum.embedding import EmbeddedRows, embed_view, exchange_of
 from sailplan.data.reader import RecordReader
+from sailplan.embed.embedding import EmbeddedRows, embed_view
+from sailplan.embed.exchange import exchange_of
 from sailplan.runtime.process import Parallel
 
 

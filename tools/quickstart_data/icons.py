@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 
-from sailplan.data.build.images import IconPainter, webp
-from sailplan.data.build.record import Record
-from sailplan.data.build.sources import Unpacked
-from sailplan.data.build.splits import split_by_name
+from quickstart_data.images import IconPainter, webp
+from quickstart_data.sources import Unpacked
+from quickstart_data.splits import split_by_name
+from sailplan.data.writer import Record
 
 
 def read_icons(unpacked: Unpacked) -> list[Record]:

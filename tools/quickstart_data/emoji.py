@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from sailplan.data.build.images import EmojiPainter, webp
-from sailplan.data.build.record import Record
-from sailplan.data.build.sources import Unpacked
-from sailplan.data.build.splits import split_by_name
+from quickstart_data.images import EmojiPainter, webp
+from quickstart_data.sources import Unpacked
+from quickstart_data.splits import split_by_name
+from sailplan.data.writer import Record
 
 LANGUAGES = "en da de es et fi fr hu it ja ko lt nb nl pl pt ru sv uk zh bn hi ms th vi".split()  # noqa: SIM905
 COMPONENTS = 2  # emojibase's group of skin tones and hair: parts, not pictures

@@ -1,4 +1,4 @@
-"""`python -m sailplan.data.build --out DIR [--sources DIR]`: fetch the sources, write the pack."""
+"""`python -m quickstart_data --out DIR [--sources DIR]`: fetch the sources, write the pack."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sailplan.data.build.record import BuildError
+from sailplan.data.writer import BuildError
 
 PER_SHARD = {"emoji": 500, "icons": 1000, "prompts": 300, "icon_choices": 1000, "icon_histories": 1000, "emoji_pairs": 2000}
 
 
 def build(out: Path, sources: Path, scratch: Path) -> None:
-    from sailplan.data.build import images, splits
-    from sailplan.data.build.choices import read_choices
-    from sailplan.data.build.emoji import read_emoji
-    from sailplan.data.build.icons import read_icons
-    from sailplan.data.build.manifest import describe_set, write_manifest
-    from sailplan.data.build.pairs import emoji_pairs
-    from sailplan.data.build.prompts import read_prompts
-    from sailplan.data.build.shards import write_shards
-    from sailplan.data.build.sources import unpack_all
-    from sailplan.data.build.tokenizer import train_tokenizer
+    from quickstart_data import images, splits
+    from quickstart_data.choices import read_choices
+    from quickstart_data.emoji import read_emoji
+    from quickstart_data.icons import read_icons
+    from quickstart_data.manifest import describe_set, write_manifest
+    from quickstart_data.pairs import emoji_pairs
+    from quickstart_data.prompts import read_prompts
+    from quickstart_data.sources import unpack_all
+    from quickstart_data.tokenizer import train_tokenizer
+    from sailplan.data.writer import write_shards
 
     images.check_pillow()
     unpacked = unpack_all(sources, scratch)
@@ -55,7 +55,7 @@ def build(out: Path, sources: Path, scratch: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sailplan.data.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m quickstart_data", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the pack into")
     parser.add_argument("--sources", type=Path, help="folder that keeps the fetched archives (default: thrown away)")
     chosen = parser.parse_args(arguments)

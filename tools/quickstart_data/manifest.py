@@ -12,7 +12,7 @@ from typing import Any
 
 import soundfile
 
-from sailplan.data.build.record import Record
+from sailplan.data.writer import Record
 
 ENCODERS = ("pillow", "soundfile", "tokenizers")
 
@@ -23,7 +23,7 @@ def sha256(path: Path) -> str:
 
 def describe_set(records: Sequence[Record], shards: Sequence[Path], root: Path) -> dict[str, Any]:
     """`content_bytes` is what the records hold; `bytes` the tar files, with USTAR's padding."""
-    from sailplan.data.build.shards import members
+    from sailplan.data.writer import members
 
     return {
         "records": len(records),

@@ -25,15 +25,15 @@ from sailplan.model.parallelize import checkpoint_activations, shard
 from sailplan.model.testing import join_layout, random_inputs, small_config, whole_tensor
 from sailplan.model.tower import PARTS
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
+from sailplan.parity.testing import build_modules, named_gradients, share
 from sailplan.runtime.process import Parallel
 from sailplan.step.optimizer import build_optimizer, set_learning_rate, set_trainable
-from sailplan.step.testing import build_modules, named_gradients, share
 from sailplan.step.training_step import TrainingStep
 from sailplan_kernels.exchange import AllGather, Local, RowSplit
 
 ROWS = 8
 EVERYTHING = ("text", "vision", "audio")
-Gradients = dict[str, Tensor]  # parameter, as `step.testing.named_gradients` names them -> its whole gradient
+Gradients = dict[str, Tensor]  # parameter, as `parity.testing.named_gradients` names them -> its whole gradient
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "layout": ((1, 1), (2, 1), (2, 2)),

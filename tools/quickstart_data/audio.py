@@ -12,7 +12,7 @@ import struct
 import numpy as np
 import soundfile
 
-from sailplan.data.build.record import BuildError
+from sailplan.data.writer import BuildError
 
 COMPRESSION = 0.97  # libsndfile's scale, about 13 kbit/s for 8 kHz mono
 SERIAL = 1
