@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sailplan.cli.main import COMMANDS, main
-from sailplan.config.checks import check
 from sailplan.config.compose import compose
+from sailplan.config.rules import check
 from sailplan.objective.registry import build_objectives, check_objectives
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from sailplan.config.checks import check, check_device
 from sailplan.config.compose import compose
+from sailplan.config.rules import check, check_device
 from sailplan.errors import ConfigurationError
 from sailplan.model.parallelize import checkpoint_activations, compile_blocks, reshard, set_gradient_sync, shard
 from sailplan.model.testing import join_layout, random_inputs, small_config, whole_tensor

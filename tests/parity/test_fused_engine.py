@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from sailplan.config.checks import check
 from sailplan.config.compose import compose
+from sailplan.config.rules import check
 from sailplan.config.schema import ModelConfig, ParallelConfig, TransformerShape
 from sailplan.errors import ConfigurationError
 from sailplan.model import fused

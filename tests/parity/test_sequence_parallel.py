@@ -15,8 +15,8 @@ import torch
 from megatron.core import tensor_parallel as megatron
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from sailplan.config.checks import check, check_device
 from sailplan.config.compose import compose
+from sailplan.config.rules import check, check_device
 from sailplan.errors import ConfigurationError
 from sailplan.model.testing import join_layout, random_inputs, small_config
 from sailplan.model.tower import OmniEncoder

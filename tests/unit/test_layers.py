@@ -64,8 +64,12 @@ def modules(folder: Path) -> list[Path]:
 
 
 def owner(path: Path) -> str:
-    """The package directly below sailplan that a module belongs to (or the module's own name)."""
-    return path.relative_to(SAILPLAN).with_suffix("").parts[0]
+    """The package directly below sailplan that a module belongs to (or the module's own name).
+
+    A room's config.py belongs to the configuration: it stands beside its component and imports nothing of it.
+    """
+    parts = path.relative_to(SAILPLAN).with_suffix("").parts
+    return "config" if parts[1:] == ("config",) else parts[0]
 
 
 def name_of(path: Path) -> str:
@@ -73,7 +77,8 @@ def name_of(path: Path) -> str:
 
 
 def packages_used(path: Path) -> set[str]:
-    names = {name.split(".")[1] for name in imported(path) if name.startswith("sailplan.")}
+    used = [name.split(".")[1:] for name in imported(path) if name.startswith("sailplan.")]
+    names = {"config" if name[1:2] == ["config"] else name[0] for name in used}
     return names & set(LEVEL)
 
 

@@ -119,6 +119,11 @@ def run(arguments: list[str]) -> int:
 
         return data_commands.run(options)
     if options.command in ("train", "plan", "check"):
+        from sailplan.cli.configuration import of_launch
+
+        if getattr(options, "ranks", None) is not None and options.ranks < 1:
+            raise ConfigurationError(f"--ranks {options.ranks}: expected at least 1")
+        options.config = of_launch(options)
         from sailplan.cli import train_commands
 
         return int(getattr(train_commands, options.command)(options))
@@ -126,6 +131,10 @@ def run(arguments: list[str]) -> int:
         from sailplan.cli import report_command
 
         return report_command.run(options)
+    from sailplan.cli.configuration import of_run
+
+    if not getattr(options, "merge", False):
+        of_run(options)  # a wrong key answers before the imports
     from sailplan.cli import run_commands
 
     return int(getattr(run_commands, options.command)(options))
@@ -141,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except SailplanError as error:
-        from sailplan.runtime.process import is_main_by_environment
+        from sailplan.runtime.environment import is_main_by_environment
 
         if is_main_by_environment() or not isinstance(error, StopRequested):  # a stop is the same for all ranks: told once
             print(f"sailplan: {error}", file=sys.stderr, flush=True)

@@ -16,14 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sailplan.checkpoint.exported import is_exported
-from sailplan.config.checks import check, check_device
-from sailplan.config.compose import changed, compose
+from sailplan.cli.configuration import of_run
+from sailplan.config.rules import check, check_device
 from sailplan.config.schema import BalanceConfig, Config, StageConfig
 from sailplan.data.datasets import open_datasets
 from sailplan.data.reader import RecordReader
 from sailplan.errors import EXIT_DONE, ConfigurationError
 from sailplan.export.weights import exported_model
-from sailplan.runtime.process import Parallel, is_main_by_environment, started, world_size_from_environment
+from sailplan.runtime.environment import is_main_by_environment, world_size_from_environment
+from sailplan.runtime.process import Parallel, started
 from sailplan.train.assemble import Whole, load_whole, newest_checkpoint
 from sailplan.train.run_folder import RunFolder
 
@@ -38,16 +39,6 @@ class _Run:
     step: int | None  # None: the weights are an exported folder's
     stage: str  # that the checkpoint's step was the last of, so far; "" of an exported folder
     readers: dict[str, RecordReader]
-
-
-def _configuration(options: argparse.Namespace) -> tuple[Config, RunFolder]:
-    if options.run_folder:
-        folder = RunFolder(Path(options.run_folder))
-        return changed(folder.load_config(), options.overrides), folder
-    config = compose(options.overrides)
-    folder = RunFolder(Path(config.runs) / config.name)
-    chosen = ("experiment", "name", "runs")  # these say which run
-    return changed(folder.load_config(), [line for line in options.overrides if line.lstrip("+").split("=", 1)[0] not in chosen]), folder
 
 
 def _check_out(out: str | None, *, file: bool = False) -> None:
@@ -72,7 +63,7 @@ def _artifacts(folder: RunFolder, config: Config) -> dict[str, Path]:
 
 @contextmanager
 def _opened(options: argparse.Namespace) -> Iterator[_Run]:
-    config, folder = _configuration(options)
+    config, folder = of_run(options)
     checkpoint = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(folder)
     if is_exported(checkpoint):
         config = replace(config, model=exported_model(checkpoint))
@@ -178,7 +169,7 @@ def export(options: argparse.Namespace) -> int:
         raise ConfigurationError(
             "export: found several checkpoints, --last or --weights, expected one checkpoint; for an average write: sailplan export merge"
         )
-    config, folder = _configuration(options)
+    config, folder = of_run(options)
     checkpoint = Path(options.checkpoint[0]) if options.checkpoint else newest_checkpoint(folder)
     print(export_weights(checkpoint, Path(options.out) if options.out else folder.root / "export", config=config), flush=True)
     return EXIT_DONE
@@ -209,7 +200,7 @@ def _merge_last(options: argparse.Namespace) -> int:
 
     if options.checkpoint or options.weights:
         raise ConfigurationError("export merge --last: found --checkpoint or --weights beside it, expected none; --decay gives unequal weights")
-    config, folder = _configuration(options)
+    config, folder = of_run(options)
     sources, weights = last_checkpoints(folder.checkpoints, options.last, options.decay)
     print(merge(sources, Path(options.out) if options.out else folder.root / "merged", weights=weights, config=config), flush=True)
     return EXIT_DONE

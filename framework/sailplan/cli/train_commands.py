@@ -5,45 +5,37 @@ from __future__ import annotations
 import argparse
 import json
 
-import torch
-
-from sailplan.config.checks import check as check_config
-from sailplan.config.checks import check_device
-from sailplan.config.compose import compose, config_hash
+from sailplan.config.compose import config_hash
+from sailplan.config.rules import check_device
 from sailplan.config.schema import Config
-from sailplan.errors import ConfigurationError
-from sailplan.runtime.process import started, world_size_from_environment
+from sailplan.model.check import check_model
+from sailplan.model.count import check_weights
+from sailplan.model.fused import chosen_extension
+from sailplan.objective.registry import build_objectives, check_objectives
+from sailplan.runtime.environment import world_size_from_environment
+from sailplan.runtime.process import device_type, started
 
 
-def _config(options: argparse.Namespace, world_size: int) -> Config:
-    """The composed configuration, refused where no world of this size could run it."""
-    from sailplan.model.check import check_model
-    from sailplan.model.count import check_weights
-    from sailplan.objective.registry import build_objectives, check_objectives
-
-    config = compose(options.overrides)
-    check_config(config, world_size)
+def _check(config: Config) -> None:
+    """Raise ConfigurationError for losses, model shapes and published weights that no world could run."""
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, allowed_targets=config.allowed_targets)
     check_objectives(objectives, {name: config.stages[name] for name in config.order}, config.data.sets)
     check_model(config.model, config.parallel.tensor, share_encoders=config.parallel.encoders == "share")
     check_weights(config.model)
-    return config
 
 
-def _config_here(options: argparse.Namespace) -> Config:
-    """As `_config`, of this launch's ranks; refused too where this machine's devices could not run it."""
-    from sailplan.model.fused import chosen_extension
-
-    config = _config(options, world_size_from_environment())
+def _check_here(config: Config) -> None:
+    """As `_check`; refuse too what this machine's devices could not run."""
+    _check(config)
     check_device(config)
-    chosen_extension(config.parallel, "cuda" if torch.cuda.is_available() else "cpu")
-    return config
+    chosen_extension(config.parallel, device_type())
 
 
 def train(options: argparse.Namespace) -> int:
     from sailplan.train.run import train as run
 
-    run(_config_here(options))
+    _check_here(options.config)
+    run(options.config)
     return 0
 
 
@@ -51,10 +43,8 @@ def plan(options: argparse.Namespace) -> int:
     from sailplan.train.preview import describe, render
 
     world_size = world_size_from_environment() if options.ranks is None else options.ranks
-    if world_size < 1:
-        raise ConfigurationError(f"--ranks {world_size}: expected at least 1")
-    config = _config(options, world_size)
-    described = describe(config, world_size)
+    _check(options.config)
+    described = describe(options.config, world_size)
     print(json.dumps(described, indent=1) if options.json else render(described))
     return 0
 
@@ -62,10 +52,11 @@ def plan(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """Configuration and model sizes, then every shard's index, then a collective over the ranks; and which optional extensions were found."""
     from sailplan.data.datasets import open_datasets
-    from sailplan.model.fused import USED, chosen_extension, extensions
+    from sailplan.model.fused import USED, extensions
     from sailplan.train.assemble import check_data
 
-    config = _config_here(options)
+    config: Config = options.config
+    _check_here(config)
     readers = open_datasets(config)
     check_data(config, readers)
     with started(config.parallel) as parallel:

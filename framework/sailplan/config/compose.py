@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sailplan.config.components import build, schema_of
 from sailplan.config.overrides import apply, explain_value, is_value, nearest, parse
-from sailplan.config.schema import Config, OptimizerConfig, StageConfig
+from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 
 # Fields that say *what* is trained, in which order: a resumed run must have the same ones.
@@ -37,21 +38,7 @@ IDENTITY = ("seed", "global_batch", "order", "stages", "data", "model", "objecti
 _NOT_IDENTITY = (("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"))
 
 
-def _common_optimizer() -> OptimizerConfig:
-    """Each setting of a stage's optimizer is the common one, unless the stage names its own."""
-    return OptimizerConfig(**{field.name: f"${{optimizer.{field.name}}}" for field in fields(OptimizerConfig)})  # type: ignore[arg-type]
-
-
-@dataclass
-class _StageSchema(StageConfig):
-    optimizer: OptimizerConfig = field(default_factory=_common_optimizer)
-
-
-@dataclass
-class _Schema(Config):
-    stages: dict[str, _StageSchema] = field(default_factory=dict)  # type: ignore[assignment]
-
-
+_Schema = schema_of(Config)
 ConfigStore.instance().store(name="schema", node=_Schema)
 
 
@@ -121,13 +108,13 @@ def _explain(error: HydraException, folders: Sequence[Path]) -> str:
 
 
 def typed(raw: DictConfig) -> Config:
-    """Checks types and keys against the schema, resolves interpolations, converts to dataclasses."""
+    """Return the configuration after checking types, keys and each component's rules, with interpolations resolved."""
     try:
-        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Schema), raw))
+        values = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(_Schema), raw), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigurationError(explain_value(error)) from error
-    assert isinstance(result, Config)
-    return result
+    assert isinstance(values, dict)
+    return build(Config, {str(key): value for key, value in values.items()})
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
 from functools import reduce
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -117,6 +117,8 @@ def _is_mapping(hint: Any) -> bool:
 def _words(hint: Any) -> str:
     if is_dataclass(hint):
         return f"{{KEY: VALUE}} with some of: {', '.join(_names(hint))}"
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
     return WORDS.get(get_origin(hint) or hint, "")
 
 

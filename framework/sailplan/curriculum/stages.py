@@ -187,7 +187,7 @@ def balance_sets(
 # ---------------------------------------------------------------- parts
 def _artifact_readers(stage: StageConfig, config: Config, folder: Path) -> dict[str, RecordReader]:
     """Readers of the stage's data sets whose shards are artifacts that it made."""
-    made = {name: folder / name for name in stage.artifacts if (folder / name).is_dir()}
+    made: dict[str, Path] = {name: folder / name for name in stage.artifacts if (folder / name).is_dir()}
     wanted = [name for name in stage.data if config.data.sets[name].shards in {ARTIFACT + artifact for artifact in made}]
     opened = open_datasets(config, made, wanted)
     return {name: opened[name] for name in wanted}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sailplan.config.checks import check_dataset
+from sailplan.config.components import validate as check_settings
 from sailplan.config.schema import ARTIFACT, Config
 from sailplan.data.index import ShardIndex
 from sailplan.data.lengths import LengthIndex
@@ -32,6 +32,7 @@ def open_datasets(
     opening fetches and scans every one.
     Raises ConfigurationError naming the key, BadDataError naming a damaged shard.
     """
+    check_settings(config.data, "data")
     sets = config.data.sets
     folders = dict(artifacts or {})
     readers: dict[str, RecordReader] = {}
@@ -50,7 +51,6 @@ def _open(
     if name in readers:
         return readers[name]
     dataset = config.data.sets[name]
-    check_dataset(config, name)
     catalogue = _open(config, dataset.catalogue, folders, readers, progress) if dataset.catalogue else None
     shards = dataset.shards
     if shards.startswith(ARTIFACT):

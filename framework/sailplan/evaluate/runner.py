@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sailplan.config.checks import check_task
+from sailplan.config.rules import check_task
 from sailplan.config.schema import Config, EvaluationTask
 from sailplan.data.reader import RecordReader
 from sailplan.embed.embedder import Embedder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from sailplan.config.components import validate
 from sailplan.config.schema import AudioConfig, ModelConfig, TransformerShape
 from sailplan.errors import ConfigurationError
 from sailplan.model.blocks import ACTIVATIONS, NORMS, head_size
@@ -110,6 +111,7 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
     """
     vision, audio = config.vision, config.audio
     cut = 1 if share_encoders else tensor_parallel
+    validate(config, "model")
     _check_shape("model.tower", config.tower, tensor_parallel, rotary=True)
     _check_shape("model.vision.encoder", vision.encoder, cut, rotary=False)
     if vision.backbone == "qwen3_vl":
@@ -125,10 +127,6 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
         _fail("model.vocabulary", config.vocabulary, f"a multiple of parallel.tensor={tensor_parallel}", "round it up; unused entries cost little")
     if config.embedding != config.tower.hidden:
         _fail("model.embedding", config.embedding, f"model.tower.hidden={config.tower.hidden} (there is no output projection)", "make them equal")
-    if not config.prefixes or sorted(set(config.prefixes)) != list(config.prefixes) or config.prefixes[0] < 1:
-        _fail("model.prefixes", list(config.prefixes), "sizes in increasing order", "for example [64, 128, 256]")
-    if config.prefixes[-1] > config.embedding:
-        _fail("model.prefixes", list(config.prefixes), f"sizes up to model.embedding={config.embedding}", "end the list with the full size")
     _one_of("model.pooling", config.pooling, POOLINGS)
     _positive("model.pooling_latents", config.pooling_latents)
     _positive("model.pooling_heads", config.pooling_heads)

@@ -13,36 +13,27 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sailplan.config.fields import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from sailplan.config.schema import DatasetConfig
 from sailplan.errors import ConfigurationError
 
-LOWEST, HIGHEST = 0.005, 1.0
-
 
 class Temperatures(nn.Module):
-    """A log-temperature (0-d float32 parameter) per "DATASET/PATTERN".
-
-    Raises ConfigurationError for a start value outside the bounds or a name with a dot, which no parameter may have.
-    """
+    """A log-temperature (0-d float32 parameter) per "DATASET/PATTERN"."""
 
     def __init__(self, datasets: Mapping[str, DatasetConfig]) -> None:
         super().__init__()
         self.logarithms = nn.ParameterDict()
         for dataset, config in datasets.items():
-            if not LOWEST <= config.temperature <= HIGHEST:
-                raise ConfigurationError(f"data.sets.{dataset}.temperature={config.temperature}: expected {LOWEST} to {HIGHEST}")
             for pattern in config.patterns:
-                name = f"{dataset}/{pattern}"
-                if "." in name:
-                    raise ConfigurationError(f"data.sets.{dataset}.patterns.{pattern}: found a dot in the name, expected none; rename it")
-                self.logarithms[name] = nn.Parameter(torch.tensor(math.log(config.temperature)))
+                self.logarithms[f"{dataset}/{pattern}"] = nn.Parameter(torch.tensor(math.log(config.temperature)))
 
     def get(self, dataset: str, pattern: str) -> Tensor:
         """The temperature in use, a 0-d tensor with gradient."""
         name = f"{dataset}/{pattern}"
         if name not in self.logarithms:
             raise ConfigurationError(f"temperature of '{name}': no such data set and pattern, expected one of {', '.join(self.logarithms)}")
-        return self.logarithms[name].clamp(math.log(LOWEST), math.log(HIGHEST)).exp()
+        return self.logarithms[name].clamp(math.log(LOWEST_TEMPERATURE), math.log(HIGHEST_TEMPERATURE)).exp()
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -51,15 +42,15 @@ class Temperatures(nn.Module):
         inside = 1e-6
         logarithms = [logarithm.data for logarithm in self.logarithms.values()]
         if logarithms:
-            torch._foreach_clamp_min_(logarithms, math.log(LOWEST) + inside)
-            torch._foreach_clamp_max_(logarithms, math.log(HIGHEST) - inside)
+            torch._foreach_clamp_min_(logarithms, math.log(LOWEST_TEMPERATURE) + inside)
+            torch._foreach_clamp_max_(logarithms, math.log(HIGHEST_TEMPERATURE) - inside)
 
     @torch.no_grad()
     def packed(self) -> Tensor:
         """The temperatures in use, float64 [n] on the device, in the order of `names`."""
         if not self.logarithms:
             return torch.zeros(0, dtype=torch.float64)
-        return torch.stack(list(self.logarithms.values())).double().exp().clamp(LOWEST, HIGHEST)
+        return torch.stack(list(self.logarithms.values())).double().exp().clamp(LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)
 
     @property
     def names(self) -> list[str]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sailplan.observe.sink import Examples, Results, Sink, StageInfo, Value
+from sailplan.runtime.environment import world_size_from_environment
 from sailplan.runtime.files import write_whole
-from sailplan.runtime.process import world_size_from_environment
 
 METRICS, PREVIOUS, STAGES, EVALUATION, QUARANTINE = "metrics.jsonl", "metrics.previous.jsonl", "stages.json", "evaluation", "quarantine.jsonl"
 

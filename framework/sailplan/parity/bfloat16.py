@@ -19,20 +19,23 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from sailplan.checkpoint.store import load, save
-from sailplan.config.schema import Config, DataConfig, DatasetConfig, OptimizerConfig, PatternConfig, StepConfig, ViewConfig
+from sailplan.config.schema import Config, DataConfig, DatasetConfig, OptimizerConfig, ParallelConfig, PatternConfig, StepConfig, ViewConfig
+from sailplan.data.config import Modality
 from sailplan.data.record import StepBatch, ViewBatch
 from sailplan.model.parallelize import checkpoint_activations, shard
 from sailplan.model.testing import join_layout, random_inputs, small_config, whole_tensor
 from sailplan.model.tower import PARTS
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
 from sailplan.parity.testing import build_modules, named_gradients, share
+from sailplan.runtime.config import Dtype
 from sailplan.runtime.process import Parallel
+from sailplan.step.config import Backend
 from sailplan.step.optimizer import build_optimizer, set_learning_rate, set_trainable
 from sailplan.step.training_step import TrainingStep
 from sailplan_kernels.exchange import AllGather, Local, RowSplit
 
 ROWS = 8
-EVERYTHING = ("text", "vision", "audio")
+EVERYTHING: tuple[Modality, ...] = ("text", "vision", "audio")
 Gradients = dict[str, Tensor]  # parameter, as `parity.testing.named_gradients` names them -> its whole gradient
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -54,7 +57,7 @@ class Case:
     """One choice of each of CHOICES."""
 
     layout: tuple[int, int] = (1, 1)  # (ranks, tensor-parallel size)
-    modalities: tuple[str, ...] = EVERYTHING  # of the step's data; other parts take no part in it
+    modalities: tuple[Modality, ...] = EVERYTHING  # of the step's data; other parts take no part in it
     trainable: tuple[str, ...] = ("all",)  # as in a stage
     views: str = "single"  # single: a view has one modality, so that the last micro-batch alone runs its part | fused: some have all
     micro_batches: int = 1  # a view and rank; 1: its rows fit into one
@@ -83,24 +86,23 @@ def pairwise(choices: Mapping[str, Sequence[Any]] = CHOICES) -> list[Case]:
     return cases
 
 
-def case_config(modalities: Sequence[str], views: str = "single", *, kept_graphs: int = 0, dtype: str = "bfloat16", backend: str = "auto") -> Config:
+def case_config(modalities: Sequence[Modality], views: str = "single", *, kept_graphs: int = 0, dtype: Dtype = "bfloat16", backend: Backend = "auto") -> Config:
     """One data set of items: a view of each modality, paired with the next, or with one that has them all."""
-    declared = {name: ViewConfig(modalities=[name]) for name in modalities}
+    declared: dict[str, ViewConfig] = {name: ViewConfig(modalities=[name]) for name in modalities}
     if views == "fused" or len(modalities) == 1:
         declared["item"] = ViewConfig(modalities=list(modalities))
         pairs = [(name, "item") for name in modalities]
     else:
         pairs = list(itertools.pairwise(modalities))
     patterns = {f"{query}_to_{target}": PatternConfig(query, target) for query, target in pairs}
-    config = Config(
+    return Config(
         seed=3,
         data=DataConfig(sets={"items": DatasetConfig(kind="items", views=declared, patterns=patterns, temperature=0.2)}),
         model=small_config(),
         step=StepConfig(kept_graphs=kept_graphs, backend=backend),
+        parallel=ParallelConfig(dtype=dtype),
         objectives={"infonce": {"_target_": "sailplan.objective.infonce.InfoNCE"}},
     )
-    config.parallel.dtype = dtype
-    return config
 
 
 def whole_batch(config: Config, number: int) -> StepBatch:
@@ -118,7 +120,7 @@ def whole_batch(config: Config, number: int) -> StepBatch:
     return StepBatch(step=number, dataset=name, record_ids=[str(row) for row in range(ROWS)], views=views, patterns=patterns)
 
 
-def plain_gradients(modalities: Sequence[str], views: str, dtype: torch.dtype, number: int = 2) -> tuple[float, Gradients]:
+def plain_gradients(modalities: Sequence[Modality], views: str, dtype: torch.dtype, number: int = 2) -> tuple[float, Gradients]:
     """Loss and gradients of a step's whole batch: an encoder of `dtype`, plain autograd, nothing frozen, no cache; in a world of one rank."""
     join_layout(1)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
@@ -160,7 +162,7 @@ def _batches(case: Case, config: Config, number: int, parallel: Parallel) -> lis
     return [share(whole_batch(config, number), parallel.data_parallel_rank, size, case.micro_batches, rows, dtype)]
 
 
-def case_step(case: Case, parallel: Parallel, folder: Path, *, dtype: str = "bfloat16") -> tuple[TrainingStep, list[StepBatch]]:
+def case_step(case: Case, parallel: Parallel, folder: Path, *, dtype: Dtype = "bfloat16") -> tuple[TrainingStep, list[StepBatch]]:
     """A training step that has come as far as the case says, and this rank's rows of the step to do; folder: for a checkpoint, shared by all ranks."""
     config = case_config(case.modalities, case.views, kept_graphs=case.kept_graphs, dtype=dtype)
     step, whole = _build(case, config, parallel)
@@ -183,7 +185,7 @@ def case_step(case: Case, parallel: Parallel, folder: Path, *, dtype: str = "bfl
     return step, _batches(case, config, 2, parallel)
 
 
-def case_gradients(case: Case, parallel: Parallel, folder: Path, *, dtype: str = "bfloat16") -> tuple[float, Gradients]:
+def case_gradients(case: Case, parallel: Parallel, folder: Path, *, dtype: Dtype = "bfloat16") -> tuple[float, Gradients]:
     """Loss and whole gradients of a case's step, on every rank of the layout."""
     step, batches = case_step(case, parallel, folder, dtype=dtype)
     loss, *_ = step.gradients(batches, {"infonce": 1.0}, step=2, stage="one")

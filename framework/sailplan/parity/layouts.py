@@ -29,6 +29,7 @@ from sailplan.parity.testing import (
     share,
     step_config,
 )
+from sailplan.runtime.config import Dtype
 from sailplan.runtime.process import Parallel
 from sailplan.step.optimizer import build_optimizer
 from sailplan.step.training_step import TrainingStep
@@ -50,6 +51,8 @@ class Row:
     encoder_calls: int  # micro-batches that a rank ran backward
     error: float
     worst: str  # the parameter with that error, or loss
+
+DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 
 
 def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -79,7 +82,7 @@ def build_step(
 ) -> TrainingStep:
     """The step of parity.testing at a layout; sharding: shard, hybrid (two copies) or replicate; checkpointing: of activations."""
     config = step_config(kept_graphs=kept_graphs, dropout=dropout, vision=vision)
-    config.parallel.dtype = str(compute_dtype or dtype).removeprefix("torch.")
+    config.parallel.dtype = DTYPES[compute_dtype or dtype]
     encoder, objectives, temperatures = build_modules(config, dtype, share_encoders=share_encoders, sequence_parallel=sequence_parallel)
     if checkpointing:
         checkpoint_activations(encoder)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sailplan.config.schema import DatasetConfig, PatternConfig, ViewConfig
+from sailplan.data.config import Kind, Part
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
 from sailplan.objective.temperature import Temperatures
@@ -106,8 +107,8 @@ def of_objective(objective: type[Objective]) -> Loss:
     """An Objective class, with its options' defaults, as a function of queries and keys: the two views of one pattern, in a data
     set of items or, where the loss does not apply to these, of graded pairs. Raises ConfigurationError where it applies to neither.
     """
-    parts = {"items": ("item", "item"), "pairs": ("query", "target")}  # what the two views show of a record of each kind
-    sets = {
+    parts: dict[Kind, tuple[Part, Part]] = {"items": ("item", "item"), "pairs": ("query", "target")}  # what the two views show of a record of each kind
+    sets: dict[str, DatasetConfig] = {
         kind: DatasetConfig(
             kind=kind,
             views={name: ViewConfig(part, ["vision", "text"]) for name, part in zip(("query", "target"), shown, strict=True)},

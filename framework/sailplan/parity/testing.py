@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sailplan.config.schema import Config, DataConfig, DatasetConfig, PatternConfig, StepConfig, ViewConfig
+from sailplan.data.config import Modality
 from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
 from sailplan.model.testing import random_inputs, small_config
 from sailplan.model.tower import OmniEncoder
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
+from sailplan.step.config import Backend
 from sailplan_kernels.exchange import Local
 
 WEIGHTS = {"infonce": 1.0, "cosent": 0.3, "micl": 0.4, "late_fusion": 0.5, "seq2item": 0.7, "id2item": 0.6}
@@ -32,7 +34,7 @@ HISTORY, HARD_NEGATIVES = 3, 2
 TEACHERS = {"svd": 3, "nmf": 5}
 
 
-def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: str = "chunked", vision: str = "own") -> Config:
+def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: Backend = "chunked", vision: str = "own") -> Config:
     """A configuration with three data sets and all objectives over model.testing's small encoder; vision: as there."""
     items = DatasetConfig(
         kind="items",
@@ -50,7 +52,7 @@ def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: str = "c
         },
         temperature=0.2,
     )
-    both = ["vision", "text"]
+    both: list[Modality] = ["vision", "text"]
     pairs = DatasetConfig(
         kind="pairs",
         views={"query": ViewConfig("query", both), "item": ViewConfig("target", both)},

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from sailplan.config.schema import ParallelConfig
-from sailplan.errors import ConfigurationError
+from sailplan.runtime.config import ParallelConfig
+from sailplan.runtime.environment import fill_in_slurm, node_count, world_size_from_environment
 
 
 @dataclass(frozen=True)
@@ -56,39 +56,6 @@ class Parallel:
         return str(box[0])
 
 
-def _slurm_environment() -> None:
-    """Fills in torchrun's variables where only srun started the tasks."""
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        for name, source in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
-            os.environ[name] = os.environ[source]
-        if "MASTER_ADDR" not in os.environ:
-            raise ConfigurationError("MASTER_ADDR is not set under srun: export the first node's name (launch/slurm.sbatch does it)")
-        os.environ.setdefault("MASTER_PORT", "29500")
-
-
-def world_size_from_environment() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def node_count(world_size: int) -> int:
-    """Nodes of the world, from the launcher's LOCAL_WORLD_SIZE; 1 without it, or where it does not divide the world."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return world_size // local if 0 < local <= world_size and world_size % local == 0 else 1
-
-
-def is_main_by_environment() -> bool:
-    """Whether this is the launch's first process, or the only one; for work that needs one process and no group."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
-def check_world(config: ParallelConfig, world_size: int) -> None:
-    """Raises ConfigurationError where the world cannot be cut into tensor-parallel groups."""
-    if config.tensor < 1 or world_size % config.tensor:
-        raise ConfigurationError(
-            f"parallel.tensor={config.tensor} does not divide the world of {world_size} processes: use a divisor, or start another number of processes"
-        )
-
-
 def device_type() -> str:
     """The kind of device that a run on this machine computes on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,9 +69,9 @@ def started(config: ParallelConfig) -> Iterator[Parallel]:
     """
     from megatron.core import parallel_state
 
-    _slurm_environment()
+    fill_in_slurm()
     world_size = world_size_from_environment()
-    check_world(config, world_size)
+    config.check_world(world_size)
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     if device_type() == "cuda":

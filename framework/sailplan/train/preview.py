@@ -25,7 +25,8 @@ from sailplan.errors import ConfigurationError
 from sailplan.model.count import count_parameters
 from sailplan.objective.backends import planned_backends
 from sailplan.objective.registry import objective_class
-from sailplan.runtime.process import device_type, node_count
+from sailplan.runtime.environment import node_count
+from sailplan.runtime.process import device_type
 from sailplan.train.assemble import check_data
 from sailplan.train.memory import estimate_memory
 from sailplan.train.schedule import StageSpan, learning_rate_scale, spans

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
-from sailplan.config.checks import check
 from sailplan.config.compose import as_dict, changed, compose, config_hash, from_dict, identity, identity_difference
-from sailplan.config.ranges import RANGES
+from sailplan.config.rules import check
 from sailplan.errors import ConfigurationError
+from sailplan.runtime.config import ParallelConfig
+from sailplan_kernels.exchange import ALL_EXCHANGES
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 SINGLE_GROUPS = ("model", "audio", "vision", "optimizer", "parallel", "checkpoint", "tracking")
@@ -105,7 +110,7 @@ def test_quickstart_is_short_enough_to_read() -> None:
         (["experiment=quickstart", "data.lanes=0"], ["data.lanes=0", "at least 1"]),
         (["experiment=quickstart", "optimizer.learning_rate=-1"], ["optimizer.learning_rate=-1.0", "at least 0"]),
         (["experiment=quickstart", "stages.nearest.subset.nearest=1.5"], ["stages.nearest.subset.nearest=1.5", "at most 1"]),
-        (["experiment=quickstart", "data.sets.emoji.temperature=0"], ["data.sets.emoji.temperature=0.0", "above 0"]),
+        (["experiment=quickstart", "data.sets.emoji.temperature=0"], ["data.sets.emoji.temperature=0.0", "from 0.005 to 1"]),
         (["experiment=quickstart", "evaluation.tasks.icon_choice.kind=guess"], ["evaluation.tasks.icon_choice.kind=guess", "retrieval"]),
         (["experiment=quickstart", "evaluation.tasks.icon_choice.metrics=[accuracy]"], ["evaluation.tasks.icon_choice.metrics", "accuracy", "recall"]),
         (["experiment=quickstart", "evaluation.tasks.icon_choice.candidates=some"], ["evaluation.tasks.icon_choice.candidates=some", "split, all"]),
@@ -113,7 +118,7 @@ def test_quickstart_is_short_enough_to_read() -> None:
         (["experiment=quickstart", "evaluation.tasks.emoji_subgroups.label=null"], ["evaluation.tasks.emoji_subgroups.label", "empty"]),
         (["experiment=quickstart", "evaluation.tasks.icon_choice.dataset=icon_neighbours"], ["evaluation.tasks.icon_choice.dataset", "artifact:"]),
         (["experiment=quickstart", "evaluation.benchmark=[nothing]"], ["evaluation.benchmark=nothing", "icon_choice"]),
-        (["experiment=quickstart", "initialise_parts=[optimizer]"], ["initialise_parts=optimizer", "encoder, objectives, temperatures"]),
+        (["experiment=quickstart", "initialise_parts=[optimizer]"], ["initialise_parts.0=optimizer", "encoder, objectives, temperatures"]),
         (["experiment=quickstart", "initialise_from=runs/other", "initialise_parts=[]"], ["initialise_parts", "initialise_from=runs/other", "encoder"]),
     ],
 )
@@ -154,14 +159,39 @@ def test_new_entries_and_sections_that_were_null_can_be_set_on_the_command_line(
         changed(config, ["tracking=online"])
 
 
-def test_every_range_is_of_a_key_that_there_is() -> None:
-    config = compose(["experiment=quickstart", "stages.hard.balance={}", "stages.hard.subset.nearest=0.5", "evaluation.tasks.icon_choice.limit=5"])
-    for pattern in RANGES:
-        node = [as_dict(config)]
-        for name in pattern.split("."):
-            entries = [value if isinstance(value, dict) else dict(enumerate(value or [])) for value in node]
-            node = [value for entry in entries for key, value in entry.items() if name in ("*", key)]
-        assert any(isinstance(value, int | float) for value in node), pattern
+def test_compose_itself_refuses_what_a_component_refuses() -> None:
+    """No command can accept what another refuses: whoever has a configuration has a validated one."""
+    for lines, words in {
+        "data.sets.emoji.temperature=2": "data.sets.emoji.temperature=2.0: expected a number from 0.005 to 1",
+        "step.kept_graphs=-2": "step.kept_graphs=-2: expected a number at least -1 (-1: all), or auto",
+        "step.kept_graphs=all": "step.kept_graphs=all: expected a number at least -1 (-1: all), or auto",
+        "optimizer.epsilon=nan": "optimizer.epsilon=nan: expected a number above 0",
+        "optimizer.betas=[0.9,1.0]": "optimizer.betas.1=1.0: expected a number at least 0, below 1",
+        "parallel.dtype=float16": "parallel.dtype=float16: expected one of float32, bfloat16, float64",
+        "stages.hard.data.emoji=0": "stages.hard.data.emoji=0.0: expected a number above 0",
+    }.items():
+        with pytest.raises(ConfigurationError, match=re.escape(words)):
+            compose(["experiment=quickstart", lines])
+    saved = compose(["experiment=quickstart"])
+    with pytest.raises(ConfigurationError, match=r"evaluation\.batch=0"):
+        changed(saved, ["evaluation.batch=0"])
+    with pytest.raises(ConfigurationError, match=r"checkpoint\.keep=0"):
+        from_dict(as_dict(saved) | {"checkpoint": {"keep": 0}})
+
+
+def test_the_choice_of_exchanges_is_that_of_the_kernels() -> None:
+    assert set(get_args(get_type_hints(ParallelConfig)["exchange"])) == set(ALL_EXCHANGES)
+
+
+def test_a_wrong_key_is_answered_before_anything_heavy_is_imported() -> None:
+    """Importing torch, megatron-core and W&B takes ten seconds; a configuration is composed and checked without them."""
+    code = (
+        "import sys\nfrom sailplan.cli.main import main\n"
+        "code = main(['train', 'experiment=quickstart', 'data.lanez=4'])\n"
+        "found = [name for name in ('torch', 'megatron', 'wandb', 'transformers', 'sklearn', 'scipy', 'matplotlib') if name in sys.modules]\n"
+        "assert code == 64 and not found, (code, found)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def set_key(config: Config, path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("things.views.title.modalities", ["text", "smell"], r"data\.sets\.things\.views\.title\.modalities=.*smell"),
+        ("things.views.title.modalities", ["text", "smell"], r"data\.sets\.things\.views\.title\.modalities\.1=smell"),
         ("things.views.title.fields", [], r"data\.sets\.things\.views\.title\.fields is empty"),
         ("things.views.title.of", "query", r"views\.title\.of=query: .*'items' has item"),
         ("things.views.title.pick", "two", r"views\.title\.pick=two"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from sailplan.config.fields import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from sailplan.config.schema import DatasetConfig, PatternConfig, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.cosent import CoSENT, cosent
@@ -19,7 +20,7 @@ from sailplan.objective.late_fusion import LateFusion
 from sailplan.objective.micl import MICL
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
 from sailplan.objective.seq2item import Seq2Item
-from sailplan.objective.temperature import HIGHEST, LOWEST, Temperatures
+from sailplan.objective.temperature import Temperatures
 from sailplan_kernels.exchange import Local
 
 D, ROWS = 8, 6
@@ -303,7 +304,7 @@ def test_temperatures_start_as_configured_stay_in_bounds_and_can_come_back() -> 
     temperatures = Temperatures(DATASETS)
     assert temperatures.values()["items/image_to_name"] == pytest.approx(0.1)
     parameter = temperatures.logarithms["items/image_to_name"]
-    for value, bound in ((-20.0, LOWEST), (5.0, HIGHEST)):
+    for value, bound in ((-20.0, LOWEST_TEMPERATURE), (5.0, HIGHEST_TEMPERATURE)):
         with torch.no_grad():
             parameter.fill_(value)
         assert temperatures.get("items", "image_to_name").item() == pytest.approx(bound)

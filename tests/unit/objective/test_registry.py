@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from sailplan.config.components import validate
 from sailplan.config.compose import compose
-from sailplan.config.schema import DatasetConfig, PatternConfig
+from sailplan.config.schema import DataConfig, DatasetConfig, PatternConfig, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import Objective
 from sailplan.objective.registry import build_objectives, check_objectives
@@ -94,10 +95,12 @@ def test_mistakes_are_one_line_that_names_the_key(options: dict[str, Any], messa
 
 
 def test_temperatures_refuse_what_cannot_work() -> None:
+    shown = {"views": {"": ViewConfig(fields=["title"])}}
     with pytest.raises(ConfigurationError, match=r"data\.sets\.items\.temperature=3\.0"):
-        Temperatures({"items": DatasetConfig(temperature=3.0, patterns={"a": PatternConfig()})})
-    with pytest.raises(ConfigurationError, match="dot"):
-        Temperatures({"v1.0": DatasetConfig(patterns={"a": PatternConfig()})})
+        validate(DataConfig(sets={"items": DatasetConfig(temperature=3.0, patterns={"a": PatternConfig()}, **shown)}), "data")
+    for sets in ({"v1.0": DatasetConfig()}, {"items": DatasetConfig(patterns={"v1.0": PatternConfig()}, **shown)}):
+        with pytest.raises(ConfigurationError, match="dot"):
+            validate(DataConfig(sets=sets), "data")
     with pytest.raises(ConfigurationError, match="expected one of items/a"):
         Temperatures({"items": DatasetConfig(patterns={"a": PatternConfig()})}).get("items", "b")
 

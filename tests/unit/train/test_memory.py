@@ -15,7 +15,7 @@ from sailplan.data.record import StepBatch, ViewBatch
 from sailplan.model.parallelize import checkpoint_activations
 from sailplan.model.testing import join_layout, small_config
 from sailplan.model.tower import OmniEncoder
-from sailplan.runtime.process import node_count
+from sailplan.runtime.environment import node_count
 from sailplan.step.gradient_cache import GradientCache
 from sailplan.step.kept_graphs import KeptGraphs
 from sailplan.train.memory import LiveBytes, estimate_memory, largest_inputs

@@ -1,0 +1,15 @@
+"""Configuration of checkpoints: when they are written and how many are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sailplan.config.fields import Count, Positive, Size
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: Count = 200
+    every_minutes: Positive = 10.0
+    keep: Size = 2
+    asynchronous: bool = True  # training goes on while a checkpoint is written, from a copy in the CPU's memory

@@ -1,0 +1,37 @@
+"""What a setting may hold, said once, in its annotation: `workers: Count = 0`, `kind: Literal["items", "pairs"]`.
+
+`sailplan.config.components` reads the annotations: it derives Hydra's schema from them and refuses what lies outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.005, 1.0
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers that a setting may be; `words` ends "expected a number ..."."""
+
+    words: str
+    fits: Callable[[float], bool]
+
+
+Size = Annotated[int, Range("at least 1", lambda value: value >= 1)]
+Count = Annotated[int, Range("at least 0", lambda value: value >= 0)]
+CountOrAll = Annotated[int, Range("at least -1 (-1: all)", lambda value: value >= -1)]
+Positive = Annotated[float, Range("above 0", lambda value: value > 0)]
+NotNegative = Annotated[float, Range("at least 0", lambda value: value >= 0)]
+Share = Annotated[float, Range("from 0 to 1", lambda value: 0 <= value <= 1)]
+ShareAboveZero = Annotated[float, Range("above 0, at most 1", lambda value: 0 < value <= 1)]
+ShareBelowOne = Annotated[float, Range("at least 0, below 1", lambda value: 0 <= value < 1)]
+Temperature = Annotated[
+    float,
+    Range(
+        f"from {LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE:g}",
+        lambda value: LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE,
+    ),
+]

@@ -1,0 +1,60 @@
+"""Configuration of a stage: its data, losses and trainable parts, and what it makes for itself at its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sailplan.config.components import INHERITS
+from sailplan.config.fields import Count, NotNegative, Positive, Share, ShareAboveZero, ShareBelowOne, Size
+from sailplan.step.config import OptimizerConfig
+
+Part = Literal["all", "text", "vision", "perceiver", "audio", "tower", "lora", "objectives", "temperatures"]
+
+
+@dataclass
+class SubsetConfig:
+    """Records that a stage keeps: those nearest to the benchmark sets, and those whose own pair looks clean."""
+
+    nearest: ShareAboveZero | None = None  # fraction of each data set's records kept by similarity to the benchmark's centroids
+    drop_noisy: ShareBelowOne | None = None  # fraction of pairs with the lowest own score that is dropped
+    sets: list[str] = field(default_factory=list)  # empty: every set of the stage
+
+
+@dataclass
+class HardNegativeConfig:
+    """Dynamic hard negatives (recipe 2.1)."""
+
+    per_query: Size = 4
+    sample: Size = 2048  # N at which lambda* is fitted (F1's optimum depends on N)
+    refresh_steps: Count = 0  # 0: only at the stage's start
+    patterns: dict[str, list[str]] = field(default_factory=dict)  # data set -> pattern names; empty: first pattern of each set
+    mask_in_batch: bool = True  # drop in-batch negatives at or above lambda*
+
+
+@dataclass
+class BalanceConfig:
+    """Adaptive multi-source balancing (recipe 2.2)."""
+
+    sample: Size = 1024  # records per set
+    clusters: Size = 16
+    epsilon: Positive = 0.05
+    iterations: Size = 100
+    temperature: Positive = 1.0
+
+
+@dataclass
+class StageConfig:
+    steps: Size = 100
+    global_batch: int | None = None  # rows of a step over all data-parallel ranks; None: the run's
+    data: dict[str, Positive] = field(default_factory=dict)  # data set -> weight (fixed weights, or floor shares under `balance`)
+    balance: BalanceConfig | None = None  # weights from the balancing algorithm instead of `data`'s values
+    mixed_fraction: Share = 0.0  # share of steps whose batch mixes data sets in homogeneous sub-batches
+    patterns: dict[str, list[str]] = field(default_factory=dict)  # data set -> patterns used; missing: all
+    objectives: dict[str, NotNegative] = field(default_factory=dict)  # objective name -> weight
+    trainable: list[Part] = field(default_factory=lambda: ["all"])  # type: ignore[arg-type]
+    subset: SubsetConfig | None = None
+    hard_negatives: HardNegativeConfig | None = None
+    artifacts: list[Literal["interests", "teachers", "co_occurrence"]] = field(default_factory=list)  # made at the stage's start
+    # Settings that a stage does not name are the run's.
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={INHERITS: "optimizer"})

@@ -1,0 +1,137 @@
+"""Configuration of data sets, of how their records are read, and the rules of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sailplan.config.components import join
+from sailplan.config.fields import Count, NotNegative, Positive, Share, Size, Temperature
+from sailplan.errors import ConfigurationError
+
+Modality = Literal["text", "vision", "audio"]
+Kind = Literal["items", "pairs", "sequences"]
+Part = Literal["item", "query", "target", "history"]  # of a record
+ARTIFACT = "artifact:"  # shards of a data set that a stage makes at its start
+# Kind of a data set -> the parts that its records have.
+KINDS: dict[Kind, tuple[Part, ...]] = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}
+RATES = {"whisper": 16000, "clap": 48000, "clap_fusion": 48000}  # Hz, of front ends that published encoders were made for
+
+
+@dataclass
+class ViewConfig:
+    """One way to show a record's item to the encoder: which item, which modalities, which text, which prompt."""
+
+    of: Part = "item"  # which item(s) of the record
+    modalities: list[Modality] = field(default_factory=lambda: ["text"])  # type: ignore[arg-type]
+    fields: list[str] = field(default_factory=list)  # text fields, in order; used when "text" is in modalities
+    # join: all fields in one text; one: one random entry of the fields (keyword sampling)
+    pick: Literal["join", "one"] = "join"
+    prompt: str = ""  # task sentence put before the item's fields
+
+    def validate(self, path: str) -> None:
+        """Raise ConfigurationError for a view that would show nothing."""
+        if not self.modalities:
+            raise ConfigurationError(f"{path}.modalities is empty: expected some of text, vision, audio")
+        if "text" in self.modalities and not self.fields:
+            raise ConfigurationError(f"{path}.fields is empty: a view with text needs the names of its text fields, such as title")
+
+
+@dataclass
+class PatternConfig:
+    """A query view to be matched with a target view, and its weight in the step's loss."""
+
+    query: str = ""
+    target: str = ""
+    weight: NotNegative = 1.0
+
+
+@dataclass
+class DatasetConfig:
+    """A data set: where its shards are, what its records hold, and which patterns it trains."""
+
+    shards: str = ""  # folder or brace pattern of webdataset tars; "artifact:NAME" = made by the curriculum at a stage's start
+    kind: Kind = "items"
+    catalogue: str | None = None  # pairs/sequences: the items data set that their ids refer to
+    views: dict[str, ViewConfig] = field(default_factory=dict)
+    patterns: dict[str, PatternConfig] = field(default_factory=dict)
+    temperature: Temperature = 0.05  # start value of this data set's learnable temperatures
+    language_weights: dict[str, Share] = field(default_factory=lambda: {"en": 0.5})  # the rest is shared by the other languages
+    field_drop: Share = 0.15  # probability that a text field is dropped in training (never all)
+    history_length: Size = 10  # sequences: items in a history
+    negatives: int = 0  # pairs/sequences: how many of a record's own `negatives` join the denominators, beside the other rows' targets
+    symmetric: bool = True  # InfoNCE in both directions
+    positive_score: float = 0.0  # graded pairs: only pairs above this score are positives of contrastive losses; CoSENT takes all
+    image_augmentation: Share = 0.0  # strength of random crop, flip and colour changes in training
+
+    def validate(self, path: str) -> None:
+        """Raise ConfigurationError for views, patterns and negatives that no record of this kind has."""
+        if self.negatives < 0 or (self.negatives and self.kind == "items"):
+            raise ConfigurationError(
+                f"{path}.negatives={self.negatives}: expected 0 or more for pairs and sequences, whose records list them, and 0 for items"
+            )
+        for name, view in self.views.items():
+            if view.of not in KINDS[self.kind]:
+                raise ConfigurationError(f"{path}.views.{name}.of={view.of}: a data set of kind '{self.kind}' has {', '.join(KINDS[self.kind])}")
+        for name, pattern in self.patterns.items():
+            if "." in name:
+                raise ConfigurationError(f"{path}.patterns.{name}: found a dot in the name, expected none; rename it")
+            for side in (pattern.query, pattern.target):
+                if side not in self.views:
+                    raise ConfigurationError(f"{path}.patterns.{name}: no view '{side}'; this data set has: {', '.join(self.views) or 'none'}")
+        if self.kind != "items" and not self.catalogue:
+            raise ConfigurationError(
+                f"{path}.catalogue is missing: a data set of kind '{self.kind}' refers to the items of another data set by id"
+            )
+
+
+@dataclass
+class DataConfig:
+    """Reading: the reading order's constants and the limits on broken samples."""
+
+    root: str = "data/quickstart"
+    tokenizer: str = "${data.root}/tokenizer.json"
+    lanes: Size = 8  # canonical sequential streams; a multiple of every data-parallel size in use
+    segment: Size = 64  # records read in sequence by a lane
+    window: Size = 512  # records shuffled together within a lane
+    workers: Count = 0
+    prefetch: Size = 2  # steps decoded ahead by each worker
+    max_tokens: Size = 48  # prompt + text, longer texts are cut
+    image_size: Size = 64
+    # Pictures that keep their sides' ratio, for model.vision.backbone=siglip2: at most so many patches of image_patch x image_patch
+    # pixels, in the place of a square of image_size. None: squares.
+    image_patches: int | None = None
+    image_patch: int | None = None  # equals model.vision.patch
+    frames: Size = 1
+    audio_rate: Size = 16000  # Hz
+    audio_chunk_seconds: Positive = 10.0
+    audio_chunks: Size = 1
+    mel_bins: Size = 64
+    # whisper: Whisper's front end (16000 Hz; 80 or 128 mel_bins; its files know chunks of 30 s); clap: CLAP's (48000 Hz; 64
+    # mel_bins; chunks of 10 s); clap_fusion: CLAP's with fusion, a whole recording as four spectrograms of 10 s
+    spectrogram: Literal["own", "whisper", "clap", "clap_fusion"] = "own"
+    bad_sample_limit: Share = 0.01  # fraction of samples that may be replaced before the run stops with exit code 65
+    cache: str | None = None  # folder for shards that are fetched from a URL
+    sets: dict[str, DatasetConfig] = field(default_factory=dict)
+
+    def validate(self, path: str) -> None:
+        """Raise ConfigurationError for a name that no parameter can have, an item corpus that is none, and sound that its front end
+        does not take."""
+        for name, dataset in self.sets.items():
+            if "." in name:
+                raise ConfigurationError(f"{path}.sets.{name}: found a dot in the name, expected none; rename it")
+            if dataset.kind != "items":
+                self._check_catalogue(join(path, f"sets.{name}.catalogue"), dataset.catalogue)
+        rate = RATES.get(self.spectrogram, self.audio_rate)
+        if self.audio_rate != rate:
+            raise ConfigurationError(f"{path}.audio_rate={self.audio_rate}: expected {rate}, the rate of {path}.spectrogram={self.spectrogram}")
+        if self.spectrogram == "clap_fusion" and self.audio_chunks != 1:
+            raise ConfigurationError(
+                f"{path}.audio_chunks={self.audio_chunks}: expected 1 with {path}.spectrogram=clap_fusion, which shows a recording as a whole"
+            )
+
+    def _check_catalogue(self, key: str, name: str | None) -> None:
+        if name not in self.sets:
+            raise ConfigurationError(f"{key}={name}: no such data set; data.sets has: {', '.join(self.sets)}")
+        if self.sets[name].kind != "items":
+            raise ConfigurationError(f"{key}={name}: is of kind '{self.sets[name].kind}', expected 'items'")

@@ -1,0 +1,121 @@
+"""Configuration of the omni tower: its shapes, its encoders of pictures and sound, its published weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sailplan.errors import ConfigurationError
+
+
+@dataclass
+class TransformerShape:
+    """Shape of one stack of megatron-core blocks."""
+
+    layers: int = 2
+    hidden: int = 192
+    heads: int = 4
+    key_value_heads: int | None = None  # None: as many as heads
+    feed_forward: int = 512
+    dropout: float = 0.0
+    query_key_norm: bool = False  # RMSNorm on each head's queries and keys
+    norm: str = "rms"  # rms | layer
+    norm_epsilon: float = 1e-6
+    activation: str = "silu"  # silu | gelu | gelu_tanh
+    gated: bool = True  # feed-forward of two halves, activation(gate) * up; False: one matrix and the activation
+    bias: bool = False  # of every linear layer
+    query_key_value_bias: bool = False  # of the query, key and value projections alone (Qwen2)
+    head_size: int | None = None  # None: hidden / heads
+    causal: bool = False  # a position attends to itself and those before it
+
+
+@dataclass
+class VisionConfig:
+    """Frame encoder and the perceiver that condenses its tokens."""
+
+    patch: int = 8  # pixels
+    stem: str = "convolutional"  # convolutional: strided 3x3 convolutions down to the patch grid; patch: one linear patch embedding
+    stem_width: int = 64
+    encoder: TransformerShape = field(default_factory=TransformerShape)
+    perceiver: TransformerShape = field(default_factory=TransformerShape)
+    latents: int = 16
+    # own | siglip (SigLIP, and SigLIP2 of a fixed image size) | siglip2 (SigLIP2 naflex: pictures keep their sides' ratio, needs
+    # data.image_patches) | qwen3_vl (Qwen3-VL's image tower: no perceiver, its tokens are the tower's)
+    backbone: str = "own"
+    position_grid: int = 16  # siglip, siglip2, qwen3_vl: side of the square grid of learned positions
+    merge: int = 2  # qwen3_vl: side of the square of patches that become one token
+    marks: list[int] = field(default_factory=list)  # qwen3_vl: tokens that stand before and behind each picture; empty: none
+    deepstack: list[int] = field(default_factory=list)  # qwen3_vl: layers whose output is also added behind the tower's first layers
+
+
+@dataclass
+class SwinShape:
+    """Shape of CLAP's audio encoder; a stage halves the grid's sides and doubles the width. The defaults are laion/clap-htsat-unfused's."""
+
+    layers: list[int] = field(default_factory=lambda: [2, 2, 6, 2])  # of each stage
+    heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
+    hidden: int = 96  # of the first stage
+    feed_forward: int = 4  # times a stage's width
+    window: int = 8  # side of the square of positions that attend to each other
+    patch: int = 4
+    image: int = 256  # side of the square that a chunk's spectrogram is folded into
+
+
+@dataclass
+class AudioConfig:
+    """Log-mel encoder (one vector per chunk, mean over chunks) whose vector an adapter turns into one token."""
+
+    encoder: TransformerShape = field(default_factory=TransformerShape)
+    stem_width: int = 64
+    time_stride: int = 8  # log-mel frames per encoder position
+    mel_bins: int = 64  # equals data.mel_bins
+    output: int = 512
+    # own | whisper (its encoder) | clap (its audio encoder, of the shape `swin`) | clap_fusion (the same, with feature fusion of long
+    # recordings); each needs its own data.spectrogram
+    backbone: str = "own"
+    swin: SwinShape = field(default_factory=SwinShape)  # clap and clap_fusion, instead of `encoder`
+
+
+@dataclass
+class WeightsConfig:
+    """Where parts start from: a folder in Hugging Face's safetensors format, or a model id of its hub. None: drawn from the seed."""
+
+    tower: str | None = None  # text embedding and blocks: Qwen2, Qwen2.5, Qwen3 (dense) or Qwen3-VL (dense)
+    vision: str | None = None  # model.vision.backbone=siglip, siglip2 or qwen3_vl: the image tower
+    audio: str | None = None  # model.audio.backbone=whisper: the encoder; clap, clap_fusion: the audio encoder and, where the files have it, its projection
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank updates beside matrices that may stay frozen; stages train them as the part `lora`."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 16.0  # the update is alpha / rank times the product of the two factors
+    targets: list[str] = field(default_factory=lambda: ["all"])  # attention | mlp | all
+    parts: list[str] = field(default_factory=lambda: ["tower"])  # tower | vision | perceiver | audio
+
+
+@dataclass
+class ModelConfig:
+    vocabulary: int = 8192
+    embedding: int = 192  # D of the fused vector; equals tower.hidden
+    prefixes: list[int] = field(default_factory=lambda: [48, 96, 192])  # Matryoshka
+    tower: TransformerShape = field(default_factory=TransformerShape)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    pooling: str = "tanh_mean"  # tanh_mean | mean | last_token | latent_attention (NV-Embed)
+    pooling_latents: int = 512  # latent_attention: entries of the learned dictionary
+    pooling_heads: int = 8  # latent_attention
+    rope_base: float = 10000.0
+    # Qwen3-VL: of a head's rotary frequencies, how many follow frame, row and column of a visual token, interleaved; empty: one number tells the place
+    rope_sections: list[int] = field(default_factory=list)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def validate(self, path: str) -> None:
+        """Raise ConfigurationError for Matryoshka sizes that the vector does not have."""
+        if not self.prefixes or sorted(set(self.prefixes)) != list(self.prefixes) or self.prefixes[0] < 1:
+            raise ConfigurationError(f"{path}.prefixes is {list(self.prefixes)}: expected sizes in increasing order; for example [64, 128, 256]")
+        if self.prefixes[-1] > self.embedding:
+            raise ConfigurationError(
+                f"{path}.prefixes is {list(self.prefixes)}: expected sizes up to {path}.embedding={self.embedding}; end the list with the full size"
+            )
