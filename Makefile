@@ -1,7 +1,7 @@
 # Two commands: `make quickstart` trains and evaluates on the built-in data, `make test` passes the tests.
 # Each makes its own pinned environment in .venv if it is missing; nothing else has to be done by hand.
 SHELL := /bin/bash
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
 NAME ?= quickstart
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ help:
 environment: $(READY)
 
 $(READY): requirements/runtime.txt requirements/test.txt requirements/constraints.txt pyproject.toml kernels/pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { echo "sailplan: $(PYTHON) is not Python 3.11 or 3.12: give one with make PYTHON=/path/to/python3.11"; exit 64; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "sailplan: $(PYTHON) is not Python 3.11, 3.12 or 3.13: give one with make PYTHON=/path/to/python3.11"; exit 64; }
 	@$(PYTHON) -m venv $(VENV) || { echo "sailplan: $(PYTHON) cannot make a virtual environment: install Debian's python3-venv"; exit 64; }
 	@echo "installing the pinned packages into $(VENV) ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/runtime.txt -r requirements/test.txt -c requirements/constraints.txt
