@@ -105,7 +105,8 @@ class Counting(TorchDispatchMode):
         counts.names[name] += 1
         formula = flop_registry.get(getattr(aten, name.rstrip("_"), None))  # of addmm_ as of addmm
         if formula is not None:
-            counts.flop += int(formula(*args, **kwargs, out_val=result))
+            plain = [x for x in args if not isinstance(x, torch.dtype)]  # a product in another dtype has one among its matrices
+            counts.flop += int(formula(*plain, **kwargs, out_val=result))
 
     def _copy(self, function: Any, args: Any, kwargs: Any, up: bool) -> None:
         """Between host and device."""

@@ -64,6 +64,7 @@ def samples(n: int = N, m: int = M, d: int = D) -> list[tuple[str, dict[str, Any
         ("`key_negatives`", {"key_negatives": True}),
         ("`prefixes`", {"prefixes": (d // 4, d // 2, d)}),
         ("`prefixes`, `prefix_weights`", {"prefixes": (d // 4, d), "prefix_weights": (0.5, 1.0)}),
+        ("`sizes`", {"sizes": [(N, M)]}),
         ("`memory_budget` of one byte", {"memory_budget": 1}),
         ("`score_dtype` float64", {"score_dtype": torch.float64}),
         ("float64", {"dtype": torch.float64}),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("file", ["check_stand_in_device.py", "check_bfloat16.py"])
+@pytest.mark.parametrize("file", ["check_stand_in_device.py", "check_bfloat16.py", "check_loss_stage.py"])
 def test_everything_runs_on_another_device(file: str) -> None:
     """In a process of its own, as the device is registered for a whole process."""
     checks = Path(__file__).with_name(file)

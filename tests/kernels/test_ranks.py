@@ -60,9 +60,9 @@ def check(parts: list, expected) -> None:
     out, gradients = expected
     w, close = len(parts), {"rtol": 1e-10, "atol": 1e-11}
     torch.testing.assert_close(torch.stack([part[0] for part in parts]).mean(), out.loss.detach(), **close)
-    for part in parts:
-        torch.testing.assert_close(part[1], out.prefix_losses, **close)
-        assert part[2] == out.valid_rows and part[3] == out.accuracy
+    torch.testing.assert_close(torch.stack([part[1] for part in parts]).mean(0), out.prefix_losses, **close)
+    torch.testing.assert_close(torch.stack([part[3] for part in parts]).mean(), out.accuracy, **close)
+    assert all(part[2] == out.valid_rows for part in parts)
     torch.testing.assert_close(torch.cat([part[4] for part in parts]), out.positive_score, **close)
     for name, gradient in gradients.items():
         mine = [part[5][name] for part in parts]

@@ -112,6 +112,7 @@ class Collator:
             patterns=shown.patterns,
             quarantined=rows.quarantined,
             digest=digest,
+            rank_rows=tuple(np.bincount(shares.owners, minlength=self.size).tolist()),
         )
 
     def _add_row(self, rows: _Rows, reader: RecordReader, names: list[str], step: int, row: int, position: int, seed: int) -> int:

@@ -105,3 +105,4 @@ class StepBatch:
     digest: str = ""  # 16 hex digits over the record ids of the whole step's global batch; equal on all ranks
     # float32 [r] log of the records' target_probability, with negatives of known probability relative to those; None unless all have it
     target_log_probability: Tensor | None = None
+    rank_rows: tuple[int, ...] | None = None  # rows of every data-parallel rank, in rank order; None: the ranks ask each other

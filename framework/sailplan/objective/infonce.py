@@ -16,11 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from sailplan.config.schema import DatasetConfig
 from sailplan.errors import ConfigurationError
-from sailplan.objective.patterns import Pattern, check_margins, contrast, has_history, negatives_of, patterns_of, zero_loss
+from sailplan.objective.patterns import Pattern, check_margins, contrast, contrast_sum, has_history, negatives_of, patterns_of
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 
 
@@ -75,17 +73,15 @@ class InfoNCE(Objective):
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         """Sum over patterns of weight times InfoNCE; per pattern: accuracy, mean cosine of the positives, loss of each prefix."""
-        total = zero_loss(encoded)
-        metrics: dict[str, Tensor] = {}
-        for pattern in patterns_of(encoded, context, histories=False):
-            loss, found = contrast(
+        contrasts = [
+            contrast(
                 encoded,
                 context,
-                pattern.name,
+                pattern,
                 pattern.query.fused,
                 pattern.target.fused,
-                query_valid=pattern.query.valid,
-                key_valid=pattern.target.valid,
+                query_valid=pattern.query.known_valid,
+                key_valid=pattern.target.known_valid,
                 symmetric=self.symmetric,
                 prefixes=context.prefixes if self.matryoshka else None,
                 prefix_weights=self._weights(context.prefixes),
@@ -95,9 +91,9 @@ class InfoNCE(Objective):
                 **self.margins,
                 **self.more_negatives,
             )
-            total = total + pattern.weight * loss
-            metrics |= found
-        return ObjectiveOutput(total, metrics)
+            for pattern in patterns_of(encoded, context, histories=False)
+        ]
+        return contrast_sum(contrasts, encoded, context)
 
     def _weights(self, prefixes: tuple[int, ...]) -> list[float] | None:
         if self.prefix_weights is None:
@@ -111,13 +107,14 @@ class InfoNCE(Objective):
     def _identities(self, pattern: Pattern) -> dict[str, Any]:
         if not self.mask_same_ids:
             return {}
-        return {"query_ids": pattern.query.ids, "key_ids": pattern.target.ids, "key_query_ids": pattern.query.ids}
+        return {"query_ids": pattern.query.known_ids, "key_ids": pattern.target.known_ids, "key_query_ids": pattern.query.known_ids}
 
     def _hard_negatives(self, encoded: EncodedStep, pattern: Pattern, context: ObjectiveContext) -> dict[str, Any]:
         found = negatives_of(encoded, pattern, context)
         if found and self.mask_same_ids:
             # The kernel's masks know ids of keys only; a mined negative may be the positive under another record,
             # and in item-to-item patterns the query's own item.
-            ids = encoded.views[f"negatives/{pattern.name}"].ids.view_as(found["hard_negative_valid"])
-            found["hard_negative_valid"] = found["hard_negative_valid"] & (ids != pattern.target.ids[:, None]) & (ids != pattern.query.ids[:, None])
+            ids = encoded.views[f"negatives/{pattern.name}"].known_ids.view_as(found["hard_negative_valid"])
+            others = (ids != pattern.target.known_ids[:, None]) & (ids != pattern.query.known_ids[:, None])
+            found["hard_negative_valid"] = found["hard_negative_valid"] & others
         return found | {"shared_hard_negatives": self.shared_hard_negatives} if found else {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sailplan.config.schema import DatasetConfig, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.micl import present
-from sailplan.objective.patterns import contrast, has_history, patterns_of, zero_loss
+from sailplan.objective.patterns import contrast, contrast_sum, has_history, patterns_of
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext, ObjectiveOutput
 
 
@@ -53,27 +53,29 @@ class LateFusion(Objective):
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         """Sum over the patterns with a fused side of weight times InfoNCE over n."""
-        total = zero_loss(encoded)
-        metrics: dict[str, Tensor] = {}
+        fused: dict[int, Tensor] = {}  # a view's once, however many patterns it is in
+        contrasts = []
         for pattern in patterns_of(encoded, context, histories=False):
             if not (is_fused(pattern.query_view) or is_fused(pattern.target_view)):
                 continue
-            loss, found = contrast(
+            for view, declared in ((pattern.query, pattern.query_view), (pattern.target, pattern.target_view)):
+                if id(view) not in fused:
+                    fused[id(view)] = self.fuse(view, declared)
+            found = contrast(
                 encoded,
                 context,
-                pattern.name,
-                self.fuse(pattern.query, pattern.query_view),
-                self.fuse(pattern.target, pattern.target_view),
-                query_valid=pattern.query.valid,
-                key_valid=pattern.target.valid,
+                pattern,
+                fused[id(pattern.query)],
+                fused[id(pattern.target)],
+                query_valid=pattern.query.known_valid,
+                key_valid=pattern.target.known_valid,
                 symmetric=self.symmetric,
                 prefixes=context.prefixes if self.matryoshka else None,
-                query_ids=pattern.query.ids,
-                key_ids=pattern.target.ids,
+                query_ids=pattern.query.known_ids,
+                key_ids=pattern.target.known_ids,
             )
-            total = total + pattern.weight * loss
-            metrics |= found
-        return ObjectiveOutput(total, metrics)
+            contrasts.append(found)
+        return contrast_sum(contrasts, encoded, context)
 
     def fuse(self, view: EncodedView, declared: ViewConfig) -> Tensor:
         """n [r, D] of a view; its fused vectors themselves where it is not declared with pictures beside something else."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sailplan.config.schema import DatasetConfig, ViewConfig
 from sailplan.errors import ConfigurationError
-from sailplan.objective.patterns import contrast, has_history, patterns_of, zero_loss
+from sailplan.objective.patterns import contrast, contrast_sum, has_history, patterns_of
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 
 MODALITIES = ("text", "vision")
@@ -66,8 +66,7 @@ class MICL(Objective):
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         """Sum over patterns and shared modalities of pattern weight times modality weight times InfoNCE."""
-        total = zero_loss(encoded)
-        metrics: dict[str, Tensor] = {}
+        contrasts = []
         for pattern in patterns_of(encoded, context, histories=False):
             for modality in shared_modalities(pattern.query_view, pattern.target_view):
                 if self.weights[modality] == 0:
@@ -76,10 +75,10 @@ class MICL(Objective):
                 keys: Tensor | None = getattr(pattern.target, modality)
                 if queries is None or keys is None:
                     raise ConfigurationError(f"objectives.micl: found no {modality} vectors, expected an encoder that honours per_modality")
-                loss, found = contrast(
+                found = contrast(
                     encoded,
                     context,
-                    pattern.name,
+                    pattern,
                     queries,
                     keys,
                     query_valid=pattern.query.valid & present(queries),
@@ -87,12 +86,12 @@ class MICL(Objective):
                     symmetric=self.symmetric,
                     prefixes=None,
                     name=modality,
+                    weight=self.weights[modality],
                     query_ids=pattern.query.ids,
                     key_ids=pattern.target.ids,
                 )
-                total = total + pattern.weight * self.weights[modality] * loss
-                metrics |= found
-        return ObjectiveOutput(total, metrics)
+                contrasts.append(found)
+        return contrast_sum(contrasts, encoded, context)
 
 
 def present(vectors: Tensor) -> Tensor:

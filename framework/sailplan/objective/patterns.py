@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sailplan.config.schema import DatasetConfig, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.backends import described
-from sailplan.objective.protocol import EncodedStep, EncodedView, ObjectiveContext
-from sailplan_kernels.infonce import infonce
+from sailplan.objective.protocol import EncodedStep, EncodedView, ObjectiveContext, ObjectiveOutput
+from sailplan_kernels.infonce import infonce_sum
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,19 @@ def zero_loss(encoded: EncodedStep) -> Tensor:
     return next(iter(encoded.views.values())).fused.new_zeros(())
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """InfoNCE of row i's query with row i's key, to be summed with others: its arguments, and what its metrics are called."""
+
+    weight: float
+    label: str
+    arguments: dict[str, Any]  # of sailplan_kernels.infonce; vectors as they were encoded
+
+
 def contrast(
     encoded: EncodedStep,
     context: ObjectiveContext,
-    pattern: str,
+    pattern: Pattern,
     queries: Tensor,
     keys: Tensor,
     *,
@@ -81,44 +89,61 @@ def contrast(
     symmetric: bool | None,
     prefixes: Sequence[int] | None,
     name: str = "",
+    weight: float = 1.0,
     **options: Any,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """InfoNCE of row i's query [r, D] with row i's key [r, D] at the pattern's temperature, and its metrics.
+) -> Contrast:
+    """InfoNCE of row i's query [r, D] with row i's key [r, D] at the pattern's temperature, times the pattern's weight and `weight`.
 
     `symmetric` None: as the data set says. `name` goes into the metrics' names. Other options are those of
-    `sailplan_kernels.infonce`, which reads all vectors as `ObjectiveContext.operands` gives them. A graded pair whose score
-    is not above the data set's `positive_score` is no positive: its row does not count, its key is still a negative of
-    others. Returns (loss, metrics): both are this rank's shares, their mean over ranks is the value over all valid rows.
+    `sailplan_kernels.infonce`; ids and masks may lie on the CPU. A graded pair whose score is not above the data set's
+    `positive_score` is no positive: its row does not count, its key is still a negative of others.
     """
-    temperature = context.temperatures.get(encoded.dataset, pattern)
-    if encoded.scores is not None:
-        query_valid = query_valid & ~(encoded.scores <= context.datasets[encoded.dataset].positive_score)
-    if "hard_negatives" in options:
-        options["hard_negatives"] = context.operands(options["hard_negatives"])
-    queries, keys = context.operands(queries), context.operands(keys)
-    output = infonce(
-        queries,
-        keys,
-        temperature,
-        query_valid=query_valid,
-        key_valid=key_valid,
-        symmetric=context.datasets[encoded.dataset].symmetric if symmetric is None else symmetric,
-        prefixes=prefixes,
-        exchange=context.exchange,
-        backend=context.backend,
+    scores = encoded.scores if encoded.host_scores is None else encoded.host_scores
+    if scores is not None:
+        graded = ~(scores <= context.datasets[encoded.dataset].positive_score)
+        query_valid = query_valid & (graded if graded.device == query_valid.device else graded.to(query_valid.device, non_blocking=True))
+    arguments = {
+        "queries": queries,
+        "keys": keys,
+        "temperature": context.temperatures.get(encoded.dataset, pattern.name),
+        "query_valid": query_valid,
+        "key_valid": key_valid,
+        "symmetric": context.datasets[encoded.dataset].symmetric if symmetric is None else symmetric,
+        "prefixes": prefixes,
+        "sizes": None if encoded.rank_rows is None else [(rows, rows) for rows in encoded.rank_rows],
         **options,
-    )
-    context.ran.add(described(output.backend, queries.dtype))
-    counted = query_valid & key_valid
-    share = context.exchange.world_size / max(output.valid_rows, 1)
-    label = f"{pattern}/{name}" if name else pattern
-    metrics = {
-        f"{label}/accuracy": output.accuracy,
-        f"{label}/positive_score": torch.where(counted, output.positive_score, 0.0).sum() * share,
     }
-    if prefixes is not None and len(prefixes) > 1:
-        metrics |= {f"{label}/loss@{prefix}": loss for prefix, loss in zip(prefixes, output.prefix_losses, strict=True)}
-    return output.loss, metrics
+    return Contrast(pattern.weight * weight, f"{pattern.name}/{name}" if name else pattern.name, arguments)
+
+
+def contrast_sum(contrasts: Sequence[Contrast], encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
+    """The weighted sum of an objective's contrasts of one data set, whose ranks meet once for all of them, and their metrics.
+
+    The kernels read all vectors as `ObjectiveContext.operands` gives them, a view's once however many contrasts look at it. Loss
+    and metrics are this rank's shares: their mean over ranks is the value over all valid rows.
+    """
+    if not contrasts:
+        return ObjectiveOutput(zero_loss(encoded))
+    read: dict[int, Tensor] = {}
+
+    def operand(vectors: Tensor) -> Tensor:
+        if id(vectors) not in read:
+            read[id(vectors)] = context.operands(vectors)
+        return read[id(vectors)]
+
+    vectors = ("queries", "keys", "hard_negatives")
+    calls = [{key: operand(x) if key in vectors else x for key, x in each.arguments.items()} for each in contrasts]
+    total, outputs = infonce_sum(calls, [each.weight for each in contrasts], exchange=context.exchange, backend=context.backend)
+    metrics: dict[str, Tensor] = {}
+    for each, call, output in zip(contrasts, calls, outputs, strict=True):
+        context.ran.add(described(output.backend, call["queries"].dtype))
+        share = context.exchange.world_size / output.valid_rows.clamp_min(1).to(output.loss.dtype)
+        metrics[f"{each.label}/accuracy"] = output.accuracy
+        metrics[f"{each.label}/positive_score"] = output.positive_score.sum() * share
+        prefixes = call["prefixes"]
+        if prefixes is not None and len(prefixes) > 1:
+            metrics |= {f"{each.label}/loss@{prefix}": loss for prefix, loss in zip(prefixes, output.prefix_losses, strict=True)}
+    return ObjectiveOutput(total, metrics)
 
 
 def negatives_of(encoded: EncodedStep, pattern: Pattern, context: ObjectiveContext) -> dict[str, Any]:
@@ -127,7 +152,7 @@ def negatives_of(encoded: EncodedStep, pattern: Pattern, context: ObjectiveConte
     if view is None:
         return {}
     rows = (len(view.ids) // view.group, view.group)
-    return {"hard_negatives": context.operands(view.fused).unflatten(0, rows), "hard_negative_valid": view.valid.view(rows)}
+    return {"hard_negatives": context.operands(view.fused).unflatten(0, rows), "hard_negative_valid": view.known_valid.view(rows)}
 
 
 def check_margins(name: str, margin_absolute: float | None, margin_relative: float | None) -> None:

@@ -27,6 +27,18 @@ class EncodedView:
     group: int = 1
     vision: Tensor | None = None
     text: Tensor | None = None
+    host_valid: Tensor | None = None  # `valid` on the CPU, where the loader made it
+    host_ids: Tensor | None = None
+
+    @property
+    def known_valid(self) -> Tensor:
+        """bool [r * g] for the kernels: on the CPU where it is known there, which saves the device the work."""
+        return self.valid if self.host_valid is None else self.host_valid
+
+    @property
+    def known_ids(self) -> Tensor:
+        """int64 [r * g], as `known_valid`."""
+        return self.ids if self.host_ids is None else self.host_ids
 
 
 @dataclass
@@ -39,6 +51,8 @@ class EncodedStep:
     scores: Tensor | None = None
     teachers: dict[str, Tensor] = field(default_factory=dict)
     target_log_probability: Tensor | None = None  # [r], see data.record.StepBatch
+    host_scores: Tensor | None = None  # `scores` on the CPU
+    rank_rows: tuple[int, ...] | None = None  # of every data-parallel rank, see data.record.StepBatch
 
     def detach(self) -> EncodedStep:
         """The same numbers without a graph."""

@@ -27,7 +27,7 @@ from torch.nn.functional import normalize
 
 from sailplan.config.schema import DatasetConfig
 from sailplan.errors import ConfigurationError
-from sailplan.objective.patterns import contrast, has_history, negatives_of, patterns_of, zero_loss
+from sailplan.objective.patterns import contrast, contrast_sum, has_history, negatives_of, patterns_of
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 
 POOLINGS = ("mean", "encoder")
@@ -124,30 +124,28 @@ class Seq2Item(Objective):
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         """Sum over the patterns from a history of weight times InfoNCE; absent history items are masked."""
-        total = zero_loss(encoded)
-        metrics: dict[str, Tensor] = {}
+        contrasts = []
         for pattern in patterns_of(encoded, context, histories=True):
             history, target = pattern.query, pattern.target
             negatives = negatives_of(encoded, pattern, context)
-            loss, found = contrast(
+            found = contrast(
                 encoded,
                 context,
-                pattern.name,
+                pattern,
                 self.represent(history.fused, history.valid, history.group),
                 target.fused,
-                query_valid=history.valid.view(-1, history.group).any(1),
-                key_valid=target.valid,
+                query_valid=history.known_valid.view(-1, history.group).any(1),
+                key_valid=target.known_valid,
                 symmetric=self.symmetric,
                 prefixes=context.prefixes if self.matryoshka else None,
-                key_ids=target.ids,
+                key_ids=target.known_ids,
                 key_log_probability=self._correction(encoded),
                 shared_hard_negatives=bool(negatives),
                 **negatives,
                 max_negative_score=context.thresholds.get(f"{encoded.dataset}/{pattern.name}"),
             )
-            total = total + pattern.weight * loss
-            metrics |= found
-        return ObjectiveOutput(total, metrics)
+            contrasts.append(found)
+        return contrast_sum(contrasts, encoded, context)
 
     def _correction(self, encoded: EncodedStep) -> Tensor | None:
         """gamma times the log probability of each row's target [r]; None without a correction."""

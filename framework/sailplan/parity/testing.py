@@ -178,6 +178,7 @@ def share(
         scores=None if batch.scores is None else batch.scores[own],
         teachers={name: vectors[own] for name, vectors in batch.teachers.items()},
         target_log_probability=None if batch.target_log_probability is None else batch.target_log_probability[own],
+        rank_rows=tuple(rows),
     )
 
 

@@ -167,7 +167,9 @@ class GradientCache:
             parts = [micro_batch.leaves for micro_batch in self.micro_batches if micro_batch.batch == number and micro_batch.view == name]
             order = to_device(rows.order, device)
             vectors = {vector: torch.cat([leaves[vector] for leaves in parts])[order] for vector in VECTORS if vector in parts[0]}
-            views[name] = EncodedView(valid=to_device(rows.valid, device), ids=to_device(rows.ids, device), group=rows.group, **vectors)
+            views[name] = EncodedView(
+                valid=to_device(rows.valid, device), ids=to_device(rows.ids, device), group=rows.group, host_valid=rows.valid, host_ids=rows.ids, **vectors
+            )
         return EncodedStep(
             dataset=batch.dataset,
             views=views,
@@ -175,4 +177,6 @@ class GradientCache:
             scores=None if batch.scores is None else to_device(batch.scores, device),
             target_log_probability=None if batch.target_log_probability is None else to_device(batch.target_log_probability, device),
             teachers={name: to_device(vectors, device) for name, vectors in batch.teachers.items()},
+            host_scores=batch.scores,
+            rank_rows=batch.rank_rows,
         )

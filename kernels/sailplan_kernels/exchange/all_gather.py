@@ -10,14 +10,14 @@ non-contiguous upstream gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sailplan_kernels.exchange.base import Shard, Stream
+from sailplan_kernels.exchange.base import Gathering, Shard, Stream
 
 # torch 2.13 renamed both collectives and warns at each call under the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -73,6 +73,25 @@ class AllGather:
         """Begin to gather ``mine``, of equal size on all ranks, into ``everyone``."""
         return _all_gather(everyone, mine, group=self.group, async_op=True)
 
+    def gather_parts(self, parts: Sequence[Tensor]) -> Gathering:
+        mine = [x.detach().contiguous() for x in parts]
+        everyone = [x.new_empty((self.world_size * len(x), *x.shape[1:])) for x in mine]
+        # As bytes, because gloo joins what travels together into one tensor.
+        return _Parts(everyone, self.start_parts([x.view(torch.uint8) for x in everyone], [x.view(torch.uint8) for x in mine]))
+
+    def start_parts(self, everyone: list[Tensor], mine: list[Tensor]) -> Waitable:
+        """As ``start``, of several tensors in one collective."""
+        return self._group.allgather_into_tensor_coalesced(everyone, mine)
+
+    def reduce_scatter_parts(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        mine = [x.new_empty((len(x) // self.world_size, *x.shape[1:])) for x in parts]
+        self._group.reduce_scatter_tensor_coalesced(mine, [x.contiguous() for x in parts]).wait()
+        return mine
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        return self.group or dist.distributed_c10d._get_default_group()
+
     def sum(self, x: Tensor) -> Tensor:
         return self._reduce(x, dist.ReduceOp.SUM)
 
@@ -97,6 +116,15 @@ class AllGather:
         if all(size == longest for size in sizes):
             return everyone
         return torch.cat([part[:size] for part, size in zip(everyone.split(longest), sizes, strict=True)])
+
+
+class _Parts:
+    def __init__(self, everyone: list[Tensor], work: Waitable) -> None:
+        self.everyone, self.work = everyone, work
+
+    def wait(self) -> list[Tensor]:
+        self.work.wait()
+        return self.everyone
 
 
 class _Gathered:

@@ -8,7 +8,7 @@ Sums, never means: the convention across ranks is the loss's business (see infon
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -36,6 +36,13 @@ class Stream(Protocol):
         """[n, D] sum over ranks of the gradients of this rank's own rows, after the round that accumulated them."""
 
 
+class Gathering(Protocol):
+    """Parts under way."""
+
+    def wait(self) -> list[Tensor]:
+        """[world_size * l, ...] of each part, in rank order."""
+
+
 @runtime_checkable
 class Exchange(Protocol):
     """Collectives over the ranks that share their negatives."""
@@ -60,6 +67,12 @@ class Exchange(Protocol):
 
     def stream(self, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> Stream:
         """All ranks' ``x`` [n, D] as a stream; gradients accumulate in ``accumulate``. May start to send at once."""
+
+    def gather_parts(self, parts: Sequence[Tensor]) -> Gathering:
+        """Begin to gather several tensors [l, ...], each of one shape and dtype on all ranks, in ONE collective. No gradient."""
+
+    def reduce_scatter_parts(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Sum of all ranks' [world_size * l, ...] of each part, of which this rank gets its l; ONE collective. No gradient."""
 
     def sum(self, x: Tensor) -> Tensor:
         """Elementwise sum over ranks, as a new tensor. No gradient."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,11 +29,25 @@ class Local:
     def stream(self, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> _OwnRows:
         return _OwnRows(x, accumulate)
 
+    def gather_parts(self, parts: Sequence[Tensor]) -> _OwnParts:
+        return _OwnParts(parts)
+
+    def reduce_scatter_parts(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return list(parts)
+
     def sum(self, x: Tensor) -> Tensor:
         return x.detach().clone()
 
     def max(self, x: Tensor) -> Tensor:
         return x.detach().clone()
+
+
+class _OwnParts:
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = parts
+
+    def wait(self) -> list[Tensor]:
+        return list(self.parts)
 
 
 class _OwnRows:

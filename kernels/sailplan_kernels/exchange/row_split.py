@@ -8,12 +8,13 @@ nothing of shares is computed whole on every peer and is as right.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sailplan_kernels.exchange.base import Exchange, Stream
+from sailplan_kernels.exchange.base import Exchange, Gathering, Stream
 from sailplan_kernels.exchange.local import Local
 
 
@@ -36,6 +37,12 @@ class RowSplit:
     def stream(self, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> Stream:
         return self.inner.stream(x, sizes, accumulate)
 
+    def gather_parts(self, parts: Sequence[Tensor]) -> Gathering:
+        return self.inner.gather_parts(parts)
+
+    def reduce_scatter_parts(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return self.inner.reduce_scatter_parts(parts)
+
     def sum(self, x: Tensor) -> Tensor:
         return self.inner.sum(x)
 
@@ -45,7 +52,7 @@ class RowSplit:
 
 def peers_of(exchange: Exchange) -> Exchange:
     """Those who hold the same rows as this rank: the tensor-parallel group of a RowSplit, else this rank alone."""
-    return exchange.peers if isinstance(exchange, RowSplit) else Local()
+    return exchange.peers if isinstance(exchange, RowSplit) and exchange.peers.world_size > 1 else Local()
 
 
 def shares(n: int, peers: Exchange) -> tuple[list[int], slice]:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sailplan_kernels.exchange.all_gather import AllGather
+from sailplan_kernels.exchange.all_gather import AllGather, Waitable
 
 
 class Window(Protocol):
@@ -78,6 +78,16 @@ class SymmetricMemory(AllGather):
                     peer = (self.rank + step) % self.world_size
                     everyone[peer * shape[0] : (peer + 1) * shape[0]].copy_(window.get_buffer(peer, shape, mine.dtype))
         return _Fetching(self._side)
+
+    def start_parts(self, everyone: list[Tensor], mine: list[Tensor]) -> Waitable:
+        """The largest part, the vectors, by the copy engines; the others in a collective."""
+        large = max(range(len(mine)), key=lambda part: mine[part].nbytes)
+        small = [part for part in range(len(mine)) if part != large]
+        if small:
+            super().start_parts([everyone[part] for part in small], [mine[part] for part in small]).wait()
+        whole, own = everyone[large], mine[large]
+        whole[self.rank * len(own) : (self.rank + 1) * len(own)].copy_(own)  # what ``start`` leaves out
+        return self.start(whole, own)
 
     def _aside(self, *used: Tensor) -> AbstractContextManager[Any]:
         """A CUDA stream beside the current one, after all that this one has done so far."""

@@ -12,8 +12,9 @@ terms in which its keys were other ranks' negatives included. Call backward on e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,19 +22,20 @@ from torch import Tensor
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
 from sailplan_kernels.infonce.engines import make_engine
-from sailplan_kernels.infonce.fused import fused_loss
+from sailplan_kernels.infonce.fused import Found, fused_losses
 from sailplan_kernels.infonce.options import InfoNCEOptions
-from sailplan_kernels.infonce.problem import build_problem
+from sailplan_kernels.infonce.problem import Problem, build_problem, gathered
 from sailplan_kernels.infonce.reference import reference_loss
+from sailplan_kernels.infonce.setting import numbers
 
 
 @dataclass(frozen=True)
 class InfoNCEOutput:
-    """What a call gives back; all but ``loss`` and ``positive_score`` are equal on all ranks."""
+    """What a call gives back. Losses and accuracy are this rank's shares: their mean over ranks is the full batch's."""
 
-    loss: Tensor  # 0-d, differentiable; its mean over ranks is the full-batch loss
-    prefix_losses: Tensor  # [P] detached, full-batch loss of each prefix, unweighted
-    valid_rows: int  # over all ranks
+    loss: Tensor  # 0-d, differentiable
+    prefix_losses: Tensor  # [P] detached, loss of each prefix, unweighted
+    valid_rows: Tensor  # 0-d int64, over all ranks
     positive_score: Tensor  # [N] detached cosine with the positive, longest prefix; 0 for rows that do not count
     accuracy: Tensor  # 0-d detached, fraction of all valid rows whose positive beats every negative, longest prefix
     backend: str  # the one that ran
@@ -67,6 +69,7 @@ def infonce(
     backend: str = "auto",
     memory_budget: int | None = None,
     score_dtype: torch.dtype | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> InfoNCEOutput:
     """InfoNCE of this rank's N queries against the keys of all ranks.
 
@@ -113,16 +116,100 @@ def infonce(
         dtype. None: float64 for float64 inputs, and for float32 inputs with any temperature below 0.02 on a CPU or a CUDA
         device with full-rate float64, as float32 logits may then cost the gradient more than 1e-5; else float32. Triton's are float32.
 
+    sizes: (N, M) of every rank, in rank order, where all ranks know them; None: the ranks ask each other in each call, which is a
+        collective and a wait of the host.
+
+    Integers and masks may be on the CPU whatever the device of the embeddings: they are combined there and uploaded in one copy. With
+    ``sizes``, and positives by index, the host waits for nothing on the device; values of device tensors are the caller's word.
     Raises ValueError on a wrong call. No valid row anywhere gives loss 0 with zero gradients.
     """
-    checks.check_embeddings(queries, keys, hard_negatives)
+    given = dict(locals())
+    shared = {name: given.pop(name) for name in ("exchange", "backend")}
+    total, (output,) = infonce_sum([given], **shared)
+    return replace(output, loss=total)
+
+
+def infonce_sum(
+    calls: Sequence[Mapping[str, Any]], weights: Sequence[float] | None = None, *, exchange: Exchange | None = None, backend: str = "auto"
+) -> tuple[Tensor, list[InfoNCEOutput]]:
+    """The weighted sum of several losses, such as those of a step's patterns, whose ranks meet once for all of them.
+
+    calls: arguments of ``infonce`` by name, without exchange and backend. weights: one a call; None: 1 each. A tensor that several
+    calls are given is shown to the other ranks once, and its gradient comes home once. Returns the sum, 0-d and differentiable once
+    (the reference: always), and the outputs, whose losses are unweighted and detached. Raises ValueError on a wrong call.
+    """
+    if not calls or (weights is not None and len(weights) != len(calls)):
+        raise ValueError(f"calls: found {len(calls)} with {'no' if weights is None else len(weights)} weights, expected one a call, at least one")
+    exchange = Local() if exchange is None else exchange
+    weights = [1.0] * len(calls) if weights is None else [float(weight) for weight in weights]
+    if any(not weight >= 0 for weight in weights):
+        raise ValueError(f"weights: found {weights}, expected none below 0")
+    # Under autocast the matrix products would round the logits to half precision.
+    with torch.autocast(calls[0]["queries"].device.type, enabled=False):
+        made = [_problem(exchange=exchange, backend=backend, **call) for call in calls]
+        total: Tensor | None = None
+        outputs: dict[int, InfoNCEOutput] = {}
+        for chosen in dict.fromkeys(name for _, name in made):
+            mine = [i for i, (_, name) in enumerate(made) if name == chosen]
+            problems, factors = [made[i][0] for i in mine], [weights[i] for i in mine]
+            if chosen == "reference":
+                part, found = _reference_losses(problems, factors)
+            else:
+                part, found = fused_losses(problems, make_engine(chosen), factors)
+            dtype = torch.promote_types(torch.float32, problems[0].gradient_dtype)
+            total = part.to(dtype) if total is None else total + part.to(dtype)
+            outputs |= {i: _output(problem, *one, chosen) for i, problem, one in zip(mine, problems, found, strict=True)}
+    assert total is not None
+    return total, [outputs[i] for i in range(len(calls))]
+
+
+def _reference_losses(problems: Sequence[Problem], weights: Sequence[float]) -> tuple[Tensor, list[Found]]:
+    totals, found = [], []
+    for problem, weight in zip(problems, weights, strict=True):
+        whole = gathered(problem)
+        loss, losses, score, correct = reference_loss(whole)
+        totals.append(weight * loss)
+        found.append((losses, score.detach().where(whole.row_valid, 0.0), correct.sum(), whole.valid_rows))
+    return torch.stack(totals).sum(), found
+
+
+def _output(problem: Problem, losses: Tensor, score: Tensor, correct: Tensor, valid_rows: Tensor, backend: str) -> InfoNCEOutput:
+    dtype, options = problem.gradient_dtype, problem.options
+    loss = losses.sum() if all(w == 1 for w in options.prefix_weights) else (losses * numbers(options.prefix_weights, losses.dtype, losses.device)).sum()
+    accuracy = correct.to(dtype) * problem.exchange.world_size / valid_rows.clamp_min(1)
+    return InfoNCEOutput(loss.to(dtype), losses.to(dtype), valid_rows, score.to(dtype), accuracy, backend)
+
+
+def _problem(
+    *,
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    exchange: Exchange,
+    backend: str,
+    prefixes: Sequence[int] | None = None,
+    prefix_weights: Sequence[float] | None = None,
+    memory_budget: int | None = None,
+    score_dtype: torch.dtype | None = None,
+    symmetric: bool = False,
+    query_negatives: bool = False,
+    key_negatives: bool = False,
+    shared_hard_negatives: bool = False,
+    margin_absolute: float | None = None,
+    margin_relative: float | None = None,
+    **given: Any,
+) -> tuple[Problem, str]:
+    """A call's problem, checked, and the backend that will run."""
+    hard, highest, valid = (given.get(name) for name in ("hard_negatives", "max_negative_score", "hard_negative_valid"))
+    checks.check_embeddings(queries, keys, hard)
     chosen = checks.choose_backend(backend, queries, score_dtype)
-    checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid, positive_ids)
-    checks.check_log_probability(key_log_probability, len(keys), queries.device)
-    checks.check_highest(max_negative_score, len(queries), queries.device)
-    if hard_negatives is not None:
-        checks.check_vector("hard_negative_valid", hard_negative_valid, hard_negatives.shape[:2], torch.bool, queries.device)
-    elif hard_negative_valid is not None:
+    named = ("positives", "query_ids", "key_ids", "key_query_ids", "query_valid", "key_valid", "positive_ids")
+    checks.check_pairing(queries, keys, temperature, *(given.get(name) for name in named))
+    checks.check_log_probability(given.get("key_log_probability"), len(keys), queries.device)
+    checks.check_highest(highest, len(queries), queries.device)
+    if hard is not None:
+        checks.check_vector("hard_negative_valid", valid, hard.shape[:2], torch.bool, queries.device)
+    elif valid is not None:
         raise ValueError("hard_negative_valid: found without hard_negatives, expected both")
     elif shared_hard_negatives:
         raise ValueError("shared_hard_negatives: found True without hard_negatives, expected both")
@@ -131,7 +218,7 @@ def infonce(
         prefixes,
         prefix_weights,
         memory_budget,
-        max_negative_score=True if isinstance(max_negative_score, Tensor) else max_negative_score,
+        max_negative_score=True if isinstance(highest, Tensor) else highest,
         margin_absolute=margin_absolute,
         margin_relative=margin_relative,
         symmetric=symmetric,
@@ -139,40 +226,5 @@ def infonce(
         key_negatives=key_negatives,
         shared_hard_negatives=shared_hard_negatives,
     )
-    exchange = Local() if exchange is None else exchange
-
-    # Under autocast the matrix products would round the logits to half precision.
-    with torch.autocast(queries.device.type, enabled=False):
-        problem = build_problem(
-            queries,
-            keys,
-            temperature,
-            positives=positives,
-            positive_ids=positive_ids,
-            query_ids=query_ids,
-            key_ids=key_ids,
-            key_query_ids=key_query_ids,
-            hard_negatives=hard_negatives,
-            hard_negative_valid=hard_negative_valid,
-            query_valid=query_valid,
-            key_valid=key_valid,
-            key_log_probability=key_log_probability,
-            max_negative_score=max_negative_score,
-            options=options,
-            exchange=exchange,
-            backend=chosen,
-            score_dtype=score_dtype,
-        )
-        if chosen == "reference":
-            total, losses, positive_score, correct = reference_loss(problem)
-        else:
-            total, losses, positive_score, correct = fused_loss(problem, make_engine(chosen))
-        summary = exchange.sum(torch.cat([losses / exchange.world_size, correct.sum()[None].to(losses.dtype)])).to(problem.gradient_dtype)
-    return InfoNCEOutput(
-        loss=total.to(problem.gradient_dtype),
-        prefix_losses=summary[:-1],
-        valid_rows=problem.valid_rows,
-        positive_score=positive_score.detach().where(problem.row_valid, 0.0).to(problem.gradient_dtype),
-        accuracy=summary[-1] / max(problem.valid_rows, 1),
-        backend=chosen,
-    )
+    arguments = {name: None for name in (*named, "hard_negatives", "hard_negative_valid")} | given
+    return build_problem(queries, keys, temperature, **arguments, options=options, exchange=exchange, backend=chosen, score_dtype=score_dtype), chosen

@@ -93,9 +93,9 @@ def check_pairing(
 
 
 def check_vector(name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    """Ids and masks: exact shape, dtype and device."""
-    if x is not None and (tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device):
-        raise ValueError(f"{name}: found {x.dtype} {tuple(x.shape)} on {x.device}, expected {dtype} {tuple(shape)} on {device}")
+    """Ids and masks: exact shape and dtype, on the device or on the CPU."""
+    if x is not None and (tuple(x.shape) != tuple(shape) or x.dtype != dtype or (x.device != device and x.device.type != "cpu")):
+        raise ValueError(f"{name}: found {x.dtype} {tuple(x.shape)} on {x.device}, expected {dtype} {tuple(shape)} on {device} or the CPU")
 
 
 def check_log_probability(x: Tensor | None, n_keys: int, device: torch.device) -> None:
@@ -111,13 +111,13 @@ def check_highest(x: float | Tensor | None, n: int, device: torch.device) -> Non
 
 
 def check_positives(positives: Tensor | None, n: int, m: int) -> None:
-    """Indices into this rank's keys, -1 for none; the diagonal needs a key for every query."""
+    """Indices into this rank's keys, -1 for none; the diagonal needs a key for every query. A device's values are the caller's word."""
     if positives is None:
         if m < n:
             raise ValueError(f"keys: found {m} for {n} queries, expected at least as many, or positives given")
     elif n and m == 0:
         raise ValueError(f"keys: found none for {n} queries, expected at least one")
-    elif n:
+    elif n and positives.device.type == "cpu":
         low, high = (int(value) for value in positives.aminmax())
         if low < -1 or high >= m:
             raise ValueError(f"positives: found {low}..{high}, expected -1 (none) to {m - 1}")

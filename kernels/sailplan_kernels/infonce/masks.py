@@ -12,6 +12,7 @@ The relation is symmetric, so the same function serves the columns of the symmet
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ class Candidates:
     tags: Tensor
     valid: Tensor
 
+    @classmethod
+    def of(cls, notes: Tensor) -> Candidates:
+        """From int64 [C, 4]: tags and whether the candidate is valid."""
+        return cls(tags=notes[:, :3], valid=notes[:, 3] > 0)
+
 
 def negatives(anchor_tags: Tensor, candidates: Candidates, tags_in_use: tuple[int, ...]) -> Tensor:
     """bool [A, C]: candidate c is a negative of anchor a (by identity; scores are looked at elsewhere)."""
@@ -37,18 +43,21 @@ def negatives(anchor_tags: Tensor, candidates: Candidates, tags_in_use: tuple[in
     return keep
 
 
-def limits(positive: Tensor, highest: Tensor | None, options: InfoNCEOptions) -> Tensor | None:
+def limits(positive: Tensor, highest: float | Tensor | None, options: InfoNCEOptions) -> Tensor | None:
     """Cosines [P, n] above which a pair is no negative of its anchor; None: there is no limit.
 
-    positive [P, n]: the anchors' own cosines; highest [n]: their max_negative_score, which a negative must stay below.
+    positive [P, n]: the anchors' own cosines; highest: their max_negative_score, [n] or one for all, which a negative must stay below.
     """
     if not options.filters:
         return None
-    limit = torch.full_like(positive, torch.inf)
-    if highest is not None:
-        limit = torch.minimum(limit, torch.nextafter(highest, torch.full_like(highest, -torch.inf)))
+    found: list[Tensor] = []
+    if isinstance(highest, Tensor):
+        found.append(torch.nextafter(highest, torch.full_like(highest, -torch.inf)).expand_as(positive))
+    elif highest is not None:
+        below = torch.nextafter(torch.tensor(highest, dtype=positive.dtype), torch.tensor(-torch.inf, dtype=positive.dtype))
+        found.append(torch.full_like(positive, below.item()))
     if options.margin_absolute is not None:
-        limit = torch.minimum(limit, positive + options.margin_absolute)
+        found.append(positive + options.margin_absolute)
     if options.margin_relative is not None:
-        limit = torch.minimum(limit, positive * options.margin_relative)
-    return limit
+        found.append(positive * options.margin_relative)
+    return reduce(torch.minimum, found).contiguous()

@@ -7,6 +7,8 @@ anyway, and ``normalized_gradient_`` turns the sum it has accumulated into the v
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -34,48 +36,62 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scaled / length, largest, length
 
 
-def operand(x: Tensor, valid: Tensor, dtype: torch.dtype, at_once: int) -> tuple[Tensor, bool]:
-    """[n, D] what the matrix products read of ``x`` [n, D], in ``dtype``, and whether it is a normalised copy.
+def operand(x: Tensor, valid: Tensor | None, dtype: torch.dtype, at_once: int) -> tuple[Tensor, Tensor | None]:
+    """[n, D] what the matrix products read of ``x`` [n, D], in ``dtype``, and by what its rows were multiplied [n]; None: by nothing.
 
-    It is ``x`` itself where that is safe. Where x has another dtype, or a row whose entries are so large or small (or NaN,
-    in padding) that products might fail, it is normalised in float32 or float64, rounded once, zero in rows not ``valid``;
-    ``at_once`` rows at a time.
+    It is ``x`` itself where that is safe. Where x has another dtype, or, on a CPU, a row whose entries are so large or small (or
+    NaN, in padding) that products might fail, it is normalised in float32 or float64, rounded once, zero in rows not ``valid``;
+    ``at_once`` rows at a time. On a device the host does not wait to look: padding is zeroed, and all other rows are to have
+    entries that are far from overflow. valid: bool [n]; None: there is no padding.
     """
     x = x.detach()
     if x.dtype == dtype:
+        if x.device.type != "cpu":
+            return (x.contiguous() if valid is None else x.masked_fill(~valid[:, None], 0.0)), None
         largest = torch.linalg.vector_norm(x, torch.inf, dim=-1)
         if ((largest == 0) | ((largest > TAME) & (largest < 1 / TAME))).all():
-            return x.contiguous(), False
+            return x.contiguous(), None
     found = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for target, some, counts in zip(found.split(at_once), x.split(at_once), valid.split(at_once), strict=True):
-        target.copy_(_unit(_wide(some, counts))[0])
-    return found, True
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = torch.empty(len(x), dtype=wide, device=x.device)
+    for start in range(0, len(x), at_once):
+        here = slice(start, start + at_once)
+        part = x[here].to(wide)
+        unit, largest, length = _unit(part if valid is None else torch.where(valid[here, None], part, 0.0))
+        found[here] = unit
+        scale[here] = (largest.reciprocal() / length)[:, 0]
+    return found, scale
 
 
-def normalized_gradient_(gradient: Tensor, x: Tensor, valid: Tensor, copied: bool, at_once: int) -> None:
-    """From the gradient of the operand [n, D], whatever it has along each row, to the gradient of ``x``, in place.
+def normalized_gradient_(
+    gradient: Tensor, operand: Tensor, norms: Tensor, prefixes: tuple[int, ...], moment: Tensor | None, scale: Tensor | None, at_once: int
+) -> None:
+    """From the gradient of the scaled operand's dot products [n, D] to that of what was given, in place.
 
-    Scores do not depend on a row's length, so what ``gradient`` has along the row is taken out.
+    A cosine is <x_p, y_p> a_p b_p with inverse prefix norms a, b, so d cos / dx = y_p a_p b_p - cos a_p^2 x_p. ``moment`` [P, n], sums
+    of G * cosine, says what the second term of the shorter prefixes is. Scores do not depend on a row's length, so whatever is
+    then left along the whole row is taken out at once: the longest prefix's term, and what rounding has left there.
     """
-    for part, some, counts in zip(gradient.split(at_once), x.split(at_once), valid.split(at_once), strict=True):
-        unit, largest, length = _unit(_wide(some, counts))
-        part.addcmul_(unit, torch.linalg.vecdot(unit, part)[:, None], value=-1)
-        if copied:
-            part.div_(length).div_(largest)
-
-
-def _wide(x: Tensor, valid: Tensor) -> Tensor:
-    """In float32 at least; padding may hold anything, also NaN, and becomes zero."""
-    return torch.where(valid[:, None], x, 0.0).to(torch.promote_types(x.dtype, torch.float32))
+    for start in range(0, len(gradient), at_once):
+        here = slice(start, start + at_once)
+        part, x = gradient[here], operand[here]
+        square = norms[:, here].square()
+        along = torch.linalg.vecdot(x.to(part.dtype), part)
+        if moment is None or len(prefixes) == 1:
+            part.addcmul_(x, (along * square[0]).to(part.dtype)[:, None], value=-1)
+        else:
+            share = square[:-1] * moment[:-1, here]
+            coefficient = (along - moment[:-1, here].sum(0)) * square[-1]
+            for s, (first, end) in reversed(list(enumerate(pairwise((0, *prefixes))))):
+                coefficient = coefficient + share[s] if s < len(share) else coefficient
+                part[:, first:end].addcmul_(x[:, first:end], coefficient.to(part.dtype)[:, None], value=-1)
+        if scale is not None:
+            part.mul_(scale[here, None])
 
 
 def inverse_norms(x: Tensor, prefixes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """[P, n] 1 / length of the first d_p entries, 0 where they are all zero."""
-    lengths: list[Tensor] = []
-    start = 0
-    for end in prefixes:
-        part = torch.linalg.vector_norm(x[:, start:end], dim=1, dtype=dtype)
-        lengths.append(torch.hypot(lengths[-1], part) if lengths else part)
-        start = end
-    length = torch.stack(lengths)
-    return torch.where(length > 0, length.reciprocal(), 0.0)
+    lengths = torch.empty((len(prefixes), len(x)), dtype=dtype, device=x.device)
+    for length, end in zip(lengths, prefixes, strict=True):
+        torch.linalg.vector_norm(x[:, :end], dim=1, dtype=dtype, out=length)
+    return lengths.reciprocal_().nan_to_num_(nan=torch.nan, posinf=0.0)

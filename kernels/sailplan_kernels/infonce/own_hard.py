@@ -5,50 +5,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sailplan_kernels.infonce.normalize import inverse_norms
-from sailplan_kernels.infonce.products import prefix_dots
-from sailplan_kernels.infonce.setting import Setting, cut, finite
+from sailplan_kernels.infonce.products import of_dimensions, prefix_dots, segments
+from sailplan_kernels.infonce.setting import Setting, cut
 from sailplan_kernels.infonce.sources import Anchors
 
 
 class OwnHard:
-    """Statistics go into the queries' at once; the gradient follows when the denominators are complete."""
+    """Their logsumexp goes into the queries' at once; the gradient follows when the denominators are complete."""
 
     def __init__(self, setting: Setting, queries: Anchors) -> None:
-        self.setting, self.queries = setting, queries
-        hard, prefixes, shape = setting.hard, setting.prefixes, (len(setting.prefixes), *setting.hard.shape[:2])
-        self.gradient = torch.zeros_like(hard, dtype=setting.gradient_dtype) if setting.needs.hard else None
-        self.norm = inverse_norms(hard.flatten(0, 1), prefixes, setting.fp).view(shape)
-        self.cosine = setting.query_norm[:, :, None] * self.norm
-        for rows in self._blocks():
-            self.cosine[:, rows] *= prefix_dots(setting.queries[rows, None], hard[rows], prefixes, setting.fp)
-        keep = setting.problem.hard_valid.expand(shape)
+        self.setting, self.queries, problem = setting, queries, setting.problem
+        n, h = problem.hard_valid.shape
+        self.rows = slice(setting.share.start * h, setting.share.stop * h)
+        self.hard = setting.hard.operand.view(n, h, -1)[setting.share]
+        self.norm = setting.hard.norms.view(-1, n, h)[:, setting.share]
+        dots = [prefix_dots(queries.side.vectors[rows, None], self.hard[rows], setting.prefixes, setting.fp) for rows in self._blocks()]
+        self.cosine = (dots[0] if len(dots) == 1 else torch.cat(dots, 1)).mul_(queries.side.inverse_norm[:, :, None]).mul_(self.norm)
+        self.logits = self.cosine * queries.side.inverse_temperature[:, None]
+        if problem.padding[2]:
+            self.logits.masked_fill_(~problem.hard_valid[setting.share], -torch.inf)
         if queries.side.limit is not None:
-            keep = keep & (self.cosine <= queries.side.limit[:, :, None])
-        self.logits = (self.cosine * setting.inverse[:, None]).masked_fill(~keep, -torch.inf)
-        queries.top = self.logits.amax(2)
-        queries.total = (self.logits - finite(queries.top)[:, :, None]).exp().sum(2)
+            self.logits.masked_fill_(self.cosine > queries.side.limit[:, :, None], -torch.inf)
+        queries.more = self.logits.logsumexp(2)
+        self.top = self.logits.amax(2)  # [P, n]
 
     def _blocks(self) -> list[slice]:
-        return cut(0, len(self.setting.queries), max(1, self.setting.rows_at_once // self.setting.hard.shape[1]))
+        return cut(0, len(self.hard), max(1, self.setting.rows_at_once // self.hard.shape[1])) or [slice(0, 0)]
 
-    def add_gradient(self, push: Tensor) -> Tensor:
-        """To the queries' and its own; push [P, n] d loss / d log_negatives. Returns sums of G * cosine, [P, n, H]."""
-        setting, queries = self.setting, self.queries
-        share = (self.logits - finite(queries.log_negatives(slice(None)))[:, :, None]).exp_() * push[:, :, None]
-        if setting.needs.temperature:
+    def add_gradient(self, log_negatives: Tensor, push: Tensor) -> None:
+        """To the queries' and its own; log_negatives (finite), push [P, n]: of the queries' whole denominators."""
+        setting, queries, needs = self.setting, self.queries, self.setting.needs
+        share = self.logits.sub_(log_negatives[:, :, None]).exp_().mul_(push[:, :, None])
+        if needs.temperature and not setting.one_temperature:
+            assert queries.temperature is not None
             queries.temperature += (share * self.cosine).sum((0, 2))
-        share *= setting.inverse[:, None]
-        moment = share * self.cosine
-        queries.moment += moment.sum(2)
-        share = share * setting.query_norm[:, :, None] * self.norm
+        share *= queries.side.inverse_temperature[:, None]
+        if queries.moments:
+            moment = share * self.cosine
+            assert queries.moment is not None
+            queries.moment += moment.sum(2)
+            if needs.hard and len(setting.prefixes) > 1:
+                setting.hard.moment[:, self.rows].add_(moment.flatten(1))
+        share.mul_(queries.side.inverse_norm[:, :, None]).mul_(self.norm)
+        share = segments(share).to(setting.gradient_dtype)
+        own = setting.hard.gradient[self.rows].view(self.hard.shape) if needs.hard else None
         for rows in self._blocks():
-            first = 0
-            for s, end in enumerate(setting.prefixes):
-                weight = share[s:, rows].sum(0)[:, :, None].to(setting.gradient_dtype)
-                if queries.gradient is not None:
-                    queries.gradient[rows, first:end] += (weight * setting.hard[rows, :, first:end]).sum(1)
-                if self.gradient is not None:
-                    self.gradient[rows, :, first:end] = weight * setting.queries[rows, None, first:end]
-                first = end
-        return moment
+            weights = of_dimensions(share[:, rows], setting.prefixes)
+            if queries.gradient is not None:
+                queries.gradient[rows].add_((weights * self.hard[rows]).sum(1))
+            if own is not None:
+                own[rows].addcmul_(weights, queries.side.vectors[rows, None])

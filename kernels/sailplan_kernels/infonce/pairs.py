@@ -1,13 +1,15 @@
-"""Which keys are a row's positives: a list of (row, key) pairs, whichever way the caller said it.
+"""Which keys are a row's positives, whichever way the caller said it.
 
-By index a row has one positive at most, a key of its own rank. By id its positives are all valid keys of all ranks that
-carry the id it asks for; an item that was drawn twice is as right as once. Every rank knows all keys' ids, so each lists
-its own rows' pairs without asking.
+By index a row has one positive at most, a key of its own rank: row i is pair i, and a row that does not count has weight 0.
+Nothing has to be looked up, so the shapes do not depend on the data. By id a row's positives are all valid keys of all ranks
+that carry the id it asks for, an item that was drawn twice being as right as once: a list of (row, key) pairs, as long as the
+data make it. Every rank knows all keys' ids, so each lists its own rows' pairs without asking.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,34 +18,84 @@ from sailplan_kernels.infonce.masks import Candidates
 
 
 @dataclass(frozen=True)
-class Pairs:
+class RowPairs:
+    """One pair a row, n of them."""
+
+    index: Tensor | None  # int64 [n] into this rank's keys; None: row i's positive is key ``start`` + i
+    start: int
+    count: int
+    listed = False
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """[..., E] the rows' values [..., n]."""
+        return x
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """[P, n] sums of ``values`` [P, E]."""
+        return values
+
+    def best(self, values: Tensor) -> Tensor:
+        """[P, n] highest of ``values`` [P, E]."""
+        return values
+
+    def of_chunks(self, chunks: list[slice]) -> list[slice]:
+        """The pairs of each chunk of rows."""
+        return chunks
+
+    def sums(self, rows: slice, pairs: slice, values: Tensor) -> Tensor:
+        """[P, rows] sums of the ``values`` of a chunk's pairs."""
+        return values
+
+    def own_keys(self, keys: Tensor, here: slice) -> Tensor:
+        """[e, D] of this rank's ``keys``, those of the pairs ``here``."""
+        return keys[self.start + here.start : self.start + here.stop] if self.index is None else keys[self.index[here]]
+
+
+@dataclass(frozen=True)
+class PairList:
     """E pairs of rows that count, sorted by row."""
 
     rows: Tensor  # int64 [E], this rank's
     keys: Tensor  # int64 [E], index into all ranks' keys
     counts: Tensor  # int64 [N], positives of each row
+    listed = True
 
-    def of_rows(self, rows: slice) -> Pairs:
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def share(self, rows: slice) -> PairList:
         """Those of consecutive rows, which are counted from 0 again."""
         some = (self.rows >= rows.start) & (self.rows < rows.stop)
-        return Pairs(self.rows[some] - rows.start, self.keys[some], self.counts[rows])
+        return PairList(self.rows[some] - rows.start, self.keys[some], self.counts[rows])
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        return x[..., self.rows]
 
     def per_row(self, values: Tensor) -> Tensor:
-        """[P, N] sums of ``values`` [P, E], in an order that does not change."""
+        """In an order that does not change."""
         return sum_at(self.rows, values, len(self.counts))
 
     def best(self, values: Tensor) -> Tensor:
-        """[P, N] highest of ``values`` [P, E], minus infinity for rows without a positive."""
+        """Minus infinity for rows without a positive."""
         return best_at(self.rows, values, len(self.counts))
 
+    def of_chunks(self, chunks: list[slice]) -> list[slice]:
+        edges = torch.tensor([chunk.start for chunk in chunks], device=self.rows.device)
+        starts = [*torch.searchsorted(self.rows, edges).tolist(), len(self.rows)]
+        return [slice(*edge) for edge in pairwise(starts)]
 
-def pairs_by_index(row_valid: Tensor, keys: Tensor) -> Pairs:
+    def sums(self, rows: slice, pairs: slice, values: Tensor) -> Tensor:
+        return sum_at(self.rows[pairs] - rows.start, values, rows.stop - rows.start)
+
+
+def pairs_by_index(row_valid: Tensor, keys: Tensor) -> PairList:
     """Of the rows that count, bool [N], with the key of each, int64 [N] index into all ranks' keys."""
     rows = row_valid.nonzero()[:, 0]
-    return Pairs(rows, keys[rows], row_valid.to(torch.int64))
+    return PairList(rows, keys[rows], row_valid.to(torch.int64))
 
 
-def pairs_by_id(wanted: Tensor, keys: Candidates) -> Pairs:
+def pairs_by_id(wanted: Tensor, keys: Candidates) -> PairList:
     """All pairs of a row that wants an id, int64 [N], -1 for none, and a valid key that has it. O((N + C) log C + E)."""
     places = keys.valid.nonzero()[:, 0]
     ids, order = keys.tags[places, 1].sort(stable=True)
@@ -52,7 +104,7 @@ def pairs_by_id(wanted: Tensor, keys: Candidates) -> Pairs:
     rows = torch.arange(len(wanted), device=wanted.device).repeat_interleave(counts)
     before = counts.cumsum(0) - counts
     place = torch.arange(len(rows), device=wanted.device) - before[rows] + first[rows]
-    return Pairs(rows, places[order[place]], counts)
+    return PairList(rows, places[order[place]], counts)
 
 
 def sum_at(index: Tensor, values: Tensor, n: int) -> Tensor:

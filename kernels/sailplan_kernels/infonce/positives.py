@@ -4,170 +4,297 @@ A positive never enters a tile: loss = softplus(log_negatives - logit), and its 
 sigmoid(log_negatives - logit), which stays exact where 1 - p would cancel. A row pays the mean over its positives. With
 key negatives each pair has a denominator of its own: the row's negatives, and the keys scored against its positive.
 
-Positives may be any rank's keys: their pairs are looked at while the keys' shards are in memory anyway, in a round of their
-own before the statistics and in the round of gradients. Those given by index are this rank's and need no round.
+Positives by index are this rank's keys: they are scored before anything travels. Those by id may be any rank's: their pairs
+are looked at while the keys' shards are in memory, in a round of their own before the statistics and in that of gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sailplan_kernels.exchange.base import Shard, Stream
+from sailplan_kernels.exchange.base import Shard
+from sailplan_kernels.infonce.masks import Candidates, limits
 from sailplan_kernels.infonce.normalize import inverse_norms
-from sailplan_kernels.infonce.pairs import sum_at
-from sailplan_kernels.infonce.products import add_scaled_rows, prefix_dots, row_dots, softplus
-from sailplan_kernels.infonce.setting import Setting, cut, finite
-from sailplan_kernels.infonce.sources import Anchors, positive_anchors, query_anchors
+from sailplan_kernels.infonce.pairs import PairList, RowPairs, pairs_by_id, sum_at
+from sailplan_kernels.infonce.products import add_scaled_rows, of_dimensions, prefix_dots, row_dots, segments, softplus
+from sailplan_kernels.infonce.setting import Setting, comparable, cut, finite
+from sailplan_kernels.infonce.sources import Anchors
+from sailplan_kernels.infonce.tile import Coefficients, Side
 
 
 class Positives:
     """E pairs of this rank's share of n rows, P prefixes."""
 
-    def __init__(self, setting: Setting, key_stream: Stream) -> None:
-        problem, pairs = setting.problem, setting.problem.pairs
-        self.setting, self.pairs = setting, pairs
-        found = setting.zeros(len(setting.prefixes), len(pairs.rows))
-        self.norm = torch.empty_like(found)  # product of both inverse norms
-        vectors = setting.queries.new_empty(len(pairs.rows), setting.queries.shape[1]) if setting.options.key_negatives else None
-        for shard in key_stream.shards() if problem.by_id else [self.own_shard(None)]:
-            for here in self._inside(shard, slice(0, len(pairs.rows))):
-                rows, keys = pairs.rows[here], shard.vectors[pairs.keys[here] - shard.start]
-                self.norm[:, here] = setting.query_norm[:, rows] * inverse_norms(keys, setting.prefixes, setting.fp)
-                found[:, here] = prefix_dots(setting.queries[rows], keys, setting.prefixes, setting.fp)
+    pairs: RowPairs | PairList
+    cosine: Tensor  # [P, E]
+    norm: Tensor  # [P, E] product of both inverse norms
+    logits: Tensor  # [P, E]
+    weight: Tensor  # [E] of the row loss
+    queries: Anchors
+    anchors: Anchors | None = None  # the positives themselves, with key negatives
+    column_pull: Tensor | None = None  # [P, E] the column loss's
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.inverse = setting.inverse_of_rows()
+        self.losses: list[Tensor] = []  # [P] of each chunk of rows
+        self.pushes: list[Tensor] = []  # [P, e] d loss / d the pair's log_negatives
+        self.query_coefficients: list[Coefficients] = []
+        problem = setting.problem
+        if problem.wanted is None:  # all of this rank's pairs: the columns' owner knows them whole, whatever its peers' shares
+            pairs = RowPairs(None if problem.diagonal else problem.positive, 0, len(problem.raw_queries))
+            self.whole_cosine, self.whole_norm = self._score_own(pairs)
+            self.pairs = RowPairs(None if problem.diagonal else problem.positive[setting.share], setting.share.start if problem.diagonal else 0, setting.rows)
+            self.cosine, self.norm = self.whole_cosine[:, setting.share], self.whole_norm[:, setting.share]
+            self._anchor()
+
+    def _score_own(self, pairs: RowPairs) -> tuple[Tensor, Tensor]:
+        """Cosines and products of norms [P, N] of the pairs by index."""
+        setting, keys = self.setting, self.setting.keys
+        of_keys = keys.norms[:, : pairs.count] if pairs.index is None else keys.norms[:, pairs.index]
+        norm = setting.queries.norms * of_keys
+        dots = [
+            prefix_dots(setting.queries.operand[here], pairs.own_keys(keys.operand, here), setting.prefixes, setting.fp)
+            for here in cut(0, pairs.count, setting.rows_at_once) or [slice(0, 0)]
+        ]
+        return (dots[0] if len(dots) == 1 else torch.cat(dots, 1)).mul_(norm), norm
+
+    def find_by_id(self, keys: Candidates) -> None:
+        """List the pairs, now that all ranks' keys are known, and score them in a round over the shards."""
+        setting, problem = self.setting, self.setting.problem
+        assert problem.wanted is not None
+        whole = pairs_by_id(problem.wanted, keys)
+        self.row_valid = whole.counts > 0
+        self.pairs = pairs = whole.share(setting.share)
+        queries, norms = setting.queries.operand[setting.share], setting.queries.norms[:, setting.share]
+        self.cosine = setting.zeros(len(setting.prefixes), pairs.count)
+        self.norm = torch.empty_like(self.cosine)
+        vectors = queries.new_empty(pairs.count, queries.shape[1]) if setting.options.key_negatives else None
+        for shard in setting.keys.shards():
+            for here in self._inside(shard, slice(0, pairs.count)):
+                rows, found = pairs.rows[here], shard.vectors[pairs.keys[here] - shard.start]
+                self.norm[:, here] = norms[:, rows] * inverse_norms(found, setting.prefixes, setting.fp)
+                self.cosine[:, here] = prefix_dots(queries[rows], found, setting.prefixes, setting.fp)
                 if vectors is not None:
-                    vectors[here] = keys
-        self.cosine = found.mul_(self.norm)
-        self.logits = self.cosine * setting.inverse[pairs.rows]
-        if problem.key_correction is not None:
-            self.logits -= problem.key_correction[pairs.keys]
-        weight = problem.row_weight / 2 if setting.options.symmetric else problem.row_weight
-        self.weight = (weight / pairs.counts.clamp_min(1))[pairs.rows]
-        self.column_pull: Tensor | None = None  # [P, E] the column loss's
-        self.queries = query_anchors(setting, finite(pairs.best(self.cosine)))
-        self.anchors = None if vectors is None else positive_anchors(setting, self.queries, vectors)
+                    vectors[here] = found
+        self.cosine.mul_(self.norm)
+        self._anchor(vectors)
+
+    def _anchor(self, vectors: Tensor | None = None) -> None:
+        """The queries, whose margins start from their best positives, and with key negatives the positives, [E, D] one a pair."""
+        setting, problem, options, needs = self.setting, self.setting.problem, self.setting.options, self.setting.needs
+        highest = problem.max_negative_score
+        best = self.pairs.best(self.cosine)
+        side = Side(
+            vectors=setting.queries.operand[setting.share],
+            inverse_norm=setting.queries.norms[:, setting.share].contiguous(),
+            tags=problem.anchor_tags[setting.share],
+            valid=problem.query_valid[setting.share],
+            limit=limits(finite(best) if self.pairs.listed else best, highest[setting.share] if isinstance(highest, Tensor) else highest, options),
+            inverse_temperature=self.inverse,
+        )
+        # Without prefixes and columns the temperature's sum is <query, its gradient>: no work inside the tile.
+        own = needs.queries and setting.queries.uses == 1 and not options.query_negatives and (setting.one_temperature or not options.symmetric)
+        moments = len(setting.prefixes) > 1 or (needs.temperature and not own)
+        self.queries = Anchors(side, False, moments, setting.queries.gradient[setting.share] if needs.queries else None)
+        if options.key_negatives:
+            if vectors is None:
+                assert isinstance(self.pairs, RowPairs)
+                vectors = self.pairs.own_keys(setting.keys.operand, slice(0, self.pairs.count)).contiguous()
+            of_pairs = Side(
+                vectors=vectors,
+                inverse_norm=inverse_norms(vectors, setting.prefixes, setting.fp),
+                tags=side.tags[self.pairs.rows] if isinstance(self.pairs, PairList) else side.tags,
+                valid=self.pairs.of_rows(side.valid),
+                limit=None if side.limit is None else self.pairs.of_rows(side.limit).contiguous(),
+                inverse_temperature=self.pairs.of_rows(side.inverse_temperature),
+            )
+            # Where nobody needs the keys' gradient there is no sum to read the temperature's from.
+            gradient = torch.zeros_like(vectors, dtype=setting.gradient_dtype) if needs.keys else None
+            self.anchors = Anchors(of_pairs, True, moments or (needs.temperature and not needs.keys), gradient)
+
+    def weigh(self, valid_rows: Tensor) -> None:
+        """``valid_rows`` 0-d of all ranks: what a row's loss weighs is known."""
+        setting, problem = self.setting, self.setting.problem
+        part = setting.exchange.world_size / 2 if setting.options.symmetric else setting.exchange.world_size
+        self.of_row = part / valid_rows.clamp_min(1).to(setting.fp)  # 0-d
+        if isinstance(self.pairs, PairList):
+            self.weight = (self.of_row / self.pairs.counts.clamp_min(1))[self.pairs.rows]
+            self.row_valid_here = self.pairs.counts > 0
+        else:
+            self.row_valid_here = problem.row_valid[setting.share]
+            self.weight = self.row_valid_here * self.of_row
+        self.weighted = self.weight * setting.prefix_weights  # [P, E]
+        self.logits = self.cosine * self.pairs.of_rows(self.inverse)
+
+    def correct_by(self, correction: Tensor | None) -> None:
+        """``correction`` [C] is subtracted from the keys' logits."""
+        if correction is not None:
+            assert self.setting.keys.layout is not None
+            if isinstance(self.pairs, PairList):
+                self.logits -= correction[self.pairs.keys]
+            else:
+                own = correction[self.setting.keys.layout.start :]
+                start = self.pairs.start
+                self.logits -= own[start : start + self.pairs.count] if self.pairs.index is None else own[self.pairs.index]
 
     def mean_cosine(self) -> Tensor:
-        """[n] of each row's positives, longest prefix; 0 where it has none."""
-        return self.pairs.per_row(self.cosine[-1:])[0] / self.pairs.counts.clamp_min(1)
+        """[n] of each row's positives, longest prefix; 0 where the row does not count."""
+        if isinstance(self.pairs, PairList):
+            return self.pairs.per_row(self.cosine[-1:])[0] / self.pairs.counts.clamp_min(1)
+        return self.cosine[-1] * self.row_valid_here
 
-    def of_rows(self, chunks: list[slice]) -> list[slice]:
-        """The pairs of each chunk of rows; the chunks follow each other."""
-        edges = torch.tensor([chunk.start for chunk in chunks], device=self.pairs.rows.device)
-        starts = [*torch.searchsorted(self.pairs.rows, edges).tolist(), len(self.pairs.rows)]
-        return [slice(*edge) for edge in pairwise(starts)]
+    def correct(self, hard_top: Tensor | None) -> Tensor:
+        """bool [n], whether a positive of the row beats all negatives; longest prefix. ``hard_top`` [P, n]: of its own hard ones."""
+        tops = [x[-1:] for x in (self.queries.top, hard_top) if x is not None]
+        if self.anchors is not None and self.anchors.top is not None:
+            tops.append(self.pairs.best(self.anchors.top[-1:]))
+        best, found = self.pairs.best(self.logits[-1:])[0], self.row_valid_here
+        for top in tops:
+            found = found & (best > top[0])
+        return found
 
-    def own_shard(self, gradient: Tensor | None) -> Shard:
-        """This rank's keys, where all positives by index are."""
-        return Shard(self.setting.problem.own_keys.start, self.setting.keys, gradient)
-
-    def _inside(self, shard: Shard, pairs: slice) -> Iterator[slice | Tensor]:
+    def _inside(self, shard: Shard, pairs: slice) -> Iterator[Tensor]:
         """Places in the list of those pairs whose key is in this shard, some at a time."""
-        problem = self.setting.problem
-        if not problem.by_id:
-            if shard.start == problem.own_keys.start and len(shard.vectors):
-                yield from cut(pairs.start, pairs.stop, self.setting.rows_at_once)
-            return
+        assert isinstance(self.pairs, PairList)
         keys = self.pairs.keys[pairs]
         here = (keys >= shard.start) & (keys < shard.start + len(shard.vectors))
         yield from (here.nonzero()[:, 0] + pairs.start).split(self.setting.rows_at_once)
 
     # ---------------------------------------------------------------- denominators, once they are complete
-    def log_negatives(self, here: slice | Tensor) -> Tensor:
-        """[P, e] of each pair; minus infinity without negatives."""
-        of_row = self.queries.log_negatives(self.pairs.rows[here])
-        return of_row if self.anchors is None else torch.logaddexp(of_row, self.anchors.log_negatives(here))
+    def complete(self, rows: slice, pairs: slice) -> None:
+        """All negatives of these rows are in: their losses, and what the tiles need for their gradient."""
+        queries, anchors = self.queries, self.anchors
+        of_query = queries.log_negatives(rows)
+        log = self.pairs.of_rows(of_query) if isinstance(self.pairs, RowPairs) else of_query[:, self.pairs.rows[pairs] - rows.start]
+        if anchors is not None:
+            log = torch.logaddexp(log, anchors.log_negatives(pairs))
+        gap = log - self.logits[:, pairs]
+        self.losses.append((softplus(gap) * self.weight[pairs]).sum(1))
+        push = gap.sigmoid_().mul_(self.weighted[:, pairs])
+        self.pushes.append(push)
+        if anchors is None and isinstance(self.pairs, RowPairs):
+            self.query_coefficients.append(Coefficients(finite(log), push))
+            return
+        part = of_query if isinstance(self.pairs, RowPairs) else of_query[:, self.pairs.rows[pairs] - rows.start]
+        own = push if anchors is None else push * (comparable(part) - comparable(log)).exp()  # of this part of the denominator
+        self.query_coefficients.append(Coefficients(finite(of_query), self.pairs.sums(rows, pairs, own)))
 
-    def push(self, here: slice | Tensor) -> Tensor:
-        """[P, e] d loss / d the pair's log_negatives."""
-        return self.weight[here] * self.setting.prefix_weights * torch.sigmoid(self.log_negatives(here) - self.logits[:, here])
+    @property
+    def push(self) -> Tensor:
+        """[P, E] of all rows."""
+        if len(self.pushes) > 1:
+            self.pushes = [torch.cat(self.pushes, 1)]
+        return self.pushes[0]
 
-    def push_of(self, anchors: Anchors, rows: slice, pairs: slice) -> Tensor:
-        """[P, n or E] d loss / d the anchors' own logsumexp: of consecutive rows, or of their pairs."""
-        push = self.push(pairs)
-        if self.anchors is not None:
-            own = anchors.log_negatives(pairs if anchors.by_pair else self.pairs.rows[pairs])
-            share = (own - self.log_negatives(pairs)).exp()  # of this part of the denominator
-            push = torch.where(own.isinf(), 0.0, push * share)
-        return push if anchors.by_pair else sum_at(self.pairs.rows[pairs] - rows.start, push, rows.stop - rows.start)
-
-    def losses(self) -> Tensor:
-        """[P]"""
-        everything = slice(0, len(self.pairs.rows))
-        return (self.weight * softplus(self.log_negatives(everything) - self.logits)).sum(1)
-
-    def correct(self) -> Tensor:
-        """bool [n], whether a positive of the row beats all negatives; longest prefix."""
-        top = self.queries.top[-1:]
-        if self.anchors is not None:
-            top = torch.maximum(top, self.pairs.best(self.anchors.top[-1:]))
-        return self.setting.problem.row_valid & (top < self.pairs.best(self.logits[-1:]))[0]
+    def anchor_coefficients(self, pairs: slice) -> Coefficients:
+        """Of the positives as anchors; their rows are complete."""
+        assert self.anchors is not None
+        own, push = self.anchors.log_negatives(pairs), self.push[:, pairs]
+        rows = self.queries.log_negatives(slice(0, self.setting.rows))
+        of_rows = rows[:, pairs] if isinstance(self.pairs, RowPairs) else rows[:, self.pairs.rows[pairs]]
+        return Coefficients(finite(own), push * (comparable(own) - comparable(torch.logaddexp(of_rows, own))).exp())
 
     # ---------------------------------------------------------------- gradients
-    def pull(self, here: slice | Tensor) -> Tensor:
-        """[P, e] minus d loss / d the pair's cosine."""
-        pull = self.push(here) * self.setting.inverse[self.pairs.rows[here]]
-        return pull if self.column_pull is None else pull + self.column_pull[:, here]
+    def pull(self) -> Tensor:
+        """[P, E] minus d loss / d the pair's cosine."""
+        pull = self.push * self.pairs.of_rows(self.inverse)
+        return pull if self.column_pull is None else pull.add_(self.column_pull)
+
+    def add_own_gradient(self) -> None:
+        """What rows and their positives, keys of this rank, do to each other's vectors."""
+        setting, pairs = self.setting, self.pairs
+        if isinstance(pairs, PairList) or not (self.queries.gradient is not None or setting.needs.keys):
+            return
+        all_weights = self._segments(self._pull * self.norm)
+        keys, queries = setting.keys, self.queries
+        for here in cut(0, pairs.count, setting.rows_at_once):
+            weights = of_dimensions(all_weights[:, here], setting.prefixes)
+            if queries.gradient is not None:
+                queries.gradient[here].addcmul_(pairs.own_keys(keys.operand, here), weights)
+            if setting.needs.keys and pairs.index is None:
+                keys.gradient[pairs.start + here.start : pairs.start + here.stop].addcmul_(queries.side.vectors[here], weights)
+            elif setting.needs.keys and pairs.index is not None:
+                keys.gradient.index_put_((pairs.index[here],), weights * queries.side.vectors[here], accumulate=True)
+
+    def _segments(self, weight: Tensor) -> Tensor:
+        """Minus the [P, E] weights of each prefix's own dimensions, from those of the prefixes; in the gradients' dtype."""
+        return segments(weight).neg_().to(self.setting.gradient_dtype)
 
     def add_gradient(self, shard: Shard, pairs: slice) -> None:
-        """What rows whose denominators are complete and their positives in this shard do to each other's vectors."""
+        """As ``add_own_gradient``, of pairs by id whose key is in this shard."""
         setting = self.setting
+        assert isinstance(self.pairs, PairList)
         for here in self._inside(shard, pairs):
             rows, keys, first = self.pairs.rows[here], self.pairs.keys[here] - shard.start, 0
-            pull = self.pull(here) * self.norm[:, here]
-            for s, end in enumerate(setting.prefixes):
-                weight = -pull[s:].sum(0)
+            for weight, end in zip(self._segments(self._pull[:, here] * self.norm[:, here]), setting.prefixes, strict=True):
                 if self.queries.gradient is not None:
                     add_scaled_rows(self.queries.gradient[:, first:end], rows, shard.vectors[keys, first:end], weight)
                 if shard.gradient is not None:
-                    add_scaled_rows(shard.gradient[:, first:end], keys, setting.queries[rows, first:end], weight)
+                    add_scaled_rows(shard.gradient[:, first:end], keys, self.queries.side.vectors[rows, first:end], weight)
                 first = end
 
-    def add_temperature(self) -> None:
-        """To the queries' anchors: all that their tiles did not say about the inverse temperature."""
-        if not self.setting.needs.temperature:
+    def make_pull(self) -> None:
+        """Once all denominators, and those of the columns, are complete."""
+        self._pull = self.pull()
+
+    def anchors_home(self) -> None:
+        """The positives' gradient as anchors, to the keys that they are, of this rank by index and of whatever rank by id."""
+        setting, pairs = self.setting, self.pairs
+        if self.anchors is None or self.anchors.gradient is None:
             return
-        queries, anchors, pairs = self.queries, self.anchors, self.pairs
+        gradient = self.anchors.gradient
+        if isinstance(pairs, RowPairs):
+            if pairs.index is None:
+                setting.keys.gradient[pairs.start : pairs.start + pairs.count] += gradient
+            else:
+                for here in cut(0, pairs.count, setting.rows_at_once):
+                    setting.keys.gradient.index_put_((pairs.index[here],), gradient[here], accumulate=True)
+            return
+        again = setting.keys.shards(accumulate=True) if setting.exchange.whole else None
+        if again is None:
+            assert setting.keys.layout is not None
+            stream = setting.exchange.stream(setting.keys.operand, setting.keys.layout.sizes, setting.gradient_dtype)
+            again = stream.shards(accumulate=True)
+        for shard in again:
+            for places in self._inside(shard, slice(0, pairs.count)):
+                assert shard.gradient is not None
+                shard.gradient.index_put_((pairs.keys[places] - shard.start,), gradient[places], accumulate=True)
+        if not setting.exchange.whole:
+            setting.keys.gradient.add_(stream.finish())
+
+    def add_temperature(self) -> None:
+        """To the queries' anchors, where rows have temperatures of their own: all that their tiles did not say about them."""
+        queries, anchors, pairs, at_once = self.queries, self.anchors, self.pairs, self.setting.rows_at_once
+        assert queries.temperature is not None
         if anchors is not None:
+            of_pairs = anchors.temperature
             if not anchors.moments and anchors.gradient is not None:
-                anchors.temperature += row_dots(anchors.side.vectors, anchors.gradient, self.setting.rows_at_once) / anchors.side.inverse_temperature
-            queries.temperature += pairs.per_row(anchors.temperature[None])[0]
+                of_pairs = row_dots(anchors.side.vectors, anchors.gradient, at_once) / anchors.side.inverse_temperature
+            if of_pairs is not None:
+                queries.temperature += pairs.per_row(of_pairs[None])[0]
         read = not queries.moments and queries.gradient is not None
         if read and queries.gradient is not None:
-            queries.temperature += row_dots(self.setting.queries, queries.gradient, self.setting.rows_at_once) / self.setting.inverse
-        if not (read and self.setting.problem.by_id):  # else the pairs have left their part in the gradient by now
-            queries.temperature -= pairs.per_row(self.push(slice(0, len(pairs.rows))) * self.cosine).sum(0)
+            queries.temperature += row_dots(queries.side.vectors, queries.gradient, at_once) / self.inverse
+        if not (read and pairs.listed):  # else the pairs have left their part in the gradient by now
+            queries.temperature -= pairs.per_row(self.push * self.cosine).sum(0)
 
-    def add_moments(self, key_moment: Tensor) -> None:
-        """To those of the queries and of all keys [P, C]."""
-        moment = self.pull(slice(0, len(self.pairs.rows))) * self.cosine
+    def add_moments(self) -> None:
+        """To those of the queries and of the keys."""
+        setting, moment = self.setting, self._pull * self.cosine
+        assert self.queries.moment is not None
         self.queries.moment -= self.pairs.per_row(moment)
-        if self.anchors is not None:
+        if self.anchors is not None and self.anchors.moment is not None:
             moment = moment - self.anchors.moment
-        key_moment -= sum_at(self.pairs.keys, moment, key_moment.shape[1])
-
-    def keys_home(self, key_stream: Stream) -> Tensor | None:
-        """[M, D] the keys' gradient: from the stream's rounds, as positives, and as anchors of whatever rank."""
-        setting, needed, everything = self.setting, self.setting.needs.keys, slice(0, len(self.pairs.rows))
-        as_anchors = None if self.anchors is None else self.anchors.gradient
-        if not setting.problem.by_id:
-            own = self.own_shard(key_stream.finish() if needed else None)
-            self.add_gradient(own, everything)
-            if as_anchors is not None:
-                self._scatter(own, as_anchors)
-            return own.gradient
-        if as_anchors is None:
-            return key_stream.finish() if needed else None
-        again = key_stream if setting.exchange.whole else setting.exchange.stream(setting.keys, setting.problem.key_sizes, setting.gradient_dtype)
-        for shard in again.shards(accumulate=True):
-            self._scatter(shard, as_anchors)
-        return again.finish() if again is key_stream else key_stream.finish() + again.finish()
-
-    def _scatter(self, shard: Shard, gradient: Tensor) -> None:
-        """The anchors' [E, D] to the keys of this shard that they are."""
-        for here in self._inside(shard, slice(0, len(self.pairs.rows))):
-            assert shard.gradient is not None
-            shard.gradient.index_put_((self.pairs.keys[here] - shard.start,), gradient[here], accumulate=True)
+        if not setting.needs.keys or len(setting.prefixes) == 1:
+            return
+        if isinstance(self.pairs, PairList):
+            assert setting.keys.layout is not None
+            setting.keys.add_moment(slice(0, setting.keys.layout.total), -sum_at(self.pairs.keys, moment, setting.keys.layout.total))
+        elif self.pairs.index is None:
+            setting.keys.moment[:, self.pairs.start : self.pairs.start + self.pairs.count].sub_(moment)
+        else:
+            setting.keys.moment.sub_(sum_at(self.pairs.index, moment, setting.keys.moment.shape[1]))

@@ -1,65 +1,54 @@
 """One call's tensors, checked and brought into the one form that every backend reads.
 
-Ranks agree here, in a single small collective, on sizes, options and who needs which gradient, so that afterwards
-they issue the same collectives in the same order whatever each of them has frozen; a rank that was called with
-other options is an error on all ranks instead of a hang.
+Ranks agree here on sizes, options and who needs which gradient (agreement.py), so that afterwards they issue the same
+collectives in the same order whatever each of them has frozen. What is known on the CPU is combined there and uploaded
+in one copy (upload.py); nothing here reads a number back from a device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sailplan_kernels.exchange import Exchange
+from sailplan_kernels.infonce.agreement import Needs, agree
 from sailplan_kernels.infonce.masks import Candidates
 from sailplan_kernels.infonce.options import InfoNCEOptions
-from sailplan_kernels.infonce.pairs import Pairs, pairs_by_id, pairs_by_index
+from sailplan_kernels.infonce.pairs import PairList, pairs_by_id, pairs_by_index
+from sailplan_kernels.infonce.upload import upload
 
 LOW_TEMPERATURE = 0.02
 FULL_RATE_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))  # CUDA devices whose float64 products are about as fast as exact float32 ones
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Which gradients any rank needs (agreed by all ranks, as the collectives depend on it)."""
-
-    queries: bool
-    keys: bool
-    hard: bool
-    temperature: bool
-
-
-@dataclass(frozen=True)
 class Problem:
-    """N rows, M keys and H hard negatives a row on this rank; C candidates of a kind over all ranks.
-
-    What has no dtype here is in the scores' dtype, float32 or float64 (see scores_in_float64).
-    """
+    """N rows, M keys and H hard negatives a row on this rank: what this rank knows by itself."""
 
     raw_queries: Tensor  # [N, D] as the caller gave them, invalid rows may hold anything
     raw_keys: Tensor  # [M, D]
     raw_hard: Tensor  # [N, H, D], H = 0 without hard negatives
     positive: Tensor  # int64 [N], index into this rank's keys; says nothing where positives go by id
-    pairs: Pairs  # of the rows that count and their positives, however they were given
-    by_id: bool  # positives may be several a row and any rank's keys; else one, of this rank
-    row_valid: Tensor  # bool [N], the row counts
-    row_weight: Tensor  # [N], world_size / valid rows of all ranks, 0 where the row does not count
-    max_negative_score: Tensor | None  # [N], None: no such limit
-    inverse_temperature: Tensor  # [N], differentiable
-    one_temperature: bool  # it was given as one number, the same for all rows of all ranks
-    anchor_tags: Tensor  # int64 [N, 3], positive's global index and id, own query id
+    diagonal: bool  # row i's positive is key i
+    wanted: Tensor | None  # int64 [N] the id that makes a key the row's positive, -1 for none; None: positives go by index
+    row_valid: Tensor  # bool [N], the row counts, as far as this rank knows
+    row_count: Tensor  # int64 [1], how many do
     query_valid: Tensor  # bool [N]
+    key_valid: Tensor  # bool [M]
     hard_valid: Tensor  # bool [N, H]
-    all_keys: Candidates
-    all_queries: Candidates  # empty unless a loss term reads them
-    all_hard: Candidates  # empty unless hard negatives are shared
-    key_correction: Tensor | None  # [all keys] subtracted from their logits, None: nothing to correct
+    padding: tuple[bool, bool, bool]  # whether some queries, keys, hard negatives may be invalid
+    anchor_notes: Tensor  # int64 [N, 4], positive's global number and id, own query id, and query_valid
+    key_notes: Tensor  # int64 [M, 4], own number, id, paired query's id, and key_valid
+    key_log_probability: Tensor | None  # [M] in the scores' dtype
+    max_negative_score: float | Tensor | None  # of all rows, or [N] in the scores' dtype
+    inverse_temperature: Tensor  # 0-d or [N], differentiable, in the scores' dtype
     tags_in_use: tuple[int, ...]
     query_sizes: list[int]
     key_sizes: list[int]
-    valid_rows: int
+    score_dtype: torch.dtype  # float32 or float64
     operand_dtype: torch.dtype  # what the matrix products may read
     gradient_dtype: torch.dtype  # what gradients of vectors accumulate in: float32, for float64 operands float64
     needs: Needs
@@ -69,40 +58,65 @@ class Problem:
     @property
     def queries(self) -> Tensor:
         """[N, D] in the scores' dtype, invalid rows zeroed: under autograd, and a copy."""
-        return _zeroed(self.raw_queries.to(self.row_weight.dtype), self.query_valid)
+        return _zeroed(self.raw_queries.to(self.score_dtype), self.query_valid)
 
     @property
     def keys(self) -> Tensor:
         """[M, D], as ``queries``."""
-        return _zeroed(self.raw_keys.to(self.row_weight.dtype), self.key_valid)
+        return _zeroed(self.raw_keys.to(self.score_dtype), self.key_valid)
 
     @property
     def hard(self) -> Tensor:
         """[N, H, D], as ``queries``."""
-        return _zeroed(self.raw_hard.to(self.row_weight.dtype), self.hard_valid)
+        return _zeroed(self.raw_hard.to(self.score_dtype), self.hard_valid)
 
     @property
-    def key_valid(self) -> Tensor:
-        """bool [M] of this rank's own keys."""
-        return self.all_keys.valid[self.own_keys]
+    def anchor_tags(self) -> Tensor:
+        """int64 [N, 3], see masks.py."""
+        return self.anchor_notes[:, :3]
+
+    @property
+    def hard_notes(self) -> Tensor:
+        """int64 [N H, 4] of hard negatives that everybody sees: they carry no ids."""
+        valid = self.hard_valid.reshape(-1, 1).to(torch.int64)
+        return torch.cat([torch.full_like(valid, -1).expand(-1, 3), valid], 1)
+
+    @property
+    def row_inverse_temperature(self) -> Tensor:
+        """[N]"""
+        return self.inverse_temperature.expand(len(self.raw_queries))
+
+    @property
+    def row_highest(self) -> Tensor | None:
+        """[N] max_negative_score of each row."""
+        highest = self.max_negative_score
+        if highest is None or isinstance(highest, Tensor):
+            return highest
+        return torch.full((len(self.raw_queries),), highest, dtype=self.score_dtype, device=self.raw_queries.device)
 
     @property
     def hard_sizes(self) -> list[int]:
         """Shared hard negatives of every rank."""
         return [rows * self.raw_hard.shape[1] for rows in self.query_sizes]
 
-    def share(self, rows: slice) -> Problem:
-        """Those of this rank's rows alone; keys and candidates stay as they are."""
-        names = ("raw_queries", "raw_hard", "positive", "row_valid", "row_weight", "inverse_temperature", "anchor_tags")
-        highest = None if self.max_negative_score is None else self.max_negative_score[rows]
-        pairs = self.pairs.of_rows(rows)
-        return replace(self, pairs=pairs, max_negative_score=highest, **{name: getattr(self, name)[rows] for name in (*names, "query_valid", "hard_valid")})
-
     @property
     def own_keys(self) -> slice:
-        """This rank's part of the gathered keys."""
+        """This rank's part of the keys of all ranks."""
         start = sum(self.key_sizes[: self.exchange.rank])
         return slice(start, start + self.key_sizes[self.exchange.rank])
+
+
+@dataclass(frozen=True)
+class GatheredProblem(Problem):
+    """With what ranks tell each other in collectives of their own: for losses that are no streams of tiles."""
+
+    pairs: PairList  # of the rows that count and their positives, however they were given
+    row_weight: Tensor  # [N], world_size / valid rows of all ranks, 0 where the row does not count
+    valid_rows: Tensor  # 0-d, over all ranks
+    all_keys: Candidates
+    all_queries: Candidates  # empty unless a loss term reads them
+    all_hard: Candidates  # empty unless hard negatives are shared
+    key_correction: Tensor | None  # [all keys] subtracted from their logits, None: nothing to correct
 
 
 def build_problem(
@@ -125,119 +139,149 @@ def build_problem(
     exchange: Exchange,
     backend: str,
     score_dtype: torch.dtype | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> Problem:
-    """Everything a backend needs; the arguments have been checked by infonce/checks.py. Two or more collectives."""
+    """Everything that this rank knows; the arguments have been checked by infonce/checks.py."""
     n, m, device = len(queries), len(keys), queries.device
     half = queries.dtype in (torch.float16, torch.bfloat16)
     accumulate = torch.float32 if half else queries.dtype
     # On a CPU half-precision products round their result; there they are computed in float32.
     operand = queries.dtype if half and device.type != "cpu" else accumulate
 
-    has_positive = torch.ones(n, dtype=torch.bool, device=device)
-    if positive_ids is not None:
-        has_positive, positive = torch.zeros_like(has_positive), torch.zeros(n, dtype=torch.int64, device=device)
-    elif positives is None:
-        positive = torch.arange(n, device=device)
-    else:
-        has_positive = positives >= 0
-        positive = positives.clamp_min(0)
-    if query_valid is None:
-        query_valid = torch.ones(n, dtype=torch.bool, device=device)
-    if key_valid is None:
-        key_valid = torch.ones(m, dtype=torch.bool, device=device)
-    row_valid = has_positive if positive_ids is not None else query_valid & has_positive & key_valid[positive]
-
-    gradients = torch.is_grad_enabled()
     leaves = (queries, keys, hard_negatives, temperature)
-    needs = [gradients and isinstance(x, Tensor) and x.requires_grad for x in leaves]
+    needs = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in leaves]
     if hard_negatives is None:
-        hard_negatives = queries.new_zeros(n, 0, queries.shape[1])
+        hard_negatives = queries.new_empty(n, 0, queries.shape[1])
     h = hard_negatives.shape[1]
-    one_temperature = not isinstance(temperature, Tensor) or temperature.dim() == 0
-    given = [one_temperature, *(x is None for x in (key_ids, query_ids, key_log_probability, positive_ids))]
-    call = options.fingerprint(queries.shape[1], h, queries.dtype, backend, score_dtype, *given)
-    numbers = torch.tensor([n, m, call, *needs, scores_in_float64(queries, backend), 0, 0], dtype=torch.int64, device=device)
-    numbers[-2], numbers[-1] = torch.as_tensor(temperature).detach().lt(LOW_TEMPERATURE).any(), row_valid.sum()
-    table = exchange.gather(numbers[None], [1] * exchange.world_size).tolist()
-    if any(row[2] != call for row in table):
-        raise ValueError("infonce: ranks differ in dimensions, dtype, ids given, kind of temperature, backend or options, expected equal calls")
-    query_sizes, key_sizes = [row[0] for row in table], [row[1] for row in table]
-    valid_rows = sum(row[-1] for row in table)
-    agreed = Needs(*(any(row[3 + i] for row in table) for i in range(4)))
-    compute = score_dtype or accumulate
-    if score_dtype is None and any(row[-2] for row in table) and all(row[-3] for row in table):
-        compute = torch.float64
+    given = [x is None for x in (positives, key_ids, query_ids, key_log_probability, positive_ids)]
+    per_row = isinstance(temperature, Tensor) and temperature.dim() == 1
+    call = options.fingerprint(queries.shape[1], h, queries.dtype, backend, score_dtype, per_row, *given)
+    fast = scores_in_float64(queries, backend)
+    low = low_temperature(temperature) if fast and score_dtype is None else False
+    if per_row and fast and sizes is not None and exchange.world_size > 1:
+        low = bool(exchange.max(torch.tensor([float(low)], device=device)))  # it may change from call to call, on one rank alone
+    agreed = agree(exchange, sizes, (n, m), call, needs, low, fast, device)
+    compute = score_dtype or (torch.float64 if agreed.low_temperature and agreed.float64 else accumulate)
 
-    tags_in_use = (0,) + (1,) * (key_ids is not None) + (2,) * (query_ids is not None)
-    offset = sum(key_sizes[: exchange.rank])
-    none = torch.full((max(n, m),), -1, dtype=torch.int64, device=device)
-    if key_query_ids is None and query_ids is not None:
-        # The paired query of a key is the row that points to it.
-        source = torch.where(has_positive, query_ids, -1)
-        key_query_ids = none[:m].clone().scatter_reduce(0, positive, source, "amax")
-    key_ids = none[:m] if key_ids is None else key_ids
-    query_ids = none[:n] if query_ids is None else query_ids
-    key_query_ids = none[:m] if key_query_ids is None else key_query_ids
-    key_tags = torch.stack([torch.arange(offset, offset + m, device=device), key_ids, key_query_ids], 1)
-    all_keys = _gather_candidates(exchange, key_tags, key_valid, key_sizes)
-    if positive_ids is None:
-        own_positive = torch.where(has_positive[:, None], key_tags[positive][:, :2], -1)
-        pairs = pairs_by_index(row_valid, positive + offset)
-    else:
-        own_positive = torch.stack([none[:n], positive_ids], 1)
-        pairs = pairs_by_id(torch.where(query_valid, positive_ids, -1), all_keys)
-        row_valid = pairs.counts > 0
-        valid_rows = int(exchange.sum(row_valid.sum()))
-    query_tags = torch.cat([own_positive, query_ids[:, None]], 1)
-    all_queries = all_hard = Candidates(tags=none.new_empty((0, 3)), valid=query_valid[:0])
-    if options.query_negatives or options.symmetric:
-        all_queries = _gather_candidates(exchange, query_tags, query_valid, query_sizes)
-    hard_valid = query_valid[:, None].expand(n, h)
-    if hard_negative_valid is not None:
-        hard_valid = hard_valid & hard_negative_valid
-    if options.shared_hard_negatives:
-        tags = none.new_full((n * h, 3), -1)
-        all_hard = _gather_candidates(exchange, tags, hard_valid.reshape(-1), [rows * h for rows in query_sizes])
+    ids = {
+        "positives": positives, "query_ids": query_ids, "key_ids": key_ids, "key_query_ids": key_query_ids, "positive_ids": positive_ids,
+        "query_valid": query_valid, "key_valid": key_valid, "hard_valid": hard_negative_valid,
+    }  # fmt: skip
+    known = combine({name: x for name, x in ids.items() if x is not None}, n, m, h, sum(agreed.keys[: exchange.rank]), device)
 
-    key_correction = None
-    if key_log_probability is not None:
-        key_correction = exchange.gather(key_log_probability.detach().to(compute), key_sizes)
-
-    if max_negative_score is not None:
+    if isinstance(max_negative_score, Tensor):
         # In the scores' dtype from the start: a row's limit and its column's must be the same number.
-        max_negative_score = torch.as_tensor(max_negative_score, device=device).detach().to(compute).expand(n)
-    if not isinstance(temperature, Tensor):
-        temperature = torch.tensor(temperature, dtype=torch.float64)
-
+        max_negative_score = max_negative_score.detach().to(device, compute)
+    given_number = not isinstance(temperature, Tensor)
+    inverse = (torch.full((), temperature, dtype=compute, device=device) if given_number else temperature.to(device, compute)).reciprocal()  # type: ignore
+    tensors = {name: x for name, x in known.items() if isinstance(x, Tensor)}
     return Problem(
         raw_queries=queries,
         raw_keys=keys,
         raw_hard=hard_negatives,
-        positive=positive,
-        pairs=pairs,
-        by_id=positive_ids is not None,
-        row_valid=row_valid,
-        row_weight=row_valid.to(compute) * (exchange.world_size / max(valid_rows, 1)),
+        diagonal=positives is None and positive_ids is None,
+        wanted=None if positive_ids is None else tensors.pop("wanted"),
+        padding=known["padding"],
+        **tensors,
+        key_log_probability=None if key_log_probability is None else key_log_probability.detach().to(device, compute),
         max_negative_score=max_negative_score,
-        inverse_temperature=temperature.to(device, compute).reciprocal().expand(n),
-        one_temperature=one_temperature,
-        anchor_tags=query_tags,
-        query_valid=query_valid,
-        hard_valid=hard_valid,
+        inverse_temperature=inverse,
+        tags_in_use=(0,) * known["own_number"] + (1,) * (key_ids is not None) + (2,) * (query_ids is not None),
+        query_sizes=list(agreed.rows),
+        key_sizes=list(agreed.keys),
+        score_dtype=compute,
+        operand_dtype=operand,
+        gradient_dtype=accumulate,
+        needs=agreed.needs,
+        options=options.with_budget(n + (sum(agreed.keys) if exchange.whole else m), queries.shape[1], torch.finfo(accumulate).bits // 8),
+        exchange=exchange,
+    )
+
+
+def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, device: torch.device) -> dict:
+    """Which rows count and who shares which tag: on the CPU where all that was given is there, and then uploaded; else on the device.
+
+    given: the ids and masks of build_problem, by name. Returns the fields of Problem that come of them.
+    """
+    at = device if any(x.device == device for x in given.values()) else torch.device("cpu")
+    given = {name: x.to(at) for name, x in given.items()}
+    positives, wanted = given.get("positives"), given.get("positive_ids")
+    none = torch.full((max(n, m),), -1, dtype=torch.int64, device=at)
+    everything = torch.ones(max(n, m), dtype=torch.bool, device=at)
+    query_valid, key_valid = given.get("query_valid", everything[:n]), given.get("key_valid", everything[:m])
+    positive = torch.arange(n, device=at) if positives is None else positives.clamp_min(0)
+    if wanted is not None:
+        row_valid, positive = query_valid & (wanted >= 0), torch.zeros_like(wanted)
+    else:
+        row_valid = query_valid & (key_valid[positive] if positives is not None else key_valid[:n])
+        if positives is not None:
+            row_valid = row_valid & (positives >= 0)
+    key_ids, query_ids, key_query_ids = given.get("key_ids", none[:m]), given.get("query_ids", none[:n]), given.get("key_query_ids", none[:m])
+    if "query_ids" in given and "key_query_ids" not in given and wanted is None:
+        # The paired query of a key is the row that points to it.
+        source = query_ids if positives is None else torch.where(positives >= 0, query_ids, -1)
+        key_query_ids = none[:m].clone().scatter_reduce(0, positive, source, "amax")
+    key_tags = torch.stack([torch.arange(offset, offset + m, device=at), key_ids, key_query_ids], 1)
+    if wanted is not None:
+        own = torch.stack([none[:n], wanted], 1)
+    elif positives is None:
+        own = key_tags[:n, :2]
+    else:
+        own = torch.where((positives >= 0)[:, None], key_tags[positive][:, :2], -1)
+    hard_valid = query_valid[:, None].expand(n, h)
+    if "hard_valid" in given:
+        hard_valid = hard_valid & given["hard_valid"]
+    found = {
+        "row_valid": row_valid, "row_count": row_valid.sum()[None], "query_valid": query_valid, "key_valid": key_valid, "hard_valid": hard_valid,
+        "anchor_notes": torch.cat([own, query_ids[:, None], query_valid[:, None]], 1), "key_notes": torch.cat([key_tags, key_valid[:, None]], 1),
+        "positive": positive,
+    }  # fmt: skip
+    if wanted is not None:
+        found["wanted"] = torch.where(query_valid, wanted, -1)
+    masks = (("query_valid", query_valid), ("key_valid", key_valid), ("hard_valid", hard_valid))
+    if at.type == "cpu":
+        padding = tuple(not bool(mask.all()) for _, mask in masks)
+    else:
+        padding = "query_valid" in given, "key_valid" in given, "query_valid" in given or "hard_valid" in given
+    # A row's positive is no negative of it: where its key's id says so already, its number need not.
+    own_number = wanted is not None or "key_ids" not in given or at.type != "cpu" or not bool((own[row_valid, 1] >= 0).all())
+    return {**upload(found, device), "padding": padding, "own_number": own_number}
+
+
+def gathered(problem: Problem) -> GatheredProblem:
+    """The problem with everybody's keys and, where the options read them, queries and hard negatives. Collectives."""
+    exchange, options = problem.exchange, problem.options
+    all_keys = Candidates.of(exchange.gather(problem.key_notes, problem.key_sizes))
+    row_valid = problem.row_valid
+    if problem.wanted is None:
+        pairs = pairs_by_index(row_valid, problem.positive + problem.own_keys.start)
+    else:
+        pairs = pairs_by_id(problem.wanted, all_keys)
+        row_valid = pairs.counts > 0
+    valid_rows = exchange.sum(row_valid.sum())
+    all_queries = all_hard = Candidates.of(problem.key_notes[:0])
+    if options.query_negatives or options.symmetric:
+        all_queries = Candidates.of(exchange.gather(problem.anchor_notes, problem.query_sizes))
+    if options.shared_hard_negatives:
+        all_hard = Candidates.of(exchange.gather(problem.hard_notes, problem.hard_sizes))
+    correction = problem.key_log_probability
+    return GatheredProblem(
+        **{**vars(problem), "row_valid": row_valid},
+        pairs=pairs,
+        row_weight=row_valid.to(problem.score_dtype) * (exchange.world_size / valid_rows.clamp_min(1).to(problem.score_dtype)),
+        valid_rows=valid_rows,
         all_keys=all_keys,
         all_queries=all_queries,
         all_hard=all_hard,
-        key_correction=key_correction,
-        tags_in_use=tags_in_use,
-        query_sizes=query_sizes,
-        key_sizes=key_sizes,
-        valid_rows=valid_rows,
-        operand_dtype=operand,
-        gradient_dtype=accumulate,
-        needs=agreed,
-        options=options.with_budget(n + (sum(key_sizes) if exchange.whole else m), queries.shape[1], torch.finfo(accumulate).bits // 8),
-        exchange=exchange,
+        key_correction=None if correction is None else exchange.gather(correction, problem.key_sizes),
     )
+
+
+def low_temperature(temperature: float | Tensor) -> bool:
+    """Whether any is below LOW_TEMPERATURE, as far as the host knows: it does not wait for a device's."""
+    if not isinstance(temperature, Tensor):
+        return temperature < LOW_TEMPERATURE
+    return temperature.device.type == "cpu" and bool((temperature.detach() < LOW_TEMPERATURE).any())
 
 
 def scores_in_float64(queries: Tensor, backend: str) -> bool:
@@ -249,11 +293,6 @@ def scores_in_float64(queries: Tensor, backend: str) -> bool:
     """
     fast = not queries.is_cuda or torch.cuda.get_device_capability(queries.device) in FULL_RATE_FLOAT64
     return queries.dtype is torch.float32 and fast and not backend.endswith("triton")
-
-
-def _gather_candidates(exchange: Exchange, tags: Tensor, valid: Tensor, sizes: list[int]) -> Candidates:
-    packed = exchange.gather(torch.cat([tags, valid[:, None].to(torch.int64)], 1), sizes)
-    return Candidates(tags=packed[:, :3], valid=packed[:, 3] > 0)
 
 
 def _zeroed(x: Tensor, valid: Tensor) -> Tensor:

@@ -11,19 +11,22 @@ from torch import Tensor
 WIDENED = 512  # rows of an operand
 
 
-def product(a: Tensor, b: Tensor, accumulate: torch.dtype) -> Tensor:
-    """a @ b [n, m] in ``accumulate``; half-precision operands are multiplied as they are, never rounded after. In float64 some
-    rows of float32 operands are widened at once, so that no copy of either is in memory."""
-    if a.dtype == accumulate:
-        return a @ b
-    if accumulate is not torch.float64:
-        return torch.mm(a, b, out_dtype=accumulate)
-    found = torch.empty(len(a), b.shape[1], dtype=accumulate, device=a.device)
-    for rows, part in zip(found.split(WIDENED), a.split(WIDENED), strict=True):
-        wide = part.to(accumulate)
-        for target, columns in zip(rows.split(WIDENED, 1), b.split(WIDENED, 1), strict=True):
-            torch.mm(wide, columns.to(accumulate), out=target)
-    return found
+def product(a: Tensor, b: Tensor, target: Tensor, before: Tensor | None) -> None:
+    """target = before + a @ b [n, m], in target's dtype; half-precision operands are multiplied as they are, never rounded after.
+
+    In float64 some rows of float32 operands are widened at once, so that no copy of either is in memory."""
+    if a.dtype == target.dtype:
+        torch.mm(a, b, out=target) if before is None else torch.addmm(before, a, b, out=target)
+    elif target.dtype is not torch.float64:
+        found = torch.mm(a, b, out_dtype=target.dtype)
+        target.copy_(found) if before is None else torch.add(before, found, out=target)
+    else:
+        for rows, part in zip(target.split(WIDENED), a.split(WIDENED), strict=True):
+            wide = part.to(target.dtype)
+            for place, columns in zip(rows.split(WIDENED, 1), b.split(WIDENED, 1), strict=True):
+                torch.mm(wide, columns.to(target.dtype), out=place)
+        if before is not None:
+            target += before
 
 
 def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
@@ -49,13 +52,32 @@ def _adds_in_place(operand: torch.dtype, target: torch.dtype, device: torch.devi
 
 def prefix_dots(a: Tensor, b: Tensor, prefixes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """[P, ...] dot products over the first d_p entries of the last dimension."""
-    found: list[Tensor] = []
-    start = 0
-    for end in prefixes:
-        part = torch.linalg.vecdot(a[..., start:end].to(dtype), b[..., start:end].to(dtype))
-        found.append(part if not found else found[-1] + part)
-        start = end
-    return torch.stack(found)
+    both = a.to(dtype) * b.to(dtype)
+    found = torch.empty((len(prefixes), *both.shape[:-1]), dtype=dtype, device=both.device)
+    for target, end in zip(found, prefixes, strict=True):
+        torch.sum(both[..., :end], -1, out=target)
+    return found
+
+
+def segments(weight: Tensor) -> Tensor:
+    """[P, ...] weights of each prefix's own dimensions, those that it has beyond the one before, from the prefixes' own; in place."""
+    for s in reversed(range(len(weight) - 1)):
+        weight[s].add_(weight[s + 1])
+    return weight
+
+
+def of_dimensions(weight: Tensor, prefixes: tuple[int, ...]) -> Tensor:
+    """[..., D] of every dimension, or [..., 1] where all have the same, from [P, ...] of the prefixes' segments."""
+    if len(prefixes) == 1:
+        return weight[0].unsqueeze(-1)
+    return weight.movedim(0, -1).index_select(-1, _segment_of(prefixes, weight.device))
+
+
+@lru_cache(maxsize=64)
+def _segment_of(prefixes: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [D] the prefix that a dimension first belongs to; uploaded once."""
+    lengths = torch.tensor([end - start for start, end in zip((0, *prefixes), prefixes, strict=False)])
+    return torch.arange(len(prefixes)).repeat_interleave(lengths).to(device)
 
 
 def row_dots(a: Tensor, b: Tensor, at_once: int) -> Tensor:
@@ -69,8 +91,8 @@ def add_scaled_rows(target: Tensor, index: Tensor, rows: Tensor, weight: Tensor)
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) without torch's cut-off at 20; 0 at minus infinity."""
-    return -F.logsigmoid(-x)
+    """log(1 + exp(x)), where torch's default cut-off would drop exp(-20); 0 far below zero."""
+    return F.softplus(x, threshold=80)
 
 
 def softplus_sum(x: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from torch import Tensor
 from sailplan_kernels.infonce.masks import limits, negatives
 from sailplan_kernels.infonce.normalize import normalize
 from sailplan_kernels.infonce.pairs import best_at
-from sailplan_kernels.infonce.problem import Problem
+from sailplan_kernels.infonce.problem import GatheredProblem
 
 
-def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def reference_loss(problem: GatheredProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """This rank's weighted loss (0-d), loss of each prefix [P] without gradient, and of the longest prefix the positives'
     cosines [N] and whether each row is right [N]."""
     losses, options = [], problem.options
@@ -31,7 +31,7 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return total, torch.stack(losses).detach(), positive, correct
 
 
-def _prefix_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _prefix_loss(problem: GatheredProblem, queries: Tensor, keys: Tensor, hard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's loss (0-d), its positives' mean cosines [N] and whether each row is right [N], of one prefix.
 
     Arguments: normalised [N, d], [M, d], [N, H, d].
@@ -61,9 +61,9 @@ def _prefix_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) 
     keep = torch.cat([mask for _, mask, _ in blocks], 1)
     correction = torch.cat([block.new_zeros(block.shape[1]) if shift is None else shift for block, _, shift in blocks])
     best = pairs.best(own_cosine.detach()[None])[0]
-    highest = problem.max_negative_score
+    highest = problem.row_highest
     keep &= _within(cosine, limits(best[None], highest, options), rows)
-    inverse = problem.inverse_temperature[rows]
+    inverse = problem.row_inverse_temperature[rows]
     own = own_cosine * inverse - (0.0 if problem.key_correction is None else problem.key_correction[pairs.keys])
     scores = (cosine * inverse[:, None] - correction).masked_fill(~keep, -torch.inf)
     total = (share * _losses(scores, keep, own)).sum()
@@ -81,7 +81,7 @@ def _prefix_loss(problem: Problem, queries: Tensor, keys: Tensor, hard: Tensor) 
     return total, positive, correct
 
 
-def column_limits(problem: Problem, cosine: Tensor, highest_of) -> Tensor | None:
+def column_limits(problem: GatheredProblem, cosine: Tensor, highest_of) -> Tensor | None:
     """[P, all keys] ``limits`` of the columns, from the pairs' ``cosine`` [P, E].
 
     Where several rows, of any rank, share a key, its margins start from its best positive, and it has the lowest
@@ -91,17 +91,17 @@ def column_limits(problem: Problem, cosine: Tensor, highest_of) -> Tensor | None
     if not options.filters:
         return None
     below = cosine.new_full((1, len(pairs.rows)), torch.inf)
-    if problem.max_negative_score is not None:
-        below = problem.max_negative_score[pairs.rows][None]
+    if problem.row_highest is not None:
+        below = problem.row_highest[pairs.rows][None]
     found = highest_of(best_at(pairs.keys, torch.cat([cosine, -below]), sum(problem.key_sizes)))
     return limits(found[:-1], -found[-1] if problem.max_negative_score is not None else None, options)
 
 
-def _column_inverse_temperature(problem: Problem) -> Tensor:
+def _column_inverse_temperature(problem: GatheredProblem) -> Tensor:
     """[all keys] mean of the inverse temperatures of the rows, of any rank, that share a key; 0 where there is none."""
     pairs, ranks = problem.pairs, problem.exchange.world_size
     none = torch.zeros(sum(problem.key_sizes), dtype=problem.row_weight.dtype, device=problem.row_weight.device)
-    total = none.index_add(0, pairs.keys, problem.inverse_temperature[pairs.rows])
+    total = none.index_add(0, pairs.keys, problem.row_inverse_temperature[pairs.rows])
     total = gather_agreed(problem, total[None], [1] * ranks, problem.needs.temperature).sum(0)
     return total / problem.exchange.sum(none.index_add(0, pairs.keys, torch.ones_like(none[:1]).expand(len(pairs.keys)))).clamp_min(1)
 
@@ -120,7 +120,7 @@ def _losses(scores: Tensor, keep: Tensor, positive: Tensor) -> Tensor:
     return torch.where(some, losses, 0.0)
 
 
-def gather_agreed(problem: Problem, x: Tensor, sizes: list[int], needed: bool) -> Tensor:
+def gather_agreed(problem: GatheredProblem, x: Tensor, sizes: list[int], needed: bool) -> Tensor:
     """All ranks' rows. If any rank needs their gradient, every rank's backward must enter the collective."""
     if not needed:
         x = x.detach()

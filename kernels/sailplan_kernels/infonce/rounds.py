@@ -17,7 +17,7 @@ from math import isqrt
 from sailplan_kernels.infonce.columns import Columns
 from sailplan_kernels.infonce.positives import Positives
 from sailplan_kernels.infonce.products import add_product
-from sailplan_kernels.infonce.setting import Setting, cut, finite
+from sailplan_kernels.infonce.setting import Setting, cut
 from sailplan_kernels.infonce.sources import Anchors, Source, some
 from sailplan_kernels.infonce.tile import Coefficients, Gradient, Rule, Tile
 
@@ -42,49 +42,65 @@ def _equal_parts(whole: int, most: int) -> int:
 class Rounds:
     """``rows`` and ``pairs``: the chunks of both kinds of anchors that a round goes through, in the same order."""
 
-    def __init__(self, setting: Setting, sources: list[Source], positives: Positives, columns: Columns | None) -> None:
+    def __init__(self, setting: Setting, sources: list[Source], positives: Positives, columns: Columns | None, budget: int) -> None:
         self.setting, self.sources, self.positives, self.columns = setting, sources, positives, columns
         self.kept: dict[tuple[int, int, int, int], Tile] = {}
         self.kept_bytes = 0
-
-    def run(self) -> None:
-        setting, positives = self.setting, self.positives
-        n, blocks = len(setting.queries), [(source, rule) for source in self.sources for _, rule in source.blocks]
-        width = max(1, sum(len(source.candidates.valid) for source, _ in blocks))
-        at_once = setting.budget // (width * max(self._pair_bytes(rule, True) for _, rule in blocks))
+        n, blocks = setting.rows, [(source, rule) for source in sources for _, rule in source.blocks]
+        width = max(1, sum(source.count for source, _ in blocks))
+        pair_bytes = max(self._pair_bytes(rule, True) for _, rule in blocks)
+        at_once = budget // (width * pair_bytes)
         # Of several positives a row each may be an anchor, and a chunk of few rows have many.
-        one_pass = setting.exchange.whole and self.columns is None and not (setting.problem.by_id and positives.anchors is not None)
-        one_pass &= all(setting.engine.kept_bytes(rule, setting.queries.dtype) for _, rule in blocks)
-        if one_pass and at_once >= min(n, FEWEST_ROWS):
+        several = setting.problem.wanted is not None and positives.anchors is not None
+        keeps = all(setting.engine.kept_bytes(rule, setting.queries.operand.dtype) for _, rule in blocks)
+        self.one_pass = setting.exchange.whole and columns is None and not several and keeps and at_once >= min(n, FEWEST_ROWS)
+        if self.one_pass:
             self.room, self.tile_columns = float("inf"), width
-            chunks = cut(0, n, max(at_once, 1))
-            for rows, of_rows in zip(chunks, positives.of_rows(chunks), strict=True):
-                self._statistics([rows], [of_rows])
-                self._gradient([rows], [of_rows], [of_rows])
-            return
-        # Half of the budget for the tile at work, half for tiles that wait for their gradient.
-        self.room = setting.budget // 2
-        area = max(1, self.room // max(self._pair_bytes(rule, True) for _, rule in blocks))
-        step, self.tile_columns = tile_sides(n, max(len(source.candidates.valid) for source in self.sources), area)
-        chunks, pairs = cut(0, n, step), cut(0, len(positives.pairs.rows), step)
-        self._statistics(chunks, pairs)
-        if self.columns is not None:
-            self.columns.finish_statistics()
-        self._gradient(chunks, pairs, positives.of_rows(chunks))
+            self.rows = cut(0, n, max(at_once, 1)) or [slice(0, 0)]
+        else:
+            # Half of the budget for the tile at work, half for tiles that wait for their gradient.
+            self.room = budget // 2
+            step, self.tile_columns = tile_sides(n, max(source.count for source in sources), max(1, self.room // pair_bytes))
+            self.rows = cut(0, n, step) or [slice(0, 0)]
+        self.at_once = self.tile_columns >= max(source.count for source in sources)  # each shard is one tile
 
     def _pair_bytes(self, rule: Rule, keep: bool) -> int:
-        return self.setting.engine.pair_bytes(rule, keep, self.setting.queries.dtype)
+        return self.setting.engine.pair_bytes(rule, keep, self.setting.queries.operand.dtype)
+
+    def statistics(self) -> None:
+        """Of all rows and columns; where one pass does it, gradients too."""
+        positives = self.positives
+        if self.one_pass:
+            for rows, of_rows in zip(self.rows, positives.pairs.of_chunks(self.rows), strict=True):
+                self._statistics([rows], [of_rows])
+                positives.complete(rows, of_rows)
+                self._gradient([rows], [of_rows])
+        else:
+            self.pairs = self.rows if not positives.pairs.listed else cut(0, positives.pairs.count, max(1, self.rows[0].stop))
+            self._statistics(self.rows, self.pairs)
+
+    def gradients(self) -> None:
+        """All denominators are complete."""
+        if not self.one_pass:
+            self._gradient(self.rows, self.pairs)
+
+    def complete(self) -> None:
+        """After the statistics of all ranks, where one pass has not done it."""
+        if not self.one_pass:
+            for rows, of_rows in zip(self.rows, self.positives.pairs.of_chunks(self.rows), strict=True):
+                self.positives.complete(rows, of_rows)
 
     def _statistics(self, rows: list[slice], pairs: list[slice]) -> None:
         setting, engine = self.setting, self.setting.engine
+        dtype = setting.queries.operand.dtype
         for s, source in enumerate(self.sources):
-            for shard in source.stream.shards():
+            for shard in source.vectors.shards(at_once=self.at_once):
                 for part in cut(0, len(shard.vectors), self.tile_columns):
-                    columns = source.columns(shard, part, setting.prefixes, setting.inverse)
+                    columns = source.columns(shard, part)
                     here = slice(shard.start + part.start, shard.start + part.stop)
                     for b, (anchors, rule) in enumerate(source.blocks):
-                        for chunk in pairs if anchors.by_pair else rows:
-                            a_pair = engine.kept_bytes(rule, setting.queries.dtype)
+                        for chunk in not_empty(pairs if anchors.by_pair else rows):
+                            a_pair = engine.kept_bytes(rule, dtype)
                             size = (chunk.stop - chunk.start) * (part.stop - part.start) * a_pair
                             keep = setting.any_gradient and a_pair > 0 and self.kept_bytes + size <= self.room
                             tile = engine.tile(some(anchors.side, chunk), columns, rule, keep)
@@ -96,26 +112,25 @@ class Rounds:
                                 self.kept[s, b, here.start, chunk.start] = tile
                                 self.kept_bytes += size
 
-    def _gradient(self, rows: list[slice], pairs: list[slice], of_rows: list[slice]) -> None:
-        """``of_rows``: the pairs of each chunk of rows."""
+    def _gradient(self, rows: list[slice], pairs: list[slice]) -> None:
         setting, positives = self.setting, self.positives
         if not setting.any_gradient:
             return
-        coefficients = {(False, chunk.start): self._coefficients(positives.queries, chunk, here) for chunk, here in zip(rows, of_rows, strict=True)}
-        if positives.anchors is not None:
-            coefficients |= {(True, chunk.start): self._coefficients(positives.anchors, chunk, chunk) for chunk in pairs}
         whole = slice(pairs[0].start, pairs[-1].stop) if pairs else slice(0, 0)
+        latest = positives.query_coefficients[len(positives.query_coefficients) - len(rows) :]
+        coefficients = {(False, chunk.start): of_chunk for chunk, of_chunk in zip(rows, latest, strict=True)}
+        if positives.anchors is not None:
+            coefficients |= {(True, chunk.start): positives.anchor_coefficients(chunk) for chunk in pairs}
+        if setting.problem.wanted is not None:
+            positives.make_pull()
         for s, source in enumerate(self.sources):
-            for shard in source.stream.shards(accumulate=source.needed):
+            for shard in source.vectors.shards(accumulate=source.vectors.needed, at_once=self.at_once):
                 for part in cut(0, len(shard.vectors), self.tile_columns):
-                    columns = source.columns(shard, part, setting.prefixes, setting.inverse)
+                    columns = source.columns(shard, part)
                     here = slice(shard.start + part.start, shard.start + part.stop)
                     for b, (anchors, rule) in enumerate(source.blocks):
-                        for chunk in pairs if anchors.by_pair else rows:
-                            side, of_tile = some(anchors.side, chunk), coefficients[anchors.by_pair, chunk.start]
-                            if self.columns is not None and rule.columns:
-                                log, push = self.columns.log_negatives[:, here], self.columns.push[:, here]
-                                of_tile = replace(of_tile, column_log_negatives=log.contiguous(), column_push=push.contiguous())
+                        for chunk in not_empty(pairs if anchors.by_pair else rows):
+                            side, of_tile = some(anchors.side, chunk), self._of_tile(coefficients[anchors.by_pair, chunk.start], rule, here)
                             tile = self.kept.pop((s, b, here.start, chunk.start), None) or setting.engine.tile(side, columns, rule, False)
                             found = tile.gradient(of_tile)
                             d_columns = None if shard.gradient is None else shard.gradient[part]
@@ -127,17 +142,26 @@ class Rounds:
                                     add_product(d_columns[:, first:end], weight.T, side.vectors[:, first:end])
                                 first = end
                             self._add_sums(source, anchors, rule, chunk, here, found)
-                if source is self.sources[0] and setting.problem.by_id:
+                if source is self.sources[0] and setting.problem.wanted is not None:
                     positives.add_gradient(shard, whole)
         self.kept_bytes = 0
 
-    def _coefficients(self, anchors: Anchors, chunk: slice, pairs: slice) -> Coefficients:
-        return Coefficients(finite(anchors.log_negatives(chunk)).contiguous(), self.positives.push_of(anchors, chunk, pairs))
+    def _of_tile(self, of_rows: Coefficients, rule: Rule, here: slice) -> Coefficients:
+        if self.columns is None or not rule.columns:
+            return of_rows
+        log, push = self.columns.log_negatives[:, here], self.columns.push[:, here]
+        return replace(of_rows, column_log_negatives=log.contiguous(), column_push=push.contiguous())
 
     def _add_sums(self, source: Source, anchors: Anchors, rule: Rule, chunk: slice, here: slice, found: Gradient) -> None:
         if rule.moments:
-            anchors.moment[:, chunk] += found.row_moment
-            source.moment[:, here] += found.column_moment
-            anchors.temperature[chunk] += found.row_temperature.sum(0) / anchors.side.inverse_temperature[chunk]
+            per_row = self.setting.needs.temperature and not self.setting.one_temperature
+            anchors.add_sums(chunk, found, per_row)
+            if source.vectors.needed and len(self.setting.prefixes) > 1:
+                source.vectors.add_moment(here, found.column_moment)
         if self.columns is not None and rule.columns:
             self.columns.add(here, found)
+
+
+def not_empty(chunks: list[slice]) -> list[slice]:
+    """A rank without rows has a chunk of none, and no tile."""
+    return [chunk for chunk in chunks if chunk.stop > chunk.start]

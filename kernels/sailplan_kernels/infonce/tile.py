@@ -22,6 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+EMPTY = -1e20  # below every logit: a maximum or logsumexp that is no larger is that of nothing
+
 
 @dataclass(frozen=True)
 class Side:
@@ -44,13 +46,13 @@ class Rule:
     tags_in_use: tuple[int, ...]  # columns of the tags to compare; () for candidates without tags
     columns: bool  # the column loss is wanted too: rows are then candidates of the columns
     moments: bool = True  # row_moment, column_moment and the temperature sums are read; an engine may leave them 0 otherwise
-    one_temperature: bool = False  # all rows and columns have the same inverse temperature: an engine may say the sum of both temperature sums in one
+    one_temperature: bool = False  # all rows and columns have the same inverse temperature, and nobody reads the temperature sums
     sigmoid: bool = False  # pairwise sigmoid loss instead of a softmax (SigLIP); its bias is in ``correction``, negated; without columns
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per prefix; maxima of logits (natural), -inf where nothing is left; sums of exp(logit - maximum), 0 there.
+    """Per prefix; maxima of logits (natural), at most EMPTY where nothing is left; sums of exp(logit - maximum), 0 there.
 
     Row logit: cosine * row inverse temperature - correction, over pairs with valid column, different tags and a cosine
     within the row's limit. Column logit: cosine * column inverse temperature, over pairs with valid row AND column,

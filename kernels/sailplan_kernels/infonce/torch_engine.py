@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from sailplan_kernels.infonce.products import product, softplus_sum
-from sailplan_kernels.infonce.tile import Coefficients, Gradient, Rule, Side, Statistics
+from sailplan_kernels.infonce.tile import EMPTY, Coefficients, Gradient, Rule, Side, Statistics
 
 FLOOR = -1e30
-EMPTY = -1e20  # a maximum below it is that of nothing
 
 
 class TorchEngine:
@@ -29,7 +28,8 @@ class TorchEngine:
         """Scores are float32 whatever the operands; the weights that half-precision products want are smaller than what they come from."""
         if _plain(rule):
             return 4 + 4  # scores; masks in the making, or weights in half precision
-        return 4 * len(rule.prefixes) + 4 + 8 + 2  # cosines that become weights one by one, both kinds of logits, a product with cosines, masks
+        # Cosines, row logits that become weights, and with columns their own; masks, and what the sigmoid's sum makes.
+        return 4 * len(rule.prefixes) * (3 if rule.columns else 2) + len(rule.prefixes) + (8 if rule.sigmoid else 2)
 
     def kept_bytes(self, rule: Rule, operand: torch.dtype = torch.float32) -> int:
         """Exponentials, or the cosines of all prefixes."""
@@ -44,130 +44,115 @@ class _Tile:
     def __init__(self, rows: Side, columns: Side, rule: Rule, keep: bool) -> None:
         self.rows, self.columns, self.rule, self.keep = rows, columns, rule, keep
         self.plain = _plain(rule)
-        self.cosines: list[Tensor] | None = None
-        self.exponentials: Tensor | None = None  # of a plain tile, relative to its row maxima
-        self.maximum: Tensor | None = None
+        self.kept: Tensor | None = None  # [P, n, m] cosines; of a plain tile exponentials relative to its row maxima
+        self.maximum: Tensor | None = None  # [P, n]
 
     def statistics(self) -> Statistics:
         cosines = self._cosines()
-        row_maximum, row_sum, column_maximum, column_sum = [], [], [], []
-        for p, cosine in enumerate(cosines):
-            logits = self._row_logits(cosine, p, in_place=self.plain)
-            if self.rule.sigmoid:
-                row_maximum.append(torch.zeros_like(self.rows.inverse_temperature))
-                row_sum.append(softplus_sum(logits))
-                continue
-            top = logits.amax(1)
-            row_sum.append(logits.sub_(_shift(top)[:, None]).exp_().sum(1))
-            row_maximum.append(_nothing(top))
-            if self.plain and self.keep:
-                self.exponentials, self.maximum = logits, _shift(top)
-            if self.rule.columns:
-                logits = self._column_logits(cosine, p)
-                top = logits.amax(0)
-                column_sum.append(logits.sub_(_shift(top)).exp_().sum(0))
-                column_maximum.append(_nothing(top))
-        self.cosines = cosines if self.keep and not self.plain else None
-        stacked = [torch.stack(x) if x else None for x in (row_maximum, row_sum, column_maximum, column_sum)]
-        return Statistics(*stacked)  # type: ignore[arg-type]
+        if self.rule.sigmoid:
+            sums = [softplus_sum(self._row_logits(cosine[None], p)[0]) for p, cosine in enumerate(cosines)]
+            self.kept = cosines if self.keep else None
+            return Statistics(torch.zeros_like(self.rows.inverse_norm), torch.stack(sums), None, None)
+        column_top = column_sum = None
+        if self.rule.columns:
+            column_top, column_sum, _ = _sums(self._column_logits(cosines), 1)
+        top, total, exponentials = _sums(self._row_logits(cosines, in_place=self.plain or not self.keep), 2)
+        if self.keep:
+            self.kept, self.maximum = exponentials if self.plain else cosines, top
+        return Statistics(top, total, column_top, column_sum)
 
     def gradient(self, coefficients: Coefficients) -> Gradient:
         rows, columns, rule = self.rows, self.columns, self.rule
-        prefixes, dtype = len(rule.prefixes), rows.vectors.dtype
         if self.plain:
             return self._plain_gradient(coefficients)
-        cosines = self.cosines if self.cosines is not None else self._cosines()
-        self.cosines = None
-        weights: list[Tensor] = []
-        moments: dict[str, list[Tensor]] = {name: [] for name in ("row", "column", "row_t", "column_t", "total", "sum")}
-        above: Tensor | None = None
-        for p in reversed(range(prefixes)):
-            cosine = cosines.pop()
-            weight = self._row_logits(cosine, p)
-            if rule.sigmoid:
-                moments["sum"].append(softplus_sum(weight))
-                weight.sigmoid_().mul_(coefficients.row_push[p][:, None])
-                moments["total"].append(weight.sum(1))
-                weight.mul_(rows.inverse_temperature[:, None])
-            else:
-                weight.sub_(coefficients.row_log_negatives[p][:, None]).exp_()
-                weight.mul_((coefficients.row_push[p] * rows.inverse_temperature)[:, None])
-            moments["row_t"].append(torch.linalg.vecdot(weight, cosine))
-            if rule.columns:
-                assert coefficients.column_log_negatives is not None and coefficients.column_push is not None
-                other = self._column_logits(cosine, p).sub_(coefficients.column_log_negatives[p]).exp_()
-                other.mul_(coefficients.column_push[p] * columns.inverse_temperature)
-                moments["column_t"].append(torch.linalg.vecdot(other, cosine, dim=0))
-                weight.add_(other)
-                del other
-            if rule.moments:
-                moments["row"].append(torch.linalg.vecdot(weight, cosine))
-                moments["column"].append(torch.linalg.vecdot(weight, cosine, dim=0))
-            weight.mul_(rows.inverse_norm[p][:, None]).mul_(columns.inverse_norm[p])
-            above = weight if above is None else weight.add_(above)
-            weights.append(above.to(dtype))
-        stacked = {name: torch.stack(x[::-1]) if x else None for name, x in moments.items()}
-        row, column = stacked["row"], stacked["column"]
+        cosines, self.kept = self._cosines() if self.kept is None else self.kept, None
+        total = sigmoid_sum = row_temperature = column_temperature = row_moment = column_moment = None
+        weight = self._row_logits(cosines)
+        if rule.sigmoid:
+            sigmoid_sum = torch.stack([softplus_sum(x) for x in weight])
+            weight.sigmoid_().mul_(coefficients.row_push[:, :, None])
+            total = weight.sum(2)
+            weight.mul_(rows.inverse_temperature[:, None])
+        else:
+            weight.sub_(coefficients.row_log_negatives[:, :, None]).exp_().mul_((coefficients.row_push * rows.inverse_temperature)[:, :, None])
+        if rule.columns:
+            assert coefficients.column_log_negatives is not None and coefficients.column_push is not None
+            row_temperature = None if rule.one_temperature else (weight * cosines).sum(2)
+            other = self._column_logits(cosines).sub_(coefficients.column_log_negatives[:, None]).exp_()
+            other.mul_((coefficients.column_push * columns.inverse_temperature)[:, None])
+            column_temperature = None if rule.one_temperature else (other * cosines).sum(1)
+            weight.add_(other)
+            del other
+        if rule.moments:
+            cosines.mul_(weight)
+            row_moment, column_moment = cosines.sum(2), cosines.sum(1)
+        elif row_temperature is None and rule.sigmoid:
+            row_temperature = cosines.mul_(weight).sum(2)
+        del cosines
+        weight.mul_(rows.inverse_norm[:, :, None]).mul_(columns.inverse_norm[:, None])
+        for s in reversed(range(len(weight) - 1)):
+            weight[s].add_(weight[s + 1])
+        none = torch.zeros_like(rows.inverse_norm) if row_moment is None else row_moment
         return Gradient(
-            weights=weights[::-1],
-            row_moment=rows.inverse_norm.new_zeros(rows.inverse_norm.shape) if row is None else row,
-            column_moment=columns.inverse_norm.new_zeros(columns.inverse_norm.shape) if column is None else column,
-            row_temperature=stacked["row_t"],  # type: ignore[arg-type]
-            column_temperature=stacked["column_t"],
-            row_total=stacked["total"],
-            row_sum=stacked["sum"],
+            weights=list(weight.to(rows.vectors.dtype).unbind(0)),
+            row_moment=none,
+            column_moment=torch.zeros_like(columns.inverse_norm) if column_moment is None else column_moment,
+            row_temperature=none if row_temperature is None else row_temperature,
+            column_temperature=column_temperature,
+            row_total=total,
+            row_sum=sigmoid_sum,
         )
 
     def _plain_gradient(self, coefficients: Coefficients) -> Gradient:
         rows, columns = self.rows, self.columns
         scale = coefficients.row_push[0] * rows.inverse_temperature * rows.inverse_norm[0]
-        weight = self.exponentials
-        if weight is None:
-            weight = self._row_logits(self._cosines()[0], 0, in_place=True)
+        if self.kept is None:
+            weight = self._row_logits(self._cosines(), in_place=True)[0]
             weight.sub_(coefficients.row_log_negatives[0][:, None]).exp_()
         else:
             assert self.maximum is not None
-            # Where this tile has no negative of a row, its maximum stands at 0 and its exponentials are 0: do not let 0 * inf in.
-            scale = scale * (self.maximum - coefficients.row_log_negatives[0]).clamp_max(0).exp()
-            self.exponentials = None
+            scale = scale * (self.maximum[0] - coefficients.row_log_negatives[0]).exp()
+            weight, self.kept = self.kept[0], None
         weight.mul_(scale[:, None]).mul_(columns.inverse_norm[0])
         zeros = [x.inverse_norm.new_zeros(x.inverse_norm.shape) for x in (rows, columns)]
         return Gradient([weight.to(rows.vectors.dtype)], zeros[0], zeros[1], zeros[0], None)
 
-    def _cosines(self) -> list[Tensor]:
-        """[n, m] a prefix, FLOOR where identity or validity rules the pair out."""
-        rows, columns, rule = self.rows, self.columns, self.rule
-        excluded = (~columns.valid)[None].expand(len(rows.valid), -1)
-        for tag in rule.tags_in_use:
-            mine = rows.tags[:, tag, None]
-            excluded = excluded | ((columns.tags[None, :, tag] == mine) & (mine >= 0))
-        found, dots, start = [], None, 0
-        for p, end in enumerate(rule.prefixes):
-            part = product(rows.vectors[:, start:end], columns.vectors[:, start:end].T, rows.inverse_norm.dtype)
-            dots = part if dots is None else dots + part
-            scaled = dots if p + 1 == len(rule.prefixes) else dots.clone()
-            scaled.mul_(rows.inverse_norm[p][:, None]).mul_(columns.inverse_norm[p]).masked_fill_(excluded, FLOOR)
-            found.append(scaled)
+    def _cosines(self) -> Tensor:
+        """[P, n, m], FLOOR where identity or validity rules the pair out."""
+        rows, columns, prefixes = self.rows, self.columns, self.rule.prefixes
+        excluded = ~columns.valid
+        if self.rule.columns:
+            excluded = excluded | ~rows.valid[:, None]
+        if self.rule.tags_in_use:
+            mine = rows.tags.masked_fill(rows.tags < 0, -2)  # matches nothing
+            for tag in self.rule.tags_in_use:
+                excluded = excluded | (columns.tags[None, :, tag] == mine[:, tag, None])
+        found = torch.empty((len(prefixes), len(rows.valid), len(columns.valid)), dtype=rows.inverse_norm.dtype, device=rows.valid.device)
+        start = 0
+        for p, end in enumerate(prefixes):
+            product(rows.vectors[:, start:end], columns.vectors[:, start:end].T, found[p], None if p == 0 else found[p - 1])
             start = end
-        return found
+        return found.mul_(rows.inverse_norm[:, :, None]).mul_(columns.inverse_norm[:, None]).masked_fill_(excluded, FLOOR)
 
-    def _row_logits(self, cosine: Tensor, p: int, in_place: bool = False) -> Tensor:
+    def _row_logits(self, cosines: Tensor, p: int | None = None, in_place: bool = False) -> Tensor:
+        """[P, n, m] of all prefixes, or of prefix ``p`` alone."""
         rows, columns = self.rows, self.columns
-        beyond = None if rows.limit is None else cosine > rows.limit[p][:, None]
-        logits = cosine.mul_(rows.inverse_temperature[:, None]) if in_place else cosine * rows.inverse_temperature[:, None]
+        limit = rows.limit if rows.limit is None or p is None else rows.limit[p : p + 1]
+        beyond = None if limit is None else cosines > limit[:, :, None]
+        inverse = rows.inverse_temperature[:, None]
+        logits = cosines.mul_(inverse) if in_place else cosines * inverse
         if columns.correction is not None:
             logits.sub_(columns.correction)
         return logits if beyond is None else logits.masked_fill_(beyond, FLOOR)
 
-    def _column_logits(self, cosine: Tensor, p: int) -> Tensor:
-        rows, columns = self.rows, self.columns
-        logits = (cosine * columns.inverse_temperature).masked_fill_(~rows.valid[:, None], FLOOR)
-        return logits if columns.limit is None else logits.masked_fill_(cosine > columns.limit[p], FLOOR)
+    def _column_logits(self, cosines: Tensor) -> Tensor:
+        columns = self.columns
+        logits = cosines * columns.inverse_temperature
+        return logits if columns.limit is None else logits.masked_fill_(cosines > columns.limit[:, None], FLOOR)
 
 
-def _shift(top: Tensor) -> Tensor:
-    return torch.where(top < EMPTY, 0.0, top)
-
-
-def _nothing(top: Tensor) -> Tensor:
-    return torch.where(top < EMPTY, -torch.inf, top)
+def _sums(logits: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Maxima and sums of exponentials over ``dim``, and the exponentials, in place; a maximum of EMPTY where nothing is left."""
+    top = logits.amax(dim).clamp_min_(EMPTY)
+    exponentials = logits.sub_(top.unsqueeze(dim)).exp_()
+    return top, exponentials.sum(dim), exponentials

@@ -17,18 +17,18 @@ from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
 from sailplan_kernels.infonce.engines import make_engine
 from sailplan_kernels.infonce.options import InfoNCEOptions
-from sailplan_kernels.infonce.problem import build_problem
+from sailplan_kernels.infonce.problem import build_problem, gathered
 from sailplan_kernels.sigmoid.reference import reference_loss
 from sailplan_kernels.sigmoid.tiled import tiled_loss
 
 
 @dataclass(frozen=True)
 class SigmoidOutput:
-    """What a call gives back; all but ``loss`` and ``positive_score`` are equal on all ranks."""
+    """What a call gives back. Losses are this rank's shares: their mean over ranks is the full batch's."""
 
-    loss: Tensor  # 0-d, differentiable; its mean over ranks is the full-batch loss
-    prefix_losses: Tensor  # [P] detached, full-batch loss of each prefix, unweighted
-    valid_rows: int  # over all ranks
+    loss: Tensor  # 0-d, differentiable
+    prefix_losses: Tensor  # [P] detached, loss of each prefix, unweighted
+    valid_rows: Tensor  # 0-d int64, over all ranks
     positive_score: Tensor  # [N] detached cosine with the positive, longest prefix; 0 for rows that do not count
     backend: str  # the one that ran
 
@@ -51,6 +51,7 @@ def sigmoid(
     backend: str = "auto",
     memory_budget: int | None = None,
     score_dtype: torch.dtype | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> SigmoidOutput:
     """Sigmoid loss of this rank's N queries against the keys of all ranks.
 
@@ -82,19 +83,21 @@ def sigmoid(
             exchange=exchange,
             backend=f"sigmoid {chosen}",
             score_dtype=score_dtype,
+            sizes=sizes,
         )
         if not isinstance(bias, Tensor):
             bias = torch.tensor(bias, dtype=torch.float64)
-        bias = bias.to(problem.row_weight)
+        bias = bias.to(problem.raw_queries.device, problem.score_dtype)
         if chosen == "reference":
-            total, losses, positive_score = reference_loss(problem, bias)
+            whole = gathered(problem)
+            total, losses, positive_score = reference_loss(whole, bias)
+            positive_score, valid_rows = positive_score.where(whole.row_valid, 0.0), whole.valid_rows
         else:
-            total, losses, positive_score = tiled_loss(problem, make_engine(chosen), bias)
-        prefix_losses = (exchange.sum(losses) / exchange.world_size).to(problem.gradient_dtype)
+            total, losses, positive_score, valid_rows = tiled_loss(problem, make_engine(chosen), bias)
     return SigmoidOutput(
         loss=total.to(problem.gradient_dtype),
-        prefix_losses=prefix_losses,
-        valid_rows=problem.valid_rows,
-        positive_score=positive_score.detach().where(problem.row_valid, 0.0).to(problem.gradient_dtype),
+        prefix_losses=losses.to(problem.gradient_dtype),
+        valid_rows=valid_rows,
+        positive_score=positive_score.to(problem.gradient_dtype),
         backend=chosen,
     )

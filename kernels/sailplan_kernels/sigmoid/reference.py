@@ -7,12 +7,12 @@ from torch import Tensor
 
 from sailplan_kernels.infonce.masks import negatives
 from sailplan_kernels.infonce.normalize import normalize
-from sailplan_kernels.infonce.problem import Problem
+from sailplan_kernels.infonce.problem import GatheredProblem
 from sailplan_kernels.infonce.products import softplus
 from sailplan_kernels.infonce.reference import gather_agreed
 
 
-def reference_loss(problem: Problem, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reference_loss(problem: GatheredProblem, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's weighted loss (0-d), loss of each prefix [P] without gradient, and the positives' cosines [N] of the longest."""
     losses, options, queries, keys = [], problem.options, problem.queries, problem.keys
     for prefix in options.prefixes:
@@ -22,12 +22,12 @@ def reference_loss(problem: Problem, bias: Tensor) -> tuple[Tensor, Tensor, Tens
     return total, torch.stack(losses).detach(), positive.detach()
 
 
-def _prefix_loss(problem: Problem, queries: Tensor, keys: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _prefix_loss(problem: GatheredProblem, queries: Tensor, keys: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's loss (0-d) and its positives' cosines [N], of one prefix. Arguments: normalised [N, d], [M, d]."""
     positive = (queries * keys[problem.positive]).sum(1)
     all_keys = gather_agreed(problem, keys, problem.key_sizes, problem.needs.keys)
     keep = negatives(problem.anchor_tags, problem.all_keys, problem.tags_in_use)
-    inverse = problem.inverse_temperature
+    inverse = problem.row_inverse_temperature
     scores = (queries @ all_keys.T) * inverse[:, None] + bias
     against = torch.where(keep, softplus(scores), 0.0).sum(1)
     losses = softplus(-(positive * inverse + bias)) + against

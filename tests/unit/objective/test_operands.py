@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
 from sailplan.parity.testing import HARD_NEGATIVES, WEIGHTS, global_batches, step_config
 from sailplan_kernels.exchange import Local
-from sailplan_kernels.infonce import infonce
+from sailplan_kernels.infonce import infonce_sum
 
 
 def context(dtype: torch.dtype = torch.bfloat16) -> ObjectiveContext:
@@ -68,11 +69,11 @@ def _losses(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, only: str) -> t
     """Loss of an objective on encodings of every kind, gradient of each view, and what the kernels were given."""
     calls: list[dict[str, Tensor]] = []
 
-    def spy(queries: Tensor, keys: Tensor, *rest: Any, **options: Any) -> Any:
-        calls.append({"queries": queries, "keys": keys} | {name: value for name, value in options.items() if name == "hard_negatives"})
-        return infonce(queries, keys, *rest, **options)
+    def spy(given: Sequence[dict[str, Any]], *rest: Any, **options: Any) -> Any:
+        calls.extend({name: call[name] for name in ("queries", "keys", "hard_negatives") if name in call} for call in given)
+        return infonce_sum(given, *rest, **options)
 
-    monkeypatch.setattr(patterns, "infonce", spy)
+    monkeypatch.setattr(patterns, "infonce_sum", spy)
     config = step_config()
     del config.objectives["infonce"]["margin_absolute"]  # a limit may fall between a score and the rounded one
     objective = build_objectives(config.objectives, config.model.embedding, config.data.sets)[only]
