@@ -246,11 +246,13 @@ class _Work:
         known: dict[tuple[Any, ...], Vectors] = {}
         self.vectors: dict[int, list[Vectors]] = {}  # by place
         settings = []
-        for problem, weight, where in zip(problems, weights, places, strict=True):
+        for number, (problem, weight, where) in enumerate(zip(problems, weights, places, strict=True)):
             mine = []
             masks = (problem.query_valid, problem.key_valid, problem.hard_valid.flatten())
-            for place, valid, padding in zip(where, masks, problem.padding, strict=False):
-                kind = (place, problem.options.prefixes, problem.score_dtype)
+            for role, (place, valid, padding) in enumerate(zip(where, masks, problem.padding, strict=False)):
+                # A stream that passes by carries the gradient of one round: there every reader has a stream of its own.
+                reader = None if self.exchange.whole else (number, role)
+                kind = (place, problem.options.prefixes, problem.score_dtype, reader)
                 mask = valid if padding else None
                 if kind in known:
                     known[kind].also_invalid(mask)

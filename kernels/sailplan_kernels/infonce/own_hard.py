@@ -17,8 +17,8 @@ class OwnHard:
         self.setting, self.queries, problem = setting, queries, setting.problem
         n, h = problem.hard_valid.shape
         self.rows = slice(setting.share.start * h, setting.share.stop * h)
-        self.hard = setting.hard.operand.view(n, h, -1)[setting.share]
-        self.norm = setting.hard.norms.view(-1, n, h)[:, setting.share]
+        self.hard = setting.hard.operand.unflatten(0, (n, h))[setting.share]
+        self.norm = setting.hard.norms.unflatten(1, (n, h))[:, setting.share]
         dots = [prefix_dots(queries.side.vectors[rows, None], self.hard[rows], setting.prefixes, setting.fp) for rows in self._blocks()]
         self.cosine = (dots[0] if len(dots) == 1 else torch.cat(dots, 1)).mul_(queries.side.inverse_norm[:, :, None]).mul_(self.norm)
         self.logits = self.cosine * queries.side.inverse_temperature[:, None]
