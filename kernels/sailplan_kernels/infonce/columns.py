@@ -16,7 +16,7 @@ from sailplan_kernels.infonce.pairs import PairList, best_at, sum_at
 from sailplan_kernels.infonce.positives import Positives
 from sailplan_kernels.infonce.products import softplus
 from sailplan_kernels.infonce.setting import Setting, finite
-from sailplan_kernels.infonce.sources import Source, merge
+from sailplan_kernels.infonce.sources import Source, log_of_sums, merge
 from sailplan_kernels.infonce.tile import Gradient, Statistics
 from sailplan_kernels.infonce.vectors import Layout
 
@@ -115,20 +115,22 @@ class Columns:
         self.top, self.total = merge(self.top, self.total, here, self.count, found.column_maximum, found.column_sum)
 
     def sums(self) -> Tensor:
-        """[P, C] this rank's sums of exponentials, to be added to the others'; its logarithms where there are none."""
-        nothing = self.top is None or self.total is None
-        some = self.setting.zeros(len(self.setting.prefixes), self.count) - torch.inf if nothing else self.total.log() + self.top  # type: ignore[union-attr,operator]
-        return some if self.setting.alone else some.to(torch.float64).exp_()
+        """float64 [P, C] this rank's sums of exponentials, to be added to the others'; its logarithms where there are none."""
+        if self.top is None or self.total is None:
+            some = torch.full((len(self.setting.prefixes), self.count), -torch.inf, dtype=torch.float64, device=self.setting.device)
+        else:
+            some = log_of_sums(self.total, self.top)
+        return some if self.setting.alone else some.exp_()
 
     def finish_statistics(self, sums: Tensor) -> None:
         """All rows are in: the pairs' losses [P] and pulls, and every column's logsumexp and push."""
         setting, positives = self.setting, self.positives
-        log = sums if setting.alone else sums.log_().to(setting.fp)
-        self.log_negatives = finite(log)
+        log = sums if setting.alone else sums.log_()
+        self.log_negatives = finite(log).to(setting.fp)
         place = self.key.clamp_max(max(self.count - 1, 0)) if not self.in_place else self.key
         of_pairs = log if self.in_place else log[:, place]
         inverse = self.inverse if self.in_place else self.inverse[place]
-        gap = of_pairs - self.cosine * inverse
+        gap = (of_pairs - self.cosine * inverse).to(setting.fp)
         self.losses = (softplus(gap[:, self.own]) * self.weight[self.own]).sum(1)
         push = gap.sigmoid_().mul_(self.weight).mul_(setting.prefix_weights)
         positives.column_pull = push[:, self.own] * inverse[self.own]

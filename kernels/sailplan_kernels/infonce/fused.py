@@ -87,9 +87,10 @@ class _Fused(torch.autograd.Function):
             raise RuntimeError("infonce: found a second backward of one call, expected one; call infonce again")
         if gradient is None:
             return (None,) * (4 + len(gradients))
-        # Tensors that were joined lie in one buffer still, which is scaled in one piece.
-        for whole in {id(_buffer(x)): _buffer(x) for x in gradients if x is not None}.values():
-            whole.mul_(gradient)
+        if gradient.device.type != "cpu" or gradient != 1:
+            # Tensors that were joined lie in one buffer still, which is scaled in one piece.
+            for whole in {id(_buffer(x)): _buffer(x) for x in gradients if x is not None}.values():
+                whole.mul_(gradient)
         scaled = [None if x is None else x.to(dtype).view(shape) for x, (dtype, shape) in zip(gradients, ctx.kinds, strict=True)]
         return None, None, None, None, *scaled
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-12
-TAME = 1e-4  # rows whose largest entry lies between it and its inverse: their products are far from overflow and from nothing
+TAME = 1e-4  # rows whose length lies between it and its inverse: their products are far from overflow and from nothing
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def operand(x: Tensor, valid: Tensor | None, dtype: torch.dtype, at_once: int) -
     if x.dtype == dtype:
         if x.device.type != "cpu":
             return (x.contiguous() if valid is None else x.masked_fill(~valid[:, None], 0.0)), None
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1)
-        if ((largest == 0) | ((largest > TAME) & (largest < 1 / TAME))).all():
+        length = torch.linalg.vector_norm(x, dim=-1)
+        if ((length == 0) | ((length > TAME) & (length < 1 / TAME))).all():
             return x.contiguous(), None
     found = torch.empty(x.shape, dtype=dtype, device=x.device)
     wide = torch.promote_types(x.dtype, torch.float32)

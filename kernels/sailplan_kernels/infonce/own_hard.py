@@ -26,7 +26,7 @@ class OwnHard:
             self.logits.masked_fill_(~problem.hard_valid[setting.share], -torch.inf)
         if queries.side.limit is not None:
             self.logits.masked_fill_(self.cosine > queries.side.limit[:, :, None], -torch.inf)
-        queries.more = self.logits.logsumexp(2)
+        queries.more = self.logits.to(torch.float64).logsumexp(2)
         self.top = self.logits.amax(2)  # [P, n]
 
     def _blocks(self) -> list[slice]:

@@ -172,16 +172,17 @@ class Positives:
         log = self.pairs.of_rows(of_query) if isinstance(self.pairs, RowPairs) else of_query[:, self.pairs.rows[pairs] - rows.start]
         if anchors is not None:
             log = torch.logaddexp(log, anchors.log_negatives(pairs))
-        gap = log - self.logits[:, pairs]
+        fp = self.setting.fp
+        gap = (log - self.logits[:, pairs]).to(fp)
         self.losses.append((softplus(gap) * self.weight[pairs]).sum(1))
         push = gap.sigmoid_().mul_(self.weighted[:, pairs])
         self.pushes.append(push)
         if anchors is None and isinstance(self.pairs, RowPairs):
-            self.query_coefficients.append(Coefficients(finite(log), push))
+            self.query_coefficients.append(Coefficients(finite(log).to(fp), push))
             return
         part = of_query if isinstance(self.pairs, RowPairs) else of_query[:, self.pairs.rows[pairs] - rows.start]
-        own = push if anchors is None else push * (comparable(part) - comparable(log)).exp()  # of this part of the denominator
-        self.query_coefficients.append(Coefficients(finite(of_query), self.pairs.sums(rows, pairs, own)))
+        own = push if anchors is None else push * (comparable(part) - comparable(log)).exp().to(fp)  # of this part of the denominator
+        self.query_coefficients.append(Coefficients(finite(of_query).to(fp), self.pairs.sums(rows, pairs, own)))
 
     @property
     def push(self) -> Tensor:
@@ -196,7 +197,8 @@ class Positives:
         own, push = self.anchors.log_negatives(pairs), self.push[:, pairs]
         rows = self.queries.log_negatives(slice(0, self.setting.rows))
         of_rows = rows[:, pairs] if isinstance(self.pairs, RowPairs) else rows[:, self.pairs.rows[pairs]]
-        return Coefficients(finite(own), push * (comparable(own) - comparable(torch.logaddexp(of_rows, own))).exp())
+        share = (comparable(own) - comparable(torch.logaddexp(of_rows, own))).exp()
+        return Coefficients(finite(own).to(self.setting.fp), push * share.to(self.setting.fp))
 
     # ---------------------------------------------------------------- gradients
     def pull(self) -> Tensor:

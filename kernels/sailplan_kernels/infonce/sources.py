@@ -27,17 +27,19 @@ class Anchors:
     gradient: Tensor | None  # [n, D] to add to; None: nobody needs it
     top: Tensor | None = None  # [P, n] highest logit; None: no tile has been looked at
     total: Tensor | None = None  # [P, n] sum of exp(logit - top)
-    more: Tensor | None = None  # [P, n] logsumexp of what is no tile
+    more: Tensor | None = None  # float64 [P, n] logsumexp of what is no tile
     moment: Tensor | None = None  # [P, n] sum of G * cosine
     temperature: Tensor | None = None  # [n] d loss / d inverse temperature, where rows have their own
 
     def log_negatives(self, here: slice) -> Tensor:
-        """[P, ...] logsumexp of the negatives; minus infinity without any."""
-        found = None if self.top is None or self.total is None else self.total[:, here].log() + self.top[:, here]
-        if found is None or self.more is None:
-            some = self.more if found is None else found
-            return torch.full_like(self.side.inverse_norm[:, here], -torch.inf) if some is None else some if found is not None else some[:, here]
-        return torch.logaddexp(found, self.more[:, here])
+        """float64 [P, ...] logsumexp of the negatives; minus infinity without any.
+
+        A logit's rounding is a relative error of all weights, so several of them are joined in float64 and rounded once, in the end.
+        """
+        if self.top is None or self.total is None:
+            return torch.full_like(self.side.inverse_norm[:, here], -torch.inf, dtype=torch.float64) if self.more is None else self.more[:, here]
+        found = log_of_sums(self.total[:, here], self.top[:, here])
+        return found if self.more is None else torch.logaddexp(found, self.more[:, here])
 
     def merge(self, here: slice, found: Statistics) -> None:
         """Statistics of one more tile of the rows ``here``."""
@@ -100,6 +102,11 @@ def some(side: Side, rows: slice, vectors: Tensor | None = None) -> Side:
         inverse_temperature=side.inverse_temperature[rows],
         correction=None if side.correction is None else side.correction[rows],
     )
+
+
+def log_of_sums(total: Tensor, top: Tensor) -> Tensor:
+    """float64 logarithm of sums of exponentials relative to ``top``; minus infinity of none."""
+    return total.to(torch.float64).log() + top
 
 
 def merge(

@@ -121,8 +121,6 @@ class _Tile:
         """[P, n, m], FLOOR where identity or validity rules the pair out."""
         rows, columns, prefixes = self.rows, self.columns, self.rule.prefixes
         excluded = ~columns.valid
-        if self.rule.columns:
-            excluded = excluded | ~rows.valid[:, None]
         if self.rule.tags_in_use:
             mine = rows.tags.masked_fill(rows.tags < 0, -2)  # matches nothing
             for tag in self.rule.tags_in_use:
@@ -147,7 +145,7 @@ class _Tile:
 
     def _column_logits(self, cosines: Tensor) -> Tensor:
         columns = self.columns
-        logits = cosines * columns.inverse_temperature
+        logits = (cosines * columns.inverse_temperature).masked_fill_(~self.rows.valid[:, None], FLOOR)
         return logits if columns.limit is None else logits.masked_fill_(cosines > columns.limit[:, None], FLOOR)
 
 
