@@ -62,8 +62,8 @@ def test_a_loss_moves_what_the_arithmetic_says():
     n, d, budget = 2048, 24, 2**20
     g = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(n, d, generator=g, requires_grad=True) for _ in range(2))
-    tile = tile_sides(n, n, budget // 2 // (4 + 4 + 8 + 2))
-    assert tile[0] == tile[1] == 128
+    tile = tile_sides(n, n, budget // 2 // (3 * FULL + 3))  # cosines and both losses' logits, and what masks and exclusions take
+    assert tile == (128, 256)
     with AccumulatedBytes(d) as moved:
         infonce(queries, keys, 0.05, symmetric=True, backend="chunked", memory_budget=budget)
     assert moved.total == accumulation_bytes(n, n, d, tile)
