@@ -31,7 +31,7 @@ from sailplan.step.training_step import TrainingStep
 from sailplan.train import preview, run
 from sailplan.train.testing import SMALL
 from sailplan_kernels.exchange import AllGather, RowSplit
-from sailplan_kernels.infonce import engines, triton_engine
+from sailplan_kernels.infonce import engines, fallback, triton_engine
 from sailplan_kernels.infonce.tile import Rule, Side, Tile
 from sailplan_kernels.infonce.torch_engine import TorchEngine
 from sailplan_kernels.testing import run_ranks
@@ -161,8 +161,19 @@ def test_every_loss_of_a_step_reaches_the_triton_engine(triton_here, tensor_para
         assert set(half[3]) == {torch.bfloat16} and 2 * half[3][torch.bfloat16] == full[3][torch.float32] > 0
 
 
-def test_a_run_says_what_its_losses_go_through(triton_here, monkeypatch, tmp_path, capsys):
-    """`plan` before, the console and stages.json at a stage's start, metrics.jsonl after each step: the same words, of what arrived."""
+class Refused:
+    """A tile whose kernels no compiler takes."""
+
+    def statistics(self) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_run_says_what_its_losses_go_through(triton_here, monkeypatch, tmp_path, capsys, refused):
+    """`plan` before and the console at a stage's start what is foretold; metrics.jsonl after each step and stages.json what ran."""
+    monkeypatch.setattr(fallback, "_refused", set())
+    if refused:
+        monkeypatch.setattr(Door, "tile", lambda self, rows, *_: self.seen.append((rows.vectors.dtype, rows.vectors.dtype)) or Refused())
     started = run.started
 
     @contextlib.contextmanager
@@ -186,10 +197,11 @@ def test_a_run_says_what_its_losses_go_through(triton_here, monkeypatch, tmp_pat
     assert f"losses: {planned}" in capsys.readouterr().out.splitlines()
     assert Door.seen and set(Door.seen) == {(torch.bfloat16, torch.bfloat16)}
     (stage,) = json.loads(Path(tmp_path, "half", "stages.json").read_text())
-    assert ", ".join(f"{name} {backend}" for name, backend in stage["backends"].items()) == planned
+    ran = planned.replace("triton", "chunked") if refused else planned
+    assert ", ".join(f"{name} {backend}" for name, backend in stage["backends"].items()) == ran
     lines = [json.loads(line) for line in Path(tmp_path, "half", "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and not any(line.get("skipped") for line in lines)
     said = {f"backend/{name}": backend for name, backend in stage["backends"].items()}
     for found in lines:
-        assert found["backend/infonce"] == "triton bfloat16"
+        assert found["backend/infonce"] == f"{'chunked' if refused else 'triton'} bfloat16"
         assert {name: value for name, value in found.items() if name.startswith("backend/")}.items() <= said.items()

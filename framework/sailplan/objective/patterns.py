@@ -136,7 +136,7 @@ def contrast_sum(contrasts: Sequence[Contrast], encoded: EncodedStep, context: O
     total, outputs = infonce_sum(calls, [each.weight for each in contrasts], exchange=context.exchange, backend=context.backend)
     metrics: dict[str, Tensor] = {}
     for each, call, output in zip(contrasts, calls, outputs, strict=True):
-        context.ran.add(described(output.backend, call["queries"].dtype))
+        context.ran.update(described(backend, call["queries"].dtype) for backend in output.backend.split(" + "))
         share = context.exchange.world_size / output.valid_rows.clamp_min(1).to(output.loss.dtype)
         metrics[f"{each.label}/accuracy"] = output.accuracy
         metrics[f"{each.label}/positive_score"] = output.positive_score.sum() * share

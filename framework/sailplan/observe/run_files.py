@@ -79,13 +79,15 @@ class RunFiles(Sink):
     """Writes the records of a run into its folder.
 
     `resumed_step` None starts afresh (an older metrics.jsonl is kept once as metrics.previous.jsonl); a number continues
-    after that step. `stages.json` holds a stage's wall seconds, including steps that were repeated after a stop.
+    after that step. `stages.json` holds a stage's wall seconds, including steps that were repeated after a stop, and the
+    backends of its losses: those foretold until a step has been made, then all that its steps have gone through.
     """
 
     def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.stages: list[dict[str, Any]] = []
+        self.ran: dict[str, set[str]] = {}  # objective -> backends of the stage's steps so far
         self.started = time.monotonic()
         metrics = folder / METRICS
         if resumed_step is None:
@@ -108,7 +110,7 @@ class RunFiles(Sink):
                 path.unlink()
 
     def start_stage(self, stage: StageInfo) -> None:
-        self.started = time.monotonic()
+        self.started, self.ran = time.monotonic(), {}
         entry = {
             "name": stage.name,
             "first_step": stage.first_step,
@@ -139,6 +141,20 @@ class RunFiles(Sink):
     def log_step(self, step: int, stage: str, values: Mapping[str, Value]) -> None:
         line = {"step": step, "stage": stage, "time": round(time.time(), 3), **finite(values)}
         self.file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._note_backends(values)
+
+    def _note_backends(self, values: Mapping[str, Value]) -> None:
+        """A kernel that the device refuses goes another way in the middle of a run: the stage names all ways that were taken."""
+        if not self.stages:
+            return
+        for key, backend in values.items():
+            if key.startswith("backend/"):
+                self.ran.setdefault(key.removeprefix("backend/"), set()).update(str(backend).split(" + "))
+        known = self.stages[-1]["backends"]
+        found = known | {name: " + ".join(sorted(ran)) for name, ran in self.ran.items()}
+        if found != known:
+            self.stages[-1]["backends"] = found
+            write_json(self.folder / STAGES, self.stages)
 
     def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
         value = {"step": step, "stage": stage, "tasks": results, "examples": examples}

@@ -62,7 +62,7 @@ class StepResult:
 class _Losses:
     total: Tensor
     values: dict[str, Tensor] = field(default_factory=dict)
-    backends: dict[str, str] = field(default_factory=dict)
+    ran: dict[str, set[str]] = field(default_factory=dict)  # objective name -> "BACKEND DTYPE" of its calls
 
 
 def _below(prefix: str, values: Mapping[str, Number]) -> dict[str, Number]:
@@ -207,7 +207,7 @@ class TrainingStep:
             finish_gradients(self.encoder, self.parallel)
             averaged = average_gradients(self._replicated(), found.values | {"total": found.total}, self.parallel)
             seconds["backward"] = time.perf_counter() - began
-        return averaged, encoded, replayed, found.backends
+        return averaged, encoded, replayed, {name: " + ".join(sorted(ran)) for name, ran in found.ran.items()}
 
     def _applied(self, batches: Sequence[StepBatch], weights: Mapping[str, float]) -> list[list[str]]:
         """For each batch, the names of the objectives with a weight that have a meaning for its data set."""
@@ -266,7 +266,7 @@ class TrainingStep:
             for name in names:
                 context.ran.clear()
                 output = self._objective(name)(views, context)
-                found.backends[name] = " + ".join(sorted(context.ran)) or described("torch", output.loss.dtype)
+                found.ran.setdefault(name, set()).update(context.ran or {described("torch", output.loss.dtype)})
                 found.total = found.total + weights[name] * share * output.loss
                 key = f"loss/{name}"
                 found.values[key] = found.values.get(key, 0.0) + share * output.loss.detach()

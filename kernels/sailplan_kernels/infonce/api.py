@@ -38,7 +38,7 @@ class InfoNCEOutput:
     valid_rows: Tensor  # 0-d int64, over all ranks
     positive_score: Tensor  # [N] detached cosine with the positive, longest prefix; 0 for rows that do not count
     accuracy: Tensor  # 0-d detached, fraction of all valid rows whose positive beats every negative, longest prefix
-    backend: str  # the one that ran
+    backend: str  # the one that ran; "chunked + triton" where Triton ran and a kernel was refused (infonce/fallback.py)
 
 
 def infonce(
@@ -155,7 +155,9 @@ def infonce_sum(
             if chosen == "reference":
                 part, found = _reference_losses(problems, factors)
             else:
-                part, found = fused_losses(problems, make_engine(chosen), factors)
+                engine = make_engine(chosen)
+                part, found = fused_losses(problems, engine, factors)
+                chosen = engine.name
             dtype = torch.promote_types(torch.float32, problems[0].gradient_dtype)
             total = part.to(dtype) if total is None else total + part.to(dtype)
             outputs |= {i: _output(problem, *one, chosen) for i, problem, one in zip(mine, problems, found, strict=True)}

@@ -49,20 +49,25 @@ class FallbackEngine:
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = engines
-        self.name = engines[0].name
+        self.ran: set[str] = set()  # names of the engines that tiles went through
         self.pair_bytes, self.kept_bytes = engines[0].pair_bytes, engines[0].kept_bytes
+
+    @property
+    def name(self) -> str:
+        """Of what tiles have gone through, "a + b" of several; before any, of the best."""
+        return " + ".join(sorted(self.ran)) or self.engines[0].name
 
     def tile(self, rows: Side, columns: Side, rule: Rule, keep: bool) -> Tile:
         """Raises what the first engine raises for vectors that it does not take."""
-        return _FallbackTile(self.engines, rows, columns, rule, keep)
+        return _FallbackTile(self.engines, self.ran, rows, columns, rule, keep)
 
 
 class _FallbackTile:
-    def __init__(self, engines: Sequence[Engine], rows: Side, columns: Side, rule: Rule, keep: bool) -> None:
+    def __init__(self, engines: Sequence[Engine], ran: set[str], rows: Side, columns: Side, rule: Rule, keep: bool) -> None:
         limits = rows.limit is not None, columns.limit is not None
         vectors = rows.vectors
         self.kind = (vectors.device, vectors.dtype, rule, limits)
-        self.engines, self.given, self.keep = engines, (rows, columns, rule), keep
+        self.engines, self.ran, self.given, self.keep = engines, ran, (rows, columns, rule), keep
         self.place = 0
         self.tile = engines[0].tile(rows, columns, rule, keep)  # always: it checks what it is given
         while self._key("statistics") in _refused and self.place + 1 < len(engines):
@@ -93,7 +98,9 @@ class _FallbackTile:
             last, key = self.place + 1 == len(self.engines), self._key(question)
             if key not in _refused:
                 try:
-                    return work()
+                    found = work()
+                    self.ran.add(self.engines[self.place].name)
+                    return found
                 except Exception as error:
                     if last or not is_refusal(error):
                         raise

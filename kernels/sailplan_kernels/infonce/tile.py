@@ -108,7 +108,9 @@ class Engine(Protocol):
     """Makes tiles. ``keep``: what the statistics computed may stay in memory until ``gradient``, else the scores are computed
     anew. Both give the same masks; results agree up to rounding."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Of the backend; of several that its tiles have gone through "a + b"."""
 
     def tile(self, rows: Side, columns: Side, rule: Rule, keep: bool) -> Tile: ...
 

@@ -30,7 +30,7 @@ class SigmoidOutput:
     prefix_losses: Tensor  # [P] detached, loss of each prefix, unweighted
     valid_rows: Tensor  # 0-d int64, over all ranks
     positive_score: Tensor  # [N] detached cosine with the positive, longest prefix; 0 for rows that do not count
-    backend: str  # the one that ran
+    backend: str  # the one that ran, as of infonce
 
 
 def sigmoid(
@@ -93,7 +93,9 @@ def sigmoid(
             total, losses, positive_score = reference_loss(whole, bias)
             positive_score, valid_rows = positive_score.where(whole.row_valid, 0.0), whole.valid_rows
         else:
-            total, losses, positive_score, valid_rows = tiled_loss(problem, make_engine(chosen), bias)
+            engine = make_engine(chosen)
+            total, losses, positive_score, valid_rows = tiled_loss(problem, engine, bias)
+            chosen = engine.name
     return SigmoidOutput(
         loss=total.to(problem.gradient_dtype),
         prefix_losses=losses.to(problem.gradient_dtype),

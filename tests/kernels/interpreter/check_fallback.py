@@ -107,18 +107,20 @@ def test_statistics_of_one_engine_and_the_gradient_of_another_fit_together(compi
             assert float((a.double() - b.double()).norm() / b.double().norm()) <= (5e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize("loss", [infonce, sigmoid])
-def test_a_loss_without_any_kernel_is_torchs(compiler, loss):
+@pytest.mark.parametrize("loss, kernels, ran", [
+    (infonce, ("statistics", "gradient"), "chunked"), (infonce, ("gradient",), "chunked + triton"), (sigmoid, ("sigmoid",), "chunked"),
+])  # fmt: skip
+def test_a_loss_without_a_kernel_is_torchs_and_says_so(compiler, loss, kernels, ran):
     def step(backend):
         leaves = [x.clone().requires_grad_() for x in torch.randn(2, 70, 64, generator=torch.Generator().manual_seed(2))]
         out = loss(*leaves, 0.05, **({"bias": -2.0} if loss is sigmoid else {}), backend=backend, memory_budget=20_000)
         out.loss.backward()
-        return out.loss.detach(), *(x.grad for x in leaves)
+        return out.backend, out.loss.detach(), *(x.grad for x in leaves)
 
-    right = step("chunked")
-    compiler.refuse(RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), ("tiles",))
-    found, told = warned(lambda: step("triton"))
-    assert len(told) == 1 and "going on with backend 'chunked'" in told[0]
+    _, *right = step("chunked")
+    compiler.refuse(RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), ("tiles",), kernels)
+    (backend, *found), told = warned(lambda: step("triton"))
+    assert backend == ran and len(told) == 1 and "going on with backend 'chunked'" in told[0]
     for a, b in zip(found, right, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 

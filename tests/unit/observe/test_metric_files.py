@@ -95,6 +95,16 @@ def test_stages_are_recorded_in_order_and_survive_a_resume(tmp_path: Path) -> No
     assert stages[0]["weights"] == {"emoji": 0.7, "icons": 0.3} and stages[0]["learning_rate"] == [1e-3, 1e-4]
 
 
+def test_a_stage_names_all_backends_that_its_steps_went_through(tmp_path: Path) -> None:
+    foretold = StageInfo("first", 1, 1, 1, 9, backends={"infonce": "triton bfloat16", "id2item": "torch float32"})
+    with MetricWriter(tmp_path, OFF, 0, console=silent()) as writer:
+        writer.start_stage(foretold)
+        for step, ran in enumerate(("chunked bfloat16", "chunked bfloat16 + triton bfloat16", "triton bfloat16"), 1):
+            writer.log_step(step, "first", {"backend/infonce": ran})
+            (stage,) = json.loads((tmp_path / "stages.json").read_text())
+            assert stage["backends"] == {"infonce": "chunked bfloat16" + " + triton bfloat16" * (step > 1), "id2item": "torch float32"}
+
+
 def test_plain_console_prints_every_few_steps_and_tables(tmp_path: Path) -> None:
     console = silent()
     with MetricWriter(tmp_path, OFF, 0, console=console) as writer:
