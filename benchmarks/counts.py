@@ -38,8 +38,8 @@ from sailplan.data.packing import SequenceLayout, pack  # noqa: E402
 from sailplan.data.record import StepBatch  # noqa: E402
 from sailplan.model.parallelize import shard  # noqa: E402
 from sailplan.model.testing import join_layout  # noqa: E402
+from sailplan.parity import testing as steps  # noqa: E402
 from sailplan.runtime.process import Parallel  # noqa: E402
-from sailplan.step import testing as steps  # noqa: E402
 from sailplan.step.training_step import TrainingStep  # noqa: E402
 from sailplan_kernels import infonce  # noqa: E402
 from sailplan_kernels.exchange import AllGather, RowSplit  # noqa: E402

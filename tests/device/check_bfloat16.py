@@ -24,9 +24,9 @@ from sailplan.cli.main import main
 from sailplan.model.parallelize import shard
 from sailplan.model.testing import join_layout
 from sailplan.objective.backends import planned_backends
+from sailplan.parity import testing as steps
 from sailplan.parity.bfloat16 import CHOICES, apart, case_gradients, pairwise, plain_gradients, trained
 from sailplan.runtime.process import Parallel
-from sailplan.step import testing as steps
 from sailplan.step.training_step import TrainingStep
 from sailplan.train import preview, run
 from sailplan.train.testing import SMALL

@@ -29,8 +29,8 @@ from sailplan.data.record import EncoderInputs, StepBatch
 from sailplan.model.parallelize import shard
 from sailplan.model.testing import PUBLISHED, join_layout, published_config, published_inputs, random_inputs, small_config
 from sailplan.model.tower import OmniEncoder
+from sailplan.parity import testing as steps
 from sailplan.runtime.process import Parallel
-from sailplan.step import testing as steps
 from sailplan.step.training_step import TrainingStep
 from sailplan.train import run
 from sailplan.train.testing import SMALL
