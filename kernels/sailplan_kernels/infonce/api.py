@@ -171,15 +171,15 @@ def _reference_losses(problems: Sequence[Problem], weights: Sequence[float]) -> 
         whole = gathered(problem)
         loss, losses, score, correct = reference_loss(whole)
         totals.append(weight * loss)
-        found.append((losses, score.detach().where(whole.row_valid, 0.0), correct.sum(), whole.valid_rows))
+        accuracy = correct.sum() * problem.exchange.world_size / whole.valid_rows.clamp_min(1).to(score.dtype)
+        found.append((losses, score.detach().where(whole.row_valid, 0.0), accuracy, whole.valid_rows))
     return torch.stack(totals).sum(), found
 
 
-def _output(problem: Problem, losses: Tensor, score: Tensor, correct: Tensor, valid_rows: Tensor, backend: str) -> InfoNCEOutput:
+def _output(problem: Problem, losses: Tensor, score: Tensor, accuracy: Tensor, valid_rows: Tensor, backend: str) -> InfoNCEOutput:
     dtype, options = problem.gradient_dtype, problem.options
     loss = losses.sum() if all(w == 1 for w in options.prefix_weights) else (losses * numbers(options.prefix_weights, losses.dtype, losses.device)).sum()
-    accuracy = correct.to(dtype) * problem.exchange.world_size / valid_rows.clamp_min(1)
-    return InfoNCEOutput(loss.to(dtype), losses.to(dtype), valid_rows, score.to(dtype), accuracy, backend)
+    return InfoNCEOutput(loss.to(dtype), losses.to(dtype), valid_rows, score.to(dtype), accuracy.to(dtype), backend)
 
 
 def _problem(

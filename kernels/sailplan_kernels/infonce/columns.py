@@ -71,7 +71,7 @@ class Columns:
             self.in_place = problem.diagonal
             self.key = torch.where(counted, self.key, self.count) if not self.in_place else self.key  # beyond all columns
         if setting.one_temperature:
-            self.inverse = setting.inverse.expand(keys.count).contiguous()  # [C]
+            self.inverse = setting.same_inverse(keys.count)  # [C]
             self.rows: Tensor | None = None
         elif self.in_place:
             self.inverse, self.rows = inverse, None

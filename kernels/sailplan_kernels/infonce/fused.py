@@ -36,8 +36,8 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor]
 def fused_losses(problems: Sequence[Problem], engine: Engine, weights: Sequence[float]) -> tuple[Tensor, list[Found]]:
     """This rank's weighted sum (0-d, differentiable once) of the losses of one exchange.
 
-    Of each loss, detached: its prefixes' losses [P], the positives' cosines [N] of the longest prefix, how many of this rank's rows
-    are right 0-d, and the valid rows of all ranks 0-d.
+    Of each loss, detached: its prefixes' losses [P], the positives' cosines [N] of the longest prefix, this rank's share of the
+    accuracy 0-d, and the valid rows of all ranks 0-d.
     """
     given: list[Tensor] = []
     places: list[list[int]] = []
@@ -150,8 +150,8 @@ class _Loss:
         def rule(of: Anchors, tags: tuple[int, ...] = problem.tags_in_use, columns: bool = False) -> Rule:
             return Rule(setting.prefixes, tags, columns, of.moments, one_temperature=setting.one_temperature)
 
-        inverse = setting.inverse if setting.one_temperature else setting.inverse.new_ones(())
-        self.sources = [Source(v, c, inverse.expand(len(c.valid)).contiguous()) for (v, _), c in zip(self.shown, candidates, strict=True)]
+        inverse = setting.same_inverse if setting.one_temperature else setting.inverse.new_ones
+        self.sources = [Source(v, c, inverse(len(c.valid))) for (v, _), c in zip(self.shown, candidates, strict=True)]
         keys = self.sources[0]
         keys.correction = correction
         keys.blocks = [(queries, rule(queries, columns=symmetric))] + ([(anchors, rule(anchors))] if anchors is not None else [])
@@ -236,7 +236,7 @@ class _Loss:
         cosine, correct = positives.mean_cosine(), positives.correct(None if self.hard is None else self.hard.top).sum()
         if setting.peers.world_size > 1:
             losses, cosine, correct = setting.peers.sum(losses), setting.rows_of_all_peers(cosine), setting.peers.sum(correct)
-        return losses, cosine, correct, self.valid_rows
+        return losses, cosine, correct * setting.exchange.world_size / positives.counted, self.valid_rows
 
 
 class _Work:

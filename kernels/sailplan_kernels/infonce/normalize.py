@@ -47,7 +47,7 @@ def operand(x: Tensor, valid: Tensor | None, dtype: torch.dtype, at_once: int) -
     x = x.detach()
     if x.dtype == dtype:
         if x.device.type != "cpu":
-            return (x.contiguous() if valid is None else x.masked_fill(~valid[:, None], 0.0)), None
+            return (x.contiguous() if valid is None else torch.where(valid[:, None], x, 0.0)), None
         length = torch.linalg.vector_norm(x, dim=-1)
         if ((length == 0) | ((length > TAME) & (length < 1 / TAME))).all():
             return x.contiguous(), None

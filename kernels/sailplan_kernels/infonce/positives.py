@@ -120,7 +120,8 @@ class Positives:
         """``valid_rows`` 0-d of all ranks: what a row's loss weighs is known."""
         setting, problem = self.setting, self.setting.problem
         part = setting.exchange.world_size / 2 if setting.options.symmetric else setting.exchange.world_size
-        self.of_row = part / valid_rows.clamp_min(1).to(setting.fp)  # 0-d
+        self.counted = valid_rows.clamp_min(1).to(setting.fp)  # 0-d
+        self.of_row = part / self.counted  # 0-d
         if isinstance(self.pairs, PairList):
             self.weight = (self.of_row / self.pairs.counts.clamp_min(1))[self.pairs.rows]
             self.row_valid_here = self.pairs.counts > 0

@@ -32,6 +32,7 @@ class Setting:
         self.budget, self.rows_at_once = score_budget(problem), rows_at_once(problem)
         self.device = problem.raw_queries.device
         self.inverse = problem.inverse_temperature.detach()  # 0-d or [N]
+        self._same: Tensor | None = None
         self.prefix_weights = numbers(tuple(weight * w for w in self.options.prefix_weights), self.fp, self.device)[:, None]  # [P, 1]
 
     @property
@@ -55,7 +56,15 @@ class Setting:
 
     def inverse_of_rows(self) -> Tensor:
         """[n], contiguous."""
-        return self.inverse.expand(len(self.problem.raw_queries))[self.share].contiguous()
+        return self.same_inverse(self.rows) if self.one_temperature else self.inverse[self.share].contiguous()
+
+    def same_inverse(self, count: int) -> Tensor:
+        """[count] the one inverse temperature, contiguous: a part of the same tensor for all who ask."""
+        if self._same is None:
+            problem = self.problem
+            most = max(max(sizes) for sizes in (problem.query_sizes, problem.key_sizes, problem.hard_sizes))
+            self._same = self.inverse.expand(most * self.exchange.world_size).contiguous()
+        return self._same[:count]
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.fp, device=self.device)

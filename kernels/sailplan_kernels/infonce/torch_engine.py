@@ -114,8 +114,8 @@ class _Tile:
             scale = scale * (self.maximum[0] - coefficients.row_log_negatives[0]).exp()
             weight, self.kept = self.kept[0], None
         weight.mul_(scale[:, None]).mul_(columns.inverse_norm[0])
-        zeros = [x.inverse_norm.new_zeros(x.inverse_norm.shape) for x in (rows, columns)]
-        return Gradient([weight.to(rows.vectors.dtype)], zeros[0], zeros[1], zeros[0], None)
+        of_rows, of_columns = (rows.inverse_norm.new_zeros(()).expand(x.inverse_norm.shape) for x in (rows, columns))
+        return Gradient([weight.to(rows.vectors.dtype)], of_rows, of_columns, of_rows, None)
 
     def _cosines(self) -> Tensor:
         """[P, n, m], FLOOR where identity or validity rules the pair out."""
