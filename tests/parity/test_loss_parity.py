@@ -14,8 +14,8 @@ from sailplan.objective.cosent import CoSENT
 from sailplan.objective.infonce import InfoNCE
 from sailplan.objective.micl import MICL
 from sailplan.objective.protocol import Objective, ObjectiveOutput
+from sailplan.parity import example_losses
 from sailplan.parity.losses import check_loss, of_objective
-from sailplan.step import example_losses
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
