@@ -174,9 +174,11 @@ def test_options_equal_the_reference(make_case, run, backend, data):
     expected, expected_gradients = run({**case, **{n: case[n].float() for n in LEAVES if n in case}}, "reference")
     out, gradients = run(case, backend, torch.float32, memory_budget=budget)
     torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
-    rounding = 6e-8 / float(case["temperature"].min()) ** 2  # of one cosine, as the temperature's gradient shows it
+    # Of one cosine, as the temperature's gradient shows it. That is a difference of sums over pairs and prefixes: of 300 draws of one kind
+    # the definition itself, in float32, is up to 20 roundings away.
+    rounding = 6e-8 / float(case["temperature"].min()) ** 2
     for name, gradient in expected_gradients.items():
-        near = max(1e-5 * max(1.0, float(gradient.abs().max())), 2 * rounding if name == "temperature" else 0.0)
+        near = max(1e-5 * max(1.0, float(gradient.abs().max())), 40 * rounding if name == "temperature" else 0.0)
         torch.testing.assert_close(gradients[name].double(), gradient, rtol=1e-4, atol=near)
 
 
