@@ -88,7 +88,7 @@ class Collator:
         rows = _Rows(views={key: [] for key in shown.keys})
         own = np.flatnonzero(shares.owners == self.rank)
         of_rows = row_seeds(self.config.seed, self.plan.stage_name, step, part.dataset, part.first_row + own)
-        for row, position, seed in zip((part.first_row + own).tolist(), part.positions[own].tolist(), of_rows.tolist(), strict=True):
+        for row, position, seed in zip((part.first_row + own).tolist(), part.at(own).tolist(), of_rows.tolist(), strict=True):
             used = self._add_row(rows, reader, names, step, row, position, seed)
             for name, (count, of_record) in shown.negatives.items():
                 view = dataset.patterns[name].target

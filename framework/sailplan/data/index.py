@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sailplan.data.tar import BLOCK, fingerprint, scan
+from sailplan.data.tar import BLOCK, RecordPlace, fingerprint, scan
 from sailplan.errors import BadDataError
 
-VERSION = 1
+VERSION = 2
 TABLES_KEPT = 128
 
 
@@ -79,6 +79,8 @@ class ShardIndex:
         summaries = [_summary(file) for file in self._files]
         counts = [summary[0] for summary in summaries]
         self._states = [summary[1] for summary in summaries]
+        self.identity = hashlib.sha256("\0".join(f"{sum(shard.values())} {content}" for shard, _, content in summaries).encode()).hexdigest()[:16]
+        self.loaded = 0  # tables read so far, for counting
         self.split_names = list(dict.fromkeys(name for shard in counts for name in shard))
         self.starts = _running([sum(shard.values()) for shard in counts])
         self._split_starts = {name: _running([shard.get(name, 0) for shard in counts]) for name in self.split_names}
@@ -174,6 +176,7 @@ class ShardIndex:
                 if table is None:
                     raise BadDataError(f"{self._files[shard]}: the index vanished or was damaged while the run used it: start again")
                 self._tables[shard] = table
+                self.loaded += 1
                 if len(self._tables) > TABLES_KEPT:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(shard)
@@ -218,6 +221,7 @@ def _build(shard: Path, file: Path) -> None:
         "size": np.int64(shard.stat().st_size),
         "fingerprint": np.array(fingerprint(shard, headers)),
         "headers": np.array(headers, dtype=np.int64),
+        "content": np.array(_content(records)),
         "ids": _pack([record.id for record in records]),
         "splits": np.array([names.index(record.split) for record in records], dtype=np.int8),
         "split_names": _pack(names),
@@ -241,12 +245,17 @@ def _is_current(file: Path, shard: Path) -> bool:
         return False
 
 
-def _summary(file: Path) -> tuple[dict[str, int], tuple[int, str]]:
-    """Records per split of one shard, and its size and fingerprint, without loading its table."""
+def _content(records: Sequence[RecordPlace]) -> str:
+    """Hash of the ids and splits of a shard's records in their order."""
+    return hashlib.sha256("".join(f"{record.id}\0{record.split}\0" for record in records).encode()).hexdigest()[:16]
+
+
+def _summary(file: Path) -> tuple[dict[str, int], tuple[int, str], str]:
+    """Records per split of one shard, its size and fingerprint, and the hash of its content, without loading its table."""
     with np.load(file) as arrays:
         names = _unpack(arrays["split_names"])
         counts = dict(zip(names, np.bincount(arrays["splits"], minlength=len(names)).tolist(), strict=True))
-        return counts, (int(arrays["size"]), str(arrays["fingerprint"]))
+        return counts, (int(arrays["size"]), str(arrays["fingerprint"])), str(arrays["content"])
 
 
 def _running(counts: list[int]) -> NDArray[np.int64]:

@@ -13,9 +13,9 @@ Weighted sums are decided in float64 by integer-keyed uniforms; permutations are
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Protocol
 
 import numpy as np
@@ -34,7 +34,8 @@ SPLIT = "train"
 class PlannedSet(Protocol):
     """What a plan needs to know of a data set (RecordReader has it)."""
 
-    def ids(self, positions: Sequence[int] | NDArray[np.int64]) -> list[str]: ...
+    @property
+    def identity(self) -> str: ...
 
     def count(self, split: str) -> int: ...
 
@@ -43,12 +44,29 @@ class PlannedSet(Protocol):
 
 @dataclass(frozen=True)
 class PlannedRows:
-    """The rows of one data set in a step: record positions int64 [n] in global order, and the number of the first row
-    within the data set's stream of this stage."""
+    """The rows of one data set in a step, in global order.
+
+    `first_row`: number of the first row within the data set's stream of this stage. `numbers`: int64 [n], which of
+    the records that the stage draws from each row is. `select` finds positions of numbers; where a shard mixes splits,
+    it reads that shard's table, so a rank asks for its own rows with `at`, and for `positions` of all only with cause.
+    """
 
     dataset: str
     first_row: int
-    positions: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    select: Callable[[NDArray[np.int64]], NDArray[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @cached_property
+    def positions(self) -> NDArray[np.int64]:
+        """Record positions of all rows, int64 [n]."""
+        return self.select(self.numbers)
+
+    def at(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the record positions of some of the rows (0 .. n - 1): int64 [k] -> int64 [k]."""
+        return self.select(self.numbers[rows])
 
 
 @dataclass(frozen=True)
@@ -148,18 +166,21 @@ class Plan:
             name, count = self.names[choice], sum(rows for rows, other in zip(self._part_rows, drawn, strict=True) if other == choice)
             first = int(before[choice])
             order = positions(self._keys[name], self.size(name), self._order_seed, first, count, self.lanes, self.segment, self.window)
-            parts.append(PlannedRows(name, first, self._select(name, order)))
+            parts.append(PlannedRows(name, first, order, partial(self._select, name)))
         return StepPlan(step, tuple(parts))
 
-    def ids(self, step: int) -> list[list[str]]:
-        """Record ids of each part of a step, in global order."""
-        return [self._sets[part.dataset].ids(part.positions) for part in self.step(step).parts]
-
     def digest(self, step: int) -> str:
-        """16 hex digits of SHA-256 over the data set names and record ids of a step: equal on any number of ranks."""
+        """Return 16 hex digits of SHA-256 over the sets and the rows' places of a step: equal on any number of ranks.
+
+        A set stands for its content by its `identity` (ids and splits of all its records, in order), a row by its
+        number in the split or, of a subset, its position; so no record is looked up, and ranks that see other
+        shards differ from their first step on.
+        """
         digest = hashlib.sha256()
-        for part, names in zip(self.step(step).parts, self.ids(step), strict=True):
-            digest.update("\0".join([part.dataset, *names, ""]).encode())
+        for part in self.step(step).parts:
+            drawn = part.positions if part.dataset in self._subsets else part.numbers
+            digest.update(f"{part.dataset}\0{self._sets[part.dataset].identity}\0{len(part)}\0".encode())
+            digest.update(drawn.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
     def spare(self, dataset: str, step: int, row: int, attempt: int) -> int:

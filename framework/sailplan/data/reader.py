@@ -69,6 +69,11 @@ class RecordReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
+    @property
+    def identity(self) -> str:
+        """Hash of the ids and splits of all records in their order."""
+        return self.index.identity
+
     def ids(self, positions: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """Record ids at the positions."""
         return self.index.ids(positions)

@@ -102,7 +102,7 @@ class StepBatch:
     teachers: dict[str, Tensor] = field(default_factory=dict)  # "VIEW/TEACHER" -> float32 [r, d]; zero rows where unknown
     patterns: dict[str, float] = field(default_factory=dict)  # pattern name -> weight, of this step
     quarantined: list[tuple[str, str]] = field(default_factory=list)  # (record id, reason), replaced by spares
-    digest: str = ""  # 16 hex digits over the record ids of the whole step's global batch; equal on all ranks
+    digest: str = ""  # Plan.digest: 16 hex digits over the records of the whole step's global batch; equal on all ranks
     # float32 [r] log of the records' target_probability, with negatives of known probability relative to those; None unless all have it
     target_log_probability: Tensor | None = None
     rank_rows: tuple[int, ...] | None = None  # rows of every data-parallel rank, in rank order; None: the ranks ask each other

@@ -92,7 +92,7 @@ class StepShares:
         by_length = self.config.step.dealing == "length" and self.size > 1
         for part in self.plan.step(step).parts:
             dataset = self.readers[part.dataset].config
-            shown, count = shown_views(self.stage, part.dataset, dataset, self.negatives), len(part.positions)
+            shown, count = shown_views(self.stage, part.dataset, dataset, self.negatives), len(part)
             if by_length or self.config.step.token_budget:
                 found = self.foreseen(step, part)
             else:  # nothing depends on them
@@ -121,7 +121,7 @@ class StepShares:
         reader = self.readers[part.dataset]
         dataset = reader.config
         shown = shown_views(self.stage, part.dataset, dataset, self.negatives)
-        rows = part.first_row + np.arange(len(part.positions), dtype=np.int64)
+        rows = part.first_row + np.arange(len(part), dtype=np.int64)
         of_rows = row_seeds(self.config.seed, self.plan.stage_name, step, part.dataset, rows)
         found = {
             name: self.costs.foreseen(reader, dataset.views[name], part.positions, draw_seeds(of_rows, derive("view", name))) for name in shown.views

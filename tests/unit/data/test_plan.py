@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from sailplan.data import plan as plan_module
 from sailplan.data.datasets import open_datasets
 from sailplan.data.plan import Plan
 from sailplan.data.reader import RecordReader
+from sailplan.data.testing import item_body, json_member, write_set
 from sailplan.errors import ConfigurationError
 
 Make = Callable[..., Config]
@@ -112,3 +115,15 @@ def test_impossible_plans_are_refused_in_one_line(make_config: Make, readers: di
         Plan(make_config(), "s", stage, {"things": 1.0}, readers, subsets={"things": np.empty(0, dtype=np.int64)})
     with pytest.raises(ConfigurationError, match="not open"):
         Plan(make_config(), "s", stage, {"absent": 1.0}, readers)
+
+
+def test_other_records_or_splits_are_another_digest(make_config: Make, tmp_path: Path) -> None:
+    """A node that sees other shards of the same sizes would train on another order: the step's digest says so."""
+    config = make_config()
+    found = []
+    for name, changed in (("same", {}), ("copy", {}), ("id", {"id": "x"}), ("split", {"split": "held_out"})):
+        bodies = [item_body(number) | (changed if number in (3, 9) else {}) for number in range(8)] + [item_body(9) | {"split": "train"}] * (name != "split")
+        folder = write_set(tmp_path / name, [[json_member(f"{number}", body)] for number, body in enumerate(bodies)])
+        config.data.sets = {"things": replace(config.data.sets["things"], shards=str(folder))}
+        found.append(Plan(config, "first", StageConfig(steps=3), {"things": 1.0}, open_datasets(config)).digest(0))
+    assert found[0] == found[1] and len(set(found)) == 3
