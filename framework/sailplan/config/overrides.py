@@ -23,6 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 
+MODEL = "model"  # whose keys are known when its encoder is (compose.typed)
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list, [A, B]", dict: "entries, {NAME: VALUE}"}
 
 
@@ -60,7 +61,7 @@ def apply(config: DictConfig, override: Override) -> None:
             del OmegaConf.select(config, ".".join(path[:-1]))[path[-1]]
         return
     adds = override.is_add() or override.is_force_add()
-    if absent is not None and not adds and _is_mapping(hint_at(path[:absent])):
+    if absent is not None and not adds and path[0] != MODEL and _is_mapping(hint_at(path[:absent])):
         raise ConfigurationError(f"{line}: {_unknown(config, path, absent)}; or add it with +{line}")
     OmegaConf.set_struct(config, None)  # Hydra's lock off: mappings take new entries, while dataclasses keep to their keys
     try:

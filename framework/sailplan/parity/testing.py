@@ -145,9 +145,7 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
 
 
 def _rows(inputs: EncoderInputs, chosen: Tensor, dtype: torch.dtype) -> EncoderInputs:
-    tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if isinstance(getattr(inputs, f.name), Tensor)}
-    own = {name: tensor[chosen].to(dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in tensors.items()}
-    return dataclasses.replace(inputs, packing=None, **own)  # type: ignore[arg-type]
+    return inputs.mapped(lambda tensor: tensor[chosen].to(dtype if tensor.is_floating_point() else tensor.dtype))
 
 
 def share(
@@ -202,7 +200,7 @@ def full_batch_gradients(
         views = {}
         for name, view in batch.views.items():
             vectors = encoder(view.micro_batches[0], per_modality=True)
-            views[name] = EncodedView(vectors.fused, view.valid, view.ids, view.group, vectors.vision, vectors.text)
+            views[name] = EncodedView(vectors.fused, view.valid, view.ids, view.group, vectors.by_modality)
         encoded = EncodedStep(batch.dataset, views, batch.patterns, batch.scores, batch.teachers, batch.target_log_probability)
         for name, weight in weights.items():
             objective = objectives[name]

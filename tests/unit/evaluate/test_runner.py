@@ -38,8 +38,8 @@ def everything(rank: int, world_size: int, config: Config, tensor: int) -> dict[
     positions = np.arange(len(readers["things"]))
     image = embed_view(encoder, readers["things"], "item", positions, parallel=parallel, config=config, per_modality=True)
     few = embed_view(encoder, readers["things"], "image", positions[:1], parallel=parallel, config=config)  # fewer rows than ranks
-    assert image.vision is not None and image.text is not None
-    return {"tasks": found.tasks, "examples": found.examples, "vectors": [image.fused, image.vision, image.text, few.fused], "training": encoder.training}
+    vectors = [image.fused, *image.by_modality.values(), few.fused]
+    return {"tasks": found.tasks, "examples": found.examples, "vectors": vectors, "training": encoder.training}
 
 
 @pytest.fixture(scope="module")
