@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sailplan.config.schema import Config, ParallelConfig
 from sailplan.data.processor import Processor
@@ -56,3 +58,17 @@ class EncoderComponent(ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.module(torch.float64 if parallel_config.dtype == "float64" else torch.float32)
+
+    def exported(self, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Return the settings and the encoder's whole tensors of a folder that stands alone: low-rank updates merged."""
+        return self.model, weights
+
+    def write_files(self, config: Config, weights: dict[str, Tensor], out: Path) -> None:  # noqa: B027
+        """Write beside an export's weights what its processor needs, the tokenizer included. weights: those that are exported.
+
+        Raises ConfigurationError for a missing file.
+        """
+
+    def placed(self, folder: Path) -> Any:
+        """Return the settings with which an exported folder is opened."""
+        return self.model

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sailplan.config.schema import Config, ModelConfig, ParallelConfig
+from sailplan.config.schema import Config, LoraConfig, ModelConfig, ParallelConfig
 from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.processor import Processor
 from sailplan.data.record import OmniInputs
@@ -19,9 +22,12 @@ from sailplan.model.check import check_model
 from sailplan.model.component import EncoderComponent
 from sailplan.model.encoders.omni.processor import OmniProcessor
 from sailplan.model.fused import chosen_extension, fuse
+from sailplan.model.lora import merged
 from sailplan.model.parallelize import allow_sequence_parallel
 from sailplan.model.tower import OmniEncoder
 from sailplan.runtime.process import Parallel
+
+TOKENIZER = "tokenizer.json"
 
 
 class Omni(EncoderComponent):
@@ -57,6 +63,16 @@ class Omni(EncoderComponent):
 
     def module(self, dtype: torch.dtype, **options: Any) -> OmniEncoder:
         return OmniEncoder(self.model, dtype=dtype, **options)
+
+    def exported(self, weights: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+        return replace(self.model, lora=LoraConfig()), merged(weights, self.model.lora)
+
+    def write_files(self, config: Config, weights: dict[str, Tensor], out: Path) -> None:
+        tokenizer = Path(config.data.tokenizer)
+        if not tokenizer.is_file():
+            raise ConfigurationError(f"data.tokenizer={tokenizer}: no such file; an export needs the tokenizer that the run was trained with")
+        if tokenizer.resolve() != (out / TOKENIZER).resolve():
+            shutil.copyfile(tokenizer, out / TOKENIZER)
 
     def skeleton(self, parallel_config: ParallelConfig, dtype: torch.dtype = torch.float32) -> OmniEncoder:
         with torch.device("meta"):
