@@ -153,7 +153,7 @@ def gathered_gradients(step: TrainingStep, parallel: Parallel) -> dict[str, Tens
 
 
 def _reference(
-    rank: int, world_size: int, weights: dict[str, float], datasets: Sequence[str], change: Change | None, options: dict[str, str]
+    rank: int, world_size: int, weights: dict[str, float], datasets: Sequence[str], change: Change | None, options: dict[str, Any]
 ) -> tuple[float, dict[str, Tensor]]:
     join_layout(1)
     loss, gradients = full_batch_gradients(weights, datasets=datasets, change=change, **options)

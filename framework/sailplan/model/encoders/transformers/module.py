@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from sailplan.data.record import NamedInputs
 from sailplan.errors import ConfigurationError
@@ -82,12 +83,12 @@ class TransformersEncoder(Encoder):
             present = torch.stack([(vector != 0).any(1) for vector in vectors.values()], 1).to(fused.dtype)
             units = torch.stack([F.normalize(vector, dim=1) for vector in vectors.values()], 1)
             fused = units.sum(1) / present.sum(1, keepdim=True).clamp(min=1)
-        fused = reach_backward(fused)
-        return Embeddings(fused[: inputs.rows], {name: vector[: inputs.rows] for name, vector in vectors.items()} if per_modality else {})
+        found = Embeddings(reach_backward(fused), vectors if per_modality else {})
+        return found if inputs.rows else _pytree.tree_map(lambda vector: vector[:0], found)
 
     def _text(self, named: dict[str, Tensor]) -> Tensor:
         """Return [b, D]; zeros in rows that are said to have no text."""
-        given = {name: named[name] for name in ("input_ids", "attention_mask") if name in named}
+        given: dict[str, Tensor] = {name: named[name] for name in ("input_ids", "attention_mask") if name in named}
         if hasattr(self.model, FEATURES["text"]):
             pooled = self._features("text", given)
         else:
