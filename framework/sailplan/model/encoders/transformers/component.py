@@ -13,7 +13,7 @@ from sailplan.config.schema import Config, ParallelConfig
 from sailplan.data.processor import Processor
 from sailplan.model.component import EncoderComponent
 from sailplan.model.encoders.transformers.config import PeftConfig, TransformersConfig
-from sailplan.model.encoders.transformers.files import drawn_model, open_config, open_tokenizer, published_model
+from sailplan.model.encoders.transformers.files import drawn_model, open_config, open_image_processor, open_tokenizer, published_model
 from sailplan.model.encoders.transformers.module import TransformersEncoder, merged
 from sailplan.model.encoders.transformers.processor import TransformersProcessor
 from sailplan.model.protocol import Encoder
@@ -49,7 +49,10 @@ class Transformers(EncoderComponent):
 
     def write_files(self, config: Config, weights: dict[str, Tensor], out: Path) -> None:
         open_config(self.model).save_pretrained(out)
-        open_tokenizer(self.model).save_pretrained(out)
+        if "text" in self.model.modalities:
+            open_tokenizer(self.model).save_pretrained(out)
+        if "vision" in self.model.modalities:
+            open_image_processor(self.model).save_pretrained(out)
 
     def placed(self, folder: Path) -> Any:
         return replace(self.model, source=str(folder), options={})

@@ -64,8 +64,8 @@ class TransformersConfig(EncoderConfig):
         super().validate(path)
         if not self.source:
             raise ConfigurationError(f"{path}.source is empty: expected a folder with config.json, or a model id of the hub; name one")
-        if not self.modalities:
-            raise ConfigurationError(f"{path}.modalities is empty: expected some of text, vision, audio; name what the model encodes")
+        if not self.modalities or "audio" in self.modalities:
+            raise ConfigurationError(f"{path}.modalities={self.modalities}: expected text, vision, or both (sound is not built yet); name what it encodes")
 
     def part_names(self) -> tuple[str, ...]:
         return (*self.modalities, *(["projection"] if self.projection else []), *(["lora"] if self.lora.rank else []))
@@ -74,6 +74,11 @@ class TransformersConfig(EncoderConfig):
         super().check_run(config)
         for name, dataset in config.data.sets.items():
             for view, shown in dataset.views.items():
+                if "vision" in shown.modalities and dataset.image_augmentation and any(name in config.stages[stage].data for stage in config.order):
+                    raise ConfigurationError(
+                        f"data.sets.{name}.image_augmentation={dataset.image_augmentation}: expected 0 with model.encoder={self.encoder}, which shows "
+                        "pictures as its own processor makes them; set 0"
+                    )
                 missing = [modality for modality in shown.modalities if modality not in self.modalities]
                 used = any(name in config.stages[stage].data for stage in config.order)
                 if missing and used:

@@ -33,6 +33,19 @@ def open_tokenizer(settings: TransformersConfig) -> Any:
     return _opened(settings, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(settings.source, revision=settings.revision))
 
 
+def open_image_processor(settings: TransformersConfig) -> Any:
+    """Return the model's picture processor: the one of its files that works with Pillow, so that pixels are the same everywhere."""
+
+    def read() -> Any:
+        name = settings.image_processor
+        if name is None:
+            values, _ = transformers.BaseImageProcessor.get_image_processor_dict(settings.source, revision=settings.revision)
+            name = str(values["image_processor_type"]).removesuffix("Fast").removesuffix("Pil") + "Pil"
+        return getattr(transformers, name).from_pretrained(settings.source, revision=settings.revision)
+
+    return _opened(settings, "picture processor (model.image_processor)", read)
+
+
 def drawn_model(settings: TransformersConfig) -> Any:
     """Return the model with drawn weights in float32, or on the meta device."""
     model = _opened(
@@ -97,7 +110,7 @@ def _change(config: Any, options: dict[str, Any], path: str) -> None:
 def _opened(settings: TransformersConfig, what: str, read: Callable[[], T]) -> T:
     try:
         return read()
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         at = settings.source if Path(settings.source).is_dir() else f"{settings.source} (no such folder here, so an id of the hub)"
         reason = " ".join(str(error).split())[:200]
         raise ConfigurationError(f"model.source={at}: its {what} cannot be opened ({reason}); expected a folder that transformers' AutoModel opens") from error
