@@ -118,6 +118,7 @@ def _explain(error: HydraException, folders: Sequence[Path]) -> str:
 
 def typed(raw: DictConfig) -> Config:
     """Return the configuration after checking types, keys and each component's rules, with interpolations resolved."""
+    settings: Any = None
     try:
         whole = OmegaConf.merge(OmegaConf.structured(_Schema), raw)
         given, allowed = OmegaConf.to_container(whole.model) if whole.model else {}, list(whole.allowed_targets)
@@ -125,7 +126,7 @@ def typed(raw: DictConfig) -> Config:
         whole.model = OmegaConf.structured(schema_of(settings))  # type: ignore[arg-type]
         values = OmegaConf.to_container(OmegaConf.merge(whole, {"model": named}), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigurationError(explain_value(error)) from error
+        raise ConfigurationError(explain_value(error, model=settings)) from error
     assert isinstance(values, dict)
     return build(Config, {str(key): value for key, value in values.items()} | {"model": fill(settings, values["model"])})
 
