@@ -106,6 +106,8 @@ def shard(
     """
     notes = {name: {key: getattr(p, key) for key in TENSOR_PARALLEL_NOTES if hasattr(p, key)} for name, p in model.named_parameters()}
     model.to(parallel.device)
+    if isinstance(model, Encoder):
+        model.compute_dtype = compute_dtype
     policy = MixedPrecisionPolicy()
     if compute_dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=next(model.parameters()).dtype, cast_forward_inputs=False)

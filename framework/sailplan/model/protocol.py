@@ -40,6 +40,7 @@ class Encoder(nn.Module, ABC):
 
     modalities: tuple[str, ...]  # that it can encode
     dimension: int  # D
+    compute_dtype: torch.dtype | None = None  # of the computation, where it is not the parameters'; `parallelize.shard` says so
 
     @abstractmethod
     def forward(self, inputs: Any, *, per_modality: bool = False) -> Embeddings:

@@ -33,12 +33,11 @@ class Transformers(EncoderComponent):
 
     def build(self, parallel_config: ParallelConfig, parallel: Parallel, seed: int) -> Encoder:
         """As `EncoderComponent.build`; every rank reads the published weights whole before they are cut."""
-        compute = torch.bfloat16 if parallel_config.dtype == "bfloat16" else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = published_model(self.model) if self.model.weights == "published" else drawn_model(self.model)
             dtype = torch.float64 if parallel_config.dtype == "float64" else torch.float32
-            return TransformersEncoder(self.model, model, dtype=dtype, compute_dtype=compute).train()
+            return TransformersEncoder(self.model, model, dtype=dtype).train()
 
     def check_files(self) -> None:
         self.skeleton(ParallelConfig())

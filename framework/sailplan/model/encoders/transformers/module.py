@@ -28,14 +28,12 @@ TOWERS = {"text": "text_", "vision": "vis", "audio": "audio_"}  # what the names
 class TransformersEncoder(Encoder):
     """The model of one source; vectors are float32 (float64 in a float64 model), not normalised.
 
-    dtype: of the parameters; compute_dtype: of the computation, None: the same.
+    dtype: of the parameters.
     """
 
-    def __init__(
-        self, settings: TransformersConfig, model: nn.Module, *, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, settings: TransformersConfig, model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.settings, self.dtype, self.compute_dtype = settings, dtype, compute_dtype
+        self.settings, self.dtype = settings, dtype
         self.modalities, self.dimension = tuple(settings.modalities), settings.embedding
         self.model = model
         size = vector_size(model)
