@@ -72,17 +72,29 @@ class TransformersConfig(EncoderConfig):
 
     def check_run(self, config: Any) -> None:
         super().check_run(config)
-        for name, dataset in config.data.sets.items():
-            for view, shown in dataset.views.items():
-                if "vision" in shown.modalities and dataset.image_augmentation and any(name in config.stages[stage].data for stage in config.order):
-                    raise ConfigurationError(
-                        f"data.sets.{name}.image_augmentation={dataset.image_augmentation}: expected 0 with model.encoder={self.encoder}, which shows "
-                        "pictures as its own processor makes them; set 0"
-                    )
-                missing = [modality for modality in shown.modalities if modality not in self.modalities]
-                used = any(name in config.stages[stage].data for stage in config.order)
-                if missing and used:
-                    raise ConfigurationError(
-                        f"data.sets.{name}.views.{view} shows {', '.join(missing)}, but model.modalities is {', '.join(self.modalities)}: "
-                        "expected views of what the model encodes; change the view, or the model"
-                    )
+        for dataset, view in sorted(_shown(config)):
+            shown = config.data.sets[dataset].views[view]
+            missing = [modality for modality in shown.modalities if modality not in self.modalities]
+            if missing:
+                raise ConfigurationError(
+                    f"data.sets.{dataset}.views.{view} shows {', '.join(missing)}, but model.modalities is {', '.join(self.modalities)}: "
+                    f"expected what the model encodes; change the view, or name other ones in stages.*.patterns.{dataset}"
+                )
+            augmentation = config.data.sets[dataset].image_augmentation
+            if "vision" in shown.modalities and augmentation:
+                raise ConfigurationError(
+                    f"data.sets.{dataset}.image_augmentation={augmentation}: expected 0 with model.encoder={self.encoder}, which shows "
+                    "pictures as its own processor makes them; set 0"
+                )
+
+
+def _shown(config: Any) -> set[tuple[str, str]]:
+    """Return (data set, view) of all that stages train and evaluations encode."""
+    found = {(task.dataset, view) for task in config.evaluation.tasks.values() for view in (task.query, task.target) if view}
+    for name in config.order:
+        stage = config.stages[name]
+        for dataset in stage.data:
+            patterns = config.data.sets[dataset].patterns
+            for pattern in stage.patterns.get(dataset) or patterns:
+                found |= {(dataset, patterns[pattern].query), (dataset, patterns[pattern].target)}
+    return found
