@@ -45,7 +45,7 @@ class TransformersConfig(EncoderConfig):
     revision: str | None = None  # of the hub's repository
     weights: Literal["published", "drawn"] = "published"  # drawn: from the run's seed, in the shape of config.json
     options: dict[str, Any] = field(default_factory=dict)  # changes to config.json, such as {is_causal: false}: a bidirectional decoder
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # auto: what transformers chooses for the model
     modalities: list[Modality] = field(default_factory=lambda: ["text"])  # type: ignore[arg-type]
     # mean | cls: the first token | last_token | max | weighted_mean: by position (SGPT, arXiv 2202.08904) | model: its own pooler.
     # A model with towers for text and media pools by itself.

@@ -16,6 +16,7 @@ from sailplan.model.encoders.transformers.config import TransformersConfig
 
 T = TypeVar("T")
 logger = logging.getLogger("sailplan.model")
+AUTO = "auto"
 MOST_MISSING = 0.1  # of a model's parameters: a head that the files lack may be drawn, a model may not
 
 transformers.utils.logging.disable_progress_bar()
@@ -49,7 +50,7 @@ def open_image_processor(settings: TransformersConfig) -> Any:
 def drawn_model(settings: TransformersConfig) -> Any:
     """Return the model with drawn weights in float32, or on the meta device."""
     model = _opened(
-        settings, "model", lambda: transformers.AutoModel.from_config(open_config(settings), attn_implementation=settings.attention, dtype=torch.float32)
+        settings, "model", lambda: transformers.AutoModel.from_config(open_config(settings), attn_implementation=None if settings.attention == AUTO else settings.attention, dtype=torch.float32)
     )
     return _encoder_alone(model)
 
@@ -66,7 +67,7 @@ def published_model(settings: TransformersConfig) -> Any:
             settings.source,
             revision=settings.revision,
             config=open_config(settings),
-            attn_implementation=settings.attention,
+            attn_implementation=None if settings.attention == AUTO else settings.attention,
             dtype=torch.float32,
             output_loading_info=True,
         ),
