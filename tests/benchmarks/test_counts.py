@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sailplan.config.schema import ModelConfig, TransformerShape, VisionConfig
-from sailplan.data.record import EncoderInputs
+from sailplan.data.record import OmniInputs
 from sailplan.model.testing import join_layout
 from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks
@@ -75,7 +75,7 @@ def test_the_flop_formula_is_near_torchs_counter(modalities: tuple[str, ...], mo
     config = ModelConfig(vocabulary=40, embedding=32, prefixes=[32], tower=shape(3), vision=vision)
     rows, tokens = 3, 12
     ids = torch.ones(rows, tokens, dtype=torch.int64)
-    inputs = EncoderInputs(modalities, ids, ids.bool(), ids.bool())
+    inputs = OmniInputs(modalities, ids, ids.bool(), ids.bool())
     stem = 0
     if "vision" in modalities:
         inputs.images, inputs.image_mask = torch.zeros(rows, 1, 3, 32, 32), torch.ones(rows, 1, dtype=torch.bool)

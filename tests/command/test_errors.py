@@ -32,7 +32,6 @@ PACK = Path(__file__).resolve().parents[2] / "data" / "quickstart"
         (["plan", "experiment=quickstart", "data.spectrogram=whisper"], ["data.audio_rate=8000", "expected 16000"]),
         (["evaluate", "--run-folder", "/nowhere"], ["/nowhere/config.yaml"]),
         (["report", "--run-folder", "/nowhere"], ["/nowhere/config.yaml"]),
-        (["data", "build"], ["--out"]),
         (["embed", "--run-folder", "x", "--dataset", "emoji"], ["--view"]),
     ],
 )

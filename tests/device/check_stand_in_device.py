@@ -25,7 +25,7 @@ from traffic import Traffic
 
 from sailplan.cli.main import main
 from sailplan.data.packing import pack
-from sailplan.data.record import EncoderInputs, StepBatch
+from sailplan.data.record import OmniInputs, StepBatch
 from sailplan.model.parallelize import shard
 from sailplan.model.testing import PUBLISHED, join_layout, published_config, published_inputs, random_inputs, small_config
 from sailplan.model.tower import OmniEncoder
@@ -164,7 +164,7 @@ def with_pixels(batch: StepBatch) -> StepBatch:
     return batch
 
 
-def size_of(inputs: EncoderInputs) -> int:
+def size_of(inputs: OmniInputs) -> int:
     assert inputs.packing is not None
     return inputs.packing.numbers.nbytes + sum(x.nbytes for x in vars(inputs).values() if isinstance(x, Tensor))
 
@@ -297,7 +297,7 @@ def test_encoders(alone, kind):
         inputs = dataclasses.replace(inputs, packing=pack(inputs, encoder.layout)).to(device)
         with Traffic() as traffic:
             vectors = encoder(inputs, per_modality=True)
-            (vectors.fused.square().sum() + vectors.vision.sum()).backward()
+            (vectors.fused.square().sum() + vectors.by_modality["vision"].sum()).backward()
         assert not traffic.waits, traffic.waits
         made = [vectors.fused, *(p.grad for p in encoder.parameters() if p.grad is not None)]
         assert all(isinstance(x, There) == (device.type != "cpu") for x in made)

@@ -169,7 +169,7 @@ def _run(encoder: OmniEncoder) -> dict[str, torch.Tensor]:
     for absent in (True, False):
         inputs = random_inputs(("text", "vision", "audio"), 6, 3, dtype=torch.float32, absent=absent)
         vectors = encoder(inputs, per_modality=True)
-        (vectors.fused.square().sum() + vectors.text.pow(3).sum()).backward()
+        (vectors.fused.square().sum() + vectors.by_modality["text"].pow(3).sum()).backward()
         found[f"vectors, absent={absent}"] = vectors.fused.detach()
     return found | {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
 

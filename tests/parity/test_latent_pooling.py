@@ -57,7 +57,7 @@ def one_step(rank, world, tensor):
     changes = {f.name: getattr(inputs, f.name)[start : start + rows] for f in dataclasses.fields(inputs) if isinstance(getattr(inputs, f.name), torch.Tensor)}
     found = encoder(dataclasses.replace(inputs, **changes), per_modality=True)
     weights = torch.randn(3, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))[:, start : start + rows]
-    loss = (torch.stack([found.fused, found.vision, found.text]) * weights).sum()
+    loss = (torch.stack([found.fused, found.by_modality["vision"], found.by_modality["text"]]) * weights).sum()
     (loss * parallel.data_parallel_size).backward()
     parallelize.finish_gradients(encoder, parallel)
     gradients = {name: whole_tensor(p, p.grad, parallel) for name, p in encoder.named_parameters()}

@@ -36,9 +36,9 @@ def run_step(model, parallel, step=STEP, per_modality=True):
         out = model(rows_of(random_inputs(modalities, rows, index), start, stop), per_modality=per_modality)
         loss = (out.fused * weights[0]).sum()
         if per_modality:
-            loss = loss + (out.text * weights[1]).sum()
-            if out.vision is not None:
-                loss = loss + (out.vision * weights[2]).sum()
+            loss = loss + (out.by_modality["text"] * weights[1]).sum()
+            if "vision" in out.by_modality:
+                loss = loss + (out.by_modality["vision"] * weights[2]).sum()
         (loss * parallel.data_parallel_size).backward()
         fused.append((start, out.fused.detach()))
     parallelize.finish_gradients(model, parallel)

@@ -118,7 +118,7 @@ def alone_and_together(rank: int, world: int) -> None:
         together = encoder(inputs, per_modality=True)
         for row in range(6):
             alone = encoder(rows_of(inputs, row, row + 1), per_modality=True)
-            torch.testing.assert_close(alone.vision[0], together.vision[row], rtol=0, atol=1e-12)
+            torch.testing.assert_close(alone.by_modality["vision"][0], together.by_modality["vision"][row], rtol=0, atol=1e-12)
         own = (torch.arange(inputs.images.size(2)) < inputs.image_sizes.prod(-1, keepdim=True)) & inputs.image_mask[..., None]
         assert not own.all() and not inputs.image_mask.all()
         noise = dataclasses.replace(inputs, images=inputs.images.masked_fill(~own[..., None], float("nan")))
@@ -127,7 +127,7 @@ def alone_and_together(rank: int, world: int) -> None:
         torch.testing.assert_close(encoder(wider).fused, together.fused, rtol=0, atol=1e-12)
         turned = encoder(dataclasses.replace(inputs, image_sizes=inputs.image_sizes.flip(-1)), per_modality=True)
         uneven = (inputs.image_mask & (inputs.image_sizes[..., 0] != inputs.image_sizes[..., 1])).any(1)
-        assert bool(((turned.vision - together.vision).abs().amax(1) > 1e-6).eq(uneven).all())
+        assert bool(((turned.by_modality["vision"] - together.by_modality["vision"]).abs().amax(1) > 1e-6).eq(uneven).all())
     assert encoder(rows_of(inputs, 6, 6)).fused.shape == (0, 16)
     for wrong in (dataclasses.replace(inputs, image_sizes=None), random_inputs(("vision",), 2, 0)):
         with pytest.raises(ValueError, match="go together"):

@@ -22,7 +22,7 @@ from sailplan.data.collate import Collator
 from sailplan.data.datasets import open_datasets
 from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.plan import Plan
-from sailplan.data.record import EncoderInputs
+from sailplan.data.record import OmniInputs
 from sailplan.model import attention
 from sailplan.model.parallelize import checkpoint_activations, compile_blocks
 from sailplan.model.testing import join_layout, random_inputs, small_config
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EVERYTHING = ("text", "vision", "audio")
 
 
-def real_tokens(inputs: EncoderInputs, latents: int) -> int:
+def real_tokens(inputs: OmniInputs, latents: int) -> int:
     count = int(inputs.token_mask.sum())
     if "vision" in inputs.modalities:
         count += latents * int(inputs.image_mask.any(1).sum())
@@ -123,7 +123,7 @@ def _by_cumulative_lengths(rank: int, world_size: int, causal: bool, knows_group
                 patch.setattr(attention, "VARLEN_DEVICES", ("cpu",))
                 patch.setattr(attention, "_VARLEN", [(exact(calls, knows_groups), knows_groups)])
             vectors = encoder(dataclasses.replace(inputs, packing=pack(inputs, encoder.layout)), per_modality=True)
-            (vectors.fused.sum() + vectors.text.square().sum()).backward()
+            (vectors.fused.sum() + vectors.by_modality["text"].square().sum()).backward()
         gradients = torch.cat([p.grad.float().flatten() for p in encoder.parameters() if p.grad is not None])
         found.append((vectors.fused.detach(), gradients))
     (vectors, gradients), (others, other_gradients) = found

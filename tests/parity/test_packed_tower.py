@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sailplan.config.schema import ModelConfig, TransformerShape
 from sailplan.data.packing import pack
-from sailplan.data.record import EncoderInputs
+from sailplan.data.record import OmniInputs
 from sailplan.model.backbones.naflex import NaflexVisionEncoder
 from sailplan.model.backbones.qwen_vl import QwenVisionEncoder
 from sailplan.model.blocks import Blocks, interleaved_angles, rotary_angles
@@ -70,7 +70,7 @@ def padded_blocks(
     return hidden if blocks.block.final_layernorm is None else blocks.block.final_layernorm(hidden)
 
 
-def padded_pictures(encoder: OmniEncoder, inputs: EncoderInputs) -> tuple[Tensor, Tensor, list[Tensor]]:
+def padded_pictures(encoder: OmniEncoder, inputs: OmniInputs) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Visual tokens [b, n, h], which are present, and what is added behind the tower's first layers."""
     config, present = encoder.config.vision, inputs.image_mask
     rows, frames = present.shape
@@ -124,7 +124,7 @@ def places_of(pieces: list[tuple[int, Tensor, Tensor]], grid: tuple[int, int]) -
     return torch.tensor(rows).permute(2, 0, 1)
 
 
-def padded(encoder: OmniEncoder, inputs: EncoderInputs) -> list[Tensor]:
+def padded(encoder: OmniEncoder, inputs: OmniInputs) -> list[Tensor]:
     """The fused, visual and text vectors."""
     config = encoder.config
     pieces, features = [], []
@@ -174,7 +174,7 @@ def configured(kind: str, pooling: str, causal: bool) -> ModelConfig:
     return config
 
 
-def made_inputs(kind: str) -> EncoderInputs:
+def made_inputs(kind: str) -> OmniInputs:
     modalities = ("text",) if kind == "text" else ("text", "vision", "audio")
     inputs = random_inputs(modalities, 7, 3) if kind in ("own", "text") else published_inputs(kind, 7)
     for name in ("token_mask", "text_mask", "image_mask", "audio_mask"):  # a row with nothing, and a gap amid a row's text
@@ -197,7 +197,7 @@ def _against_the_padded_formula(rank: int, world_size: int, kind: str, pooling: 
             vectors = padded(encoder, inputs)
         else:
             ready = dataclasses.replace(inputs, packing=pack(inputs, encoder.layout))
-            vectors = [getattr(encoder(ready, per_modality=True), name) for name in ("fused", "vision", "text")]
+            vectors = [encoder(ready, per_modality=True).named().get(name) for name in ("fused", "vision", "text")]
         vectors = [vector for vector in vectors if vector is not None]
         generator = torch.Generator().manual_seed(5)
         weights = [torch.randn(7, 16, dtype=torch.float64, generator=generator) for _ in range(3)]

@@ -13,6 +13,7 @@ import torch
 
 from sailplan.parity.layouts import trajectory
 from sailplan.parity.matrix import COLUMNS, LIMITS, STEPS, Group, References, groups, lines, main, written
+from sailplan.parity.testing import OMNI
 from sailplan_kernels.exchange import EXCHANGES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
@@ -41,7 +42,10 @@ def test_the_document_holds_the_whole_matrix_within_the_limits() -> None:
 
 
 def test_the_matrix_is_the_product_that_it_says() -> None:
-    mixed = [group for group in groups() if group.loss is None and not group.steps and group.dtype == torch.float64]
+    everything = [group for group in groups() if group.loss is None and not group.steps and group.dtype == torch.float64]
+    mixed = [group for group in everything if group.encoder == OMNI]
+    published = {(group.encoder, group.data_parallel, tuple(case[0] for case in group.cases)) for group in everything if group.encoder != OMNI}
+    assert published == {(encoder, size, (1, 3, 8)) for encoder in ("bert", "clip") for size in (1, 2, 4)}
     assert {(group.world, group.tensor_parallel) for group in mixed} == {(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)}
     assert all({case[0] for case in group.cases} == {1, 3, 8} for group in mixed)
     several = {(group.world, group.tensor_parallel, group.sharding, group.exchange) for group in mixed if group.data_parallel > 1}
@@ -53,7 +57,7 @@ def test_the_command_makes_the_documents_lines(tmp_path: Path, capsys: pytest.Ca
     assert main(["--world", "1", "--markdown", str(tmp_path / "parity.md")]) == 0
     made = table((tmp_path / "parity.md").read_text())
     documented = [line for line in table(DOCUMENT.read_text()) if line[COLUMNS.index("world")] == "1"]
-    assert len(made) == 9
+    assert len(made) == 15
     assert [line[: PLACE + 1] for line in made] == [line[: PLACE + 1] for line in documented]  # encoder calls too
     assert capsys.readouterr().out.count("float") == len(made)
 

@@ -35,7 +35,7 @@ def one_step(rank, world, tensor, folder, kind):
     start = parallel.data_parallel_rank * rows
     found = encoder(rows_of(published_inputs(kind, 4), start, start + rows), per_modality=True)
     weights = torch.randn(3, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))[:, start : start + rows]
-    loss = (torch.stack([found.fused, found.vision, found.text]) * weights).sum()
+    loss = (torch.stack([found.fused, found.by_modality["vision"], found.by_modality["text"]]) * weights).sum()
     (loss * parallel.data_parallel_size).backward()
     parallelize.finish_gradients(encoder, parallel)
     gradients = {name: whole_tensor(p, p.grad, parallel) for name, p in encoder.named_parameters()}

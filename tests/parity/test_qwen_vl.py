@@ -11,7 +11,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from sailplan.config.schema import ModelConfig, TransformerShape, WeightsConfig
-from sailplan.data.record import EncoderInputs
+from sailplan.data.record import OmniInputs
 from sailplan.errors import ConfigurationError
 from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import allocate, load, open_sources
@@ -111,12 +111,12 @@ def test_the_image_tower_and_its_deepstack_are_those_of_transformers(published, 
 LENGTHS = (7, 4, 5)  # text tokens of the rows; the last has no picture
 
 
-def rows(modalities=("vision", "text"), frames=1) -> EncoderInputs:
+def rows(modalities=("vision", "text"), frames=1) -> OmniInputs:
     generator = torch.Generator().manual_seed(1)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     images = torch.rand(3, frames, 3, 16, 24, generator=generator) * 2 - 1
     present = torch.tensor([[True] * frames, [True] + [False] * (frames - 1), [False] * frames])
-    inputs = EncoderInputs(modalities, torch.randint(0, BEFORE, mask.shape, generator=generator), mask, mask, images, present)
+    inputs = OmniInputs(modalities, torch.randint(0, BEFORE, mask.shape, generator=generator), mask, mask, images, present)
     return inputs if "vision" in modalities else dataclasses.replace(inputs, images=None, image_mask=None)
 
 
@@ -185,11 +185,11 @@ def frames_of(rank, world):
 
 def test_absent_frames_change_nothing_and_the_order_of_frames_does():
     [(together, other, swapped, one)] = run_ranks(frames_of, 1)
-    assert torch.equal(together.vision, other.vision) and torch.equal(together.fused, other.fused)
+    assert torch.equal(together.by_modality["vision"], other.by_modality["vision"]) and torch.equal(together.fused, other.fused)
     assert not torch.allclose(together.fused[0], swapped.fused[0], atol=1e-4)
     torch.testing.assert_close(one.fused[1:], together.fused[1:], rtol=0, atol=1e-12)  # as many frames as the neighbours have
-    torch.testing.assert_close(one.vision[1:], together.vision[1:], rtol=0, atol=1e-12)
-    assert not together.vision[2].any()
+    torch.testing.assert_close(one.by_modality["vision"][1:], together.by_modality["vision"][1:], rtol=0, atol=1e-12)
+    assert not together.by_modality["vision"][2].any()
 
 
 @pytest.mark.parametrize(

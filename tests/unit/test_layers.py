@@ -126,7 +126,7 @@ def test_no_objective_knows_the_process_groups() -> None:
 
 def test_the_model_starts_no_processes_and_asks_for_no_mesh() -> None:
     """Towers know nothing of ranks; what shards them from outside knows only the record of groups that it is handed."""
-    around = {"build", "parallelize", "testing"}
+    around = {"build", "component", "parallelize", "testing"}
     wrong = [
         f"{name_of(path)} imports {name}"
         for path in modules(SAILPLAN / "model")

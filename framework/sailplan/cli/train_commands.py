@@ -8,8 +8,7 @@ import json
 from sailplan.config.compose import config_hash
 from sailplan.config.rules import check_device
 from sailplan.config.schema import Config
-from sailplan.model.check import check_model
-from sailplan.model.count import check_weights
+from sailplan.model.component import EncoderComponent
 from sailplan.model.fused import chosen_extension
 from sailplan.objective.registry import build_objectives, check_objectives
 from sailplan.runtime.environment import world_size_from_environment
@@ -20,8 +19,9 @@ def _check(config: Config) -> None:
     """Raise ConfigurationError for losses, model shapes and published weights that no world could run."""
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, allowed_targets=config.allowed_targets)
     check_objectives(objectives, {name: config.stages[name] for name in config.order}, config.data.sets)
-    check_model(config.model, config.parallel.tensor, share_encoders=config.parallel.encoders == "share")
-    check_weights(config.model)
+    component: EncoderComponent = config.model.component()
+    component.check_shapes(config.parallel)
+    component.check_files()
 
 
 def _check_here(config: Config) -> None:

@@ -32,8 +32,14 @@ def schema_of(cls: type) -> type:
 
 def build(cls: type[Component], values: Mapping[str, Any]) -> Component:
     """Return a validated `cls` made from plain values, of which every key is one of its fields."""
-    made: Component = _build(cls, values)
+    made = fill(cls, values)
     validate(made)
+    return made
+
+
+def fill(cls: type[Component], values: Mapping[str, Any]) -> Component:
+    """Return `cls` as `build` does, to be validated with what it belongs to."""
+    made: Component = _build(cls, values)
     return made
 
 
@@ -108,6 +114,8 @@ def _section(hint: Any) -> Any:
 
 # ---------------------------------------------------------------- rules
 def _check(hint: Any, value: Any, path: str, ranges: tuple[Range, ...] = (), words: tuple[str, ...] = ()) -> None:
+    if is_dataclass(value):
+        hint = type(value)  # of an encoder, whose settings are below Any
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         _check(arguments[0], value, path, (*ranges, *(one for one in arguments[1:] if isinstance(one, Range))), words)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sailplan.config.components import build, schema_of
+from sailplan.config.components import build, fill, schema_of
+from sailplan.config.encoders import chosen
 from sailplan.config.overrides import apply, explain_value, is_value, nearest, parse
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
@@ -38,7 +39,15 @@ IDENTITY = ("seed", "global_batch", "order", "stages", "data", "model", "objecti
 _NOT_IDENTITY = (("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"))
 
 
-_Schema = schema_of(Config)
+
+
+@dataclass
+class _Schema(schema_of(Config)):  # type: ignore[misc]
+    """What Hydra composes: an encoder's settings are checked when it is known which encoder it is."""
+
+    model: Any = None
+
+
 ConfigStore.instance().store(name="schema", node=_Schema)
 
 
@@ -109,12 +118,17 @@ def _explain(error: HydraException, folders: Sequence[Path]) -> str:
 
 def typed(raw: DictConfig) -> Config:
     """Return the configuration after checking types, keys and each component's rules, with interpolations resolved."""
+    settings: Any = None
     try:
-        values = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(_Schema), raw), resolve=True, throw_on_missing=True)
+        whole = OmegaConf.merge(OmegaConf.structured(_Schema), raw)
+        given, allowed = OmegaConf.to_container(whole.model) if whole.model else {}, list(whole.allowed_targets)
+        settings, named = chosen(given, allowed)  # type: ignore[arg-type]
+        whole.model = OmegaConf.structured(schema_of(settings))  # type: ignore[arg-type]
+        values = OmegaConf.to_container(OmegaConf.merge(whole, {"model": named}), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigurationError(explain_value(error)) from error
+        raise ConfigurationError(explain_value(error, model=settings)) from error
     assert isinstance(values, dict)
-    return build(Config, {str(key): value for key, value in values.items()})
+    return build(Config, {str(key): value for key, value in values.items()} | {"model": fill(settings, values["model"])})
 
 
 def as_dict(config: Config) -> dict[str, Any]:

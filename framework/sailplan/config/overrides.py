@@ -23,6 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 
+MODEL = "model"  # whose keys are known when its encoder is (compose.typed)
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list, [A, B]", dict: "entries, {NAME: VALUE}"}
 
 
@@ -60,7 +61,7 @@ def apply(config: DictConfig, override: Override) -> None:
             del OmegaConf.select(config, ".".join(path[:-1]))[path[-1]]
         return
     adds = override.is_add() or override.is_force_add()
-    if absent is not None and not adds and _is_mapping(hint_at(path[:absent])):
+    if absent is not None and not adds and path[0] != MODEL and _is_mapping(hint_at(path[:absent])):
         raise ConfigurationError(f"{line}: {_unknown(config, path, absent)}; or add it with +{line}")
     OmegaConf.set_struct(config, None)  # Hydra's lock off: mappings take new entries, while dataclasses keep to their keys
     try:
@@ -69,17 +70,18 @@ def apply(config: DictConfig, override: Override) -> None:
         raise ConfigurationError(explain_value(error, line, path)) from error
 
 
-def explain_value(error: OmegaConfBaseException, where: str = "", path: Sequence[str] = ()) -> str:
+def explain_value(error: OmegaConfBaseException, where: str = "", path: Sequence[str] = (), model: Any = None) -> str:
     """One line for a key that the schema does not have, or a value of another type than it has.
 
-    where: the setting or the file that it was found in; path: of the setting, for an error that does not tell its key.
+    where: the setting or the file that it was found in; path: of the setting, for an error that does not tell its key; model: the
+    dataclass of `model`'s keys.
     """
     key = str(getattr(error, "full_key", None) or "") or ".".join(path)
     prefix = f"{where}: " if where else ""
     if isinstance(error, ConfigKeyError):
         *above, name = key.split(".")
-        return f"{prefix}unknown key '{key}'{nearest(name, _names(hint_at(above)))}"
-    kind, reason = _words(hint_at(key.split("."))), str(error).strip().splitlines()[0]
+        return f"{prefix}unknown key '{key}'{nearest(name, _names(hint_at(above, model)))}"
+    kind, reason = _words(hint_at(key.split("."), model)), str(error).strip().splitlines()[0]
     if isinstance(error, ValidationError) and kind:
         reason = f"expected {kind}" if path else f"{reason}; expected {kind}"
     return prefix + (reason if key == ".".join(path) else f"{key}: {reason}")
@@ -93,7 +95,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; expected one of: {', '.join(known)}" if known else ""
 
 
-def hint_at(path: Sequence[str]) -> Any:
+def hint_at(path: Sequence[str], model: Any = None) -> Any:
     """The schema's type of a dotted key, without its `| None`; None where it has no such key."""
     hint: Any = Config
     for name in path:
@@ -101,6 +103,7 @@ def hint_at(path: Sequence[str]) -> Any:
         hint = keys.get(name)
         others = [option for option in get_args(hint) if option is not NoneType]
         hint = others[0] if len(others) < len(get_args(hint)) else hint
+        hint = model if hint is Any and name == MODEL else hint
     return hint
 
 

@@ -6,12 +6,9 @@ The rules of a component's own settings stand beside it (see `sailplan.config.co
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import get_args
 
 from sailplan.config.components import validate
 from sailplan.config.schema import ARTIFACT, Config, EvaluationTask, StageConfig
-from sailplan.curriculum.config import Part
-from sailplan.data.config import RATES
 from sailplan.errors import ConfigurationError
 
 
@@ -29,18 +26,13 @@ def check(config: Config, world_size: int) -> None:
         _check_stage(config, name, config.stages[name])
     for name, task in config.evaluation.tasks.items():
         check_task(config, name, task)
-    if config.model.audio.mel_bins != config.data.mel_bins:
-        raise ConfigurationError(f"model.audio.mel_bins={config.model.audio.mel_bins}: expected data.mel_bins={config.data.mel_bins}, what the decoder makes")
-    _check_sound(config)
-    _check_pictures(config)
+    config.model.check_run(config)
 
 
 def check_layout(config: Config, world_size: int) -> None:
     """Raise ConfigurationError where the world or a batch cannot be cut as the configuration says."""
     config.parallel.check_world(world_size)
     data_parallel = world_size // config.parallel.tensor
-    if config.parallel.sequence:
-        _check_sequence(config)
     if config.data.lanes % data_parallel:
         raise ConfigurationError(
             f"data.lanes={config.data.lanes} does not divide by the data-parallel size {data_parallel}: use a multiple of every size you plan to use"
@@ -65,22 +57,10 @@ def check_device(config: Config) -> None:
             raise ConfigurationError(f"{key} is on, but there is no GPU here: expected {needs}; leave it off")
 
 
-def _check_sequence(config: Config) -> None:
-    lora = config.model.lora
-    for key, found, expected, fits in (
-        ("parallel.tensor", config.parallel.tensor, "2 or more", config.parallel.tensor > 1),
-        ("parallel.compile", config.parallel.compile, "none", config.parallel.compile == "none"),
-        ("model.tower.dropout", config.model.tower.dropout, "0", config.model.tower.dropout == 0),
-        ("model.lora.rank", lora.rank, "0, or model.lora.parts without tower", not lora.rank or "tower" not in lora.parts),
-        ("model.vision.deepstack", list(config.model.vision.deepstack), "[]: its features are added to whole sequences", not config.model.vision.deepstack),
-    ):
-        if not fits:
-            raise ConfigurationError(f"parallel.sequence is on, but {key} is {found}: expected {expected}; leave parallel.sequence off")
-
-
 def check_task(config: Config, name: str, task: EvaluationTask) -> None:
     """Raise ConfigurationError where a task asks for what its data set has not, whatever the shards hold."""
     key = f"evaluation.tasks.{name}"
+    validate(task, key)
     _one_of(f"{key}.dataset", task.dataset, config.data.sets)
     dataset = config.data.sets[task.dataset]
     if dataset.shards.startswith(ARTIFACT):
@@ -93,39 +73,6 @@ def check_task(config: Config, name: str, task: EvaluationTask) -> None:
             raise ConfigurationError(f"{key}.{side}={view}: data set '{task.dataset}' has the views {', '.join(dataset.views)}")
 
 
-def _check_pictures(config: Config) -> None:
-    data, vision = config.data, config.model.vision
-    pixels = vision.patch * (vision.merge if vision.backbone == "qwen3_vl" else 1)
-    if vision.backbone == "siglip2":
-        if data.image_patches is None or data.image_patches < 1:
-            raise ConfigurationError(
-                f"data.image_patches={data.image_patches}: expected a number of patches with model.vision.backbone=siglip2; 256 is what its files know"
-            )
-        if data.image_patch != vision.patch:
-            raise ConfigurationError(f"data.image_patch={data.image_patch}: expected model.vision.patch={vision.patch}")
-    elif data.image_patches is not None:
-        raise ConfigurationError(
-            f"data.image_patches={data.image_patches}: expected null with model.vision.backbone={vision.backbone}, which sees squares of data.image_size"
-        )
-    elif pixels > 0 and data.image_size % pixels:
-        raise ConfigurationError(f"data.image_size={data.image_size}: expected a multiple of {pixels}, the side of model.vision's tokens in pixels")
-
-
-def _check_sound(config: Config) -> None:
-    data, audio = config.data, config.model.audio
-    if audio.backbone in RATES and data.spectrogram != audio.backbone:
-        raise ConfigurationError(
-            f"data.spectrogram={data.spectrogram}: expected {audio.backbone}, what model.audio.backbone={audio.backbone} was made for; "
-            f"data.audio_rate is then {RATES[audio.backbone]}"
-        )
-    if audio.backbone in ("clap", "clap_fusion") and data.audio_chunk_seconds * 100 + 1 > audio.swin.image**2 // audio.mel_bins:
-        longest = (audio.swin.image**2 // audio.mel_bins - 1) / 100
-        raise ConfigurationError(
-            f"data.audio_chunk_seconds={data.audio_chunk_seconds}: expected at most {longest:g} with model.audio.backbone={audio.backbone}, "
-            "whose files know chunks of 10 s"
-        )
-
-
 def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
     key = f"stages.{name}"
     if not stage.data:
@@ -136,15 +83,11 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
         _one_of(f"{key}.objectives", objective, config.objectives)
     if not stage.objectives:
         raise ConfigurationError(f"{key}.objectives is empty: name at least one of {', '.join(config.objectives)} and its weight")
+    parts = ("all", *config.model.part_names(), "objectives", "temperatures")
     if not stage.trainable:
-        raise ConfigurationError(f"{key}.trainable is empty: expected all, or some of {', '.join(get_args(Part)[1:])}; a stage that trains nothing is none")
-    if "lora" in stage.trainable and not config.model.lora.rank:
-        raise ConfigurationError(f"{key}.trainable names lora, but model.lora.rank is 0: set a rank, 8 to 32 are usual")
-    if set(stage.trainable) == {"perceiver"} and config.model.vision.backbone == "qwen3_vl":
-        raise ConfigurationError(
-            f"{key}.trainable names the perceiver alone, which model.vision.backbone=qwen3_vl does not have: nothing would be trained; "
-            "expected a part with parameters, such as vision or tower"
-        )
+        raise ConfigurationError(f"{key}.trainable is empty: expected all, or some of {', '.join(parts[1:])}; a stage that trains nothing is none")
+    for part in stage.trainable:
+        _one_of(f"{key}.trainable", part, parts)
     named = {**stage.patterns, **(stage.hard_negatives.patterns if stage.hard_negatives else {})}
     for dataset, patterns in named.items():
         _one_of(f"{key}.patterns", dataset, stage.data)

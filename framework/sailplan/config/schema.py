@@ -16,6 +16,7 @@ from sailplan.errors import ConfigurationError
 from sailplan.evaluate.config import EvaluationConfig, EvaluationTask
 from sailplan.model.config import (
     AudioConfig,
+    EncoderConfig,
     LoraConfig,
     ModelConfig,
     SwinShape,
@@ -35,6 +36,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DatasetConfig",
+    "EncoderConfig",
     "EvaluationConfig",
     "EvaluationTask",
     "HardNegativeConfig",
@@ -69,7 +71,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # common to all stages; a stage's own values win
     stages: dict[str, StageConfig] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: Any = field(default_factory=ModelConfig)  # an EncoderConfig: the settings of the encoder that it names
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {_target_: class, options}
     allowed_targets: list[str] = field(default_factory=lambda: ["sailplan."])  # module prefixes that a _target_ may have; add your own
     step: StepConfig = field(default_factory=StepConfig)

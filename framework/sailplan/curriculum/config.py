@@ -9,8 +9,6 @@ from sailplan.config.components import INHERITS
 from sailplan.config.fields import Count, NotNegative, Positive, Share, ShareAboveZero, ShareBelowOne, Size
 from sailplan.step.config import OptimizerConfig
 
-Part = Literal["all", "text", "vision", "perceiver", "audio", "tower", "lora", "objectives", "temperatures"]
-
 
 @dataclass
 class SubsetConfig:
@@ -52,7 +50,7 @@ class StageConfig:
     mixed_fraction: Share = 0.0  # share of steps whose batch mixes data sets in homogeneous sub-batches
     patterns: dict[str, list[str]] = field(default_factory=dict)  # data set -> patterns used; missing: all
     objectives: dict[str, NotNegative] = field(default_factory=dict)  # objective name -> weight
-    trainable: list[Part] = field(default_factory=lambda: ["all"])  # type: ignore[arg-type]
+    trainable: list[str] = field(default_factory=lambda: ["all"])  # all | parts of the encoder | objectives | temperatures
     subset: SubsetConfig | None = None
     hard_negatives: HardNegativeConfig | None = None
     artifacts: list[Literal["interests", "teachers", "co_occurrence"]] = field(default_factory=list)  # made at the stage's start

@@ -55,9 +55,9 @@ def embed_kinds(
     for kind, view in chosen.items():
         rows = embedder.rows(reader, view, positions, per_modality=kind == "fused")
         result[kind] = rows
-        for part, vectors in (("vision", rows.vision), ("text", rows.text)):
-            if vectors is not None and part not in chosen:
-                result[part] = replace(rows, fused=vectors, vision=None, text=None)
+        for part, vectors in rows.by_modality.items():
+            if part not in chosen:
+                result[part] = replace(rows, fused=vectors, by_modality={})
     return result
 
 

@@ -10,7 +10,7 @@ its row is not valid in that view and the pattern's mean leaves it out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,13 +20,12 @@ from sailplan.data.costs import RowCosts
 from sailplan.data.dealing import cut
 from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.order import keyed_integer
-from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.plan import Plan, PlannedRows
+from sailplan.data.processor import ViewRow, processor_of
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import Item, Record, StepBatch, ViewBatch
 from sailplan.data.shares import OWN_NEGATIVES, PartShares, StepShares, row_seeds, shown_views
 from sailplan.data.teachers import TeacherTable
-from sailplan.data.views import ViewRow, shared_decoder
 from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
 
@@ -70,9 +69,8 @@ class Collator:
         plan.check_ranks(size)
         self.config, self.stage, self.plan, self.readers = config, stage, plan, dict(readers)
         self.rank, self.size, self.negatives, self.teachers = rank, size, negatives, teachers
-        self.decoder = shared_decoder(config.data)
-        self.layout = SequenceLayout.planned(config.model, config.parallel)
-        self.costs = RowCosts(config, self.decoder.tokenizer)
+        self.processor = processor_of(config)
+        self.costs = RowCosts(config, self.processor)
         self.shares = StepShares(config, stage, plan, self.readers, self.costs, size, negatives)
 
     def batches(self, step: int) -> list[StepBatch]:
@@ -141,10 +139,10 @@ class Collator:
 
     def _decode(self, record: Record, name: str, view: ViewConfig, dataset: DatasetConfig, seed: int) -> list[ViewRow]:
         if view.of != "history":
-            return [self.decoder.row(view_item(record, view), view, dataset, keyed_integer(seed, derive("view", name), 0) >> 1)]
+            return [self.processor.row(view_item(record, view), view, dataset, keyed_integer(seed, derive("view", name), 0) >> 1)]
         length, key = dataset.history_length, derive("view", name)
         items: list[Item | None] = [*record.history, *[None] * (length - len(record.history))]
-        return [self.decoder.row(item, view, dataset, keyed_integer(seed, key, place) >> 1) for place, item in enumerate(items)]
+        return [self.processor.row(item, view, dataset, keyed_integer(seed, key, place) >> 1) for place, item in enumerate(items)]
 
     def _negatives(self, rows: _Rows, reader: RecordReader, view_name: str, positions: np.ndarray, seed: int) -> list[ViewRow]:
         view, key, result = reader.config.views[view_name], derive("negative", view_name), []
@@ -153,7 +151,7 @@ class Collator:
             if position >= 0:
                 try:
                     record = reader.read(position, media=media_of([view]), needs={view.of})
-                    row = self.decoder.row(view_item(record, view), view, reader.config, keyed_integer(seed, key, place) >> 1)
+                    row = self.processor.row(view_item(record, view), view, reader.config, keyed_integer(seed, key, place) >> 1)
                 except BadSample as problem:  # one negative less: the row stays not valid
                     rows.quarantined.append((reader.ids([position])[0], f"as a hard negative: {problem}"))
             result.append(row)
@@ -161,20 +159,19 @@ class Collator:
 
     def _own_negatives(self, record: Record, count: int, view: ViewConfig, dataset: DatasetConfig, seed: int) -> list[ViewRow]:
         items: list[Item | None] = [*record.negatives[:count], *[None] * (count - len(record.negatives))]
-        return [self.decoder.row(item, view, dataset, keyed_integer(seed, OWN_NEGATIVES, place) >> 1) for place, item in enumerate(items)]
+        return [self.processor.row(item, view, dataset, keyed_integer(seed, OWN_NEGATIVES, place) >> 1) for place, item in enumerate(items)]
 
     def _view_batch(self, rows: list[ViewRow], view: ViewConfig, group: int, count: int) -> ViewBatch:
         """The rows of a view in `count` micro-batches of rows of nearly equal costs."""
-        tokens = self.decoder.tokens(rows, view)
-        costs = np.array([self.costs.of_row(row, len(ids), view) for row, ids in zip(rows, tokens, strict=True)], dtype=np.int64)
+        tokens = self.processor.tokens(rows, view)
+        costs = np.array([self.processor.cost(row, len(ids), view) for row, ids in zip(rows, tokens, strict=True)], dtype=np.int64)
         rising, size = np.argsort(costs, kind="stable"), self.config.step.micro_batch
         parts = [slice(start, start + size) for start in range(0, len(rows), size)]
         if self.config.step.token_budget:
             parts = cut(costs[rising], count, size)
         micro_batches = []
         for part in parts:
-            inputs = self.decoder.inputs([rows[row] for row in rising[part]], [tokens[row] for row in rising[part]], view)
-            micro_batches.append(replace(inputs, packing=pack(inputs, self.layout)))
+            micro_batches.append(self.processor.batch([rows[row] for row in rising[part]], [tokens[row] for row in rising[part]], view))
         order = torch.empty(len(rows), dtype=torch.int64)
         order[torch.from_numpy(rising)] = torch.arange(len(rows))
         return ViewBatch(

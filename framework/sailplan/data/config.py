@@ -9,6 +9,7 @@ from sailplan.config.components import join
 from sailplan.config.fields import Count, NotNegative, Positive, Share, Size, Temperature
 from sailplan.errors import ConfigurationError
 
+MODALITIES = ("text", "vision", "audio")
 Modality = Literal["text", "vision", "audio"]
 Kind = Literal["items", "pairs", "sequences"]
 Part = Literal["item", "query", "target", "history"]  # of a record

@@ -1,7 +1,7 @@
-"""What rows cost the model, in positions of its tower: counted for rows that are here, foreseen for all rows of a step.
+"""What rows cost the model, in tokens: counted for rows that are here, foreseen for all rows of a step.
 
-A row's cost is the positions that it fills in the tower's sequence (prompt and text tokens, visual tokens, one for
-sound), and of a picture or a chunk of sound also its own encoder's work, in positions that cost the tower as much.
+A row's cost is its prompt and text tokens, and what its encoder's processor says of media: the positions that they fill, and
+their own encoders' work in positions that cost as much.
 Foreseen costs come from the shards' length tables and repeat the row's draws of language and dropped fields. They are
 integers throughout, so that ranks on different machines foresee the same.
 
@@ -11,19 +11,17 @@ a tokenizer merges across fields; a sequence that draws from `items`; and a spar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sailplan.config.schema import Config, DatasetConfig, TransformerShape, ViewConfig
-from sailplan.data.audio import FUSED, SPECTROGRAMS
+from sailplan.config.schema import Config, DatasetConfig, ViewConfig
 from sailplan.data.lengths import MOST_REFERENCES, PICTURES, ROLES, SOUND, Integers, LengthIndex, Lengths
 from sailplan.data.order import keyed, seeds
+from sailplan.data.processor import Processor
 from sailplan.data.reader import RecordReader
-from sailplan.data.text import DROP_DRAW, LANGUAGE_DRAW, PREFERRED_LANGUAGE, SEPARATOR, WEIGHT_UNITS, Tokenizer, drop_threshold, label, weight_units
-from sailplan.data.views import ViewRow
+from sailplan.data.text import DROP_DRAW, LANGUAGE_DRAW, PREFERRED_LANGUAGE, SEPARATOR, WEIGHT_UNITS, drop_threshold, label, weight_units
 
 RowSeeds = Callable[[int], Integers]  # number of a row's item -> seeds of its draws, int64 [n]
 
@@ -31,29 +29,16 @@ RowSeeds = Callable[[int], Integers]  # number of a row's item -> seeds of its d
 class RowCosts:
     """Costs of rows under a run's configuration."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        self.per_picture, self.pictures_at_all = _picture_positions(config)
-        self.per_chunk = _sound_positions(config)
-        # A fusion's spectrograms are computed all together, whatever the recording has.
-        self.most_chunks = 1 if SPECTROGRAMS[config.data.spectrogram].whole else config.data.audio_chunks
+    def __init__(self, config: Config, processor: Processor) -> None:
+        self.config, self.processor = config, processor
         self._labels: dict[str, int] = {}
-
-    def counted(self, tokens: int, pictures: int, chunks: int, view: ViewConfig) -> int:
-        """Return the cost of a decoded row: tokens of its own text, its pictures and its chunks of sound."""
-        cost = len(self.tokenizer.prompt(view.prompt)) + tokens
-        cost += self.pictures_at_all * (pictures > 0) + self.per_picture * pictures
-        return cost + (chunks > 0) + self.per_chunk * min(chunks, self.most_chunks)
-
-    def of_row(self, row: ViewRow, tokens: int, view: ViewConfig) -> int:
-        """Return the cost of a decoded row whose own text has so many tokens."""
-        return self.counted(tokens, len(row.images), 0 if row.audio is None else len(row.audio), view)
 
     def longest(self, view: ViewConfig) -> int:
         """Return the most that a row of the view can cost."""
-        room = self.config.data.max_tokens - len(self.tokenizer.prompt(view.prompt)) if "text" in view.modalities else 0
-        pictures = self.config.data.frames if "vision" in view.modalities else 0
-        return self.counted(room, pictures, self.config.data.audio_chunks if "audio" in view.modalities else 0, view)
+        processor = self.processor
+        room = processor.max_tokens - processor.overhead(view) if "text" in view.modalities else 0
+        pictures = processor.frames if "vision" in view.modalities else 0
+        return processor.counted(room, pictures, processor.chunks if "audio" in view.modalities else 0, view)
 
     def foreseen(self, reader: RecordReader, view: ViewConfig, positions: Integers, draws: RowSeeds | None) -> Integers:
         """Return the cost of each item that records show in a view: int64 [n] positions -> [n, g], g as in ViewBatch.
@@ -76,7 +61,7 @@ class RowCosts:
 
     def foreseen_mined(self, reader: RecordReader, view: ViewConfig, mined: Integers, draws: RowSeeds) -> Integers:
         """Return the costs of mined negatives of n rows: int64 [n, k] positions, -1 for none, -> int64 [n, k]."""
-        costs = np.full(mined.shape, len(self.tokenizer.prompt(view.prompt)), dtype=np.int64)
+        costs = np.full(mined.shape, self.processor.overhead(view), dtype=np.int64)
         for number in range(mined.shape[1]):
             there = np.flatnonzero(mined[:, number] >= 0)
             drawn = draws(number)[there]
@@ -95,7 +80,7 @@ class RowCosts:
         """Cost of catalogue items that n records name: int64 [n, g] places among the references, -1 for none, -> int64 [n, g]."""
         catalogue = reader.catalogue
         assert catalogue is not None and catalogue.lengths is not None, "pairs and sequences have a catalogue"
-        costs = np.full(named.shape, len(self.tokenizer.prompt(view.prompt)), dtype=np.int64)
+        costs = np.full(named.shape, self.processor.overhead(view), dtype=np.int64)
         for number in range(named.shape[1]):
             there = np.flatnonzero(named[:, number] >= 0)
             places = catalogue.index.find_hashes(lengths.hash[named[there, number]])
@@ -107,15 +92,15 @@ class RowCosts:
 
     def _items(self, index: LengthIndex, lengths: Lengths, count: int, view: ViewConfig, dataset: DatasetConfig, drawn: Integers | None) -> Integers:
         """Cost of n items in a view, int64 [n]."""
-        prompt = len(self.tokenizer.prompt(view.prompt))
+        prompt, media = self.processor.overhead(view), self.processor.media
         costs = np.full(count, prompt, dtype=np.int64)
         if "text" in view.modalities:
-            costs += np.minimum(self._text(index, lengths, count, view, dataset, drawn), self.config.data.max_tokens - prompt)
+            costs += np.minimum(self._text(index, lengths, count, view, dataset, drawn), self.processor.max_tokens - prompt)
         if "vision" in view.modalities:
-            pictures = np.minimum(_media(lengths, count, PICTURES), self.config.data.frames)
-            costs += self.pictures_at_all * (pictures > 0) + self.per_picture * pictures
+            pictures = np.minimum(_media(lengths, count, PICTURES), self.processor.frames)
+            costs += media.first_picture * (pictures > 0) + media.picture * pictures
         if "audio" in view.modalities:  # how long a recording is, its header alone would tell
-            costs += (1 + self.per_chunk) * (_media(lengths, count, SOUND) > 0)
+            costs += (media.sound + media.chunk) * (_media(lengths, count, SOUND) > 0)
         return costs
 
     def _text(self, index: LengthIndex, lengths: Lengths, count: int, view: ViewConfig, dataset: DatasetConfig, drawn: Integers | None) -> Integers:
@@ -142,7 +127,7 @@ class RowCosts:
 
     def _label(self, text: str) -> int:
         if text not in self._labels:
-            (self._labels[text],) = self.tokenizer.counts([text.strip()])
+            (self._labels[text],) = self.processor.tokenizer.counts([text.strip()])
         return self._labels[text]
 
 
@@ -212,41 +197,6 @@ def _named(lengths: Lengths, count: int, of: str, group: int) -> Integers:
     latest = np.take_along_axis(np.pad(history, ((0, 0), (0, group)), constant_values=-1), np.minimum(places, history.shape[1] + group - 1), 1)
     drawn = _ranked(lengths, count, "items", group + 1)[:, 1:]
     return np.where((present > 0)[:, None], latest, drawn)
-
-
-def _work(shape: TransformerShape) -> float:
-    """Multiplications of one position in a stack's matrices."""
-    size = shape.head_size or shape.hidden // shape.heads
-    attention = shape.hidden * size * (2 * shape.heads + 2 * (shape.key_value_heads or shape.heads))
-    return shape.layers * (attention + (3 if shape.gated else 2) * shape.hidden * shape.feed_forward)
-
-
-def _picture_positions(config: Config) -> tuple[int, int]:
-    """(cost of each picture, cost once where there is any) in positions of the tower."""
-    model, vision, data = config.model, config.model.vision, config.data
-    patches = data.image_patches or (data.image_size // vision.patch) ** 2
-    tower = max(1.0, _work(model.tower))
-    if vision.backbone == "qwen3_vl":
-        shown = patches // vision.merge**2 + len(vision.marks)
-        return shown + math.ceil(patches * _work(vision.encoder) / tower), 0
-    perceiver = _work(vision.perceiver) / tower
-    return math.ceil(patches * (_work(vision.encoder) / tower + perceiver)), vision.latents + math.ceil(vision.latents * perceiver)
-
-
-def _sound_positions(config: Config) -> int:
-    """Cost of each chunk of sound in positions of the tower, beside its one token."""
-    audio, data = config.model.audio, config.data
-    front = SPECTROGRAMS[data.spectrogram]
-    tower = max(1.0, _work(config.model.tower))
-    if audio.backbone.startswith("clap"):
-        stages = enumerate(zip(audio.swin.layers, audio.swin.heads, strict=True))
-        work = sum(
-            (audio.swin.image / audio.swin.patch / 2**stage) ** 2 * layers * (4 + 2 * audio.swin.feed_forward) * (audio.swin.hidden * 2**stage) ** 2
-            for stage, (layers, _) in stages
-        )
-        return math.ceil((FUSED if front.whole else 1) * work / tower)
-    positions = front.frames(data.audio_chunk_seconds, data.audio_rate) / (2 if audio.backbone == "whisper" else audio.time_stride)
-    return math.ceil(positions * _work(audio.encoder) / tower)
 
 
 def draw_seeds(row_seeds: Integers, key: int) -> RowSeeds:

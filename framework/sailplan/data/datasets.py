@@ -15,10 +15,10 @@ from sailplan.config.schema import ARTIFACT, Config
 from sailplan.data.index import ShardIndex
 from sailplan.data.lengths import LengthIndex
 from sailplan.data.plan import SPLIT
+from sailplan.data.processor import Processor, processor_of
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.shards import resolve
 from sailplan.data.tar import scan
-from sailplan.data.views import ViewDecoder, shared_decoder
 from sailplan.errors import BadDataError, ConfigurationError
 
 
@@ -57,28 +57,18 @@ def _open(
         shards = str(folders[shards.removeprefix(ARTIFACT)])
     cache = Path(config.data.cache) if config.data.cache else None
     reader = RecordReader(name, dataset, ShardIndex(resolve(name, shards, cache, progress), cache, progress), catalogue)
-    reader.lengths = LengthIndex(reader.index, shared_decoder(config.data).tokenizer, reader.outlines, cache)
+    reader.lengths = LengthIndex(reader.index, processor_of(config).tokenizer, reader.outlines, cache)
     reader.lengths.build(progress)
     readers[name] = reader
     return reader
 
 
-def check_tokenizer(config: Config) -> None:
-    """Raises ConfigurationError where the tokenizer has ids that the model has no embedding for, or a view's prompt leaves no room
-    for the item's own text.
-
-    It may have fewer ids, never more: a tensor-parallel embedding would answer one with zeros, without a word.
-    """
-    tokenizer = shared_decoder(config.data).tokenizer
+def check_prompts(config: Config) -> None:
+    """Raises ConfigurationError where a view's prompt leaves no room for the item's own text."""
+    processor = processor_of(config)
     for dataset in config.data.sets.values():
         for view in dataset.views.values():
-            tokenizer.prompt(view.prompt)
-    found = tokenizer.vocabulary
-    if found > config.model.vocabulary:
-        raise ConfigurationError(
-            f"data.tokenizer={config.data.tokenizer} has {found} tokens, but model.vocabulary is {config.model.vocabulary}: "
-            "expected at most as many; choose the tokenizer.json of the model's own folder, or set model.vocabulary"
-        )
+            processor.overhead(view)
 
 
 def check_records(config: Config, readers: Mapping[str, RecordReader]) -> None:
@@ -109,7 +99,7 @@ def validate(config: Config, names: Iterable[str] | None = None) -> list[Problem
     Data sets that a stage makes (`artifact:NAME`) are not there to be read. Raises ConfigurationError as open_datasets.
     """
     problems: list[Problem] = []
-    decoder = shared_decoder(config.data)
+    processor = processor_of(config)
     for name in names if names is not None else config.data.sets:
         if config.data.sets[name].shards.startswith(ARTIFACT):
             continue
@@ -120,11 +110,11 @@ def validate(config: Config, names: Iterable[str] | None = None) -> list[Problem
         except BadDataError as error:
             problems.append(Problem(name, "-", str(error)))
             continue
-        problems += validate_reader(reader, decoder)
+        problems += validate_reader(reader, processor)
     return problems
 
 
-def validate_reader(reader: RecordReader, decoder: ViewDecoder) -> list[Problem]:
+def validate_reader(reader: RecordReader, processor: Processor) -> list[Problem]:
     """All problems of an open data set's records (see `validate`)."""
     problems: list[Problem] = [] if len(reader) else [Problem(reader.name, "-", f"no record in {len(reader.index.shards)} shards")]
     seen: set[str] = set()
@@ -138,7 +128,7 @@ def validate_reader(reader: RecordReader, decoder: ViewDecoder) -> list[Problem]
             record = reader.read(position)
             for view_name, view in reader.config.views.items():
                 items = record.history if view.of == "history" else [getattr(record, view.of)]
-                shown[view_name] += any([decoder.row(item, view, reader.config).valid for item in items])
+                shown[view_name] += any([processor.row(item, view, reader.config).valid for item in items])
         except BadSample as problem:
             problems.append(Problem(reader.name, record_id, problem.reason if problem.record_id == record_id else str(problem)))
     for view_name, count in shown.items():

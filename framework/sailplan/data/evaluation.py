@@ -20,10 +20,10 @@ from sailplan.config.schema import Config, ViewConfig
 from sailplan.data.collate import media_of, view_item
 from sailplan.data.costs import RowCosts
 from sailplan.data.dealing import sorted_batches
+from sailplan.data.processor import Processor, ViewRow, processor_of
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import EncoderInputs, Item
 from sailplan.data.text import clean
-from sailplan.data.views import ViewDecoder, ViewRow, shared_decoder
 from sailplan.errors import ConfigurationError
 
 logger = logging.getLogger("sailplan.data")
@@ -44,12 +44,12 @@ class EvaluationRows:
         positions: Sequence[int] | NDArray[np.int64],
         config: Config,
         text_from: str | None = None,
-        decoder: ViewDecoder | None = None,
+        processor: Processor | None = None,
     ) -> None:
         if text_from and view.of == "history":
             raise ConfigurationError(f"query_text={text_from}: a history view of '{reader.name}' cannot take its text from there")
         self.reader, self.view, self.config = reader, view, config
-        self.decoder = decoder or shared_decoder(config.data)
+        self.processor = processor or processor_of(config)
         self.group = reader.config.history_length if view.of == "history" else 1
         given = np.asarray(positions, dtype=np.int64)
         self._texts: list[str] | None = None
@@ -79,15 +79,14 @@ class EvaluationRows:
         """
         assert (rows[:: self.group] % self.group == 0).all() and len(rows) % self.group == 0, "histories are not cut"
         decoded = [row for place in rows[:: self.group].tolist() for row in self._rows(place)]
-        return self.decoder.inputs(decoded, self.decoder.tokens(decoded, self.view), self.view), torch.tensor([row.id for row in decoded])
+        return self.processor.batch(decoded, self.processor.tokens(decoded, self.view), self.view), torch.tensor([row.id for row in decoded])
 
     def _costs(self) -> NDArray[np.int64]:
         """Foreseen cost of each row, int64 [len]."""
-        costs = RowCosts(self.config, self.decoder.tokenizer)
         if self._texts is not None:
-            tokens = [len(ids) for ids in self.decoder.tokenizer.texts(self._texts, self.view.prompt)]
-            return np.array([costs.counted(count, 0, 0, self.view) for count in tokens], dtype=np.int64)
-        return costs.foreseen(self.reader, self.view, self.positions[:: self.group], None).reshape(-1)
+            tokens = self.processor.tokens([ViewRow(text=text) for text in self._texts], self.view)
+            return np.array([self.processor.counted(len(ids), 0, 0, self.view) for ids in tokens], dtype=np.int64)
+        return RowCosts(self.config, self.processor).foreseen(self.reader, self.view, self.positions[:: self.group], None).reshape(-1)
 
     def _rows(self, place: int) -> list[ViewRow]:
         """The `group` rows that start at row `place`."""
@@ -96,7 +95,7 @@ class EvaluationRows:
             record = self.reader.read(int(self.positions[place]), media=media_of([self.view]), needs=(self.view.of,))
             items: list[Item | None] = list(record.history) if self.view.of == "history" else [view_item(record, self.view)]
             items += [None] * (self.group - len(items))
-            return [self.decoder.row(item, self.view, self.reader.config, text=text) for item in items]
+            return [self.processor.row(item, self.view, self.reader.config, text=text) for item in items]
         except BadSample as problem:
             logger.warning("%s: left out of the evaluation: %s", self.reader.name, problem)
             return [ViewRow() for _ in range(self.group)]

@@ -26,12 +26,12 @@ def decode(content: bytes, size: int) -> Tensor:
 
     The whole picture is squeezed to a square, antialiased bilinear. Raises ValueError with a reason for broken bytes.
     """
-    return _resized(_pixels(content), size, size)
+    return _resized(pixels_of(content), size, size)
 
 
 def decode_in_ratio(content: bytes, patch: int, most: int) -> Tensor:
     """The same, but nearly in the picture's own ratio: uint8 [3, rows * patch, columns * patch] of `patch_grid`."""
-    pixels = _pixels(content)
+    pixels = pixels_of(content)
     rows, columns = patch_grid(pixels.size(1), pixels.size(2), patch, most)
     return _resized(pixels, rows * patch, columns * patch)
 
@@ -59,7 +59,7 @@ def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
     return pixels.contiguous()
 
 
-def _pixels(content: bytes) -> Tensor:
+def pixels_of(content: bytes) -> Tensor:
     """uint8 [3, height, width]."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:

@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sailplan.data.index import ShardIndex, cache_folder, id_hash
-from sailplan.data.text import Tokenizer, clean
+from sailplan.data.processor import TokenCounts
+from sailplan.data.text import clean
 from sailplan.errors import BadDataError
 
 VERSION = 1
@@ -58,7 +59,7 @@ class Lengths:
 class LengthIndex:
     """Lengths of a data set's records by position; `lengths(positions)` is all that others need to know."""
 
-    def __init__(self, index: ShardIndex, tokenizer: Tokenizer, outlines: Outlines, cache: Path | None = None) -> None:
+    def __init__(self, index: ShardIndex, tokenizer: TokenCounts, outlines: Outlines, cache: Path | None = None) -> None:
         """outlines: shard number -> for each of its records the texts `fields` {FIELD: {LANGUAGE: text or texts}} with the
         keys of ROLES, and how many pictures and sounds it has. cache: folder for tables whose index cannot be written to."""
         self.index, self.tokenizer, self._outlines, self._cache = index, tokenizer, outlines, cache

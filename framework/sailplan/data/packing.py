@@ -28,12 +28,12 @@ from sailplan.config.schema import ModelConfig, ParallelConfig
 from sailplan.runtime.transfer import to_device
 
 if TYPE_CHECKING:
-    from sailplan.data.record import EncoderInputs
+    from sailplan.data.record import OmniInputs
 
 Numbers = NDArray[np.int64]
 Runs = tuple[tuple[int, int], ...]  # (rows, length) of neighbouring rows of equal length, shortest first
-READ_OUTS = ("fused", "vision", "text")
-OTHER, VISUAL, OWN_TEXT = 0, 1, 2  # what a position counts as in the read-outs
+READ_OUTS = ("fused", "vision", "text", "audio")
+OTHER, VISUAL, OWN_TEXT, SOUND_TOKEN = 0, 1, 2, 3  # what a position counts as in the read-outs
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Packing:
         ids      token ids of the marks, then of the kept text positions in packed order (never none)
         source   [p] each packed position in cat(audio [b], visual [b * v], text); missing where all is text
         place    [k * p] the position within its row, gaps of absent parts included
-        counts   [3 * b] kept positions of each read-out (all, visual, own text), by row
-        last     [3 * b] the last one in the pack, -1 where there is none
-        what     [p] OTHER, VISUAL or OWN_TEXT
+        counts   [4 * b] kept positions of each read-out (all, visual, own text, sound), by row
+        last     [4 * b] the last one in the pack, -1 where there is none
+        what     [p] OTHER, VISUAL, OWN_TEXT or SOUND_TOKEN
         visual   [..] packed positions of visual tokens
         offsets  [b + 1] where rows begin in the pack, shortest first, absent ones too
         slot     [b] which of them each row is
@@ -103,7 +103,7 @@ class Packing:
         return dict(zip([name for name, _ in self.spans], self.numbers.split([size for _, size in self.spans]), strict=True))
 
 
-def pack(inputs: EncoderInputs, layout: SequenceLayout) -> Packing:
+def pack(inputs: OmniInputs, layout: SequenceLayout) -> Packing:
     """The lists of a micro-batch, on its device. To be called before the upload: masks on a device make the host wait.
 
     A micro-batch of no rows is packed as one row with nothing present.
@@ -146,7 +146,8 @@ def pack(inputs: EncoderInputs, layout: SequenceLayout) -> Packing:
     ids = inputs.token_ids.cpu().numpy()[row[is_text], column[is_text] - text] if is_text.any() else np.zeros(1, dtype=np.int64)
     own = np.zeros_like(keep)
     own[:, text:] = known(inputs.text_mask, 1) & keeps[-1]
-    what = np.where(own[row, column], OWN_TEXT, np.where((column >= first_visual) & ~is_text, VISUAL, OTHER))
+    medium = np.where(column >= first_visual, VISUAL, SOUND_TOKEN)
+    what = np.where(own[row, column], OWN_TEXT, np.where(is_text, OTHER, medium))
     # Sources: the sound of each row, its visual tokens, the text in packed order.
     source = np.where(column < first_visual, row, first_visual * rows + row * (text - first_visual) + column - first_visual)
     source[is_text] = rows * text + np.arange(is_text.sum())
@@ -158,8 +159,8 @@ def pack(inputs: EncoderInputs, layout: SequenceLayout) -> Packing:
         what, place, source = np.zeros(1, dtype=np.int64), np.zeros((len(places), 1), dtype=np.int64), np.full(1, rows * text)
 
     offsets = np.concatenate([[0], lengths[order].cumsum()])
-    chosen = (np.ones_like(what), what == VISUAL, what == OWN_TEXT)
-    counts, last = np.zeros((3, rows), dtype=np.int64), np.full((3, rows), -1)
+    chosen = (np.ones_like(what), what == VISUAL, what == OWN_TEXT, what == SOUND_TOKEN)
+    counts, last = np.zeros((len(chosen), rows), dtype=np.int64), np.full((len(chosen), rows), -1)
     for number, mask in enumerate(chosen):
         at = np.flatnonzero(mask[: len(row)])
         counts[number] = np.bincount(row[at], minlength=rows)

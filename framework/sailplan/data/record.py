@@ -9,9 +9,9 @@ b rows of one micro-batch, t tokens, f frames, c audio chunks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,10 +50,52 @@ class Record:
 
 @dataclass
 class EncoderInputs:
-    """One micro-batch of rows of one view. All b rows run the same towers: `modalities`, the view's declaration,
-    is equal on all ranks, whatever is really present; absent parts are masked."""
+    """One micro-batch of rows of one view, for one encoder: tensors with a row for each item, which its processor made and nobody else looks into.
+
+    All rows run the same parts of the encoder: `modalities`, the view's declaration, is equal on all ranks, whatever is
+    really present. An encoder's own class adds its tensors as fields, or keeps them by name (`NamedInputs`).
+    """
 
     modalities: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the inputs on `device`; from pinned memory to a GPU, without a wait."""
+        return self.mapped(lambda tensor: to_device(tensor, torch.device(device)))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return the inputs with every tensor changed; what was derived from them for other rows is left out."""
+        return replace(self, **{name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})  # type: ignore[arg-type]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, for counting their memory."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+
+@dataclass
+class NamedInputs(EncoderInputs):
+    """Tensors by the names that a published model's forward has, b rows each."""
+
+    named: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return len(next(iter(self.named.values())))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, named={name: change(value) for name, value in self.named.items()})
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.named.values())
+
+
+@dataclass
+class OmniInputs(EncoderInputs):
+    """Inputs of the omni tower; absent parts are masked."""
+
     token_ids: Tensor  # int64 [b, t]; prompt then text, padded with 0
     token_mask: Tensor  # bool [b, t]; True at real tokens
     text_mask: Tensor  # bool [b, t]; True at tokens of the item's own text (no prompt): read-out of the text vector
@@ -72,18 +114,18 @@ class EncoderInputs:
     def rows(self) -> int:
         return self.token_ids.shape[0]
 
-    def to(self, device: torch.device | str) -> EncoderInputs:
-        """The inputs on `device`; from pinned memory to a GPU, without a wait."""
-        device = torch.device(device)
-        moved: dict[str, Any] = {f.name: to_device(getattr(self, f.name), device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, packing=None if self.packing is None else self.packing.to(device), **moved)
+    def to(self, device: torch.device | str) -> Self:
+        return replace(super().to(device), packing=None if self.packing is None else self.packing.to(device))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(super().mapped(change), packing=None)
 
 
 @dataclass
 class ViewBatch:
     """This rank's rows of one view in a step, cut into micro-batches (the same number on every rank)."""
 
-    micro_batches: list[EncoderInputs]
+    micro_batches: Sequence[EncoderInputs]
     order: Tensor  # int64 [r * g]; encoded = cat(micro_batches)[order] puts the rows back into the step's order
     valid: Tensor  # bool [r * g]; False where the item lacks every declared modality, or is padding
     ids: Tensor  # int64 [r * g]; equal ids = the same document (text-only views: the same text)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sailplan.config.schema import Config, ViewConfig
+from sailplan.data.config import MODALITIES
 from sailplan.data.evaluation import EvaluationRows
-from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.reader import RecordReader
 from sailplan.data.record import EncoderInputs
 from sailplan.embed.exchange import exchange_of
@@ -40,8 +40,7 @@ class EmbeddedRows:
     ids: Tensor  # int64 [n]; equal ids = the same document (text-only views: the same text); -1: not valid
     positions: NDArray[np.int64]  # [n] record positions; repeated where a record gives several rows (text_from, history)
     valid: NDArray[np.bool_]  # [n]; False where the record has nothing of the view's modalities
-    vision: Tensor | None = None  # float32 [n, D], when asked for
-    text: Tensor | None = None  # float32 [n, D], when asked for
+    by_modality: dict[str, Tensor] = field(default_factory=dict)  # modality -> float32 [n, D], when asked for
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -49,8 +48,8 @@ class EmbeddedRows:
     def take(self, rows: NDArray[np.int64]) -> EmbeddedRows:
         """The rows of these indices int64 [k], in their order."""
         index = torch.from_numpy(rows)
-        vision, text = (None if part is None else part[index] for part in (self.vision, self.text))
-        return EmbeddedRows(self.fused[index], self.ids[index], self.positions[rows], self.valid[rows], vision, text)
+        parts = {name: part[index] for name, part in self.by_modality.items()}
+        return EmbeddedRows(self.fused[index], self.ids[index], self.positions[rows], self.valid[rows], parts)
 
     def where(self, keep: NDArray[np.bool_]) -> EmbeddedRows:
         """The rows of a bool mask [n]."""
@@ -58,15 +57,12 @@ class EmbeddedRows:
 
     def joined(self, other: EmbeddedRows) -> EmbeddedRows:
         """These rows, then the other's."""
-        pairs = ((self.vision, other.vision), (self.text, other.text))
-        vision, text = (None if one is None or two is None else torch.cat([one, two]) for one, two in pairs)
         return EmbeddedRows(
             torch.cat([self.fused, other.fused]),
             torch.cat([self.ids, other.ids]),
             np.concatenate([self.positions, other.positions]),
             np.concatenate([self.valid, other.valid]),
-            vision,
-            text,
+            {name: torch.cat([part, other.by_modality[name]]) for name, part in self.by_modality.items() if name in other.by_modality},
         )
 
 
@@ -103,12 +99,12 @@ def embed_view(
     """
     view = reader.config.views[view] if isinstance(view, str) else view
     exchange = exchange_of(parallel)
-    rows = EvaluationRows(reader, view, positions, config, text_from)
-    shares, peers = rows.shares(exchange.world_size), parallel.tensor_parallel_size if config.parallel.encoders == "share" else 1
-    layout = SequenceLayout.of(config.model, peers)
+    here = replace(config, parallel=replace(config.parallel, tensor=parallel.tensor_parallel_size))
+    rows = EvaluationRows(reader, view, positions, here, text_from)
+    shares = rows.shares(exchange.world_size)
     own, forwards = shares[exchange.rank], max(len(batches) for batches in shares)
-    kinds = [kind for kind in ("vision", "text") if per_modality and kind in view.modalities]
-    vectors: list[Tensor] = []  # [b, 1 + kinds, D]
+    modalities = [modality for modality in MODALITIES if per_modality and modality in view.modalities]
+    vectors: list[Tensor] = []  # [b, 1 + modalities, D]
     ids: list[Tensor] = []
 
     def inputs() -> Iterator[EncoderInputs]:
@@ -119,7 +115,6 @@ def embed_view(
                 ids.append(to_device(found, parallel.device))
             elif latest is None:  # an empty share: the first row of all serves as the filler
                 latest, _ = rows.inputs(np.arange(rows.group))
-            latest = replace(latest, packing=latest.packing or pack(latest, layout))
             yield latest
 
     with evaluating(encoder):
@@ -127,13 +122,13 @@ def embed_view(
         for turn in range(forwards):
             encoded = encoder(next(uploads), per_modality=per_modality)
             if turn < len(own):
-                vectors.append(torch.stack([encoded.fused, *(getattr(encoded, kind) for kind in kinds)], 1).float())
-    shape = (0, 1 + len(kinds), config.model.embedding)
+                vectors.append(torch.stack([encoded.fused, *(encoded.by_modality[name] for name in modalities)], 1).float())
+    shape = (0, 1 + len(modalities), config.model.embedding)
     sizes = [sum(map(len, batches)) for batches in shares]
     everything = exchange.gather(torch.cat(vectors) if vectors else torch.empty(shape, device=parallel.device), sizes).cpu()
     all_ids = exchange.gather(torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64, device=parallel.device), sizes).cpu()
     back = torch.empty(len(rows), dtype=torch.int64)  # where each row lies among those gathered
     back[torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *(batch for batches in shares for batch in batches)]))] = torch.arange(len(rows))
     everything, all_ids = everything[back], all_ids[back]
-    parts = dict(zip(["fused", *kinds], everything.unbind(1), strict=True))
-    return EmbeddedRows(parts["fused"], all_ids, rows.positions, all_ids.numpy() >= 0, parts.get("vision"), parts.get("text"))
+    parts = dict(zip(["fused", *modalities], everything.unbind(1), strict=True))
+    return EmbeddedRows(parts.pop("fused"), all_ids, rows.positions, all_ids.numpy() >= 0, parts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sailplan.checkpoint.exported import DESCRIPTION, Entries, ExportedFolder, is_exported
+from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, Entries, ExportedFolder, is_exported
 from sailplan.checkpoint.store import WholeCheckpoint, is_complete, newest
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
-from sailplan.export.weights import TOKENIZER, describe, write_folder
+from sailplan.export.weights import begin, describe, finish
 from sailplan.model.lora import is_lora
 
 
@@ -50,9 +51,20 @@ def merge(sources: Sequence[Path], out: Path, *, weights: Sequence[float] | None
         for share, reader in zip(shares, opened, strict=True):
             total.add_(reader.read(name).double(), alpha=share)
         averaged[name] = total.to(dtype)
-    description, tokenizer = _description(sources, config)
+    description, exported = _description(sources, config)
     description |= {"merged": [{"source": source.name, "weight": share} for source, share in zip(sources, shares, strict=True)]}
-    return write_folder(out, averaged, description, tokenizer)
+
+    def write_files() -> None:
+        if exported is None:
+            assert config is not None
+            config.model.component().write_files(config, averaged, out)
+        elif exported.resolve() != out.resolve():
+            for file in exported.iterdir():
+                if file.is_file() and file.name not in (WEIGHTS, DESCRIPTION):
+                    shutil.copyfile(file, out / file.name)
+
+    begin(out, write_files)
+    return finish(out, averaged, description)
 
 
 def last_checkpoints(checkpoints: Path, count: int, decay: float = 1.0) -> tuple[list[Path], list[float]]:
@@ -101,11 +113,12 @@ def _shown(entry: tuple[tuple[int, ...], torch.dtype]) -> str:
     return f"{list(entry[0])} {str(entry[1]).removeprefix('torch.')}"
 
 
-def _description(sources: Sequence[Path], config: Config | None) -> tuple[dict[str, Any], Path]:
+def _description(sources: Sequence[Path], config: Config | None) -> tuple[dict[str, Any], Path | None]:
+    """Return the content of model.json, and the exported folder whose other files go with it; None: the configuration's."""
     exported = next((source for source in sources if is_exported(source)), None)
     if config is not None:
-        return describe(config, "merged"), Path(config.data.tokenizer)
+        return describe(config, "merged"), None
     if exported is None:
         raise ConfigurationError("merge: found checkpoints only, expected --run-folder of the run that they belong to, for the model's shape and prompts")
     description: dict[str, Any] = json.loads((exported / DESCRIPTION).read_text(encoding="utf-8"))
-    return description | {"checkpoint": "merged"}, exported / TOKENIZER
+    return description | {"checkpoint": "merged"}, exported

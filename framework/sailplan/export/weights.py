@@ -4,16 +4,15 @@ A checkpoint holds whole tensors whatever the layout it was saved at, so one pro
 group. Prompts are part of the model: a view's vector is only right with the prompt it was trained with.
 
     model.safetensors   encoder.*, objectives.*, temperatures.*; the encoder's names are OmniEncoder's at tensor-parallel size 1
-    model.json          model: ModelConfig; views: data set -> view -> modalities, fields, prompt; data: sizes of the inputs
-    tokenizer.json
+    model.json          model: the encoder's settings; views: data set -> view -> modalities, fields, prompt; data: sizes of the inputs
+    tokenizer.json      of a published model: all files of its configuration and tokenizer
     tower/, vision/     only where the run started from published weights: that part in their format (tower-vision/: of one folder)
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,20 +22,22 @@ from torch import Tensor
 
 from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, is_exported
 from sailplan.checkpoint.store import WholeCheckpoint, is_complete
-from sailplan.config.schema import AudioConfig, Config, LoraConfig, ModelConfig, SwinShape, TransformerShape, VisionConfig, WeightsConfig
+from sailplan.config.components import fill
+from sailplan.config.encoders import chosen
+from sailplan.config.schema import Config, EncoderConfig, ModelConfig
 from sailplan.errors import ConfigurationError
 from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import published_parts
+from sailplan.model.component import EncoderComponent
 from sailplan.model.count import build_on_meta
-from sailplan.model.lora import merged
-from sailplan.model.tower import OmniEncoder
+from sailplan.model.protocol import Encoder
 from sailplan.runtime.files import write_whole
 
 INPUT_KEYS = (
     *("max_tokens", "image_size", "image_patches", "image_patch", "frames"),
     *("audio_rate", "audio_chunk_seconds", "audio_chunks", "mel_bins", "spectrogram"),
 )
-TOKENIZER = "tokenizer.json"
+ENCODER = "encoder."  # what the names of the encoder's tensors begin with
 
 
 def read_whole(checkpoint: Path) -> dict[str, Tensor]:
@@ -54,24 +55,28 @@ def export_weights(checkpoint: Path, out: Path, *, config: Config) -> Path:
     """
     whole = read_whole(checkpoint)
     _check_model(checkpoint, whole, config)
-    weights = merged(whole, config.model.lora)
-    if published_parts(config.model):
-        export_backbones({name.removeprefix("encoder."): value for name, value in weights.items()}, out, config=config.model)
-    return write_folder(out, weights, describe(config, checkpoint.name), Path(config.data.tokenizer))
+    component: EncoderComponent = config.model.component()
+    model, encoder = component.exported({name.removeprefix(ENCODER): value for name, value in whole.items() if name.startswith(ENCODER)})
+    weights = {name: value for name, value in whole.items() if not name.startswith(ENCODER)} | {ENCODER + name: value for name, value in encoder.items()}
+    begin(out, lambda: component.write_files(config, encoder, out))
+    if isinstance(config.model, ModelConfig) and published_parts(config.model):
+        export_backbones(encoder, out, config=config.model)
+    return finish(out, weights, describe(config, checkpoint.name) | {"model": asdict(model)})
 
 
-def write_folder(out: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any], tokenizer: Path) -> Path:
-    """Weights, tokenizer and, last, model.json in the folder `out`, which may hold an older export; returns it.
+def begin(out: Path, write_files: Callable[[], None]) -> None:
+    """Make the folder `out` with the processor's files; an older export in it then counts as incomplete.
 
-    Raises ConfigurationError for a missing tokenizer, before anything is changed.
+    Where a file is missing, write_files raises ConfigurationError before it changes anything.
     """
-    if not tokenizer.is_file():
-        raise ConfigurationError(f"data.tokenizer={tokenizer}: no such file; an export needs the tokenizer that the run was trained with")
     out.mkdir(parents=True, exist_ok=True)
+    write_files()
     (out / DESCRIPTION).unlink(missing_ok=True)
+
+
+def finish(out: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
+    """Write weights and, last, model.json into the folder; returns it."""
     save_file({name: value.contiguous() for name, value in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
-    if tokenizer.resolve() != (out / TOKENIZER).resolve():
-        shutil.copyfile(tokenizer, out / TOKENIZER)
     write_whole(out / DESCRIPTION, json.dumps(description, ensure_ascii=False, indent=1))
     return out
 
@@ -92,7 +97,7 @@ def _check_model(checkpoint: Path, whole: dict[str, Tensor], config: Config) -> 
 def describe(config: Config, checkpoint: str) -> dict[str, Any]:
     """The content of model.json. checkpoint: name of what the weights come from."""
     return {
-        "model": asdict(config.model) | {"lora": asdict(LoraConfig())},  # its updates are merged into the weights
+        "model": asdict(config.model),
         "views": {name: {view: asdict(found) for view, found in dataset.views.items()} for name, dataset in config.data.sets.items()},
         "data": {key: getattr(config.data, key) for key in INPUT_KEYS},
         "similarity": "cosine of the fused vectors, of the whole or of a prefix",
@@ -101,8 +106,8 @@ def describe(config: Config, checkpoint: str) -> dict[str, Any]:
     }
 
 
-def load_exported(folder: Path) -> tuple[OmniEncoder, dict[str, Any]]:
-    """(encoder in evaluation mode on the CPU, content of model.json). Raises ConfigurationError for a folder that is no export.
+def load_exported(folder: Path) -> tuple[Encoder, dict[str, Any]]:
+    """Return (encoder in evaluation mode on the CPU, content of model.json). Raises ConfigurationError for a folder that is no export.
 
     To be called within `sailplan.runtime.process.started` (a single process will do): megatron-core's layers ask for
     their process group when they are built.
@@ -110,22 +115,16 @@ def load_exported(folder: Path) -> tuple[OmniEncoder, dict[str, Any]]:
     if not is_exported(folder):
         raise ConfigurationError(f"{folder}: no {DESCRIPTION}; expected a folder that `sailplan export` has completed")
     description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    weights = {name.removeprefix("encoder."): value for name, value in load_file(folder / WEIGHTS).items() if name.startswith("encoder.")}
-    encoder = OmniEncoder(model_config(description["model"]), dtype=next(iter(weights.values())).dtype)
+    weights = {name.removeprefix(ENCODER): value for name, value in load_file(folder / WEIGHTS).items() if name.startswith(ENCODER)}
+    component: EncoderComponent = exported_model(folder).component()
+    encoder = component.module(next(value.dtype for value in weights.values() if value.is_floating_point()))
     encoder.load_state_dict(weights, strict=True)
     return encoder.eval(), description
 
 
-def exported_model(folder: Path) -> ModelConfig:
-    """The shape of an exported folder's model."""
-    return model_config(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["model"])
-
-
-def model_config(values: dict[str, Any]) -> ModelConfig:
-    """The typed model configuration from plain values, as in model.json."""
-    vision, audio = dict(values["vision"]), dict(values["audio"])
-    for key in ("encoder", "perceiver"):
-        vision[key] = TransformerShape(**vision[key])
-    audio["encoder"], audio["swin"] = TransformerShape(**audio["encoder"]), SwinShape(**audio.get("swin", {}))
-    typed: dict[str, Any] = {"tower": TransformerShape(**values["tower"]), "vision": VisionConfig(**vision), "audio": AudioConfig(**audio)}
-    return ModelConfig(**{**values, **typed, "weights": WeightsConfig(**values.get("weights", {})), "lora": LoraConfig(**values.get("lora", {}))})
+def exported_model(folder: Path) -> EncoderConfig:
+    """Return the settings of an exported folder's model."""
+    settings, values = chosen(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["model"])
+    component: EncoderComponent = fill(settings, values).component()
+    found: EncoderConfig = component.placed(folder)
+    return found

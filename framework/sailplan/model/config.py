@@ -1,10 +1,53 @@
-"""Configuration of the omni tower: its shapes, its encoders of pictures and sound, its published weights."""
+"""Configuration of encoders: what all have, and the omni tower's shapes, encoders of pictures and sound, and published weights."""
 
 from __future__ import annotations
 
+import pkgutil
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from sailplan.data.config import RATES
 from sailplan.errors import ConfigurationError
+
+
+@dataclass
+class EncoderConfig:
+    """What every encoder's settings have; `config` in methods is the run's whole `config.schema.Config`.
+
+    A subclass may be frozen. It names its component's class (`model.component.EncoderComponent`), or overrides `component`.
+    """
+
+    encoder: str = "omni"  # the name of one that comes with the package, or the path of your own dataclass below this one
+    embedding: int = 192  # D of the fused vector
+    prefixes: list[int] = field(default_factory=lambda: [48, 96, 192])  # Matryoshka; the objectives are summed over these sizes
+
+    component_path: ClassVar[str] = ""
+
+    def component(self) -> Any:
+        """Return the encoder's component. It is looked up when it is asked for: reading a configuration needs no torch."""
+        return pkgutil.resolve_name(self.component_path)(self)
+
+    def part_names(self) -> tuple[str, ...]:
+        """Return the names of the encoder's parts that a stage's `trainable` may list."""
+        return ("text",)
+
+    def validate(self, path: str) -> None:
+        """Raise ConfigurationError for Matryoshka sizes that the vector does not have."""
+        if not self.prefixes or sorted(set(self.prefixes)) != list(self.prefixes) or self.prefixes[0] < 1:
+            raise ConfigurationError(f"{path}.prefixes is {list(self.prefixes)}: expected sizes in increasing order; for example [64, 128, 256]")
+        if self.prefixes[-1] > self.embedding:
+            raise ConfigurationError(
+                f"{path}.prefixes is {list(self.prefixes)}: expected sizes up to {path}.embedding={self.embedding}; end the list with the full size"
+            )
+
+    def check_run(self, config: Any) -> None:
+        """Raise ConfigurationError for what the rest of a run's configuration asks for and this encoder cannot do."""
+        parallel = config.parallel
+        if parallel.tensor > 1:
+            raise ConfigurationError(f"parallel.tensor={parallel.tensor}: expected 1 with model.encoder={self.encoder}; the omni tower is tensor parallel")
+        for key, found in (("compile", parallel.compile), ("fused", parallel.fused)):
+            if found not in ("none", "auto"):
+                raise ConfigurationError(f"parallel.{key}={found}: expected none with model.encoder={self.encoder}; leave it off")
 
 
 @dataclass
@@ -95,10 +138,10 @@ class LoraConfig:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(EncoderConfig):
+    """The omni tower; embedding equals tower.hidden."""
+
     vocabulary: int = 8192
-    embedding: int = 192  # D of the fused vector; equals tower.hidden
-    prefixes: list[int] = field(default_factory=lambda: [48, 96, 192])  # Matryoshka
     tower: TransformerShape = field(default_factory=TransformerShape)
     vision: VisionConfig = field(default_factory=VisionConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
@@ -111,11 +154,69 @@ class ModelConfig:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    def validate(self, path: str) -> None:
-        """Raise ConfigurationError for Matryoshka sizes that the vector does not have."""
-        if not self.prefixes or sorted(set(self.prefixes)) != list(self.prefixes) or self.prefixes[0] < 1:
-            raise ConfigurationError(f"{path}.prefixes is {list(self.prefixes)}: expected sizes in increasing order; for example [64, 128, 256]")
-        if self.prefixes[-1] > self.embedding:
+    component_path: ClassVar[str] = "sailplan.model.encoders.omni.component.Omni"
+
+    def part_names(self) -> tuple[str, ...]:
+        return ("text", "vision", "perceiver", "audio", "tower", "lora")
+
+    def check_run(self, config: Any) -> None:
+        if config.parallel.sequence:
+            self._check_sequence(config)
+        for name in config.order:
+            self._check_trainable(f"stages.{name}", config.stages[name].trainable)
+        if self.audio.mel_bins != config.data.mel_bins:
+            raise ConfigurationError(f"model.audio.mel_bins={self.audio.mel_bins}: expected data.mel_bins={config.data.mel_bins}, what the decoder makes")
+        self._check_sound(config.data)
+        self._check_pictures(config.data)
+
+    def _check_trainable(self, key: str, trainable: list[str]) -> None:
+        if "lora" in trainable and not self.lora.rank:
+            raise ConfigurationError(f"{key}.trainable names lora, but model.lora.rank is 0: set a rank, 8 to 32 are usual")
+        if set(trainable) == {"perceiver"} and self.vision.backbone == "qwen3_vl":
             raise ConfigurationError(
-                f"{path}.prefixes is {list(self.prefixes)}: expected sizes up to {path}.embedding={self.embedding}; end the list with the full size"
+                f"{key}.trainable names the perceiver alone, which model.vision.backbone=qwen3_vl does not have: nothing would be trained; "
+                "expected a part with parameters, such as vision or tower"
+            )
+
+    def _check_sequence(self, config: Any) -> None:
+        lora = self.lora
+        for key, found, expected, fits in (
+            ("parallel.tensor", config.parallel.tensor, "2 or more", config.parallel.tensor > 1),
+            ("parallel.compile", config.parallel.compile, "none", config.parallel.compile == "none"),
+            ("model.tower.dropout", self.tower.dropout, "0", self.tower.dropout == 0),
+            ("model.lora.rank", lora.rank, "0, or model.lora.parts without tower", not lora.rank or "tower" not in lora.parts),
+            ("model.vision.deepstack", list(self.vision.deepstack), "[]: its features are added to whole sequences", not self.vision.deepstack),
+        ):
+            if not fits:
+                raise ConfigurationError(f"parallel.sequence is on, but {key} is {found}: expected {expected}; leave parallel.sequence off")
+
+    def _check_pictures(self, data: Any) -> None:
+        vision = self.vision
+        pixels = vision.patch * (vision.merge if vision.backbone == "qwen3_vl" else 1)
+        if vision.backbone == "siglip2":
+            if data.image_patches is None or data.image_patches < 1:
+                raise ConfigurationError(
+                    f"data.image_patches={data.image_patches}: expected a number of patches with model.vision.backbone=siglip2; 256 is what its files know"
+                )
+            if data.image_patch != vision.patch:
+                raise ConfigurationError(f"data.image_patch={data.image_patch}: expected model.vision.patch={vision.patch}")
+        elif data.image_patches is not None:
+            raise ConfigurationError(
+                f"data.image_patches={data.image_patches}: expected null with model.vision.backbone={vision.backbone}, which sees squares of data.image_size"
+            )
+        elif pixels > 0 and data.image_size % pixels:
+            raise ConfigurationError(f"data.image_size={data.image_size}: expected a multiple of {pixels}, the side of model.vision's tokens in pixels")
+
+    def _check_sound(self, data: Any) -> None:
+        audio = self.audio
+        if audio.backbone in RATES and data.spectrogram != audio.backbone:
+            raise ConfigurationError(
+                f"data.spectrogram={data.spectrogram}: expected {audio.backbone}, what model.audio.backbone={audio.backbone} was made for; "
+                f"data.audio_rate is then {RATES[audio.backbone]}"
+            )
+        if audio.backbone in ("clap", "clap_fusion") and data.audio_chunk_seconds * 100 + 1 > audio.swin.image**2 // audio.mel_bins:
+            longest = (audio.swin.image**2 // audio.mel_bins - 1) / 100
+            raise ConfigurationError(
+                f"data.audio_chunk_seconds={data.audio_chunk_seconds}: expected at most {longest:g} with model.audio.backbone={audio.backbone}, "
+                "whose files know chunks of 10 s"
             )

@@ -8,30 +8,30 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sailplan.config.schema import ModelConfig
-from sailplan.model.backbones.load import check_shapes, open_sources
+from sailplan.config.schema import EncoderConfig, ParallelConfig
 from sailplan.model.blocks import process_groups
-from sailplan.model.tower import OmniEncoder
+from sailplan.model.component import EncoderComponent
+from sailplan.model.protocol import Encoder
 
 BYTES = {torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
 
 
-def build_on_meta(config: ModelConfig, *, dtype: torch.dtype = torch.float32, share_encoders: bool = True) -> OmniEncoder:
-    """The model's shapes without its numbers; dtype and share_encoders as OmniEncoder's."""
-    with torch.device("meta"):
-        return OmniEncoder(config, dtype=dtype, share_encoders=share_encoders)
+def build_on_meta(config: EncoderConfig, *, dtype: torch.dtype = torch.float32, share_encoders: bool = True) -> Encoder:
+    """Return the model's shapes without its numbers; share_encoders: as parallel.encoders."""
+    component: EncoderComponent = config.component()
+    return component.skeleton(ParallelConfig(encoders="share" if share_encoders else "tensor"), dtype)
 
 
-def check_weights(config: ModelConfig) -> None:
-    """Raises ConfigurationError where the published weights of `model.weights` do not fit the configured model.
+def check_weights(config: EncoderConfig) -> None:
+    """Raise ConfigurationError where published weights do not fit the configured model.
 
     Reads headers only and needs no process group, so that every rank can refuse before any group is formed.
     """
-    for source in open_sources(config):
-        check_shapes(source, build_on_meta(config))
+    component: EncoderComponent = config.component()
+    component.check_files()
 
 
-def _split_sizes(model: OmniEncoder, part: str) -> tuple[int, int]:
+def _split_sizes(model: Encoder, part: str) -> tuple[int, int]:
     """(elements that tensor parallelism cuts, elements that every tensor-parallel rank holds whole), of the whole model."""
     groups = process_groups()
     size = groups.tp.size() if groups.tp is not None else 1
@@ -45,8 +45,8 @@ def _split_sizes(model: OmniEncoder, part: str) -> tuple[int, int]:
     return cut, sum(parameter.numel() for parameter in parameters if not is_cut(parameter))
 
 
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of text, vision, perceiver, audio and tower, and "total"; the same in a world of any layout.
+def count_parameters(config: EncoderConfig) -> dict[str, int]:
+    """Return the parameters of each part, and "total"; the same in a world of any layout.
 
     Raises ConfigurationError where the model cannot be built.
     """

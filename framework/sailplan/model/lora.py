@@ -66,8 +66,8 @@ def add_lora(parts: Mapping[str, nn.Module], config: LoraConfig) -> None:
 
 
 def is_lora(name: str) -> bool:
-    """Whether a parameter's name is that of a factor."""
-    return ".lora." in name
+    """Whether a parameter's name is that of a factor, of ours or of peft's."""
+    return ".lora." in name or ".lora_" in name
 
 
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Tensor parallelism is inside megatron-core's layers. Over the data-parallel group, FSDP2 shards every
 parameter's first dimension (or keeps whole copies, or several copies that are each cut),
-one unit per transformer layer and one for the rest, and averages gradients over
+one unit per transformer layer (an encoder's `shard_units`) and one for the rest, and averages gradients over
 the ranks. Parameters stay gathered from the first forward of a step to its last backward, so a step of many
 micro-batches gathers once and reduces once; or they are resharded after each forward (ZeRO-3), for models that do
 not fit otherwise.
@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from sailplan.model.backbones.clap import WindowBlock
+from sailplan.model.protocol import Encoder
 from sailplan.runtime.process import Parallel
 
 # What megatron-core (and blocks.HeadNorm) notes on a parameter; fully_shard makes new parameters without the notes.
@@ -105,14 +106,15 @@ def shard(
     """
     notes = {name: {key: getattr(p, key) for key in TENSOR_PARALLEL_NOTES if hasattr(p, key)} for name, p in model.named_parameters()}
     model.to(parallel.device)
+    if isinstance(model, Encoder):
+        model.compute_dtype = compute_dtype
     policy = MixedPrecisionPolicy()
     if compute_dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=next(model.parameters()).dtype, cast_forward_inputs=False)
     if parallel.data_parallel_size > 1 or compute_dtype is not None:
         mesh = _mesh(parallel, replicas if shard else parallel.data_parallel_size)
-        for module in list(model.modules()):
-            if isinstance(module, TransformerLayer):
-                fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
+        for unit in shard_units(model):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
         fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
         model.reduces_every_backward = reshard_after_forward  # type: ignore[assignment]
     for name, parameter in model.named_parameters():  # a move to another device can make new parameters, as sharding does
@@ -121,6 +123,13 @@ def shard(
     if compute_dtype is not None:
         _accumulate_gradients_in(model, policy.reduce_dtype)
     return model
+
+
+def shard_units(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that are units of their own: what an encoder says, else its transformer layers."""
+    if isinstance(model, Encoder):
+        return model.shard_units()
+    return [module for module in model.modules() if isinstance(module, TransformerLayer)]
 
 
 def _accumulate_gradients_in(model: nn.Module, dtype: torch.dtype | None) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from sailplan.config.schema import AudioConfig, ModelConfig, SwinShape, TransformerShape, VisionConfig
 from sailplan.data.packing import SequenceLayout, pack
-from sailplan.data.record import EncoderInputs
+from sailplan.data.record import OmniInputs
 from sailplan.model.attention import Sequences
 from sailplan.runtime.process import Parallel
 
@@ -40,7 +40,7 @@ def small_config(dropout: float = 0.0, *, query_key_norm: bool = True, vision: s
 def random_inputs(
     modalities: tuple[str, ...], rows: int, seed: int, *, dtype: torch.dtype = torch.float64, absent: bool = True, tokens: int = 5, frames: int = 2,
     vision: str = "own",
-) -> EncoderInputs:
+) -> OmniInputs:
     """Inputs for `small_config`; with `absent`, rows have padded tokens and some lack frames or chunks. vision: as there."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,7 +50,7 @@ def random_inputs(
     token_mask = mask(rows, tokens)
     if absent:
         token_mask = token_mask.sort(1, descending=True).values  # padding stands at the end
-    inputs = EncoderInputs(
+    inputs = OmniInputs(
         modalities=modalities,
         token_ids=torch.randint(0, 40, (rows, tokens), generator=generator),
         token_mask=token_mask,
@@ -86,7 +86,7 @@ def published_config(kind: str) -> ModelConfig:
     return config
 
 
-def published_inputs(kind: str, rows: int, **options: Any) -> EncoderInputs:
+def published_inputs(kind: str, rows: int, **options: Any) -> OmniInputs:
     """Inputs for `published_config`, of all modalities; with fusion every other row's sound is a longer one."""
     inputs = random_inputs(("vision", "audio", "text"), rows, 3, vision="siglip2" if kind == "naflex_fusion" else "own", **options)
     if kind == "naflex_fusion":
@@ -115,7 +115,7 @@ def join_layout(tensor_parallel: int) -> Parallel:
     )
 
 
-def rows_of(inputs: EncoderInputs, start: int, stop: int) -> EncoderInputs:
+def rows_of(inputs: OmniInputs, start: int, stop: int) -> OmniInputs:
     """Rows start..stop of a micro-batch (none, where start is past the end)."""
     tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
     changes: dict[str, Any] = {"packing": None} | {name: value[start:stop] for name, value in tensors.items() if isinstance(value, torch.Tensor)}
@@ -125,7 +125,7 @@ def rows_of(inputs: EncoderInputs, start: int, stop: int) -> EncoderInputs:
 def packed_rows(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Sequences]:
     """Of a mask bool [b, s]: the kept positions' numbers in [b * s] in packed order, their places in their rows, and the rows."""
     numbers = torch.arange(keep.numel(), device=keep.device).view(keep.shape)
-    packing = pack(EncoderInputs(("text",), numbers, keep, keep), SequenceLayout.of(ModelConfig()))
+    packing = pack(OmniInputs(("text",), numbers, keep, keep), SequenceLayout.of(ModelConfig()))
     lists = packing.lists()
     return lists["ids"], lists["place"], Sequences.of(packing.runs["tower"], lists["ends"], keep.device)
 

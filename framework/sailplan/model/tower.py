@@ -14,7 +14,7 @@ Shape legend: b rows, t text tokens, s positions of the sequence, h hidden.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,12 +22,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils import _pytree
 
 from sailplan.config.schema import AudioConfig, ModelConfig, VisionConfig
-from sailplan.data.packing import OWN_TEXT, READ_OUTS, VISUAL, Packing, SequenceLayout, pack
-from sailplan.data.record import EncoderInputs
+from sailplan.data.config import MODALITIES
+from sailplan.data.packing import OWN_TEXT, READ_OUTS, SOUND_TOKEN, VISUAL, Packing, SequenceLayout, pack
+from sailplan.data.record import OmniInputs
 from sailplan.model.attention import Sequences
 from sailplan.model.audio import AudioAdapter, AudioEncoder
 from sailplan.model.backbones.clap import ClapAudioEncoder
@@ -39,9 +41,10 @@ from sailplan.model.backbones.whisper import WhisperAudioEncoder
 from sailplan.model.blocks import Blocks, initial_deviation, interleaved_angles, process_groups, rotary_angles, transformer_config, uncut
 from sailplan.model.check import check_model
 from sailplan.model.lora import add_lora, is_lora
+from sailplan.model.parallelize import checkpoint_activations
 from sailplan.model.pixels import normalise
 from sailplan.model.pooling import LatentAttention, last_positions, row_means
-from sailplan.model.protocol import Embeddings
+from sailplan.model.protocol import Embeddings, Encoder, reach_backward
 from sailplan.model.sharing import encode_own_rows, mark_shared
 from sailplan.model.vision import PackedRows, Perceiver, VisionEncoder
 
@@ -57,10 +60,6 @@ SOUND: dict[str, Callable[[AudioConfig, torch.dtype, AbstractContextManager[obje
 }
 PARTS = ("text", "vision", "perceiver", "audio", "tower")
 ENCODERS = ("vision", "perceiver", "audio")  # the parts whose rows tensor-parallel peers can share
-
-# FSDP2 looks for the outputs that need gradients through pytree: it must see into our dataclass.
-_pytree.register_dataclass(Embeddings)
-
 
 def _meta_if(published: bool) -> AbstractContextManager[object]:
     return torch.device("meta") if published else nullcontext()
@@ -92,7 +91,7 @@ class Tower(nn.Module):
         return hidden if self.pooling is None else self.pooling(hidden)
 
 
-class OmniEncoder(nn.Module):
+class OmniEncoder(Encoder):
     """Encoder of any subset of {text, vision, audio}.
 
     config: shapes; refused with ConfigurationError where they cannot be built at this tensor-parallel size.
@@ -125,6 +124,7 @@ class OmniEncoder(nn.Module):
         self.layout = SequenceLayout.of(config, tensor_parallel if share_encoders else 1)
         self.config = config
         self.dtype = dtype
+        self.modalities, self.dimension = MODALITIES, config.embedding
         hidden = config.tower.hidden
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -161,11 +161,23 @@ class OmniEncoder(nn.Module):
         lora = [value for key, value in self.named_parameters() if is_lora(key)]
         return found | ({"lora": lora} if lora else {})
 
-    def forward(self, inputs: EncoderInputs, *, per_modality: bool = False) -> Embeddings:
+    def used_parts(self, modalities: Iterable[str]) -> set[str]:
+        used = {"text", "tower", "lora"}  # prompts are text
+        if "vision" in modalities:
+            used |= {"vision", "perceiver"}
+        return used | ({"audio"} if "audio" in modalities else set())
+
+    def shard_units(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, TransformerLayer)]
+
+    def checkpoint_activations(self) -> None:
+        checkpoint_activations(self)
+
+    def forward(self, inputs: OmniInputs, *, per_modality: bool = False) -> Embeddings:
         """Encodes one micro-batch; vectors are float32 (float64 in a float64 model), not normalised.
 
-        A row with nothing present gets a zero vector. `per_modality` adds the vectors pooled over the visual
-        positions (None unless vision is declared) and over the item's own text positions (`text_mask`).
+        A row with nothing present gets a zero vector. `per_modality` adds the vectors pooled over the visual positions and
+        the sound's, where these are declared, and over the item's own text positions (`text_mask`).
         A micro-batch of 0 rows runs one absent row, so that this rank meets the others in every collective.
         Inputs without `packing` are packed here: where their masks are on a GPU, the host waits for it.
         """
@@ -177,7 +189,7 @@ class OmniEncoder(nn.Module):
             return _pytree.tree_map(lambda vector: vector[:0], embeddings)
         return self._encode(inputs, packing, per_modality)
 
-    def _encode(self, inputs: EncoderInputs, packing: Packing, per_modality: bool) -> Embeddings:
+    def _encode(self, inputs: OmniInputs, packing: Packing, per_modality: bool) -> Embeddings:
         lists = packing.lists()
         pieces: list[Tensor] = []  # [n, h]: sound of each row, visual tokens of each row, text; the pack takes what is present
         features: Sequence[Tensor] = ()  # [b, n, h] of visual tokens, to be added behind the tower's first layers
@@ -218,9 +230,9 @@ class OmniEncoder(nn.Module):
             chosen = lists["source"].index_select(0, at) - (len(pieces[0]) if "audio" in inputs.modalities else 0)
             features = [part.flatten(0, 1).index_select(0, chosen) for part in features]
         hidden = self.tower(sequence, rows, places if self.layout.dimensions == 3 else places[0], features, at)
-        return self._read_out(hidden, lists, "vision" in inputs.modalities, per_modality)
+        return self._read_out(hidden, lists, inputs.modalities, per_modality)
 
-    def _read_out(self, hidden: Tensor, lists: dict[str, Tensor], vision: bool, per_modality: bool) -> Embeddings:
+    def _read_out(self, hidden: Tensor, lists: dict[str, Tensor], modalities: Collection[str], per_modality: bool) -> Embeddings:
         """hidden packed [p, h]."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         hidden = hidden.to(wide)
@@ -234,12 +246,10 @@ class OmniEncoder(nn.Module):
             return row_means(hidden, None if what is None else lists["what"] == what, counts[number], lists["offsets"], lists["slot"])
 
         fused = pooled(0, None)
-        if torch.is_grad_enabled() and not fused.requires_grad:
-            # Nothing that ran is trainable. The backward must reach FSDP2's hooks all the same: gradients of
-            # earlier micro-batches are reduced in the step's last backward.
-            fused = fused + torch.zeros((), dtype=wide, device=fused.device, requires_grad=True)
-        seen = pooled(1, VISUAL) if per_modality and vision else None
-        return Embeddings(fused=fused, vision=seen, text=pooled(2, OWN_TEXT) if per_modality else None)
+        fused = reach_backward(fused)
+        read_outs = {"vision": (1, VISUAL), "text": (2, OWN_TEXT), "audio": (3, SOUND_TOKEN)}
+        wanted = [name for name in read_outs if per_modality and (name in modalities or name == "text")]
+        return Embeddings(fused, {name: pooled(*read_outs[name]) for name in wanted})
 
     def _see(
         self, packing: Packing, lists: dict[str, Tensor], images: Tensor, image_sizes: Tensor | None = None, augmentation: Tensor | None = None
@@ -278,7 +288,7 @@ class OmniEncoder(nn.Module):
         return encode_own_rows(encode, self.sharing, *inputs, dropout=self.training and any(shape.dropout > 0 for shape in shapes))
 
 
-def _one_absent_row(inputs: EncoderInputs) -> EncoderInputs:
+def _one_absent_row(inputs: OmniInputs) -> OmniInputs:
     """One row with nothing present, in the shapes of an empty micro-batch."""
     changes: dict[str, Any] = {}
     for name in ("images", "image_mask", "image_sizes", "image_augmentation", "audio", "audio_mask"):

@@ -81,8 +81,9 @@ class LateFusion(Objective):
         """n [r, D] of a view; its fused vectors themselves where it is not declared with pictures beside something else."""
         if not is_fused(declared):
             return view.fused
-        if view.vision is None:
+        vision = view.by_modality.get("vision")
+        if vision is None:
             raise ConfigurationError("objectives.late_fusion: found no vision vectors, expected an encoder that honours per_modality")
-        gate = torch.sigmoid(self.gate(torch.cat([view.vision, view.fused], 1)))
-        mixed = gate * view.vision + (1 - gate) * view.fused
-        return torch.where(present(view.vision)[:, None], mixed, view.fused)
+        gate = torch.sigmoid(self.gate(torch.cat([vision, view.fused], 1)))
+        mixed = gate * vision + (1 - gate) * view.fused
+        return torch.where(present(vision)[:, None], mixed, view.fused)

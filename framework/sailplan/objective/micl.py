@@ -71,8 +71,8 @@ class MICL(Objective):
             for modality in shared_modalities(pattern.query_view, pattern.target_view):
                 if self.weights[modality] == 0:
                     continue
-                queries: Tensor | None = getattr(pattern.query, modality)
-                keys: Tensor | None = getattr(pattern.target, modality)
+                queries = pattern.query.by_modality.get(modality)
+                keys = pattern.target.by_modality.get(modality)
                 if queries is None or keys is None:
                     raise ConfigurationError(f"objectives.micl: found no {modality} vectors, expected an encoder that honours per_modality")
                 found = contrast(

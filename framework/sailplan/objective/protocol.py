@@ -25,8 +25,7 @@ class EncodedView:
     valid: Tensor  # bool [r * g]
     ids: Tensor  # int64 [r * g]
     group: int = 1
-    vision: Tensor | None = None
-    text: Tensor | None = None
+    by_modality: dict[str, Tensor] = field(default_factory=dict)  # modality -> [r * g, D], where an objective asked for them
     host_valid: Tensor | None = None  # `valid` on the CPU, where the loader made it
     host_ids: Tensor | None = None
 
@@ -56,11 +55,10 @@ class EncodedStep:
 
     def detach(self) -> EncodedStep:
         """The same numbers without a graph."""
-
-        def without(vector: Tensor | None) -> Tensor | None:
-            return None if vector is None else vector.detach()
-
-        views = {name: replace(view, fused=view.fused.detach(), vision=without(view.vision), text=without(view.text)) for name, view in self.views.items()}
+        views = {
+            name: replace(view, fused=view.fused.detach(), by_modality={modality: each.detach() for modality, each in view.by_modality.items()})
+            for name, view in self.views.items()
+        }
         return replace(self, views=views)
 
 
@@ -101,7 +99,7 @@ class Objective(nn.Module):
     """Base of all losses. Constructor keyword arguments are the options of conf/objective/NAME.yaml,
     plus `embedding` (D), `datasets` (dict[str, DatasetConfig])."""
 
-    per_modality = False  # True: the encoder must return the vision and text vectors too
+    per_modality = False  # True: the encoder must return the modalities' own vectors too
     calls_kernels = False  # True: it scores rows in sailplan_kernels (patterns.contrast); else in torch alone, in float32 or float64
     artifact: str | None = None  # what a stage must list in its `artifacts` for this loss to have anything to learn from
 

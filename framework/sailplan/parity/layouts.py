@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from sailplan.config.schema import OptimizerConfig
 from sailplan.data.record import StepBatch
-from sailplan.model.parallelize import checkpoint_activations, shard
+from sailplan.model.parallelize import shard
 from sailplan.model.testing import join_layout, whole_tensor
 from sailplan.parity.testing import (
+    OMNI,
     ROWS,
     THRESHOLDS,
     WEIGHTS,
@@ -79,20 +80,21 @@ def build_step(
     sequence_parallel: bool = False,
     compute_dtype: torch.dtype | None = None,
     vision: str = "own",
+    encoder: str = OMNI,
 ) -> TrainingStep:
     """The step of parity.testing at a layout; sharding: shard, hybrid (two copies) or replicate; checkpointing: of activations."""
-    config = step_config(kept_graphs=kept_graphs, dropout=dropout, vision=vision)
+    config = step_config(kept_graphs=kept_graphs, dropout=dropout, vision=vision, encoder=encoder)
     config.parallel.dtype = DTYPES[compute_dtype or dtype]
-    encoder, objectives, temperatures = build_modules(config, dtype, share_encoders=share_encoders, sequence_parallel=sequence_parallel)
+    module, objectives, temperatures = build_modules(config, dtype, share_encoders=share_encoders, sequence_parallel=sequence_parallel)
     if checkpointing:
-        checkpoint_activations(encoder)
+        module.checkpoint_activations()
     replicas = 2 if sharding == "hybrid" else 1
     shard(
-        encoder, parallel, shard=sharding != "replicate", replicas=replicas, compute_dtype=compute_dtype, reshard_after_forward=reshard_after_forward
+        module, parallel, shard=sharding != "replicate", replicas=replicas, compute_dtype=compute_dtype, reshard_after_forward=reshard_after_forward
     )  # fmt: skip
-    optimizer = build_optimizer(encoder, objectives, temperatures, OptimizerConfig())
+    optimizer = build_optimizer(module, objectives, temperatures, OptimizerConfig())
     row_split = RowSplit(EXCHANGES[exchange](parallel.data_parallel_group), AllGather(parallel.tensor_parallel_group))
-    return TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, row_split)
+    return TrainingStep(module, objectives, temperatures, optimizer, config, parallel, row_split)
 
 
 def rank_batches(
@@ -151,18 +153,18 @@ def gathered_gradients(step: TrainingStep, parallel: Parallel) -> dict[str, Tens
 
 
 def _reference(
-    rank: int, world_size: int, weights: dict[str, float], datasets: Sequence[str], change: Change | None, vision: str
+    rank: int, world_size: int, weights: dict[str, float], datasets: Sequence[str], change: Change | None, options: dict[str, Any]
 ) -> tuple[float, dict[str, Tensor]]:
     join_layout(1)
-    loss, gradients = full_batch_gradients(weights, datasets=datasets, change=change, vision=vision)
+    loss, gradients = full_batch_gradients(weights, datasets=datasets, change=change, **options)
     return loss, {name: gradient.numpy() for name, gradient in gradients.items()}  # type: ignore[misc]
 
 
 def reference(
-    weights: dict[str, float] = WEIGHTS, datasets: Sequence[str] = tuple(ROWS), change: Change | None = None, vision: str = "own"
+    weights: dict[str, float] = WEIGHTS, datasets: Sequence[str] = tuple(ROWS), change: Change | None = None, **options: str
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the full batch, computed in a process of its own."""
-    loss, gradients = run_ranks(_reference, 1, weights, datasets, change, vision)[0]
+    """Loss and gradients of the full batch, computed in a process of its own; options: vision, encoder."""
+    loss, gradients = run_ranks(_reference, 1, weights, datasets, change, options)[0]
     return loss, {name: torch.from_numpy(gradient) for name, gradient in gradients.items()}
 
 
@@ -200,7 +202,8 @@ def compare(
     options: those of `cached_step` besides.
     """
     if expected is None:
-        expected = reference(weights, options.get("datasets", tuple(ROWS)), options.get("change"), options.get("vision", "own"))
+        kinds = {name: options[name] for name in ("vision", "encoder") if name in options}
+        expected = reference(weights, options.get("datasets", tuple(ROWS)), options.get("change"), **kinds)
     return run_ranks(_layout, world_size, tensor_parallel, cases, expected, weights, options, timeout=240)[0]
 
 

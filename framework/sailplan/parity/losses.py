@@ -126,7 +126,7 @@ def of_objective(objective: type[Objective]) -> Loss:
         first, rows = dist.get_rank() * len(queries), len(queries)
         ids = torch.arange(first, first + rows)
         views = {
-            name: EncodedView(fused=side, valid=torch.ones(rows, dtype=torch.bool), ids=ids + offset, vision=side, text=side)
+            name: EncodedView(fused=side, valid=torch.ones(rows, dtype=torch.bool), ids=ids + offset, by_modality={"vision": side, "text": side})
             for name, side, offset in (("query", queries, 0), ("target", keys, ROWS * dist.get_world_size()))
         }
         scores = ((ids * 7) % 5 + 1) / 5.0 if kind == "pairs" else None

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from sailplan.parity.layouts import compare, reference, relative_errors, trajectory
-from sailplan.parity.testing import WEIGHTS
+from sailplan.parity.published import TINY
+from sailplan.parity.testing import OMNI, WEIGHTS
 from sailplan_kernels.exchange import EXCHANGES
 
 LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2))  # (world, tensor parallel)
@@ -44,6 +45,7 @@ class Group:
     dtype: torch.dtype = torch.float64
     loss: str | None = None  # None: all
     steps: int = 0  # optimizer steps; 0: gradients of one
+    encoder: str = OMNI
 
     @property
     def data_parallel(self) -> int:
@@ -53,6 +55,7 @@ class Group:
     def place(self) -> tuple[Any, ...]:
         """The first of COLUMNS, up to the exchange."""
         losses = self.loss or (f"all, {self.steps} steps" if self.steps else "all")
+        losses += "" if self.encoder == OMNI else f", {self.encoder}"
         dtype = str(self.dtype).removeprefix("torch.")
         return losses, dtype, self.world, self.tensor_parallel, self.data_parallel, self.sharding, self.exchange
 
@@ -63,10 +66,10 @@ class References:
 
     found: dict[Any, Any] = field(default_factory=dict)
 
-    def gradients(self, loss: str | None) -> Any:
-        if loss not in self.found:
-            self.found[loss] = reference() if loss is None else reference({loss: 1.0}, (ALONE[loss],))
-        return self.found[loss]
+    def gradients(self, loss: str | None, encoder: str = OMNI) -> Any:
+        if (loss, encoder) not in self.found:
+            self.found[loss, encoder] = reference(encoder=encoder) if loss is None else reference({loss: 1.0}, (ALONE[loss],))
+        return self.found[loss, encoder]
 
     def trajectory(self, steps: int) -> Any:
         if steps not in self.found:
@@ -98,17 +101,19 @@ def groups(worlds: Sequence[int] = (1, 2, 4)) -> Iterator[Group]:
     ):
         if group.world in worlds:
             yield group
+    for encoder in TINY:
+        yield from (Group(world, 1, MICRO_BATCHES, encoder=encoder) for world in (1, 2, 4) if world in worlds)
 
 
 def lines(group: Group, references: References) -> list[tuple[Any, ...]]:
     """A group's comparisons as lines of the table: one value for each of COLUMNS."""
-    options = {"sharding": group.sharding, "exchange": group.exchange, "dtype": group.dtype}
+    options = {"sharding": group.sharding, "exchange": group.exchange, "dtype": group.dtype, "encoder": group.encoder}
     if group.steps:
         return [(*group.place, micro_batches, kept, "", *_apart(group, micro_batches, references, options)) for micro_batches, kept in group.cases]
     weights = WEIGHTS if group.loss is None else {group.loss: 1.0}
     if group.loss is not None:
         options["datasets"] = (ALONE[group.loss],)
-    expected = references.gradients(group.loss)
+    expected = references.gradients(group.loss, group.encoder)
     rows = compare(group.world, group.tensor_parallel, group.cases, weights=weights, expected=expected, **options)
     return [(*group.place, row.micro_batches, row.kept_graphs, row.encoder_calls, row.error, row.worst) for row in rows]
 

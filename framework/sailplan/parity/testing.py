@@ -16,17 +16,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sailplan.config.schema import Config, DataConfig, DatasetConfig, PatternConfig, StepConfig, ViewConfig
+from sailplan.config.schema import Config, DataConfig, DatasetConfig, ModelConfig, PatternConfig, StepConfig, ViewConfig
 from sailplan.data.config import Modality
 from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
+from sailplan.model.component import EncoderComponent
+from sailplan.model.encoders.transformers.processor import PRESENT
+from sailplan.model.protocol import Encoder
 from sailplan.model.testing import random_inputs, small_config
 from sailplan.model.tower import OmniEncoder
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
+from sailplan.parity.published import TINY, tiny_inputs, tiny_settings
 from sailplan.step.config import Backend
 from sailplan_kernels.exchange import Local
 
+OMNI = "omni"
 WEIGHTS = {"infonce": 1.0, "cosent": 0.3, "micl": 0.4, "late_fusion": 0.5, "seq2item": 0.7, "id2item": 0.6}
 THRESHOLDS = {"items/name_to_item": 0.6}
 ROWS = {"items": 32, "pairs": 16, "sequences": 8}
@@ -34,8 +39,11 @@ HISTORY, HARD_NEGATIVES = 3, 2
 TEACHERS = {"svd": 3, "nmf": 5}
 
 
-def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: Backend = "chunked", vision: str = "own") -> Config:
-    """A configuration with three data sets and all objectives over model.testing's small encoder; vision: as there."""
+def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: Backend = "chunked", vision: str = "own", encoder: str = OMNI) -> Config:
+    """A configuration with three data sets and all objectives over model.testing's small encoder; vision: as there.
+
+    encoder: omni, or one of parity.published, without the views that it cannot encode.
+    """
     items = DatasetConfig(
         kind="items",
         views={
@@ -66,10 +74,14 @@ def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: Backend 
         patterns={"history_to_item": PatternConfig("history", "item")},
         history_length=HISTORY,
     )
+    sets = {"items": items, "pairs": pairs, "sequences": sequences}
+    if encoder != OMNI:
+        for dataset in sets.values():
+            _show_only(dataset, TINY[encoder][0])
     return Config(
         seed=3,
-        data=DataConfig(sets={"items": items, "pairs": pairs, "sequences": sequences}),
-        model=small_config(dropout, vision=vision),
+        data=DataConfig(sets=sets),
+        model=small_config(dropout, vision=vision) if encoder == OMNI else tiny_settings(encoder),
         step=StepConfig(kept_graphs=kept_graphs, backend=backend),
         objectives={
             "infonce": {"_target_": "sailplan.objective.infonce.InfoNCE", "margin_absolute": 0.4},
@@ -88,11 +100,26 @@ def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: Backend 
     )
 
 
+def _show_only(dataset: DatasetConfig, modalities: Sequence[str]) -> None:
+    """Leave out what an encoder has not: modalities of views, in the end whole views, and their patterns."""
+    for view in dataset.views.values():
+        view.modalities = [modality for modality in view.modalities if modality in modalities]
+    dataset.views = {name: view for name, view in dataset.views.items() if view.modalities}
+    dataset.patterns = {name: one for name, one in dataset.patterns.items() if {one.query, one.target} <= dataset.views.keys()}
+
+
 def build_modules(
     config: Config, dtype: torch.dtype = torch.float64, *, share_encoders: bool = True, sequence_parallel: bool = False
-) -> tuple[OmniEncoder, nn.ModuleDict, Temperatures]:
+) -> tuple[Encoder, nn.ModuleDict, Temperatures]:
     """Encoder, objectives and temperatures; the parameters that start at zero are moved away from it. Equal in all dtypes up to rounding."""
-    encoder = OmniEncoder(config.model, dtype=dtype, seed=config.seed, share_encoders=share_encoders, sequence_parallel=sequence_parallel)
+    encoder: Encoder
+    if isinstance(config.model, ModelConfig):
+        encoder = OmniEncoder(config.model, dtype=dtype, seed=config.seed, share_encoders=share_encoders, sequence_parallel=sequence_parallel)
+    else:
+        component: EncoderComponent = config.model.component()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            encoder = component.module(dtype)
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, seed=config.seed).double()
     temperatures = Temperatures(config.data.sets).double()
     generator = torch.Generator().manual_seed(5)
@@ -102,13 +129,22 @@ def build_modules(
     return encoder, objectives.to(dtype), temperatures.to(dtype)
 
 
-def _view(modalities: Sequence[str], rows: int, group: int, seed: int, vision: str) -> ViewBatch:
+def _view(modalities: Sequence[str], rows: int, group: int, seed: int, vision: str | None) -> ViewBatch:
+    """vision: None: for a published encoder."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = random_inputs(tuple(modalities), rows * group, seed, vision=vision)
+    inputs: EncoderInputs
     present = torch.zeros(rows * group, dtype=torch.bool)
-    for modality, mask in (("text", inputs.text_mask), ("vision", inputs.image_mask), ("audio", inputs.audio_mask)):
-        if modality in modalities and mask is not None:
-            present |= mask.any(1)
+    if vision is None:
+        inputs = tiny_inputs(modalities, rows * group, seed)
+        present |= "vision" not in modalities
+        for modality in modalities:
+            if PRESENT[modality] in inputs.named:
+                present |= inputs.named[PRESENT[modality]].view(rows * group, -1).any(1)
+    else:
+        inputs = random_inputs(tuple(modalities), rows * group, seed, vision=vision)
+        for modality, mask in (("text", inputs.text_mask), ("vision", inputs.image_mask), ("audio", inputs.audio_mask)):
+            if modality in modalities and mask is not None:
+                present |= mask.any(1)
     valid = present & (torch.rand(rows * group, generator=generator) < 0.9)
     ids = torch.randint(0, 3 * rows, (rows * group,), generator=generator)
     return ViewBatch([inputs], torch.arange(rows * group), valid, ids, group)
@@ -116,14 +152,14 @@ def _view(modalities: Sequence[str], rows: int, group: int, seed: int, vision: s
 
 def global_batches(config: Config, step: int) -> list[StepBatch]:
     """The whole batch of a step: one StepBatch for each data set, each view in one micro-batch."""
-    batches, vision = [], config.model.vision.backbone
+    batches, vision = [], config.model.vision.backbone if isinstance(config.model, ModelConfig) else None
     for number, (name, dataset) in enumerate(config.data.sets.items()):
         rows, seed = ROWS[name], 1000 * step + 100 * number
         views = {
             view: _view(declared.modalities, rows, HISTORY if declared.of == "history" else 1, seed + place, vision)
             for place, (view, declared) in enumerate(dataset.views.items())
         }
-        if name == "items":
+        if "image_to_name" in dataset.patterns:
             views["negatives/image_to_name"] = _view(["text"], rows, HARD_NEGATIVES, seed + 50, vision)
         generator = torch.Generator().manual_seed(seed + 60)
         unknown = torch.rand(rows, 1, generator=generator) < 0.2
@@ -145,9 +181,7 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
 
 
 def _rows(inputs: EncoderInputs, chosen: Tensor, dtype: torch.dtype) -> EncoderInputs:
-    tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if isinstance(getattr(inputs, f.name), Tensor)}
-    own = {name: tensor[chosen].to(dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in tensors.items()}
-    return dataclasses.replace(inputs, packing=None, **own)  # type: ignore[arg-type]
+    return inputs.mapped(lambda tensor: tensor[chosen].to(dtype if tensor.is_floating_point() else tensor.dtype))
 
 
 def share(
@@ -188,13 +222,14 @@ def full_batch_gradients(
     datasets: Sequence[str] = tuple(ROWS),
     change: Callable[[StepBatch], StepBatch] | None = None,
     vision: str = "own",
+    encoder: str = OMNI,
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the whole batch in one process by plain autograd: no cache, no exchange, reference backend.
 
-    change: done to each data set's whole batch first. vision: of `step_config`.
+    change: done to each data set's whole batch first. vision, encoder: of `step_config`.
     """
-    config = step_config(backend="reference", vision=vision)
-    encoder, objectives, temperatures = build_modules(config)
+    config = step_config(backend="reference", vision=vision, encoder=encoder)
+    module, objectives, temperatures = build_modules(config)
     context = ObjectiveContext(config.data.sets, Local(), temperatures, tuple(config.model.prefixes), "reference", dict(THRESHOLDS))
     batches = [change(batch) if change else batch for batch in global_batches(config, step) if batch.dataset in datasets]
     rows = sum(len(batch.record_ids) for batch in batches)
@@ -202,8 +237,8 @@ def full_batch_gradients(
     for batch in batches:
         views = {}
         for name, view in batch.views.items():
-            vectors = encoder(view.micro_batches[0], per_modality=True)
-            views[name] = EncodedView(vectors.fused, view.valid, view.ids, view.group, vectors.vision, vectors.text)
+            vectors = module(view.micro_batches[0], per_modality=True)
+            views[name] = EncodedView(vectors.fused, view.valid, view.ids, view.group, vectors.by_modality)
         encoded = EncodedStep(batch.dataset, views, batch.patterns, batch.scores, batch.teachers, batch.target_log_probability)
         for name, weight in weights.items():
             objective = objectives[name]
@@ -211,7 +246,7 @@ def full_batch_gradients(
             if objective.applies(config.data.sets[batch.dataset]):
                 total = total + weight * len(batch.record_ids) / rows * objective(encoded, context).loss
     total.backward()
-    return total.item(), named_gradients(encoder, objectives, temperatures)
+    return total.item(), named_gradients(module, objectives, temperatures)
 
 
 def named_gradients(encoder: nn.Module, objectives: nn.Module, temperatures: nn.Module) -> dict[str, Tensor]:

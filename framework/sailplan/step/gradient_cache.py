@@ -26,14 +26,12 @@ from torch import Tensor, nn
 
 from sailplan.data.record import EncoderInputs, StepBatch
 from sailplan.model.parallelize import set_gradient_sync
-from sailplan.model.protocol import Embeddings
+from sailplan.model.protocol import FUSED, Embeddings, Encoder
 from sailplan.objective.protocol import EncodedStep, EncodedView
 from sailplan.runtime.seeds import derive, seed_torch
 from sailplan.runtime.transfer import to_device
 from sailplan.step.kept_graphs import KeptGraphs
 from sailplan.step.upload import Uploads
-
-VECTORS = ("fused", "vision", "text")
 
 
 @dataclass
@@ -58,17 +56,12 @@ class MicroBatch:
 def view_is_trainable(encoder: nn.Module, modalities: Iterable[str]) -> bool:
     """Whether any part of the encoder that a view of these modalities runs through has a trainable parameter.
 
-    An encoder without `parts()` counts as one part. Prompts are text, so every view runs the text embedding.
+    A module that is no `Encoder` counts as one part.
     """
-    if not hasattr(encoder, "parts"):
+    if not isinstance(encoder, Encoder):
         return any(parameter.requires_grad for parameter in encoder.parameters())
-    used = {"text", "tower", "lora"}
-    if "vision" in modalities:
-        used |= {"vision", "perceiver"}
-    if "audio" in modalities:
-        used.add("audio")
-    parts: dict[str, list[nn.Parameter]] = encoder.parts()  # type: ignore[operator]
-    return any(parameter.requires_grad for name, part in parts.items() if name in used for parameter in part)
+    used = encoder.used_parts(modalities)
+    return any(parameter.requires_grad for name, part in encoder.parts().items() if name in used for parameter in part)
 
 
 class GradientCache:
@@ -89,7 +82,7 @@ class GradientCache:
     ) -> list[EncodedStep]:
         """(A): the batches' views as leaves that require a gradient where their encoder does.
 
-        per_modality: for each batch, whether its losses need the vision and text vectors. seed_parts: what the seeds
+        per_modality: for each batch, whether its losses need the modalities' own vectors. seed_parts: what the seeds
         are derived from, besides the micro-batch's own place: run seed, stage, step, data-parallel rank. The order of
         encoding is that of the batches and, inside, of the views' names: the same on all ranks.
         """
@@ -109,10 +102,8 @@ class GradientCache:
         uploads = Uploads((micro_batch.inputs for micro_batch in self.micro_batches), device)
         for micro_batch in self.micro_batches:
             outputs = self._run(micro_batch, next(uploads), micro_batch.keep_graph)
-            for name in VECTORS:
-                vector = getattr(outputs, name)
-                if vector is not None:
-                    micro_batch.leaves[name] = vector.detach().requires_grad_(micro_batch.trainable)
+            for name, vector in outputs.named().items():
+                micro_batch.leaves[name] = vector.detach().requires_grad_(micro_batch.trainable)
             micro_batch.outputs = outputs if micro_batch.keep_graph else None
         return [self._assemble(number, batch, device) for number, batch in enumerate(batches)]
 
@@ -147,8 +138,8 @@ class GradientCache:
         if outputs is None:
             outputs = self._run(micro_batch, next(uploads), True)
         vectors, gradients = [], []
-        for name, gradient in micro_batch.gradients.items():
-            vector = getattr(outputs, name)
+        for name, vector in outputs.named().items():
+            gradient = micro_batch.gradients[name]
             if vector.requires_grad:
                 vectors.append(vector)
                 gradients.append(torch.zeros_like(vector) if gradient is None else gradient)
@@ -156,7 +147,7 @@ class GradientCache:
 
     def _run(self, micro_batch: MicroBatch, inputs: EncoderInputs, graph: bool) -> Embeddings:
         """inputs: the micro-batch's, on the device."""
-        seed_torch(micro_batch.seed, inputs.token_ids.device)
+        seed_torch(micro_batch.seed, self.device)
         with torch.set_grad_enabled(graph), self.kept_graphs.measuring() if graph else nullcontext():
             return self.encoder(inputs, per_modality=micro_batch.per_modality)
 
@@ -166,10 +157,9 @@ class GradientCache:
         for name, rows in batch.views.items():
             parts = [micro_batch.leaves for micro_batch in self.micro_batches if micro_batch.batch == number and micro_batch.view == name]
             order = to_device(rows.order, device)
-            vectors = {vector: torch.cat([leaves[vector] for leaves in parts])[order] for vector in VECTORS if vector in parts[0]}
-            views[name] = EncodedView(
-                valid=to_device(rows.valid, device), ids=to_device(rows.ids, device), group=rows.group, host_valid=rows.valid, host_ids=rows.ids, **vectors
-            )
+            vectors = {vector: torch.cat([leaves[vector] for leaves in parts])[order] for vector in parts[0]}
+            fused, valid, ids = vectors.pop(FUSED), to_device(rows.valid, device), to_device(rows.ids, device)
+            views[name] = EncodedView(fused, valid, ids, rows.group, vectors, host_valid=rows.valid, host_ids=rows.ids)
         return EncodedStep(
             dataset=batch.dataset,
             views=views,

@@ -60,9 +60,8 @@ def _not_finite(batch: StepBatch, encoded: EncodedStep) -> list[str]:
     rows = len(batch.record_ids)
     bad = torch.zeros(rows, dtype=torch.bool, device=next(iter(encoded.views.values())).fused.device)
     for view in encoded.views.values():
-        for vectors in (view.fused, view.vision, view.text):
-            if vectors is not None:
-                # Padding may hold anything.
-                row_bad = ~vectors.detach().isfinite().all(1) & view.valid
-                bad |= row_bad.view(rows, view.group).any(1)
+        for vectors in (view.fused, *view.by_modality.values()):
+            # Padding may hold anything.
+            row_bad = ~vectors.detach().isfinite().all(1) & view.valid
+            bad |= row_bad.view(rows, view.group).any(1)
     return [record for record, is_bad in zip(batch.record_ids, bad.tolist(), strict=True) if is_bad]

@@ -13,11 +13,13 @@ from torch import nn
 from sailplan.checkpoint.store import latest, load_model_only
 from sailplan.config.schema import Config
 from sailplan.curriculum.stages import check_stage
-from sailplan.data.datasets import check_records, check_tokenizer
+from sailplan.data.datasets import check_prompts, check_records
+from sailplan.data.processor import processor_of
 from sailplan.data.reader import RecordReader
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate.sides import check_queries
 from sailplan.model.build import build_encoder
+from sailplan.model.component import EncoderComponent
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
 from sailplan.runtime.process import Parallel
@@ -52,7 +54,9 @@ def check_data(config: Config, readers: Mapping[str, RecordReader]) -> None:
     """Raises ConfigurationError for what a stage or an evaluation of the run would miss in the open data sets, before the first step."""
     for name in config.order:
         check_stage(name, config.stages[name], config)
-    check_tokenizer(config)
+    component: EncoderComponent = config.model.component()
+    component.check_processor(config, processor_of(config))
+    check_prompts(config)
     check_records(config, readers)
     check_queries(readers, config.evaluation.tasks)
 

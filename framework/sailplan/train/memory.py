@@ -12,13 +12,12 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
@@ -28,11 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from sailplan.config.schema import Config
 from sailplan.config.sharding import sharding_of
-from sailplan.data import audio
-from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.record import EncoderInputs
-from sailplan.model.count import build_on_meta
-from sailplan.model.parallelize import checkpoint_activations
+from sailplan.model.component import EncoderComponent
 from sailplan.step.kept_graphs import SavedBytes
 
 aten = torch.ops.aten
@@ -125,26 +121,6 @@ def _tensor_parallel_world(size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def largest_inputs(config: Config, modalities: Sequence[str], rows: int) -> EncoderInputs:
-    """One micro-batch of a view in which every row has all that the configuration lets it have, on the CPU, not packed."""
-    data, mask = config.data, torch.ones(rows, config.data.max_tokens, dtype=torch.bool)
-    inputs = EncoderInputs(tuple(modalities), torch.zeros(mask.shape, dtype=torch.int64), mask, mask)
-    if "vision" in modalities:
-        inputs.image_mask = torch.ones(rows, data.frames, dtype=torch.bool)
-        if data.image_patches is not None and data.image_patch is not None:
-            inputs.images = torch.zeros(rows, data.frames, data.image_patches, 3 * data.image_patch**2, dtype=torch.uint8)
-            inputs.image_sizes = torch.tensor([1, data.image_patches]).expand(rows, data.frames, 2).contiguous()
-        else:
-            inputs.images = torch.zeros(rows, data.frames, 3, data.image_size, data.image_size, dtype=torch.uint8)
-    if "audio" in modalities:
-        spectrogram = audio.SPECTROGRAMS[data.spectrogram]
-        chunks = audio.FUSED if spectrogram.whole else data.audio_chunks
-        frames = spectrogram.frames(data.audio_chunk_seconds, data.audio_rate)
-        inputs.audio = torch.zeros(rows, chunks, frames, data.mel_bins, dtype=torch.float16)
-        inputs.audio_mask = torch.ones(rows, chunks, dtype=torch.bool)
-    return inputs
-
-
 @dataclass(frozen=True)
 class _View:
     """Bytes of one micro-batch of a view."""
@@ -154,9 +130,9 @@ class _View:
     inputs: int
 
 
-def _view(encoder: nn.Module, layout: SequenceLayout, inputs: EncoderInputs) -> _View:
-    inputs = replace(inputs, packing=pack(inputs, layout)).to("meta")
-    held = [x for x in vars(inputs).values() if isinstance(x, Tensor)]
+def _view(encoder: nn.Module, inputs: EncoderInputs) -> _View:
+    inputs = inputs.to("meta")
+    held = inputs.tensors()
     for parameter in encoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     live, saved = LiveBytes(), SavedBytes(encoder)
@@ -183,13 +159,13 @@ def estimate_memory(config: Config, modalities: Sequence[tuple[str, ...]], *, wo
     width, compute_dtype = 8 if double else 4, getattr(torch, config.parallel.dtype)
     rows = min(config.step.micro_batch, rank_rows)
     with _tensor_parallel_world(tensor):
-        share = config.parallel.encoders == "share"
-        encoder = build_on_meta(config.model, dtype=compute_dtype, share_encoders=share).to("meta")  # tables made of numbers too
+        component: EncoderComponent = config.model.component()
+        encoder = component.skeleton(config.parallel, compute_dtype).to("meta")  # tables made of numbers too
         if config.parallel.activation_checkpointing == "full":
-            checkpoint_activations(encoder)
-        views = [_view(encoder, encoder.layout, largest_inputs(config, each, rows)) for each in _largest(modalities)]
+            encoder.checkpoint_activations()
+        views = [_view(encoder, component.largest(config, each, rows)) for each in _largest(modalities)]
         seen = sum(parameter.numel() for parameter in encoder.parameters())
-        layers = [sum(p.numel() for p in module.parameters()) for module in encoder.modules() if isinstance(module, TransformerLayer)]
+        layers = [sum(p.numel() for p in module.parameters()) for module in encoder.shard_units()]
     worst = max(views, key=lambda view: view.peak)
     number = config.step.kept_graphs
     kept = 1 if isinstance(number, str) else math.ceil(rank_rows / rows) if number < 0 else max(1, number)

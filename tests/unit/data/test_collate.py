@@ -15,7 +15,7 @@ from sailplan.data.datasets import open_datasets
 from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.plan import Plan
 from sailplan.data.reader import BadSample
-from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
+from sailplan.data.record import OmniInputs, StepBatch, ViewBatch
 from sailplan.data.teachers import TeacherTable
 from sailplan.data.testing import item_record, json_member, png, write_set
 from sailplan.errors import BadDataError, ConfigurationError
@@ -58,11 +58,11 @@ def test_rows_are_cut_by_length_and_put_back_in_order(make_config: Make) -> None
     costs = []
     for inputs in batch.views["full"].micro_batches:
         assert inputs.image_mask is not None and inputs.audio_mask is not None
-        own = inputs.token_mask.sum(1) - len(maker.decoder.tokenizer.prompt(""))
+        own = inputs.token_mask.sum(1) - len(maker.processor.tokenizer.prompt(""))
         counts = zip(own.tolist(), inputs.image_mask.sum(1).tolist(), inputs.audio_mask.sum(1).tolist(), strict=True)
-        costs += [maker.costs.counted(*row, maker.readers["things"].config.views["full"]) for row in counts]
+        costs += [maker.processor.counted(*row, maker.readers["things"].config.views["full"]) for row in counts]
     assert costs == sorted(costs) and len(set(costs)) > 3
-    decoder, reader = maker.decoder, maker.readers["things"]
+    decoder, reader = maker.processor, maker.readers["things"]
     for place, (record_id, shown) in enumerate(zip(batch.record_ids, in_step_order(batch.views["image"]), strict=True)):
         item = reader.read(int(reader.find(record_id) or 0)).item
         assert item is not None
@@ -151,7 +151,7 @@ def test_hard_negatives_and_teachers_join_their_rows(make_config: Make, tmp_path
     batch = one(maker.batches(1))
     negatives = batch.views["negatives/image_title"]
     assert negatives.group == 3 and negatives.valid.view(16, 3).tolist() == [[True, True, False]] * 16
-    tokenizer, prompt = maker.decoder.tokenizer, maker.decoder.tokenizer.prompt("Find the:")
+    tokenizer, prompt = maker.processor.tokenizer, maker.processor.tokenizer.prompt("Find the:")
     for row, record_id in enumerate(batch.record_ids):
         number = int(record_id.split("/")[1])
         for place in range(2):
@@ -199,7 +199,7 @@ def test_more_ranks_than_the_lanes_allow_are_refused(make_config: Make) -> None:
 
 
 def test_inputs_move_as_a_whole(make_config: Make) -> None:
-    inputs: EncoderInputs = one(collator(make_config(), {"things": 1.0}).batches(0)).views["full"].micro_batches[0]
+    inputs: OmniInputs = one(collator(make_config(), {"things": 1.0}).batches(0)).views["full"].micro_batches[0]
     assert inputs.to("meta").images.device.type == "meta" and inputs.to("cpu").rows == 5  # type: ignore[union-attr]
 
 

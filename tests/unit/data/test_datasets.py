@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sailplan.config.schema import Config, StageConfig, ViewConfig
-from sailplan.data.datasets import check_records, check_tokenizer, open_datasets, validate
+from sailplan.data.datasets import check_prompts, check_records, open_datasets, validate
 from sailplan.data.testing import item_record, json_member, png, write_set
 from sailplan.errors import ConfigurationError
 
@@ -77,7 +77,7 @@ def test_a_data_set_without_a_record_to_train_on_is_told(make_config: Make, tmp_
 def test_a_prompt_that_leaves_no_room_is_told_before_the_run(make_config: Make) -> None:
     config = make_config(max_tokens=4)
     with pytest.raises(ConfigurationError, match=r"data\.max_tokens=4: the prompt"):
-        check_tokenizer(config)
+        check_prompts(config)
 
 
 def test_each_shard_that_is_opened_counts_as_progress(make_config: Make) -> None:

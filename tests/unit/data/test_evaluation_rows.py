@@ -57,7 +57,7 @@ def test_held_out_entries_give_one_row_each(make_config: Make) -> None:
     rows = EvaluationRows(reader, view, [1, 2, 3, 17], config, text_from="held_out_tags")
     assert rows.positions.tolist() == [1, 3, 17] and len(rows) == 3
     inputs, _ = rows.inputs(np.arange(3))
-    expected = rows.decoder.tokenizer.texts([reader.body(int(position))["held_out_tags"]["en"][0] for position in rows.positions])
+    expected = rows.processor.tokenizer.texts([reader.body(int(position))["held_out_tags"]["en"][0] for position in rows.positions])
     assert [row[mask].tolist() for row, mask in zip(inputs.token_ids, inputs.token_mask, strict=True)] == expected
     histories = open_datasets(config)["histories"]
     with pytest.raises(ConfigurationError, match="query_text"):

@@ -14,10 +14,10 @@ from sailplan.data.datasets import open_datasets
 from sailplan.data.index import ShardIndex, id_hash
 from sailplan.data.lengths import PICTURES, ROLES, SOUND, LengthIndex
 from sailplan.data.plan import Plan
+from sailplan.data.processor import processor_of
 from sailplan.data.shares import StepShares
 from sailplan.data.testing import item_body, item_record, json_member, write_set
 from sailplan.data.text import Tokenizer
-from sailplan.data.views import shared_decoder
 from sailplan.errors import BadDataError
 
 Make = Callable[..., Config]
@@ -32,7 +32,7 @@ def things(make_config: Make, folder: Path, records: int = 40) -> Config:
 
 def test_entries_count_tokens_by_field_and_language(make_config: Make) -> None:
     readers = open_datasets(make_config())
-    reader, tokenizer = readers["things"], shared_decoder(make_config().data).tokenizer
+    reader, tokenizer = readers["things"], processor_of(make_config()).tokenizer
     index = reader.lengths
     assert index is not None
     positions = np.array([40, 3, 4, 3])
@@ -130,10 +130,10 @@ def test_dealing_opens_the_tables_that_the_step_reads_and_no_others(make_config:
     config.global_batch, config.data.lanes, config.data.segment, config.data.window = 512, 64, 16, 64
     (reader,) = open_datasets(config).values()
     index = Synthetic(reader.index.shards[0], 100_000)
-    reader.index, reader.lengths = index, LengthIndex(index, shared_decoder(config.data).tokenizer, reader.outlines)
+    reader.index, reader.lengths = index, LengthIndex(index, processor_of(config).tokenizer, reader.outlines)
     stage = StageConfig(steps=50)
     plan = Plan(config, "first", stage, {"things": 1.0}, {"things": reader})
-    shares = StepShares(config, stage, plan, {"things": reader}, RowCosts(config, shared_decoder(config.data).tokenizer), 64)
+    shares = StepShares(config, stage, plan, {"things": reader}, RowCosts(config, processor_of(config)), 64)
     opened = []
     for step in range(8):
         before = reader.lengths.opened

@@ -54,7 +54,7 @@ def test_pictures_and_sounds_reach_the_device_as_they_were_decoded(shards: Path)
     for seed, strength, table in ((None, 0.5, None), (1, 0.0, None), (1, 0.5, (3, 10))):
         items = [Item(id="a", **media), Item(id="b"), Item(id="c", images=(png(3, 32),))]
         rows = [decoder.row(item, view, DatasetConfig(image_augmentation=strength), seed) for item in items]
-        inputs = decoder.inputs(rows, [[]] * 3, view)
+        inputs = decoder.batch(rows, [[]] * 3, view)
         assert inputs.images is not None and inputs.audio is not None
         assert (inputs.images.dtype, inputs.audio.dtype) == (torch.uint8, torch.float16)
         assert inputs.images[0, 0].nbytes == 3 * 224 * 224 == 150_528
@@ -131,7 +131,7 @@ def test_claps_spectrogram_reaches_the_model_repeated_and_padded_as_transformers
     soundfile.write(file, samples, 48000, format="WAV", subtype="FLOAT")
     view = ViewConfig(modalities=["audio"])
     row = decoder.row(Item(id="one", audio=file.getvalue()), view, DatasetConfig())
-    inputs = decoder.inputs([row, row], decoder.tokens([row, row], view), view)
+    inputs = decoder.batch([row, row], decoder.tokens([row, row], view), view)
     assert inputs.audio is not None and inputs.audio.shape == (2, 1, 101, 64)
     torch.testing.assert_close(inputs.audio[0].float(), clap_features(samples[None]), rtol=0, atol=0.04)  # kept in float16
 
@@ -153,7 +153,7 @@ def test_claps_fusion_reaches_the_model_as_transformers_makes_it(shards: Path, s
     soundfile.write(file, samples, 48000, format="WAV", subtype="FLOAT")
     view, item = ViewConfig(modalities=["audio"]), Item(id="one", audio=file.getvalue())
     rows = [decoder.row(item, view, DatasetConfig(), seed) for seed in (None, 1, 1, 2, 3)]
-    inputs = decoder.inputs([*rows, decoder.row(None, view, DatasetConfig())], [[]] * 6, view)
+    inputs = decoder.batch([*rows, decoder.row(None, view, DatasetConfig())], [[]] * 6, view)
     wanted, longer = fusion_features(samples)
     assert inputs.audio is not None and inputs.audio_mask is not None and inputs.audio.shape == (6, 4, 101, 64)
     assert inputs.audio_mask.tolist() == [[True, longer, longer, longer]] * 5 + [[False] * 4]

@@ -14,7 +14,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 from sailplan.config.schema import DataConfig, DatasetConfig, ViewConfig
 from sailplan.data import image
-from sailplan.data.record import EncoderInputs, Item
+from sailplan.data.record import Item, OmniInputs
 from sailplan.data.views import ViewDecoder
 from sailplan.model.pixels import normalise
 
@@ -45,13 +45,13 @@ def encoded(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def front_end(shards: Path, **options: Any) -> tuple[EncoderInputs, ViewDecoder, ViewConfig]:
+def front_end(shards: Path, **options: Any) -> tuple[OmniInputs, ViewDecoder, ViewConfig]:
     decoder = ViewDecoder(DataConfig(tokenizer=str(shards / "tokenizer.json"), image_patches=64, image_patch=8, frames=2, **options))
     view = ViewConfig(modalities=["vision"])
     one, two, three, four = (encoded(picture) for picture in pictures())
     items = [Item(id="a", images=(one, two)), Item(id="b", images=(three,)), Item(id="c"), Item(id="d", images=(four,))]
     rows = [decoder.row(item, view, DatasetConfig()) for item in items]
-    return decoder.inputs(rows, decoder.tokens(rows, view), view), decoder, view
+    return decoder.batch(rows, decoder.tokens(rows, view), view), decoder, view
 
 
 def test_the_front_end_is_that_of_transformers(shards: Path) -> None:
@@ -73,7 +73,7 @@ def test_augmentation_is_the_rows_own(shards: Path) -> None:
     plain, decoder, view = front_end(shards)
     picture = encoded(pictures()[3])
     rows = [decoder.row(Item(id="d", images=(picture,)), view, DatasetConfig(image_augmentation=0.8), seed=seed) for seed in (1, 1, 2)]
-    changed = decoder.inputs(rows, decoder.tokens(rows, view), view)
+    changed = decoder.batch(rows, decoder.tokens(rows, view), view)
     pixels = normalise(changed.images, changed.image_augmentation, changed.image_sizes)
     assert torch.equal(pixels[0], pixels[1]) and not torch.equal(pixels[0], pixels[2]) and pixels.abs().max() <= 1
     assert torch.equal(changed.image_sizes[:, 0], plain.image_sizes[3, :1].expand(3, -1))

@@ -17,7 +17,7 @@ from sailplan.data.evaluation import EvaluationRows
 from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.order import keyed, keyed_integer
 from sailplan.data.plan import Plan
-from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
+from sailplan.data.record import OmniInputs, StepBatch, ViewBatch
 from sailplan.data.testing import json_member, write_set
 
 Make = Callable[..., Config]
@@ -36,11 +36,11 @@ def counted(maker: Collator, dataset: str, key: str, view: ViewBatch) -> np.ndar
     return np.array(costs)[view.order.numpy()]
 
 
-def of_inputs(maker: Collator, inputs: EncoderInputs, view: ViewConfig) -> list[int]:
+def of_inputs(maker: Collator, inputs: OmniInputs, view: ViewConfig) -> list[int]:
     none = torch.zeros(inputs.rows, 1)
-    tokens = inputs.token_mask.sum(1) - len(maker.decoder.tokenizer.prompt(view.prompt))
+    tokens = inputs.token_mask.sum(1) - len(maker.processor.tokenizer.prompt(view.prompt))
     media = [(mask if mask is not None else none).sum(1).long() for mask in (inputs.image_mask, inputs.audio_mask)]
-    return [maker.costs.counted(*map(int, row), view) for row in zip(tokens, *media, strict=True)]
+    return [maker.processor.counted(*map(int, row), view) for row in zip(tokens, *media, strict=True)]
 
 
 def foreseen(maker: Collator, step: int) -> list[dict[str, np.ndarray]]:

@@ -38,8 +38,8 @@ def everything(rank: int, world_size: int, config: Config, tensor: int) -> dict[
     positions = np.arange(len(readers["things"]))
     image = embed_view(encoder, readers["things"], "item", positions, parallel=parallel, config=config, per_modality=True)
     few = embed_view(encoder, readers["things"], "image", positions[:1], parallel=parallel, config=config)  # fewer rows than ranks
-    assert image.vision is not None and image.text is not None
-    return {"tasks": found.tasks, "examples": found.examples, "vectors": [image.fused, image.vision, image.text, few.fused], "training": encoder.training}
+    vectors = [image.fused, *image.by_modality.values(), few.fused]
+    return {"tasks": found.tasks, "examples": found.examples, "vectors": vectors, "training": encoder.training}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_impossible_tasks_are_named(config: Config) -> None:
         return run_ranks(attempt, 1, task)[0]
 
     assert "evaluation.tasks.mine.kind=guess" in message(EvaluationTask("things", kind="guess"))
-    assert "found accuracy" in message(EvaluationTask("things", query="image", target="name", metrics=["accuracy"]))
+    assert "metrics.0=accuracy" in message(EvaluationTask("things", query="image", target="name", metrics=["accuracy"]))
     assert "train, held_out" in message(EvaluationTask("things", query="image", target="name", split="tomorrow")).replace("held_out, train", "train, held_out")
     assert "expected sequences" in message(EvaluationTask("things", kind="sequence", query="image", target="name"))
     assert "no record of 'things' has this key" in message(EvaluationTask("things", kind="clustering", query="item", label="nothing"))

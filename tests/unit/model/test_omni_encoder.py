@@ -41,11 +41,9 @@ def encode(encoder, inputs):
 
 
 def assert_equal(left, right, atol=1e-12):
-    for name in ("fused", "vision", "text"):
-        a, b = getattr(left, name), getattr(right, name)
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=0, atol=atol)
+    assert left.named().keys() == right.named().keys()
+    for name, vector in left.named().items():
+        torch.testing.assert_close(vector, right.named()[name], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("modalities", [("text",), ("vision",), ("audio", "text"), EVERYTHING])
@@ -55,7 +53,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_padding(encoder, modalities)
     for row in range(6):
         alone = encode(encoder, rows_of(inputs, row, row + 1))
         for name in ("fused", "text"):
-            torch.testing.assert_close(getattr(alone, name)[0], getattr(together, name)[row], rtol=0, atol=1e-12)
+            torch.testing.assert_close(alone.named()[name][0], together.named()[name][row], rtol=0, atol=1e-12)
     wider = dataclasses.replace(
         inputs,
         token_ids=torch.nn.functional.pad(inputs.token_ids, (0, 3), value=7),
@@ -94,9 +92,9 @@ def test_a_row_with_nothing_present_is_zero_with_finite_gradients(encoder):
     for name in ("token_mask", "text_mask", "image_mask", "audio_mask"):
         getattr(inputs, name)[1] = False
     out = encoder(inputs, per_modality=True)
-    for vector in (out.fused, out.vision, out.text):
+    for vector in (out.fused, out.by_modality["vision"], out.by_modality["text"]):
         assert (vector[1] == 0).all()
-    (out.fused.sum() + out.vision.sum() + out.text.sum()).backward()
+    (out.fused.sum() + out.by_modality["vision"].sum() + out.by_modality["text"].sum()).backward()
     assert all(torch.isfinite(p.grad).all() for p in encoder.parameters())
     encoder.zero_grad()
 
@@ -105,7 +103,7 @@ def test_a_row_with_nothing_present_is_zero_with_finite_gradients(encoder):
 @pytest.mark.parametrize("modalities", [("text",), EVERYTHING])
 def test_an_empty_micro_batch_gives_empty_vectors_and_zero_gradients(encoder, modalities, tokens):
     out = encoder(rows_of(random_inputs(modalities, 2, 0, tokens=tokens), 0, 0), per_modality=True)
-    assert out.fused.shape == (0, 16) and (out.vision is None) == ("vision" not in modalities)
+    assert out.fused.shape == (0, 16) and ("vision" in out.by_modality) == ("vision" in modalities)
     out.fused.sum().backward()
     gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
     assert gradients and all((gradient == 0).all() for gradient in gradients)
@@ -133,9 +131,10 @@ def test_per_modality_vectors_are_means_over_their_own_positions(encoder):
     weights = torch.stack([rows * 3.0, (inputs.token_mask & ~inputs.text_mask).sum(1), inputs.text_mask.sum(1)], 1)
     without_prompt = inputs.token_mask.equal(inputs.text_mask)
     assert not without_prompt
-    prompt = (out.fused * weights.sum(1, keepdim=True) - out.vision * weights[:, :1] - out.text * weights[:, 2:]) / weights[:, 1:2].clamp(min=1)
+    own = out.by_modality["vision"] * weights[:, :1] + out.by_modality["text"] * weights[:, 2:]
+    prompt = (out.fused * weights.sum(1, keepdim=True) - own) / weights[:, 1:2].clamp(min=1)
     assert prompt.abs().max() < 1 and (prompt[weights[:, 1] == 0].abs() < 1e-12).all()
-    assert encode(encoder, random_inputs(("text",), 2, 0)).vision is None
+    assert encode(encoder, random_inputs(("text",), 2, 0)).by_modality.get("vision") is None
 
 
 def test_dropout_is_a_function_of_the_seed_and_off_in_evaluation():
@@ -167,7 +166,7 @@ def test_vectors_are_float32_in_narrow_models(dtype):
     encoder = OmniEncoder(small_config(), dtype=dtype, seed=1)
     exact = OmniEncoder(small_config(), dtype=torch.float64, seed=1)
     out = encode(encoder, random_inputs(EVERYTHING, 3, 0, dtype=torch.float32))
-    assert out.fused.dtype == out.vision.dtype == out.text.dtype == torch.float32
+    assert out.fused.dtype == out.by_modality["vision"].dtype == out.by_modality["text"].dtype == torch.float32
     error = (out.fused - encode(exact, random_inputs(EVERYTHING, 3, 0)).fused).norm() / out.fused.norm()
     assert error < (1e-5 if dtype == torch.float32 else 0.03)
 

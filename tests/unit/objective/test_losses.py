@@ -61,7 +61,7 @@ def view(seed: int, group: int = 1, **changes: Any) -> EncodedView:
 
     rows = ROWS * group
     given = {"valid": torch.ones(rows, dtype=torch.bool), "ids": torch.arange(rows) + 100 * seed, "group": group} | changes
-    return EncodedView(fused=vectors(), vision=vectors(), text=vectors(), **given)
+    return EncodedView(fused=vectors(), by_modality={"vision": vectors(), "text": vectors()}, **given)
 
 
 def step(dataset: str, views: dict[str, EncodedView], **changes: Any) -> EncodedStep:
@@ -170,30 +170,31 @@ def test_cosent_leaves_out_rows_without_a_score_or_a_side() -> None:
 
 def test_micl_weighs_the_modalities_that_both_sides_have() -> None:
     views = {"image": view(1), "name": view(2), "item": view(3), "query": view(4)}
-    views["query"].vision[1] = 0.0  # the encoder's answer where there is no picture
+    views["query"].by_modality["vision"][1] = 0.0  # the encoder's answer where there is no picture
     objective = MICL(embedding=D, datasets=DATASETS)
     everyone = torch.ones(ROWS).bool()
     names = step("items", views)
-    expected = 0.5 * 0.9 * naive_infonce(views["name"].text, views["item"].text, everyone)
+    expected = 0.5 * 0.9 * naive_infonce(views["name"].by_modality["text"], views["item"].by_modality["text"], everyone)
     torch.testing.assert_close(objective(names, context()).loss, expected)
     seen = torch.tensor([True, False, True, True, True, True])
     losses = []
     for i in range(ROWS):
         if seen[i]:
-            scores = torch.stack([cosine_similarity(views["query"].vision[i], views["item"].vision[j], dim=0) for j in range(ROWS)])
+            query, item = (views[side].by_modality["vision"] for side in ("query", "item"))
+            scores = torch.stack([cosine_similarity(query[i], item[j], dim=0) for j in range(ROWS)])
             losses.append(-(scores / 0.1).log_softmax(0)[i])
-    expected = 0.1 * torch.stack(losses).mean() + 0.9 * naive_infonce(views["query"].text, views["item"].text, everyone)
+    expected = 0.1 * torch.stack(losses).mean() + 0.9 * naive_infonce(views["query"].by_modality["text"], views["item"].by_modality["text"], everyone)
     torch.testing.assert_close(objective(step("pairs", views), context()).loss, expected)
     assert objective.applies(ITEMS) and objective.applies(PAIRS) and not objective.applies(SEQUENCES)
 
 
 def test_late_fusion_gates_the_picture_into_the_fused_vector() -> None:
     views = {"image": view(1), "name": view(2), "item": view(3)}
-    views["item"].vision[2] = 0.0
+    views["item"].by_modality["vision"][2] = 0.0
     objective = LateFusion(embedding=D, datasets=DATASETS).double()
     item = views["item"]
-    gate = torch.sigmoid(torch.cat([item.vision, item.fused], 1) @ objective.gate.weight.T + objective.gate.bias)
-    mixed = gate * item.vision + (1 - gate) * item.fused
+    gate = torch.sigmoid(torch.cat([item.by_modality["vision"], item.fused], 1) @ objective.gate.weight.T + objective.gate.bias)
+    mixed = gate * item.by_modality["vision"] + (1 - gate) * item.fused
     mixed = torch.stack([item.fused[i] if i == 2 else mixed[i] for i in range(ROWS)])
     expected = 0.5 * naive_infonce(views["name"].fused, mixed, torch.ones(ROWS).bool())
     torch.testing.assert_close(objective(step("items", views), context()).loss, expected)

@@ -86,7 +86,7 @@ def _losses(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, only: str) -> t
         for name, view in batch.views.items():
             mine = {kind: torch.randn(len(view.ids), config.model.embedding, generator=generator).requires_grad_() for kind in ("fused", "vision", "text")}
             leaves |= {f"{batch.dataset}/{name}/{kind}": leaf for kind, leaf in mine.items()}
-            views[name] = EncodedView(valid=view.valid, ids=view.ids, group=view.group, **mine)
+            views[name] = EncodedView(valid=view.valid, ids=view.ids, group=view.group, fused=mine.pop("fused"), by_modality=mine)
         if objective.applies(config.data.sets[batch.dataset]):
             total = total + objective(EncodedStep(batch.dataset, views, batch.patterns, batch.scores, batch.teachers), place).loss
     total.backward()

@@ -18,7 +18,7 @@ from sailplan.model.tower import OmniEncoder
 from sailplan.runtime.environment import node_count
 from sailplan.step.gradient_cache import GradientCache
 from sailplan.step.kept_graphs import KeptGraphs
-from sailplan.train.memory import LiveBytes, estimate_memory, largest_inputs
+from sailplan.train.memory import LiveBytes, estimate_memory
 from sailplan_kernels.testing import run_ranks
 
 MICRO_BATCH, MICRO_BATCHES = 4, 3
@@ -29,7 +29,7 @@ def middle() -> ModelConfig:
         return TransformerShape(layers, 192, 4, None, 512)
 
     vision = VisionConfig(8, "convolutional", 32, shape(1), shape(2), 8)
-    return ModelConfig(8192, 192, [48, 96, 192], shape(3), vision, AudioConfig(shape(2)))
+    return ModelConfig(tower=shape(3), vision=vision, audio=AudioConfig(shape(2)))
 
 
 def published() -> ModelConfig:
@@ -65,7 +65,7 @@ def _measured(rank: int, world_size: int) -> list[tuple[int, int]]:
         if checkpointing == "full":
             checkpoint_activations(encoder)
         rows = MICRO_BATCH * MICRO_BATCHES
-        inputs = [largest_inputs(config, modalities, MICRO_BATCH) for _ in range(MICRO_BATCHES)]
+        inputs = [config.model.component().largest(config, modalities, MICRO_BATCH) for _ in range(MICRO_BATCHES)]
         view = ViewBatch(inputs, torch.arange(rows), torch.ones(rows, dtype=torch.bool), torch.arange(rows))
         batch = StepBatch(1, "items", [str(row) for row in range(rows)], {"item": view})
         for parameter in encoder.parameters():

@@ -1,0 +1,57 @@
+"""A published model as a component: opened by transformers, with LoRA by peft, saved in its own format."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sailplan.config.schema import Config, ParallelConfig
+from sailplan.data.processor import Processor
+from sailplan.model.component import EncoderComponent
+from sailplan.model.encoders.transformers.config import PeftConfig, TransformersConfig
+from sailplan.model.encoders.transformers.files import drawn_model, open_config, open_image_processor, open_tokenizer, published_model
+from sailplan.model.encoders.transformers.module import TransformersEncoder, merged
+from sailplan.model.encoders.transformers.processor import TransformersProcessor
+from sailplan.model.protocol import Encoder
+from sailplan.runtime.process import Parallel
+
+
+class Transformers(EncoderComponent):
+    """A model of transformers' AutoModel."""
+
+    model: TransformersConfig
+
+    def processor(self, config: Config) -> Processor:
+        return TransformersProcessor(self.model, config)
+
+    def module(self, dtype: torch.dtype) -> TransformersEncoder:
+        return TransformersEncoder(self.model, drawn_model(self.model), dtype=dtype)
+
+    def build(self, parallel_config: ParallelConfig, parallel: Parallel, seed: int) -> Encoder:
+        """As `EncoderComponent.build`; every rank reads the published weights whole before they are cut."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = published_model(self.model) if self.model.weights == "published" else drawn_model(self.model)
+            dtype = torch.float64 if parallel_config.dtype == "float64" else torch.float32
+            return TransformersEncoder(self.model, model, dtype=dtype).train()
+
+    def check_files(self) -> None:
+        self.skeleton(ParallelConfig())
+
+    def exported(self, weights: dict[str, Tensor]) -> tuple[TransformersConfig, dict[str, Tensor]]:
+        settings = replace(self.model, weights="drawn", revision=None, lora=PeftConfig())
+        return settings, merged(weights, self.model.lora) if self.model.lora.rank else dict(weights)
+
+    def write_files(self, config: Config, weights: dict[str, Tensor], out: Path) -> None:
+        open_config(self.model).save_pretrained(out)
+        if "text" in self.model.modalities:
+            open_tokenizer(self.model).save_pretrained(out)
+        if "vision" in self.model.modalities:
+            open_image_processor(self.model).save_pretrained(out)
+
+    def placed(self, folder: Path) -> Any:
+        return replace(self.model, source=str(folder), options={})

@@ -1,0 +1,121 @@
+"""A published model's files: its configuration, its weights and its tokenizer, opened by transformers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import nn
+
+from sailplan.errors import ConfigurationError
+from sailplan.model.encoders.transformers.config import TransformersConfig
+
+T = TypeVar("T")
+logger = logging.getLogger("sailplan.model")
+AUTO = "auto"
+MOST_MISSING = 0.1  # of a model's parameters: a head that the files lack may be drawn, a model may not
+
+transformers.utils.logging.disable_progress_bar()
+
+
+def open_config(settings: TransformersConfig) -> Any:
+    """Return the model's configuration with `options` applied. Raises ConfigurationError naming model.source."""
+    config = _opened(settings, "config.json", lambda: transformers.AutoConfig.from_pretrained(settings.source, revision=settings.revision))
+    _change(config, settings.options, "model.options")
+    return config
+
+
+def open_tokenizer(settings: TransformersConfig) -> Any:
+    """Return the model's tokenizer."""
+    return _opened(settings, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(settings.source, revision=settings.revision))
+
+
+def open_image_processor(settings: TransformersConfig) -> Any:
+    """Return the model's picture processor: the one of its files that works with Pillow, so that pixels are the same everywhere."""
+
+    def read() -> Any:
+        name = settings.image_processor
+        if name is None:
+            values, _ = transformers.BaseImageProcessor.get_image_processor_dict(settings.source, revision=settings.revision)
+            name = str(values["image_processor_type"]).removesuffix("Fast").removesuffix("Pil") + "Pil"
+        return getattr(transformers, name).from_pretrained(settings.source, revision=settings.revision)
+
+    return _opened(settings, "picture processor (model.image_processor)", read)
+
+
+def drawn_model(settings: TransformersConfig) -> Any:
+    """Return the model with drawn weights in float32, or on the meta device."""
+    config, attention = open_config(settings), _attention(settings)
+    return _encoder_alone(
+        _opened(settings, "model", lambda: transformers.AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32))
+    )
+
+
+def published_model(settings: TransformersConfig) -> Any:
+    """Return the model with its weights in float32.
+
+    Raises ConfigurationError where the files have not what most of the model needs.
+    """
+    model, found = _opened(
+        settings,
+        "weights",
+        lambda: transformers.AutoModel.from_pretrained(
+            settings.source,
+            revision=settings.revision,
+            config=open_config(settings),
+            attn_implementation=_attention(settings),
+            dtype=torch.float32,
+            output_loading_info=True,
+        ),
+    )
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    missing = sorted(set(found["missing_keys"]) & sizes.keys())
+    if sum(sizes[name] for name in missing) > MOST_MISSING * sum(sizes.values()):
+        raise ConfigurationError(
+            f"model.source={settings.source}: its weights lack {len(missing)} of {len(sizes)} tensors, such as {missing[0]}; "
+            "expected those of its config.json"
+        )
+    if missing:
+        logger.warning("%s: the files lack %s, which start from the seed", settings.source, ", ".join(missing))
+    return _encoder_alone(model)
+
+
+def _attention(settings: TransformersConfig) -> str | None:
+    return None if settings.attention == AUTO else settings.attention
+
+
+def _encoder_alone(model: Any) -> nn.Module:
+    """Return the encoder of an encoder-decoder, else the model; scalars become buffers, as FSDP2 shards none (the temperature is the objective's)."""
+    if getattr(model.config, "is_encoder_decoder", False) and not hasattr(model, "get_text_features"):
+        model = model.get_encoder()
+    for name, parameter in list(model.named_parameters()):
+        if parameter.ndim == 0:
+            owner, _, own = name.rpartition(".")
+            module = model.get_submodule(owner)
+            delattr(module, own)
+            module.register_buffer(own, parameter.detach())
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model  # type: ignore[no-any-return]
+
+
+def _change(config: Any, options: dict[str, Any], path: str) -> None:
+    for name, value in options.items():
+        inner = getattr(config, name, None)
+        if isinstance(value, dict) and isinstance(inner, transformers.PreTrainedConfig):
+            _change(inner, value, f"{path}.{name}")
+        else:
+            setattr(config, name, value)
+
+
+def _opened(settings: TransformersConfig, what: str, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        at = settings.source if Path(settings.source).is_dir() else f"{settings.source} (no such folder here, so an id of the hub)"
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigurationError(f"model.source={at}: its {what} cannot be opened ({reason}); expected a folder that transformers' AutoModel opens") from error

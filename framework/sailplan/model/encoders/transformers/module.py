@@ -1,0 +1,167 @@
+"""A published model as an encoder: its hidden states pooled, or its towers' own features.
+
+Shape legend: b rows, t tokens, h the model's size, D the vector's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from sailplan.data.record import NamedInputs
+from sailplan.errors import ConfigurationError
+from sailplan.model.encoders.transformers.config import PeftConfig, TransformersConfig
+from sailplan.model.encoders.transformers.pooling import POOLINGS
+from sailplan.model.encoders.transformers.processor import PRESENT
+from sailplan.model.protocol import Embeddings, Encoder, reach_backward
+
+LORA = "lora_"  # in the names of peft's factors
+FEATURES = {"text": "get_text_features", "vision": "get_image_features", "audio": "get_audio_features"}  # of models with a tower for each
+TOWERS = {"text": "text_", "vision": "vis", "audio": "audio_"}  # what the names of such towers' parts begin with
+
+
+class TransformersEncoder(Encoder):
+    """The model of one source; vectors are float32 (float64 in a float64 model), not normalised.
+
+    dtype: of the parameters.
+    """
+
+    def __init__(self, settings: TransformersConfig, model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.settings, self.dtype = settings, dtype
+        self.modalities, self.dimension = tuple(settings.modalities), settings.embedding
+        self.model = model
+        size = vector_size(model)
+        self.projection = nn.Linear(size, settings.embedding, bias=False) if settings.projection else None
+        if self.projection is None and size != settings.embedding:
+            raise ConfigurationError(f"model.embedding is {settings.embedding}: expected {size}, the size of {settings.source}; or set model.projection=true")
+        if settings.lora.rank:
+            add_lora(model, settings.lora)
+        self.to(dtype)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        found: dict[str, list[nn.Parameter]] = {name: [] for name in self.settings.part_names()}
+        for name, parameter in self.named_parameters():
+            part = self._part(name)
+            if part in found:
+                found[part].append(parameter)
+        return found
+
+    def _part(self, name: str) -> str:
+        if LORA in name:
+            return "lora"
+        if name.startswith("projection."):
+            return "projection"
+        towers = [modality for modality, begins in TOWERS.items() if name.removeprefix("model.").startswith(begins)]
+        return towers[0] if towers and hasattr(self.model, FEATURES[towers[0]]) else self.modalities[0]
+
+    def used_parts(self, modalities: Iterable[str]) -> set[str]:
+        return {"projection", "lora", *modalities}
+
+    def checkpoint_activations(self) -> None:
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+    def forward(self, inputs: NamedInputs, *, per_modality: bool = False) -> Embeddings:
+        """Encode one micro-batch. One of 0 rows runs one row of padding, so that this rank meets the others in every collective.
+
+        A view of several modalities gets the mean of the unit vectors of those that a row has; a row without any gets zeros.
+        """
+        named = inputs.named
+        if not inputs.rows:
+            named = {name: tensor.new_ones(1, *tensor.shape[1:]) for name, tensor in named.items()}
+        encode = {"text": self._text, "vision": self._vision}
+        vectors = {modality: encode[modality](named) for modality in inputs.modalities}
+        fused = next(iter(vectors.values()))
+        if len(vectors) > 1:
+            present = torch.stack([(vector != 0).any(1) for vector in vectors.values()], 1).to(fused.dtype)
+            units = torch.stack([F.normalize(vector, dim=1) for vector in vectors.values()], 1)
+            fused = units.sum(1) / present.sum(1, keepdim=True).clamp(min=1)
+        found = Embeddings(reach_backward(fused), vectors if per_modality else {})
+        return found if inputs.rows else _pytree.tree_map(lambda vector: vector[:0], found)
+
+    def _text(self, named: dict[str, Tensor]) -> Tensor:
+        """Return [b, D]; zeros in rows that are said to have no text."""
+        given: dict[str, Tensor] = {name: named[name] for name in ("input_ids", "attention_mask") if name in named}
+        if hasattr(self.model, FEATURES["text"]):
+            pooled = self._features("text", given)
+        else:
+            mask = given.get("attention_mask", torch.ones_like(given["input_ids"]))
+            pooled = self._pooled(self.model(**given), mask)
+        vectors = self._read_out(pooled)
+        present = named.get(PRESENT["text"])
+        return vectors if present is None else vectors.masked_fill(~present[:, None], 0.0)
+
+    def _vision(self, named: dict[str, Tensor]) -> Tensor:
+        """Return [b, D]: the mean over a row's pictures [b, f, 3, height, width]; zeros where it has none."""
+        pixels, present = named["pixel_values"], named[PRESENT["vision"]]
+        rows, frames = pixels.shape[:2]
+        given = {"pixel_values": pixels.flatten(0, 1).to(self.compute_dtype or self.dtype)}
+        pooled = self._features("vision", given) if hasattr(self.model, FEATURES["vision"]) else self._pooled(self.model(**given), None)
+        vectors = self._read_out(pooled).unflatten(0, (rows, frames)).masked_fill(~present[..., None], 0.0)
+        return vectors.sum(1) / present.sum(1, keepdim=True).clamp(min=1)
+
+    def _features(self, modality: str, given: dict[str, Tensor]) -> Tensor:
+        found: Any = getattr(self.model, FEATURES[modality])(**given)
+        return getattr(found, "pooler_output", found)  # type: ignore[no-any-return]
+
+    def _pooled(self, output: Any, mask: Tensor | None) -> Tensor:
+        """Return [b, h] of a model's output; mask [b, t] of its tokens, None: all are there."""
+        if self.settings.pooling == "model":
+            pooled: Tensor | None = getattr(output, "pooler_output", None)
+            if pooled is None:
+                raise ConfigurationError(f"model.pooling=model: {self.settings.source} has no pooler; expected one of {', '.join(POOLINGS)}; choose one")
+            return pooled.flatten(1)
+        hidden: Tensor = output.last_hidden_state
+        if hidden.ndim == 4:  # a grid of features [b, h, down, across]
+            hidden = hidden.flatten(2).transpose(1, 2)
+        if mask is None:
+            mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        return POOLINGS[self.settings.pooling](hidden.to(_wide(hidden)), mask)
+
+    def _read_out(self, pooled: Tensor) -> Tensor:
+        if self.projection is not None:
+            pooled = self.projection(pooled.to(self.compute_dtype or pooled.dtype))
+        return pooled.to(_wide(pooled))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def vector_size(model: Any) -> int:
+    """Return h, the size of a model's vectors."""
+    config = model.config
+    found = getattr(config, "projection_dim", None) if hasattr(model, "get_text_features") else None
+    text = config.get_text_config()
+    return int(found or getattr(text, "projection_size", None) or text.hidden_size)
+
+
+def add_lora(model: nn.Module, lora: PeftConfig) -> None:
+    """Put peft's updates beside the targeted linear layers, in place."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigurationError(f"model.lora.rank={lora.rank}: expected peft for it, which is not installed; pip install peft") from error
+    targets: Any = "all-linear" if "all-linear" in lora.targets else list(lora.targets)
+    options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    settings = peft.LoraConfig(target_modules=targets, **options)
+    try:
+        peft.inject_adapter_in_model(settings, model)
+    except ValueError as error:
+        raise ConfigurationError(f"model.lora.targets={lora.targets}: {str(error).splitlines()[0]}") from error
+
+
+def merged(weights: dict[str, Tensor], lora: PeftConfig) -> dict[str, Tensor]:
+    """Return whole tensors with the updates added to their matrices, under the names of a model without LoRA."""
+    result = {name.replace(".base_layer.", "."): value for name, value in weights.items() if LORA not in name}
+    for name in weights:
+        if ".lora_A." in name:
+            base = name.split(".lora_A.")[0] + ".weight"
+            update = weights[name.replace(".lora_A.", ".lora_B.")].double() @ weights[name].double() * (lora.alpha / lora.rank)
+            result[base] = (result[base].double() + update).to(result[base].dtype)
+    return result
