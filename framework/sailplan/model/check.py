@@ -111,7 +111,6 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
     """
     vision, audio = config.vision, config.audio
     cut = 1 if share_encoders else tensor_parallel
-    validate(config, "model")
     _check_shape("model.tower", config.tower, tensor_parallel, rotary=True)
     _check_shape("model.vision.encoder", vision.encoder, cut, rotary=False)
     if vision.backbone == "qwen3_vl":
@@ -127,6 +126,7 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
         _fail("model.vocabulary", config.vocabulary, f"a multiple of parallel.tensor={tensor_parallel}", "round it up; unused entries cost little")
     if config.embedding != config.tower.hidden:
         _fail("model.embedding", config.embedding, f"model.tower.hidden={config.tower.hidden} (there is no output projection)", "make them equal")
+    validate(config, "model")
     _one_of("model.pooling", config.pooling, POOLINGS)
     _positive("model.pooling_latents", config.pooling_latents)
     _positive("model.pooling_heads", config.pooling_heads)
