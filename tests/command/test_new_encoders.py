@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
-import os
 import tarfile
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ import tokenizers
 import torch
 import transformers
 
-from sailplan.cli.main import main
+from sailplan.cli.testing import command
 from sailplan.export.weights import load_exported
 from sailplan.train.testing import metrics
 from sailplan_kernels.testing import run_ranks
@@ -135,31 +132,6 @@ class BagComponent(EncoderComponent):
     def module(self, dtype):
         return BagEncoder(self.model, dtype)
 '''
-
-
-def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """Return (exit code, stdout, stderr) of the command in a forked process."""
-    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
-
-    def forked() -> None:
-        import sys
-
-        os.chdir(folder)
-        sys.path.insert(0, str(folder))
-        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-            code = main(list(arguments))
-        sender.send((code, out.getvalue(), err.getvalue()))
-
-    child = multiprocessing.get_context("fork").Process(target=forked, daemon=True)
-    child.start()
-    sender.close()
-    try:
-        assert receiver.poll(120), f"{arguments} did not end within 120 s"
-        found: tuple[int, str, str] = receiver.recv()
-        return found
-    finally:
-        child.kill()
-        child.join()
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
-import os
 import shutil
 import tarfile
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from sailplan.checkpoint.store import is_complete
-from sailplan.cli.main import main
+from sailplan.cli.testing import command
 from sailplan.train.testing import metrics, run
 
 PACK = Path(__file__).resolve().parents[2] / "data" / "quickstart"
@@ -92,29 +89,6 @@ class Alignment(Objective):
         return ObjectiveOutput(total)
 ''',
 }
-
-
-def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of the command in a forked process: that of a user, without the seconds of its imports."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def forked() -> None:
-        os.chdir(folder)
-        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-            code = main(list(arguments))
-        sender.send((code, out.getvalue(), err.getvalue()))
-
-    child = context.Process(target=forked, daemon=True)
-    child.start()
-    sender.close()
-    try:
-        assert receiver.poll(120), f"{arguments} did not end within 120 s"
-        found: tuple[int, str, str] = receiver.recv()
-        return found
-    finally:
-        child.kill()
-        child.join()
 
 
 def picture(number: int) -> bytes:

@@ -25,6 +25,19 @@ from sailplan.parity.published import TINY, tiny_inputs, tiny_settings
 from sailplan_kernels.testing import run_ranks
 
 LIMIT = 1e-10
+STACK = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+MORE: dict[str, tuple[list[str], dict[str, Any]]] = {  # other shapes of models: own position codes, decoders, encoder-decoders, other towers
+    "modernbert": (["text"], STACK | {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}),
+    "qwen3": (["text"], STACK | {"num_key_value_heads": 2, "head_dim": 4, "is_causal": False}),
+    "t5": (["text"], {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}),
+    "siglip": (
+        ["text", "vision"],
+        {
+            "text_config": STACK | {"projection_size": 16, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1},
+            "vision_config": {**{key: STACK[key] for key in STACK if key != "vocab_size"}, "image_size": 8, "patch_size": 4},
+        },
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +58,13 @@ def references() -> dict[str, tuple[float, dict[str, Tensor]]]:
 )
 def test_corners_of_the_matrix(references: Any, kind: str, world: int, options: dict[str, Any]) -> None:
     for row in compare(world, 1, ((3, 1),), expected=references[kind], encoder=kind, **options):
+        assert row.error <= LIMIT, row
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_other_models_need_no_code(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setitem(TINY, kind, MORE[kind])
+    for row in compare(2, 1, ((3, 0),), encoder=kind):
         assert row.error <= LIMIT, row
 
 

@@ -131,10 +131,10 @@ def run(arguments: list[str]) -> int:
         from sailplan.cli import report_command
 
         return report_command.run(options)
-    from sailplan.cli.configuration import of_run
+    if not options.merge:
+        from sailplan.cli.configuration import of_run
 
-    if not getattr(options, "merge", False):
-        of_run(options)  # a wrong key answers before the imports
+        options.config, options.folder = of_run(options)
     from sailplan.cli import run_commands
 
     return int(getattr(run_commands, options.command)(options))

@@ -63,7 +63,7 @@ def _artifacts(folder: RunFolder, config: Config) -> dict[str, Path]:
 
 @contextmanager
 def _opened(options: argparse.Namespace) -> Iterator[_Run]:
-    config, folder = of_run(options)
+    config, folder = options.config, options.folder
     checkpoint = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(folder)
     if is_exported(checkpoint):
         config = replace(config, model=exported_model(checkpoint))
@@ -169,7 +169,7 @@ def export(options: argparse.Namespace) -> int:
         raise ConfigurationError(
             "export: found several checkpoints, --last or --weights, expected one checkpoint; for an average write: sailplan export merge"
         )
-    config, folder = of_run(options)
+    config, folder = options.config, options.folder
     checkpoint = Path(options.checkpoint[0]) if options.checkpoint else newest_checkpoint(folder)
     print(export_weights(checkpoint, Path(options.out) if options.out else folder.root / "export", config=config), flush=True)
     return EXIT_DONE

@@ -8,12 +8,12 @@ settings; anything with a dot is the path of such a dataclass elsewhere, below `
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sailplan.config.targets import class_at
 from sailplan.errors import ConfigurationError
 from sailplan.model.config import EncoderConfig
 
@@ -50,15 +50,7 @@ def encoder_config(name: Any, allowed: Sequence[str] | None = None) -> type[Enco
     if "." not in name:
         importlib.import_module(f"{HOME}.{name}")
         return _REGISTERED[name]
-    if allowed is not None and not any(name.startswith(prefix) for prefix in allowed):
-        raise ConfigurationError(f"model.{TARGET}={name}: expected a class below {', '.join(allowed)}; add your module to allowed_targets")
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(f"model.{TARGET}={name}: expected an importable class; {str(error).splitlines()[0]}") from error
-    if not inspect.isclass(found) or not issubclass(found, EncoderConfig):
-        raise ConfigurationError(f"model.{TARGET}={name}: expected a subclass of sailplan.model.config.EncoderConfig")
-    return found
+    return class_at(f"model.{TARGET}", name, EncoderConfig, allowed)
 
 
 def chosen(model: Mapping[str, Any] | None, allowed: Sequence[str] | None = None) -> tuple[type[EncoderConfig], dict[str, Any]]:

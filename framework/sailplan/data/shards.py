@@ -51,7 +51,8 @@ def resolve(dataset: str, shards: str, cache: Path | None = None, progress: Call
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise ConfigurationError(
-            f"{key}={shards}: {len(missing)} of {len(paths)} shards do not exist, first {missing[0]}; expected a folder of .tar shards or existing files"
+            f"{key}={shards}: {len(missing)} of {len(paths)} shards do not exist, first {missing[0]}; expected a folder of .tar shards or existing files; "
+            "data.root=FOLDER says where the sets of conf/data lie"
         )
     return paths
 

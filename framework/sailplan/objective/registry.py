@@ -1,16 +1,13 @@
 """From `objectives:` in the configuration to loss modules.
 
-Each entry has a `_target_`, the class, and its options. Only classes below an allowed module prefix are imported, as
-a configuration file should not be able to run whatever is installed. (Hydra's own instantiate would do, but prints
-its errors over several lines and turns dataclass arguments into dicts.) A loss of your
-own: subclass `objective.protocol.Objective`, and add your module's prefix to `allowed_targets`.
+Each entry has a `_target_`, the class (see `config.targets`), and its options. A loss of your own:
+subclass `objective.protocol.Objective`, and add your module's prefix to `allowed_targets`.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +15,7 @@ import torch
 from torch import nn
 
 from sailplan.config.schema import DatasetConfig, StageConfig
+from sailplan.config.targets import class_at
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import Objective
 from sailplan.runtime.seeds import derive
@@ -74,15 +72,7 @@ def objective_class(name: str, target: Any, allowed: Sequence[str]) -> type[Obje
     key = f"objectives.{name}._target_"
     if not isinstance(target, str) or not target:
         raise ConfigurationError(f"{key}: found {target!r}, expected a class, such as sailplan.objective.infonce.InfoNCE")
-    if not any(target.startswith(prefix) for prefix in allowed):
-        raise ConfigurationError(f"{key}={target}: expected a class below {', '.join(allowed)}; add your module to allowed_targets")
-    try:
-        cls = pkgutil.resolve_name(target)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(f"{key}={target}: expected an importable class; {str(error).splitlines()[0]}") from error
-    if not inspect.isclass(cls) or not issubclass(cls, Objective):
-        raise ConfigurationError(f"{key}={target}: expected a subclass of sailplan.objective.protocol.Objective")
-    return cls
+    return class_at(key, target, Objective, allowed)
 
 
 def _check_options(name: str, cls: type[Objective], options: Mapping[str, Any]) -> None:

@@ -113,6 +113,11 @@ def _change(config: Any, options: dict[str, Any], path: str) -> None:
 
 
 def _opened(settings: TransformersConfig, what: str, read: Callable[[], T]) -> T:
+    if not Path(settings.source).is_dir() and (settings.source.startswith((".", "/", "~")) or settings.source.count("/") > 1):
+        raise ConfigurationError(
+            f"model.source={settings.source}: no such folder; expected one that transformers' AutoModel opens, or a model id of the hub; "
+            "fetch the files first (`make weights` does it for the examples of the repository)"
+        )
     try:
         return read()
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
