@@ -55,8 +55,8 @@ from sailplan.config.schema import (
     TransformerShape,
     ViewConfig,
 )
-from sailplan.data.packing import Packing, SequenceLayout, pack
-from sailplan.data.record import OmniInputs, StepBatch, ViewBatch
+from sailplan.data.packing import OmniInputs, Packing, SequenceLayout, pack
+from sailplan.data.record import StepBatch, ViewBatch
 from sailplan.model.parallelize import shard
 from sailplan.model.tower import OmniEncoder
 from sailplan.objective.registry import build_objectives

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sailplan.config.schema import ModelConfig, TransformerShape, VisionConfig
-from sailplan.data.record import OmniInputs
+from sailplan.data.packing import OmniInputs
 from sailplan.model.testing import join_layout
 from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks

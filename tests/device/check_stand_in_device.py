@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from traffic import Traffic
 
 from sailplan.cli.main import main
-from sailplan.data.packing import pack
-from sailplan.data.record import OmniInputs, StepBatch
+from sailplan.data.packing import OmniInputs, pack
+from sailplan.data.record import StepBatch
 from sailplan.model.parallelize import shard
 from sailplan.model.testing import PUBLISHED, join_layout, published_config, published_inputs, random_inputs, small_config
 from sailplan.model.tower import OmniEncoder

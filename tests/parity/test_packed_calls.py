@@ -20,9 +20,8 @@ from sailplan.config.compose import compose
 from sailplan.config.schema import StageConfig
 from sailplan.data.collate import Collator
 from sailplan.data.datasets import open_datasets
-from sailplan.data.packing import SequenceLayout, pack
+from sailplan.data.packing import OmniInputs, SequenceLayout, pack
 from sailplan.data.plan import Plan
-from sailplan.data.record import OmniInputs
 from sailplan.model import attention
 from sailplan.model.parallelize import checkpoint_activations, compile_blocks
 from sailplan.model.testing import join_layout, random_inputs, small_config

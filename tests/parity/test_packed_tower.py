@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sailplan.config.schema import ModelConfig, TransformerShape
-from sailplan.data.packing import pack
-from sailplan.data.record import OmniInputs
+from sailplan.data.packing import OmniInputs, pack
 from sailplan.model.backbones.naflex import NaflexVisionEncoder
 from sailplan.model.backbones.qwen_vl import QwenVisionEncoder
 from sailplan.model.blocks import Blocks, interleaved_angles, rotary_angles

@@ -11,7 +11,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from sailplan.config.schema import ModelConfig, TransformerShape, WeightsConfig
-from sailplan.data.record import OmniInputs
+from sailplan.data.packing import OmniInputs
 from sailplan.errors import ConfigurationError
 from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import allocate, load, open_sources

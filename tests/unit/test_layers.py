@@ -1,8 +1,8 @@
 """Risks: an import that goes up the layers, a cycle between packages, and the few rules that keep parts exchangeable.
 
 The layers, low to high, are those of the architecture: a package imports from lower layers and from its own layer only, and
-packages of one layer form no cycle. Imports are read from the syntax tree, also those inside functions; imports under
-`if TYPE_CHECKING:` do not count, for they never run.
+neither packages of one layer nor modules of one package form a cycle. Imports are read from the syntax tree, also those
+inside functions and those under `if TYPE_CHECKING:`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,6 @@ def imported(path: Path) -> Iterator[str]:
     package = path.relative_to(path.parents[_depth(path)]).with_suffix("").parts[:-1]
 
     def walk(node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.orelse:
-                yield from walk(child)
-            return
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -109,6 +105,21 @@ def test_packages_of_one_layer_form_no_cycle() -> None:
         pytest.fail(f"packages import each other in a circle: {' -> '.join(error.args[1])}")
 
 
+@pytest.mark.parametrize("package", [SAILPLAN, KERNELS], ids=lambda path: path.name)
+def test_modules_form_no_cycle(package: Path) -> None:
+    names = {".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in modules(package)}
+
+    def module(name: str) -> str | None:
+        """Return the module that an imported name is, or is in."""
+        return name if name in names else parent if (parent := name.rpartition(".")[0]) in names else None
+
+    graph = {name: {found for each in imported(path) if (found := module(each)) is not None} - {name} for name, path in names.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"modules import each other in a circle: {' -> '.join(error.args[1])}")
+
+
 def test_kernels_are_useful_alone() -> None:
     allowed = {"sailplan_kernels", "torch", "triton", "__future__", *sys.stdlib_module_names}
     wrong = [f"{name_of(path)} imports {name}" for path in modules(KERNELS) for name in imported(path) if name.split(".")[0] not in allowed]
@@ -170,6 +181,6 @@ def test_the_reader_of_imports_sees_all_forms(tmp_path: Path, monkeypatch: pytes
     path.parent.mkdir(parents=True)
     path.write_text(
         "import a.b as c\nfrom d import e\nfrom . import f\nfrom ..model import g\n"
-        "if TYPE_CHECKING:\n    import hidden\ndef function():\n    from h.i import j\n"
+        "if TYPE_CHECKING:\n    import k\ndef function():\n    from h.i import j\n"
     )
-    assert list(imported(path)) == ["a.b", "d.e", "sailplan.data.f", "sailplan.model.g", "h.i.j"]
+    assert list(imported(path)) == ["a.b", "d.e", "sailplan.data.f", "sailplan.model.g", "k", "h.i.j"]

@@ -21,6 +21,8 @@ from sailplan.config.rules import check, check_device
 from sailplan.config.schema import BalanceConfig, Config, StageConfig
 from sailplan.data.datasets import open_datasets
 from sailplan.data.reader import RecordReader
+from sailplan.embed.context import RunContext
+from sailplan.embed.embedder import Embedder
 from sailplan.errors import EXIT_DONE, ConfigurationError
 from sailplan.export.weights import exported_model
 from sailplan.runtime.environment import is_main_by_environment, world_size_from_environment
@@ -39,6 +41,10 @@ class _Run:
     step: int | None  # None: the weights are an exported folder's
     stage: str  # that the checkpoint's step was the last of, so far; "" of an exported folder
     readers: dict[str, RecordReader]
+
+    @property
+    def context(self) -> RunContext:
+        return RunContext(self.config, self.parallel, self.whole.encoder, self.whole.objectives, self.readers)
 
 
 def _check_out(out: str | None, *, file: bool = False) -> None:
@@ -85,7 +91,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from sailplan.observe.run_files import write_json
 
     with _opened(options) as run:
-        found = run_tasks(run.whole.encoder, run.whole.objectives, run.readers, run.config, run.parallel)
+        found = run_tasks(run.context)
         if run.parallel.is_main and run.step is not None:
             path = run.folder.evaluation(run.step)
             record = found.as_dict(run.step, run.stage)
@@ -126,11 +132,11 @@ def mine(options: argparse.Namespace) -> int:
         if stage.hard_negatives is None:
             raise ConfigurationError(f"stages.{options.stage}.hard_negatives is not set: name a stage that mines")
         patterns = chosen_patterns(stage.hard_negatives, stage.data, run.config.data.sets)
-        found = mine_patterns(run.whole.encoder, run.readers, patterns, stage.hard_negatives, run.parallel, run.config)
+        found = mine_patterns(Embedder(run.context), patterns, stage.hard_negatives)
         out = Path(options.out) if options.out else run.folder.root / f"hard_negatives-{run.checkpoint.name.removeprefix('step-')}.npz"
         if run.parallel.is_main:
             found.store.save(out)
-        _say(run, json.dumps({"file": str(out), "thresholds": {name: one.as_dict() for name, one in found.thresholds.items()}}, indent=1))
+        _say(run, json.dumps({"file": str(out), "thresholds": {str(key): one.as_dict() for key, one in found.thresholds.items()}}, indent=1))
     return EXIT_DONE
 
 
@@ -146,8 +152,8 @@ def balance(options: argparse.Namespace) -> int:
         missing = [name for name in stage.data if name not in run.readers]
         if missing:
             raise ConfigurationError(f"stages.{options.stage}.data.{missing[0]}: made at the stage's start and not in {run.folder.root} yet")
-        benchmark = summarise_benchmark(run.whole.encoder, run.readers, settings, run.parallel, run.config)
-        found = balance_sets(replace(stage, balance=settings), run.whole.encoder, run.readers, benchmark, settings, run.parallel, run.config)
+        embedder = Embedder(run.context)
+        found = balance_sets(embedder, replace(stage, balance=settings), summarise_benchmark(embedder, settings), settings)
         text = json.dumps({"weights": found.weights, "scores": found.scores, "pairs": found.pairs}, indent=1)
         if options.out and run.parallel.is_main:
             Path(options.out).write_text(text)

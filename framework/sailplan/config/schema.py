@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sailplan.checkpoint.config import CheckpointConfig
 from sailplan.curriculum.config import BalanceConfig, HardNegativeConfig, StageConfig, SubsetConfig
-from sailplan.data.config import ARTIFACT, DataConfig, DatasetConfig, PatternConfig, ViewConfig
+from sailplan.data.config import ARTIFACT, DataConfig, DatasetConfig, PatternConfig, PatternKey, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate.config import EvaluationConfig, EvaluationTask
 from sailplan.model.config import (
@@ -45,6 +45,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PatternConfig",
+    "PatternKey",
     "StageConfig",
     "StepConfig",
     "SubsetConfig",

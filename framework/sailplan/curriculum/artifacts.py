@@ -7,7 +7,6 @@ model embeds; rank 0 alone computes and writes the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,21 +33,19 @@ def artifact_sets(config: Config, stage: StageConfig, name: str) -> list[str]:
     return sorted(every, key=lambda dataset: dataset not in stage.data)
 
 
-def make_artifacts(
-    stage_name: str, stage: StageConfig, embedder: Embedder, readers: Mapping[str, RecordReader], folder: Path
-) -> dict[str, dict[str, Any]]:
-    """Writes the stage's artifacts below `folder`; returns what there is to tell of each. Collective.
+def make_artifacts(embedder: Embedder, stage_name: str, stage: StageConfig, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write the stage's artifacts below `folder`; return the statistics of each. Collective.
 
     Raises ConfigurationError where no data set reads an artifact, or where it is not clear which histories make it.
     """
-    config = embedder.config
-    told: dict[str, dict[str, Any]] = {}
+    run = embedder.context
+    stats: dict[str, dict[str, Any]] = {}
     for artifact in stage.artifacts:
-        reader = readers[histories_of(config, stage_name, stage, artifact)]
+        reader = run.readers[histories_of(run.config, stage_name, stage, artifact)]
         histories = read_histories(reader, "train")
-        told[artifact] = {"users": len(histories.users), "unknown_items": histories.unknown}
-        told[artifact] |= _make(artifact, stage, embedder, reader, histories, folder)
-    return told
+        stats[artifact] = {"users": len(histories.users), "unknown_items": histories.unknown}
+        stats[artifact] |= _make(artifact, stage, embedder, reader, histories, folder)
+    return stats
 
 
 def histories_of(config: Config, stage_name: str, stage: StageConfig, artifact: str) -> str:
@@ -77,7 +74,7 @@ def _catalogue(config: Config, stage_name: str, stage: StageConfig, artifact: st
 
 def _make(artifact: str, stage: StageConfig, embedder: Embedder, reader: RecordReader, histories: Histories, folder: Path) -> dict[str, Any]:
     assert reader.catalogue is not None
-    config, parallel = embedder.config, embedder.parallel
+    config, parallel = embedder.context.config, embedder.context.parallel
     catalogue, used = reader.catalogue, histories.used()
     if artifact == "interests":
         name = artifact_sets(config, stage, artifact)[0]

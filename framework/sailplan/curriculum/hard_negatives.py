@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from sailplan.config.schema import Config, DatasetConfig, HardNegativeConfig
+from sailplan.config.schema import DatasetConfig, HardNegativeConfig, PatternKey
 from sailplan.curriculum.threshold import Threshold, f1_threshold
 from sailplan.data.excerpt import show
 from sailplan.data.negatives import HardNegativeStore
@@ -29,7 +29,6 @@ from sailplan.embed.embedder import Embedder
 from sailplan.embed.embedding import EmbeddedRows
 from sailplan.embed.scoring import Pairs, labelled_pairs, share
 from sailplan.errors import ConfigurationError
-from sailplan.runtime.process import Parallel
 from sailplan.runtime.seeds import generator
 from sailplan_kernels.exchange.base import Exchange
 from sailplan_kernels.topk import topk
@@ -39,11 +38,11 @@ EXAMPLES = 6
 
 @dataclass
 class Mined:
-    """The store that training reads, the confusion counts and a few examples for the report; keys are "DATASET/PATTERN"."""
+    """Hold the store that training reads, the confusion counts and a few examples for the report."""
 
     store: HardNegativeStore = field(default_factory=HardNegativeStore)
-    thresholds: dict[str, Threshold] = field(default_factory=dict)
-    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    thresholds: dict[PatternKey, Threshold] = field(default_factory=dict)
+    examples: dict[PatternKey, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 def chosen_patterns(
@@ -77,31 +76,22 @@ def matched(reader: RecordReader, positions: NDArray[np.int64]) -> NDArray[np.bo
 
 
 def mine(
-    encoder: nn.Module,
-    readers: Mapping[str, RecordReader],
-    patterns: Mapping[str, list[str]],
-    hard: HardNegativeConfig,
-    parallel: Parallel,
-    config: Config,
-    subsets: Mapping[str, NDArray[np.int64]] | None = None,
-    embedder: Embedder | None = None,
+    embedder: Embedder, patterns: Mapping[str, list[str]], hard: HardNegativeConfig, subsets: Mapping[str, NDArray[np.int64]] | None = None
 ) -> Mined:
-    """Mines for every named pattern over the train split, or over `subsets` (data set -> positions). Collective; the same
-    result on all ranks. embedder: one that has embedded with this encoder already, to save work. Raises
-    ConfigurationError for a pattern from a history."""
-    embedder = embedder or Embedder(encoder, parallel, config)
-    found = Mined()
+    """Mine for every named pattern over the train split, or over `subsets` (data set -> positions). Collective; the same
+    result on all ranks. Raises ConfigurationError for a pattern from a history."""
+    run, found = embedder.context, Mined()
     for name, names in patterns.items():
-        reader = readers[name]
+        reader = run.readers[name]
         positions = (subsets or {}).get(name, reader.positions("train"))
         positions = positions[matched(reader, positions)]
         check_minable(name, reader.config, names)
         for pattern in names:
-            key, sides = f"{name}/{pattern}", reader.config.patterns[pattern]
+            key, sides = PatternKey(name, pattern), reader.config.patterns[pattern]
             queries, targets = (embedder.rows(reader, view, positions) for view in (sides.query, sides.target))
             both = np.intersect1d(queries.positions[queries.valid], targets.positions[targets.valid])
             queries, targets = queries.where(np.isin(queries.positions, both)), targets.where(np.isin(targets.positions, both))
-            threshold, table, scores = mine_rows(queries, targets, hard, embedder.exchange, parallel.device, key, config.seed)
+            threshold, table, scores = mine_rows(queries, targets, hard, embedder.exchange, run.parallel.device, str(key), run.config.seed)
             found.thresholds[key] = threshold
             store = np.full((len(reader), hard.per_query), -1, dtype=np.int64)
             store[queries.positions] = table

@@ -7,19 +7,17 @@ first such view, so a set is encoded once per kind and not once per pattern.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from sailplan.config.schema import BalanceConfig, Config
+from sailplan.config.schema import BalanceConfig
 from sailplan.curriculum.balance import Summary, cluster
 from sailplan.data.reader import RecordReader
 from sailplan.embed.embedder import Embedder
 from sailplan.embed.embedding import EmbeddedRows
-from sailplan.runtime.process import Parallel
 from sailplan.runtime.seeds import generator
 
 
@@ -70,30 +68,21 @@ def summarise(
     embedder: Embedder, reader: RecordReader, views: Sequence[str], positions: NDArray[np.int64], settings: BalanceConfig, name: str
 ) -> Summary:
     """Clusters of every kind over a sample of the positions. Collective; the same on all ranks."""
-    seed = embedder.config.seed
+    seed = embedder.context.config.seed
     found = embed_kinds(embedder, reader, views, sample(positions, settings.sample, seed, name))
     return {kind: cluster(rows.fused.numpy()[rows.valid], settings.clusters, seed, name, kind) for kind, rows in found.items() if rows.valid.any()}
 
 
-def summarise_benchmark(
-    encoder: nn.Module,
-    readers: Mapping[str, RecordReader],
-    settings: BalanceConfig,
-    parallel: Parallel,
-    config: Config,
-    embedder: Embedder | None = None,
-) -> dict[str, Summary]:
-    """Clusters of the tasks in `evaluation.benchmark`. Collective.
+def summarise_benchmark(embedder: Embedder, settings: BalanceConfig) -> dict[str, Summary]:
+    """Return the clusters of the tasks in `evaluation.benchmark`. Collective.
 
     A task is represented by *training* records of its data set where there are any, seen through the task's views, so
     that held-out records never steer what is trained; a data set without a train split is sampled from the task's own.
-    embedder: one that has embedded with this encoder already, to save work.
     """
-    embedder = embedder or Embedder(encoder, parallel, config)
-    result = {}
+    config, result = embedder.context.config, {}
     for name in config.evaluation.benchmark:
         task = config.evaluation.tasks[name]
-        reader = readers[task.dataset]
+        reader = embedder.context.readers[task.dataset]
         positions = reader.positions("train")
         if not len(positions):
             positions = reader.positions(None if task.split == "all" else task.split)

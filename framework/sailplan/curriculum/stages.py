@@ -14,16 +14,15 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from sailplan.config.schema import ARTIFACT, BalanceConfig, Config, StageConfig
+from sailplan.config.schema import ARTIFACT, BalanceConfig, Config, PatternKey, StageConfig
 from sailplan.curriculum.artifacts import TEACHERS_FILE, histories_of, make_artifacts
 from sailplan.curriculum.balance import Balance, Summary, balance, with_floor
 from sailplan.curriculum.hard_negatives import check_minable, chosen_patterns, matched, mine
@@ -33,12 +32,12 @@ from sailplan.data.datasets import open_datasets
 from sailplan.data.negatives import HardNegativeStore, save_arrays
 from sailplan.data.reader import RecordReader
 from sailplan.data.teachers import TeacherTable
+from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
 from sailplan.embed.scoring import unit
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.files import write_whole
 from sailplan.runtime.main_rank import on_main
-from sailplan.runtime.process import Parallel
 
 STATE, SUBSETS = "state.json", "subsets.npz"
 
@@ -49,15 +48,14 @@ class StageState:
 
     weights: dict[str, float]  # data set -> sampling weight
     subsets: dict[str, NDArray[np.int64]] = field(default_factory=dict)  # data set -> sorted record positions; others: the train split
-    readers: dict[str, RecordReader] = field(default_factory=dict)  # the data sets that the stage made
     negatives: HardNegativeStore | None = None
     teachers: TeacherTable | None = None
-    thresholds: dict[str, float] = field(default_factory=dict)  # "DATASET/PATTERN" -> lambda*, where in-batch masking is on
-    told: dict[str, Any] = field(default_factory=dict)  # the content of state.json
+    thresholds: dict[PatternKey, float] = field(default_factory=dict)  # lambda*, where in-batch masking is on
+    stats: dict[str, Any] = field(default_factory=dict)  # the content of state.json
 
 
 def check_stage(name: str, stage: StageConfig, config: Config) -> None:
-    """Raises ConfigurationError for what the configuration alone says a stage's start cannot make: said before the run, which may
+    """Raise ConfigurationError for what the configuration alone says a stage's start cannot make: said before the run, which may
     be days before that start."""
     for dataset in stage.data:
         shards = config.data.sets[dataset].shards
@@ -73,134 +71,101 @@ def check_stage(name: str, stage: StageConfig, config: Config) -> None:
             check_minable(dataset, config.data.sets[dataset], patterns)
 
 
-def prepare_stage(
-    stage_name: str,
-    stage: StageConfig,
-    encoder: nn.Module,
-    objectives: Mapping[str, nn.Module] | nn.ModuleDict,
-    readers: Mapping[str, RecordReader],
-    config: Config,
-    parallel: Parallel,
-    folder: Path,
-) -> StageState:
-    """Computes and saves a stage's data below `folder`. Collective; the same result on all ranks.
+def prepare_stage(context: RunContext, name: str, folder: Path) -> StageState:
+    """Compute and save a stage's data below `folder`. Collective; the same result on all ranks.
 
-    readers: all data sets with recorded shards; those of earlier stages' artifacts may be among them. Raises
+    The context's readers must hold all data sets with recorded shards, and get those that the stage makes. Raises
     ConfigurationError for settings that the data cannot serve, SailplanError on all ranks when rank 0 cannot write.
     """
-    began, embedder = time.monotonic(), Embedder(encoder, parallel, config)
-    told: dict[str, Any] = {"stage": stage_name}
-    check_stage(stage_name, stage, config)
-    on_main(parallel, f"stage {stage_name}: clearing {folder}", lambda: _clear(folder))
+    began, embedder, stage = time.monotonic(), Embedder(context), context.config.stages[name]
+    parallel, readers = context.parallel, context.readers
+    stats: dict[str, Any] = {"stage": name}
+    check_stage(name, stage, context.config)
+    on_main(parallel, f"stage {name}: clearing {folder}", lambda: _clear(folder))
     if stage.artifacts:
-        told["artifacts"] = make_artifacts(stage_name, stage, embedder, readers, folder)
-    readers = {**readers, **_artifact_readers(stage, config, folder)}
+        stats["artifacts"] = make_artifacts(embedder, name, stage, folder)
+    _open_artifacts(context.config, readers, stage, folder)
     needed = stage.balance is not None or (stage.subset is not None and stage.subset.nearest is not None)
     settings = stage.balance or BalanceConfig()
-    benchmark = summarise_benchmark(encoder, readers, settings, parallel, config, embedder) if needed else {}
-    told["weights"] = dict(stage.data)
+    benchmark = summarise_benchmark(embedder, settings) if needed else {}
+    stats["weights"] = dict(stage.data)
     if stage.balance is not None:
-        found = balance_sets(stage, encoder, readers, benchmark, settings, parallel, config, embedder)
-        told["weights"] = with_floor(found.weights, stage.data)
-        told["balance"] = {name: {**pairs, "mean": found.scores[name]} for name, pairs in found.pairs.items()}
-        told["balance_kinds"], told["balance_weights"] = found.kinds, found.weights
-    subsets = _subsets(stage, embedder, readers, benchmark)
-    told["subsets"] = {name: len(kept) for name, kept in subsets.items()}
-    told["subsets_of"] = {name: len(readers[name].positions("train")) for name in subsets}
+        found = balance_sets(embedder, stage, benchmark, settings)
+        stats["weights"] = with_floor(found.weights, stage.data)
+        stats["balance"] = {dataset: {**pairs, "mean": found.scores[dataset]} for dataset, pairs in found.pairs.items()}
+        stats["balance_kinds"], stats["balance_weights"] = found.kinds, found.weights
+    subsets = _subsets(embedder, stage, benchmark)
+    stats["subsets"] = {dataset: len(kept) for dataset, kept in subsets.items()}
+    stats["subsets_of"] = {dataset: len(readers[dataset].positions("train")) for dataset in subsets}
     if stage.hard_negatives is not None:
-        told |= _mine(stage, embedder, readers, folder, subsets, step=0)
-    told["seconds"] = round(time.monotonic() - began, 2)
+        stats |= _mine(embedder, stage, folder, subsets, step=0)
+    stats["seconds"] = round(time.monotonic() - began, 2)
 
     def publish() -> None:
         save_arrays(folder / SUBSETS, dict(subsets))
-        _write_state(folder, told)
+        _write_state(folder, stats)
 
-    on_main(parallel, f"stage {stage_name}: saving {folder}", publish)
-    return load_stage(folder, 0, readers, config, stage)
+    on_main(parallel, f"stage {name}: saving {folder}", publish)
+    return load_stage(context.config, readers, name, folder, 0)
 
 
-def load_stage(folder: Path, done: int, readers: Mapping[str, RecordReader], config: Config, stage: StageConfig | None = None) -> StageState:
-    """Reads what `prepare_stage` and `refresh_hard_negatives` saved, as it was when `done` steps of the stage were done.
+def load_stage(config: Config, readers: dict[str, RecordReader], name: str, folder: Path, done: int) -> StageState:
+    """Read what `prepare_stage` and `refresh_hard_negatives` saved, as it was when `done` steps of the stage were done.
 
-    stage: the stage's configuration; None: `config.stages` under the folder's name. Raises ConfigurationError where the
-    folder has no complete state: the run folder was damaged or moved in part.
+    `readers` gets the data sets that the stage made. Raises ConfigurationError where the folder has no
+    complete state: the run folder was damaged or moved in part.
     """
-    stage = stage or config.stages[folder.name]
+    stage = config.stages[name]
     if not (folder / STATE).is_file():
         raise ConfigurationError(f"{folder}: no {STATE}; the run folder is not complete: restore it, or train under another name")
-    told = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    stats = json.loads((folder / STATE).read_text(encoding="utf-8"))
     with np.load(folder / SUBSETS) as arrays:
-        subsets = {name: arrays[name] for name in arrays.files}
+        subsets = {dataset: arrays[dataset] for dataset in arrays.files}
     mined = {int(match[1]): path for path in folder.glob("hard_negatives-*.npz") if (match := re.fullmatch(r"hard_negatives-(\d+)\.npz", path.name))}
     last = max((step for step in mined if step <= done), default=None)
     negatives = HardNegativeStore.load(mined[last]) if last is not None else None
+    _open_artifacts(config, readers, stage, folder)
     masked = negatives is not None and stage.hard_negatives is not None and stage.hard_negatives.mask_in_batch
     return StageState(
-        weights=told["weights"],
+        weights=stats["weights"],
         subsets=subsets,
-        readers=_artifact_readers(stage, config, folder),
         negatives=negatives,
         teachers=TeacherTable.load(folder / TEACHERS_FILE) if (folder / TEACHERS_FILE).is_file() else None,
         thresholds=dict(negatives.thresholds) if masked and negatives is not None else {},
-        told=told,
+        stats=stats,
     )
 
 
-def refresh_hard_negatives(
-    state: StageState,
-    done: int,
-    stage: StageConfig,
-    encoder: nn.Module,
-    readers: Mapping[str, RecordReader],
-    config: Config,
-    parallel: Parallel,
-    folder: Path,
-) -> StageState:
-    """Mines again with the model after `done` steps of the stage; the state with the new negatives and thresholds. Collective."""
-    embedder = Embedder(encoder, parallel, config)
-    told = state.told | _mine(stage, embedder, {**readers, **state.readers}, folder, state.subsets, step=done)
-    on_main(parallel, f"saving {folder / STATE}", lambda: _write_state(folder, told))
-    fresh = load_stage(folder, done, readers, config, stage)
-    return replace(fresh, readers=state.readers)
+def refresh_hard_negatives(context: RunContext, name: str, folder: Path, state: StageState, done: int) -> StageState:
+    """Mine again with the model after `done` steps of the stage; return the state with the new negatives and thresholds. Collective."""
+    stats = state.stats | _mine(Embedder(context), context.config.stages[name], folder, state.subsets, step=done)
+    on_main(context.parallel, f"saving {folder / STATE}", lambda: _write_state(folder, stats))
+    return load_stage(context.config, context.readers, name, folder, done)
 
 
-def balance_sets(
-    stage: StageConfig,
-    encoder: nn.Module,
-    readers: Mapping[str, RecordReader],
-    benchmark: dict[str, Summary],
-    settings: BalanceConfig,
-    parallel: Parallel,
-    config: Config,
-    embedder: Embedder | None = None,
-) -> Balance:
-    """Similarities of the stage's data sets to the benchmark and the weights they give. Collective.
-
-    embedder: one that has embedded with this encoder already, to save work.
-    """
-    embedder = embedder or Embedder(encoder, parallel, config)
+def balance_sets(embedder: Embedder, stage: StageConfig, benchmark: dict[str, Summary], settings: BalanceConfig) -> Balance:
+    """Return the similarities of the stage's data sets to the benchmark and the weights they give. Collective."""
+    readers = embedder.context.readers
     views = {name: pattern_views(readers[name], _patterns(stage, readers[name])) for name in stage.data}
     training = {name: summarise(embedder, readers[name], views[name], readers[name].positions("train"), settings, name) for name in stage.data}
     return balance(training, benchmark, settings)
 
 
 # ---------------------------------------------------------------- parts
-def _artifact_readers(stage: StageConfig, config: Config, folder: Path) -> dict[str, RecordReader]:
-    """Readers of the stage's data sets whose shards are artifacts that it made."""
+def _open_artifacts(config: Config, readers: dict[str, RecordReader], stage: StageConfig, folder: Path) -> None:
+    """Open the stage's data sets whose shards are artifacts that it made."""
     made: dict[str, Path] = {name: folder / name for name in stage.artifacts if (folder / name).is_dir()}
     wanted = [name for name in stage.data if config.data.sets[name].shards in {ARTIFACT + artifact for artifact in made}]
     opened = open_datasets(config, made, wanted)
-    return {name: opened[name] for name in wanted}
+    readers.update({name: opened[name] for name in wanted})
 
 
 def _patterns(stage: StageConfig, reader: RecordReader) -> list[str]:
     return stage.patterns.get(reader.name) or list(reader.config.patterns)
 
 
-def _subsets(
-    stage: StageConfig, embedder: Embedder, readers: Mapping[str, RecordReader], benchmark: dict[str, Summary]
-) -> dict[str, NDArray[np.int64]]:
-    subset = stage.subset
+def _subsets(embedder: Embedder, stage: StageConfig, benchmark: dict[str, Summary]) -> dict[str, NDArray[np.int64]]:
+    subset, readers = stage.subset, embedder.context.readers
     if subset is None:
         return {}
     result = {}
@@ -226,28 +191,26 @@ def _subsets(
     return result
 
 
-def _mine(
-    stage: StageConfig, embedder: Embedder, readers: Mapping[str, RecordReader], folder: Path, subsets: Mapping[str, NDArray[np.int64]], step: int
-) -> dict[str, Any]:
+def _mine(embedder: Embedder, stage: StageConfig, folder: Path, subsets: Mapping[str, NDArray[np.int64]], step: int) -> dict[str, Any]:
     assert stage.hard_negatives is not None
-    config, parallel = embedder.config, embedder.parallel
-    patterns = chosen_patterns(stage.hard_negatives, stage.data, config.data.sets)
-    found = mine(embedder.encoder, readers, patterns, stage.hard_negatives, parallel, config, subsets, embedder)
+    run = embedder.context
+    patterns = chosen_patterns(stage.hard_negatives, stage.data, run.config.data.sets)
+    found = mine(embedder, patterns, stage.hard_negatives, subsets)
     path = folder / f"hard_negatives-{step:08d}.npz"
-    on_main(parallel, f"saving {path}", lambda: found.store.save(path))
+    on_main(run.parallel, f"saving {path}", lambda: found.store.save(path))
     return {
         "mined_at": step,
-        "thresholds": {key: threshold.as_dict() for key, threshold in found.thresholds.items()},
-        "mined": {key: {"with_negatives": int((table >= 0).any(1).sum())} for key, table in found.store.positions.items()},
-        "examples": found.examples,
+        "thresholds": {str(key): threshold.as_dict() for key, threshold in found.thresholds.items()},
+        "mined": {str(key): {"with_negatives": int((table >= 0).any(1).sum())} for key, table in found.store.positions.items()},
+        "examples": {str(key): examples for key, examples in found.examples.items()},
     }
 
 
 def _clear(folder: Path) -> None:
-    """Removes what an attempt that was given up left: its refreshed negatives must not be taken for this one's."""
+    """Remove what an attempt that was given up left: its refreshed negatives must not be taken for this one's."""
     for path in [folder / STATE, folder / SUBSETS, folder / TEACHERS_FILE, *folder.glob("hard_negatives-*.npz")]:
         path.unlink(missing_ok=True)
 
 
-def _write_state(folder: Path, told: dict[str, Any]) -> None:
-    write_whole(folder / STATE, json.dumps(told, ensure_ascii=False, indent=1))
+def _write_state(folder: Path, stats: dict[str, Any]) -> None:
+    write_whole(folder / STATE, json.dumps(stats, ensure_ascii=False, indent=1))

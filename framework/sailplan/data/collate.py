@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from sailplan.config.schema import Config, DatasetConfig, StageConfig, ViewConfig
+from sailplan.config.schema import Config, DatasetConfig, PatternKey, StageConfig, ViewConfig
 from sailplan.data.costs import RowCosts
 from sailplan.data.dealing import cut
 from sailplan.data.negatives import HardNegativeStore
@@ -90,7 +90,7 @@ class Collator:
             used = self._add_row(rows, reader, names, step, row, position, seed)
             for name, (count, of_record) in shown.negatives.items():
                 view = dataset.patterns[name].target
-                places = mined[f"{part.dataset}/{name}"][used] if count else np.empty(0, dtype=np.int64)
+                places = mined[PatternKey(part.dataset, name)][used] if count else np.empty(0, dtype=np.int64)
                 rows.views[f"negatives/{name}"] += self._negatives(rows, reader, view, places, seed)
                 rows.views[f"negatives/{name}"] += self._own_negatives(rows.records[-1], of_record, dataset.views[view], dataset, seed)
         views = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sailplan.config.components import join
 from sailplan.config.fields import Count, NotNegative, Positive, Share, Size, Temperature
@@ -17,6 +17,13 @@ ARTIFACT = "artifact:"  # shards of a data set that a stage makes at its start
 # Kind of a data set -> the parts that its records have.
 KINDS: dict[Kind, tuple[Part, ...]] = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}
 RATES = {"whisper": 16000, "clap": 48000, "clap_fusion": 48000}  # Hz, of front ends that published encoders were made for
+
+
+def _check_name(path: str, name: str) -> None:
+    """Raise ConfigurationError for a name that could be no part of a `PatternKey` or of a parameter's name."""
+    wrong = next((found for character, found in ((".", "a dot"), ("/", "a slash")) if character in name), None)
+    if wrong is not None:
+        raise ConfigurationError(f"{path}: found {wrong} in the name, expected none; rename it")
 
 
 @dataclass
@@ -47,6 +54,23 @@ class PatternConfig:
     weight: NotNegative = 1.0
 
 
+class PatternKey(NamedTuple):
+    """One pattern of one data set: what temperatures, thresholds and mined negatives belong to."""
+
+    dataset: str
+    pattern: str
+
+    def __str__(self) -> str:
+        """Return "DATASET/PATTERN": its name in files, metrics and reports."""
+        return f"{self.dataset}/{self.pattern}"
+
+    @classmethod
+    def parse(cls, name: str) -> PatternKey:
+        """Return the key that `str` gave."""
+        dataset, _, pattern = name.partition("/")
+        return cls(dataset, pattern)
+
+
 @dataclass
 class DatasetConfig:
     """A data set: where its shards are, what its records hold, and which patterns it trains."""
@@ -75,8 +99,7 @@ class DatasetConfig:
             if view.of not in KINDS[self.kind]:
                 raise ConfigurationError(f"{path}.views.{name}.of={view.of}: a data set of kind '{self.kind}' has {', '.join(KINDS[self.kind])}")
         for name, pattern in self.patterns.items():
-            if "." in name:
-                raise ConfigurationError(f"{path}.patterns.{name}: found a dot in the name, expected none; rename it")
+            _check_name(f"{path}.patterns.{name}", name)
             for side in (pattern.query, pattern.target):
                 if side not in self.views:
                     raise ConfigurationError(f"{path}.patterns.{name}: no view '{side}'; this data set has: {', '.join(self.views) or 'none'}")
@@ -119,8 +142,7 @@ class DataConfig:
         """Raise ConfigurationError for a name that no parameter can have, an item corpus that is none, and sound that its front end
         does not take."""
         for name, dataset in self.sets.items():
-            if "." in name:
-                raise ConfigurationError(f"{path}.sets.{name}: found a dot in the name, expected none; rename it")
+            _check_name(f"{path}.sets.{name}", name)
             if dataset.kind != "items":
                 self._check_catalogue(join(path, f"sets.{name}.catalogue"), dataset.catalogue)
         rate = RATES.get(self.spectrogram, self.audio_rate)

@@ -10,15 +10,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sailplan.config.schema import PatternKey
+
 
 @dataclass
 class HardNegativeStore:
-    """positions: "DATASET/PATTERN" -> int64 [n, K], row i = negatives of the record at position i (n = records of the
-    set), each the position of a record of the same set whose target item is the negative, -1 where absent.
-    thresholds: "DATASET/PATTERN" -> lambda* (cosine)."""
+    """Hold positions int64 [n, K] of each pattern and its lambda* (a cosine).
 
-    positions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    thresholds: dict[str, float] = field(default_factory=dict)
+    Row i = negatives of the record at position i (n = records of the set), each the position of a record of the same
+    set whose target item is the negative, -1 where absent.
+    """
+
+    positions: dict[PatternKey, NDArray[np.int64]] = field(default_factory=dict)
+    thresholds: dict[PatternKey, float] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write one .npz, complete or not at all."""
@@ -33,7 +37,8 @@ class HardNegativeStore:
         store = cls()
         with np.load(path) as arrays:
             for name in arrays.files:
-                kind, _, key = name.partition(":")
+                kind, _, written = name.partition(":")
+                key = PatternKey.parse(written)
                 if kind == "positions":
                     store.positions[key] = arrays[name]
                 else:

@@ -16,8 +16,9 @@ Shape legend: b rows, s positions of a padded row, p kept positions in all, f fr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,10 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sailplan.config.schema import ModelConfig, ParallelConfig
+from sailplan.data.record import EncoderInputs
 from sailplan.runtime.transfer import to_device
-
-if TYPE_CHECKING:
-    from sailplan.data.record import OmniInputs
 
 Numbers = NDArray[np.int64]
 Runs = tuple[tuple[int, int], ...]  # (rows, length) of neighbouring rows of equal length, shortest first
@@ -101,6 +100,35 @@ class Packing:
     def lists(self) -> dict[str, Tensor]:
         """int64 each, views of `numbers`."""
         return dict(zip([name for name, _ in self.spans], self.numbers.split([size for _, size in self.spans]), strict=True))
+
+
+@dataclass
+class OmniInputs(EncoderInputs):
+    """Inputs of the omni tower; absent parts are masked."""
+
+    token_ids: Tensor  # int64 [b, t]; prompt then text, padded with 0
+    token_mask: Tensor  # bool [b, t]; True at real tokens
+    text_mask: Tensor  # bool [b, t]; True at tokens of the item's own text (no prompt): read-out of the text vector
+    images: Tensor | None = None  # uint8 [b, f, 3, height, width] (of a floating dtype: normalised already, values in [-1, 1])
+    image_mask: Tensor | None = None  # bool [b, f]
+    # With data.image_patches, int64 [b, f, 2]: patches of each picture down and across; `images` are then its patches, row by row,
+    # uint8 [b, f, p, 3 * patch * patch] (a patch's rows, columns, colours), filled up to the same p.
+    image_sizes: Tensor | None = None
+    image_augmentation: Tensor | None = None  # float32 [b, 10]: data.image.draw_augmentation of each row; None: nothing is changed
+    audio: Tensor | None = None  # float16 [b, c, frames, mel_bins] log-mel; any floating dtype is taken
+    audio_mask: Tensor | None = None  # bool [b, c]
+    # Where the kept positions lie (`pack`), made on the CPU; None: the encoder packs, which waits for masks on a device.
+    packing: Packing | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.token_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(super().to(device), packing=None if self.packing is None else self.packing.to(device))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(super().mapped(change), packing=None)
 
 
 def pack(inputs: OmniInputs, layout: SequenceLayout) -> Packing:

@@ -16,7 +16,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from sailplan.data.packing import Packing
 from sailplan.runtime.transfer import to_device
 
 
@@ -90,35 +89,6 @@ class NamedInputs(EncoderInputs):
 
     def tensors(self) -> list[Tensor]:
         return list(self.named.values())
-
-
-@dataclass
-class OmniInputs(EncoderInputs):
-    """Inputs of the omni tower; absent parts are masked."""
-
-    token_ids: Tensor  # int64 [b, t]; prompt then text, padded with 0
-    token_mask: Tensor  # bool [b, t]; True at real tokens
-    text_mask: Tensor  # bool [b, t]; True at tokens of the item's own text (no prompt): read-out of the text vector
-    images: Tensor | None = None  # uint8 [b, f, 3, height, width] (of a floating dtype: normalised already, values in [-1, 1])
-    image_mask: Tensor | None = None  # bool [b, f]
-    # With data.image_patches, int64 [b, f, 2]: patches of each picture down and across; `images` are then its patches, row by row,
-    # uint8 [b, f, p, 3 * patch * patch] (a patch's rows, columns, colours), filled up to the same p.
-    image_sizes: Tensor | None = None
-    image_augmentation: Tensor | None = None  # float32 [b, 10]: data.image.draw_augmentation of each row; None: nothing is changed
-    audio: Tensor | None = None  # float16 [b, c, frames, mel_bins] log-mel; any floating dtype is taken
-    audio_mask: Tensor | None = None  # bool [b, c]
-    # Where the kept positions lie (data.packing.pack), made on the CPU; None: the encoder packs, which waits for masks on a device.
-    packing: Packing | None = None
-
-    @property
-    def rows(self) -> int:
-        return self.token_ids.shape[0]
-
-    def to(self, device: torch.device | str) -> Self:
-        return replace(super().to(device), packing=None if self.packing is None else self.packing.to(device))
-
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
-        return replace(super().mapped(change), packing=None)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sailplan.config.schema import Config, DatasetConfig, StageConfig
+from sailplan.config.schema import Config, DatasetConfig, PatternKey, StageConfig
 from sailplan.data.costs import RowCosts, draw_seeds
 from sailplan.data.dealing import Integers, deal, micro_batches_needed
 from sailplan.data.negatives import HardNegativeStore
@@ -59,7 +59,7 @@ def shown_views(stage: StageConfig, name: str, dataset: DatasetConfig, store: Ha
     sides = [side for pattern in patterns for side in (dataset.patterns[pattern].query, dataset.patterns[pattern].target)]
     counts = {}
     for pattern in patterns:
-        mined = store.positions.get(f"{name}/{pattern}") if store is not None else None
+        mined = store.positions.get(PatternKey(name, pattern)) if store is not None else None
         own = dataset.negatives if dataset.views[dataset.patterns[pattern].target].of == "target" else 0
         counts[pattern] = (mined.shape[1] if mined is not None else 0, own)
     return ShownViews(patterns, list(dict.fromkeys(sides)), {pattern: brought for pattern, brought in counts.items() if sum(brought)})
@@ -128,7 +128,7 @@ class StepShares:
         }
         for pattern, (mined, own) in shown.negatives.items():
             target = dataset.patterns[pattern].target
-            store = self.negatives.positions[f"{part.dataset}/{pattern}"] if mined and self.negatives is not None else None
+            store = self.negatives.positions[PatternKey(part.dataset, pattern)] if mined and self.negatives is not None else None
             places = store[part.positions] if store is not None else np.empty((len(rows), 0), dtype=np.int64)
             drawn = draw_seeds(of_rows, derive("negative", target)), draw_seeds(of_rows, OWN_NEGATIVES)
             found[f"negatives/{pattern}"] = np.concatenate(

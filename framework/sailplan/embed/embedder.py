@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 
-from sailplan.config.schema import Config, ViewConfig
+from sailplan.config.schema import ViewConfig
 from sailplan.data.reader import RecordReader
+from sailplan.embed.context import RunContext
 from sailplan.embed.embedding import EmbeddedRows, embed_view
 from sailplan.embed.exchange import exchange_of
-from sailplan.runtime.process import Parallel
 
 
 @dataclass
@@ -32,11 +32,11 @@ class _Known:
 
 
 class Embedder:
-    """Embeds views of data sets with `encoder` as it is now; every call is collective."""
+    """Embed views of data sets with the context's encoder as it is now; every call is collective."""
 
-    def __init__(self, encoder: nn.Module, parallel: Parallel, config: Config) -> None:
-        self.encoder, self.parallel, self.config = encoder, parallel, config
-        self.exchange = exchange_of(parallel, config.parallel.exchange)
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+        self.exchange = exchange_of(context.parallel, context.config.parallel.exchange)
         self._known: dict[tuple[str, str, bool], _Known] = {}
         self._catalogue: dict[tuple[str, str], NDArray[np.int64]] = {}
 
@@ -67,6 +67,10 @@ class Embedder:
             table[position] = -1 if found is None else found
         return table[positions]
 
+    def on_device(self, rows: EmbeddedRows) -> Tensor:
+        """Return the rows' vectors float32 [n, D] on this rank's device."""
+        return rows.fused.to(self.context.parallel.device)
+
     def _from_known(self, reader: RecordReader, view: ViewConfig, positions: NDArray[np.int64], per_modality: bool) -> EmbeddedRows:
         # Several modalities: their own vectors cost little beside the fused one, and may be asked for next.
         per_modality = per_modality or len(view.modalities) > 1
@@ -79,7 +83,8 @@ class Embedder:
         return known.rows.take(known.place[positions])
 
     def _embed(self, reader: RecordReader, view: ViewConfig, positions: NDArray[np.int64], per_modality: bool, text_from: str | None) -> EmbeddedRows:
+        run = self.context
         return embed_view(
-            self.encoder, reader, view, positions, parallel=self.parallel, config=self.config, per_modality=per_modality, text_from=text_from
+            run.encoder, reader, view, positions, parallel=run.parallel, config=run.config, per_modality=per_modality, text_from=text_from
         )
 

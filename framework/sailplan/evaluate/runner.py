@@ -6,26 +6,24 @@ queries; what a task's baselines know comes from the train split.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from sailplan.config.rules import check_task
-from sailplan.config.schema import Config, EvaluationTask
+from sailplan.config.schema import EvaluationTask
 from sailplan.data.reader import RecordReader
+from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
-from sailplan.embed.embedding import EmbeddedRows
 from sailplan.embed.scoring import Pairs, pair_scores, unit
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate import metrics
 from sailplan.evaluate.completion import set_completion_task
 from sailplan.evaluate.examples import retrieval_examples
 from sailplan.evaluate.sides import Sides, prepare, query_positions
-from sailplan.runtime.process import Parallel
 
 
 @dataclass
@@ -41,44 +39,40 @@ class Evaluation:
 
 
 class Runner:
-    """Runs tasks with one model state."""
+    """Run tasks with one model state."""
 
-    def __init__(self, encoder: nn.Module, objectives: Mapping[str, nn.Module] | nn.ModuleDict, config: Config, parallel: Parallel) -> None:
-        self.encoder, self.objectives, self.config, self.parallel = encoder, objectives, config, parallel
-        self.embedder = Embedder(encoder, parallel, config)
-        self.exchange = self.embedder.exchange
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+        self.embedder = Embedder(context)
 
     def run(self, name: str, task: EvaluationTask, reader: RecordReader) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """One task's metrics and examples. Collective. Raises ConfigurationError for a task that cannot be."""
-        check_task(self.config, name, task)
+        check_task(self.context.config, name, task)
         if task.kind == "clustering":
             return self._clustering(name, task, reader), []
         if task.kind == "sequence":
-            return set_completion_task(self, name, task, reader)
+            return set_completion_task(self.embedder, name, task, reader)
         sides = prepare(reader, task, name, self.embedder)
         return self._retrieval(task, reader, sides), retrieval_examples(task, reader, sides)
 
-    def on_device(self, rows: EmbeddedRows) -> Tensor:
-        return rows.fused.to(self.parallel.device)
-
     def _retrieval(self, task: EvaluationTask, reader: RecordReader, sides: Sides) -> dict[str, float]:
-        device = self.parallel.device
-        queries, candidates = self.on_device(sides.queries), self.on_device(sides.candidates)
+        device = self.context.parallel.device
+        queries, candidates = self.embedder.on_device(sides.queries), self.embedder.on_device(sides.candidates)
         positives = sides.positives.to(device)
         result: dict[str, float] = {}
         if "recall" in task.metrics:
             excluded = None if sides.excluded is None else sides.excluded.to(device)
-            ranks = metrics.best_positive_ranks(queries, candidates, positives, excluded, self.exchange)
+            ranks = metrics.best_positive_ranks(queries, candidates, positives, excluded, self.embedder.exchange)
             result |= metrics.recall(ranks, task.recall_at)
             result["candidates"] = float(len(candidates))
         if "prefixes" in task.metrics:
             result |= self._prefixes(task, sides)
         if "auc" in task.metrics and len(positives.rows):
-            result["auc"] = metrics.auc(queries, candidates, positives, self.exchange)
+            result["auc"] = metrics.auc(queries, candidates, positives, self.embedder.exchange)
         if "gap" in task.metrics:
-            result |= metrics.gap(queries, candidates, positives, self.exchange)
+            result |= metrics.gap(queries, candidates, positives, self.embedder.exchange)
         if "bijection" in task.metrics:
-            result["bijection"] = metrics.bijection(queries, candidates, sides.queries.ids.to(device), self.exchange)
+            result["bijection"] = metrics.bijection(queries, candidates, sides.queries.ids.to(device), self.embedder.exchange)
         if "kendall" in task.metrics or "overlap" in task.metrics:
             found = self._graded(reader, sides)
             result |= {metric: found[metric] for metric in ("kendall", "overlap") if metric in task.metrics}
@@ -87,13 +81,13 @@ class Runner:
     def _prefixes(self, task: EvaluationTask, sides: Sides) -> dict[str, float]:
         """What cutting the vectors costs, for each shorter Matryoshka prefix: prefix_D/recall@k, and prefix_D/neighbours@10, the share
         of a query's ten nearest other queries that stay its nearest."""
-        excluded = None if sides.excluded is None else sides.excluded.to(self.parallel.device)
-        queries, candidates = self.on_device(sides.queries), self.on_device(sides.candidates)
+        excluded = None if sides.excluded is None else sides.excluded.to(self.context.parallel.device)
+        queries, candidates = self.embedder.on_device(sides.queries), self.embedder.on_device(sides.candidates)
         result: dict[str, float] = {}
-        for size in self.config.model.prefixes:
+        for size in self.context.config.model.prefixes:
             if size < queries.shape[1]:
-                positives = sides.positives.to(self.parallel.device)
-                ranks = metrics.best_positive_ranks(queries[:, :size], candidates[:, :size], positives, excluded, self.exchange)
+                positives = sides.positives.to(self.context.parallel.device)
+                ranks = metrics.best_positive_ranks(queries[:, :size], candidates[:, :size], positives, excluded, self.embedder.exchange)
                 found = metrics.recall(ranks, task.recall_at)
                 result |= {f"prefix_{size}/{key}": value for key, value in found.items() if key.startswith("recall")}
                 if len(queries) > 1:
@@ -120,25 +114,18 @@ class Runner:
         return {key: value for key, value in found.items() if key in ("nmi", "clusters")}
 
 
-def evaluate(
-    encoder: nn.Module,
-    objectives: Mapping[str, nn.Module] | nn.ModuleDict,
-    readers: Mapping[str, RecordReader],
-    config: Config,
-    parallel: Parallel,
-    only: Sequence[str] | None = None,
-) -> Evaluation:
-    """All tasks of `evaluation.tasks`, or the ones named in `only`; every rank gets the same result. Collective.
+def evaluate(context: RunContext, only: Sequence[str] | None = None) -> Evaluation:
+    """Run all tasks of `evaluation.tasks`, or those named in `only`; every rank gets the same result. Collective.
 
-    objectives: the run's losses; `seq2item`, if it is among them, represents histories. The encoder's training mode
-    comes back as it was. Raises ConfigurationError for a task that cannot be.
+    An objective of the context that represents histories does so here. The encoder's training mode comes back
+    as it was. Raises ConfigurationError for a task that cannot be.
     """
-    runner, result = Runner(encoder, objectives, config, parallel), Evaluation()
+    config, runner, result = context.config, Runner(context), Evaluation()
     for name in only if only is not None else list(config.evaluation.tasks):
         if name not in config.evaluation.tasks:
             raise ConfigurationError(f"evaluation.tasks has no '{name}'; expected one of {', '.join(config.evaluation.tasks) or 'none'}")
         task = config.evaluation.tasks[name]
-        result.tasks[name], examples = runner.run(name, task, readers[task.dataset])
+        result.tasks[name], examples = runner.run(name, task, context.readers[task.dataset])
         if examples:
             result.examples[name] = examples
     return result

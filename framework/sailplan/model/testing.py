@@ -11,8 +11,7 @@ from megatron.core import parallel_state
 from torch.distributed.tensor import DTensor
 
 from sailplan.config.schema import AudioConfig, ModelConfig, SwinShape, TransformerShape, VisionConfig
-from sailplan.data.packing import SequenceLayout, pack
-from sailplan.data.record import OmniInputs
+from sailplan.data.packing import OmniInputs, SequenceLayout, pack
 from sailplan.model.attention import Sequences
 from sailplan.runtime.process import Parallel
 

@@ -28,8 +28,7 @@ from torch.utils import _pytree
 
 from sailplan.config.schema import AudioConfig, ModelConfig, VisionConfig
 from sailplan.data.config import MODALITIES
-from sailplan.data.packing import OWN_TEXT, READ_OUTS, SOUND_TOKEN, VISUAL, Packing, SequenceLayout, pack
-from sailplan.data.record import OmniInputs
+from sailplan.data.packing import OWN_TEXT, READ_OUTS, SOUND_TOKEN, VISUAL, OmniInputs, Packing, SequenceLayout, pack
 from sailplan.model.attention import Sequences
 from sailplan.model.audio import AudioAdapter, AudioEncoder
 from sailplan.model.backbones.clap import ClapAudioEncoder

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
 from sailplan.errors import ConfigurationError
+from sailplan.objective.protocol import Objective
 from sailplan_kernels.infonce import backend_for
-
-if TYPE_CHECKING:
-    from sailplan.objective.protocol import Objective
 
 
 def described(backend: str, dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sailplan.config.schema import DatasetConfig
+from sailplan.config.schema import DatasetConfig, PatternKey
 from sailplan.errors import ConfigurationError
 from sailplan.objective.patterns import Pattern, check_margins, contrast, contrast_sum, has_history, negatives_of, patterns_of
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
@@ -85,7 +85,7 @@ class InfoNCE(Objective):
                 symmetric=self.symmetric,
                 prefixes=context.prefixes if self.matryoshka else None,
                 prefix_weights=self._weights(context.prefixes),
-                max_negative_score=context.thresholds.get(f"{encoded.dataset}/{pattern.name}"),
+                max_negative_score=context.thresholds.get(PatternKey(encoded.dataset, pattern.name)),
                 **self._identities(pattern),
                 **self._hard_negatives(encoded, pattern, context),
                 **self.margins,

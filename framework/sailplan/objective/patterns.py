@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sailplan.config.schema import DatasetConfig, ViewConfig
+from sailplan.config.schema import DatasetConfig, PatternKey, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.backends import described
 from sailplan.objective.protocol import EncodedStep, EncodedView, ObjectiveContext, ObjectiveOutput
@@ -105,7 +105,7 @@ def contrast(
     arguments = {
         "queries": queries,
         "keys": keys,
-        "temperature": context.temperatures.get(encoded.dataset, pattern.name),
+        "temperature": context.temperatures.get(PatternKey(encoded.dataset, pattern.name)),
         "query_valid": query_valid,
         "key_valid": key_valid,
         "symmetric": context.datasets[encoded.dataset].symmetric if symmetric is None else symmetric,

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sailplan.config.schema import DatasetConfig
+from sailplan.config.schema import DatasetConfig, PatternKey
 from sailplan.objective.operands import HALF, Rounded
+from sailplan.objective.temperature import Temperatures
 
 
 @dataclass
@@ -68,10 +69,10 @@ class ObjectiveContext:
 
     datasets: dict[str, DatasetConfig]
     exchange: Any  # sailplan_kernels.exchange.Exchange over the data-parallel group
-    temperatures: Any  # objective.temperature.Temperatures: (data set, pattern) -> 0-d tensor
+    temperatures: Temperatures
     prefixes: tuple[int, ...]
     backend: str = "auto"
-    thresholds: dict[str, float] = field(default_factory=dict)  # "DATASET/PATTERN" -> lambda*, while in-batch masking is on
+    thresholds: dict[PatternKey, float] = field(default_factory=dict)  # lambda*, while in-batch masking is on
     compute_dtype: torch.dtype = torch.float32  # what the encoder computed in; the encodings are float32 also where it is half precision
     rounded: dict[int, Rounded] = field(default_factory=dict, init=False, repr=False)  # by the vectors' identity
     ran: set[str] = field(default_factory=set, init=False)  # "BACKEND DTYPE" of the calls of kernels so far, see objective.backends
@@ -108,4 +109,12 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
+        raise NotImplementedError
+
+
+class HistoryObjective(Objective):
+    """Base of losses that learn one vector for a history of items: evaluation represents histories by it."""
+
+    def represent(self, history: Tensor, valid: Tensor, group: int) -> Tensor:
+        """Return a vector [n, D] for each history, of its items' vectors [n * group, D]; valid: bool [n * group]."""
         raise NotImplementedError

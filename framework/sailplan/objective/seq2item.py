@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from sailplan.config.schema import DatasetConfig
+from sailplan.config.schema import DatasetConfig, PatternKey
 from sailplan.errors import ConfigurationError
 from sailplan.objective.patterns import contrast, contrast_sum, has_history, negatives_of, patterns_of
-from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
+from sailplan.objective.protocol import EncodedStep, HistoryObjective, ObjectiveContext, ObjectiveOutput
 
 POOLINGS = ("mean", "encoder")
 
 
-class Seq2Item(Objective):
+class Seq2Item(HistoryObjective):
     """InfoNCE from a history of items to a target item.
 
     pooling: mean, or encoder: `layers` pre-norm transformer layers of `heads` heads with a special token.
@@ -96,7 +96,7 @@ class Seq2Item(Objective):
         return any(has_history(dataset, pattern) for pattern in dataset.patterns)
 
     def represent(self, history: Tensor, valid: Tensor, group: int) -> Tensor:
-        """Sequence vectors [n, D] of fused item vectors `history` [n * group, D] with `valid` bool [n * group].
+        """Return sequence vectors [n, D] of fused item vectors `history` [n * group, D] with `valid` bool [n * group].
 
         Not normalised; zero for a history without any valid item under mean pooling. Also used by evaluation.
         """
@@ -142,7 +142,7 @@ class Seq2Item(Objective):
                 key_log_probability=self._correction(encoded),
                 shared_hard_negatives=bool(negatives),
                 **negatives,
-                max_negative_score=context.thresholds.get(f"{encoded.dataset}/{pattern.name}"),
+                max_negative_score=context.thresholds.get(PatternKey(encoded.dataset, pattern.name)),
             )
             contrasts.append(found)
         return contrast_sum(contrasts, encoded, context)

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from sailplan.config.fields import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
-from sailplan.config.schema import DatasetConfig
+from sailplan.config.schema import DatasetConfig, PatternKey
 from sailplan.errors import ConfigurationError
 
 
 class Temperatures(nn.Module):
-    """A log-temperature (0-d float32 parameter) per "DATASET/PATTERN"."""
+    """Hold a log-temperature (0-d float32 parameter) for each pattern of each data set."""
 
     def __init__(self, datasets: Mapping[str, DatasetConfig]) -> None:
         super().__init__()
         self.logarithms = nn.ParameterDict()
         for dataset, config in datasets.items():
             for pattern in config.patterns:
-                self.logarithms[f"{dataset}/{pattern}"] = nn.Parameter(torch.tensor(math.log(config.temperature)))
+                self.logarithms[str(PatternKey(dataset, pattern))] = nn.Parameter(torch.tensor(math.log(config.temperature)))
 
-    def get(self, dataset: str, pattern: str) -> Tensor:
-        """The temperature in use, a 0-d tensor with gradient."""
-        name = f"{dataset}/{pattern}"
+    def get(self, key: PatternKey) -> Tensor:
+        """Return the temperature in use, a 0-d tensor with gradient. Raises ConfigurationError for an unknown pattern."""
+        name = str(key)
         if name not in self.logarithms:
             raise ConfigurationError(f"temperature of '{name}': no such data set and pattern, expected one of {', '.join(self.logarithms)}")
         return self.logarithms[name].clamp(math.log(LOWEST_TEMPERATURE), math.log(HIGHEST_TEMPERATURE)).exp()
@@ -47,16 +47,16 @@ class Temperatures(nn.Module):
 
     @torch.no_grad()
     def packed(self) -> Tensor:
-        """The temperatures in use, float64 [n] on the device, in the order of `names`."""
+        """The temperatures in use, float64 [n] on the device, in the order of `keys`."""
         if not self.logarithms:
             return torch.zeros(0, dtype=torch.float64)
         return torch.stack(list(self.logarithms.values())).double().exp().clamp(LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)
 
     @property
-    def names(self) -> list[str]:
-        """"DATASET/PATTERN" of each temperature."""
-        return list(self.logarithms)
+    def keys(self) -> list[PatternKey]:
+        """Return the pattern of each temperature."""
+        return [PatternKey.parse(name) for name in self.logarithms]
 
-    def values(self) -> dict[str, float]:
-        """"DATASET/PATTERN" -> temperature in use; one transfer for all."""
-        return dict(zip(self.names, self.packed().tolist(), strict=True))
+    def values(self) -> dict[PatternKey, float]:
+        """Return the temperatures in use; one transfer for all."""
+        return dict(zip(self.keys, self.packed().tolist(), strict=True))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sailplan.config.schema import Config, DataConfig, DatasetConfig, ModelConfig, PatternConfig, StepConfig, ViewConfig
+from sailplan.config.schema import Config, DataConfig, DatasetConfig, ModelConfig, PatternConfig, PatternKey, StepConfig, ViewConfig
 from sailplan.data.config import Modality
 from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
 from sailplan.model.component import EncoderComponent
@@ -33,7 +33,7 @@ from sailplan_kernels.exchange import Local
 
 OMNI = "omni"
 WEIGHTS = {"infonce": 1.0, "cosent": 0.3, "micl": 0.4, "late_fusion": 0.5, "seq2item": 0.7, "id2item": 0.6}
-THRESHOLDS = {"items/name_to_item": 0.6}
+THRESHOLDS = {PatternKey("items", "name_to_item"): 0.6}
 ROWS = {"items": 32, "pairs": 16, "sequences": 8}
 HISTORY, HARD_NEGATIVES = 3, 2
 TEACHERS = {"svd": 3, "nmf": 5}

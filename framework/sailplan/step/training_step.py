@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sailplan.config.schema import Config
+from sailplan.config.schema import Config, PatternKey
 from sailplan.data.record import StepBatch
 from sailplan.errors import ConfigurationError
 from sailplan.model.parallelize import clip_gradient_norm, finish_gradients, reshard
@@ -48,7 +48,7 @@ class StepResult:
     loss: float  # weighted sum of the objectives
     losses: dict[str, float]  # objective name -> its unweighted loss
     metrics: dict[str, float]  # "OBJECTIVE/DATASET/METRIC" -> value
-    temperatures: dict[str, float]  # "DATASET/PATTERN" -> temperature that the step used
+    temperatures: dict[PatternKey, float]  # that the step used
     grad_norm: float  # before clipping, over all parameters
     skipped: bool  # the guard kept the optimizer from stepping
     suspects: list[str]  # this rank's records to quarantine, if skipped
@@ -106,14 +106,14 @@ class TrainingStep:
         *,
         step: int,
         stage: str,
-        thresholds: Mapping[str, float] | None = None,
+        thresholds: Mapping[PatternKey, float] | None = None,
         clip_norm: float = 1.0,
         wishes: Callable[[], Sequence[bool]] = tuple,
     ) -> StepResult:
         """One step. A collective over the world: all ranks call it with the same step and data sets.
 
         batches: this rank's rows, one data set each. weights: objective name -> weight, of the stage. thresholds:
-        "DATASET/PATTERN" -> lambda*, for masking in-batch negatives. Learning rates are the caller's business.
+        lambda* of patterns, for masking in-batch negatives. Learning rates are the caller's business.
         wishes: called once, late in the step: what this rank wants all to know; the same number on all ranks.
 
         Raises ConfigurationError for no batch, an unknown objective, or a data set that no objective of the stage can
@@ -132,7 +132,7 @@ class TrainingStep:
         norm, diverged, *wanted = islice(numbers, 1 + shared.numel())
         averaged.drop_unused(list(islice(numbers, averaged.used.numel())))
         values = dict(zip(averaged.names, numbers, strict=False))
-        temperatures = dict(zip(self.temperatures.names, numbers, strict=True))
+        temperatures = dict(zip(self.temperatures.keys, numbers, strict=True))
         suspects: list[str] = []
         finite = self.guard.allows(math.isfinite(norm) and not diverged)
         if finite:
@@ -163,7 +163,7 @@ class TrainingStep:
         *,
         step: int,
         stage: str,
-        thresholds: Mapping[str, float] | None = None,
+        thresholds: Mapping[PatternKey, float] | None = None,
         seconds: dict[str, float] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], list[EncodedStep], int]:
         """The step up to the full-batch gradients in `.grad`.
@@ -181,7 +181,7 @@ class TrainingStep:
         weights: Mapping[str, float],
         step: int,
         stage: str,
-        thresholds: Mapping[str, float] | None,
+        thresholds: Mapping[PatternKey, float] | None,
         seconds: dict[str, float],
     ) -> tuple[Averaged, list[EncodedStep], int, dict[str, str]]:
         applied = self._applied(batches, weights)
@@ -233,7 +233,7 @@ class TrainingStep:
         encoded: Sequence[EncodedStep],
         applied: Sequence[Sequence[str]],
         weights: Mapping[str, float],
-        thresholds: dict[str, float],
+        thresholds: dict[PatternKey, float],
     ) -> _Losses:
         """The losses, and their gradients in the leaves of `encoded` and in the small parameters."""
         found = self._losses(batches, encoded, applied, weights, thresholds)
@@ -249,7 +249,7 @@ class TrainingStep:
         encoded: Sequence[EncodedStep],
         applied: Sequence[Sequence[str]],
         weights: Mapping[str, float],
-        thresholds: dict[str, float],
+        thresholds: dict[PatternKey, float],
     ) -> _Losses:
         context = ObjectiveContext(
             datasets=self.config.data.sets,

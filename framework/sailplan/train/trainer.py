@@ -20,13 +20,14 @@ import torch.distributed as dist
 from sailplan.checkpoint.background import Saver
 from sailplan.checkpoint.store import folder_of, load
 from sailplan.config.compose import config_hash, identity
-from sailplan.config.schema import Config
+from sailplan.config.schema import Config, PatternKey
 from sailplan.curriculum.stages import StageState, load_stage, prepare_stage, refresh_hard_negatives
 from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.record import StepBatch
 from sailplan.data.shares import StepShares
+from sailplan.embed.context import RunContext
 from sailplan.embed.exchange import training_exchange
 from sailplan.errors import BadDataError, StopRequested
 from sailplan.evaluate.runner import evaluate
@@ -56,8 +57,9 @@ class Trainer:
         self.training_step = TrainingStep(
             whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, training_exchange(parallel, config.parallel.exchange)
         )
-        self.readers = open_datasets(config, progress=dog.beat)  # the first reading of many shards takes long, and is no hang
-        check_data(config, self.readers)
+        readers = open_datasets(config, progress=dog.beat)  # the first reading of many shards takes long, and is no hang
+        check_data(config, readers)
+        self.context = RunContext(config, parallel, whole.encoder, whole.objectives, readers)
         options = config.checkpoint
         self.saver = Saver(parallel, asynchronous=options.asynchronous, keep=options.keep, timeout_seconds=config.parallel.timeout_seconds)
         self.step = 0
@@ -98,18 +100,16 @@ class Trainer:
         with self.dog.paused():
             done = self.step + 1 - span.first
             if done > 0:
-                return load_stage(where, done, self.readers, self.config)
-            stage = self.config.stages[span.name]
-            return prepare_stage(span.name, stage, self.whole.encoder, self.whole.objectives, self.readers, self.config, self.parallel, where)
+                return load_stage(self.config, self.context.readers, span.name, where, done)
+            return prepare_stage(self.context, span.name, where)
 
     def _run_stage(self, span: StageSpan) -> None:
         stage, options = self.config.stages[span.name], self.config.stages[span.name].optimizer
         self._catch_up(span)
         state = self._stage_state(span)
-        self.readers |= state.readers
         set_trainable(self.whole.encoder, self.whole.objectives, self.whole.temperatures, stage.trainable)
         configure(self.optimizer, options)
-        plan = Plan(self.config, span.name, stage, state.weights, self.readers, state.subsets)
+        plan = Plan(self.config, span.name, stage, state.weights, self.context.readers, state.subsets)
         plan.check_ranks(self.parallel.data_parallel_size)
         used: dict[str, Any] = {name: self.whole.objectives[name] for name, weight in stage.objectives.items() if weight}
         backends = planned_backends(used, self.config.step.backend, self.parallel.device, getattr(torch, self.config.parallel.dtype))
@@ -124,8 +124,7 @@ class Trainer:
             done = self.step + 1 - span.first
             if refresh and done and done % refresh == 0:
                 with self.dog.paused():
-                    where = self.folder.curriculum(span.name)
-                    state = refresh_hard_negatives(state, done, stage, self.whole.encoder, self.readers, self.config, self.parallel, where)
+                    state = refresh_hard_negatives(self.context, span.name, self.folder.curriculum(span.name), state, done)
             stop_at = min(span.steps, (done // refresh + 1) * refresh) if refresh else span.steps
             self._run_steps(span, plan, state, done, stop_at)
         self._finish_stage(span)
@@ -134,7 +133,7 @@ class Trainer:
         """Stage steps first .. last - 1 with one hard-negative store."""
         stage = self.config.stages[span.name]
         loader = StepLoader(
-            plan, self.readers, self.config, stage,
+            plan, self.context.readers, self.config, stage,
             data_parallel_rank=self.parallel.data_parallel_rank, data_parallel_size=self.parallel.data_parallel_size,
             start_step=first, stop_step=last, negatives=state.negatives, teachers=state.teachers,
         )  # fmt: skip
@@ -221,7 +220,7 @@ class Trainer:
 
     def _evaluate(self, span: StageSpan) -> None:
         with self.dog.paused():
-            found = evaluate(self.whole.encoder, self.whole.objectives, self.readers, self.config, self.parallel)
+            found = evaluate(self.context)
         self.writer.log_evaluation(self.step, span.name, found.tasks, found.examples)
 
     def _log(self, span: StageSpan, batches: list[StepBatch], result: StepResult, learning_rate: float, waited: float, seconds: float) -> None:
@@ -245,7 +244,8 @@ class Trainer:
         if result.skipped:
             values["skipped"] = 1
         for batch in batches:
-            values |= {f"temperature/{name}": result.temperatures[name] for name in (f"{batch.dataset}/{pattern}" for pattern in batch.patterns)}
+            keys = [PatternKey(batch.dataset, pattern) for pattern in batch.patterns]
+            values |= {f"temperature/{key}": result.temperatures[key] for key in keys}
         self.writer.log_step(self.step, span.name, values)
 
 

@@ -15,9 +15,10 @@ from sailplan.config.compose import compose
 from sailplan.config.schema import BalanceConfig, Config, HardNegativeConfig, StageConfig, SubsetConfig
 from sailplan.curriculum.hard_negatives import matched, mine_rows
 from sailplan.curriculum.histories import read_histories
-from sailplan.curriculum.stages import check_stage, load_stage, prepare_stage, refresh_hard_negatives
+from sailplan.curriculum.stages import StageState, check_stage, load_stage, prepare_stage, refresh_hard_negatives
 from sailplan.curriculum.testing import write_pack
 from sailplan.data.datasets import open_datasets
+from sailplan.embed.context import RunContext
 from sailplan.embed.embedding import EmbeddedRows, embed_view
 from sailplan.errors import ConfigurationError, SailplanError
 from sailplan.model.build import build_encoder
@@ -46,17 +47,24 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def prepared(rank: int, world_size: int, config: Config, name: str, folder: Path) -> dict[str, Any]:
     parallel = join_layout(1)
     encoder = build_encoder(config.model, config.parallel, parallel, seed=0)
-    readers = open_datasets(config)
-    state = prepare_stage(name, config.stages[name], encoder, {}, readers, config, parallel, folder)
+    context = RunContext(config, parallel, encoder, {}, open_datasets(config))
+    recorded = set(context.readers)
+    state = prepare_stage(context, name, folder)
     negatives = {} if state.negatives is None else state.negatives.positions
     return {
         "weights": state.weights,
         "subsets": {key: value.tolist() for key, value in state.subsets.items()},
-        "negatives": {key: value.tolist() for key, value in negatives.items()},
-        "thresholds": state.thresholds,
-        "made": {key: [reader.body(position) for position in range(len(reader))] for key, reader in state.readers.items()},
+        "negatives": {str(key): value.tolist() for key, value in negatives.items()},
+        "thresholds": {str(key): value for key, value in state.thresholds.items()},
+        "made": {
+            name: [reader.body(position) for position in range(len(reader))] for name, reader in context.readers.items() if name not in recorded
+        },
         "teachers": None if state.teachers is None else state.teachers.ids,
     }
+
+
+def read_back(config: Config, folder: Path, done: int) -> StageState:
+    return load_stage(config, open_datasets(config), "selected", folder, done)
 
 
 @pytest.mark.parametrize("name", ["selected", "collaborative"])
@@ -89,9 +97,9 @@ def test_selection_keeps_its_promises(config: Config, tmp_path: Path) -> None:
     assert told["thresholds"]["things/image_to_name"]["tp"] > 0
     assert told["subsets"] == {"things": len(found["subsets"]["things"])}
     assert set(told["balance"]["things"]) == {"names", "choice", "mean"}
-    state = load_stage(tmp_path / "selected", 0, readers, config)
-    unmasked = replace(config.stages["selected"], hard_negatives=HardNegativeConfig(mask_in_batch=False))
-    assert state.thresholds and not load_stage(tmp_path / "selected", 0, readers, config, unmasked).thresholds
+    stage = replace(config.stages["selected"], hard_negatives=HardNegativeConfig(mask_in_batch=False))
+    unmasked = replace(config, stages={"selected": stage})
+    assert read_back(config, tmp_path / "selected", 0).thresholds and not read_back(unmasked, tmp_path / "selected", 0).thresholds
     assert all("score" in negative for example in told["examples"]["choices/text_to_item"] for negative in example["negatives"])
 
 
@@ -119,25 +127,25 @@ def test_resume_reads_back_the_same_and_refresh_carries_its_step(config: Config,
     def run(rank: int, world_size: int) -> None:
         parallel = join_layout(1)
         encoder = build_encoder(config.model, config.parallel, parallel, seed=0)
-        readers, stage = open_datasets(config), config.stages["selected"]
-        first = prepare_stage("selected", stage, encoder, {}, readers, config, parallel, folder)
-        other = build_encoder(config.model, config.parallel, parallel, seed=9)
-        fresh = refresh_hard_negatives(first, 40, stage, other, readers, config, parallel, folder)
+        context = RunContext(config, parallel, encoder, {}, open_datasets(config))
+        first = prepare_stage(context, "selected", folder)
+        other = replace(context, encoder=build_encoder(config.model, config.parallel, parallel, seed=9))
+        fresh = refresh_hard_negatives(other, "selected", folder, first, 40)
         assert first.negatives is not None and fresh.negatives is not None
         assert first.thresholds != fresh.thresholds and first.weights == fresh.weights
         for done, wanted in ((1, first), (39, first), (40, fresh), (70, fresh)):
-            back = load_stage(folder, done, readers, config)
+            back = read_back(config, folder, done)
             assert back.negatives is not None and wanted.negatives is not None
             assert back.thresholds == wanted.thresholds and back.weights == first.weights
             assert all(np.array_equal(back.negatives.positions[key], table) for key, table in wanted.negatives.positions.items())
             assert all(np.array_equal(back.subsets[key], kept) for key, kept in first.subsets.items())
-        again = prepare_stage("selected", stage, encoder, {}, readers, config, parallel, folder)
-        assert load_stage(folder, 70, readers, config).thresholds == again.thresholds == first.thresholds  # the given-up refresh is gone
+        again = prepare_stage(context, "selected", folder)
+        assert read_back(config, folder, 70).thresholds == again.thresholds == first.thresholds  # the given-up refresh is gone
 
     run_ranks(run, 1)
     (folder / "state.json").unlink()
     with pytest.raises(ConfigurationError, match=r"no state\.json"):
-        load_stage(folder, 1, {}, config)
+        read_back(config, folder, 1)
 
 
 def test_a_set_that_the_stage_does_not_make_is_refused(config: Config, tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from sailplan.config.schema import Config, StageConfig
+from sailplan.config.schema import Config, PatternKey, StageConfig
 from sailplan.data.collate import Collator
 from sailplan.data.datasets import open_datasets
 from sailplan.data.negatives import HardNegativeStore
+from sailplan.data.packing import OmniInputs
 from sailplan.data.plan import Plan
 from sailplan.data.reader import BadSample
-from sailplan.data.record import OmniInputs, StepBatch, ViewBatch
+from sailplan.data.record import StepBatch, ViewBatch
 from sailplan.data.teachers import TeacherTable
 from sailplan.data.testing import item_record, json_member, png, write_set
 from sailplan.errors import BadDataError, ConfigurationError
@@ -139,9 +140,10 @@ def test_items_without_a_declared_modality_are_not_valid_but_no_error(make_confi
 
 def test_hard_negatives_and_teachers_join_their_rows(make_config: Make, tmp_path: Path) -> None:
     positions = np.stack([np.array([(row + 1) % 64, (row + 2) % 64, -1]) for row in range(64)])
-    HardNegativeStore({"things/image_title": positions}, {"things/image_title": 0.25}).save(tmp_path / "negatives.npz")
+    key = PatternKey("things", "image_title")
+    HardNegativeStore({key: positions}, {key: 0.25}).save(tmp_path / "negatives.npz")
     store = HardNegativeStore.load(tmp_path / "negatives.npz")
-    assert store.thresholds == {"things/image_title": 0.25} and np.array_equal(store.positions["things/image_title"], positions)
+    assert store.thresholds == {key: 0.25} and np.array_equal(store.positions[key], positions)
     vectors = {"svd": np.arange(1, 33, dtype=np.float32)[:, None].repeat(3, 1), "nmf": np.ones((32, 2), dtype=np.float32)}
     TeacherTable([f"things/{number}" for number in range(32)], vectors).save(tmp_path / "teachers.npz")
     teachers = TeacherTable.load(tmp_path / "teachers.npz")

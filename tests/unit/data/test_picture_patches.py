@@ -14,7 +14,8 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 from sailplan.config.schema import DataConfig, DatasetConfig, ViewConfig
 from sailplan.data import image
-from sailplan.data.record import Item, OmniInputs
+from sailplan.data.packing import OmniInputs
+from sailplan.data.record import Item
 from sailplan.data.views import ViewDecoder
 from sailplan.model.pixels import normalise
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from sailplan.config.compose import compose
-from sailplan.config.schema import Config, DatasetConfig, PatternConfig, StageConfig, ViewConfig
+from sailplan.config.schema import Config, DatasetConfig, PatternConfig, PatternKey, StageConfig, ViewConfig
 from sailplan.data.collate import Collator
 from sailplan.data.datasets import open_datasets
 from sailplan.data.evaluation import EvaluationRows
 from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.order import keyed, keyed_integer
+from sailplan.data.packing import OmniInputs
 from sailplan.data.plan import Plan
-from sailplan.data.record import OmniInputs, StepBatch, ViewBatch
+from sailplan.data.record import StepBatch, ViewBatch
 from sailplan.data.testing import json_member, write_set
 
 Make = Callable[..., Config]
@@ -89,7 +90,7 @@ def test_costs_of_histories_and_negatives_are_foreseen(make_config: Make, tmp_pa
         language_weights={"en": 0.5},
     )
     mined = np.random.default_rng(0).integers(-1, 48, (48, 3))
-    maker = collator(config, {"sequences": 1.0}, store=HardNegativeStore({"sequences/next": mined}))
+    maker = collator(config, {"sequences": 1.0}, store=HardNegativeStore({PatternKey("sequences", "next"): mined}))
     (batch,), (costs,) = maker.batches(1), foreseen(maker, 1)
     assert {key: value.shape[1] for key, value in costs.items()} == {"history": 4, "target": 1, "negatives/next": 5}
     for key, view in batch.views.items():

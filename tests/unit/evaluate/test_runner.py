@@ -11,6 +11,7 @@ import torch
 from sailplan.config.schema import Config, EvaluationTask
 from sailplan.curriculum.testing import write_pack
 from sailplan.data.datasets import open_datasets
+from sailplan.embed.context import RunContext
 from sailplan.embed.embedding import embed_view
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate.runner import evaluate
@@ -34,7 +35,7 @@ def everything(rank: int, world_size: int, config: Config, tensor: int) -> dict[
     encoder = build_encoder(config.model, config.parallel, parallel, seed=0)
     readers = open_datasets(config)
     objectives = build_objectives(SEQ2ITEM, config.model.embedding, config.data.sets)
-    found = evaluate(encoder, objectives, readers, config, parallel)
+    found = evaluate(RunContext(config, parallel, encoder, objectives, readers))
     positions = np.arange(len(readers["things"]))
     image = embed_view(encoder, readers["things"], "item", positions, parallel=parallel, config=config, per_modality=True)
     few = embed_view(encoder, readers["things"], "image", positions[:1], parallel=parallel, config=config)  # fewer rows than ranks
@@ -88,7 +89,7 @@ def test_impossible_tasks_are_named(config: Config) -> None:
         broken = Config(data=config.data, model=config.model, parallel=config.parallel)
         broken.evaluation.tasks = {"mine": task}
         with pytest.raises(ConfigurationError) as caught:
-            evaluate(build_encoder(config.model, config.parallel, parallel, seed=0), {}, open_datasets(config), broken, parallel)
+            evaluate(RunContext(broken, parallel, build_encoder(config.model, config.parallel, parallel, seed=0), {}, open_datasets(config)))
         return str(caught.value)
 
     def message(task: EvaluationTask) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from sailplan.config.fields import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
-from sailplan.config.schema import DatasetConfig, PatternConfig, ViewConfig
+from sailplan.config.schema import DatasetConfig, PatternConfig, PatternKey, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.cosent import CoSENT, cosent
 from sailplan.objective.id2item import ID2Item
@@ -117,7 +117,7 @@ def test_infonce_masks_by_threshold_and_weights_prefixes() -> None:
     encoded = step("items", views)
     encoded.patterns = {"image_to_name": 1.0}
     objective = InfoNCE(embedding=D, datasets=DATASETS, prefix_weights={4: 0.0, D: 1.0})
-    output = objective(encoded, context(thresholds={"items/image_to_name": 0.2, "items/name_to_item": -1.0}))
+    output = objective(encoded, context(thresholds={PatternKey("items", "image_to_name"): 0.2, PatternKey("items", "name_to_item"): -1.0}))
     expected = naive_infonce(views["image"].fused, views["name"].fused, torch.ones(ROWS).bool(), scores < 0.2)
     torch.testing.assert_close(output.loss, expected)
 
@@ -303,14 +303,14 @@ def test_a_step_without_any_valid_row_costs_nothing_and_gives_no_nan(objective: 
 
 def test_temperatures_start_as_configured_stay_in_bounds_and_can_come_back() -> None:
     temperatures = Temperatures(DATASETS)
-    assert temperatures.values()["items/image_to_name"] == pytest.approx(0.1)
+    assert temperatures.values()[PatternKey("items", "image_to_name")] == pytest.approx(0.1)
     parameter = temperatures.logarithms["items/image_to_name"]
     for value, bound in ((-20.0, LOWEST_TEMPERATURE), (5.0, HIGHEST_TEMPERATURE)):
         with torch.no_grad():
             parameter.fill_(value)
-        assert temperatures.get("items", "image_to_name").item() == pytest.approx(bound)
+        assert temperatures.get(PatternKey("items", "image_to_name")).item() == pytest.approx(bound)
         temperatures.clamp_()
         parameter.grad = None
-        temperatures.get("items", "image_to_name").backward()
+        temperatures.get(PatternKey("items", "image_to_name")).backward()
         assert parameter.grad is not None and parameter.grad != 0
-        assert math.isclose(temperatures.values()["items/image_to_name"], bound, rel_tol=1e-4)
+        assert math.isclose(temperatures.values()[PatternKey("items", "image_to_name")], bound, rel_tol=1e-4)

@@ -9,7 +9,7 @@ import torch
 
 from sailplan.config.components import validate
 from sailplan.config.compose import compose
-from sailplan.config.schema import DataConfig, DatasetConfig, PatternConfig, ViewConfig
+from sailplan.config.schema import DataConfig, DatasetConfig, PatternConfig, PatternKey, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import Objective
 from sailplan.objective.registry import build_objectives, check_objectives
@@ -98,11 +98,12 @@ def test_temperatures_refuse_what_cannot_work() -> None:
     shown = {"views": {"": ViewConfig(fields=["title"])}}
     with pytest.raises(ConfigurationError, match=r"data\.sets\.items\.temperature=3\.0"):
         validate(DataConfig(sets={"items": DatasetConfig(temperature=3.0, patterns={"a": PatternConfig()}, **shown)}), "data")
-    for sets in ({"v1.0": DatasetConfig()}, {"items": DatasetConfig(patterns={"v1.0": PatternConfig()}, **shown)}):
-        with pytest.raises(ConfigurationError, match="dot"):
-            validate(DataConfig(sets=sets), "data")
+    for name, wrong in (("v1.0", "a dot"), ("a/b", "a slash")):
+        for sets in ({name: DatasetConfig()}, {"items": DatasetConfig(patterns={name: PatternConfig()}, **shown)}):
+            with pytest.raises(ConfigurationError, match=wrong):
+                validate(DataConfig(sets=sets), "data")
     with pytest.raises(ConfigurationError, match="expected one of items/a"):
-        Temperatures({"items": DatasetConfig(patterns={"a": PatternConfig()})}).get("items", "b")
+        Temperatures({"items": DatasetConfig(patterns={"a": PatternConfig()})}).get(PatternKey("items", "b"))
 
 
 def test_a_stage_without_a_loss_for_one_of_its_data_sets_is_told_before_it_runs() -> None:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from sailplan.config.schema import Config, LoraConfig, ModelConfig, ParallelConfig
-from sailplan.data.packing import SequenceLayout, pack
+from sailplan.data.packing import OmniInputs, SequenceLayout, pack
 from sailplan.data.processor import Processor
-from sailplan.data.record import OmniInputs
 from sailplan.data.views import largest_inputs
 from sailplan.errors import ConfigurationError
 from sailplan.model.backbones.load import allocate, check_shapes, load, open_sources

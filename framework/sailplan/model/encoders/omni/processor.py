@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from sailplan.config.schema import Config, TransformerShape, ViewConfig
 from sailplan.data.audio import FUSED, SPECTROGRAMS
-from sailplan.data.packing import SequenceLayout, pack
+from sailplan.data.packing import OmniInputs, SequenceLayout, pack
 from sailplan.data.processor import MediaCosts, ViewRow
-from sailplan.data.record import OmniInputs
 from sailplan.data.views import ViewDecoder
 
 
