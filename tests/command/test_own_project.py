@@ -154,6 +154,15 @@ def test_a_finished_run_is_finished_but_for_an_evaluation_that_a_kill_came_befor
     assert json.loads(evaluation.read_text())["tasks"] == before["tasks"]
 
 
+def test_a_sweep_trains_a_run_for_each_value_and_goes_on_with_them(project: Path, tmp_path: Path) -> None:
+    lines = ["experiment=shoes", f"runs={tmp_path}", "order=[warm]", "stages.warm.steps=1,2", "resume=auto", "evaluation.tasks={}"]
+    for _ in range(2):
+        done = run("train", "-m", *lines, folder=project, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert [len(metrics(tmp_path / f"shoes-stages.warm.steps={steps}")) for steps in (1, 2)] == [1, 2]
+    assert done.stdout.count("finished after") == 2 and ": done" in done.stdout
+
+
 def test_an_evaluation_that_fails_does_not_cost_the_stage(project: Path, tmp_path: Path) -> None:
     task = "+evaluation.tasks.groups={dataset: shoes, kind: clustering, query: name, label: nothing}"
     code, _, err = command(project, "train", "experiment=shoes", f"runs={tmp_path}", task, "checkpoint.every_steps=0")

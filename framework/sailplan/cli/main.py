@@ -16,12 +16,15 @@ import warnings
 from typing import NoReturn
 
 from sailplan import __version__
+from sailplan.cli import completion
 from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError, StopRequested
 
 ABOUT = """Train, look at and export omni-modal embedding models; settings are Hydra overrides of the files in conf/.
 
   sailplan plan experiment=quickstart                             what would run
   sailplan train experiment=quickstart name=NAME resume=auto      run it, or go on with it
+  sailplan train --multirun experiment=quickstart seed=0,1,2      one run for each value
+  sailplan list                                                   what can be chosen: experiments, models, losses, data
   sailplan COMMAND --help                                         flags of a command"""
 EXIT_CODES = """exit codes: 0 done; 64 bad configuration, one line says which key; 65 bad data over the limit; 70 hang detected;
 75 stopped on request and saved, start again with resume=auto; 1 anything else (check parity: the loss is not exact)
@@ -30,6 +33,7 @@ COMMANDS = {
     "train": "train the stages of an experiment (name=NAME resume=auto continues after a stop)",
     "plan": "print stages, steps, data, learning rates and memory; trains nothing; equals what then runs",
     "check": "check configuration, data and ranks before a long run; sailplan check parity --loss module:function: is this loss exact across ranks",
+    "list": "print the configuration groups and the files of each: sailplan list [GROUP ...]",
     "data": "index or validate data sets: sailplan data index|validate",
     "mine": "mine hard negatives with a run's newest checkpoint",
     "balance": "compute data weights with a run's newest checkpoint",
@@ -38,6 +42,10 @@ COMMANDS = {
     "export": "write a run's weights as safetensors with configuration, prompts and tokenizer; sailplan export merge: an average of checkpoints",
     "report": "write report.html of a run folder",
 }
+
+
+LAUNCHED = ("train", "plan", "check")
+INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,8 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if name == "list":
+            command.add_argument("groups", nargs="*", metavar="GROUP", help="groups to print (default: all)")
+            continue
         if name == "data":
             command.add_argument("action", choices=["index", "validate"], help="what to do")
+        if name in LAUNCHED:
+            command.add_argument("--cfg", choices=["job"], default=None, help="print the configuration as YAML, and do nothing else")
+            command.add_argument("--info", choices=INFOS, default=None, help="print what Hydra composed it from, and do nothing else")
+        if name == "train":
+            command.add_argument("-m", "--multirun", action="store_true", help="a run for each combination of values (seed=0,1,2), by hydra/launcher")
         if name == "plan":
             command.add_argument("--ranks", type=int, default=None, help="world size to plan for (default: this launch's)")
             command.add_argument("--json", action="store_true", help="as JSON, with the digest of every step's samples")
@@ -79,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--dataset", required=True, help="data set name")
             command.add_argument("--view", required=True, help="view of the data set")
             command.add_argument("--semantic-ids", default=None, metavar="SIZES", help="also write residual k-means codes, e.g. 64,64,64")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, e.g. experiment=quickstart seed=1")
+        settings = command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, e.g. experiment=quickstart seed=1")
+        settings.completer = completion.overrides  # type: ignore[attr-defined]
     return parser
 
 
@@ -97,11 +114,18 @@ def run(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         raise ConfigurationError(f"unknown command '{arguments[0]}'{f'; did you mean {close[0]!r}?' if close else ''}; commands: {', '.join(COMMANDS)}")
+    if "_ARGCOMPLETE" in os.environ:
+        completion.complete(parser)
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:
         _check_overrides(rest)
         parser.print_help()
         return 0
+    if options.command == "list":
+        from sailplan.cli.look import list_choices
+
+        list_choices([*options.groups, *rest])
+        return EXIT_DONE
     options.overrides += rest  # overrides after a flag
     if options.command == "check" and options.overrides[:1] == ["parity"]:
         from sailplan.cli import parity_command
@@ -118,9 +142,17 @@ def run(arguments: list[str]) -> int:
         from sailplan.cli import data_commands
 
         return data_commands.run(options)
-    if options.command in ("train", "plan", "check"):
+    if options.command in LAUNCHED:
+        from sailplan.cli import look
         from sailplan.cli.configuration import of_launch
 
+        if options.cfg or options.info:
+            look.show_config(options.overrides) if options.cfg else look.show_info(options.info, options.overrides)
+            return EXIT_DONE
+        if getattr(options, "multirun", False):
+            from sailplan.cli import sweep
+
+            return sweep.run(options.overrides)
         if getattr(options, "ranks", None) is not None and options.ranks < 1:
             raise ConfigurationError(f"--ranks {options.ranks}: expected at least 1")
         options.config = of_launch(options)

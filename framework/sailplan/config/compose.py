@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -36,6 +38,8 @@ from sailplan.errors import ConfigurationError
 
 # Fields that say *what* is trained, in which order: a resumed run must have the same ones.
 IDENTITY = ("seed", "global_batch", "order", "stages", "data", "model", "objectives")
+# Groups whose files are entries -> the key that a file's `# @package` line should name.
+PACKAGES = {"data": "data.sets.{name}", "objective": "objectives.{name}", "experiment": "_global_", "audio": "_global_", "vision": "_global_"}
 _NOT_IDENTITY = (("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"))
 
 
@@ -74,6 +78,16 @@ class _Folders(SearchPathPlugin):
 Plugins.instance().register(_Folders)
 
 
+@contextmanager
+def hydra_session() -> Iterator[Hydra]:
+    """Yield Hydra with the configuration's folders as its search path."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(_folders()[0]), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        yield hydra
+
+
 def compose(overrides: Sequence[str]) -> Config:
     """Composes config.yaml with command-line overrides and returns the typed configuration.
 
@@ -84,9 +98,8 @@ def compose(overrides: Sequence[str]) -> Config:
         raise ConfigurationError("no conf/config.yaml in this folder or beside the source tree: run from the repository, or set SAILPLAN_CONF")
     groups, settings = _groups(folders), parse(overrides)
     files = [str(one.input_line) for one in settings if not is_value(one, groups)]
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(config_dir=str(folders[0]), version_base="1.3"):
+        with hydra_session():
             raw = hydra_compose(config_name="config", overrides=files)
     except HydraException as error:
         raise ConfigurationError(_explain(error, folders)) from error
@@ -113,7 +126,37 @@ def _explain(error: HydraException, folders: Sequence[Path]) -> str:
         known = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
         return f"no file {group}/{name}.yaml in {' or '.join(map(str, folders))}{nearest(name, known)}"
     cause, place = error.__cause__ or error.__context__, re.match(r"In '([^']+)'", message)
+    if place and (missing := _missing_package(place[1], folders)):
+        return missing
     return explain_value(cause, f"{place[1]}.yaml" if place else "") if isinstance(cause, OmegaConfBaseException) else message
+
+
+def _missing_package(chosen: str, folders: Sequence[Path]) -> str:
+    """Return one line for a file GROUP/NAME of a group of entries that does not say below which key it belongs; '' for others."""
+    group, _, name = chosen.partition("/")
+    path = next((path for folder in folders if (path := folder / f"{chosen}.yaml").is_file()), None)
+    if group not in PACKAGES or path is None or "@package" in path.read_text(encoding="utf-8"):
+        return ""
+    return f"{path}: its first line is no package, expected '# @package {PACKAGES[group].format(name=name)}'; add it, so that its keys come below that one"
+
+
+def choices(group: str) -> dict[str, Path]:
+    """Return the files of a configuration group by name, those of the project's own folder first; {} for no group."""
+    found: dict[str, Path] = {}
+    for folder in _folders():
+        for path in sorted((folder / group).glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def is_file_choice(line: str) -> bool:
+    """Return whether an override chooses a file of a group, or a setting of Hydra's own, rather than setting a value."""
+    return not is_value(parse([line])[0], _groups(_folders()))
+
+
+def groups() -> list[str]:
+    """Return the names of the configuration groups."""
+    return sorted(_groups(_folders()))
 
 
 def typed(raw: DictConfig) -> Config:
@@ -128,7 +171,8 @@ def typed(raw: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigurationError(explain_value(error, model=settings)) from error
     assert isinstance(values, dict)
-    return build(Config, {str(key): value for key, value in values.items()} | {"model": fill(settings, values["model"])})
+    found = {str(key): value for key, value in values.items()} | {"model": fill(settings, values["model"])}
+    return build(Config, found | {"order": found["order"] or list(found["stages"])})
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def parse(lines: Sequence[str]) -> list[Override]:
             reason = str(error).splitlines()[0]
             raise ConfigurationError(f"{line}: cannot be read ({reason}); expected key=value, with quotes round a value such as 'a: b' or \"x,y\"") from error
         if override.is_sweep_override():
-            raise ConfigurationError(f"{line}: found several values, expected one; a list is written {line.partition('=')[0]}=[A,B]")
+            key = line.partition("=")[0]
+            raise ConfigurationError(f"{line}: found several values, expected one; a list is written {key}=[A,B]; train --multirun makes a run for each value")
         found.append(override)
     return found
 

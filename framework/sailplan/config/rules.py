@@ -17,7 +17,7 @@ def check(config: Config, world_size: int) -> None:
     validate(config)
     check_layout(config, world_size)
     if not config.order:
-        raise ConfigurationError("order is empty: list the stages to run, as in conf/experiment/quickstart.yaml, or choose experiment=quickstart")
+        raise ConfigurationError("stages is empty: give the run some, as conf/experiment/quickstart.yaml does, or choose experiment=quickstart")
     for name in config.order:
         if name not in config.stages:
             raise ConfigurationError(f"order names the stage '{name}', but stages has: {', '.join(config.stages) or 'none'}")

@@ -68,7 +68,7 @@ class Config:
     # What is taken from there.
     initialise_parts: list[Literal["encoder", "objectives", "temperatures"]] = field(default_factory=lambda: ["encoder"])  # type: ignore[arg-type]
     global_batch: int = 256  # rows of a step over all data-parallel ranks
-    order: list[str] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)  # of stages to run; empty: all, as they are listed
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # common to all stages; a stage's own values win
     stages: dict[str, StageConfig] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
