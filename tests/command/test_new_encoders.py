@@ -37,13 +37,14 @@ patterns:
 EXPERIMENT = """# @package _global_
 defaults:
   - override /data: [reading, things]
+  - override /logger: [console]
   - _self_
 global_batch: 8
 allowed_targets: [sailplan., own_encoder.]
 data: {max_tokens: 16, tokenizer: words.json}
 step: {micro_batch: 3}
 optimizer: {learning_rate: 1.0e-3}
-tracking: {wandb: disabled, log_every: 1}
+loggers: {console: {every: 1}}
 checkpoint: {every_steps: 1}
 parallel: {threads: 1}
 order: [only]

@@ -48,12 +48,13 @@ defaults:
   - /stage@stages.pairs: content
   - override /data: [reading, shoes, shoe_pairs]
   - override /objective: [infonce, alignment]
+  - override /logger: [console]
   - _self_
 name: shoes
 global_batch: 16
 allowed_targets: [sailplan., own_losses.]
 step: {micro_batch: 16}
-tracking: {wandb: disabled, log_every: 1}
+loggers: {console: {every: 1}}
 checkpoint: {every_steps: 1}
 parallel: {threads: 1}
 order: [warm, pairs]
@@ -128,7 +129,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(PACK / "tokenizer.json", root / "tokenizer.json")
     with (root / "conf" / "experiment" / "shoes.yaml").open("a") as file:
         file.write("data: {tokenizer: tokenizer.json}\n")
-    done = run("train", "experiment=shoes", "resume=auto", folder=root, timeout=120)  # as a user does; the others are forked
+    done = run("train", "experiment=shoes", "resume=auto", folder=root, timeout=280)  # as a user does; the others are forked
     assert done.returncode == 0, done.stderr
     return root
 
@@ -157,7 +158,7 @@ def test_a_finished_run_is_finished_but_for_an_evaluation_that_a_kill_came_befor
 def test_a_sweep_trains_a_run_for_each_value_and_goes_on_with_them(project: Path, tmp_path: Path) -> None:
     lines = ["experiment=shoes", f"runs={tmp_path}", "order=[warm]", "stages.warm.steps=1,2", "resume=auto", "evaluation.tasks={}"]
     for _ in range(2):
-        done = run("train", "-m", *lines, folder=project, timeout=200)
+        done = run("train", "-m", *lines, folder=project, timeout=400)
         assert done.returncode == 0, done.stderr
         assert [len(metrics(tmp_path / f"shoes-stages.warm.steps={steps}")) for steps in (1, 2)] == [1, 2]
     assert done.stdout.count("finished after") == 2 and ": done" in done.stdout

@@ -60,7 +60,7 @@ def test_they_train_in_an_empty_environment_and_folder(wheels: list[Path], tmp_p
 
     command = environment / "bin" / "sailplan"
     assert "experiment=quickstart" in call(command, "list", folder=empty)
-    settings = ["order=[diverse]", "stages.diverse.steps=2", "stages.diverse.balance=null", "evaluation=none", "tracking.wandb=disabled"]
+    settings = ["order=[diverse]", "stages.diverse.steps=2", "stages.diverse.balance=null", "evaluation=none", "logger=[console]"]
     data = f"data.root={ROOT / 'data' / 'quickstart'}"
     call(command, "train", "experiment=quickstart", data, "global_batch=32", "step.micro_batch=16", *settings, folder=empty, OMP_NUM_THREADS="1")
     lines = [json.loads(line) for line in (empty / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()]

@@ -31,7 +31,7 @@ STILL = [
     "optimizer.temperature_learning_rate=0",
     "evaluation.at_stage_end=false",
     "~evaluation.tasks.emoji_image_to_name",
-    "tracking.wandb=disabled",
+    "logger=[console]",
 ]
 
 

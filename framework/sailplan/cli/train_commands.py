@@ -11,6 +11,7 @@ from sailplan.config.schema import Config
 from sailplan.model.component import EncoderComponent
 from sailplan.model.fused import chosen_extension
 from sailplan.objective.registry import build_objectives, check_objectives
+from sailplan.observe.metrics import logger_classes
 from sailplan.runtime.environment import world_size_from_environment
 from sailplan.runtime.process import device_type, started
 
@@ -19,6 +20,7 @@ def _check(config: Config) -> None:
     """Raise ConfigurationError for losses, model shapes and published weights that no world could run."""
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, allowed_targets=config.allowed_targets)
     check_objectives(objectives, {name: config.stages[name] for name in config.order}, config.data.sets)
+    logger_classes(config.loggers, config.allowed_targets)
     component: EncoderComponent = config.model.component()
     component.check_shapes(config.parallel)
     component.check_files()

@@ -39,7 +39,7 @@ from sailplan.errors import ConfigurationError
 # Fields that say *what* is trained, in which order: a resumed run must have the same ones.
 IDENTITY = ("seed", "global_batch", "order", "stages", "data", "model", "objectives")
 # Groups whose files are entries -> the key that a file's `# @package` line should name.
-PACKAGES = {"data": "data.sets.{name}", "objective": "objectives.{name}", "experiment": "_global_", "audio": "_global_", "vision": "_global_"}
+PACKAGES = {"data": "data.sets.{name}", "objective": "objectives.{name}", "logger": "loggers.{name}", "experiment": "_global_"}
 _NOT_IDENTITY = (("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"))
 
 
@@ -180,7 +180,8 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The typed configuration of a saved run (config.yaml, or a checkpoint's copy)."""
+    """Return the typed configuration of a saved run (config.yaml, or a checkpoint's copy)."""
+    values = {key: value for key, value in values.items() if key != "tracking"}  # of runs of version 0.1.0: what `loggers` says now
     return typed(OmegaConf.create(values))
 
 

@@ -24,7 +24,6 @@ from sailplan.model.config import (
     VisionConfig,
     WeightsConfig,
 )
-from sailplan.observe.config import TrackingConfig
 from sailplan.runtime.config import ParallelConfig
 from sailplan.step.config import OptimizerConfig, StepConfig
 
@@ -50,7 +49,6 @@ __all__ = [
     "StepConfig",
     "SubsetConfig",
     "SwinShape",
-    "TrackingConfig",
     "TransformerShape",
     "ViewConfig",
     "VisionConfig",
@@ -79,7 +77,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    loggers: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {_target_: class, options}
 
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for a run that has no folder, or takes nothing from where it starts."""

@@ -6,10 +6,11 @@ installed. (Hydra's own instantiate would do, but prints its errors over several
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import pkgutil
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 from sailplan.errors import ConfigurationError
 
@@ -31,3 +32,22 @@ def class_at(key: str, target: str, base: type[Base], allowed: Sequence[str] | N
     if not inspect.isclass(found) or not issubclass(found, base):
         raise ConfigurationError(f"{key}={target}: expected a subclass of {base.__module__}.{base.__name__}")
     return found
+
+
+def check_options(key: str, cls: type, options: Mapping[str, Any], supplied: Collection[str]) -> None:
+    """Raise ConfigurationError for an option that a class's constructor does not take, or misses.
+
+    key: dotted key of the options. supplied: arguments that the program gives itself.
+    """
+    parameters = inspect.signature(cls).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = [parameter for parameter in parameters if parameter not in supplied]
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"expected one of: {', '.join(known) or 'none'}"
+            raise ConfigurationError(f"{key}.{option}: {cls.__name__} has no such option; {hint}")
+    missing = [parameter for parameter in known if parameter not in options and parameters[parameter].default is inspect.Parameter.empty]
+    if missing:
+        raise ConfigurationError(f"{key}.{missing[0]}: missing, expected by {cls.__name__}; give it a value")

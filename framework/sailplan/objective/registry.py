@@ -6,8 +6,6 @@ subclass `objective.protocol.Objective`, and add your module's prefix to `allowe
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from torch import nn
 
 from sailplan.config.schema import DatasetConfig, StageConfig
-from sailplan.config.targets import class_at
+from sailplan.config.targets import check_options, class_at
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import Objective
 from sailplan.runtime.seeds import derive
@@ -40,7 +38,7 @@ def build_objectives(
             raise ConfigurationError(f"objectives.{name}: found a dot in the name, expected none; rename it")
         cls = objective_class(name, options.get("_target_"), allowed_targets)
         arguments = {key: value for key, value in options.items() if key != "_target_"}
-        _check_options(name, cls, arguments)
+        check_options(f"objectives.{name}", cls, arguments, ("embedding", "datasets"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("objective", seed, name))
             built[name] = cls(embedding=embedding, datasets=datasets, **arguments)
@@ -73,18 +71,3 @@ def objective_class(name: str, target: Any, allowed: Sequence[str]) -> type[Obje
     if not isinstance(target, str) or not target:
         raise ConfigurationError(f"{key}: found {target!r}, expected a class, such as sailplan.objective.infonce.InfoNCE")
     return class_at(key, target, Objective, allowed)
-
-
-def _check_options(name: str, cls: type[Objective], options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(cls).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    known = [parameter for parameter in parameters if parameter not in ("embedding", "datasets")]
-    for option in options:
-        if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"expected one of: {', '.join(known) or 'none'}"
-            raise ConfigurationError(f"objectives.{name}.{option}: {cls.__name__} has no such option; {hint}")
-    missing = [parameter for parameter in known if parameter not in options and parameters[parameter].default is inspect.Parameter.empty]
-    if missing:
-        raise ConfigurationError(f"objectives.{name}.{missing[0]}: missing, expected by {cls.__name__}; give it a value")

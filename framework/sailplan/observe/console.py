@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
 from sailplan.observe.report_data import headline_metric
-from sailplan.observe.sink import Examples, Results, Sink, StageInfo, Value
 
 
 def duration(seconds: float) -> str:
@@ -35,12 +35,13 @@ def number(value: Value | None, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
-class ConsoleSink(Sink):
-    """Prints progress with `rich`; `log_every` is the number of steps between plain lines."""
+class ConsoleLogger(Logger):
+    """Print progress with `rich`. every: steps between plain lines. console: for tests."""
 
-    def __init__(self, log_every: int, console: Console | None = None) -> None:
+    def __init__(self, run: RunInfo, *, every: int = 10, console: Console | None = None) -> None:
+        super().__init__(run)
         self.console = console or Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-        self.log_every = max(1, log_every)
+        self.every = max(1, every)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.stage: StageInfo | None = None
@@ -92,7 +93,7 @@ class ConsoleSink(Sink):
         )
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=step - self.stage.first_step + 1, text=text)
-        elif step % self.log_every == 0 or step in (self.stage.first_step, self.stage.last_step):
+        elif step % self.every == 0 or step in (self.stage.first_step, self.stage.last_step):
             self._say(f"[{self.stage.index}/{self.stage.count} {stage}] step {step}/{self.stage.last_step}  {text}")
 
     def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:

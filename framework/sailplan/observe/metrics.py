@@ -1,88 +1,119 @@
-"""The one object through which a run is watched: values go in, every sink gets them.
+"""The one object through which a run is watched: values go in, every logger gets them.
 
-Rank 0 writes files, console and Weights & Biases; on all other ranks the list of sinks is empty, so the training loop
-calls the same methods everywhere and never asks for its rank.
+On ranks other than 0 the list of loggers is empty, so the training loop calls the same methods everywhere and never asks
+for its rank. The run folder's own files are always written, as resuming and the report rest on them; the other loggers
+are the configuration's, and one that fails is left out from then on: training goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-
-from sailplan.config.schema import TrackingConfig
-from sailplan.observe.console import ConsoleSink
+from sailplan.config.targets import check_options, class_at
+from sailplan.errors import ConfigurationError
+from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
 from sailplan.observe.run_files import RunFiles
-from sailplan.observe.sink import Examples, Results, Sink, StageInfo, Value
-from sailplan.observe.wandb_sink import WandbSink
 
-__all__ = ["MetricWriter", "StageInfo"]
+__all__ = ["MetricWriter", "RunInfo", "StageInfo"]
+
+
+def logger_classes(loggers: Mapping[str, Mapping[str, Any]], allowed: Sequence[str]) -> dict[str, type[Logger]]:
+    """Return the class of each logger of the configuration.
+
+    Raises ConfigurationError for a target that is missing or no Logger, an option that it does not have, and a package
+    that is not installed: on every rank, before the run.
+    """
+    found = {}
+    for name, options in loggers.items():
+        key, target = f"loggers.{name}", options.get("_target_")
+        if not isinstance(target, str) or not target:
+            raise ConfigurationError(f"{key}._target_: found {target!r}, expected a class, such as sailplan.observe.console.ConsoleLogger")
+        cls = class_at(f"{key}._target_", target, Logger, allowed)
+        check_options(key, cls, _options(options), ("run",))
+        if cls.package is not None and importlib.util.find_spec(cls.package) is None:
+            raise ConfigurationError(f"{key}: {cls.__name__} needs the package {cls.package}, which is not installed: pip install {cls.package}")
+        found[name] = cls
+    return found
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key != "_target_"}
 
 
 class MetricWriter:
-    """Fans metrics out to the run folder, the console and Weights & Biases; does nothing on ranks other than 0.
+    """Fan metrics out to the run folder and the configuration's loggers; do nothing on ranks other than 0.
 
-    folder: runs/NAME. resumed_step: the checkpoint's step when a run is continued (records of later steps are dropped),
-    None for a fresh start. settings: the resolved configuration, shown by Weights & Biases. console: for tests.
-    Usable as a context manager, so that the terminal is restored on any exit.
+    loggers: name -> `_target_` and options. Usable as a context manager, so that the terminal is restored on any exit.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        tracking: TrackingConfig,
-        rank: int,
-        *,
-        resumed_step: int | None = None,
-        settings: Mapping[str, Any] | None = None,
-        console: Console | None = None,
-    ) -> None:
+    def __init__(self, run: RunInfo, loggers: Mapping[str, Mapping[str, Any]], rank: int, *, allowed_targets: Sequence[str] = ("sailplan.",)) -> None:
         self.stage: StageInfo | None = None
         self.finished = False
-        self.sinks: list[Sink] = []
+        self.files: RunFiles | None = None
+        self.loggers: dict[str, Logger] = {}
+        classes = logger_classes(loggers, allowed_targets)
         if rank != 0:
             return
-        folder = Path(folder)
-        self.sinks.append(RunFiles(folder, resumed_step))
-        self.sinks.append(ConsoleSink(tracking.log_every, console))
-        if tracking.wandb != "disabled":
-            self.sinks.append(WandbSink(folder, tracking, settings or {}))
+        self.files = RunFiles(run)
+        for name, cls in classes.items():
+            try:
+                self.loggers[name] = cls(run, **_options(loggers[name]))
+            except ConfigurationError:
+                raise
+            except Exception as error:  # a tracking service may fail in any way
+                _warn(name, error)
+
+    def _each(self, call: Callable[[Logger], None]) -> None:
+        """Call every logger; those of the configuration that fail are left out from then on."""
+        if self.files is not None:
+            call(self.files)
+        for name, logger in list(self.loggers.items()):
+            try:
+                call(logger)
+            except BrokenPipeError:  # the reader of our output (head, less) has gone
+                raise
+            except Exception as error:
+                del self.loggers[name]
+                _warn(name, error)
 
     def start_stage(self, stage: StageInfo) -> None:
-        """A stage begins or is continued."""
+        """Say that a stage begins or is continued."""
         self.stage = stage
-        for sink in self.sinks:
-            sink.start_stage(stage)
+        self._each(lambda logger: logger.start_stage(stage))
 
     def log_step(self, step: int, stage: str, values: Mapping[str, Value]) -> None:
-        """Values of step `step` (counted from 1): "loss/total", "accuracy", "rows_per_second", "data/set" ..."""
-        for sink in self.sinks:
-            sink.log_step(step, stage, values)
+        """Log values of step `step` (counted from 1): "loss/total", "accuracy", "rows_per_second", "data/set" ..."""
+        self._each(lambda logger: logger.log_step(step, stage, values))
 
     def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples | None = None) -> None:
-        """All tasks' results after step `step`; `examples` are nearest neighbours for the report."""
-        for sink in self.sinks:
-            sink.log_evaluation(step, stage, results, examples or {})
+        """Log all tasks' results after step `step`; `examples` are nearest neighbours for the report."""
+        self._each(lambda logger: logger.log_evaluation(step, stage, results, examples or {}))
 
     def finish_stage(self) -> None:
-        """The current stage's last step is done."""
+        """Say that the current stage's last step is done."""
         if self.stage is not None:
-            for sink in self.sinks:
-                sink.finish_stage(self.stage)
-            self.finished = self.stage.index == self.stage.count
+            stage = self.stage
+            self._each(lambda logger: logger.finish_stage(stage))
+            self.finished = stage.index == stage.count
             self.stage = None
 
     def close(self) -> None:
-        """Flushes and ends all sinks; safe to call twice."""
-        for sink in self.sinks:
-            sink.close(self.finished)
-        self.sinks = []
+        """Flush and end all loggers; safe to call twice."""
+        self._each(lambda logger: logger.close(self.finished))
+        self.files, self.loggers = None, {}
 
     def __enter__(self) -> MetricWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _warn(name: str, error: Exception) -> None:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    message = f"sailplan: warning: loggers.{name}: {reason}; the run goes on without it (metrics.jsonl has every step)"
+    print(message, file=sys.stderr, flush=True)  # not warnings.warn: the command line silences those of all dependencies

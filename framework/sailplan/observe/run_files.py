@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from sailplan.observe.sink import Examples, Results, Sink, StageInfo, Value
+from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
 from sailplan.runtime.environment import world_size_from_environment
 from sailplan.runtime.files import write_whole
 
@@ -75,15 +75,17 @@ def drop_after(path: Path, step: int) -> int:
     return kept
 
 
-class RunFiles(Sink):
+class RunFiles(Logger):
     """Writes the records of a run into its folder.
 
-    `resumed_step` None starts afresh (an older metrics.jsonl is kept once as metrics.previous.jsonl); a number continues
-    after that step. `stages.json` holds a stage's wall seconds, including steps that were repeated after a stop, and the
+    A run that is not resumed starts afresh (an older metrics.jsonl is kept once as metrics.previous.jsonl); a resumed one continues
+    after its step. `stages.json` holds a stage's wall seconds, including steps that were repeated after a stop, and the
     backends of its losses: those foretold until a step has been made, then all that its steps have gone through.
     """
 
-    def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
+    def __init__(self, run: RunInfo) -> None:
+        super().__init__(run)
+        folder, resumed_step = run.folder, run.resumed_step
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.stages: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ from sailplan.checkpoint.store import damaged, latest
 from sailplan.config.compose import as_dict, config_hash, identity
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
-from sailplan.observe.metrics import MetricWriter
+from sailplan.observe.metrics import MetricWriter, RunInfo
 from sailplan.observe.report import write_report
 from sailplan.runtime.process import Parallel, started
 from sailplan.runtime.signals import stop_flag
@@ -49,7 +49,8 @@ def train(config: Config) -> Path:
             initialise(whole, source, config.initialise_parts, parallel)
         resumed = None if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
         settings = as_dict(config) | {"config_hash": config_hash(config), "world_size": parallel.world_size}
-        with MetricWriter(folder.root, config.tracking, parallel.rank, resumed_step=resumed, settings=settings) as writer:
+        info = RunInfo(folder.root, settings, resumed)
+        with MetricWriter(info, config.loggers, parallel.rank, allowed_targets=config.allowed_targets) as writer:
             trainer = Trainer(config, parallel, folder, whole, writer, dog, flag)
             if checkpoint is not None:
                 with dog.paused():

@@ -17,7 +17,7 @@ from sailplan.runtime.config import ParallelConfig
 from sailplan_kernels.exchange import ALL_EXCHANGES
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
-SINGLE_GROUPS = ("model", "audio", "vision", "optimizer", "parallel", "checkpoint", "tracking")
+SINGLE_GROUPS = ("model", "audio", "vision", "optimizer", "parallel", "checkpoint")
 
 
 def options(group: str) -> list[str]:
@@ -133,7 +133,7 @@ def test_wrong_settings_are_one_line_that_names_key_and_expectation(overrides: l
 
 def test_hash_follows_what_is_trained_and_not_how_it_is_read() -> None:
     base = compose(["experiment=quickstart"])
-    assert config_hash(compose(["experiment=quickstart", "data.workers=3", "name=other", "tracking=online"])) == config_hash(base)
+    assert config_hash(compose(["experiment=quickstart", "data.workers=3", "name=other", "loggers.wandb.mode=online"])) == config_hash(base)
     changed = compose(["experiment=quickstart", "stages.hard.steps=1"])
     assert config_hash(changed) != config_hash(base)
     lines = identity_difference(identity(base), identity(changed))
@@ -155,8 +155,8 @@ def test_new_entries_and_sections_that_were_null_can_be_set_on_the_command_line(
     assert config.stages["diverse"].balance is None
     saved = changed(config, ["~stages.more", "+stages.other.steps=7"])
     assert "more" not in saved.stages and saved.stages["other"].steps == 7
-    with pytest.raises(ConfigurationError, match="tracking=online: a run keeps the files"):
-        changed(config, ["tracking=online"])
+    with pytest.raises(ConfigurationError, match="parallel=tensor_2: a run keeps the files"):
+        changed(config, ["parallel=tensor_2"])
 
 
 def test_compose_itself_refuses_what_a_component_refuses() -> None:
@@ -217,11 +217,11 @@ def test_a_folder_of_ones_own_holds_its_own_files_only_and_wins(tmp_path: Path, 
         "stage/warm.yaml": "steps: 7\ndata: {emoji: 1}\nobjectives: {infonce: 1.0}\n",
         "experiment/mine.yaml": "# @package _global_\ndefaults: [quickstart, /stage@stages.first: warm, /stage@stages.again: warm, _self_]\n"
         "order: [first, again]\nstages: {again: {steps: 2}}\n",
-        "tracking/offline.yaml": "log_every: 3\n",
+        "checkpoint/default.yaml": "keep: 3\n",
     }.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
     config = compose(["experiment=mine"])
     check(config, world_size=2)
     assert [config.stages[name].steps for name in config.order] == [7, 2] and config.stages["again"].data == {"emoji": 1.0}
-    assert config.tracking.log_every == 3
+    assert config.checkpoint.keep == 3

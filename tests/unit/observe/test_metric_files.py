@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sailplan.config.schema import TrackingConfig
+from sailplan.observe.logger import RunInfo, StageInfo
 from sailplan.observe.metrics import MetricWriter
 from sailplan.observe.run_files import read_lines
-from sailplan.observe.sink import StageInfo
 
-OFF = TrackingConfig(wandb="disabled", log_every=2)
+CONSOLE = "sailplan.observe.console.ConsoleLogger"
 FIRST = StageInfo("first", 1, 2, 1, 6, data={"emoji": 0.7, "icons": 0.3}, objectives={"infonce": 1.0}, learning_rate=(1e-3, 1e-4))
 SECOND = StageInfo("second", 2, 2, 7, 8, data={"prompts": 1.0})
 
@@ -23,8 +22,12 @@ def silent() -> Console:
     return Console(file=io.StringIO(), width=120)
 
 
+def writing(folder: Path, console: Console, rank: int = 0, resumed: int | None = None) -> MetricWriter:
+    return MetricWriter(RunInfo(folder, resumed_step=resumed), {"console": {"_target_": CONSOLE, "every": 2, "console": console}}, rank)
+
+
 def train(folder: Path, steps: range, resumed: int | None = None, stage: StageInfo = FIRST, rank: int = 0) -> None:
-    with MetricWriter(folder, OFF, rank, resumed_step=resumed, console=silent()) as writer:
+    with writing(folder, silent(), rank, resumed) as writer:
         writer.start_stage(stage)
         for step in steps:
             writer.log_step(step, stage.name, {"loss/total": 1.0 / step, "data/set": "emoji"})
@@ -52,7 +55,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
-    with MetricWriter(tmp_path, OFF, 0, console=silent()) as writer:
+    with writing(tmp_path, silent()) as writer:
         writer.start_stage(FIRST)
         writer.log_step(1, "first", {"loss/total": float("nan"), "grad_norm": float("inf")})
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -73,7 +76,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_evaluations_of_steps_to_be_redone_are_dropped(tmp_path: Path) -> None:
-    with MetricWriter(tmp_path, OFF, 0, console=silent()) as writer:
+    with writing(tmp_path, silent()) as writer:
         writer.start_stage(FIRST)
         for step in (2, 4):
             writer.log_evaluation(step, "first", {"emoji": {"recall@1": 0.5}}, {"emoji": []})
@@ -84,7 +87,7 @@ def test_evaluations_of_steps_to_be_redone_are_dropped(tmp_path: Path) -> None:
 
 def test_stages_are_recorded_in_order_and_survive_a_resume(tmp_path: Path) -> None:
     for resumed in (None, 7):
-        with MetricWriter(tmp_path, OFF, 0, resumed_step=resumed, console=silent()) as writer:
+        with writing(tmp_path, silent(), 0, resumed) as writer:
             if resumed is None:
                 writer.start_stage(FIRST)
                 writer.finish_stage()
@@ -97,7 +100,7 @@ def test_stages_are_recorded_in_order_and_survive_a_resume(tmp_path: Path) -> No
 
 def test_a_stage_names_all_backends_that_its_steps_went_through(tmp_path: Path) -> None:
     foretold = StageInfo("first", 1, 1, 1, 9, backends={"infonce": "triton bfloat16", "id2item": "torch float32"})
-    with MetricWriter(tmp_path, OFF, 0, console=silent()) as writer:
+    with writing(tmp_path, silent()) as writer:
         writer.start_stage(foretold)
         for step, ran in enumerate(("chunked bfloat16", "chunked bfloat16 + triton bfloat16", "triton bfloat16"), 1):
             writer.log_step(step, "first", {"backend/infonce": ran})
@@ -107,7 +110,7 @@ def test_a_stage_names_all_backends_that_its_steps_went_through(tmp_path: Path) 
 
 def test_plain_console_prints_every_few_steps_and_tables(tmp_path: Path) -> None:
     console = silent()
-    with MetricWriter(tmp_path, OFF, 0, console=console) as writer:
+    with writing(tmp_path, console) as writer:
         writer.start_stage(FIRST)
         for step in range(1, 7):
             writer.log_step(step, "first", {"loss/total": 2.5, "accuracy": 0.25, "rows_per_second": 1000.0})
@@ -128,7 +131,7 @@ def test_plain_console_prints_every_few_steps_and_tables(tmp_path: Path) -> None
 
 def test_a_terminal_gets_a_live_bar_that_is_closed_on_an_error(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with pytest.raises(RuntimeError), MetricWriter(tmp_path, OFF, 0, console=console) as writer:
+    with pytest.raises(RuntimeError), writing(tmp_path, console) as writer:
         writer.start_stage(FIRST)
         writer.log_step(1, "first", {"loss/total": 2.5})
         raise RuntimeError("boom")

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from sailplan.config.schema import TrackingConfig
-from sailplan.observe.sink import StageInfo
-from sailplan.observe.wandb_sink import WandbSink, run_id
+from sailplan.errors import ConfigurationError
+from sailplan.observe.logger import RunInfo, StageInfo
+from sailplan.observe.metrics import MetricWriter
+from sailplan.observe.wandb_logger import WandbLogger, run_id
 
+WANDB = "sailplan.observe.wandb_logger.WandbLogger"
 STAGE = StageInfo("first", 1, 2, 1, 4, data={"emoji": 0.75, "icons": 0.25}, objectives={"infonce": 1.0})
 
 
@@ -50,13 +52,12 @@ def keep_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("keep_environment")
 def test_offline_run_holds_stage_progress_evaluation_and_tables(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs" / "my run"
-    sink = WandbSink(folder, TrackingConfig(wandb="offline", log_every=2), {"seed": 3})
+    sink = WandbLogger(RunInfo(folder, {"seed": 3}), every=2)
     sink.start_stage(STAGE)
     for step in range(1, 5):
         sink.log_step(step, "first", {"loss/total": 1.0 / step, "accuracy": 0.5, "data/set": "emoji"})
     sink.log_evaluation(4, "first", {"emoji": {"recall@1": 0.5}}, {})
     sink.close(finished=True)
-    assert not sink.failed
     [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
     deadline = time.monotonic() + 30  # the tracker's own process writes the last records just after finish() returned
     while not any(record.WhichOneof("record_type") == "exit" for record in records(path)) and time.monotonic() < deadline:
@@ -82,19 +83,24 @@ def test_a_failure_warns_once_and_training_goes_on(tmp_path: Path, capfd: pytest
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "wandb").write_text("a file where a folder is needed")
-    sink = WandbSink(folder, TrackingConfig(wandb="offline", log_every=1), {})
-    sink.start_stage(STAGE)
-    sink.log_step(1, "first", {"loss/total": 1.0})
-    sink.close(finished=False)
+    with MetricWriter(RunInfo(folder), {"wandb": {"_target_": WANDB}}, 0) as writer:
+        writer.start_stage(STAGE)
+        writer.log_step(1, "first", {"loss/total": 1.0})
     [line] = capfd.readouterr().err.splitlines()
-    assert "tracking.wandb=offline" in line and "goes on without it" in line
+    assert "loggers.wandb" in line and "goes on without it" in line
 
 
 @pytest.mark.usefixtures("keep_environment")
 def test_online_without_a_key_does_not_wait_for_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert WandbSink(tmp_path / "run", TrackingConfig(wandb="online"), {}).failed
+    with MetricWriter(RunInfo(tmp_path / "run"), {"wandb": {"_target_": WANDB, "mode": "online"}}, 0) as writer:
+        assert not writer.loggers
     assert "no API key" in capfd.readouterr().err
+
+
+def test_a_mode_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"loggers\.wandb\.mode=disabled: expected offline or online"):
+        WandbLogger(RunInfo(tmp_path), mode="disabled")  # type: ignore[arg-type]
 
 
 def test_the_id_is_stable_and_distinct() -> None:

@@ -1,13 +1,15 @@
-"""What every receiver of a run's numbers understands: a sink.
+"""What every receiver of a run's numbers understands: a logger.
 
-A sink ignores whatever it does not override, so a console without tables or a tracker without stages needs no special
-case in the training loop. Ranks other than 0 simply have no sinks.
+A logger ignores whatever it does not override, so a console without tables or a tracker without stages needs no special
+case in the training loop. Only rank 0 has loggers. A new one is one file with a subclass of `Logger` and one YAML in
+conf/logger that names it as `_target_`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Value = float | int | str  # one measured value; strings for names and digests ("data/set", "data/digest")
@@ -30,20 +32,41 @@ class StageInfo:
     backends: Mapping[str, str] = field(default_factory=dict)  # objective -> "BACKEND DTYPE" that its scores will go through
 
 
-class Sink:
-    """Base of all sinks; each method may be called on rank 0 only, in step order."""
+@dataclass(frozen=True)
+class RunInfo:
+    """The run that is logged."""
+
+    folder: Path  # runs/NAME
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the resolved configuration
+    resumed_step: int | None = None  # the checkpoint's step when a run is continued; None for a fresh start
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+class Logger:
+    """Base of all loggers; each method is called on rank 0 only, in step order.
+
+    A subclass's constructor takes the run and, as keywords, the options of its YAML.
+    """
+
+    package: str | None = None  # that must be installed beside sailplan's own dependencies
+
+    def __init__(self, run: RunInfo) -> None:
+        self.run_info = run
 
     def start_stage(self, stage: StageInfo) -> None:
-        """A stage begins, or is continued after a resume."""
+        """Take note that a stage begins, or is continued after a resume."""
 
     def log_step(self, step: int, stage: str, values: Mapping[str, Value]) -> None:
-        """Values of one finished step."""
+        """Take the values of one finished step."""
 
     def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
-        """Results of all evaluation tasks after `step`."""
+        """Take the results of all evaluation tasks after `step`."""
 
     def finish_stage(self, stage: StageInfo) -> None:
-        """The stage's last step is done."""
+        """Take note that the stage's last step is done."""
 
     def close(self, finished: bool) -> None:
-        """The run ends; `finished` is False when it was stopped or failed."""
+        """End; `finished` is False when the run was stopped or failed."""

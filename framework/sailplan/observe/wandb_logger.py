@@ -1,7 +1,7 @@
 """Weights & Biases as one more reader of the run: offline by default, and never a reason to stop training.
 
 The run's id follows from its name, so a resumed run continues the same charts. Everything it writes lies in the run
-folder. Any failure of the service or its library is reported once and then the sink is silent.
+folder. `MetricWriter` leaves it out from its first failure on.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from sailplan.config.schema import TrackingConfig
-from sailplan.observe.sink import Examples, Results, Sink, StageInfo, Value
+from sailplan.errors import ConfigurationError
+from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
 
 
 def run_id(project: str, name: str) -> str:
@@ -24,66 +22,53 @@ def run_id(project: str, name: str) -> str:
     return f"{readable}-{hashlib.sha256(f'{project}/{name}'.encode()).hexdigest()[:8]}"
 
 
-class WandbSink(Sink):
-    """Logs to the run `run_id(project, folder name)`; `tracking.wandb` is "offline" or "online".
+class WandbLogger(Logger):
+    """Log to the run `run_id(project, folder name)`. mode: offline or online. every: steps between values.
 
     Charts: every value over the global step; losses and accuracy once more per stage over the stage's own step;
     `progress/*`; `evaluation/TASK/METRIC`; tables of the stages' data-set and objective weights and of the results.
     """
 
-    def __init__(self, folder: Path, tracking: TrackingConfig, settings: Mapping[str, Any]) -> None:
-        self.folder, self.tracking, self.settings = folder, tracking, dict(settings)
-        self.log_every = max(1, tracking.log_every)
-        self.run: Any = None
-        self.failed = False
+    def __init__(self, run: RunInfo, *, mode: Literal["offline", "online"] = "offline", project: str = "sailplan", every: int = 10) -> None:
+        super().__init__(run)
+        if mode not in ("offline", "online"):
+            raise ConfigurationError(f"loggers.wandb.mode={mode}: expected offline or online; for a run without W&B: logger=[console]")
+        self.folder, self.mode, self.project = run.folder, mode, project
+        self.every = max(1, every)
         self.stage: StageInfo | None = None
         self.weights: list[list[Any]] = []
         self.results: list[list[Any]] = []
-        self._try(self._open)
+        self.run: Any = self._open()
 
-    def _try(self, action: Callable[[], None]) -> None:
-        """Runs `action` unless an earlier one failed; any failure ends the sink with one warning."""
-        if self.failed:
-            return
-        try:
-            action()
-        except Exception as error:  # a tracking service may fail in any way; training goes on by design
-            self.failed = True
-            reason = " ".join(str(error).split()) or type(error).__name__
-            message = f"sailplan: warning: tracking.wandb={self.tracking.wandb}: {reason}; the run goes on without it (metrics.jsonl has every step)"
-            print(message, file=sys.stderr, flush=True)  # not warnings.warn: the command line silences those of all dependencies
-
-    def _open(self) -> None:
+    def _open(self) -> Any:
         (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
         # staging and cache would otherwise go to the home folder, which is read-only on many clusters
         for variable in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
             os.environ[variable] = str(self.folder / "wandb") if variable != "WANDB_DIR" else str(self.folder)
         import wandb  # after the variables are set, and only when asked for: the import takes seconds
 
-        mode: Any = self.tracking.wandb
+        mode: Any = self.mode
         if mode == "online" and not wandb.api.api_key:
-            raise RuntimeError("no API key found, expected WANDB_API_KEY or a stored login; set it, or use tracking.wandb=offline")
-        self.run = wandb.init(
-            project=self.tracking.project,
+            raise RuntimeError("no API key found, expected WANDB_API_KEY or a stored login; set it, or use loggers.wandb.mode=offline")
+        run = wandb.init(
+            project=self.project,
             name=self.folder.name,
-            id=run_id(self.tracking.project, self.folder.name),
+            id=run_id(self.project, self.folder.name),
             dir=str(self.folder),
-            config=self.settings,
+            config=dict(self.run_info.settings),
             mode=mode,
             resume="allow" if mode == "online" else None,  # offline runs of one id are joined when they are synced
             settings=wandb.Settings(silent=True, console="off", finish_timeout=300.0),
         )
-        self.run.define_metric("step", hidden=True)
+        run.define_metric("step", hidden=True)
         for group in ("*", "loss/*", "progress/*", "evaluation/*"):
-            self.run.define_metric(group, step_metric="step")
+            run.define_metric(group, step_metric="step")
+        return run
 
     def start_stage(self, stage: StageInfo) -> None:
         self.stage = stage
         self.weights += [[stage.name, "data set", name, float(weight)] for name, weight in stage.data.items()]
         self.weights += [[stage.name, "objective", name, float(weight)] for name, weight in stage.objectives.items()]
-        self._try(lambda: self._log_stage(stage))
-
-    def _log_stage(self, stage: StageInfo) -> None:
         self.run.define_metric(f"stage-{stage.name}/step", hidden=True)
         self.run.define_metric(f"stage-{stage.name}/*", step_metric=f"stage-{stage.name}/step")
         self.run.log(
@@ -103,8 +88,8 @@ class WandbSink(Sink):
 
     def log_step(self, step: int, stage: str, values: Mapping[str, Value]) -> None:
         current = self.stage
-        if current is not None and (step % self.log_every == 0 or step == current.last_step):
-            self._try(lambda: self._log_values(step, current, values))
+        if current is not None and (step % self.every == 0 or step == current.last_step):
+            self._log_values(step, current, values)
 
     def _log_values(self, step: int, stage: StageInfo, values: Mapping[str, Value]) -> None:
         done = step - stage.first_step + 1
@@ -116,13 +101,9 @@ class WandbSink(Sink):
 
     def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
         self.results += [[stage, step, task, metric, value] for task, metrics in results.items() for metric, value in metrics.items()]
-        self._try(lambda: self._log_results(step, results))
-
-    def _log_results(self, step: int, results: Results) -> None:
         line: dict[str, Any] = {f"evaluation/{task}/{metric}": value for task, metrics in results.items() for metric, value in metrics.items()}
         table = self._table(["stage", "step", "task", "metric", "value"], self.results)
         self.run.log({"step": step, "evaluations": table, **line})
 
     def close(self, finished: bool) -> None:
-        if self.run is not None:
-            self._try(lambda: self.run.finish(exit_code=0 if finished else 1))
+        self.run.finish(exit_code=0 if finished else 1)
