@@ -55,7 +55,7 @@ def _open(
     shards = dataset.shards
     if shards.startswith(ARTIFACT):
         shards = str(folders[shards.removeprefix(ARTIFACT)])
-    cache = Path(config.data.cache) if config.data.cache else None
+    cache = Path(config.data.cache).expanduser() if config.data.cache else None
     reader = RecordReader(name, dataset, ShardIndex(resolve(name, shards, cache, progress), cache, progress), catalogue)
     reader.lengths = LengthIndex(reader.index, processor_of(config).tokenizer, reader.outlines, cache)
     reader.lengths.build(progress)
