@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == "data":
             command.add_argument("action", choices=["index", "validate"], help="what to do")
+            command.add_argument("--processes", type=int, default=None, help="validate: how many processes read the shards (default: one a CPU)")
         if name == "plan":
             command.add_argument("--ranks", type=int, default=None, help="world size to plan for (default: this launch's)")
             command.add_argument("--json", action="store_true", help="as JSON, with the digest of every step's samples")

@@ -32,11 +32,12 @@ from sailplan.config.components import build, fill, schema_of
 from sailplan.config.encoders import chosen
 from sailplan.config.overrides import apply, explain_value, is_value, nearest, parse
 from sailplan.config.schema import Config
+from sailplan.config.words import plain_words
 from sailplan.errors import ConfigurationError
 
 # Fields that say *what* is trained, in which order: a resumed run must have the same ones.
 IDENTITY = ("seed", "global_batch", "order", "stages", "data", "model", "objectives")
-_NOT_IDENTITY = (("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"))
+_NOT_IDENTITY = (("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "empty_steps"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"))
 
 
 
@@ -86,7 +87,7 @@ def compose(overrides: Sequence[str]) -> Config:
     files = [str(one.input_line) for one in settings if not is_value(one, groups)]
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(config_dir=str(folders[0]), version_base="1.3"):
+        with plain_words(), initialize_config_dir(config_dir=str(folders[0]), version_base="1.3"):
             raw = hydra_compose(config_name="config", overrides=files)
     except HydraException as error:
         raise ConfigurationError(_explain(error, folders)) from error

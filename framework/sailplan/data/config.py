@@ -36,6 +36,9 @@ class ViewConfig:
             raise ConfigurationError(f"{path}.modalities is empty: expected some of text, vision, audio")
         if "text" in self.modalities and not self.fields:
             raise ConfigurationError(f"{path}.fields is empty: a view with text needs the names of its text fields, such as title")
+        for name in self.fields:
+            if name in ("True", "False", "None", "null", "~", ""):
+                raise ConfigurationError(f"{path}.fields has {name!r}, which YAML makes of true, false or null: put the field's name in quotes")
 
 
 @dataclass
@@ -112,7 +115,8 @@ class DataConfig:
     # mel_bins; chunks of 10 s); clap_fusion: CLAP's with fusion, a whole recording as four spectrograms of 10 s
     spectrogram: Literal["own", "whisper", "clap", "clap_fusion"] = "own"
     bad_sample_limit: Share = 0.01  # fraction of samples that may be replaced before the run stops with exit code 65
-    cache: str | None = None  # folder for shards that are fetched from a URL
+    empty_steps: Size = 8  # steps in a row in which a pattern has no row with both sides, or no negative: the run stops with exit code 65
+    cache: str | None = None  # folder for shards that are fetched from a URL, and for indices where the shards' own cannot be written
     sets: dict[str, DatasetConfig] = field(default_factory=dict)
 
     def validate(self, path: str) -> None:

@@ -85,6 +85,11 @@ class LengthIndex:
         """Return the code of a language."""
         return self._names["languages"].code(name)
 
+    def fields_of(self, shard: int) -> list[str]:
+        """Return the names of the text fields that a shard's records have."""
+        found = self._found(shard)
+        return [] if found is None else list(found[1]["fields"])
+
     def lengths(self, positions: Integers) -> Lengths:
         """Return what is known of the records at the positions int64 [n]; opens the tables of their shards, no others."""
         shards = np.searchsorted(self.index.starts, positions, side="right") - 1

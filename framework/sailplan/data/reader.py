@@ -214,7 +214,7 @@ class RecordReader:
         chosen, body = choose(table.members(row)), dict[str, Any]()
         if chosen.json is not None:
             try:
-                body = parse_json(self._bytes(shard, chosen.json))
+                body = parse_json(self.member(shard, chosen.json))
             except ValueError as error:
                 reason = f"broken JSON in {self.index.shards[shard]} at byte {chosen.json[1]}: {error}"
                 raise BadSample(table.ids[row], " ".join(reason.split())[:300]) from error
@@ -228,13 +228,13 @@ class RecordReader:
         shard = self.index.locate(position)[0]
         fields = fields_of(record_id, body.get("fields"))
         if chosen.text is not None and "title" not in fields:
-            fields["title"] = {"en": decode_text(self._bytes(shard, chosen.text)).text}
+            fields["title"] = {"en": decode_text(self.member(shard, chosen.text)).text}
         return Item(
             record_id,
             fields,
-            tuple(self._bytes(shard, place) for place in chosen.pictures) if "vision" in media else (),
-            self._bytes(shard, chosen.sound) if chosen.sound is not None and "audio" in media else None,
-            self._bytes(shard, chosen.video) if chosen.video is not None and "vision" in media else None,
+            tuple(self.member(shard, place) for place in chosen.pictures) if "vision" in media else (),
+            self.member(shard, chosen.sound) if chosen.sound is not None and "audio" in media else None,
+            self.member(shard, chosen.video) if chosen.video is not None and "vision" in media else None,
             {key: value for key, value in body.items() if key not in ("id", "fields")},
         )
 
@@ -267,7 +267,8 @@ class RecordReader:
             raise BadSample(record_id, f"item {name} is not in the catalogue '{self.catalogue.name}'")
         return self.catalogue.item(position, media)
 
-    def _bytes(self, shard: int, place: Place) -> bytes:
+    def member(self, shard: int, place: Place) -> bytes:
+        """Return the content of a member (extension, offset, size) of a shard."""
         _, offset, size = place
         with self._lock:
             if shard not in self._files:

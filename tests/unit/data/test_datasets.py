@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sailplan.config.schema import Config, StageConfig, ViewConfig
-from sailplan.data.datasets import check_prompts, check_records, open_datasets, validate
+from sailplan.data.datasets import check_prompts, check_records, open_datasets
 from sailplan.data.testing import item_record, json_member, png, write_set
+from sailplan.data.validation import validate
 from sailplan.errors import ConfigurationError
 
 Make = Callable[..., Config]
