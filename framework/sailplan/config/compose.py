@@ -37,7 +37,9 @@ from sailplan.errors import ConfigurationError
 
 # Fields that say *what* is trained, in which order: a resumed run must have the same ones.
 IDENTITY = ("seed", "global_batch", "order", "stages", "data", "model", "objectives")
-_NOT_IDENTITY = (("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "empty_steps"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"))
+_NOT_IDENTITY = (
+    ("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "empty_steps"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"),
+)  # fmt: skip
 
 
 

@@ -26,6 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sailplan.data import video
+
 # Broken bytes may tell any rate (Hz) and length, which would take all memory; silence in FLAC has some 4,700 samples a byte.
 RATES, SAMPLES_A_BYTE = (1000, 768_000), 8192
 HIGHEST = 2.0**32  # of a sample: files of floating numbers may hold whole ones of 32 bits
@@ -33,6 +35,8 @@ READ_AT_ONCE = 1 << 16
 LEAST_READ = 0.99  # of the samples that a header tells: an MP3's is a guess
 SIZED = frozenset({"WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "SVX"})  # libsndfile reads of these what is there, without a word
 UNKNOWN = 0x7FFF0000  # bytes: what is written without knowing the length
+# Place and sign of containers that libsndfile does not read: MP4, ADTS AAC (two), ASF, AMR, Matroska.
+BY_VIDEO = ((4, b"ftyp"), (0, b"\xff\xf1"), (0, b"\xff\xf9"), (0, b"\x30\x26\xb2\x75"), (0, b"#!AMR"), (0, b"\x1a\x45\xdf\xa3"))
 MEMORY = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
 FLOOR = 1e-8  # power; about 80 dB below a full-scale tone's mean power
@@ -50,16 +54,7 @@ def decode(content: bytes, rate: int) -> NDArray[np.float32]:
     Raises ValueError with a reason for broken or truncated bytes, an empty recording, values that are no sound's (not finite, or
     beyond whole numbers of 32 bits), or a rate or length that cannot be.
     """
-    try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
-            found, told = file.samplerate, file.frames * file.channels
-            if not RATES[0] <= found <= RATES[1] or told > SAMPLES_A_BYTE * len(content):
-                raise ValueError(f"audio has a broken header: {told} samples at {found} Hz in {len(content)} bytes")
-            samples = _read(file)
-            if (file.format in SIZED and _told_bytes(content) > len(content) + 1) or len(samples) < LEAST_READ * file.frames:
-                raise ValueError(f"audio is truncated: {len(samples)} samples of more are there")
-    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
-        raise ValueError(f"audio cannot be decoded: {' '.join(MEMORY.sub('it', str(error)).split())}") from error
+    samples, found = _decoded(content)
     if len(samples) == 0:
         raise ValueError("audio has no samples")
     if not bool((np.abs(samples) <= HIGHEST).all()):  # False of what is no number, too
@@ -69,6 +64,23 @@ def decode(content: bytes, rate: int) -> NDArray[np.float32]:
         common = math.gcd(found, rate)
         mono = scipy.signal.resample_poly(mono, rate // common, found // common).astype(np.float32)
     return mono
+
+
+def _decoded(content: bytes) -> tuple[NDArray[np.float32], int]:
+    """All samples, float32 [frames, channels], and their rate in Hz."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            rate, told = int(file.samplerate), file.frames * file.channels
+            if not RATES[0] <= rate <= RATES[1] or told > SAMPLES_A_BYTE * len(content):
+                raise ValueError(f"audio has a broken header: {told} samples at {rate} Hz in {len(content)} bytes")
+            samples = _read(file)
+            if (file.format in SIZED and _told_bytes(content) > len(content) + 1) or len(samples) < LEAST_READ * file.frames:
+                raise ValueError(f"audio is truncated: its header tells of more than the {len(samples)} samples that are there")
+            return samples, rate
+    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
+        if any(content[place : place + len(sign)] == sign for place, sign in BY_VIDEO):
+            return video.sound(content)
+        raise ValueError(f"audio cannot be decoded: {' '.join(MEMORY.sub('it', str(error)).split())}") from error
 
 
 def _read(file: soundfile.SoundFile) -> NDArray[np.float32]:

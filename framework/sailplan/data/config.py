@@ -28,6 +28,8 @@ class ViewConfig:
     fields: list[str] = field(default_factory=list)  # text fields, in order; used when "text" is in modalities
     # join: all fields in one text; one: one random entry of the fields (keyword sampling)
     pick: Literal["join", "one"] = "join"
+    # of pictures KEY.N.jpg: the first ones, or frames spread evenly over all (in training, drawn from equal parts); a film's always are
+    frames: Literal["first", "spread"] = "first"
     prompt: str = ""  # task sentence put before the item's fields
 
     def validate(self, path: str) -> None:

@@ -10,6 +10,7 @@ import io
 import math
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,22 +20,18 @@ from torch.nn import functional
 
 # What Pillow knows by its first bytes; left out are formats that any bytes might be (TGA), and those that another program draws (EPS).
 FORMATS = (
-    "WEBP", "PNG", "JPEG", "GIF", "TIFF", "BMP", "AVIF", "MPO", "JPEG2000", "PPM", "ICO", "ICNS", "DIB", "PCX", "PSD", "QOI", "SGI", "DDS",
+    "WEBP", "PNG", "JPEG", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "ICNS", "DIB", "PCX", "PSD", "QOI", "SGI", "DDS",
 )  # fmt: skip
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # of draw_augmentation
 
 
-def decode(content: bytes, size: int) -> Tensor:
-    """Encoded bytes -> uint8 [3, size, size], as `pixels_of` shows them.
-
-    The whole picture is squeezed to a square, antialiased bilinear. Raises ValueError with a reason for broken bytes.
-    """
-    return _resized(pixels_of(content), size, size)
+def squared(pixels: Tensor, size: int) -> Tensor:
+    """uint8 [3, height, width] -> [3, size, size]: the whole picture squeezed to a square, antialiased bilinear."""
+    return _resized(pixels, size, size)
 
 
-def decode_in_ratio(content: bytes, patch: int, most: int) -> Tensor:
+def in_ratio(pixels: Tensor, patch: int, most: int) -> Tensor:
     """The same, but nearly in the picture's own ratio: uint8 [3, rows * patch, columns * patch] of `patch_grid`."""
-    pixels = pixels_of(content)
     rows, columns = patch_grid(pixels.size(1), pixels.size(2), patch, most)
     return _resized(pixels, rows * patch, columns * patch)
 
@@ -69,7 +66,7 @@ def pixels_of(content: bytes) -> Tensor:
     from their lowest to their highest. Raises ValueError with a reason for what cannot be shown.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(content), formats=_formats()) as picture:
             picture.load()
             array = np.array(_as_rgb(_upright(picture)))
     except UnidentifiedImageError as error:
@@ -77,6 +74,12 @@ def pixels_of(content: bytes) -> Tensor:
     except Exception as error:  # the decoders of rarer formats raise what they like
         raise ValueError(f"image cannot be decoded: {error or type(error).__name__}") from error
     return torch.from_numpy(array).permute(2, 0, 1)
+
+
+@lru_cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # a Pillow may be built with fewer
 
 
 def _upright(picture: Image.Image) -> Image.Image:

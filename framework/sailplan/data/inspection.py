@@ -113,7 +113,7 @@ def _members(reader: RecordReader, position: int, found: Findings) -> None:
     """Count the members that nobody reads, the endings of those that are, and texts that needed repair."""
     shard, table, row = reader.index.locate(position)
     chosen, name = choose(table.members(row)), table.ids[row]
-    for extension in {extension for extension, *_ in chosen.unread}:
+    for extension in sorted({extension for extension, *_ in chosen.unread}):
         found.count(f"records with a member .{extension} that nobody reads", name)
     media = {"picture": chosen.pictures, "sound": [chosen.sound] if chosen.sound else [], "video": [chosen.video] if chosen.video else []}
     for kind, places in media.items():

@@ -15,7 +15,7 @@ from sailplan.data.names import NUMBERED, frame_order
 Kind = Literal["picture", "sound", "video", "text", "json"]
 ENDINGS: dict[Kind, str] = {
     "picture": "jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif avifs jp2 j2k jpx jpf ico icns ppm pgm pbm pnm pfm pcx psd qoi sgi dds mpo",
-    "sound": "wav wave ogg oga opus flac mp3 aif aiff aifc au snd caf w64 rf64 voc sf ircam nist sph svx 8svx avr paf pvf htk sds xi mat",
+    "sound": "wav wave ogg oga opus flac mp3 aif aiff aifc au snd caf w64 rf64 voc sf ircam nist sph svx 8svx avr paf pvf htk sds xi mat m4a aac wma amr mka",
     "video": "mp4 m4v webm mkv mov avi mpg mpeg ogv 3gp flv wmv",
     "text": "txt",
     "json": "json",
