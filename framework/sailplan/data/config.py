@@ -53,12 +53,26 @@ class PatternConfig:
 
 
 @dataclass
+class HeldOutConfig:
+    """Which records are held out of training, where they do not say it themselves: a share of the values of a key, by their hash."""
+
+    fraction: Share = 0.1
+    by: str = "id"  # key of the record's JSON, such as item or user: records with the same value lie on the same side
+
+    def validate(self, path: str) -> None:
+        """Raise ConfigurationError for a key without a name."""
+        if not self.by:
+            raise ConfigurationError(f"{path}.by is empty: expected id, or a key of the records' JSON")
+
+
+@dataclass
 class DatasetConfig:
     """A data set: where its shards are, what its records hold, and which patterns it trains."""
 
     shards: str = ""  # folder or brace pattern of webdataset tars; "artifact:NAME" = made by the curriculum at a stage's start
     kind: Kind = "items"
-    catalogue: str | None = None  # pairs/sequences: the items data set that their ids refer to
+    held_out: HeldOutConfig | None = None  # a held-out split for data that has none
+    catalogue: str | None = None  # pairs/sequences: the items data set that their ids refer to; null: pairs hold their items themselves
     views: dict[str, ViewConfig] = field(default_factory=dict)
     patterns: dict[str, PatternConfig] = field(default_factory=dict)
     temperature: Temperature = 0.05  # start value of this data set's learnable temperatures
@@ -85,10 +99,8 @@ class DatasetConfig:
             for side in (pattern.query, pattern.target):
                 if side not in self.views:
                     raise ConfigurationError(f"{path}.patterns.{name}: no view '{side}'; this data set has: {', '.join(self.views) or 'none'}")
-        if self.kind != "items" and not self.catalogue:
-            raise ConfigurationError(
-                f"{path}.catalogue is missing: a data set of kind '{self.kind}' refers to the items of another data set by id"
-            )
+        if self.kind == "sequences" and not self.catalogue:
+            raise ConfigurationError(f"{path}.catalogue is missing: sequences refer to the items of another data set by id")
 
 
 @dataclass
@@ -127,7 +139,7 @@ class DataConfig:
         for name, dataset in self.sets.items():
             if "." in name:
                 raise ConfigurationError(f"{path}.sets.{name}: found a dot in the name, expected none; rename it")
-            if dataset.kind != "items":
+            if dataset.kind == "sequences" or dataset.catalogue:
                 self._check_catalogue(join(path, f"sets.{name}.catalogue"), dataset.catalogue)
         rate = RATES.get(self.spectrogram, self.audio_rate)
         if self.audio_rate != rate:

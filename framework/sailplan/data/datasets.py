@@ -17,6 +17,7 @@ from sailplan.data.plan import SPLIT
 from sailplan.data.processor import processor_of
 from sailplan.data.reader import RecordReader
 from sailplan.data.shards import resolve
+from sailplan.data.tar import HeldOut
 from sailplan.errors import ConfigurationError
 
 
@@ -54,7 +55,8 @@ def _open(
     if shards.startswith(ARTIFACT):
         shards = str(folders[shards.removeprefix(ARTIFACT)])
     cache = Path(config.data.cache).expanduser() if config.data.cache else None
-    reader = RecordReader(name, dataset, ShardIndex(resolve(name, shards, cache, progress), cache, progress), catalogue)
+    held_out = None if dataset.held_out is None else HeldOut(dataset.held_out.fraction, dataset.held_out.by)
+    reader = RecordReader(name, dataset, ShardIndex(resolve(name, shards, cache, progress), cache, progress, held_out), catalogue)
     reader.lengths = LengthIndex(reader.index, processor_of(config).tokenizer, reader.outlines, cache)
     reader.lengths.build(progress)
     readers[name] = reader

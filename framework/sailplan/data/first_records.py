@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sailplan.config.schema import Config, DatasetConfig, ViewConfig
-from sailplan.data.lengths import PICTURES, SOUND, LengthIndex, Lengths
+from sailplan.data.lengths import PICTURES, PICTURES_OF, SOUND, SOUND_OF, LengthIndex, Lengths
 from sailplan.data.plan import SPLIT
 from sailplan.data.reader import RecordReader
 from sailplan.data.shares import stage_patterns
@@ -22,7 +22,7 @@ from sailplan.errors import BadDataError, ConfigurationError
 
 FIRST = 256  # records whose entries are looked at
 READ = 64  # records that are read, at most
-MEDIA = {"vision": ("picture", PICTURES), "audio": ("sound", SOUND)}
+MEDIA = {"vision": ("picture", PICTURES, PICTURES_OF), "audio": ("sound", SOUND, SOUND_OF)}
 
 
 def check_views(config: Config, readers: Mapping[str, RecordReader]) -> None:
@@ -38,6 +38,8 @@ def check_views(config: Config, readers: Mapping[str, RecordReader]) -> None:
             if name in readers:
                 used |= dict.fromkeys((name, pattern) for pattern in stage_patterns(stage, name, readers[name].config))
     sides = {(name, side): None for name, pattern in used for side in _sides(readers[name].config, pattern)}
+    for name, _ in used:
+        _check_readable(readers[name])
     for name, side in sides:
         if len(readers[name]):
             _check_view(readers[name], side)
@@ -48,6 +50,20 @@ def check_views(config: Config, readers: Mapping[str, RecordReader]) -> None:
 
 def _sides(dataset: DatasetConfig, pattern: str) -> tuple[str, str]:
     return dataset.patterns[pattern].query, dataset.patterns[pattern].target
+
+
+def _check_readable(reader: RecordReader) -> None:
+    """Raise BadDataError where none of the first records can be used: what is wrong is the data set, not a sample."""
+    first = ""
+    for position in reader.select(SPLIT, np.arange(min(READ, reader.count(SPLIT)), dtype=np.int64)).tolist():
+        try:
+            reader.read(position, media=frozenset())
+            return
+        except BadSample as problem:
+            first = first or str(problem)
+    if first:
+        hint = f"; set data.sets.{reader.name}.catalogue where records name items by id" if reader.config.kind == "pairs" and reader.catalogue is None else ""
+        raise BadDataError(f"data.sets.{reader.name}: none of the first records can be used, {first}{hint}")
 
 
 def _tables(reader: RecordReader) -> list[LengthIndex]:
@@ -62,8 +78,8 @@ def _check_view(reader: RecordReader, name: str) -> None:
     if not tables:
         return
     for field in view.fields if "text" in view.modalities else ():
-        if not any(field in names for table in tables for names in _fields(table)):
-            found = dict.fromkeys(found for table in tables for names in _fields(table) for found in names)
+        if not any(field in names or f"{view.of}:{field}" in names for table in tables for names in _fields(table)):
+            found = dict.fromkeys(found.rpartition(":")[2] for table in tables for names in _fields(table) for found in names if "*" not in found)
             listed = ", ".join(list(found)[:20]) or "none"
             raise ConfigurationError(f"{key}.fields: no record has a field '{field}'; the records have: {listed}")
     if "text" not in view.modalities and not any(_has_media(table, view) for table in tables):
@@ -77,7 +93,7 @@ def _fields(table: LengthIndex) -> Iterator[list[str]]:
 
 
 def _has_media(table: LengthIndex, view: ViewConfig) -> bool:
-    codes = [MEDIA[modality][1] for modality in view.modalities]
+    codes = [code for modality in view.modalities for code in (MEDIA[modality][1], table.field(f"{view.of}:{MEDIA[modality][2]}"))]
     return any(bool(np.isin(lengths.field, codes).any()) for _, lengths in _parts(table, range(len(table.index))))
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sailplan.data.places import explained, kept_places, place_to_write
-from sailplan.data.tar import BLOCK, RecordPlace, fingerprint, scan
+from sailplan.data.tar import BLOCK, HeldOut, RecordPlace, fingerprint, scan
 from sailplan.errors import BadDataError
 
 VERSION = 3
@@ -69,12 +69,16 @@ class ShardIndex:
     a record once `find` is used (catalogues).
     """
 
-    def __init__(self, shards: Sequence[Path], cache: Path | None = None, progress: Callable[[], None] = lambda: None) -> None:
-        """Opens or builds the index of each shard, and calls `progress` behind each. Raises BadDataError for a shard that is not a whole tar."""
+    def __init__(
+        self, shards: Sequence[Path], cache: Path | None = None, progress: Callable[[], None] = lambda: None, held_out: HeldOut | None = None
+    ) -> None:
+        """Opens or builds the index of each shard, and calls `progress` behind each.
+
+        held_out: splits records that name no split. Raises BadDataError for a shard that is not a whole tar."""
         self.shards = [Path(shard) for shard in shards]
         self._files: list[Path] = []
         for shard in self.shards:
-            self._files.append(_ensure(shard, cache))
+            self._files.append(_ensure(shard, cache, held_out))
             progress()
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
         self._lock = threading.RLock()
@@ -196,15 +200,16 @@ class ShardIndex:
             return self._tables[shard]
 
 
-def _ensure(shard: Path, cache: Path | None) -> Path:
+def _ensure(shard: Path, cache: Path | None, held_out: HeldOut | None) -> Path:
     """The shard's index file, built if it is missing or belongs to an older state of the shard."""
-    name = f"{shard.stem}.npz"
+    rule = "" if held_out is None else f".held-{hashlib.sha256(repr(held_out).encode()).hexdigest()[:8]}"
+    name = f"{shard.stem}{rule}.npz"
     for file in kept_places(shard, name, cache):
         if _is_current(file, shard):
             return file
     file = place_to_write(shard, name, cache)
     try:
-        arrays = _scanned(shard)
+        arrays = _scanned(shard, held_out)
     except OSError as error:
         raise BadDataError(f"{shard}: cannot be read ({error.strerror or error}); check its permissions and the disk") from error
     with explained(file, cache):
@@ -214,9 +219,9 @@ def _ensure(shard: Path, cache: Path | None) -> Path:
     return file
 
 
-def _scanned(shard: Path) -> dict[str, Any]:
+def _scanned(shard: Path, held_out: HeldOut | None) -> dict[str, Any]:
     """The arrays of a shard's index file."""
-    found = scan(shard)
+    found = scan(shard, held_out)
     records = found.records
     members = [member for record in records for member in record.members]
     # the header lies one block before the content (long names add blocks before it, which does not matter here)

@@ -46,6 +46,11 @@ class Chosen:
     video: Place | None = None  # None where there are pictures: a film's preview picture is the record's picture
     unread: list[Place] = field(default_factory=list)
 
+    @property
+    def read(self) -> bool:
+        """Whether there is any member that an item shows."""
+        return bool(self.pictures or self.text or self.sound or self.video)
+
 
 def choose(members: Iterable[Place]) -> Chosen:
     """Return what a record's item shows of its members.

@@ -36,6 +36,7 @@ TABLES_KEPT = 512  # mapped, so each costs a few pages of address space, not its
 MOST_REFERENCES = 64  # of one kind that a record keeps: of a longer history its latest, else the first
 MOST = 0xFFFF  # tokens, texts or names that an entry can tell
 PICTURES, SOUND = 0, 1  # codes of the entries that count media; fields follow
+PICTURES_OF, SOUND_OF = "*pictures", "*sound"  # entries that count the media of a part that a pair holds itself, as fields `PART:NAME`
 ROLES = ("item", "query", "items", "history", "target", "negatives")
 ALIGNMENT = 8
 
@@ -145,6 +146,11 @@ class LengthIndex:
                 if count:
                     entries.append((code, 0, min(count, MOST), 0))
                     texts.append("")
+            for part, (shown, heard) in body.get("media", {}).items():
+                for name, count in ((f"{part}:{PICTURES_OF}", shown), (f"{part}:{SOUND_OF}", heard)):
+                    if count:
+                        entries.append((fields.code(name), 0, min(count, MOST), 0))
+                        texts.append("")
             for name, language, kept in _texts(body):
                 entries.append((fields.code(name), languages.code(language), min(len(kept), MOST), 0))
                 texts.append(", ".join(kept))
@@ -220,7 +226,8 @@ def _texts(body: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _named(value: Any, *, latest: bool) -> list[str]:
-    names = [name for one in (value if isinstance(value, list) else [value]) if (name := given(one)) is not None]
+    entries = value if isinstance(value, list) else [value]
+    names = [name for one in entries if not isinstance(one, dict) and (name := given(one)) is not None]
     return names[-MOST_REFERENCES:] if latest else names[:MOST_REFERENCES]
 
 

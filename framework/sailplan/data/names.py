@@ -13,6 +13,7 @@ from typing import Any
 
 WORD = re.compile(r"[a-z_][a-z_\-]*", re.IGNORECASE)  # the kind of a companion: mask, depth_map
 NUMBERED = re.compile(r"(?:[a-z_\-]*?)(\d+)", re.IGNORECASE)  # a frame: 7, 0007, frame_7
+PART = re.compile(r"(query|target|negatives?[._-]?(\d+)?)\.(.+)")  # an extension in a record that holds a pair itself
 FRAME = re.compile(r"\.\d+$")
 UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f\x85\u2028\u2029]")  # what ends a line or a C string
 
@@ -77,16 +78,27 @@ def samples(names: Sequence[str]) -> list[tuple[str, list[tuple[int, str]]]]:
     return order
 
 
+def part_of(extension: str) -> tuple[str, str]:
+    """Return which part of a pair a member belongs to, and its extension there: 'query.jpg' -> ('query', 'jpg'), 'negative.1.txt' ->
+    ('negatives/1', 'txt'); '' for the record's own."""
+    found = PART.fullmatch(extension)
+    if found is None:
+        return "", extension
+    return (f"negatives/{int(found[2] or 0)}" if found[1].startswith("negative") else found[1]), found[3]
+
+
 def _are_several(extensions: Sequence[str], middles: Sequence[str]) -> bool:
     if len(set(extensions)) < len(extensions):
         return True
+    own = [(extension, middle) for extension, middle in zip(extensions, middles, strict=True) if not PART.fullmatch(extension)]
+    extensions, middles = [extension for extension, _ in own], [middle for _, middle in own]
     if any(middle and not NUMBERED.fullmatch(middle) and not WORD.fullmatch(middle) for middle in middles):
         return True
     texts = [middle for middle, extension in zip(middles, extensions, strict=True) if extension.rpartition(".")[2] in ("json", "txt")]
     if any(NUMBERED.fullmatch(middle) for middle in texts):
         return True
     # All have a word between (`walk.final.jpg`, `walk.final.txt`): names with a dot where one of them has several members.
-    return all(middles) and len(set(texts)) > 1
+    return bool(middles) and all(middles) and len(set(texts)) > 1
 
 
 def frame_order(extension: str) -> tuple[int, str, int]:

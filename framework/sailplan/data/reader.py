@@ -21,17 +21,19 @@ from numpy.typing import NDArray
 from sailplan.config.schema import DatasetConfig
 from sailplan.data.cache import ByteCache
 from sailplan.data.index import ShardIndex
-from sailplan.data.kinds import MANY, Chosen, Place, choose
+from sailplan.data.inline import Content, inline_item, media_counts
+from sailplan.data.kinds import Chosen, Place, choose
 from sailplan.data.lengths import ROLES, LengthIndex
-from sailplan.data.names import given
-from sailplan.data.parse import decode_text, parse_json
+from sailplan.data.names import given, part_of
+from sailplan.data.parse import parse_json
 from sailplan.data.record import Item, Record
 from sailplan.data.values import BadSample as BadSample
-from sailplan.data.values import fields_of, ids, probability, score
+from sailplan.data.values import fields_of, ids, listed, probability, score
 from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
 
 logger = logging.getLogger("sailplan.data")
+SIDES = {"query": ("query", "text"), "target": ("item", "target")}  # keys of a pair's JSON
 ALL_MEDIA = frozenset({"vision", "audio"})
 CACHE_BYTES = 64 << 20
 FILES_OPEN = 128
@@ -81,6 +83,11 @@ class RecordReader:
         """Positions of the split's records number 0 .. count - 1; int64 [n] -> int64 [n]."""
         return self.index.select(split, numbers)
 
+    def split(self, position: int) -> str:
+        """Split of the record at a position."""
+        _, table, row = self.index.locate(position)
+        return table.split_names[int(table.splits[row])]
+
     def find(self, record_id: str) -> int | None:
         """Position of the record with this id, or None."""
         return self.index.find(record_id)
@@ -94,19 +101,19 @@ class RecordReader:
         """
         if self.config.kind == "items":
             item = self.item(position, media)
-            return Record(item.id, given(item.extra.get("split")) or "train", item=item)
+            return Record(item.id, self.split(position), item=item)
         body, _ = self._read_body(position)
         wanted = frozenset(needs) if needs is not None else frozenset({"item", "query", "target", "history", "negatives"})
-        record_id, split = self.ids([position])[0], given(body.get("split")) or "train"
+        record_id, split = self.ids([position])[0], self.split(position)
         used = {"id", "split", "negatives"}
-        negatives = self._negatives(record_id, body, media, seed) if "negatives" in wanted else ()
+        negatives = self._negatives(record_id, body, position, media, seed) if "negatives" in wanted else ()
         if self.config.kind == "pairs":
-            used |= {"text", "query", "item", "score"}
+            used |= {"text", "query", "item", "score"} | ({"target"} if self.catalogue is None else set())
             return Record(
                 record_id,
                 split,
-                query=self._query(record_id, body, media) if "query" in wanted else None,
-                target=self._catalogue_item(record_id, body.get("item"), media) if "target" in wanted else None,
+                query=self._side(record_id, body, position, "query", media) if "query" in wanted else None,
+                target=self._side(record_id, body, position, "target", media) if "target" in wanted else None,
                 negatives=negatives,
                 score=score(record_id, body),
                 extra={key: value for key, value in body.items() if key not in used},
@@ -200,13 +207,38 @@ class RecordReader:
         for position in range(int(self.index.starts[shard]), int(self.index.starts[shard + 1])):
             try:
                 body, chosen = self._read_body(position)
-                item = self._item("", body, chosen, position, frozenset()) if self.config.kind == "items" else None
-                texts = item.fields if item is not None else fields_of("", {"text": body["text"]} if body.get("text") else {})
+                yield self._outline(position, body, chosen)
             except BadSample:
                 yield {}, 0, 0
-                continue
-            named = {} if item is not None else {role: body[role] for role in ROLES if role in body}
-            yield {"fields": texts, **named}, len(chosen.pictures) or MANY * (chosen.video is not None), int(chosen.sound is not None)
+
+    def _outline(self, position: int, body: dict[str, Any], chosen: Chosen) -> tuple[dict[str, Any], int, int]:
+        if self.config.kind == "items":
+            item = self._item("", body, chosen, position, frozenset())
+            return {"fields": item.fields}, *media_counts(chosen)
+        named = {role: body[role] for role in ROLES if role in body} if self.catalogue is not None else {}
+        if self.config.kind == "sequences":
+            return named, 0, 0
+        parts, fields = self._parts(position), dict[str, Any]()
+        sides = {"query": self._held(body, "query", parts), "target": self._held(body, "target", parts)}
+        for number, value in enumerate(body["negatives"] if isinstance(body.get("negatives"), list) else []):
+            if self.catalogue is None or isinstance(value, dict):
+                sides[f"negatives/{number}"] = value
+        for part, value in sides.items():
+            own = choose(parts.get(part, []))
+            if value is not None or own.read:
+                item = inline_item("", value, own, self._content(position, frozenset()))
+                prefix = "" if part == "query" else f"{part}:"
+                fields |= {f"{prefix}{name}": languages for name, languages in item.fields.items()}
+                if prefix:
+                    named.setdefault("media", {})[part] = media_counts(own)
+        return {"fields": fields, **named}, *media_counts(choose(parts.get("query", [])))
+
+    def _held(self, body: Mapping[str, Any], part: str, parts: Mapping[str, Any]) -> Any:
+        """What a pair's JSON holds of a part itself; None where it names an item of the catalogue."""
+        if part == "query" and given(body.get("query")) is None and given(body.get("text")) is not None:
+            return {"text": body["text"]}
+        value = next((body[key] for key in SIDES[part] if given(body.get(key)) is not None), None)
+        return value if self.catalogue is None or isinstance(value, dict) else None
 
     # ---------------------------------------------------------------- parts
     def _read_body(self, position: int) -> tuple[dict[str, Any], Chosen]:
@@ -225,46 +257,72 @@ class RecordReader:
 
     def _item(self, record_id: str, body: dict[str, Any], chosen: Chosen, position: int, media: frozenset[str]) -> Item:
         """The item of a record; of its media those that are asked for."""
-        shard = self.index.locate(position)[0]
-        fields = fields_of(record_id, body.get("fields"))
-        if chosen.text is not None and "title" not in fields:
-            fields["title"] = {"en": decode_text(self.member(shard, chosen.text)).text}
-        return Item(
-            record_id,
-            fields,
-            tuple(self.member(shard, place) for place in chosen.pictures) if "vision" in media else (),
-            self.member(shard, chosen.sound) if chosen.sound is not None and "audio" in media else None,
-            self.member(shard, chosen.video) if chosen.video is not None and "vision" in media else None,
-            {key: value for key, value in body.items() if key not in ("id", "fields")},
-        )
+        return self._content(position, media).item(record_id, fields_of(record_id, body.get("fields")), "title", chosen, body)
 
-    def _query(self, record_id: str, body: dict[str, Any], media: frozenset[str]) -> Item:
-        if given(body.get("query")) is not None:
-            return self._catalogue_item(record_id, body["query"], media)
-        if given(body.get("text")) is None:
-            raise BadSample(record_id, "a pair needs `text` or `query`; found neither")
-        return Item(f"{record_id}#query", fields_of(record_id, {"text": body["text"]}))
+    def _side(self, record_id: str, body: Mapping[str, Any], position: int, part: str, media: frozenset[str]) -> Item:
+        """Query or target of a pair: an item of the catalogue that the record names, or what the record holds itself."""
+        value = next((body[key] for key in SIDES[part] if given(body.get(key)) is not None), None)
+        own = self._parts(position).get(part, [])
+        if part == "query" and given(body.get("query")) is None and given(body.get("text")) is not None:
+            return inline_item(f"{record_id}#query", {"text": body["text"]}, choose(own), self._content(position, media))
+        if self.catalogue is not None and not isinstance(value, dict) and not own:
+            if part == "query" and value is None:
+                raise BadSample(record_id, "a pair needs `text` or `query`; found neither")
+            return self._catalogue_item(record_id, value, media)
+        if value is None and not own:
+            raise BadSample(record_id, f"a pair without a catalogue needs {' or '.join(SIDES[part])}, or members KEY.{part}.*; found none")
+        return inline_item(f"{record_id}#{part}", value, choose(own), self._content(position, media))
 
-    def _negatives(self, record_id: str, body: Mapping[str, Any], media: frozenset[str], seed: int | None) -> tuple[Item, ...]:
+    def _negatives(self, record_id: str, body: Mapping[str, Any], position: int, media: frozenset[str], seed: int | None) -> tuple[Item, ...]:
         """As many of the record's own negatives as the data set takes: all of a short list, a random part of a long one."""
         count = self.config.negatives
         if not count:
             return ()
-        names = ids(record_id, body, "negatives")
-        if len(names) > count:
-            names = random.Random(derive("negatives", record_id if seed is None else seed)).sample(names, count)
-        return tuple(self._catalogue_item(record_id, name, media) for name in names)
+        values = dict(enumerate(listed(record_id, body, "negatives")))
+        parts = {int(part.partition("/")[2]): members for part, members in self._parts(position).items() if part.startswith("negatives/")}
+        numbers = sorted(values.keys() | parts.keys())
+        if len(numbers) > count:
+            numbers = random.Random(derive("negatives", record_id if seed is None else seed)).sample(numbers, count)
+        found = []
+        for number in numbers:
+            value, own = values.get(number), parts.get(number, [])
+            if self.catalogue is not None and not isinstance(value, dict) and not own:
+                found.append(self._catalogue_item(record_id, value, media))
+            else:
+                found.append(inline_item(f"{record_id}#negatives/{number}", value, choose(own), self._content(position, media)))
+        return tuple(found)
 
-    def _catalogue_item(self, record_id: str, value: Any, media: frozenset[str]) -> Item:
-        assert self.catalogue is not None, "open_datasets refuses pairs and sequences without a catalogue"
+    def _parts(self, position: int) -> dict[str, list[Place]]:
+        """Members of a pair's parts that it holds itself: part -> (extension within the part, offset, size)."""
+        _, table, row = self.index.locate(position)
+        parts: dict[str, list[Place]] = {}
+        for extension, offset, size in table.members(row):
+            part, own = part_of(extension)
+            if part:
+                parts.setdefault(part, []).append((own, offset, size))
+        return parts
+
+    def _content(self, position: int, media: frozenset[str]) -> Content:
+        shard = self.index.locate(position)[0]
+        return Content(lambda place: self.member(shard, place), media)
+
+    def find_item(self, value: Any) -> int | None:
+        """Position in the catalogue of the item with an id as a record gives it; None where there is none, or no catalogue."""
         name = given(value)
-        if name is None:
-            raise BadSample(record_id, f"names no item of the catalogue '{self.catalogue.name}': its id is {value!r}")
+        if self.catalogue is None or name is None or isinstance(value, dict | list):
+            return None
         position = self.catalogue.find(name)
         if position is None and isinstance(value, float) and value.is_integer():  # a table's whole numbers beside an empty cell
             position = self.catalogue.find(str(int(value)))
+        return position
+
+    def _catalogue_item(self, record_id: str, value: Any, media: frozenset[str]) -> Item:
+        assert self.catalogue is not None, "sequences have a catalogue, and pairs without one hold their items"
+        if given(value) is None:
+            raise BadSample(record_id, f"names no item of the catalogue '{self.catalogue.name}': its id is {value!r}")
+        position = self.find_item(value)
         if position is None:
-            raise BadSample(record_id, f"item {name} is not in the catalogue '{self.catalogue.name}'")
+            raise BadSample(record_id, f"item {given(value)} is not in the catalogue '{self.catalogue.name}'")
         return self.catalogue.item(position, media)
 
     def member(self, shard: int, place: Place) -> bytes:

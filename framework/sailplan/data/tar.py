@@ -9,14 +9,16 @@ shard and the byte, because silence would shrink the data set unseen.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sailplan.data.kinds import Place, choose
 from sailplan.data.names import given, is_sidecar, readable, samples, split_name
@@ -52,8 +54,23 @@ class Scan:
         self.passed[what] = known + count, first
 
 
-def scan(shard: Path) -> Scan:
-    """Return all records of a tar.
+@dataclass(frozen=True)
+class HeldOut:
+    """The rule by which records that name no split are held out: `fraction` of the values of `by`, the same ones wherever they lie."""
+
+    fraction: float
+    by: str = "id"
+
+    def split(self, record_id: str, body: Mapping[str, Any]) -> str:
+        """Return the split of a record; a larger fraction holds out the same records, and others."""
+        value = record_id if self.by == "id" else body.get(self.by)
+        name = json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else given(value)
+        word = int.from_bytes(hashlib.blake2b((record_id if name is None else name).encode(), digest_size=8).digest(), "little")
+        return "held_out" if word < int(self.fraction * 2**64) else "train"
+
+
+def scan(shard: Path, held_out: HeldOut | None = None) -> Scan:
+    """Return all records of a tar. held_out: splits those that name no split.
 
     A record without a JSON `id` is called SHARD/KEY, so that plain shards with keys 000000.. stay unique. A JSON that
     cannot be parsed keeps its record (id SHARD/KEY): reading it later is one bad sample, not the end of the run.
@@ -67,7 +84,7 @@ def scan(shard: Path) -> Scan:
             for key, places in samples([name for name, _, _ in own]):
                 record = RecordPlace(readable(key), f"{stem}/{readable(key)}")
                 record.members = [(readable(extension), *own[number][1:]) for number, extension in places]
-                _read_identity(file.fileno(), record)
+                _read_identity(file.fileno(), record, held_out)
                 found.records.append(record)
     return found
 
@@ -144,16 +161,13 @@ def _target(name: str, header: tarfile.TarInfo) -> str:
     return posixpath.normpath(header.linkname if header.islnk() else posixpath.join(posixpath.dirname(name), header.linkname))
 
 
-def _read_identity(descriptor: int, record: RecordPlace) -> None:
-    place = choose(record.members).json
-    if place is None:
-        return
-    try:
-        body = parse_json(os.pread(descriptor, place[2], place[1]))
-    except ValueError:  # reported when the record is read, see RecordReader
-        return
+def _read_identity(descriptor: int, record: RecordPlace, held_out: HeldOut | None) -> None:
+    place, body = choose(record.members).json, dict[str, Any]()
+    if place is not None:
+        with suppress(ValueError):  # reported when the record is read, see RecordReader
+            body = parse_json(os.pread(descriptor, place[2], place[1]))
     record.id = given(body.get("id")) or record.id
-    record.split = given(body.get("split")) or record.split
+    record.split = given(body.get("split")) or (record.split if held_out is None else held_out.split(record.id, body))
 
 
 def fingerprint(shard: Path, header_offsets: list[int]) -> str:

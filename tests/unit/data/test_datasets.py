@@ -36,7 +36,7 @@ def set_key(config: Config, path: str, value: Any) -> None:
         ("things.views.title.of", "query", r"views\.title\.of=query: .*'items' has item"),
         ("things.views.title.pick", "two", r"views\.title\.pick=two"),
         ("things.patterns.image_title.target", "absent", r"patterns\.image_title: no view 'absent'"),
-        ("choices.catalogue", None, r"data\.sets\.choices\.catalogue is missing"),
+        ("histories.catalogue", None, r"data\.sets\.histories\.catalogue is missing"),
         ("choices.catalogue", "absent", r"catalogue=absent: no such data set"),
         ("choices.catalogue", "graded", r"catalogue=graded: is of kind 'pairs'"),
         ("choices.kind", "triples", r"data\.sets\.choices\.kind=triples"),
