@@ -63,6 +63,7 @@ def choose(members: Iterable[Place]) -> Chosen:
         by_kind.setdefault(kind_of(member[0]), []).append(member)
     chosen = Chosen(unread=by_kind.pop(None, []))
     for kind, found in by_kind.items():
+        assert kind is not None
         own = [member for member in found if _is_own(member[0])] or (found if kind != "json" else [])
         chosen.unread += [member for member in found if member not in own]
         if not own:

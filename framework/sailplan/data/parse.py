@@ -43,9 +43,9 @@ def decode_text(content: bytes) -> Text:
         if content.startswith(mark):
             text = content.decode(encoding, "replace")
             return Text(text, REPLACEMENT in text)
-    encoding = _without_mark(content)
-    if encoding is not None:
-        text = content.decode(encoding, "replace")
+    wide = _without_mark(content)
+    if wide is not None:
+        text = content.decode(wide, "replace")
         return Text(text, REPLACEMENT in text)
     try:
         text = content.decode()
@@ -65,9 +65,14 @@ def _without_mark(content: bytes) -> str | None:
     if len(content) < 4 or b"\0" not in content[:64]:
         return None
     parts = [content[start:256:4] for start in range(4)]
-    mostly_zero = [2 * part.count(0) > len(part) for part in parts]
-    wide = {(False, True, True, True): "utf-32-le", (True, True, True, False): "utf-32-be", (False, True) * 2: "utf-16-le", (True, False) * 2: "utf-16-be"}
-    return wide.get(tuple(mostly_zero))  # type: ignore[call-overload, no-any-return]
+    mostly_zero = tuple(2 * part.count(0) > len(part) for part in parts)
+    wide: dict[tuple[bool, ...], str] = {
+        (False, True, True, True): "utf-32-le",
+        (True, True, True, False): "utf-32-be",
+        (False, True, False, True): "utf-16-le",
+        (True, False, True, False): "utf-16-be",
+    }
+    return wide.get(mostly_zero)
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
