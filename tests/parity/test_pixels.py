@@ -18,7 +18,7 @@ from sailplan_kernels.testing import run_ranks
 
 
 def test_rows_are_augmented_alike_whatever_shares_their_micro_batch() -> None:
-    pictures = torch.stack([image.decode(png(number, 32), 32) for number in range(40)])[:, None]
+    pictures = torch.stack([image.squared(image.pixels_of(png(number, 32)), 32) for number in range(40)])[:, None]
     table = image.augmentation_table([image.draw_augmentation(random.Random(seed), 0.8) if seed % 3 else None for seed in range(40)])
     assert table is not None
     together = normalise(pictures, table)

@@ -34,13 +34,16 @@ from sailplan.config.components import build, fill, schema_of
 from sailplan.config.encoders import chosen
 from sailplan.config.overrides import apply, explain_value, is_value, nearest, parse
 from sailplan.config.schema import Config
+from sailplan.config.words import plain_words
 from sailplan.errors import ConfigurationError
 
 # Fields that say *what* is trained, in which order: a resumed run must have the same ones.
 IDENTITY = ("seed", "global_batch", "order", "stages", "data", "model", "objectives")
 # Groups whose files are entries -> the key that a file's `# @package` line should name.
 PACKAGES = {"data": "data.sets.{name}", "objective": "objectives.{name}", "logger": "loggers.{name}", "experiment": "_global_"}
-_NOT_IDENTITY = (("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"))
+_NOT_IDENTITY = (
+    ("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "empty_steps"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"),
+)  # fmt: skip
 
 
 
@@ -99,7 +102,7 @@ def compose(overrides: Sequence[str]) -> Config:
     groups, settings = _groups(folders), parse(overrides)
     files = [str(one.input_line) for one in settings if not is_value(one, groups)]
     try:
-        with hydra_session():
+        with plain_words(), hydra_session():
             raw = hydra_compose(config_name="config", overrides=files)
     except HydraException as error:
         raise ConfigurationError(_explain(error, folders)) from error

@@ -13,6 +13,8 @@ from __future__ import annotations
 import io
 import math
 import random
+import re
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,8 +26,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sailplan.data import video
+
 # Broken bytes may tell any rate (Hz) and length, which would take all memory; silence in FLAC has some 4,700 samples a byte.
 RATES, SAMPLES_A_BYTE = (1000, 768_000), 8192
+HIGHEST = 2.0**32  # of a sample: files of floating numbers may hold whole ones of 32 bits
+READ_AT_ONCE = 1 << 16
+LEAST_READ = 0.99  # of the samples that a header tells: an MP3's is a guess
+SIZED = frozenset({"WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "SVX"})  # libsndfile reads of these what is there, without a word
+UNKNOWN = 0x7FFF0000  # bytes: what is written without knowing the length
+# Place and sign of containers that libsndfile does not read: MP4, ADTS AAC (two), ASF, AMR, Matroska.
+BY_VIDEO = ((4, b"ftyp"), (0, b"\xff\xf1"), (0, b"\xff\xf9"), (0, b"\x30\x26\xb2\x75"), (0, b"#!AMR"), (0, b"\x1a\x45\xdf\xa3"))
+MEMORY = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
 FLOOR = 1e-8  # power; about 80 dB below a full-scale tone's mean power
 LOG_MEAN, LOG_SCALE = -5.5, 2.2  # of log10 power, measured on the quick start's recordings of speech
@@ -37,25 +49,57 @@ FUSED = 4  # spectrograms of a recording that CLAP's fusion takes
 
 
 def decode(content: bytes, rate: int) -> NDArray[np.float32]:
-    """Encoded bytes (Ogg, Opus, FLAC, WAV) -> mono float32 [samples] at `rate` Hz.
+    """Encoded bytes of any container that libsndfile reads, by their content -> mono float32 [samples] at `rate` Hz.
 
-    Raises ValueError with a reason for broken bytes, an empty recording, or a rate or length that cannot be.
+    Raises ValueError with a reason for broken or truncated bytes, an empty recording, values that are no sound's (not finite, or
+    beyond whole numbers of 32 bits), or a rate or length that cannot be.
     """
-    try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
-            found, told = file.samplerate, file.frames * file.channels
-            if not RATES[0] <= found <= RATES[1] or told > SAMPLES_A_BYTE * len(content):
-                raise ValueError(f"audio has a broken header: {told} samples at {found} Hz in {len(content)} bytes")
-            samples = file.read(dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
-        raise ValueError(f"audio cannot be decoded: {error}") from error
+    samples, found = _decoded(content)
     if len(samples) == 0:
         raise ValueError("audio has no samples")
+    if not bool((np.abs(samples) <= HIGHEST).all()):  # False of what is no number, too
+        raise ValueError("audio has samples that are not finite, or larger than any sound's")
     mono = samples.mean(axis=1)
     if found != rate:
         common = math.gcd(found, rate)
         mono = scipy.signal.resample_poly(mono, rate // common, found // common).astype(np.float32)
     return mono
+
+
+def _decoded(content: bytes) -> tuple[NDArray[np.float32], int]:
+    """All samples, float32 [frames, channels], and their rate in Hz."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            rate, told = int(file.samplerate), file.frames * file.channels
+            if not RATES[0] <= rate <= RATES[1] or told > SAMPLES_A_BYTE * len(content):
+                raise ValueError(f"audio has a broken header: {told} samples at {rate} Hz in {len(content)} bytes")
+            samples = _read(file)
+            if (file.format in SIZED and _told_bytes(content) > len(content) + 1) or len(samples) < LEAST_READ * file.frames:
+                raise ValueError(f"audio is truncated: its header tells of more than the {len(samples)} samples that are there")
+            return samples, rate
+    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
+        if any(content[place : place + len(sign)] == sign for place, sign in BY_VIDEO):
+            return video.sound(content)
+        raise ValueError(f"audio cannot be decoded: {' '.join(MEMORY.sub('it', str(error)).split())}") from error
+
+
+def _read(file: soundfile.SoundFile) -> NDArray[np.float32]:
+    """All samples, float32 [frames, channels], block by block: some codecs in a WAV (GSM 6.10) cannot tell how many they have."""
+    blocks = []
+    while len(block := file.read(READ_AT_ONCE, dtype="float32", always_2d=True)):
+        blocks.append(block)
+    return np.concatenate(blocks) if blocks else np.empty((0, file.channels), dtype=np.float32)
+
+
+def _told_bytes(content: bytes) -> int:
+    """Bytes that a container's header says it has, 0 where it does not say; one that was written to a pipe says the most there can be."""
+    sizes = {b"RIFF": ("<I", 4, 8), b"RIFX": (">I", 4, 8), b"FORM": (">I", 4, 8), b"riff": ("<Q", 16, 0), b"RF64": ("<Q", 20, 8)}
+    layout, place, before = sizes.get(content[:4], ("<I", len(content), 0))
+    size = struct.calcsize(layout)
+    told = struct.unpack(layout, content[place : place + size])[0] if len(content) >= place + size else 0
+    if content[:4] == b".snd" and len(content) >= 12:
+        before, told = struct.unpack(">II", content[4:12])
+    return before + told if told < UNKNOWN else 0
 
 
 def chunks(samples: NDArray[np.float32], length: int, count: int, source: random.Random | None = None, *, repeat: bool = True) -> NDArray[np.float32]:

@@ -35,6 +35,8 @@ class ViewConfig:
     fields: list[str] = field(default_factory=list)  # text fields, in order; used when "text" is in modalities
     # join: all fields in one text; one: one random entry of the fields (keyword sampling)
     pick: Literal["join", "one"] = "join"
+    # of pictures KEY.N.jpg: the first ones, or frames spread evenly over all (in training, drawn from equal parts); a film's always are
+    frames: Literal["first", "spread"] = "first"
     prompt: str = ""  # task sentence put before the item's fields
 
     def validate(self, path: str) -> None:
@@ -43,6 +45,9 @@ class ViewConfig:
             raise ConfigurationError(f"{path}.modalities is empty: expected some of text, vision, audio")
         if "text" in self.modalities and not self.fields:
             raise ConfigurationError(f"{path}.fields is empty: a view with text needs the names of its text fields, such as title")
+        for name in self.fields:
+            if name in ("True", "False", "None", "null", "~", ""):
+                raise ConfigurationError(f"{path}.fields has {name!r}, which YAML makes of true, false or null: put the field's name in quotes")
 
 
 @dataclass
@@ -72,12 +77,26 @@ class PatternKey(NamedTuple):
 
 
 @dataclass
+class HeldOutConfig:
+    """Which records are held out of training, where they do not say it themselves: a share of the values of a key, by their hash."""
+
+    fraction: Share = 0.1
+    by: str = "id"  # key of the record's JSON, such as item or user: records with the same value lie on the same side
+
+    def validate(self, path: str) -> None:
+        """Raise ConfigurationError for a key without a name."""
+        if not self.by:
+            raise ConfigurationError(f"{path}.by is empty: expected id, or a key of the records' JSON")
+
+
+@dataclass
 class DatasetConfig:
     """A data set: where its shards are, what its records hold, and which patterns it trains."""
 
     shards: str = ""  # folder or brace pattern of webdataset tars; "artifact:NAME" = made by the curriculum at a stage's start
     kind: Kind = "items"
-    catalogue: str | None = None  # pairs/sequences: the items data set that their ids refer to
+    held_out: HeldOutConfig | None = None  # a held-out split for data that has none
+    catalogue: str | None = None  # pairs/sequences: the items data set that their ids refer to; null: pairs hold their items themselves
     views: dict[str, ViewConfig] = field(default_factory=dict)
     patterns: dict[str, PatternConfig] = field(default_factory=dict)
     temperature: Temperature = 0.05  # start value of this data set's learnable temperatures
@@ -103,10 +122,8 @@ class DatasetConfig:
             for side in (pattern.query, pattern.target):
                 if side not in self.views:
                     raise ConfigurationError(f"{path}.patterns.{name}: no view '{side}'; this data set has: {', '.join(self.views) or 'none'}")
-        if self.kind != "items" and not self.catalogue:
-            raise ConfigurationError(
-                f"{path}.catalogue is missing: a data set of kind '{self.kind}' refers to the items of another data set by id"
-            )
+        if self.kind == "sequences" and not self.catalogue:
+            raise ConfigurationError(f"{path}.catalogue is missing: sequences refer to the items of another data set by id")
 
 
 @dataclass
@@ -135,7 +152,8 @@ class DataConfig:
     # mel_bins; chunks of 10 s); clap_fusion: CLAP's with fusion, a whole recording as four spectrograms of 10 s
     spectrogram: Literal["own", "whisper", "clap", "clap_fusion"] = "own"
     bad_sample_limit: Share = 0.01  # fraction of samples that may be replaced before the run stops with exit code 65
-    cache: str | None = None  # folder for shards that are fetched from a URL
+    empty_steps: Size = 8  # steps in a row in which a pattern has no row with both sides, or no negative: the run stops with exit code 65
+    cache: str | None = None  # folder for shards that are fetched from a URL, and for indices where the shards' own cannot be written
     sets: dict[str, DatasetConfig] = field(default_factory=dict)
 
     def validate(self, path: str) -> None:
@@ -143,7 +161,7 @@ class DataConfig:
         does not take."""
         for name, dataset in self.sets.items():
             _check_name(f"{path}.sets.{name}", name)
-            if dataset.kind != "items":
+            if dataset.kind == "sequences" or dataset.catalogue:
                 self._check_catalogue(join(path, f"sets.{name}.catalogue"), dataset.catalogue)
         rate = RATES.get(self.spectrogram, self.audio_rate)
         if self.audio_rate != rate:

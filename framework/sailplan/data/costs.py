@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sailplan.config.schema import Config, DatasetConfig, ViewConfig
-from sailplan.data.lengths import MOST_REFERENCES, PICTURES, ROLES, SOUND, Integers, LengthIndex, Lengths
+from sailplan.data.lengths import MOST_REFERENCES, PICTURES, PICTURES_OF, ROLES, SOUND, SOUND_OF, Integers, LengthIndex, Lengths
 from sailplan.data.order import keyed, seeds
 from sailplan.data.processor import Processor
 from sailplan.data.reader import RecordReader
@@ -52,12 +52,14 @@ class RowCosts:
         lengths = reader.lengths.lengths(positions)
         if reader.config.kind == "items" or (view.of == "query" and not (lengths.role == ROLES.index("query")).any()):
             return self._items(reader.lengths, lengths, len(positions), view, reader.config, draws(0) if draws else None)[:, None]
+        if reader.config.kind == "pairs":  # the rows that hold the item themselves, or have a text instead
+            part = "target" if view.of == "target" else ""
+            own = self._items(reader.lengths, lengths, len(positions), view, reader.config, draws(0) if draws else None, part)[:, None]
+            if catalogue is None:
+                return own
         named = _named(lengths, len(positions), view.of, group)
         costs = self._named_items(reader, lengths, named, view, draws)
-        if view.of == "query":  # the rows that have a text instead of an item
-            own = self._items(reader.lengths, lengths, len(positions), view, reader.config, draws(0) if draws else None)
-            costs[:, 0] = np.where(named[:, 0] >= 0, costs[:, 0], own)
-        return costs
+        return np.where(named >= 0, costs, own) if reader.config.kind == "pairs" else costs
 
     def foreseen_mined(self, reader: RecordReader, view: ViewConfig, mined: Integers, draws: RowSeeds) -> Integers:
         """Return the costs of mined negatives of n rows: int64 [n, k] positions, -1 for none, -> int64 [n, k]."""
@@ -73,6 +75,9 @@ class RowCosts:
         if not count or reader.lengths is None:
             return np.full((len(positions), count), self.longest(view), dtype=np.int64)
         lengths = reader.lengths.lengths(positions)
+        if reader.catalogue is None:
+            held = [self._items(reader.lengths, lengths, len(positions), view, reader.config, draws(n), f"negatives/{n}") for n in range(count)]
+            return np.stack(held, axis=1)
         return self._named_items(reader, lengths, _ranked(lengths, len(positions), "negatives", count), view, draws)
 
     # ---------------------------------------------------------------- parts
@@ -90,24 +95,29 @@ class RowCosts:
             costs[there, number] = self._items(catalogue.lengths, found, len(there), view, reader.config, drawn)
         return costs
 
-    def _items(self, index: LengthIndex, lengths: Lengths, count: int, view: ViewConfig, dataset: DatasetConfig, drawn: Integers | None) -> Integers:
-        """Cost of n items in a view, int64 [n]."""
+    def _items(
+        self, index: LengthIndex, lengths: Lengths, count: int, view: ViewConfig, dataset: DatasetConfig, drawn: Integers | None, part: str = ""
+    ) -> Integers:
+        """Cost of n items in a view, int64 [n]. part: of pairs that hold their items, which; "" their query."""
+        pictures_code, sound_code = (index.field(f"{part}:{PICTURES_OF}"), index.field(f"{part}:{SOUND_OF}")) if part else (PICTURES, SOUND)
         prompt, media = self.processor.overhead(view), self.processor.media
         costs = np.full(count, prompt, dtype=np.int64)
         if "text" in view.modalities:
-            costs += np.minimum(self._text(index, lengths, count, view, dataset, drawn), self.processor.max_tokens - prompt)
+            costs += np.minimum(self._text(index, lengths, count, view, dataset, drawn, part), self.processor.max_tokens - prompt)
         if "vision" in view.modalities:
-            pictures = np.minimum(_media(lengths, count, PICTURES), self.processor.frames)
+            pictures = np.minimum(_media(lengths, count, pictures_code), self.processor.frames)
             costs += media.first_picture * (pictures > 0) + media.picture * pictures
         if "audio" in view.modalities:  # how long a recording is, its header alone would tell
-            costs += (media.sound + media.chunk) * (_media(lengths, count, SOUND) > 0)
+            costs += (media.sound + media.chunk) * (_media(lengths, count, sound_code) > 0)
         return costs
 
-    def _text(self, index: LengthIndex, lengths: Lengths, count: int, view: ViewConfig, dataset: DatasetConfig, drawn: Integers | None) -> Integers:
+    def _text(
+        self, index: LengthIndex, lengths: Lengths, count: int, view: ViewConfig, dataset: DatasetConfig, drawn: Integers | None, part: str
+    ) -> Integers:
         """Tokens of the text that `text.compose` makes, int64 [n]."""
         texts, tokens = np.zeros((len(view.fields), count), dtype=np.int64), np.zeros((len(view.fields), count), dtype=np.int64)
         for number, name in enumerate(view.fields):
-            entries = np.flatnonzero(lengths.field == index.field(name))
+            entries = np.flatnonzero(lengths.field == index.field(f"{part}:{name}" if part else name))
             words = None if drawn is None else keyed(drawn, LANGUAGE_DRAW, number)
             chosen = entries[_choose(lengths.record[entries], lengths.language[entries], index, dataset, words)]
             texts[number, lengths.record[chosen]], tokens[number, lengths.record[chosen]] = lengths.texts[chosen], lengths.tokens[chosen]

@@ -7,7 +7,6 @@ not have, a text view without fields, a catalogue that is absent or is no items 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from sailplan.config.components import validate as check_settings
@@ -15,11 +14,11 @@ from sailplan.config.schema import ARTIFACT, Config
 from sailplan.data.index import ShardIndex
 from sailplan.data.lengths import LengthIndex
 from sailplan.data.plan import SPLIT
-from sailplan.data.processor import Processor, processor_of
-from sailplan.data.reader import BadSample, RecordReader
+from sailplan.data.processor import processor_of
+from sailplan.data.reader import RecordReader
 from sailplan.data.shards import resolve
-from sailplan.data.tar import scan
-from sailplan.errors import BadDataError, ConfigurationError
+from sailplan.data.tar import HeldOut
+from sailplan.errors import ConfigurationError
 
 
 def open_datasets(
@@ -55,8 +54,9 @@ def _open(
     shards = dataset.shards
     if shards.startswith(ARTIFACT):
         shards = str(folders[shards.removeprefix(ARTIFACT)])
-    cache = Path(config.data.cache) if config.data.cache else None
-    reader = RecordReader(name, dataset, ShardIndex(resolve(name, shards, cache, progress), cache, progress), catalogue)
+    cache = Path(config.data.cache).expanduser() if config.data.cache else None
+    held_out = None if dataset.held_out is None else HeldOut(dataset.held_out.fraction, dataset.held_out.by)
+    reader = RecordReader(name, dataset, ShardIndex(resolve(name, shards, cache, progress), cache, progress, held_out), catalogue)
     reader.lengths = LengthIndex(reader.index, processor_of(config).tokenizer, reader.outlines, cache)
     reader.lengths.build(progress)
     readers[name] = reader
@@ -76,69 +76,7 @@ def check_records(config: Config, readers: Mapping[str, RecordReader]) -> None:
     for stage in config.order:
         for name in config.stages[stage].data:
             if name in readers and not readers[name].count(SPLIT):
-                found = f"{len(readers[name])} records, none of split '{SPLIT}'" if len(readers[name]) else "no record"
+                splits = readers[name].index.split_names
+                has = f"{len(readers[name])} records, none of split '{SPLIT}' but of {', '.join(splits[:5])}{', ...' * (len(splits) > 5)}"
+                found = has if len(readers[name]) else "no record"
                 raise ConfigurationError(f"stages.{stage}.data names '{name}', which has {found}: check data.sets.{name}.shards, or leave it out")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that `validate` found: in which data set, which record (or shard), and what."""
-
-    dataset: str
-    record: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.dataset}: {self.record}: {self.reason}"
-
-
-def validate(config: Config, names: Iterable[str] | None = None) -> list[Problem]:
-    """Reads every record of every data set and decodes it in every view; returns all problems found, [] if none.
-
-    Also found: damaged shards, ids that occur twice, and views in which not one record has any declared modality.
-    Data sets that a stage makes (`artifact:NAME`) are not there to be read. Raises ConfigurationError as open_datasets.
-    """
-    problems: list[Problem] = []
-    processor = processor_of(config)
-    for name in names if names is not None else config.data.sets:
-        if config.data.sets[name].shards.startswith(ARTIFACT):
-            continue
-        try:
-            reader = open_datasets(config, names=[name])[name]
-            for shard in reader.index.shards:
-                scan(shard)
-        except BadDataError as error:
-            problems.append(Problem(name, "-", str(error)))
-            continue
-        problems += validate_reader(reader, processor)
-    return problems
-
-
-def validate_reader(reader: RecordReader, processor: Processor) -> list[Problem]:
-    """All problems of an open data set's records (see `validate`)."""
-    problems: list[Problem] = [] if len(reader) else [Problem(reader.name, "-", f"no record in {len(reader.index.shards)} shards")]
-    seen: set[str] = set()
-    shown = dict.fromkeys(reader.config.views, 0)
-    for position in range(len(reader)):
-        record_id = reader.ids([position])[0]
-        if record_id in seen:
-            problems.append(Problem(reader.name, record_id, "this id occurs more than once"))
-        seen.add(record_id)
-        try:
-            record = reader.read(position)
-            for view_name, view in reader.config.views.items():
-                items = record.history if view.of == "history" else [getattr(record, view.of)]
-                shown[view_name] += any([processor.row(item, view, reader.config).valid for item in items])
-        except BadSample as problem:
-            problems.append(Problem(reader.name, record_id, problem.reason if problem.record_id == record_id else str(problem)))
-    for view_name, count in shown.items():
-        if count == 0 and len(reader):
-            view = reader.config.views[view_name]
-            problems.append(
-                Problem(
-                    reader.name,
-                    "-",
-                    f"view '{view_name}': no record has any of {', '.join(view.modalities)} (fields {', '.join(view.fields) or '-'})",
-                )
-            )
-    return problems

@@ -10,28 +10,28 @@ import io
 import math
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
-FORMATS = ("WEBP", "PNG", "JPEG")
+# What Pillow knows by its first bytes; left out are formats that any bytes might be (TGA), and those that another program draws (EPS).
+FORMATS = (
+    "WEBP", "PNG", "JPEG", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "ICNS", "DIB", "PCX", "PSD", "QOI", "SGI", "DDS",
+)  # fmt: skip
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # of draw_augmentation
 
 
-def decode(content: bytes, size: int) -> Tensor:
-    """Encoded bytes (JPEG, PNG, WebP) -> uint8 [3, size, size]; transparent parts become white.
-
-    The whole picture is squeezed to a square, antialiased bilinear. Raises ValueError with a reason for broken bytes.
-    """
-    return _resized(pixels_of(content), size, size)
+def squared(pixels: Tensor, size: int) -> Tensor:
+    """uint8 [3, height, width] -> [3, size, size]: the whole picture squeezed to a square, antialiased bilinear."""
+    return _resized(pixels, size, size)
 
 
-def decode_in_ratio(content: bytes, patch: int, most: int) -> Tensor:
+def in_ratio(pixels: Tensor, patch: int, most: int) -> Tensor:
     """The same, but nearly in the picture's own ratio: uint8 [3, rows * patch, columns * patch] of `patch_grid`."""
-    pixels = pixels_of(content)
     rows, columns = patch_grid(pixels.size(1), pixels.size(2), patch, most)
     return _resized(pixels, rows * patch, columns * patch)
 
@@ -60,22 +60,62 @@ def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def pixels_of(content: bytes) -> Tensor:
-    """uint8 [3, height, width]."""
+    """Return a picture as a viewer shows it, uint8 [3, height, width]; of an animation the first frame.
+
+    Turned upright as its orientation tag says; transparent parts white; 16 bits a value scaled to 8; other numbers (a depth map's)
+    from their lowest to their highest. Raises ValueError with a reason for what cannot be shown.
+    """
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(content), formats=_formats()) as picture:
             picture.load()
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                layered = picture.convert("RGBA")
-                white = Image.new("RGBA", layered.size, "white")
-                rgb = Image.alpha_composite(white, layered).convert("RGB")
-            else:
-                rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
-            array = np.array(rgb)
+            array = np.array(_as_rgb(_upright(picture)))
     except UnidentifiedImageError as error:
-        raise ValueError(f"image cannot be decoded: {len(content)} bytes that are no {', '.join(FORMATS)}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image cannot be decoded: {error}") from error
+        raise ValueError(f"image cannot be decoded: {len(content)} bytes of no known picture format") from error
+    except Exception as error:  # the decoders of rarer formats raise what they like
+        raise ValueError(f"image cannot be decoded: {error or type(error).__name__}") from error
     return torch.from_numpy(array).permute(2, 0, 1)
+
+
+@lru_cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # a Pillow may be built with fewer
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # a broken tag says nothing about the pixels
+        return picture
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith(("I", "F")):
+        picture = _eight_bits(picture)
+    if picture.has_transparency_data:
+        layered = picture.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """A grey picture of 16 or 32 bits, or of floating numbers, as LA: 8 bits, and what its transparent value hides."""
+    values = np.asarray(picture).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it has values that are not finite")
+    low, high = float(values.min()), float(values.max())
+    if picture.mode != "F" and low >= 0 and high <= 0xFFFF:
+        grey = values / 257.0 if high > 0xFF or picture.mode != "I" else values
+    elif picture.mode == "F" and low >= 0 and high <= 1:
+        grey = values * 255.0
+    elif picture.mode == "F" and low >= 0 and high <= 0xFF:
+        grey = values
+    else:
+        grey = (values - low) * (255.0 / max(high - low, 1e-300))
+    hidden = picture.info.get("transparency")
+    seen = np.full(values.shape, 255) if not isinstance(hidden, int) else np.where(values == hidden, 0, 255)
+    return Image.fromarray(np.stack([grey.round(), seen], axis=-1).astype(np.uint8), "LA")
 
 
 def draw_augmentation(source: random.Random, strength: float) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ in the cache folder. Shard tables are loaded when a record of theirs is read, th
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 import threading
@@ -23,10 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sailplan.data.tar import BLOCK, RecordPlace, fingerprint, scan
+from sailplan.data.places import explained, kept_places, place_to_write
+from sailplan.data.tar import BLOCK, HeldOut, RecordPlace, fingerprint, scan
 from sailplan.errors import BadDataError
 
-VERSION = 2
+VERSION = 3
 TABLES_KEPT = 128
 
 
@@ -35,7 +37,7 @@ class ShardTable:
     """The index of one shard; m records, k members."""
 
     ids: list[str]  # m
-    splits: NDArray[np.int8]  # [m] index into split_names
+    splits: NDArray[np.int32]  # [m] index into split_names
     split_names: list[str]
     member_starts: NDArray[np.int64]  # [m + 1] members of record i are member_starts[i] .. member_starts[i + 1]
     extensions: list[str]  # k
@@ -67,12 +69,16 @@ class ShardIndex:
     a record once `find` is used (catalogues).
     """
 
-    def __init__(self, shards: Sequence[Path], cache: Path | None = None, progress: Callable[[], None] = lambda: None) -> None:
-        """Opens or builds the index of each shard, and calls `progress` behind each. Raises BadDataError for a shard that is not a whole tar."""
+    def __init__(
+        self, shards: Sequence[Path], cache: Path | None = None, progress: Callable[[], None] = lambda: None, held_out: HeldOut | None = None
+    ) -> None:
+        """Opens or builds the index of each shard, and calls `progress` behind each.
+
+        held_out: splits records that name no split. Raises BadDataError for a shard that is not a whole tar."""
         self.shards = [Path(shard) for shard in shards]
         self._files: list[Path] = []
         for shard in self.shards:
-            self._files.append(_ensure(shard, cache))
+            self._files.append(_ensure(shard, cache, held_out))
             progress()
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
         self._lock = threading.RLock()
@@ -83,7 +89,7 @@ class ShardIndex:
         self.loaded = 0  # tables read so far, for counting
         self.split_names = list(dict.fromkeys(name for shard in counts for name in shard))
         self.starts = _running([sum(shard.values()) for shard in counts])
-        self._split_starts = {name: _running([shard.get(name, 0) for shard in counts]) for name in self.split_names}
+        self._split_counts, self._split_starts = counts, dict[str, NDArray[np.int64]]()
         self._lookup: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
@@ -97,11 +103,11 @@ class ShardIndex:
 
     def count(self, split: str) -> int:
         """Number of records of a split."""
-        return int(self._split_starts[split][-1]) if split in self._split_starts else 0
+        return int(self._starts_of(split)[-1])
 
     def select(self, split: str, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions of the split's records number 0 .. count - 1; int64 [n] -> int64 [n]."""
-        starts = self._split_starts[split]
+        starts = self._starts_of(split)
         shards = np.searchsorted(starts, numbers, side="right") - 1
         result = np.empty(len(numbers), dtype=np.int64)
         for shard in np.unique(shards).tolist():
@@ -162,6 +168,17 @@ class ShardIndex:
             place += 1
         return None
 
+    def passed_over(self, shard: int) -> dict[str, tuple[int, str]]:
+        """Return what the shard's scan passed over: what -> how often, and the first (`data.tar.Scan`)."""
+        with np.load(self._files[shard]) as arrays:
+            return {what: (count, first) for what, (count, first) in json.loads(arrays["passed"].tobytes()).items()}
+
+    def _starts_of(self, split: str) -> NDArray[np.int64]:
+        """Records of the split before each shard; made when first asked for, as a set may have many splits that nobody uses."""
+        if split not in self._split_starts:
+            self._split_starts[split] = _running([counts.get(split, 0) for counts in self._split_counts])
+        return self._split_starts[split]
+
     def _hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         if self._lookup is None:
             values = np.fromiter((id_hash(name) for shard in range(len(self.shards)) for name in self._table(shard).ids), np.uint64, len(self))
@@ -183,56 +200,48 @@ class ShardIndex:
             return self._tables[shard]
 
 
-def index_folder(shard: Path, cache: Path | None) -> Path:
-    """`.index` beside the shard if that can be written, else a folder of the cache (default ~/.cache/sailplan)."""
-    beside = shard.parent / ".index"
-    if (beside / f"{shard.stem}.npz").exists() or os.access(beside if beside.exists() else shard.parent, os.W_OK):
-        return beside
-    return cache_folder(shard, cache)
-
-
-def cache_folder(shard: Path, cache: Path | None) -> Path:
-    """The cache's folder for what is derived from the shards of this one's folder."""
-    place = hashlib.sha256(str(shard.parent.resolve()).encode()).hexdigest()[:16]
-    return (cache or Path("~/.cache/sailplan").expanduser()) / "index" / place
-
-
-def _ensure(shard: Path, cache: Path | None) -> Path:
+def _ensure(shard: Path, cache: Path | None, held_out: HeldOut | None) -> Path:
     """The shard's index file, built if it is missing or belongs to an older state of the shard."""
-    folder = index_folder(shard, cache)
-    file = folder / f"{shard.stem}.npz"
-    if not _is_current(file, shard):
-        folder.mkdir(parents=True, exist_ok=True)
-        ignore = folder / ".gitignore"
-        if not ignore.exists():
-            ignore.write_text("*\n")  # an index is a by-product: keep it out of the data's own repository
-        _build(shard, file)
+    rule = "" if held_out is None else f".held-{hashlib.sha256(repr(held_out).encode()).hexdigest()[:8]}"
+    name = f"{shard.stem}{rule}.npz"
+    for file in kept_places(shard, name, cache):
+        if _is_current(file, shard):
+            return file
+    file = place_to_write(shard, name, cache)
+    try:
+        arrays = _scanned(shard, held_out)
+    except OSError as error:
+        raise BadDataError(f"{shard}: cannot be read ({error.strerror or error}); check its permissions and the disk") from error
+    with explained(file, cache):
+        temporary = file.with_name(f".{file.stem}-{os.getpid()}-{secrets.token_hex(4)}.npz")
+        np.savez_compressed(temporary, **arrays)
+        os.replace(temporary, file)
     return file
 
 
-def _build(shard: Path, file: Path) -> None:
-    records = scan(shard)
+def _scanned(shard: Path, held_out: HeldOut | None) -> dict[str, Any]:
+    """The arrays of a shard's index file."""
+    found = scan(shard, held_out)
+    records = found.records
     members = [member for record in records for member in record.members]
     # the header lies one block before the content (long names add blocks before it, which does not matter here)
     headers = [record.members[0][1] - BLOCK for record in records]
-    names = list(dict.fromkeys(record.split for record in records))
-    arrays: dict[str, Any] = {
+    names = {name: number for number, name in enumerate(dict.fromkeys(record.split for record in records))}
+    return {
         "version": np.int64(VERSION),
         "size": np.int64(shard.stat().st_size),
         "fingerprint": np.array(fingerprint(shard, headers)),
         "headers": np.array(headers, dtype=np.int64),
         "content": np.array(_content(records)),
         "ids": _pack([record.id for record in records]),
-        "splits": np.array([names.index(record.split) for record in records], dtype=np.int8),
-        "split_names": _pack(names),
+        "splits": np.array([names[record.split] for record in records], dtype=np.int32),
+        "split_names": _pack(list(names)),
         "member_starts": np.cumsum([0] + [len(record.members) for record in records], dtype=np.int64),
         "extensions": _pack([extension for extension, _, _ in members]),
         "offsets": np.array([offset for _, offset, _ in members], dtype=np.int64),
         "sizes": np.array([size for _, _, size in members], dtype=np.int64),
+        "passed": np.frombuffer(json.dumps(found.passed).encode(), dtype=np.uint8),
     }
-    temporary = file.with_name(f".{file.stem}-{os.getpid()}-{secrets.token_hex(4)}.npz")
-    np.savez_compressed(temporary, **arrays)
-    os.replace(temporary, file)
 
 
 def _is_current(file: Path, shard: Path) -> bool:

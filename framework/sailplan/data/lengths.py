@@ -24,16 +24,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sailplan.data.index import ShardIndex, cache_folder, id_hash
+from sailplan.data.index import ShardIndex, id_hash
+from sailplan.data.names import given
+from sailplan.data.places import explained, kept_places, place_to_write
 from sailplan.data.processor import TokenCounts
 from sailplan.data.text import clean
 from sailplan.errors import BadDataError
 
-VERSION = 1
+VERSION = 2
 TABLES_KEPT = 512  # mapped, so each costs a few pages of address space, not its size
 MOST_REFERENCES = 64  # of one kind that a record keeps: of a longer history its latest, else the first
 MOST = 0xFFFF  # tokens, texts or names that an entry can tell
 PICTURES, SOUND = 0, 1  # codes of the entries that count media; fields follow
+PICTURES_OF, SOUND_OF = "*pictures", "*sound"  # entries that count the media of a part that a pair holds itself, as fields `PART:NAME`
 ROLES = ("item", "query", "items", "history", "target", "negatives")
 ALIGNMENT = 8
 
@@ -71,7 +74,7 @@ class LengthIndex:
     def build(self, progress: Callable[[], None] = lambda: None) -> None:
         """Write the tables that are missing or belong to an older state of their shard."""
         for shard in range(len(self.index.shards)):
-            if _header(self._file(shard), self.index.state(shard)) is None:
+            if self._found(shard) is None:
                 self._write(shard)
             progress()
 
@@ -82,6 +85,11 @@ class LengthIndex:
     def language(self, name: str) -> int:
         """Return the code of a language."""
         return self._names["languages"].code(name)
+
+    def fields_of(self, shard: int) -> list[str]:
+        """Return the names of the text fields that a shard's records have."""
+        found = self._found(shard)
+        return [] if found is None else list(found[1]["fields"])
 
     def lengths(self, positions: Integers) -> Lengths:
         """Return what is known of the records at the positions int64 [n]; opens the tables of their shards, no others."""
@@ -101,11 +109,10 @@ class LengthIndex:
     def _table(self, shard: int) -> _Table:
         with self._lock:
             if shard not in self._tables:
-                file, state = self._file(shard), self.index.state(shard)
-                header = _header(file, state)
-                if header is None:  # ranks deal rows by it, so it must be there, and the same, on all of them
-                    raise BadDataError(f"{file}: the lengths vanished or were damaged while the run used them: start again")
-                self._tables[shard] = _Table(file, header, self._names["fields"], self._names["languages"])
+                found = self._found(shard)
+                if found is None:  # ranks deal rows by it, so it must be there, and the same, on all of them
+                    raise BadDataError(f"{self._name(shard)}: the lengths vanished or were damaged while the run used them: start again")
+                self._tables[shard] = _Table(*found, self._names["fields"], self._names["languages"])
                 self.opened += 1
                 if len(self._tables) > TABLES_KEPT:
                     self._tables.popitem(last=False)
@@ -118,11 +125,16 @@ class LengthIndex:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
-    def _file(self, shard: int) -> Path:
-        beside = self.index.file(shard).with_suffix(f".{self.tokenizer.digest}.lengths")
-        if beside.exists() or os.access(beside.parent, os.W_OK):
-            return beside
-        return cache_folder(self.index.shards[shard], self._cache) / beside.name
+    def _found(self, shard: int) -> tuple[Path, dict[str, Any]] | None:
+        """The shard's whole file of its present state and its header, None where there is none."""
+        for place in kept_places(self.index.shards[shard], self._name(shard), self._cache):
+            header = _header(place, self.index.state(shard))
+            if header is not None:
+                return place, header
+        return None
+
+    def _name(self, shard: int) -> str:
+        return f"{self.index.shards[shard].stem}.{self.tokenizer.digest}.lengths"
 
     def _write(self, shard: int) -> None:
         fields, languages = _Codes(2), _Codes(0)
@@ -134,6 +146,11 @@ class LengthIndex:
                 if count:
                     entries.append((code, 0, min(count, MOST), 0))
                     texts.append("")
+            for part, (shown, heard) in body.get("media", {}).items():
+                for name, count in ((f"{part}:{PICTURES_OF}", shown), (f"{part}:{SOUND_OF}", heard)):
+                    if count:
+                        entries.append((fields.code(name), 0, min(count, MOST), 0))
+                        texts.append("")
             for name, language, kept in _texts(body):
                 entries.append((fields.code(name), languages.code(language), min(len(kept), MOST), 0))
                 texts.append(", ".join(kept))
@@ -152,7 +169,9 @@ class LengthIndex:
             "references": np.array(references, dtype=np.uint64),
             "roles": np.array(roles, dtype=np.uint8),
         }
-        _store(self._file(shard), arrays, {"state": self.index.state(shard), "fields": list(fields), "languages": list(languages)})
+        file = place_to_write(self.index.shards[shard], self._name(shard), self._cache)
+        with explained(file, self._cache):
+            _store(file, arrays, {"state": self.index.state(shard), "fields": list(fields), "languages": list(languages)})
 
 
 class _Codes:
@@ -207,7 +226,8 @@ def _texts(body: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _named(value: Any, *, latest: bool) -> list[str]:
-    names = [str(name) for name in value] if isinstance(value, list) else [] if value is None else [str(value)]
+    entries = value if isinstance(value, list) else [value]
+    names = [name for one in entries if not isinstance(one, dict) and (name := given(one)) is not None]
     return names[-MOST_REFERENCES:] if latest else names[:MOST_REFERENCES]
 
 
@@ -219,7 +239,6 @@ def _store(file: Path, arrays: Mapping[str, NDArray[Any]], header: dict[str, Any
         offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
     line = json.dumps({"version": VERSION, **header, "arrays": extents, "bytes": offset}).encode()
     line += b" " * (-(len(line) + 1) % ALIGNMENT) + b"\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}-{os.getpid()}-{secrets.token_hex(4)}")
     with open(temporary, "wb") as target:
         target.write(line)

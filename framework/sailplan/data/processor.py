@@ -11,16 +11,21 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor
 
 from sailplan.config.schema import Config, DatasetConfig, ViewConfig
-from sailplan.data.image import draw_augmentation
+from sailplan.data import video
+from sailplan.data.cache import ByteCache
+from sailplan.data.image import draw_augmentation, pixels_of
 from sailplan.data.record import EncoderInputs, Item
 from sailplan.data.text import compose
+from sailplan.data.values import BadSample
 from sailplan.runtime.seeds import derive
 
+DECODED_BYTES = 128 << 20  # of pictures and spectrograms, per process
 _PROCESSORS: dict[str, Processor] = {}
 
 
@@ -69,6 +74,11 @@ class Processor(ABC):
     chunks: int = 1  # of sound of a row, at most
     media = MediaCosts()
 
+    @cached_property
+    def decoded(self) -> ByteCache[Tensor]:
+        """Pictures and spectrograms by their encoded bytes, kept between epochs."""
+        return ByteCache(DECODED_BYTES)
+
     def row(self, item: Item | None, view: ViewConfig, dataset: DatasetConfig, seed: int | None = None, text: str | None = None) -> ViewRow:
         """Decode an item for a view.
 
@@ -82,8 +92,8 @@ class Processor(ABC):
         if "text" in view.modalities:
             row.text = compose(item.fields, view, dataset, seed) if text is None else text
         strength = dataset.image_augmentation if source is not None else 0.0
-        if "vision" in view.modalities and item.images:
-            row.images = tuple(self.image(item.id, content) for content in item.images[: self.frames])
+        if "vision" in view.modalities and (item.images or item.video is not None):
+            row.images = self._pictures(item, view, seed)
             if source is not None and strength > 0:
                 row.augmentation = draw_augmentation(source, strength)
         if "audio" in view.modalities and item.audio is not None:
@@ -93,9 +103,32 @@ class Processor(ABC):
             row.id = derive("text", row.text.casefold()) if text_only else derive("document", item.id)
         return row
 
-    def image(self, item_id: str, content: bytes) -> Tensor:
-        """Decode a picture; raises BadSample."""
+    def picture(self, pixels: Tensor) -> Tensor:
+        """Return a picture uint8 [3, height, width] as the encoder takes it."""
         raise NotImplementedError(f"{type(self).__name__} has no pictures")
+
+    def image(self, item_id: str, content: bytes) -> Tensor:
+        """Decode a picture, or take it from those decoded lately; raises BadSample."""
+        known = self.decoded.get(content)
+        if known is None:
+            try:
+                known = self.picture(pixels_of(content))
+            except ValueError as error:
+                raise BadSample(item_id, str(error)) from error
+            self.decoded.put(content, known, known.nbytes + len(content))
+        return known
+
+    def _pictures(self, item: Item, view: ViewConfig, seed: int | None) -> tuple[Tensor, ...]:
+        """The pictures that a row shows: the first ones, or frames spread over a film; at most `frames`."""
+        source = None if seed is None else random.Random(derive("frames", seed))  # of its own: other draws do not depend on it
+        if item.images:
+            shown = video.chosen(item.images, self.frames, source) if view.frames == "spread" else item.images[: self.frames]
+            return tuple(self.image(item.id, content) for content in shown)
+        assert item.video is not None
+        try:
+            return tuple(self.picture(pixels) for pixels in video.frames(item.video, self.frames, source))
+        except ValueError as error:
+            raise BadSample(item.id, str(error)) from error
 
     def sound(self, item_id: str, content: bytes, source: random.Random | None, strength: float) -> Tensor:
         """Decode a recording; source: draws where it is cut and what is changed, None in evaluation; raises BadSample."""

@@ -7,9 +7,7 @@ BadSample; what happens then (a spare, a report, a stop) is the caller's decisio
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import random
 import threading
@@ -23,27 +21,22 @@ from numpy.typing import NDArray
 from sailplan.config.schema import DatasetConfig
 from sailplan.data.cache import ByteCache
 from sailplan.data.index import ShardIndex
+from sailplan.data.inline import Content, inline_item, media_counts
+from sailplan.data.kinds import Chosen, Place, choose
 from sailplan.data.lengths import ROLES, LengthIndex
+from sailplan.data.names import given, part_of
+from sailplan.data.parse import parse_json
 from sailplan.data.record import Item, Record
+from sailplan.data.values import BadSample as BadSample
+from sailplan.data.values import fields_of, ids, listed, probability, score
+from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
-AUDIO_EXTENSIONS = frozenset({"ogg", "opus", "flac", "wav"})
 logger = logging.getLogger("sailplan.data")
+SIDES = {"query": ("query", "text"), "target": ("item", "target")}  # keys of a pair's JSON
 ALL_MEDIA = frozenset({"vision", "audio"})
 CACHE_BYTES = 64 << 20
 FILES_OPEN = 128
-
-
-class BadSample(Exception):
-    """A record that cannot be used: its id and why, in one line."""
-
-    def __init__(self, record_id: str, reason: str) -> None:
-        super().__init__(f"{record_id}: {reason}")
-        self.record_id, self.reason = record_id, reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return BadSample, (self.record_id, self.reason)
 
 
 class RecordReader:
@@ -90,6 +83,11 @@ class RecordReader:
         """Positions of the split's records number 0 .. count - 1; int64 [n] -> int64 [n]."""
         return self.index.select(split, numbers)
 
+    def split(self, position: int) -> str:
+        """Split of the record at a position."""
+        _, table, row = self.index.locate(position)
+        return table.split_names[int(table.splits[row])]
+
     def find(self, record_id: str) -> int | None:
         """Position of the record with this id, or None."""
         return self.index.find(record_id)
@@ -103,21 +101,21 @@ class RecordReader:
         """
         if self.config.kind == "items":
             item = self.item(position, media)
-            return Record(item.id, str(item.extra.get("split") or "train"), item=item)
+            return Record(item.id, self.split(position), item=item)
         body, _ = self._read_body(position)
         wanted = frozenset(needs) if needs is not None else frozenset({"item", "query", "target", "history", "negatives"})
-        record_id, split = self.ids([position])[0], str(body.get("split") or "train")
+        record_id, split = self.ids([position])[0], self.split(position)
         used = {"id", "split", "negatives"}
-        negatives = self._negatives(record_id, body, media, seed) if "negatives" in wanted else ()
+        negatives = self._negatives(record_id, body, position, media, seed) if "negatives" in wanted else ()
         if self.config.kind == "pairs":
-            used |= {"text", "query", "item", "score"}
+            used |= {"text", "query", "item", "score"} | ({"target"} if self.catalogue is None else set())
             return Record(
                 record_id,
                 split,
-                query=self._query(record_id, body, media) if "query" in wanted else None,
-                target=self._catalogue_item(record_id, body.get("item"), media) if "target" in wanted else None,
+                query=self._side(record_id, body, position, "query", media) if "query" in wanted else None,
+                target=self._side(record_id, body, position, "target", media) if "target" in wanted else None,
                 negatives=negatives,
-                score=_number(record_id, body, "score"),
+                score=score(record_id, body),
                 extra={key: value for key, value in body.items() if key not in used},
             )
         used |= {"target_probability", "negative_probability"}
@@ -126,8 +124,8 @@ class RecordReader:
             record_id,
             split,
             negatives=negatives,
-            target_probability=_probability(record_id, body, "target_probability"),
-            negative_probability=_probability(record_id, body, "negative_probability"),
+            target_probability=probability(record_id, body, "target_probability"),
+            negative_probability=probability(record_id, body, "negative_probability"),
             history=tuple(self._catalogue_item(record_id, name, media) for name in history) if "history" in wanted else (),
             target=self._catalogue_item(record_id, target, media) if "target" in wanted else None,
             extra={**{key: value for key, value in body.items() if key not in used}, "history": history, "target": target},
@@ -140,9 +138,10 @@ class RecordReader:
         `items` one is the target and a random part of the others the history, in their listed order.
         """
         length = self.config.history_length
-        if "target" in body:
-            return self._listed(record_id, body, "history")[-length:], str(body["target"])
-        items = list(dict.fromkeys(self._listed(record_id, body, "items")))
+        target = given(body.get("target"))
+        if target is not None:
+            return ids(record_id, body, "history")[-length:], target
+        items = list(dict.fromkeys(ids(record_id, body, "items")))
         if len(items) < 2:
             raise BadSample(record_id, f"a sequence needs `history` and `target`, or at least 2 different `items`; found {len(items)}")
         source = random.Random(derive("held out target", record_id) if seed is None else seed)
@@ -170,8 +169,8 @@ class RecordReader:
         which a warning names."""
         record_id, body = self.ids([position])[0], self.body(position)
         try:
-            target = [str(body["target"])] if "target" in body else []
-            return self._listed(record_id, body, "items") or self._listed(record_id, body, "history") + target
+            target = given(body.get("target"))
+            return ids(record_id, body, "items") or ids(record_id, body, "history") + ([] if target is None else [target])
         except BadSample as problem:
             logger.warning("%s: left out: %s", self.name, problem)
             return []
@@ -179,7 +178,7 @@ class RecordReader:
     def score(self, position: int) -> float | None:
         """The score of a graded pair; None where the record has none that can be used."""
         try:
-            return _number(self.ids([position])[0], self.body(position), "score")
+            return score(self.ids([position])[0], self.body(position))
         except BadSample as problem:
             logger.warning("%s: left out: %s", self.name, problem)
             return None
@@ -197,8 +196,8 @@ class RecordReader:
         known = self._items.get((position, media))
         if known is not None:
             return known
-        body, files = self._read_body(position)
-        item = self._item(self.ids([position])[0], body, files, media)
+        body, chosen = self._read_body(position)
+        item = self._item(self.ids([position])[0], body, chosen, position, media)
         self._items.put((position, media), item, self.index.size(position) * 2)
         return item
 
@@ -207,96 +206,131 @@ class RecordReader:
         has; nothing of a record that cannot be used."""
         for position in range(int(self.index.starts[shard]), int(self.index.starts[shard + 1])):
             try:
-                body, files = self._read_body(position)
-                item = self._item("", body, files, frozenset()) if self.config.kind == "items" else None
-                texts = item.fields if item is not None else _fields("", {"text": body["text"]} if body.get("text") else {})
+                body, chosen = self._read_body(position)
+                yield self._outline(position, body, chosen)
             except BadSample:
                 yield {}, 0, 0
-                continue
-            kinds = [extension.rpartition(".")[2] for extension, *_ in files]
-            named = {} if item is not None else {role: body[role] for role in ROLES if role in body}
-            yield {"fields": texts, **named}, sum(kind in IMAGE_EXTENSIONS for kind in kinds), any(kind in AUDIO_EXTENSIONS for kind in kinds)
+
+    def _outline(self, position: int, body: dict[str, Any], chosen: Chosen) -> tuple[dict[str, Any], int, int]:
+        if self.config.kind == "items":
+            item = self._item("", body, chosen, position, frozenset())
+            return {"fields": item.fields}, *media_counts(chosen)
+        named = {role: body[role] for role in ROLES if role in body} if self.catalogue is not None else {}
+        if self.config.kind == "sequences":
+            return named, 0, 0
+        parts, fields = self._parts(position), dict[str, Any]()
+        sides = {"query": self._held(body, "query", parts), "target": self._held(body, "target", parts)}
+        for number, value in enumerate(body["negatives"] if isinstance(body.get("negatives"), list) else []):
+            if self.catalogue is None or isinstance(value, dict):
+                sides[f"negatives/{number}"] = value
+        for part, value in sides.items():
+            own = choose(parts.get(part, []))
+            if value is not None or own.read:
+                item = inline_item("", value, own, self._content(position, frozenset()))
+                prefix = "" if part == "query" else f"{part}:"
+                fields |= {f"{prefix}{name}": languages for name, languages in item.fields.items()}
+                if prefix:
+                    named.setdefault("media", {})[part] = media_counts(own)
+        return {"fields": fields, **named}, *media_counts(choose(parts.get("query", [])))
+
+    def _held(self, body: Mapping[str, Any], part: str, parts: Mapping[str, Any]) -> Any:
+        """What a pair's JSON holds of a part itself; None where it names an item of the catalogue."""
+        if part == "query" and given(body.get("query")) is None and given(body.get("text")) is not None:
+            return {"text": body["text"]}
+        value = next((body[key] for key in SIDES[part] if given(body.get(key)) is not None), None)
+        return value if self.catalogue is None or isinstance(value, dict) else None
 
     # ---------------------------------------------------------------- parts
-    def _read_body(self, position: int) -> tuple[dict[str, Any], list[tuple[str, int, int, int]]]:
+    def _read_body(self, position: int) -> tuple[dict[str, Any], Chosen]:
         shard, table, row = self.index.locate(position)
-        body: Any = {}
-        files = []
-        for extension, offset, size in table.members(row):
-            if extension == "json":
-                try:
-                    body = json.loads(self._bytes(shard, offset, size))
-                except ValueError as error:
-                    raise BadSample(table.ids[row], f"broken JSON in {self.index.shards[shard]} at byte {offset}: {error}") from error
-                if not isinstance(body, dict):
-                    raise BadSample(
-                        table.ids[row],
-                        f"JSON in {self.index.shards[shard]} at byte {offset} is a {type(body).__name__}, expected an object",
-                    )
-            else:
-                files.append((extension, shard, offset, size))
-        if "id" in body and str(body["id"]) != table.ids[row]:
-            raise BadSample(table.ids[row], f"{self.index.shards[shard]} changed while in use: found the record {body['id']} in its place")
-        return body, files
+        chosen, body = choose(table.members(row)), dict[str, Any]()
+        if chosen.json is not None:
+            try:
+                body = parse_json(self.member(shard, chosen.json))
+            except ValueError as error:
+                reason = f"broken JSON in {self.index.shards[shard]} at byte {chosen.json[1]}: {error}"
+                raise BadSample(table.ids[row], " ".join(reason.split())[:300]) from error
+        found = given(body.get("id"))
+        if found is not None and found != table.ids[row]:
+            raise BadSample(table.ids[row], f"{self.index.shards[shard]} changed while in use: found the record {found} in its place")
+        return body, chosen
 
-    def _item(self, record_id: str, body: dict[str, Any], files: list[tuple[str, int, int, int]], media: frozenset[str]) -> Item:
-        fields = body.get("fields") or {}
-        if not isinstance(fields, dict):
-            raise BadSample(record_id, f"fields is a {type(fields).__name__}, expected {{FIELD: {{LANGUAGE: text}}}}")
-        fields = dict(fields)
-        images, audio = [], None
-        for extension, shard, offset, size in files:
-            kind = extension.rpartition(".")[2]
-            if kind in IMAGE_EXTENSIONS and "vision" in media:
-                images.append(self._bytes(shard, offset, size))
-            elif kind in AUDIO_EXTENSIONS and "audio" in media:
-                audio = self._bytes(shard, offset, size)
-            elif kind == "txt":
-                fields.setdefault("title", {"en": self._bytes(shard, offset, size).decode(errors="replace")})
-        return Item(
-            record_id,
-            _fields(record_id, fields),
-            tuple(images),
-            audio,
-            {key: value for key, value in body.items() if key not in ("id", "fields")},
-        )
+    def _item(self, record_id: str, body: dict[str, Any], chosen: Chosen, position: int, media: frozenset[str]) -> Item:
+        """The item of a record; of its media those that are asked for."""
+        return self._content(position, media).item(record_id, fields_of(record_id, body.get("fields")), "title", chosen, body)
 
-    def _query(self, record_id: str, body: dict[str, Any], media: frozenset[str]) -> Item:
-        if body.get("query") is not None:
-            return self._catalogue_item(record_id, body["query"], media)
-        text = body.get("text")
-        if not text:
-            raise BadSample(record_id, "a pair needs `text` or `query`; found neither")
-        return Item(f"{record_id}#query", _fields(record_id, {"text": text}))
+    def _side(self, record_id: str, body: Mapping[str, Any], position: int, part: str, media: frozenset[str]) -> Item:
+        """Query or target of a pair: an item of the catalogue that the record names, or what the record holds itself."""
+        value = next((body[key] for key in SIDES[part] if given(body.get(key)) is not None), None)
+        own = self._parts(position).get(part, [])
+        if part == "query" and given(body.get("query")) is None and given(body.get("text")) is not None:
+            return inline_item(f"{record_id}#query", {"text": body["text"]}, choose(own), self._content(position, media))
+        if self.catalogue is not None and not isinstance(value, dict) and not own:
+            if part == "query" and value is None:
+                raise BadSample(record_id, "a pair needs `text` or `query`; found neither")
+            return self._catalogue_item(record_id, value, media)
+        if value is None and not own:
+            raise BadSample(record_id, f"a pair without a catalogue needs {' or '.join(SIDES[part])}, or members KEY.{part}.*; found none")
+        return inline_item(f"{record_id}#{part}", value, choose(own), self._content(position, media))
 
-    def _listed(self, record_id: str, body: Mapping[str, Any], key: str) -> list[str]:
-        """The item ids under a key of the record; [] where it has none."""
-        names = body.get(key) or []
-        if not isinstance(names, list):
-            raise BadSample(record_id, f"{key} is a {type(names).__name__}, expected a list of ids of '{self.config.catalogue}'")
-        return [str(name) for name in names]
-
-    def _negatives(self, record_id: str, body: Mapping[str, Any], media: frozenset[str], seed: int | None) -> tuple[Item, ...]:
+    def _negatives(self, record_id: str, body: Mapping[str, Any], position: int, media: frozenset[str], seed: int | None) -> tuple[Item, ...]:
         """As many of the record's own negatives as the data set takes: all of a short list, a random part of a long one."""
         count = self.config.negatives
         if not count:
             return ()
-        names = self._listed(record_id, body, "negatives")
-        if len(names) > count:
-            names = random.Random(derive("negatives", record_id if seed is None else seed)).sample(names, count)
-        return tuple(self._catalogue_item(record_id, name, media) for name in names)
+        values = dict(enumerate(listed(record_id, body, "negatives")))
+        parts = {int(part.partition("/")[2]): members for part, members in self._parts(position).items() if part.startswith("negatives/")}
+        numbers = sorted(values.keys() | parts.keys())
+        if len(numbers) > count:
+            numbers = random.Random(derive("negatives", record_id if seed is None else seed)).sample(numbers, count)
+        found = []
+        for number in numbers:
+            value, own = values.get(number), parts.get(number, [])
+            if self.catalogue is not None and not isinstance(value, dict) and not own:
+                found.append(self._catalogue_item(record_id, value, media))
+            else:
+                found.append(inline_item(f"{record_id}#negatives/{number}", value, choose(own), self._content(position, media)))
+        return tuple(found)
 
-    def _catalogue_item(self, record_id: str, item_id: Any, media: frozenset[str]) -> Item:
-        assert self.catalogue is not None, "open_datasets refuses pairs and sequences without a catalogue"
-        position = self.catalogue.find(str(item_id)) if item_id else None
+    def _parts(self, position: int) -> dict[str, list[Place]]:
+        """Members of a pair's parts that it holds itself: part -> (extension within the part, offset, size)."""
+        _, table, row = self.index.locate(position)
+        parts: dict[str, list[Place]] = {}
+        for extension, offset, size in table.members(row):
+            part, own = part_of(extension)
+            if part:
+                parts.setdefault(part, []).append((own, offset, size))
+        return parts
+
+    def _content(self, position: int, media: frozenset[str]) -> Content:
+        shard = self.index.locate(position)[0]
+        return Content(lambda place: self.member(shard, place), media)
+
+    def find_item(self, value: Any) -> int | None:
+        """Position in the catalogue of the item with an id as a record gives it; None where there is none, or no catalogue."""
+        name = given(value)
+        if self.catalogue is None or name is None or isinstance(value, dict | list):
+            return None
+        position = self.catalogue.find(name)
+        if position is None and isinstance(value, float) and value.is_integer():  # a table's whole numbers beside an empty cell
+            position = self.catalogue.find(str(int(value)))
+        return position
+
+    def _catalogue_item(self, record_id: str, value: Any, media: frozenset[str]) -> Item:
+        assert self.catalogue is not None, "sequences have a catalogue, and pairs without one hold their items"
+        if given(value) is None:
+            raise BadSample(record_id, f"names no item of the catalogue '{self.catalogue.name}': its id is {value!r}")
+        position = self.find_item(value)
         if position is None:
-            raise BadSample(record_id, f"item {item_id} is not in the catalogue '{self.catalogue.name}'")
+            raise BadSample(record_id, f"item {given(value)} is not in the catalogue '{self.catalogue.name}'")
         return self.catalogue.item(position, media)
 
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+    def member(self, shard: int, place: Place) -> bytes:
+        """Return the content of a member (extension, offset, size) of a shard."""
+        _, offset, size = place
         with self._lock:
             if shard not in self._files:
-                self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
+                self._files[shard] = self._opened(shard)
                 if len(self._files) > FILES_OPEN:
                     os.close(self._files.popitem(last=False)[1])
             self._files.move_to_end(shard)
@@ -305,30 +339,8 @@ class RecordReader:
             raise BadSample(self.index.shards[shard].name, f"read {len(content)} of {size} bytes at byte {offset}: the shard was cut while in use")
         return content
 
-
-def _number(record_id: str, body: Mapping[str, Any], key: str) -> float | None:
-    value = body.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadSample(record_id, f"{key} is {value!r}, expected a number")
-    return float(value)
-
-
-def _probability(record_id: str, body: Mapping[str, Any], key: str) -> float | None:
-    value = _number(record_id, body, key)
-    if value is not None and not 0 < value <= 1:
-        raise BadSample(record_id, f"{key} is {value!r}, expected a number above 0, at most 1")
-    return value
-
-
-def _fields(record_id: str, fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every field as language -> str | list[str]; a bare value counts as English."""
-    result: dict[str, dict[str, Any]] = {}
-    for name, value in fields.items():
-        languages = value if isinstance(value, dict) else {"en": value}
-        for language, entry in languages.items():
-            if not isinstance(entry, str) and not (isinstance(entry, list) and all(isinstance(part, str) for part in entry)):
-                raise BadSample(record_id, f"field {name}.{language} is a {type(entry).__name__}, expected text or a list of texts")
-        result[name] = languages
-    return result
+    def _opened(self, shard: int) -> int:
+        try:
+            return os.open(self.index.shards[shard], os.O_RDONLY)
+        except OSError as error:
+            raise BadDataError(f"{self.index.shards[shard]}: cannot be read ({error.strerror or error}): the shard went away while in use") from error

@@ -27,6 +27,7 @@ class Item:
     fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # field -> language -> str | list[str]
     images: tuple[bytes, ...] = ()
     audio: bytes | None = None
+    video: bytes | None = None  # a film, of which a view of pictures shows some frames
     extra: Mapping[str, Any] = field(default_factory=dict)  # other JSON keys: group, held_out_tags, ...
 
 

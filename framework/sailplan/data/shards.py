@@ -20,6 +20,8 @@ import braceexpand
 import webdataset
 
 from sailplan.config.schema import ARTIFACT
+from sailplan.data.names import is_sidecar
+from sailplan.data.places import cache_root, explained
 from sailplan.errors import BadDataError, ConfigurationError
 
 
@@ -38,8 +40,8 @@ def resolve(dataset: str, shards: str, cache: Path | None = None, progress: Call
         raise ConfigurationError(f"{key} is empty: expected a folder of .tar shards, a brace pattern or URLs")
     if shards.startswith(ARTIFACT):
         raise ConfigurationError(f"{key}={shards}: this data set is made by a stage's `artifacts`; it exists only within a run")
-    if not is_remote(shards) and Path(shards).is_dir():
-        found = sorted(Path(shards).glob("*.tar"))
+    if not is_remote(shards) and os.path.isdir(shards):
+        found = _listed(key, Path(shards))
         if not found:
             raise ConfigurationError(f"{key}={shards}: the folder holds no .tar file; expected webdataset shards")
         return found
@@ -48,7 +50,7 @@ def resolve(dataset: str, shards: str, cache: Path | None = None, progress: Call
     for name in names:
         paths.append(fetch(name, cache) if is_remote(name) else Path(name.removeprefix("file:")))
         progress()
-    missing = [str(path) for path in paths if not path.is_file()]
+    missing = [str(path) for path in paths if not os.path.isfile(path)]
     if missing:
         raise ConfigurationError(
             f"{key}={shards}: {len(missing)} of {len(paths)} shards do not exist, first {missing[0]}; expected a folder of .tar shards or existing files; "
@@ -57,13 +59,23 @@ def resolve(dataset: str, shards: str, cache: Path | None = None, progress: Call
     return paths
 
 
+def _listed(key: str, folder: Path) -> list[Path]:
+    """The folder's shards, without what a file system put beside them."""
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if name.endswith(".tar") and not is_sidecar(name))
+    except OSError as error:
+        raise ConfigurationError(f"{key}={folder}: the folder cannot be read ({error.strerror or error}); check its permissions") from error
+
+
 def fetch(url: str, cache: Path | None = None) -> Path:
     """The local copy of a remote shard, fetched through webdataset's gopen if it is not there yet."""
-    folder = (cache or Path("~/.cache/sailplan").expanduser()) / "shards"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_root(cache) / "shards"
     base = re.sub(r"[^A-Za-z0-9._-]", "_", url.rstrip(" -").rpartition("/")[2]).removesuffix(".tar")[-60:]
     path = folder / f"{base}-{hashlib.sha256(url.encode()).hexdigest()[:12]}.tar"
-    with open(path.with_suffix(".lock"), "w") as lock:
+    with explained(folder, cache):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
+    with opened as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             temporary = path.with_suffix(".part")

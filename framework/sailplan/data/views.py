@@ -17,13 +17,10 @@ from torch import Tensor
 
 from sailplan.config.schema import DataConfig, ViewConfig
 from sailplan.data import audio, image
-from sailplan.data.cache import ByteCache
 from sailplan.data.packing import OmniInputs
 from sailplan.data.processor import Processor, ViewRow
 from sailplan.data.reader import BadSample
 from sailplan.data.text import Tokenizer
-
-DECODED_BYTES = 128 << 20  # pictures and spectrograms kept between epochs, per process
 
 
 class ViewDecoder(Processor):
@@ -37,7 +34,6 @@ class ViewDecoder(Processor):
         self.spectrogram = audio.SPECTROGRAMS[config.spectrogram]
         self.tokenizer = Tokenizer(config.tokenizer, config.max_tokens)
         self.max_tokens, self.frames, self.chunks = config.max_tokens, config.frames, config.audio_chunks
-        self._decoded: ByteCache[Tensor] = ByteCache(DECODED_BYTES)
 
     def overhead(self, view: ViewConfig) -> int:
         return len(self.tokenizer.prompt(view.prompt))
@@ -73,18 +69,10 @@ class ViewDecoder(Processor):
         return largest_inputs(self.config, modalities, rows)
 
     # ---------------------------------------------------------------- parts
-    def image(self, item_id: str, content: bytes) -> Tensor:
-        known = self._decoded.get(content)
-        if known is None:
-            try:
-                if self.config.image_patches is not None and self.config.image_patch is not None:
-                    known = image.decode_in_ratio(content, self.config.image_patch, self.config.image_patches)
-                else:
-                    known = image.decode(content, self.config.image_size)
-            except ValueError as error:
-                raise BadSample(item_id, str(error)) from error
-            self._decoded.put(content, known, known.nbytes + len(content))
-        return known
+    def picture(self, pixels: Tensor) -> Tensor:
+        if self.config.image_patches is not None and self.config.image_patch is not None:
+            return image.in_ratio(pixels, self.config.image_patch, self.config.image_patches)
+        return image.squared(pixels, self.config.image_size)
 
     def sound(self, item_id: str, content: bytes, source: random.Random | None, strength: float) -> Tensor:
         """float16 log-mel [c, frames, mels]. Kept decoded: the spectrogram, or of a recording longer than its chunks,
@@ -93,25 +81,25 @@ class ViewDecoder(Processor):
         if self.spectrogram.whole:
             pictures = audio.fused(self._whole(item_id, content, length), self.spectrogram_frames, source)
             return pictures if source is None or strength <= 0 else audio.augment(pictures.float(), source, strength, self.spectrogram).half()
-        mel = self._decoded.get(content)
+        mel = self.decoded.get(content)
         if mel is None or mel.dtype != torch.float16:
             samples = mel.numpy() if mel is not None else self._samples(item_id, content)
             waves = audio.chunks(samples, length, self.config.audio_chunks, source, repeat=self.spectrogram.repeat)
             mel = self.spectrogram.make(waves, rate=self.config.audio_rate, bins=self.config.mel_bins).half()
             kept = mel if len(samples) <= length * self.config.audio_chunks else torch.from_numpy(samples)
-            self._decoded.put(content, kept, kept.nbytes + len(content))
+            self.decoded.put(content, kept, kept.nbytes + len(content))
         if source is None or strength <= 0:
             return mel
         return audio.augment(mel.float(), source, strength, self.spectrogram).half()
 
     def _whole(self, item_id: str, content: bytes, length: int) -> Tensor:
         """float16 spectrogram [all frames, mels] of a recording, of at least `length` samples."""
-        known = self._decoded.get(content)
+        known = self.decoded.get(content)
         if known is None:
             samples = self._samples(item_id, content)
             waves = audio.chunks(samples, length, 1, repeat=self.spectrogram.repeat) if len(samples) < length else samples[None]
             known = self.spectrogram.make(waves, rate=self.config.audio_rate, bins=self.config.mel_bins)[0].half()
-            self._decoded.put(content, known, known.nbytes + len(content))
+            self.decoded.put(content, known, known.nbytes + len(content))
         return known
 
     @property

@@ -59,11 +59,9 @@ class Embedder:
     def catalogue_positions(self, reader: RecordReader, positions: NDArray[np.int64], key: str) -> NDArray[np.int64]:
         """Catalogue position of the item that each pair names under `key` (item | query): int64 [n], -1 where it names none
         or an unknown one."""
-        assert reader.catalogue is not None
         table = self._catalogue.setdefault((reader.name, key), np.full(len(reader), -2, dtype=np.int64))
         for position in positions[table[positions] == -2]:
-            name = reader.body(int(position)).get(key)
-            found = reader.catalogue.find(str(name)) if name else None
+            found = reader.find_item(reader.body(int(position)).get(key))
             table[position] = -1 if found is None else found
         return table[positions]
 

@@ -14,6 +14,7 @@ from sailplan.checkpoint.store import latest, load_model_only
 from sailplan.config.schema import Config
 from sailplan.curriculum.stages import check_stage
 from sailplan.data.datasets import check_prompts, check_records
+from sailplan.data.first_records import check_views
 from sailplan.data.processor import processor_of
 from sailplan.data.reader import RecordReader
 from sailplan.errors import ConfigurationError
@@ -58,6 +59,7 @@ def check_data(config: Config, readers: Mapping[str, RecordReader]) -> None:
     component.check_processor(config, processor_of(config))
     check_prompts(config)
     check_records(config, readers)
+    check_views(config, readers)
     check_queries(readers, config.evaluation.tasks)
 
 

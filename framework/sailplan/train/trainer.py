@@ -26,7 +26,8 @@ from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.record import StepBatch
-from sailplan.data.shares import StepShares
+from sailplan.data.shares import StepShares, stage_patterns
+from sailplan.data.watch import PatternWatch
 from sailplan.embed.context import RunContext
 from sailplan.embed.exchange import training_exchange
 from sailplan.errors import BadDataError, StopRequested
@@ -41,6 +42,8 @@ from sailplan.step.training_step import StepResult, TrainingStep
 from sailplan.train.assemble import Whole, check_data
 from sailplan.train.run_folder import RunFolder
 from sailplan.train.schedule import StageSpan, learning_rate_scale, spans
+
+WISHES = 3  # to stop, to save, to report bad samples
 
 
 class Trainer:
@@ -138,6 +141,8 @@ class Trainer:
             start_step=first, stop_step=last, negatives=state.negatives, teachers=state.teachers,
         )  # fmt: skip
         check_shares(self.parallel, loader.collator.shares, first, span.name)
+        shown = {name: list(stage_patterns(stage, name, self.context.readers[name].config)) for name in sorted(state.weights)}
+        watch = PatternWatch(shown, self.config.data.sets, min(self.config.data.empty_steps, span.steps))
         if self.config.data.workers:
             self._settle()  # workers are forked: a lock that the saving thread holds would stay locked in them
         with loader, self._quarantining(span):
@@ -148,13 +153,14 @@ class Trainer:
                 set_learning_rate(self.optimizer, scale)
                 result = self.training_step.run(
                     batches, stage.objectives, step=stage_step, stage=span.name, thresholds=state.thresholds, clip_norm=stage.optimizer.clip_norm,
-                    wishes=partial(self._wishes, batches),
+                    wishes=partial(self._wishes, batches, watch, stage_step),
                 )  # fmt: skip
                 self.step += 1
                 self.dog.beat()
                 seconds = time.perf_counter() - began
                 self._log(span, batches, result, scale * stage.optimizer.learning_rate, waited, seconds)
                 self._between_steps(span, batches, result)
+                watch.note(batches, result.wishes[WISHES:])
                 began = time.perf_counter()
 
     @contextmanager
@@ -167,14 +173,15 @@ class Trainer:
                 self.folder.add_quarantined([{"step": self.step + 1, "stage": span.name, "id": name, "reason": reason} for name, reason in error.samples])
             raise
 
-    def _wishes(self, batches: list[StepBatch]) -> list[bool]:
-        """What the step's own message over the world asks: does anybody want to stop, to save, or to report bad samples?"""
+    def _wishes(self, batches: list[StepBatch], watch: PatternWatch, step: int) -> list[bool]:
+        """What the step's own message over the world asks: does anybody want to stop, to save, or to report bad samples? And what the
+        rows showed."""
         clock = self.parallel.is_main and time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
-        return [self.flag.name is not None, clock, any(batch.quarantined for batch in batches)]
+        return [self.flag.name is not None, clock, any(batch.quarantined for batch in batches), *watch.flags(batches, step)]
 
     def _between_steps(self, span: StageSpan, batches: list[StepBatch], result: StepResult) -> None:
         """Does what some rank wished for in the step. A stop signal that comes too late for the step's message is heard in the next."""
-        stop, clock, quarantine = result.wishes
+        stop, clock, quarantine = result.wishes[:WISHES]
         bad = [{"step": self.step, "stage": span.name, "id": name, "reason": reason} for batch in batches for name, reason in batch.quarantined]
         bad += [{"step": self.step, "stage": span.name, "id": name, "reason": "loss or gradient not finite"} for name in result.suspects]
         if quarantine or result.skipped:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sailplan.config.schema import Config, StageConfig, ViewConfig
-from sailplan.data.datasets import check_prompts, check_records, open_datasets, validate
+from sailplan.data.datasets import check_prompts, check_records, open_datasets
 from sailplan.data.testing import item_record, json_member, png, write_set
+from sailplan.data.validation import validate
 from sailplan.errors import ConfigurationError
 
 Make = Callable[..., Config]
@@ -35,7 +36,7 @@ def set_key(config: Config, path: str, value: Any) -> None:
         ("things.views.title.of", "query", r"views\.title\.of=query: .*'items' has item"),
         ("things.views.title.pick", "two", r"views\.title\.pick=two"),
         ("things.patterns.image_title.target", "absent", r"patterns\.image_title: no view 'absent'"),
-        ("choices.catalogue", None, r"data\.sets\.choices\.catalogue is missing"),
+        ("histories.catalogue", None, r"data\.sets\.histories\.catalogue is missing"),
         ("choices.catalogue", "absent", r"catalogue=absent: no such data set"),
         ("choices.catalogue", "graded", r"catalogue=graded: is of kind 'pairs'"),
         ("choices.kind", "triples", r"data\.sets\.choices\.kind=triples"),

@@ -31,20 +31,20 @@ def encoded(picture: Image.Image, kind: str) -> bytes:
 def test_formats_and_modes_become_the_same_square(kind: str, mode: str) -> None:
     picture = Image.new("RGB", (40, 20), (204, 51, 51)).convert(mode)
     stored = picture.convert("RGB") if (mode, kind) == ("P", "JPEG") else picture  # JPEG has no palettes
-    pixels = image.decode(encoded(stored, kind), 16)
+    pixels = image.squared(image.pixels_of(encoded(stored, kind)), 16)
     expected = np.array(picture.convert("RGB"))[0, 0].astype(int)
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8
     assert np.abs(pixels[:, 8, 8].numpy().astype(int) - expected).max() < 12
 
 
 def test_transparent_parts_become_white() -> None:
-    assert (image.decode(encoded(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), "PNG"), 16) == 255).all()
+    assert (image.pixels_of(encoded(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), "PNG")) == 255).all()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", png(1)[:200]])
 def test_broken_pictures_are_value_errors(content: bytes) -> None:
     with pytest.raises(ValueError, match="cannot be decoded"):
-        image.decode(content, 16)
+        image.pixels_of(content)
 
 
 def test_pictures_and_sounds_reach_the_device_as_they_were_decoded(shards: Path) -> None:

@@ -14,13 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from sailplan.config.schema import Config, ViewConfig
-from sailplan.data.cache import ByteCache
 from sailplan.data.config import MODALITIES
-from sailplan.data.image import pixels_of
 from sailplan.data.processor import Processor, ViewRow
-from sailplan.data.reader import BadSample
 from sailplan.data.record import NamedInputs
-from sailplan.data.views import DECODED_BYTES
 from sailplan.model.encoders.transformers.config import TransformersConfig
 from sailplan.model.encoders.transformers.files import open_image_processor, open_tokenizer
 from sailplan.model.encoders.transformers.prompts import PublishedTokenizer
@@ -54,21 +50,13 @@ class TransformersProcessor(Processor):
         self.settings, self.data = settings, config.data
         self.max_tokens, self.frames = config.data.max_tokens, config.data.frames
         self.tokenizer = PublishedTokenizer(open_tokenizer(settings), settings, self.max_tokens) if "text" in settings.modalities else NoTokens()
-        self._pictures = open_image_processor(settings) if "vision" in settings.modalities else None
-        self._decoded: ByteCache[Tensor] = ByteCache(DECODED_BYTES)
+        self._picture_processor = open_image_processor(settings) if "vision" in settings.modalities else None
 
-    def image(self, item_id: str, content: bytes) -> Tensor:
+    def picture(self, pixels: Tensor) -> Tensor:
         """Return float32 [3, height, width], as the model's picture processor makes it."""
-        assert self._pictures is not None, "check_run allows no view of pictures without them"
-        known = self._decoded.get(content)
-        if known is None:
-            try:
-                picture = Image.fromarray(pixels_of(content).permute(1, 2, 0).numpy())
-            except ValueError as error:
-                raise BadSample(item_id, str(error)) from error
-            known = torch.as_tensor(np.asarray(self._pictures(images=picture)["pixel_values"][0]), dtype=torch.float32)
-            self._decoded.put(content, known, known.nbytes + len(content))
-        return known
+        assert self._picture_processor is not None, "check_run allows no view of pictures without it"
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        return torch.as_tensor(np.asarray(self._picture_processor(images=picture)["pixel_values"][0]), dtype=torch.float32)
 
     def overhead(self, view: ViewConfig) -> int:
         return self.tokenizer.overhead(view.prompt) if "text" in view.modalities else 0
@@ -104,9 +92,9 @@ class TransformersProcessor(Processor):
     @cached_property
     def _picture_shape(self) -> tuple[int, ...]:
         """Shape of every picture: what the processor makes of a white one."""
-        assert self._pictures is not None
+        assert self._picture_processor is not None
         white = Image.fromarray(np.full((64, 64, 3), 255, dtype=np.uint8))
-        return tuple(np.asarray(self._pictures(images=white)["pixel_values"][0]).shape)
+        return tuple(np.asarray(self._picture_processor(images=white)["pixel_values"][0]).shape)
 
     def _stacked(self, rows: Sequence[ViewRow]) -> dict[str, Tensor]:
         """pixel_values float32 [b, f, 3, height, width] and which of them are there, bool [b, f]."""

@@ -1,0 +1,156 @@
+"""What the views of a run find in its data, looked at before the first step: a wrong name must not train on nothing.
+
+Answers come from the length tables (`data.lengths`), which hold of each record the fields, pictures and sounds that it has. The first
+records answer for nearly every data set; only where they lack something are further shards asked, until one has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sailplan.config.schema import Config, DatasetConfig, ViewConfig
+from sailplan.data.lengths import PICTURES, PICTURES_OF, SOUND, SOUND_OF, LengthIndex, Lengths
+from sailplan.data.plan import SPLIT
+from sailplan.data.reader import RecordReader
+from sailplan.data.shares import stage_patterns
+from sailplan.data.text import clean
+from sailplan.data.values import BadSample
+from sailplan.errors import BadDataError, ConfigurationError
+
+FIRST = 256  # records whose entries are looked at
+READ = 64  # records that are read, at most
+MEDIA = {"vision": ("picture", PICTURES, PICTURES_OF), "audio": ("sound", SOUND, SOUND_OF)}
+
+
+def check_views(config: Config, readers: Mapping[str, RecordReader]) -> None:
+    """Raise for views and patterns of the run's stages that no record fits: training would be at loss 0.
+
+    Raises ConfigurationError for a text field or a medium that no record has, naming what there is; BadDataError for a pattern
+    of which no record has both sides, or nothing to tell its targets from.
+    """
+    used: dict[tuple[str, str], None] = {}
+    for stage_name in config.order:
+        stage = config.stages[stage_name]
+        for name in stage.data:
+            if name in readers:
+                used |= dict.fromkeys((name, pattern) for pattern in stage_patterns(stage, name, readers[name].config))
+    sides = {(name, side): None for name, pattern in used for side in _sides(readers[name].config, pattern)}
+    for name, _ in used:
+        _check_readable(readers[name])
+    for name, side in sides:
+        if len(readers[name]):
+            _check_view(readers[name], side)
+    for name, pattern in used:
+        if readers[name].config.kind == "items" and readers[name].count(SPLIT):
+            _check_pattern(readers[name], pattern)
+
+
+def _sides(dataset: DatasetConfig, pattern: str) -> tuple[str, str]:
+    return dataset.patterns[pattern].query, dataset.patterns[pattern].target
+
+
+def _check_readable(reader: RecordReader) -> None:
+    """Raise BadDataError where none of the first records can be used: what is wrong is the data set, not a sample."""
+    first = ""
+    for position in reader.select(SPLIT, np.arange(min(READ, reader.count(SPLIT)), dtype=np.int64)).tolist():
+        try:
+            reader.read(position, media=frozenset())
+            return
+        except BadSample as problem:
+            first = first or str(problem)
+    if first:
+        hint = f"; set data.sets.{reader.name}.catalogue where records name items by id" if reader.config.kind == "pairs" and reader.catalogue is None else ""
+        raise BadDataError(f"data.sets.{reader.name}: none of the first records can be used, {first}{hint}")
+
+
+def _tables(reader: RecordReader) -> list[LengthIndex]:
+    """The tables of the records that the reader's views show: its own, and its catalogue's."""
+    found = [reader.lengths, None if reader.catalogue is None else reader.catalogue.lengths]
+    return [table for table in found if table is not None]
+
+
+def _check_view(reader: RecordReader, name: str) -> None:
+    view, tables = reader.config.views[name], _tables(reader)
+    key = f"data.sets.{reader.name}.views.{name}"
+    if not tables:
+        return
+    for field in view.fields if "text" in view.modalities else ():
+        if not any(field in names or f"{view.of}:{field}" in names for table in tables for names in _fields(table)):
+            found = dict.fromkeys(found.rpartition(":")[2] for table in tables for names in _fields(table) for found in names if "*" not in found)
+            listed = ", ".join(list(found)[:20]) or "none"
+            raise ConfigurationError(f"{key}.fields: no record has a field '{field}'; the records have: {listed}")
+    if "text" not in view.modalities and not any(_has_media(table, view) for table in tables):
+        words = " or ".join(MEDIA[modality][0] for modality in view.modalities)
+        raise ConfigurationError(f"{key}.modalities: no record has a {words}; `sailplan data validate` counts what the records have")
+
+
+def _fields(table: LengthIndex) -> Iterator[list[str]]:
+    """Yield the names of the fields that each shard's records have; those of later shards are read as they are asked for."""
+    return (table.fields_of(shard) for shard in range(len(table.index.shards)))
+
+
+def _has_media(table: LengthIndex, view: ViewConfig) -> bool:
+    codes = [code for modality in view.modalities for code in (MEDIA[modality][1], table.field(f"{view.of}:{MEDIA[modality][2]}"))]
+    return any(bool(np.isin(lengths.field, codes).any()) for _, lengths in _parts(table, range(len(table.index))))
+
+
+def _parts(table: LengthIndex, positions: range | NDArray[np.int64]) -> Iterator[tuple[int, Lengths]]:
+    """Yield number of records and lengths of FIRST positions after the other."""
+    for start in range(0, len(positions), FIRST):
+        part = np.asarray(positions[start : start + FIRST], dtype=np.int64)
+        yield len(part), table.lengths(part)
+
+
+def _check_pattern(reader: RecordReader, name: str) -> None:
+    dataset, table, count = reader.config, reader.lengths, reader.count(SPLIT)
+    query, target = (dataset.views[side] for side in _sides(dataset, name))
+    if table is None:
+        return
+    both = (_shown(table, lengths, rows, query) & _shown(table, lengths, rows, target) for rows, lengths in _train_parts(reader, table))
+    if not any(bool(found.any()) for found in both):
+        raise BadDataError(
+            f"data.sets.{reader.name}.patterns.{name}: not one of {count} records has both sides, a {_words(query)} and a {_words(target)}; "
+            "members of a record must lie side by side in the tar, under one name; `sailplan data validate` counts what is there"
+        )
+    if count == 1 or (list(target.modalities) == ["text"] and count <= READ and _one_text(reader, target)):
+        what = "the only record" if count == 1 else f"all {count} records have one text as target"
+        raise BadDataError(f"data.sets.{reader.name}.patterns.{name}: {what}; a positive without any negative teaches nothing; add other records")
+
+
+def _train_parts(reader: RecordReader, table: LengthIndex) -> Iterator[tuple[int, Lengths]]:
+    for start in range(0, reader.count(SPLIT), FIRST):
+        numbers = np.arange(start, min(start + FIRST, reader.count(SPLIT)), dtype=np.int64)
+        yield len(numbers), table.lengths(reader.select(SPLIT, numbers))
+
+
+def _shown(table: LengthIndex, lengths: Lengths, rows: int, view: ViewConfig) -> NDArray[np.bool_]:
+    """Which of the records have any of the view's modalities, bool [rows]."""
+    codes = [MEDIA[modality][1] for modality in view.modalities if modality in MEDIA]
+    codes += [table.field(field) for field in view.fields] if "text" in view.modalities else []
+    result = np.zeros(rows, dtype=np.bool_)
+    result[lengths.record[np.isin(lengths.field, codes) & (lengths.texts > 0)]] = True
+    return result
+
+
+def _words(view: ViewConfig) -> str:
+    words: dict[str, Callable[[], str]] = {"text": lambda: f"text ({', '.join(view.fields)})"}
+    return " or ".join(words[modality]() if modality in words else MEDIA[modality][0] for modality in view.modalities)
+
+
+def _one_text(reader: RecordReader, view: ViewConfig) -> bool:
+    """Whether all records to train on show one and the same text, in every language."""
+    texts: set[str] = set()
+    for position in reader.select(SPLIT, np.arange(reader.count(SPLIT), dtype=np.int64)).tolist():
+        try:
+            item = reader.read(position, media=frozenset()).item
+        except BadSample:  # named where it is drawn
+            continue
+        for field in view.fields:
+            for value in ((item.fields if item is not None else {}).get(field) or {}).values():
+                texts |= {clean(text).casefold() for text in ([value] if isinstance(value, str) else value)} - {""}
+        if len(texts) > 1:
+            return False
+    return len(texts) == 1
