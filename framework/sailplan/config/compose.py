@@ -37,6 +37,8 @@ from sailplan.errors import ConfigurationError
 # Fields that say *what* is trained, in which order: a resumed run must have the same ones.
 IDENTITY = ("seed", "global_batch", "order", "stages", "data", "model", "objectives")
 _NOT_IDENTITY = (("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"))
+# What may differ from node to node.
+_NODES_OWN = (("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("parallel", "threads"))
 
 
 
@@ -149,6 +151,16 @@ def identity(config: Config) -> dict[str, Any]:
     values = {name: as_dict(config)[name] for name in IDENTITY}
     for outer, inner in _NOT_IDENTITY:
         values[outer].pop(inner, None)
+    return values
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that all ranks must have: all but the places of files and threads, which are a node's own."""
+    values = as_dict(config)
+    for outer, inner in _NODES_OWN:
+        values[outer].pop(inner, None)
+    for dataset in values["data"]["sets"].values():
+        dataset.pop("shards", None)  # what they hold is compared when they are opened
     return values
 
 

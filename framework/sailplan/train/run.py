@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 from sailplan.checkpoint.store import damaged, latest
-from sailplan.config.compose import as_dict, config_hash, identity
+from sailplan.config.compose import as_dict, config_hash, identity, shared_settings
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 from sailplan.observe.metrics import MetricWriter
 from sailplan.observe.report import write_report
-from sailplan.runtime.process import Parallel, started
-from sailplan.runtime.signals import stop_flag
-from sailplan.runtime.watchdog import watchdog
+from sailplan.runtime.agreement import agree, software
+from sailplan.runtime.main_rank import on_main
+from sailplan.runtime.process import Parallel
+from sailplan.runtime.session import started
+from sailplan.runtime.watch import computing, phase, report_to
 from sailplan.train.assemble import assemble
 from sailplan.train.initialise import initial_source, initialise
 from sailplan.train.run_folder import RunFolder, check_identity
@@ -41,25 +43,30 @@ def _starting_point(config: Config, folder: RunFolder) -> Path | None:
 def train(config: Config) -> Path:
     """Runs the job; returns the report's path. All ranks call it. Raises the errors of `sailplan.errors`."""
     folder = RunFolder(Path(config.runs) / config.name)
-    with stop_flag() as flag, started(config.parallel) as parallel, watchdog(config.parallel.timeout_seconds) as dog:
+    with started(config.parallel) as parallel:
+        report_to(folder.root)
+        agree(parallel, "settings and versions", {"configuration": shared_settings(config)} | software(), "start the same code with the same line on all nodes")
         checkpoint, source = _agreed_start(config, folder, parallel)
-        whole = assemble(config, parallel)
-        dog.beat()
+        with phase("building the model"):
+            whole = assemble(config, parallel)
         if source is not None:
-            initialise(whole, source, config.initialise_parts, parallel)
+            with phase("reading weights"):
+                initialise(whole, source, config.initialise_parts, parallel)
         resumed = None if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
         settings = as_dict(config) | {"config_hash": config_hash(config), "world_size": parallel.world_size}
         with MetricWriter(folder.root, config.tracking, parallel.rank, resumed_step=resumed, settings=settings) as writer:
-            trainer = Trainer(config, parallel, folder, whole, writer, dog, flag)
+            trainer = Trainer(config, parallel, folder, whole, writer)
             if checkpoint is not None:
-                with dog.paused():
+                with phase("loading the checkpoint"):
                     trainer.resume(checkpoint)
             trainer.run()
         report = folder.root / "report.html"
-        if parallel.is_main:
-            report = write_report(folder.root)
-            print(f"report: {report}", flush=True)
-        parallel.barrier()
+
+        def write() -> None:
+            with computing("writing the report"):
+                print(f"report: {write_report(folder.root)}", flush=True)
+
+        on_main(parallel, "writing the report", write)
     return report
 
 
@@ -68,18 +75,17 @@ def _agreed_start(config: Config, folder: RunFolder, parallel: Parallel) -> tupl
 
     Rank 0 looks for them and writes config.yaml; every rank goes on from what it found, or fails with it.
     """
-    found, source, problem = "", "", ""
-    if parallel.is_main:
+
+    def look() -> list[str]:
         try:
-            found = str(_starting_point(config, folder) or "")
-            if config.initialise_from is not None and not found:
-                source = str(initial_source(config.initialise_from))
+            found = _starting_point(config, folder)
+            source = initial_source(config.initialise_from) if config.initialise_from is not None and found is None else None
             folder.write_config(config)
-        except ConfigurationError as error:
-            problem = str(error)
         except OSError as error:
-            problem = f"runs={config.runs}: {folder.root} cannot be read and written ({error}); choose a folder that can, on all ranks' file system"
-    problem, found, source = (parallel.broadcast_text(text) for text in (problem, found, source))
-    if problem:
-        raise ConfigurationError(problem)
+            raise ConfigurationError(
+                f"runs={config.runs}: {folder.root} cannot be read and written ({error}); choose a folder that can, on all ranks' file system"
+            ) from error
+        return [str(found or ""), str(source or "")]
+
+    found, source = on_main(parallel, "looking for checkpoints", look)
     return Path(found) if found else None, Path(source) if source else None
