@@ -37,6 +37,7 @@ from sailplan.errors import ConfigurationError
 # Fields that say *what* is trained, in which order: a resumed run must have the same ones.
 IDENTITY = ("seed", "global_batch", "order", "stages", "data", "model", "objectives")
 _NOT_IDENTITY = (("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"))
+FORMER_LANES = 8  # data.plan.STREAMS, when it was a setting
 # What may differ from node to node.
 _NODES_OWN = (("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("parallel", "threads"))
 
@@ -138,7 +139,12 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The typed configuration of a saved run (config.yaml, or a checkpoint's copy)."""
+    """The typed configuration of a saved run (config.yaml, or a checkpoint's copy).
+
+    An older run's `data.lanes` was a setting: what is now fixed is read, anything else is an unknown key, as its order is another.
+    """
+    if values.get("data", {}).get("lanes") == FORMER_LANES:
+        values = values | {"data": {key: value for key, value in values["data"].items() if key != "lanes"}}
     return typed(OmegaConf.create(values))
 
 

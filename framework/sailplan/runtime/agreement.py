@@ -55,11 +55,9 @@ def agree(parallel: Parallel, what: str, facts: Facts, remedy: str) -> None:
     text = json.dumps(facts, sort_keys=True, default=str)
     own = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
     meet(f"comparing the {what}")
-    digests = torch.empty(parallel.world_size * 32, dtype=torch.uint8)
-    on_device = digests.to(parallel.device)
-    dist.all_gather_into_tensor(on_device, own.to(parallel.device))
-    rows = on_device.cpu().view(-1, 32)
-    if bool((rows == rows[0]).all()):
+    rows = [torch.empty(32, dtype=torch.uint8, device=parallel.device) for _ in range(parallel.world_size)]
+    dist.all_gather(rows, own.to(parallel.device))
+    if bool((torch.stack(rows) == rows[0]).all()):
         return
     first = json.loads(parallel.broadcast_text(text))
     lines: list[str] = [""] * parallel.world_size

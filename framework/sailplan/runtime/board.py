@@ -28,7 +28,7 @@ class RankNote:
     rank: int
     host: str
     pid: int
-    phase: str = "start"
+    phase: str = "work"
     step: int = 0
     beats: int = 0
     silent: float = 0.0  # seconds since its last beat, when it wrote this

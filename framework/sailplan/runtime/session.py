@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import resource
+import sys
 import tempfile
 import time
 import traceback
@@ -54,12 +55,13 @@ def started(config: ParallelConfig) -> Iterator[Parallel]:
             yield parallel
         except BaseException as error:
             if world_size > 1:
-                watch.finish()
+                watch.leaving = True
                 settle(error, watch)
             raise
         finally:
             if dist.is_initialized():
                 leave_groups()
+        watch.leaving = True
         if watch.board is not None:
             with suppress(Exception):  # a rank that is done needs nobody any more
                 watch.board.leave(0, "")
@@ -105,7 +107,9 @@ def settle(error: BaseException, watch: Watch) -> None:
         end_now(EXIT_FAILURE, "interrupted", board)
     if isinstance(error, SailplanError) or is_lost_peer(error):
         _lost(line, watch)
-    traceback.print_exception(error)
+    told = "".join(traceback.format_exception(error))
+    if first_to_say(told, board):
+        print(told, file=sys.stderr, end="", flush=True)
     end_now(EXIT_FAILURE, line, board)
 
 

@@ -40,6 +40,7 @@ class Watch:
         self._stop_told = False
         self._failed_at: float | None = None
         self._done = threading.Event()
+        self.leaving = False  # this rank is about to leave by itself: the thread must not
 
     @property
     def tick(self) -> float:
@@ -59,11 +60,9 @@ class Watch:
         former = self.note.phase, self.note.local
         self.note.phase, self.note.local = name, local
         self.beat()
-        try:
-            yield
-        finally:
-            self.note.phase, self.note.local = former
-            self.beat()
+        yield  # an error leaves the name as it is: that is where it came from
+        self.note.phase, self.note.local = former
+        self.beat()
 
     def meet(self, what: str) -> None:
         """Wait until all ranks have come here; as long as any of them makes progress."""
@@ -84,7 +83,7 @@ class Watch:
             try:
                 self._look()
             except Exception as error:  # the store is gone, and with it the first node
-                if not self._done.is_set():
+                if not self._done.is_set() and not self.leaving:
                     self._failed_at = self._failed_at or time.monotonic()
                     if time.monotonic() - self._failed_at > FOLLOW_SECONDS:
                         say(f"lost the job's store, and the first node with it ({type(error).__name__})")
@@ -92,17 +91,20 @@ class Watch:
 
     def _look(self) -> None:
         now = time.monotonic()
+        if self.leaving:  # it goes on to show that this rank is there
+            if self.board is not None:
+                self._show(self.board, now)
+            return
         if self.board is not None:
             self._exchange(self.board, now)
         silent = now - max(self._last, self._job_last)
-        if silent > self.seconds and not self._done.is_set():
+        if silent > self.seconds and not self.leaving:
             self.note.stack, text = stacks()
             report_hang(self.note, text, silent, self.seconds, self.folder, self.board, self.tick)
             end_now(EXIT_HANG, f"no progress for {silent:.0f} s in {self.note.phase}", self.board)
 
     def _exchange(self, board: Board, now: float) -> None:
-        self.note.silent, self.note.seen = round(now - self._last, 1), time.time()
-        board.show(self.note)
+        self._show(board, now)
         if self.note.beats != self._shown_beats:
             self._shown_beats = self.note.beats
             board.count("progress")
@@ -116,12 +118,16 @@ class Watch:
             self.flag.name = board.read("stop")
         if self._failed_at is None and board.failed():
             self._failed_at = now
-        if self._failed_at is not None and now - self._failed_at > FOLLOW_SECONDS and not self._done.is_set():
+        if self._failed_at is not None and now - self._failed_at > FOLLOW_SECONDS and not self.leaving:
             say(f"left with {board.cause()}")
             end_now(None, "", board)
 
+    def _show(self, board: Board, now: float) -> None:
+        self.note.silent, self.note.seen = round(now - self._last, 1), time.time()
+        board.show(self.note)
+
     def finish(self) -> None:
-        """End the thread's watch: this rank is about to leave by itself."""
+        """End the thread."""
         self._done.set()
 
 

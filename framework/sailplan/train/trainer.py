@@ -56,7 +56,7 @@ class Trainer:
         self.readers = open_agreed(config, parallel)
         check_data(config, self.readers)
         options = config.checkpoint
-        self.saver = Saver(parallel, asynchronous=options.asynchronous, keep=options.keep, timeout_seconds=config.parallel.timeout_seconds)
+        self.saver = Saver(parallel, asynchronous=options.asynchronous, keep=options.keep)
         self.step = 0
         self._saved_at = time.monotonic()
         self._saved_step = -1
@@ -107,7 +107,6 @@ class Trainer:
         set_trainable(self.whole.encoder, self.whole.objectives, self.whole.temperatures, stage.trainable)
         configure(self.optimizer, options)
         plan = Plan(self.config, span.name, stage, state.weights, self.readers, state.subsets)
-        plan.check_ranks(self.parallel.data_parallel_size)
         used: dict[str, Any] = {name: self.whole.objectives[name] for name, weight in stage.objectives.items() if weight}
         backends = planned_backends(used, self.config.step.backend, self.parallel.device, getattr(torch, self.config.parallel.dtype))
         self.writer.start_stage(
@@ -238,7 +237,7 @@ class Trainer:
             "loss/total": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": learning_rate,
-            "rows_per_second": self.parallel.data_parallel_size * sum(len(batch.record_ids) for batch in batches) / seconds,
+            "rows_per_second": sum(sum(batch.rank_rows or (len(batch.record_ids),)) for batch in batches) / seconds,
             "seconds": round(seconds, 4),
         }
         values |= {f"loss/{name}": value for name, value in result.losses.items()}
