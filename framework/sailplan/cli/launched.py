@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,15 @@ def launch(
     when all others have left. A rank that is not through after `timeout` seconds fails the test.
     """
     context = multiprocessing.get_context("fork")
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    receivers, senders = zip(*(context.Pipe(duplex=False) for _ in range(ranks)), strict=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
-        children = [context.Process(target=_child, args=(work, rank, ranks, store.port, folder)) for rank in range(ranks)]
+        children = [context.Process(target=_child, args=(work, rank, ranks, receivers[rank], folder)) for rank in range(ranks)]
         for child in children:
             child.start()
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # now: its thread would not survive a fork
+        for sender in senders:
+            sender.send(store.port)
         try:
             if during is not None:
                 during([int(child.pid or 0) for child in children])
@@ -73,7 +77,7 @@ def launch(
         return Ended([int(child.exitcode or 0) for child in children], lines, seconds)
 
 
-def _child(work: Callable[[int], Any], rank: int, ranks: int, port: int, folder: str) -> None:
+def _child(work: Callable[[int], Any], rank: int, ranks: int, port: Connection, folder: str) -> None:
     torch.set_num_threads(1)
     file = open(Path(folder, f"stderr-{rank}"), "w", buffering=1)  # noqa: SIM115  the process's own, to its end
     os.dup2(file.fileno(), 2)
@@ -84,7 +88,7 @@ def _child(work: Callable[[int], Any], rank: int, ranks: int, port: int, folder:
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(port.recv()),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         NOTES: folder,
     }

@@ -127,10 +127,8 @@ class Plan:
         self._keys = {name: derive("order", stage_name, name) for name in self.names}
         self._draw_key, self._order_seed = derive("draw", config.seed, stage_name), derive("order", config.seed)
         self._mixed_fraction = stage.mixed_fraction
-        unit = STREAMS if self.global_batch % STREAMS == 0 else 1  # a part then takes equally from every stream
-        units = self.global_batch // unit
-        parts = min(MIXED_PARTS, units)
-        self._part_rows = [(units // parts + (turn < units % parts)) * unit for turn in range(parts)]
+        parts = min(MIXED_PARTS, self.global_batch)
+        self._part_rows = [self.global_batch // parts + (turn < self.global_batch % parts) for turn in range(parts)]
         self._prefix = [np.zeros(len(self.names), dtype=np.int64)]  # rows drawn per set before block b
         self.step = lru_cache(maxsize=8)(self._step)
 
