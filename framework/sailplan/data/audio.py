@@ -51,11 +51,16 @@ def decode(content: bytes, rate: int) -> NDArray[np.float32]:
         raise ValueError(f"audio cannot be decoded: {error}") from error
     if len(samples) == 0:
         raise ValueError("audio has no samples")
-    mono = samples.mean(axis=1)
-    if found != rate:
-        common = math.gcd(found, rate)
-        mono = scipy.signal.resample_poly(mono, rate // common, found // common).astype(np.float32)
-    return mono
+    return at_rate(samples.mean(axis=1), found, rate)
+
+
+def at_rate(samples: NDArray[np.float32], found: int, rate: int) -> NDArray[np.float32]:
+    """Return float32 [samples] at `found` Hz resampled to `rate` Hz."""
+    if found == rate:
+        return samples
+    common = math.gcd(found, rate)
+    resampled: NDArray[np.float32] = scipy.signal.resample_poly(samples, rate // common, found // common).astype(np.float32)
+    return resampled
 
 
 def chunks(samples: NDArray[np.float32], length: int, count: int, source: random.Random | None = None, *, repeat: bool = True) -> NDArray[np.float32]:

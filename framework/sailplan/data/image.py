@@ -26,14 +26,14 @@ def decode(content: bytes, size: int) -> Tensor:
 
     The whole picture is squeezed to a square, antialiased bilinear. Raises ValueError with a reason for broken bytes.
     """
-    return _resized(pixels_of(content), size, size)
+    return resized(pixels_of(content), size, size)
 
 
 def decode_in_ratio(content: bytes, patch: int, most: int) -> Tensor:
     """The same, but nearly in the picture's own ratio: uint8 [3, rows * patch, columns * patch] of `patch_grid`."""
     pixels = pixels_of(content)
     rows, columns = patch_grid(pixels.size(1), pixels.size(2), patch, most)
-    return _resized(pixels, rows * patch, columns * patch)
+    return resized(pixels, rows * patch, columns * patch)
 
 
 def patch_grid(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
@@ -53,7 +53,8 @@ def patch_grid(height: int, width: int, patch: int, most: int) -> tuple[int, int
     return at(low)
 
 
-def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
+def resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Return uint8 [3, height, width], antialiased bilinear."""
     if pixels.shape[1:] != (height, width):
         pixels = functional.interpolate(pixels[None], size=(height, width), mode="bilinear", antialias=True, align_corners=False)[0]
     return pixels.contiguous()
@@ -64,18 +65,20 @@ def pixels_of(content: bytes) -> Tensor:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             picture.load()
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                layered = picture.convert("RGBA")
-                white = Image.new("RGBA", layered.size, "white")
-                rgb = Image.alpha_composite(white, layered).convert("RGB")
-            else:
-                rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
-            array = np.array(rgb)
+            return rgb(picture)
     except UnidentifiedImageError as error:
         raise ValueError(f"image cannot be decoded: {len(content)} bytes that are no {', '.join(FORMATS)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image cannot be decoded: {error}") from error
-    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def rgb(picture: Image.Image) -> Tensor:
+    """Return uint8 [3, height, width] of a picture; transparent parts become white."""
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        layered = picture.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        picture = Image.alpha_composite(white, layered)
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def draw_augmentation(source: random.Random, strength: float) -> tuple[float, ...]:

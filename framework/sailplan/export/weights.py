@@ -54,7 +54,7 @@ def export_weights(checkpoint: Path, out: Path, *, config: Config) -> Path:
     tokenizer.
     """
     whole = read_whole(checkpoint)
-    _check_model(checkpoint, whole, config)
+    check_model(checkpoint, whole, config)
     component: EncoderComponent = config.model.component()
     model, encoder = component.exported({name.removeprefix(ENCODER): value for name, value in whole.items() if name.startswith(ENCODER)})
     weights = {name: value for name, value in whole.items() if not name.startswith(ENCODER)} | {ENCODER + name: value for name, value in encoder.items()}
@@ -76,12 +76,12 @@ def begin(out: Path, write_files: Callable[[], None]) -> None:
 
 def finish(out: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
     """Write weights and, last, model.json into the folder; returns it."""
-    save_file({name: value.contiguous() for name, value in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
+    save_weights(weights, out)
     write_whole(out / DESCRIPTION, json.dumps(description, ensure_ascii=False, indent=1))
     return out
 
 
-def _check_model(checkpoint: Path, whole: dict[str, Tensor], config: Config) -> None:
+def check_model(checkpoint: Path, whole: dict[str, Tensor], config: Config) -> None:
     """Raises ConfigurationError where the checkpoint's encoder is not the configured one."""
     state = build_on_meta(config.model).state_dict()
     wanted = {f"encoder.{name}": list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
@@ -92,6 +92,11 @@ def _check_model(checkpoint: Path, whole: dict[str, Tensor], config: Config) -> 
                 f"checkpoint {checkpoint}: {name} has the shape {found.get(name, 'of nothing')}, the configured model expects "
                 f"{wanted.get(name, 'no such tensor')}; give the run folder that the checkpoint belongs to"
             )
+
+
+def save_weights(weights: Mapping[str, Tensor], out: Path) -> None:
+    """Write whole tensors to model.safetensors of the folder."""
+    save_file({name: value.contiguous() for name, value in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
 
 
 def describe(config: Config, checkpoint: str) -> dict[str, Any]:
