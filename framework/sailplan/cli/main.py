@@ -35,7 +35,7 @@ COMMANDS = {
     "balance": "compute data weights with a run's newest checkpoint",
     "evaluate": "evaluate a run's newest checkpoint on all tasks; JSON out",
     "embed": "embed a data set's view: vectors, ids and, if asked, semantic IDs",
-    "export": "write a run's weights as safetensors with configuration, prompts and tokenizer; sailplan export merge: an average of checkpoints",
+    "export": "write a run's model as a folder: --to sentence-transformers for other programs; sailplan export merge: an average of checkpoints",
     "report": "write report.html of a run folder",
 }
 
@@ -66,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--run-folder", default=None, help="run folder (default: runs/NAME of the overrides)")
         if name == "export":
             command.add_argument("--checkpoint", action="append", default=None, help="checkpoint folder (default: the run's newest); merge: once for each")
+            to = "sentence-transformers: a folder that SentenceTransformer, AutoModel and AutoProcessor open; sailplan: one that this program goes on from"
+            command.add_argument("--to", default="sailplan", choices=["sailplan", "sentence-transformers"], help=f"{to} (default: sailplan)")
             command.add_argument("--weights", default=None, metavar="W,W", help="merge: one positive number for each checkpoint (default: equal)")
             command.add_argument("--last", type=int, default=None, metavar="K", help="merge: the K newest checkpoints of the run")
             command.add_argument("--decay", type=float, default=1.0, help="merge --last: weight of a checkpoint over the next newer one's (default: 1)")

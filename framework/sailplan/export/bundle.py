@@ -16,10 +16,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STANDALONE = "sailplan.export.standalone"
-FILES = ("configuration", "modeling", "processing", "sentence")  # templates; NAME becomes NAME_sailplan.py
+OMNI = ("configuration", "modeling", "processing", "sentence")  # templates; NAME becomes NAME_sailplan.py
+PUBLISHED = ("published",)
+FILES = (*OMNI, *PUBLISHED)
 OPTIONAL = ("PIL", "soundfile", "scipy")  # needed for pictures and sound alone
 # Methods that a class of a template takes from one of the package.
-GRAFTS = {"OmniTower": ("sailplan.model.tower", "OmniEncoder", ("forward", "_encode", "_read_out", "_see", "_hear"))}
+GRAFTS = {
+    "OmniTower": ("sailplan.model.tower", "OmniEncoder", ("forward", "_encode", "_read_out", "_see", "_hear")),
+    "Rows": ("sailplan.model.encoders.transformers.processor", "TransformersProcessor", ("_picture_shape", "_stacked", "_texts")),
+    "PublishedEncoder": (
+        "sailplan.model.encoders.transformers.module",
+        "TransformersEncoder",
+        ("_text", "_vision", "_features", "_pooled", "_read_out"),
+    ),
+}
 Key = tuple[str, str]  # module, name of a top-level definition
 
 

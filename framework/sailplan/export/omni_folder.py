@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sailplan.config.schema import Config, ModelConfig
 from sailplan.errors import ConfigurationError
-from sailplan.export.bundle import FILES, bundle
+from sailplan.export.bundle import OMNI, bundle
+from sailplan.export.prompts import Written, named_views, own_modules
 from sailplan.export.weights import ENCODER, INPUT_KEYS, save_weights
 from sailplan.runtime.files import write_whole
 
@@ -33,10 +34,10 @@ SPECIAL = {  # what the usual special tokens are called, most usual first
 }
 
 
-def write_omni(config: Config, model: ModelConfig, weights: Mapping[str, Tensor], out: Path) -> list[dict[str, str]]:
-    """Write the folder's model and processor; return its sentence-transformers modules."""
+def write_omni(config: Config, model: ModelConfig, weights: Mapping[str, Tensor], out: Path) -> Written:
+    """Write the folder's model and processor; return its sentence-transformers modules and prompts."""
     tokenizer_of(Path(config.data.tokenizer)).save_pretrained(out)
-    for name in FILES:
+    for name in OMNI:
         write_whole(out / f"{name}_sailplan.py", bundle(name))
     settings = asdict(model) | {"weights": None, "lora": None}
     described = {
@@ -52,10 +53,7 @@ def write_omni(config: Config, model: ModelConfig, weights: Mapping[str, Tensor]
     processor = {"processor_class": "SailplanProcessor", "auto_map": {"AutoProcessor": CODE["AutoProcessor"]}, "inputs": inputs}
     write_whole(out / "processor_config.json", json.dumps(processor, indent=2))
     save_weights({ENCODER + name: value for name, value in weights.items()}, out)
-    return [
-        {"path": "", "type": "sentence_sailplan.SailplanEncoder"},
-        {"path": "1_Normalize", "type": "sentence_transformers.models.Normalize"},
-    ]
+    return own_modules("sentence_sailplan.SailplanEncoder"), {name: view.prompt for name, view in named_views(config).items()}
 
 
 def tokenizer_of(file: Path) -> Any:

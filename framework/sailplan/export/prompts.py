@@ -1,8 +1,10 @@
-"""The prompts of a run's views by name."""
+"""The prompts of a run's views by name, and the modules of a folder that brings its own code."""
 
 from __future__ import annotations
 
 from sailplan.config.schema import Config, ViewConfig
+
+Written = tuple[list[dict[str, str]], dict[str, str]]  # entries of modules.json, and prompts by name
 
 
 def named_views(config: Config) -> dict[str, ViewConfig]:
@@ -14,6 +16,6 @@ def named_views(config: Config) -> dict[str, ViewConfig]:
     return {name: views[0] for name, views in short.items() if len({view.prompt for view in views}) == 1} | found
 
 
-def named_prompts(config: Config) -> dict[str, str]:
-    """Return the prompts of `named_views`."""
-    return {name: view.prompt for name, view in named_views(config).items()}
+def own_modules(encoder: str) -> list[dict[str, str]]:
+    """Return the modules of a folder whose code has the class `encoder`."""
+    return [{"path": "", "type": encoder}, {"path": "1_Normalize", "type": "sentence_transformers.models.Normalize"}]

@@ -24,7 +24,7 @@ from sailplan.config.schema import Config, EncoderConfig, ModelConfig
 from sailplan.errors import ConfigurationError
 from sailplan.export.model_card import model_card
 from sailplan.export.omni_folder import write_omni
-from sailplan.export.prompts import named_prompts
+from sailplan.export.prompts import Written
 from sailplan.export.transformers_folder import write_transformers
 from sailplan.export.weights import ENCODER, check_model, exported_model, read_whole
 from sailplan.model.component import EncoderComponent
@@ -32,7 +32,7 @@ from sailplan.model.encoders.transformers.config import TransformersConfig
 from sailplan.runtime.files import write_whole
 
 MODULES = "modules.json"
-Writer = Callable[[Config, Any, dict[str, Tensor], Path], list[dict[str, str]]]
+Writer = Callable[[Config, Any, dict[str, Tensor], Path], Written]
 WRITERS: dict[type[EncoderConfig], Writer] = {ModelConfig: write_omni, TransformersConfig: write_transformers}
 
 
@@ -48,8 +48,8 @@ def export_sentence_transformers(checkpoint: Path, out: Path, *, config: Config,
         raise ConfigurationError(f"--to sentence-transformers: model.encoder={model.encoder} has no such form; expected omni or transformers")
     out.mkdir(parents=True, exist_ok=True)
     (out / MODULES).unlink(missing_ok=True)
-    modules = writer(config, model, weights, out)
-    settings = {"model_type": "SentenceTransformer", "prompts": named_prompts(config), "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    modules, prompts = writer(config, model, weights, out)
+    settings = {"model_type": "SentenceTransformer", "prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     write_whole(out / "config_sentence_transformers.json", json.dumps(settings, ensure_ascii=False, indent=2))
     write_whole(out / "README.md", model_card(config, checkpoint.name, run, remote_code=any("_sailplan" in one["type"] for one in modules)))
     for module in modules:

@@ -24,9 +24,9 @@ from sailplan.export.standalone.items import BITS
 from sailplan.model.attention import by_length, rotated
 from sailplan.model.audio import AudioAdapter, AudioEncoder
 from sailplan.model.backbones.clap import WindowBlock, joined_regions, relative_index
+from sailplan.model.backbones.qwen_vl import NORM_EPSILON, QwenVisionEncoder
 from sailplan.model.blocks import ACTIVATIONS, head_size, rotary_angles
 from sailplan.model.tower import SOUND, VISION, Tower
-from sailplan.model.backbones.qwen_vl import NORM_EPSILON, QwenVisionEncoder
 from sailplan.model.vision import Perceiver
 
 

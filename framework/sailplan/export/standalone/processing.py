@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from sailplan.data.audio import FUSED, SPECTROGRAMS, at_rate, chunks, decode, fused
-from sailplan.data.image import patch_grid, pixels_of, resized, rgb, to_patches
+from sailplan.data.audio import FUSED, SPECTROGRAMS, chunks, fused
+from sailplan.data.image import patch_grid, resized, to_patches
 from sailplan.data.text import clean
 from sailplan.export.standalone.items import BITS, by_modality
+from sailplan.export.standalone.media import pixels, samples_of
 
 
 class SailplanProcessor(ProcessorMixin):
@@ -80,32 +77,32 @@ class SailplanProcessor(ProcessorMixin):
     def _frames(self, pictures: Any) -> list[Tensor]:
         """uint8 [3, height, width] of each picture, at most the trained number."""
         several = list(pictures) if isinstance(pictures, (list, tuple)) else [] if pictures is None else [pictures]
-        return [self._sized(_pixels(picture)) for picture in several[: self.inputs["frames"]]]
+        return [self._sized(pixels(picture)) for picture in several[: self.inputs["frames"]]]
 
-    def _sized(self, pixels: Tensor) -> Tensor:
+    def _sized(self, picture: Tensor) -> Tensor:
         patch, most, size = self.inputs["image_patch"], self.inputs["image_patches"], self.inputs["image_size"]
         if most is None:
-            return resized(pixels, size, size)
-        down, across = patch_grid(pixels.size(1), pixels.size(2), patch, most)
-        return resized(pixels, down * patch, across * patch)
+            return resized(picture, size, size)
+        down, across = patch_grid(picture.size(1), picture.size(2), patch, most)
+        return resized(picture, down * patch, across * patch)
 
     def _pictures(self, rows: list[list[Tensor]]) -> dict[str, Tensor]:
         if self.inputs["image_patches"] is not None:
             patches, sizes = to_patches(rows, self.inputs["image_patch"], self.inputs["image_patches"])
             return {"pixel_values": patches, "pixel_mask": sizes.prod(-1) > 0, "pixel_sizes": sizes}
         size, frames = self.inputs["image_size"], max((len(row) for row in rows if row), default=1)
-        pixels = torch.zeros(len(rows), frames, 3, size, size, dtype=torch.uint8)
+        stacked = torch.zeros(len(rows), frames, 3, size, size, dtype=torch.uint8)
         mask = torch.zeros(len(rows), frames, dtype=torch.bool)
         for place, row in enumerate(rows):
             for frame, picture in enumerate(row):
-                pixels[place, frame] = picture
+                stacked[place, frame] = picture
             mask[place, : len(row)] = True
-        return {"pixel_values": pixels, "pixel_mask": mask}
+        return {"pixel_values": stacked, "pixel_mask": mask}
 
     def _mel(self, sound: Any) -> Tensor:
         """float16 spectrograms [c, frames, bins]."""
         front, rate, bins = SPECTROGRAMS[self.inputs["spectrogram"]], self.inputs["audio_rate"], self.inputs["mel_bins"]
-        samples, length = _samples(sound, rate), round(self.inputs["audio_chunk_seconds"] * rate)
+        samples, length = samples_of(sound, rate), round(self.inputs["audio_chunk_seconds"] * rate)
         if front.whole:
             waves = chunks(samples, length, 1, repeat=front.repeat) if len(samples) < length else samples[None]
             frames = front.frames(self.inputs["audio_chunk_seconds"], rate)
@@ -124,32 +121,3 @@ class SailplanProcessor(ProcessorMixin):
                 mels[place, : len(row)] = row
                 mask[place, : len(row)] = True
         return {"audio_values": mels, "audio_mask": mask}
-
-
-def _pixels(picture: Any) -> Tensor:
-    """uint8 [3, height, width] of a path, encoded bytes, a Pillow picture, or an array [height, width, 3] of bytes."""
-    if Image is None:
-        raise ImportError("pictures need pillow: pip install pillow")
-    if isinstance(picture, (str, Path)):
-        picture = Path(picture).read_bytes()
-    if isinstance(picture, bytes):
-        return pixels_of(picture)
-    if isinstance(picture, (np.ndarray, Tensor)):
-        picture = Image.fromarray(np.asarray(picture))
-    return rgb(picture)
-
-
-def _samples(sound: Any, rate: int) -> Any:
-    """float32 [samples] at `rate` Hz of a path, encoded bytes, {"array", "sampling_rate"}, or an array at that rate."""
-    if isinstance(sound, (str, Path)):
-        sound = Path(sound).read_bytes()
-    if isinstance(sound, bytes):
-        if soundfile is None:
-            raise ImportError("files of sound need soundfile (pip install soundfile); or give {'array': samples, 'sampling_rate': rate}")
-        return decode(sound, rate)
-    found = rate
-    if isinstance(sound, Mapping):
-        sound, found = sound["array"], int(sound["sampling_rate"])
-    samples = np.asarray(sound, dtype=np.float32)
-    mono = samples.mean(axis=int(np.argmin(samples.shape))) if samples.ndim == 2 else samples
-    return at_rate(mono, found, rate)
