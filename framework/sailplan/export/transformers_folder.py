@@ -22,7 +22,7 @@ from sailplan.export.prompts import Written, named_views, own_modules
 from sailplan.export.weights import save_weights
 from sailplan.model.encoders.transformers.config import PromptTemplate, TransformersConfig
 from sailplan.model.encoders.transformers.files import drawn_model, open_config, open_image_processor, open_tokenizer
-from sailplan.model.encoders.transformers.module import FEATURES
+from sailplan.model.encoders.transformers.module import FEATURES, LORA
 from sailplan.model.encoders.transformers.prompts import PublishedTokenizer
 from sailplan.runtime.files import write_whole
 
@@ -63,6 +63,24 @@ def write_transformers(config: Config, model: TransformersConfig, weights: Mappi
     for name in PUBLISHED:
         write_whole(out / f"{name}_sailplan.py", bundle(name))
     return own_modules("published_sailplan.PublishedEncoder"), {name: view.prompt for name, view in named_views(config).items()}
+
+
+def write_adapter(config: Config, weights: Mapping[str, Tensor], out: Path) -> None:
+    """Write the low-rank updates in peft's format, to be put beside model.source; nothing where the model itself was trained too."""
+    beside = {"lora", "projection", "objectives", "temperatures"}
+    if any(not set(config.stages[name].trainable) <= beside for name in config.order):
+        return
+    import peft
+
+    lora = config.model.lora
+    factors = {name.removeprefix(MODEL): value.contiguous() for name, value in weights.items() if LORA in name and name.startswith(MODEL)}
+    modules = sorted({name.split(f".{LORA}")[0] for name in factors})
+    base = str(Path(config.model.source).resolve()) if Path(config.model.source).is_dir() else config.model.source
+    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=modules, inference_mode=True)
+    settings.base_model_name_or_path = base
+    settings.save_pretrained(str(out))
+    named = {f"base_model.model.{name.replace('.default.', '.')}": value for name, value in factors.items()}
+    save_file(named, out / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def stock(config: Config, model: TransformersConfig, tokenizer: Any) -> bool:
