@@ -17,13 +17,11 @@ from torch import Tensor
 
 from sailplan.config.schema import DataConfig, ViewConfig
 from sailplan.data import audio, image
-from sailplan.data.cache import ByteCache
+from sailplan.data.cache import DECODED_BYTES, ByteCache
 from sailplan.data.processor import Processor, ViewRow
 from sailplan.data.reader import BadSample
 from sailplan.data.record import OmniInputs
 from sailplan.data.text import Tokenizer
-
-DECODED_BYTES = 128 << 20  # pictures and spectrograms kept between epochs, per process
 
 
 class ViewDecoder(Processor):

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout
 from sailplan_kernels.testing import run_ranks
 
-WORDS = "a red green blue grey boot snow rain walking in the low high want twin find item name".split()
+WORDS = ["a", "red", "green", "blue", "grey", "boot", "snow", "rain", "walking", "in", "the", "low", "high", "want", "twin", "find", "item", "name"]
 ROWS = 35
 VIEWS = {
     "text": ViewConfig(modalities=["text"], fields=["title"], prompt="find the item"),
@@ -58,6 +59,7 @@ needs_sentence_transformers = pytest.mark.skipif(
 )
 
 
+@cache
 def items(count: int = ROWS) -> list[Item]:
     """Texts of several lengths, pictures of several shapes, sound of several lengths; every seventh lacks one of them."""
     source = np.random.default_rng(0)

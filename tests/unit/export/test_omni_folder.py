@@ -25,7 +25,7 @@ from sailplan.export.sentence_transformers import export_sentence_transformers
 from sailplan.model.testing import PUBLISHED, published_config, small_config
 
 sys.path.insert(0, str(Path(__file__).parent))
-from folders import VIEWS, items, least_cosine, needs_sentence_transformers, read_without_sailplan, shown, trained, valid  # noqa: E402
+from folders import VIEWS, items, least_cosine, needs_sentence_transformers, read_without_sailplan, shown, trained, valid
 
 LIMIT = 0.99999
 RUNS = ("own", *PUBLISHED, "own, tensor 2", "own, LoRA", "own, LoRA, tensor 2", "causal, last token", "latent attention")

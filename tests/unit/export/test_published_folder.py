@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -26,7 +25,7 @@ from sailplan.model.encoders.transformers.config import PeftConfig, PromptTempla
 from sailplan.parity.published import TINY
 
 sys.path.insert(0, str(Path(__file__).parent))
-from folders import VIEWS, WORDS, items, least_cosine, needs_sentence_transformers, read_without_sailplan, shown, trained, valid  # noqa: E402
+from folders import VIEWS, WORDS, items, least_cosine, needs_sentence_transformers, read_without_sailplan, shown, trained, valid
 
 LIMIT = 0.99999
 BATCHES = (1, 32)

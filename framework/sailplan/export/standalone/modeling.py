@@ -205,7 +205,7 @@ class SailplanModel(PreTrainedModel):
 
     config_class = SailplanConfig
     main_input_name = "input_ids"
-    _no_split_modules = ["Layer"]
+    _no_split_modules = ("Layer",)  # type: ignore[assignment]
 
     def __init__(self, config: SailplanConfig) -> None:
         super().__init__(config)

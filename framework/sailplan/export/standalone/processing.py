@@ -19,7 +19,7 @@ from sailplan.export.standalone.media import pixels, samples_of
 class SailplanProcessor(ProcessorMixin):
     """inputs: how texts are cut, pictures sized and sound turned into spectrograms, as in training."""
 
-    attributes = ["tokenizer"]
+    attributes = ("tokenizer",)
     tokenizer_class = "AutoTokenizer"
 
     def __init__(self, tokenizer: Any = None, inputs: Mapping[str, Any] | None = None, chat_template: str | None = None, **options: Any) -> None:

@@ -14,13 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from sailplan.config.schema import Config, ViewConfig
-from sailplan.data.cache import ByteCache
+from sailplan.data.cache import DECODED_BYTES, ByteCache
 from sailplan.data.config import MODALITIES
 from sailplan.data.image import pixels_of
 from sailplan.data.processor import Processor, ViewRow
 from sailplan.data.reader import BadSample
 from sailplan.data.record import NamedInputs
-from sailplan.data.views import DECODED_BYTES
 from sailplan.model.encoders.transformers.config import TransformersConfig
 from sailplan.model.encoders.transformers.files import open_image_processor, open_tokenizer
 from sailplan.model.encoders.transformers.prompts import PublishedTokenizer
