@@ -40,11 +40,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "MICL",
     "CoSENT",
     "ID2Item",
     "InfoNCE",
     "LateFusion",
-    "MICL",
     "Model",
     "Objective",
     "Seq2Item",

@@ -50,6 +50,7 @@ class Model:
 
     def __init__(self, config: Config, encoder: nn.Module, prompts: Mapping[str, str], device: torch.device) -> None:
         self.config, self.prompts, self.device = config, dict(prompts), device
+        self.origin = ""  # where it was loaded from
         self.dimension, self.prefixes = int(config.model.embedding), list(config.model.prefixes)
         self.encoder = encoder.to(device).eval()
         self.processor: Processor = OmniProcessor(config) if isinstance(config.model, ModelConfig) else config.model.component().processor(config)
@@ -136,6 +137,12 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **settin
     """
     place = Path(path)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = _opened(str(path), place, chosen, settings)
+    model.origin = model.origin or (str(place.resolve()) if place.exists() else str(path))
+    return model
+
+
+def _opened(path: str, place: Path, chosen: torch.device, settings: Mapping[str, Any]) -> Model:
     run = place if (place / "config.yaml").is_file() else next((up for up in place.parents if (up / "config.yaml").is_file()), None)
     saved = is_exported(place) or (place / "config.json").is_file()
     if not saved and run is not None:
@@ -146,7 +153,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **settin
         return _of_export(place, chosen)
     if saved and _model_type(place) == "sailplan_omni":
         return _of_omni_folder(place, chosen)
-    return _published(str(path), chosen, settings)
+    return _published(path, chosen, settings)
 
 
 def _of_run(place: Path, run: Path, device: torch.device) -> Model:
@@ -160,7 +167,9 @@ def _of_run(place: Path, run: Path, device: torch.device) -> Model:
     if checkpoint is None:
         raise ConfigurationError(f"{folder.checkpoints}: no complete checkpoint; train first")
     model, weights, _ = encoder_weights(checkpoint, config)
-    return _with(config, model, weights, device)
+    found = _with(config, model, weights, device)
+    found.origin = str(checkpoint.resolve())  # the newest now: shards of a run that is trained on do not mix
+    return found
 
 
 def _of_export(folder: Path, device: torch.device) -> Model:
@@ -230,7 +239,9 @@ def _said(folder: Path) -> dict[str, Any]:
         elif kind == "Dense":
             found["projection_weight"] = load_file(path / "model.safetensors")["linear.weight"]
         elif kind not in ("Transformer", "Normalize"):
-            raise ConfigurationError(f"{folder}: {MODULES} has {module['type']}: expected Transformer, Pooling, Dense and Normalize; load it with its own library")
+            raise ConfigurationError(
+                f"{folder}: {MODULES} has {module['type']}: expected Transformer, Pooling, Dense and Normalize; load it with its own library"
+            )
     if (folder / "sentence_bert_config.json").is_file():
         found["max_tokens"] = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8")).get("max_seq_length")
     if (folder / "config_sentence_transformers.json").is_file():

@@ -29,9 +29,9 @@ from sailplan.parity.published import TINY
 from sailplan.train.run_folder import RunFolder
 
 sys.path.insert(0, str(Path(__file__).parent))
-from folders import KEYS, VIEWS, items, least_cosine, shown, trained, valid  # noqa: E402
-from test_omni_folder import configured  # noqa: E402
-from test_published_folder import source  # noqa: E402
+from folders import KEYS, VIEWS, items, least_cosine, shown, trained, valid
+from test_omni_folder import configured
+from test_published_folder import source
 
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT = 0.99999
@@ -123,7 +123,7 @@ assert not {"torch", "transformers", "numpy"} & set(sys.modules), "import sailpl
 assert all(name in dir(sailplan) for name in sailplan.__all__)
 model = sailplan.load(sys.argv[1], device="cpu")
 assert model.encode("a boot").shape == (16,)
-print(sorted({"wandb", "megatron", "hydra", "matplotlib", "sklearn", "webdataset"} & set(sys.modules)))
+print(sorted({"wandb", "megatron", "hydra", "matplotlib", "webdataset"} & set(sys.modules)))
 """
 
 
