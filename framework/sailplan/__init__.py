@@ -1,3 +1,65 @@
-"""sailplan: distributed training of omni-modal contrastive embedding models."""
+"""sailplan: distributed training of omni-modal contrastive embedding models.
+
+From Python: `load` a trained or published model and `encode` with it; `compose` a configuration and train it with `Trainer`;
+write a loss below `Objective`. Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sailplan.config.compose import compose
+    from sailplan.data.pairs import write_pairs
+    from sailplan.export.load import Model, load
+    from sailplan.objective.cosent import CoSENT
+    from sailplan.objective.id2item import ID2Item
+    from sailplan.objective.infonce import InfoNCE
+    from sailplan.objective.late_fusion import LateFusion
+    from sailplan.objective.micl import MICL
+    from sailplan.objective.protocol import Objective
+    from sailplan.objective.seq2item import Seq2Item
+    from sailplan.train.python import Trainer
+
+_HOMES = {
+    "CoSENT": "sailplan.objective.cosent",
+    "ID2Item": "sailplan.objective.id2item",
+    "InfoNCE": "sailplan.objective.infonce",
+    "LateFusion": "sailplan.objective.late_fusion",
+    "MICL": "sailplan.objective.micl",
+    "Model": "sailplan.export.load",
+    "Objective": "sailplan.objective.protocol",
+    "Seq2Item": "sailplan.objective.seq2item",
+    "Trainer": "sailplan.train.python",
+    "compose": "sailplan.config.compose",
+    "load": "sailplan.export.load",
+    "write_pairs": "sailplan.data.pairs",
+}
+
+__all__ = [
+    "MICL",
+    "CoSENT",
+    "ID2Item",
+    "InfoNCE",
+    "LateFusion",
+    "Model",
+    "Objective",
+    "Seq2Item",
+    "Trainer",
+    "compose",
+    "load",
+    "write_pairs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sailplan' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -26,7 +26,6 @@ from transformers import (
 
 from sailplan.config.schema import ModelConfig, ParallelConfig, TransformerShape, WeightsConfig
 from sailplan.errors import ConfigurationError
-from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.build import build_encoder
 from sailplan.model.count import check_weights
@@ -124,40 +123,6 @@ def test_each_tensor_parallel_rank_reads_its_own_part(published):
     for _, _, read, most in run_ranks(loaded, 2, family, folder, True):
         assert read == (tower - norms) // 2 + norms  # norms are every rank's, all else is halved
         assert most == largest // 2
-
-
-@pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_export_gives_the_same_bits_back(published, tmp_path, tensor, dtype):
-    family, folder, model = published
-    if dtype == torch.bfloat16:
-        folder = tmp_path / "narrow"
-        reference(family).to(dtype).save_pretrained(folder)
-    _, whole, _, _ = run_ranks(loaded, tensor, family, folder, True)[0]
-    (out,) = export_backbones(whole, tmp_path / "out", config=configured(family, folder))
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    assert files == sorted(path.name for path in out.glob("*.safetensors"))
-    for file in files:
-        before, after = load_file(folder / file), load_file(out / file)
-        assert before.keys() == after.keys()
-        assert all(before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]) for name in before)
-    again = type(model).from_pretrained(out, dtype=torch.float32)
-    with torch.no_grad():
-        ids, _ = inputs()
-        wanted = type(model).from_pretrained(folder, dtype=torch.float32)(ids).logits
-        torch.testing.assert_close(again(ids).logits, wanted, rtol=0, atol=1e-5)  # the files lie elsewhere in memory, and products may round so
-
-
-def test_training_moves_what_is_exported(published, tmp_path):
-    """The round trip would also hold if export copied its source: a changed weight must arrive, every row in its place."""
-    family, folder, _ = published
-    _, whole, _, _ = run_ranks(loaded, 1, family, folder, True)[0]
-    moved = {name: value + 1 for name, value in whole.items()}
-    (out,) = export_backbones(moved, tmp_path, config=configured(family, folder))
-    for file in out.glob("*.safetensors"):
-        before, after = load_file(folder / file.name), load_file(file)
-        for name, value in before.items():
-            assert torch.equal(after[name], value if name == "lm_head.weight" else value + 1), name
 
 
 def built(rank, world, config):
@@ -277,7 +242,7 @@ def pictures(size):
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_siglip_sees_as_transformers_does_and_comes_back_bit_equal(siglip, tmp_path, tensor):
+def test_siglip_sees_as_transformers_does(siglip, tmp_path, tensor):
     folder, model = siglip
     sizes = [(20, 20), (12, 28)]  # its own grid, and one to which its positions are interpolated
     tokens, whole, read = run_ranks(seen, tensor, folder, sizes)[0]
@@ -287,9 +252,6 @@ def test_siglip_sees_as_transformers_does_and_comes_back_bit_equal(siglip, tmp_p
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     bytes_of_all = sum(value.nbytes for name, value in whole.items() if name.startswith("vision."))
     assert read == bytes_of_all if tensor == 1 else read < 0.65 * bytes_of_all
-    (out,) = export_backbones(whole, tmp_path, config=vision_config(folder))
-    before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_siglip_files_of_another_size_are_one_line(siglip):
@@ -361,24 +323,17 @@ def heard(rank, world, folder):
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_whisper_hears_as_transformers_does_and_comes_back_bit_equal(whisper, tmp_path, tensor):
+def test_whisper_hears_as_transformers_does(whisper, tmp_path, tensor):
     folder, model = whisper
     with torch.no_grad():
         wanted = model(sounds().transpose(1, 2)).last_hidden_state
     assert wanted.std() > 0.5
-    hidden, moved, whole, read, vector = run_ranks(heard, tensor, folder)[0]
+    hidden, moved, _, read, vector = run_ranks(heard, tensor, folder)[0]
     torch.testing.assert_close(hidden, wanted, rtol=0, atol=1e-5)
     torch.testing.assert_close(moved, wanted, rtol=0, atol=1e-5)
     assert vector.shape == (3, 12) and bool(vector[:2].any(1).all()) and not vector[2].any()
     in_the_files = sum(p.nbytes for name, p in model.named_parameters() if "embed_positions" not in name)
     assert read == in_the_files if tensor == 1 else read < 0.75 * in_the_files
-    for added, name in ((0, "same"), (1, "moved")):
-        (out,) = export_backbones({name: value + added for name, value in whole.items()}, tmp_path / name, config=audio_config(folder))
-        before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
-        assert before.keys() == after.keys()
-        for name, value in before.items():
-            ours = ".decoder." not in f".{name}" and "embed_positions" not in name and "proj_out" not in name
-            assert torch.equal(after[name], value + added if ours else value), name
 
 
 def test_whisper_files_of_another_size_are_one_line(whisper):

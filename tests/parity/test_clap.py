@@ -13,7 +13,6 @@ from transformers import ClapAudioConfig, ClapAudioModel, ClapAudioModelWithProj
 
 from sailplan.config.schema import LoraConfig, ModelConfig, SwinShape
 from sailplan.errors import ConfigurationError
-from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.check import check_model
 from sailplan.model.count import check_weights
@@ -81,7 +80,7 @@ def heard(rank, world, folder, frames):
 
 
 @pytest.mark.parametrize(("tensor", "frames"), [(1, 256), (2, 101)], ids=["1-full", "2-stretched"])
-def test_clap_hears_as_transformers_does_and_comes_back_bit_equal(clap, tmp_path, tensor, frames):
+def test_clap_hears_as_transformers_does(clap, tmp_path, tensor, frames):
     folder, model, projection = clap
     with torch.no_grad():
         output = model(sounds(frames)[:, None])
@@ -97,13 +96,6 @@ def test_clap_hears_as_transformers_does_and_comes_back_bit_equal(clap, tmp_path
             torch.testing.assert_close(chunks, wanted, rtol=0, atol=1e-5)
         assert vector.shape == (3, 12) and bool(vector[:2].any(1).all()) and not vector[2].any()
     assert hidden.std() > 0.5 and hidden.std(0).mean() > 0.05
-    for added, name in ((0, "same"), (1, "moved")):
-        (out,) = export_backbones({key: value + added for key, value in found[0][3].items()}, tmp_path / name, config=configured(folder))
-        before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
-        assert before.keys() == after.keys()
-        for key, value in before.items():
-            kept = key.startswith(("text_", "logit_scale")) or key.endswith(("relative_position_index", "num_batches_tracked"))
-            assert torch.equal(after[key], value if kept else value + added), key
 
 
 def test_drawn_weights_are_those_of_the_seed_at_any_size():

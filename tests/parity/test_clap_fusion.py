@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import ClapAudioConfig, ClapAudioModel, ClapConfig, ClapModel, ClapTextConfig
 
 from sailplan.config.schema import ModelConfig, SwinShape
 from sailplan.errors import ConfigurationError
-from sailplan.export.backbones import export_backbones
 from sailplan.model import parallelize
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.count import check_weights
@@ -92,7 +90,7 @@ def heard(rank: int, world: int, folder: Path, frames: int) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize(("tensor", "frames"), [(1, 256), (2, 101)], ids=["1-full", "2-stretched"])
-def test_it_hears_as_transformers_does_and_comes_back_bit_equal(clap: Any, tmp_path: Path, tensor: int, frames: int) -> None:
+def test_it_hears_as_transformers_does(clap: Any, tmp_path: Path, tensor: int, frames: int) -> None:
     folder, model = clap
     with torch.no_grad():
         wanted, swapped = (model(sounds(frames), is_longer=flag[:, None]).pooler_output for flag in (LONGER, ~LONGER))
@@ -101,13 +99,6 @@ def test_it_hears_as_transformers_does_and_comes_back_bit_equal(clap: Any, tmp_p
     for hidden, vector, _ in found:
         torch.testing.assert_close(hidden.mean(1), wanted, rtol=0, atol=1e-5)
         assert vector.shape == (4, 12) and bool(vector[:3].any(1).all()) and not vector[3].any()
-    for added, name in ((0, "same"), (1, "moved")):
-        (out,) = export_backbones({key: value + added for key, value in found[0][2].items()}, tmp_path / name, config=configured(folder))
-        before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
-        assert before.keys() == after.keys() and sum("fusion_model" in key for key in before) == 28
-        for key, value in before.items():
-            kept = key.startswith(("text_", "logit_scale")) or key.endswith(("relative_position_index", "num_batches_tracked"))
-            assert torch.equal(after[key], value if kept else value + added), key
 
 
 def one_step(rank: int, world: int, tensor: int) -> tuple[int, torch.Tensor, dict[str, torch.Tensor]]:

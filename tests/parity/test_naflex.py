@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import Siglip2Config, Siglip2Model, Siglip2TextConfig, Siglip2VisionConfig, Siglip2VisionModel
 
 from sailplan.config.schema import ModelConfig, TransformerShape
 from sailplan.errors import ConfigurationError
-from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.backbones.naflex import resize_weights
 from sailplan.model.count import check_weights
@@ -68,7 +66,7 @@ def seen(rank: int, world: int, folder: Path) -> tuple[torch.Tensor, dict[str, t
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_it_sees_as_transformers_does_and_comes_back_bit_equal(published: Any, tmp_path: Path, tensor: int) -> None:
+def test_it_sees_as_transformers_does(published: Any, tmp_path: Path, tensor: int) -> None:
     folder, model = published
     present = torch.arange(PATCHES) < GRIDS.prod(1, keepdim=True)
     with torch.no_grad():
@@ -78,13 +76,6 @@ def test_it_sees_as_transformers_does_and_comes_back_bit_equal(published: Any, t
     assert wanted[present].std() > 0.5
     bytes_of_all = sum(value.nbytes for name, value in whole.items() if name.startswith("vision."))
     assert read == bytes_of_all if tensor == 1 else read < 0.7 * bytes_of_all
-    for added, name in ((0, "same"), (1, "moved")):
-        (out,) = export_backbones({key: value + added for key, value in whole.items()}, tmp_path / name, config=configured(folder))
-        before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
-        assert before.keys() == after.keys()
-        for key, value in before.items():
-            left_out = "text_model" in key or "head." in key or "logit" in key
-            assert torch.equal(after[key], value if left_out else value + added), key
 
 
 @pytest.mark.parametrize("grid", [5, 16])

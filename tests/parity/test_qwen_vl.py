@@ -13,7 +13,6 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from sailplan.config.schema import ModelConfig, TransformerShape, WeightsConfig
 from sailplan.data.packing import OmniInputs
 from sailplan.errors import ConfigurationError
-from sailplan.export.backbones import export_backbones
 from sailplan.model.backbones.load import allocate, load, open_sources
 from sailplan.model.check import check_model
 from sailplan.model.count import check_weights
@@ -90,7 +89,7 @@ def seen(rank, world, folder, sizes):
 def test_the_image_tower_and_its_deepstack_are_those_of_transformers(published, tmp_path, tensor):
     folder, model = published
     sizes = [(24, 24), (16, 32)]  # its own grid of positions, and one to which they are interpolated
-    found, whole, read = run_ranks(seen, tensor, folder, sizes)[0]
+    found, _, read = run_ranks(seen, tensor, folder, sizes)[0]
     for size, parts in zip(sizes, found, strict=True):
         with torch.no_grad():
             wanted = model.visual(*patches_of(pictures(*size)))
@@ -100,12 +99,6 @@ def test_the_image_tower_and_its_deepstack_are_those_of_transformers(published, 
             assert other.std() > 0.3
     in_the_files = sum(p.nbytes for p in model.visual.parameters())
     assert read == in_the_files if tensor == 1 else read < 0.7 * in_the_files
-    for added, name in ((0, "same"), (1, "moved")):
-        (out,) = export_backbones({key: value + added for key, value in whole.items()}, tmp_path / name, config=configured(vision=str(folder)))
-        before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
-        assert before.keys() == after.keys() and any("visual" in key for key in before)
-        for key, value in before.items():
-            assert torch.equal(after[key], value + added if "visual" in key else value), key
 
 
 LENGTHS = (7, 4, 5)  # text tokens of the rows; the last has no picture
@@ -140,7 +133,7 @@ def test_the_whole_model_is_that_of_transformers(published, tmp_path, tensor, mo
     """With the pictures before the text, where both have the same sequence."""
     folder, model = published
     inputs = rows(modalities, frames)
-    last, mean, whole = run_ranks(encoded, tensor, folder, modalities, frames, marks)[0]
+    last, mean, _ = run_ranks(encoded, tensor, folder, modalities, frames, marks)[0]
     for row, length in enumerate(LENGTHS):
         text, options = inputs.token_ids[row, :length], {}
         if inputs.images is not None and bool(inputs.image_mask[row].any()):
@@ -154,10 +147,6 @@ def test_the_whole_model_is_that_of_transformers(published, tmp_path, tensor, mo
         torch.testing.assert_close(last[row], wanted[-1], rtol=0, atol=1e-5)
         torch.testing.assert_close(mean[row], wanted.mean(0), rtol=0, atol=1e-5)
         assert wanted.std() > 0.3
-    out = export_backbones(whole, tmp_path / "out", config=configured(vision=str(folder), tower=str(folder)))
-    assert [path.name for path in out] == ["tower-vision"]  # one folder for both, or each would lack what the other learned
-    before, after = load_file(folder / "model.safetensors"), load_file(out[0] / "model.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_the_image_tower_alone_can_be_loaded(published, tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sailplan.checkpoint.state import ModelState
+if TYPE_CHECKING:  # what it imports is not needed to read a folder
+    from sailplan.checkpoint.state import ModelState
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 Shapes = dict[str, tuple[int, ...]]  # tensor name -> shape

@@ -41,7 +41,8 @@ COMMANDS = {
     "balance": "compute data weights with a run's newest checkpoint",
     "evaluate": "evaluate a run's newest checkpoint on all tasks; JSON out",
     "embed": "embed a data set's view: vectors, ids and, if asked, semantic IDs",
-    "export": "write a run's weights as safetensors with configuration, prompts and tokenizer; sailplan export merge: an average of checkpoints",
+    "encode": "encode a file of items with a trained or published model: .npy, .parquet or a faiss index; resumable",
+    "export": "write a run's model as a folder: --to sentence-transformers for other programs; sailplan export merge: an average of checkpoints",
     "report": "write report.html of a run folder",
 }
 
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--run-folder", default=None, help="run folder (default: runs/NAME of the overrides)")
         if name == "export":
             command.add_argument("--checkpoint", action="append", default=None, help="checkpoint folder (default: the run's newest); merge: once for each")
+            to = "sentence-transformers: a folder that SentenceTransformer, AutoModel and AutoProcessor open; sailplan: one that this program goes on from"
+            command.add_argument("--to", default="sailplan", choices=["sailplan", "sentence-transformers"], help=f"{to} (default: sailplan)")
             command.add_argument("--weights", default=None, metavar="W,W", help="merge: one positive number for each checkpoint (default: equal)")
             command.add_argument("--last", type=int, default=None, metavar="K", help="merge: the K newest checkpoints of the run")
             command.add_argument("--decay", type=float, default=1.0, help="merge --last: weight of a checkpoint over the next newer one's (default: 1)")
@@ -98,6 +101,17 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--dataset", required=True, help="data set name")
             command.add_argument("--view", required=True, help="view of the data set")
             command.add_argument("--semantic-ids", default=None, metavar="SIZES", help="also write residual k-means codes, e.g. 64,64,64")
+        if name == "encode":
+            command.add_argument("--model", required=True, help="run folder, checkpoint, exported folder, or a published model's folder or hub id")
+            command.add_argument("--input", required=True, help=".jsonl, .txt or .parquet of items (id, text, image, audio), or a folder of pictures and sound")
+            command.add_argument("--output", required=True, help="file to write: .npy, .parquet or .faiss; after a stop the same command goes on")
+            command.add_argument("--view", default=None, help="view whose prompt is used, such as emoji.name")
+            command.add_argument("--prompt", default=None, help="a prompt as text, instead of --view")
+            command.add_argument("--dimension", type=int, default=None, help="cut vectors to so many dimensions (default: whole)")
+            command.add_argument("--precision", default="float32", choices=["float32", "float16", "int8", "binary"], help="of the numbers (default: float32)")
+            command.add_argument("--batch", type=int, default=32, help="items encoded together (default: 32)")
+            command.add_argument("--shard-rows", type=int, default=8192, help="items of a shard, in memory at once (default: 8192)")
+            command.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
         settings = command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, e.g. experiment=quickstart seed=1")
         settings.completer = completion.overrides  # type: ignore[attr-defined]
     return parser
@@ -162,6 +176,10 @@ def run(arguments: list[str]) -> int:
         from sailplan.cli import train_commands
 
         return int(getattr(train_commands, options.command)(options))
+    if options.command == "encode":
+        from sailplan.cli import encode_command
+
+        return encode_command.run(options)
     if options.command == "report":
         from sailplan.cli import report_command
 

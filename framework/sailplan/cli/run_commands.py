@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +69,8 @@ def _artifacts(folder: RunFolder, config: Config) -> dict[str, Path]:
 
 
 @contextmanager
-def _opened(options: argparse.Namespace) -> Iterator[_Run]:
+def _opened(options: argparse.Namespace, names: Iterable[str] | None = None) -> Iterator[_Run]:
+    """names: of the data sets to open, None: all."""
     config, folder = options.config, options.folder
     checkpoint = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(folder)
     if is_exported(checkpoint):
@@ -80,7 +81,7 @@ def _opened(options: argparse.Namespace) -> Iterator[_Run]:
         report_to(folder.root)
         with phase("reading weights"):
             whole, extra = load_whole(config, parallel, checkpoint)
-        readers = open_agreed(config, parallel, _artifacts(folder, config))
+        readers = open_agreed(config, parallel, _artifacts(folder, config), names)
         with phase(options.command):
             yield _Run(config, folder, checkpoint, parallel, whole, extra.get("step"), extra.get("stage", ""), readers)
 
@@ -95,7 +96,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from sailplan.evaluate.runner import evaluate as run_tasks
     from sailplan.observe.run_files import write_json
 
-    with _opened(options) as run:
+    names = dict.fromkeys(task.dataset for task in options.config.evaluation.tasks.values())
+    with _opened(options, names) as run:
         found = run_tasks(run.context)
         if run.parallel.is_main and run.step is not None:
             path = run.folder.evaluation(run.step)
@@ -115,9 +117,11 @@ def embed(options: argparse.Namespace) -> int:
         raise ConfigurationError(f"--semantic-ids {given}: expected sizes of code books, such as 64,64,64")
     _check_out(options.out)
     sizes = [int(size) for size in given.split(",")] if given else []
-    with _opened(options) as run:
+    if options.dataset not in options.config.data.sets:
+        raise ConfigurationError(f"--dataset {options.dataset}: expected one of {', '.join(options.config.data.sets)}")
+    with _opened(options, [options.dataset]) as run:
         if options.dataset not in run.readers:
-            raise ConfigurationError(f"--dataset {options.dataset}: expected one of {', '.join(run.readers)}")
+            raise ConfigurationError(f"--dataset {options.dataset}: made at a stage's start and not in {run.folder.root} yet")
         out = Path(options.out) if options.out else run.folder.root / "embeddings" / options.dataset / options.view
         told = export_embeddings(
             run.whole.encoder, run.readers[options.dataset], options.view, out, parallel=run.parallel, config=run.config, semantic_id_sizes=sizes
@@ -167,8 +171,8 @@ def balance(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """The weights as one safetensors file, with model.json (shape, prompts, prefixes) and the tokenizer; a part that started
-    from published weights also as a folder of their format, named after the part."""
+    """Write a folder: of sailplan's own form (weights, model.json, tokenizer), or one that sentence-transformers and transformers open."""
+    from sailplan.export.sentence_transformers import export_sentence_transformers
     from sailplan.export.weights import export_weights
 
     if not is_main_by_environment():
@@ -182,7 +186,11 @@ def export(options: argparse.Namespace) -> int:
         )
     config, folder = options.config, options.folder
     checkpoint = Path(options.checkpoint[0]) if options.checkpoint else newest_checkpoint(folder)
-    print(export_weights(checkpoint, Path(options.out) if options.out else folder.root / "export", config=config), flush=True)
+    if options.to == "sentence-transformers":
+        out = Path(options.out) if options.out else folder.root / "sentence-transformers"
+        print(export_sentence_transformers(checkpoint, out, config=config, run=folder.root), flush=True)
+    else:
+        print(export_weights(checkpoint, Path(options.out) if options.out else folder.root / "export", config=config), flush=True)
     return EXIT_DONE
 
 

@@ -26,8 +26,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sailplan.data import video
-
 # Broken bytes may tell any rate (Hz) and length, which would take all memory; silence in FLAC has some 4,700 samples a byte.
 RATES, SAMPLES_A_BYTE = (1000, 768_000), 8192
 HIGHEST = 2.0**32  # of a sample: files of floating numbers may hold whole ones of 32 bits
@@ -37,6 +35,7 @@ SIZED = frozenset({"WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "SVX"})  # libsn
 UNKNOWN = 0x7FFF0000  # bytes: what is written without knowing the length
 # Place and sign of containers that libsndfile does not read: MP4, ADTS AAC (two), ASF, AMR, Matroska.
 BY_VIDEO = ((4, b"ftyp"), (0, b"\xff\xf1"), (0, b"\xff\xf9"), (0, b"\x30\x26\xb2\x75"), (0, b"#!AMR"), (0, b"\x1a\x45\xdf\xa3"))
+OfVideo = Callable[[bytes], tuple[NDArray[np.float32], int]]
 MEMORY = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
 FLOOR = 1e-8  # power; about 80 dB below a full-scale tone's mean power
@@ -48,25 +47,31 @@ CLAP_MIDDLE, CLAP_SCALE = -40.0, 0.1
 FUSED = 4  # spectrograms of a recording that CLAP's fusion takes
 
 
-def decode(content: bytes, rate: int) -> NDArray[np.float32]:
+def decode(content: bytes, rate: int, of_video: OfVideo | None = None) -> NDArray[np.float32]:
     """Encoded bytes of any container that libsndfile reads, by their content -> mono float32 [samples] at `rate` Hz.
 
+    of_video: decodes the containers of films, whose sound libsndfile does not read (`video.sound`).
     Raises ValueError with a reason for broken or truncated bytes, an empty recording, values that are no sound's (not finite, or
     beyond whole numbers of 32 bits), or a rate or length that cannot be.
     """
-    samples, found = _decoded(content)
+    samples, found = _decoded(content, of_video)
     if len(samples) == 0:
         raise ValueError("audio has no samples")
     if not bool((np.abs(samples) <= HIGHEST).all()):  # False of what is no number, too
         raise ValueError("audio has samples that are not finite, or larger than any sound's")
-    mono = samples.mean(axis=1)
-    if found != rate:
-        common = math.gcd(found, rate)
-        mono = scipy.signal.resample_poly(mono, rate // common, found // common).astype(np.float32)
-    return mono
+    return at_rate(samples.mean(axis=1), found, rate)
 
 
-def _decoded(content: bytes) -> tuple[NDArray[np.float32], int]:
+def at_rate(samples: NDArray[np.float32], found: int, rate: int) -> NDArray[np.float32]:
+    """Return float32 [samples] at `found` Hz resampled to `rate` Hz."""
+    if found == rate:
+        return samples
+    common = math.gcd(found, rate)
+    resampled: NDArray[np.float32] = scipy.signal.resample_poly(samples, rate // common, found // common).astype(np.float32)
+    return resampled
+
+
+def _decoded(content: bytes, of_video: OfVideo | None) -> tuple[NDArray[np.float32], int]:
     """All samples, float32 [frames, channels], and their rate in Hz."""
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
@@ -78,8 +83,8 @@ def _decoded(content: bytes) -> tuple[NDArray[np.float32], int]:
                 raise ValueError(f"audio is truncated: its header tells of more than the {len(samples)} samples that are there")
             return samples, rate
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
-        if any(content[place : place + len(sign)] == sign for place, sign in BY_VIDEO):
-            return video.sound(content)
+        if of_video is not None and any(content[place : place + len(sign)] == sign for place, sign in BY_VIDEO):
+            return of_video(content)
         raise ValueError(f"audio cannot be decoded: {' '.join(MEMORY.sub('it', str(error)).split())}") from error
 
 

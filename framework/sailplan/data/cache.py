@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
+DECODED_BYTES = 128 << 20  # pictures and spectrograms kept between epochs, per process
 
 
 class ByteCache(Generic[Value]):

@@ -27,13 +27,13 @@ IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # of draw_augment
 
 def squared(pixels: Tensor, size: int) -> Tensor:
     """uint8 [3, height, width] -> [3, size, size]: the whole picture squeezed to a square, antialiased bilinear."""
-    return _resized(pixels, size, size)
+    return resized(pixels, size, size)
 
 
 def in_ratio(pixels: Tensor, patch: int, most: int) -> Tensor:
     """The same, but nearly in the picture's own ratio: uint8 [3, rows * patch, columns * patch] of `patch_grid`."""
     rows, columns = patch_grid(pixels.size(1), pixels.size(2), patch, most)
-    return _resized(pixels, rows * patch, columns * patch)
+    return resized(pixels, rows * patch, columns * patch)
 
 
 def patch_grid(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
@@ -53,7 +53,8 @@ def patch_grid(height: int, width: int, patch: int, most: int) -> tuple[int, int
     return at(low)
 
 
-def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
+def resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Return uint8 [3, height, width], antialiased bilinear."""
     if pixels.shape[1:] != (height, width):
         pixels = functional.interpolate(pixels[None], size=(height, width), mode="bilinear", antialias=True, align_corners=False)[0]
     return pixels.contiguous()
@@ -68,12 +69,16 @@ def pixels_of(content: bytes) -> Tensor:
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as picture:
             picture.load()
-            array = np.array(_as_rgb(_upright(picture)))
+            return rgb(picture)
     except UnidentifiedImageError as error:
         raise ValueError(f"image cannot be decoded: {len(content)} bytes of no known picture format") from error
     except Exception as error:  # the decoders of rarer formats raise what they like
         raise ValueError(f"image cannot be decoded: {error or type(error).__name__}") from error
-    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def rgb(picture: Image.Image) -> Tensor:
+    """Return uint8 [3, height, width] of an open picture, as `pixels_of` does."""
+    return torch.from_numpy(np.array(_as_rgb(_upright(picture)))).permute(2, 0, 1)
 
 
 @lru_cache

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sailplan.config.schema import DataConfig, ViewConfig
-from sailplan.data import audio, image
+from sailplan.data import audio, image, video
 from sailplan.data.packing import OmniInputs
 from sailplan.data.processor import Processor, ViewRow
 from sailplan.data.reader import BadSample
@@ -108,7 +108,7 @@ class ViewDecoder(Processor):
 
     def _samples(self, item_id: str, content: bytes) -> NDArray[np.float32]:
         try:
-            return audio.decode(content, self.config.audio_rate)
+            return audio.decode(content, self.config.audio_rate, video.sound)
         except ValueError as error:
             raise BadSample(item_id, str(error)) from error
 

@@ -6,7 +6,6 @@ group. Prompts are part of the model: a view's vector is only right with the pro
     model.safetensors   encoder.*, objectives.*, temperatures.*; the encoder's names are OmniEncoder's at tensor-parallel size 1
     model.json          model: the encoder's settings; views: data set -> view -> modalities, fields, prompt; data: sizes of the inputs
     tokenizer.json      of a published model: all files of its configuration and tokenizer
-    tower/, vision/     only where the run started from published weights: that part in their format (tower-vision/: of one folder)
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, is_exported
 from sailplan.checkpoint.store import WholeCheckpoint, is_complete
 from sailplan.config.components import fill
 from sailplan.config.encoders import chosen
-from sailplan.config.schema import Config, EncoderConfig, ModelConfig
+from sailplan.config.schema import Config, EncoderConfig
 from sailplan.errors import ConfigurationError
-from sailplan.export.backbones import export_backbones
-from sailplan.model.backbones.load import published_parts
 from sailplan.model.component import EncoderComponent
 from sailplan.model.count import build_on_meta
 from sailplan.model.protocol import Encoder
@@ -54,13 +51,11 @@ def export_weights(checkpoint: Path, out: Path, *, config: Config) -> Path:
     tokenizer.
     """
     whole = read_whole(checkpoint)
-    _check_model(checkpoint, whole, config)
+    check_model(checkpoint, whole, config)
     component: EncoderComponent = config.model.component()
     model, encoder = component.exported({name.removeprefix(ENCODER): value for name, value in whole.items() if name.startswith(ENCODER)})
     weights = {name: value for name, value in whole.items() if not name.startswith(ENCODER)} | {ENCODER + name: value for name, value in encoder.items()}
     begin(out, lambda: component.write_files(config, encoder, out))
-    if isinstance(config.model, ModelConfig) and published_parts(config.model):
-        export_backbones(encoder, out, config=config.model)
     return finish(out, weights, describe(config, checkpoint.name) | {"model": asdict(model)})
 
 
@@ -76,12 +71,12 @@ def begin(out: Path, write_files: Callable[[], None]) -> None:
 
 def finish(out: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
     """Write weights and, last, model.json into the folder; returns it."""
-    save_file({name: value.contiguous() for name, value in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
+    save_weights(weights, out)
     write_whole(out / DESCRIPTION, json.dumps(description, ensure_ascii=False, indent=1))
     return out
 
 
-def _check_model(checkpoint: Path, whole: dict[str, Tensor], config: Config) -> None:
+def check_model(checkpoint: Path, whole: dict[str, Tensor], config: Config) -> None:
     """Raises ConfigurationError where the checkpoint's encoder is not the configured one."""
     state = build_on_meta(config.model).state_dict()
     wanted = {f"encoder.{name}": list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
@@ -92,6 +87,11 @@ def _check_model(checkpoint: Path, whole: dict[str, Tensor], config: Config) -> 
                 f"checkpoint {checkpoint}: {name} has the shape {found.get(name, 'of nothing')}, the configured model expects "
                 f"{wanted.get(name, 'no such tensor')}; give the run folder that the checkpoint belongs to"
             )
+
+
+def save_weights(weights: Mapping[str, Tensor], out: Path) -> None:
+    """Write whole tensors to model.safetensors of the folder."""
+    save_file({name: value.contiguous() for name, value in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
 
 
 def describe(config: Config, checkpoint: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@ command that works with a run's checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,15 @@ def assemble(config: Config, parallel: Parallel) -> Whole:
     return Whole(module, encoder, objectives, temperatures)
 
 
-def open_agreed(config: Config, parallel: Parallel, artifacts: Mapping[str, Path] | None = None) -> dict[str, RecordReader]:
+def open_agreed(
+    config: Config, parallel: Parallel, artifacts: Mapping[str, Path] | None = None, names: Iterable[str] | None = None
+) -> dict[str, RecordReader]:
     """Open the data sets of all ranks; raise ConfigurationError on all where some see other shards than the rest.
 
     The first opening of many shards takes long, and is no hang: it beats with each, and obeys a stop between two.
     """
     with phase("opening data", local=True):
-        readers = open_datasets(config, artifacts, progress=alone)
+        readers = open_datasets(config, artifacts, names, progress=alone)
     facts = {f"data set {name}": reader.index.description() for name, reader in readers.items()}
     agree(parallel, "data", facts, "give all nodes the same shards, and delete their .index folders where shards were replaced")
     return readers

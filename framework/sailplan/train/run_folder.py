@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,26 @@ class RunFolder:
     def curriculum(self, stage: str) -> Path:
         return self.root / "curriculum" / stage
 
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer.json"
+
     def write_config(self, config: Config) -> None:
+        """Write config.yaml, and a copy of the tokenizer: what is exported later needs none of the training data."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        source = Path(config.data.tokenizer)
+        if source.is_file() and source.resolve() != self.tokenizer.resolve():
+            shutil.copyfile(source, self.tokenizer)
         write_whole(self.config, f"# hash: {config_hash(config)}\n{to_yaml(config)}")
 
     def load_config(self) -> Config:
-        """The resolved configuration of this run; ConfigurationError if there is none."""
+        """Return the resolved configuration of this run, with the run's copy of a tokenizer that is gone; ConfigurationError if there is none."""
         if not self.config.is_file():
             raise ConfigurationError(f"{self.config}: not found; give the folder of a run that was started by `sailplan train`")
-        return from_dict(yaml.safe_load(self.config.read_text()))
+        config = from_dict(yaml.safe_load(self.config.read_text()))
+        if not Path(config.data.tokenizer).is_file() and self.tokenizer.is_file():
+            config.data.tokenizer = str(self.tokenizer)
+        return config
 
     def add_quarantined(self, records: list[dict[str, Any]]) -> None:
         if records:

@@ -29,7 +29,7 @@ from sailplan.model.blocks import Blocks, head_size, initial_deviation, process_
 
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_vision")
 NAMES = Names("norm1", "attn.proj", "norm2", "mlp.linear_fc1", "mlp.linear_fc2")
-FRAMES, ROPE_BASE, EPSILON = 2, 10000.0, 1e-6
+FRAMES, ROPE_BASE, NORM_EPSILON = 2, 10000.0, 1e-6
 
 
 class Merger(nn.Module):
@@ -42,7 +42,7 @@ class Merger(nn.Module):
         super().__init__()
         groups, width = process_groups(), hidden * square
         self.square, self.norm_of_square = square, norm_of_square
-        self.norm = nn.LayerNorm(width if norm_of_square else hidden, eps=EPSILON, dtype=dtype)
+        self.norm = nn.LayerNorm(width if norm_of_square else hidden, eps=NORM_EPSILON, dtype=dtype)
         tensor_parallel = groups.tp.size() if groups.tp is not None else 1
         shape = TransformerShape(0, output, tensor_parallel, None, width, norm="layer", activation="gelu", gated=False, bias=True)  # heads are not used
         parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -151,5 +151,5 @@ def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str,
         "vision_start_token_id, vision_end_token_id": ("model.vision.marks", list(vision.marks), marks if marks and vision.marks else list(vision.marks)),
         "out_hidden_size": ("model.tower.hidden", config.tower.hidden, found.get("out_hidden_size", 3584)),
         "rope_theta": ("the image tower's rotary base", ROPE_BASE, rope.get("rope_theta", ROPE_BASE)),
-        **expected_shape("model.vision.encoder", vision.encoder, found, sizes, ("hidden_act", "gelu_pytorch_tanh"), EPSILON),
+        **expected_shape("model.vision.encoder", vision.encoder, found, sizes, ("hidden_act", "gelu_pytorch_tanh"), NORM_EPSILON),
     }

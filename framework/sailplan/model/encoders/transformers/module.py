@@ -5,7 +5,7 @@ Shape legend: b rows, t tokens, h the model's size, D the vector's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -76,12 +76,7 @@ class TransformersEncoder(Encoder):
             named = {name: tensor.new_ones(1, *tensor.shape[1:]) for name, tensor in named.items()}
         encode = {"text": self._text, "vision": self._vision}
         vectors = {modality: encode[modality](named) for modality in inputs.modalities}
-        fused = next(iter(vectors.values()))
-        if len(vectors) > 1:
-            present = torch.stack([(vector != 0).any(1) for vector in vectors.values()], 1).to(fused.dtype)
-            units = torch.stack([F.normalize(vector, dim=1) for vector in vectors.values()], 1)
-            fused = units.sum(1) / present.sum(1, keepdim=True).clamp(min=1)
-        found = Embeddings(reach_backward(fused), vectors if per_modality else {})
+        found = Embeddings(reach_backward(mean_of_units(list(vectors.values()))), vectors if per_modality else {})
         return found if inputs.rows else _pytree.tree_map(lambda vector: vector[:0], found)
 
     def _text(self, named: dict[str, Tensor]) -> Tensor:
@@ -131,6 +126,15 @@ class TransformersEncoder(Encoder):
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def mean_of_units(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the mean of the unit vectors, each [b, D], of those that a row has, zeros where none; a single one as it is."""
+    if len(vectors) == 1:
+        return vectors[0]
+    present = torch.stack([(vector != 0).any(1) for vector in vectors], 1).to(vectors[0].dtype)
+    units = torch.stack([F.normalize(vector, dim=1) for vector in vectors], 1)
+    return units.sum(1) / present.sum(1, keepdim=True).clamp(min=1)
 
 
 def vector_size(model: Any) -> int:

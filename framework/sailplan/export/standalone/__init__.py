@@ -1,0 +1,1 @@
+"""Sources of the code inside an exported omni folder: templates that `export.bundle` reads, and nothing imports."""
