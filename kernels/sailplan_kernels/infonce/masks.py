@@ -50,7 +50,7 @@ def excluded(anchors: Tensor, keys: Tensor, tags_in_use: tuple[int, ...], keys_p
     return found[0] if len(found) == 1 else found.any(0)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)
 def own_keys(n: int, count: int, start: int, device: torch.device) -> Tensor:
     """bool [n, count], True where key ``start`` + i meets row i: ``excluded`` where there are no ids and no padding."""
     columns = torch.arange(count).to(device)

@@ -21,7 +21,7 @@ from sailplan_kernels.infonce.masks import excluded, own_keys
 from sailplan_kernels.infonce.normalize import TAME, project_
 from sailplan_kernels.infonce.problem import Problem
 from sailplan_kernels.infonce.products import add_product, of_dimensions, product, segments, set_product
-from sailplan_kernels.infonce.setting import numbers, score_budget
+from sailplan_kernels.infonce.setting import numbers
 from sailplan_kernels.infonce.tile import Engine
 from sailplan_kernels.infonce.torch_engine import FLOOR, TorchEngine
 from sailplan_kernels.infonce.vectors import Layout

@@ -22,6 +22,7 @@ from sailplan_kernels.infonce.pairs import PairList, pairs_by_id, pairs_by_index
 from sailplan_kernels.infonce.upload import upload
 
 LOW_TEMPERATURE = 0.02
+REMEMBERED = 2**15  # rows, keys and hard negatives of a call without ids whose masks are kept for the next call: some megabytes
 FULL_RATE_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))  # CUDA devices whose float64 products are about as fast as exact float32 ones
 
 
@@ -192,7 +193,8 @@ def build_problem(
         "query_valid": query_valid, "key_valid": key_valid, "hard_valid": hard_negative_valid,
     }  # fmt: skip
     known_ids, offset = {name: x for name, x in ids.items() if x is not None}, sum(agreed.keys[: exchange.rank])
-    known = combine(known_ids, n, m, h, offset, device) if known_ids else nothing_given(n, m, h, offset, device)
+    remembered = not known_ids and n * (1 + h) + m <= REMEMBERED
+    known = nothing_given(n, m, h, offset, device) if remembered else combine(known_ids, n, m, h, offset, device)
 
     if isinstance(max_negative_score, Tensor):
         # In the scores' dtype from the start: a row's limit and its column's must be the same number.
@@ -225,7 +227,7 @@ def build_problem(
     )
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def nothing_given(n: int, m: int, h: int, offset: int, device: torch.device) -> dict:
     """``combine`` without ids and masks: the same from call to call."""
     return combine({}, n, m, h, offset, device)
