@@ -21,12 +21,12 @@ from torch import Tensor
 
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
-from sailplan_kernels.infonce.engines import make_engine
 from sailplan_kernels.infonce.fused import Found, fused_losses
 from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.infonce.problem import Problem, build_problem, gathered
 from sailplan_kernels.infonce.reference import reference_loss
 from sailplan_kernels.infonce.setting import numbers
+from sailplan_kernels.tiling.engines import make_engine
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class InfoNCEOutput:
     valid_rows: Tensor  # 0-d int64, over all ranks
     positive_score: Tensor  # [N] detached cosine with the positive, longest prefix; 0 for rows that do not count
     accuracy: Tensor  # 0-d detached, fraction of all valid rows whose positive beats every negative, longest prefix
-    backend: str  # the one that ran; "chunked + triton" where Triton ran and a kernel was refused (infonce/fallback.py)
+    backend: str  # the one that ran; "chunked + triton" where Triton ran and a kernel was refused (tiling/fallback.py)
 
 
 def infonce(

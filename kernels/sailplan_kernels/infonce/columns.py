@@ -14,11 +14,11 @@ from torch import Tensor
 from sailplan_kernels.infonce.masks import limits
 from sailplan_kernels.infonce.pairs import PairList, best_at, sum_at
 from sailplan_kernels.infonce.positives import Positives
-from sailplan_kernels.infonce.products import softplus
 from sailplan_kernels.infonce.setting import Setting, finite
 from sailplan_kernels.infonce.sources import Source, log_of_sums, merge
-from sailplan_kernels.infonce.tile import Gradient, Statistics
-from sailplan_kernels.infonce.vectors import Layout
+from sailplan_kernels.tiling.products import softplus
+from sailplan_kernels.tiling.tile import Gradient, Statistics
+from sailplan_kernels.tiling.vectors import Layout
 
 
 class Columns:

@@ -28,8 +28,8 @@ from sailplan_kernels.infonce.problem import Problem
 from sailplan_kernels.infonce.rounds import Rounds
 from sailplan_kernels.infonce.setting import Setting, rows_at_once, score_budget
 from sailplan_kernels.infonce.sources import Anchors, Source
-from sailplan_kernels.infonce.tile import Engine, Rule
-from sailplan_kernels.infonce.vectors import Layout, Vectors, bring_home, prepare, send
+from sailplan_kernels.tiling.tile import Engine, Rule
+from sailplan_kernels.tiling.vectors import Layout, Vectors, bring_home, prepare, send
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
 

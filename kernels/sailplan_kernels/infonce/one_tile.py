@@ -18,13 +18,13 @@ from torch import Tensor
 
 from sailplan_kernels.exchange.row_split import peers_of
 from sailplan_kernels.infonce.masks import excluded, own_keys
-from sailplan_kernels.infonce.normalize import TAME, project_
 from sailplan_kernels.infonce.problem import Problem
-from sailplan_kernels.infonce.products import add_product, of_dimensions, product, segments, set_product
 from sailplan_kernels.infonce.setting import numbers
-from sailplan_kernels.infonce.tile import Engine
-from sailplan_kernels.infonce.torch_engine import FLOOR, TorchEngine
-from sailplan_kernels.infonce.vectors import Layout
+from sailplan_kernels.tiling.normalize import TAME, project_
+from sailplan_kernels.tiling.products import add_product, of_dimensions, product, segments, set_product
+from sailplan_kernels.tiling.tile import Engine
+from sailplan_kernels.tiling.torch_engine import FLOOR, TorchEngine
+from sailplan_kernels.tiling.vectors import Layout
 
 SMALLEST_SUM = 1e-300  # of exponentials, in float64: a column without negatives
 

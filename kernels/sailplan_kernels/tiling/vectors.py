@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sailplan_kernels.exchange import Exchange
 from sailplan_kernels.exchange.base import Gathering, Shard, Stream
-from sailplan_kernels.infonce.normalize import inverse_norms, normalized_gradient_, operand
+from sailplan_kernels.tiling.normalize import inverse_norms, normalized_gradient_, operand
 
 JOINED = 4  # tensors that together take less than a budget's fourth are joined
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sailplan_kernels.infonce.products import segments
+from sailplan_kernels.tiling.products import segments
 
 EPSILON = 1e-12
 TAME = 1e-4  # rows whose length lies between it and its inverse: their products are far from overflow and from nothing
