@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sailplan_kernels import options as matrix
-from sailplan_kernels.infonce.engines import triton_schedule
+from sailplan_kernels.tiling.engines import triton_schedule
 
 Tell = Callable[[str], None]
 Case = dict[str, Any]

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sailplan_kernels import infonce, sigmoid
-from sailplan_kernels.infonce.engines import triton_schedule
+from sailplan_kernels.tiling.engines import triton_schedule
 
 BIAS = -10.0
 ERROR_SIZE = 1024  # rows of the gradient check: float64 of the full size would take longer than everything else

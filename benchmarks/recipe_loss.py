@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sailplan_kernels import infonce
-from sailplan_kernels.infonce.engines import triton_schedule
+from sailplan_kernels.tiling.engines import triton_schedule
 
 Case = dict[str, Any]
 HARD = 4

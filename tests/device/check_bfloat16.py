@@ -31,10 +31,10 @@ from sailplan.step.training_step import TrainingStep
 from sailplan.train import preview, run
 from sailplan.train.testing import SMALL
 from sailplan_kernels.exchange import AllGather, RowSplit
-from sailplan_kernels.infonce import engines, fallback, triton_engine
-from sailplan_kernels.infonce.tile import Rule, Side, Tile
-from sailplan_kernels.infonce.torch_engine import TorchEngine
 from sailplan_kernels.testing import run_ranks
+from sailplan_kernels.tiling import engines, fallback, triton_engine
+from sailplan_kernels.tiling.tile import Rule, Side, Tile
+from sailplan_kernels.tiling.torch_engine import TorchEngine
 
 torch.set_num_threads(1)
 

@@ -37,8 +37,8 @@ from sailplan.train.testing import SMALL
 from sailplan_kernels import infonce, rank_of, topk
 from sailplan_kernels import options as matrix
 from sailplan_kernels.exchange import EXCHANGES, AllGather, RowSplit
-from sailplan_kernels.infonce.products import add_product
 from sailplan_kernels.testing import run_ranks
+from sailplan_kernels.tiling.products import add_product
 
 torch.set_num_threads(1)
 

@@ -102,7 +102,8 @@ def _run(function: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return There(args[0].inner.to(args[2]) @ args[1].inner.to(args[2]))
     if function is aten.addmm.dtype_out:
         total = kwargs["out"].inner
-        total.copy_(torch.addmm(args[0].inner.to(args[3]), args[1].inner.to(args[3]), args[2].inner.to(args[3])))
+        wide = [x.inner.to(args[3]) for x in args[:3]]
+        total.copy_(torch.addmm(*wide, beta=kwargs.get("beta", 1), alpha=kwargs.get("alpha", 1)))
         return kwargs["out"]
     result = function(*_here(args), **{**_here(kwargs), **({} if wanted is None else {"device": torch.device("cpu")})})
     if function is aten._local_scalar_dense.default:

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sailplan_kernels import infonce, sigmoid
-from sailplan_kernels.infonce.engines import why_no_triton
+from sailplan_kernels.tiling.engines import why_no_triton
 
 LEAVES = ("queries", "keys", "hard_negatives", "temperature")
 # Every backend that is not the definition and can run on a CPU here (triton: with TRITON_INTERPRET=1 in the environment).

@@ -6,8 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sailplan_kernels import infonce
-from sailplan_kernels.infonce.products import add_product
 from sailplan_kernels.infonce.rounds import tile_sides
+from sailplan_kernels.tiling.products import add_product
 
 aten = torch.ops.aten
 FULL, HALF = 4, 2  # bytes

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sailplan_kernels.aot import cases
-from sailplan_kernels.infonce.engines import make_engine, why_no_triton
+from sailplan_kernels.tiling.engines import make_engine, why_no_triton
 from sailplan_kernels.triton_kernels import versions
 from sailplan_kernels.triton_kernels.configurations import persistent_configuration
 

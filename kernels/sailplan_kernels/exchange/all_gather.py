@@ -77,7 +77,7 @@ class AllGather:
         mine = [x.detach().contiguous() for x in parts]
         everyone = [x.new_empty((self.world_size * len(x), *x.shape[1:])) for x in mine]
         # As bytes, because gloo joins what travels together into one tensor.
-        return _Parts(everyone, self.start_parts([x.view(torch.uint8) for x in everyone], [x.view(torch.uint8) for x in mine]))
+        return _Parts(everyone, self.start_parts([x.view(-1).view(torch.uint8) for x in everyone], [x.view(-1).view(torch.uint8) for x in mine]))
 
     def start_parts(self, everyone: list[Tensor], mine: list[Tensor]) -> Waitable:
         """As ``start``, of several tensors in one collective."""

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
-from sailplan_kernels.infonce.engines import make_engine
 from sailplan_kernels.infonce.fused import Found, fused_losses
 from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.infonce.problem import Problem, build_problem, gathered
 from sailplan_kernels.infonce.reference import reference_loss
 from sailplan_kernels.infonce.setting import numbers
+from sailplan_kernels.tiling.engines import make_engine
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class InfoNCEOutput:
     valid_rows: Tensor  # 0-d int64, over all ranks
     positive_score: Tensor  # [N] detached cosine with the positive, longest prefix; 0 for rows that do not count
     accuracy: Tensor  # 0-d detached, fraction of all valid rows whose positive beats every negative, longest prefix
-    backend: str  # the one that ran; "chunked + triton" where Triton ran and a kernel was refused (infonce/fallback.py)
+    backend: str  # the one that ran; "chunked + triton" where Triton ran and a kernel was refused (tiling/fallback.py)
 
 
 def infonce(
@@ -110,8 +110,8 @@ def infonce(
         takes triton for half-precision inputs on CUDA where it can run, else chunked. The output says which one ran.
     memory_budget: bytes that the scores in memory may take (chunked, triton): rows of a chunk, and how many tiles wait
         for their gradient instead of being computed again. None: half of what the gradients of the queries and of the keys
-        in memory take, at least 16 MiB. The gradients are computed in the forward pass and wait for the backward pass,
-        which may come once.
+        in memory take, at least 16 MiB; a loss that fits into 32 MiB is then one tile. The gradients are computed in the
+        forward pass and wait for the backward pass, which may come once.
     score_dtype: float32 or float64, of scores until they are probabilities; matrix products of gradients stay in the inputs'
         dtype. None: float64 for float64 inputs, and for float32 inputs with any temperature below 0.02 on a CPU or a CUDA
         device with full-rate float64, as float32 logits may then cost the gradient more than 1e-5; else float32. Triton's are float32.
@@ -160,7 +160,8 @@ def infonce_sum(
                 chosen = engine.name
             dtype = torch.promote_types(torch.float32, problems[0].gradient_dtype)
             total = part.to(dtype) if total is None else total + part.to(dtype)
-            outputs |= {i: _output(problem, *one, chosen) for i, problem, one in zip(mine, problems, found, strict=True)}
+            known = part.detach() if len(calls) == 1 and weights[0] == 1 else None
+            outputs |= {i: _output(problem, known, *one, chosen) for i, problem, one in zip(mine, problems, found, strict=True)}
     assert total is not None
     return total, [outputs[i] for i in range(len(calls))]
 
@@ -176,9 +177,13 @@ def _reference_losses(problems: Sequence[Problem], weights: Sequence[float]) -> 
     return torch.stack(totals).sum(), found
 
 
-def _output(problem: Problem, losses: Tensor, score: Tensor, accuracy: Tensor, valid_rows: Tensor, backend: str) -> InfoNCEOutput:
+def _output(
+    problem: Problem, loss: Tensor | None, losses: Tensor, score: Tensor, accuracy: Tensor, valid_rows: Tensor, backend: str
+) -> InfoNCEOutput:
+    """loss: the weighted sum of ``losses``, where it is known already."""
     dtype, options = problem.gradient_dtype, problem.options
-    loss = losses.sum() if all(w == 1 for w in options.prefix_weights) else (losses * numbers(options.prefix_weights, losses.dtype, losses.device)).sum()
+    if loss is None:
+        loss = losses.sum() if all(w == 1 for w in options.prefix_weights) else (losses * numbers(options.prefix_weights, losses.dtype, losses.device)).sum()
     return InfoNCEOutput(loss.to(dtype), losses.to(dtype), valid_rows, score.to(dtype), accuracy.to(dtype), backend)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sailplan_kernels.infonce import engines
+from sailplan_kernels.tiling import engines
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

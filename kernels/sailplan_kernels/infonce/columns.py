@@ -14,11 +14,11 @@ from torch import Tensor
 from sailplan_kernels.infonce.masks import limits
 from sailplan_kernels.infonce.pairs import PairList, best_at, sum_at
 from sailplan_kernels.infonce.positives import Positives
-from sailplan_kernels.infonce.products import softplus
 from sailplan_kernels.infonce.setting import Setting, finite
 from sailplan_kernels.infonce.sources import Source, log_of_sums, merge
-from sailplan_kernels.infonce.tile import Gradient, Statistics
-from sailplan_kernels.infonce.vectors import Layout
+from sailplan_kernels.tiling.products import softplus
+from sailplan_kernels.tiling.tile import Gradient, Statistics
+from sailplan_kernels.tiling.vectors import Layout
 
 
 class Columns:
@@ -34,19 +34,17 @@ class Columns:
         self.rows_layout = Layout(problem.key_sizes if problem.diagonal else problem.query_sizes, setting.exchange)
 
     def notes(self) -> list[Tensor]:
-        """What this rank tells the others of its pairs by index: int64 [rows] the key, -1 for a row that does not count; [Q, rows] numbers."""
+        """What this rank tells the others of its pairs by index: [rows, Q] numbers; where row i's key is not key i, int64 [rows] the key."""
         setting, problem = self.setting, self.setting.problem
         assert setting.keys.layout is not None
-        start = setting.keys.layout.start
-        key = (problem.positive + (start + 1)) * problem.row_valid - 1
-        told = [self.positives.whole_cosine]
+        told = [self.positives.whole_cosine.T, problem.row_valid[:, None].to(setting.fp)]
         if not setting.one_temperature:
-            told.append(setting.inverse[None])
+            told.append(setting.inverse[:, None])
         if isinstance(problem.max_negative_score, Tensor):
-            told.append(problem.max_negative_score[None])
+            told.append(problem.max_negative_score[:, None])
         layout = self.rows_layout
-        together = told[0] if len(told) == 1 else torch.cat(told)
-        return [layout.padded(key, -1), layout.padded(together, dim=1)]
+        together = [layout.padded(torch.cat(told, 1))]
+        return together if problem.diagonal else [*together, layout.padded(problem.positive + setting.keys.layout.start)]
 
     def learn(self, keys: Source, notes: list[Tensor]) -> None:
         """The pairs of all ranks, as ``notes`` tells; columns get their temperatures and limits."""
@@ -59,9 +57,8 @@ class Columns:
             highest = positives.pairs.of_rows(highest[setting.share]) if isinstance(highest, Tensor) else highest
             self.own, self.in_place = slice(None), False
         else:
-            self.key, told = layout.rows(notes[0]), layout.columns(notes[1])
-            self.cosine, more = told[:prefixes], list(told[prefixes:])
-            counted = self.key >= 0
+            told = layout.rows(notes[0]).T
+            self.cosine, counted, more = told[:prefixes], told[prefixes], list(told[prefixes + 1 :])
             self.weight = counted * positives.of_row
             inverse = setting.inverse if setting.one_temperature else more.pop(0)
             highest = more.pop(0) if more else problem.max_negative_score
@@ -69,12 +66,13 @@ class Columns:
             self.own = slice(start, start + setting.rows)
             # Row i of every rank is its key i's, and no other's: pairs and columns are the same list.
             self.in_place = problem.diagonal
-            self.key = torch.where(counted, self.key, self.count) if not self.in_place else self.key  # beyond all columns
+            if not self.in_place:  # rows that do not count: beyond all columns
+                self.key = torch.where(counted > 0, layout.rows(notes[1]), self.count)
         if setting.one_temperature:
             self.inverse = setting.same_inverse(keys.count)  # [C]
             self.rows: Tensor | None = None
         elif self.in_place:
-            self.inverse, self.rows = inverse, None
+            self.inverse, self.rows = inverse.contiguous(), None
         else:
             both = self._sum(torch.stack([torch.ones_like(self.weight), inverse]))
             self.rows = both[0]
@@ -127,9 +125,10 @@ class Columns:
         setting, positives = self.setting, self.positives
         log = sums if setting.alone else sums.log_()
         self.log_negatives = finite(log).to(setting.fp)
-        place = self.key.clamp_max(max(self.count - 1, 0)) if not self.in_place else self.key
-        of_pairs = log if self.in_place else log[:, place]
-        inverse = self.inverse if self.in_place else self.inverse[place]
+        of_pairs, inverse = log, self.inverse
+        if not self.in_place:
+            place = self.key.clamp_max(max(self.count - 1, 0))
+            of_pairs, inverse = log[:, place], inverse[place]
         gap = (of_pairs - self.cosine * inverse).to(setting.fp)
         self.losses = (softplus(gap[:, self.own]) * self.weight[self.own]).sum(1)
         push = gap.sigmoid_().mul_(self.weight).mul_(setting.prefix_weights)

@@ -12,7 +12,7 @@ happens inside a tile is an engine's (tile.py). Differentiable once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,15 @@ from torch.autograd.function import once_differentiable
 
 from sailplan_kernels.infonce.columns import Columns
 from sailplan_kernels.infonce.masks import Candidates
+from sailplan_kernels.infonce.one_tile import OneTile, Unsafe, fits
 from sailplan_kernels.infonce.own_hard import OwnHard
 from sailplan_kernels.infonce.positives import Positives
 from sailplan_kernels.infonce.problem import Problem
 from sailplan_kernels.infonce.rounds import Rounds
 from sailplan_kernels.infonce.setting import Setting, rows_at_once, score_budget
 from sailplan_kernels.infonce.sources import Anchors, Source
-from sailplan_kernels.infonce.tile import Engine, Rule
-from sailplan_kernels.infonce.vectors import Layout, Vectors, bring_home, prepare, send
+from sailplan_kernels.tiling.tile import Engine, Rule
+from sailplan_kernels.tiling.vectors import Layout, Vectors, bring_home, prepare, send
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -44,7 +45,7 @@ def fused_losses(problems: Sequence[Problem], engine: Engine, weights: Sequence[
     for problem in problems:
         longest = problem.options.prefixes[-1]
         used = [problem.raw_queries, problem.raw_keys, problem.raw_hard]
-        places.append([_place(given, x, longest) for x in used] + [_place(given, problem.inverse_temperature, None)])
+        places.append([_place(given, x, longest) for x in used] + [_place(given, problem.temperature, None)])
     total, *found = _Fused.apply(problems, engine, weights, places, *given)
     return total, [tuple(found[4 * i : 4 * i + 4]) for i in range(len(problems))]  # type: ignore[misc]
 
@@ -69,7 +70,7 @@ def _same_view(x: Tensor, other: Tensor) -> bool:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problems, engine, weights, places, *given):
-        work = _Work(problems, engine, weights, places, given)
+        work = _in_one_tile(problems, engine, weights, places, given) or _Work(problems, engine, weights, places, given)
         total, found = work.values()
         gradients = work.gradients()
         ctx.gradients = [x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad[4:], strict=True)]
@@ -91,8 +92,19 @@ class _Fused(torch.autograd.Function):
             # Tensors that were joined lie in one buffer still, which is scaled in one piece.
             for whole in {id(_buffer(x)): _buffer(x) for x in gradients if x is not None}.values():
                 whole.mul_(gradient)
-        scaled = [None if x is None else x.to(dtype).view(shape) for x, (dtype, shape) in zip(gradients, ctx.kinds, strict=True)]
+        rounded: dict[tuple[int, torch.dtype], Tensor] = {}
+        scaled = [None if x is None else _rounded(x, dtype, rounded).view(shape) for x, (dtype, shape) in zip(gradients, ctx.kinds, strict=True)]
         return None, None, None, None, *scaled
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, known: dict[tuple[int, torch.dtype], Tensor]) -> Tensor:
+    """``x`` in ``dtype``; of matrices that lie in one buffer all at once."""
+    if x.dtype == dtype or x.dim() < 2 or x._base is None:
+        return x.to(dtype)
+    key = id(x._base), dtype
+    if key not in known:
+        known[key] = x._base.to(dtype)
+    return known[key].as_strided(x.size(), x.stride(), x.storage_offset())
 
 
 class _Loss:
@@ -105,7 +117,7 @@ class _Loss:
         setting.keys.show(setting.exchange, keys, needs.keys)
         if options.query_negatives:
             setting.queries.show(setting.exchange, rows, needs.queries)
-            self.shown.append((setting.queries, setting.problem.anchor_notes))
+            self.shown.append((setting.queries, setting.problem.query_notes))
         if options.shared_hard_negatives:
             setting.hard.show(setting.exchange, setting.problem.hard_sizes, needs.hard)
             self.shown.append((setting.hard, setting.problem.hard_notes))
@@ -159,7 +171,7 @@ class _Loss:
             source.blocks = [(queries, rule(queries, problem.tags_in_use if source.vectors is setting.queries else ()))]
         if self.columns is not None:
             self.columns.learn(keys, notes if not self.by_id else [])
-            notes = notes[2:] if not self.by_id else notes
+            notes = notes[0 if self.by_id else 1 if problem.diagonal else 2 :]
         self.rounds = Rounds(setting, self.sources, self.positives, self.columns, budget)
         return notes
 
@@ -196,7 +208,12 @@ class _Loss:
         return [(self.columns.temperature_sums(), _layout(self.setting.keys))]
 
     def temperature_gradient(self, home: Tensor | None) -> Tensor | None:
-        """d loss / d inverse temperature, 0-d or [N]; home: the sums of ``temperature_sums``."""
+        """d loss / d temperature, 0-d or [N]; home: the sums of ``temperature_sums``."""
+        found = self._inverse_gradient(home)
+        return None if found is None else found.mul_(self.setting.inverse).mul_(self.setting.inverse).neg_()
+
+    def _inverse_gradient(self, home: Tensor | None) -> Tensor | None:
+        """d loss / d inverse temperature."""
         setting, queries = self.setting, self.positives.queries
         if not setting.needs.temperature:
             return None
@@ -237,6 +254,63 @@ class _Loss:
         if setting.peers.world_size > 1:
             losses, cosine, correct = setting.peers.sum(losses), setting.rows_of_all_peers(cosine), setting.peers.sum(correct)
         return losses, cosine, correct * setting.exchange.world_size / positives.counted, self.valid_rows
+
+
+def _in_one_tile(
+    problems: Sequence[Problem], engine: Engine, weights: Sequence[float], places: list[list[int]], given: Sequence[Tensor]
+) -> _OneTiles | None:
+    """The losses at work in one tile each, where all of them fit, and no vectors are given to several (which would travel twice)."""
+    vectors = [place for where in places for place in where[:3]]
+    if len(set(vectors)) < len(vectors) or not all(fits(problem, engine, problem.options.one_tile_budget // len(problems)) for problem in problems):
+        return None
+    try:
+        return _OneTiles([OneTile(problem, weight) for problem, weight in zip(problems, weights, strict=True)], places, len(given))
+    except Unsafe:
+        return None
+
+
+class _OneTiles:
+    """Losses of one tile each, with the collectives of ``_Work``."""
+
+    def __init__(self, losses: list[OneTile], places: list[list[int]], given: int) -> None:
+        self.losses, self.places, self.given, self.exchange = losses, places, given, losses[0].exchange
+        told = [loss.notes() for loss in losses]
+        everyone = iter(self.exchange.gather_parts([x for loss in losses for x in loss.vectors()] + [x for notes in told for x in notes]).wait())
+        vectors = [[next(everyone), next(everyone)] for _ in losses]
+        for loss, of_keys, notes in zip(losses, vectors, told, strict=True):
+            loss.learn(of_keys, [next(everyone) for _ in notes])
+        symmetric = [loss for loss in losses if loss.symmetric]
+        for loss, sums in zip(symmetric, summed([loss.sums() for loss in symmetric], self.exchange.sum), strict=True):
+            loss.finish_columns(sums)
+
+    def values(self) -> tuple[Tensor, list[Tensor]]:
+        found = [loss.values() for loss in self.losses]
+        sums = [losses if loss.prefix_weights is None else losses * loss.prefix_weights[:, 0] for loss, (losses, *_) in zip(self.losses, found, strict=True)]
+        return (sums[0] if len(sums) == 1 else torch.cat(sums)).sum(), [x for one in found for x in one]
+
+    def gradients(self) -> list[Tensor | None]:
+        found: list[Tensor | None] = [None] * self.given
+        needs = self.losses[0].problem.needs
+        if not (needs.queries or needs.keys or needs.hard or needs.temperature):
+            return found
+        parts = [loss.gradients() for loss in self.losses]
+        flat = [x for of_loss in parts for x in of_loss]
+        home = iter(self.exchange.reduce_scatter_parts(flat) if flat else [])
+        for loss, where, of_loss in zip(self.losses, self.places, parts, strict=True):
+            *vectors, temperature = loss.finish([next(home) for _ in of_loss])
+            for place, x in zip(where[:3], vectors, strict=True):
+                found[place] = x
+            before = found[where[3]]
+            found[where[3]] = temperature if before is None else before + temperature
+        return found
+
+
+def summed(sums: list[Tensor], of_all: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """``sums`` over everybody who holds rows: one collective."""
+    if not sums:
+        return []
+    flat = sums[0].flatten() if len(sums) == 1 else torch.cat([x.flatten() for x in sums])
+    return [part.view(x.shape) for part, x in zip(of_all(flat).split([x.numel() for x in sums]), sums, strict=True)]
 
 
 class _Work:
@@ -286,11 +360,7 @@ class _Work:
         if not columns:
             return
         setting, sums = columns[0].setting, [each.sums() for each in columns]
-        if not setting.alone:
-            flat = sums[0].flatten() if len(sums) == 1 else torch.cat([x.flatten() for x in sums])
-            parts = setting.sum_of_all(flat).split([x.numel() for x in sums])
-            sums = [part.view(x.shape) for part, x in zip(parts, sums, strict=True)]
-        for each, x in zip(columns, sums, strict=True):
+        for each, x in zip(columns, sums if setting.alone else summed(sums, setting.sum_of_all), strict=True):
             each.finish_statistics(x)
 
     def values(self) -> tuple[Tensor, list[Tensor]]:

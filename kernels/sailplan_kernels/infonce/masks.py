@@ -6,13 +6,15 @@ belongs to. An anchor carries the tags of its positive and its own query id. A c
 invalid or shares any tag with the anchor: the same key (so the positive itself, and in query-query blocks the row
 itself and every query with the same positive), the same key id, the same query id. -1 is "none" and never matches.
 Positives by id are no key in particular: their anchor's key index is none, and the id does it alone.
+In an anchor "none" is -2, so that equality alone compares tags. Two marks say the rest by equality too, against a key's validity
+(0 or 1) twice: 0, which an invalid key equals, and 1 in an invalid row (else a number that nothing equals), which all others do.
 The relation is symmetric, so the same function serves the columns of the symmetric loss.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -29,8 +31,30 @@ class Candidates:
 
     @classmethod
     def of(cls, notes: Tensor) -> Candidates:
-        """From int64 [C, 4]: tags and whether the candidate is valid."""
+        """From int64 [C, 4 or more]: tags and whether the candidate is valid."""
         return cls(tags=notes[:, :3], valid=notes[:, 3] > 0)
+
+
+def anchor_notes(tags: Tensor, valid: Tensor) -> Tensor:
+    """int64 [A, 5] of anchors with ``tags`` [A, 3] (-1: none): tags (-2: none) and the marks for their rows' validity, bool [A]."""
+    nothing = torch.zeros_like(valid, dtype=torch.int64)
+    return torch.cat([torch.where(tags < 0, -2, tags), nothing[:, None], torch.where(valid, nothing - 5, nothing + 1)[:, None]], 1)
+
+
+def excluded(anchors: Tensor, keys: Tensor, tags_in_use: tuple[int, ...], keys_padded: bool, rows_padded: bool) -> Tensor:
+    """bool [A, C]: key c is no negative of anchor a, from both notes [.., 5]; with ``rows_padded`` invalid rows exclude all keys."""
+    end = 5 if rows_padded else 4 if keys_padded else 3
+    first = min(tags_in_use, default=3)  # a tag in between that is not in use is none in all anchors
+    a, c = anchors.T[first:end, :, None], keys.T[first:end, None]
+    found = a == c
+    return found[0] if len(found) == 1 else found.any(0)
+
+
+@lru_cache(maxsize=4)
+def own_keys(n: int, count: int, start: int, device: torch.device) -> Tensor:
+    """bool [n, count], True where key ``start`` + i meets row i: ``excluded`` where there are no ids and no padding."""
+    columns = torch.arange(count).to(device)
+    return columns == torch.arange(start, start + n).to(device)[:, None]
 
 
 def negatives(anchor_tags: Tensor, candidates: Candidates, tags_in_use: tuple[int, ...]) -> Tensor:

@@ -6,6 +6,7 @@ import zlib
 from dataclasses import dataclass, replace
 
 SMALLEST_DEFAULT_BUDGET = 16 * 2**20
+ONE_TILE = 32 * 2**20  # without a budget, a loss that fits into so much is not cut into tiles
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class InfoNCEOptions:
     prefixes: tuple[int, ...] = ()
     prefix_weights: tuple[float, ...] = ()
     memory_budget: int = 0  # 0: not given, see with_budget
+    one_tile_budget: int = 0  # what a loss of one tile may take, see one_tile.py
 
     @classmethod
     def checked(cls, dimension: int, prefixes, prefix_weights, memory_budget, **others) -> InfoNCEOptions:
@@ -47,7 +49,10 @@ class InfoNCEOptions:
 
     def with_budget(self, vectors: int, dimension: int, size: int) -> InfoNCEOptions:
         """With the default budget where none was given: half of what the gradients of ``vectors`` take, ``size`` bytes an entry."""
-        return self if self.memory_budget else replace(self, memory_budget=max(SMALLEST_DEFAULT_BUDGET, vectors * dimension * size // 2))
+        if self.memory_budget:
+            return replace(self, one_tile_budget=self.memory_budget)
+        found = max(SMALLEST_DEFAULT_BUDGET, vectors * dimension * size // 2)
+        return replace(self, memory_budget=found, one_tile_budget=max(found, ONE_TILE))
 
     @property
     def filters(self) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sailplan_kernels.infonce.products import of_dimensions, prefix_dots, segments
 from sailplan_kernels.infonce.setting import Setting, cut
 from sailplan_kernels.infonce.sources import Anchors
+from sailplan_kernels.tiling.products import of_dimensions, prefix_dots, segments
 
 
 class OwnHard:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from sailplan_kernels.exchange.base import Shard
 from sailplan_kernels.infonce.masks import Candidates, limits
-from sailplan_kernels.infonce.normalize import inverse_norms
 from sailplan_kernels.infonce.pairs import PairList, RowPairs, pairs_by_id, sum_at
-from sailplan_kernels.infonce.products import add_scaled_rows, of_dimensions, prefix_dots, row_dots, segments, softplus
 from sailplan_kernels.infonce.setting import Setting, comparable, cut, finite
 from sailplan_kernels.infonce.sources import Anchors
-from sailplan_kernels.infonce.tile import Coefficients, Side
+from sailplan_kernels.tiling.normalize import inverse_norms
+from sailplan_kernels.tiling.products import add_scaled_rows, of_dimensions, prefix_dots, row_dots, segments, softplus
+from sailplan_kernels.tiling.tile import Coefficients, Side
 
 
 class Positives:

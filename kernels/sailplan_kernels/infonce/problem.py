@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from sailplan_kernels.exchange import Exchange
 from sailplan_kernels.infonce.agreement import Needs, agree
-from sailplan_kernels.infonce.masks import Candidates
+from sailplan_kernels.infonce.masks import Candidates, anchor_notes
 from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.infonce.pairs import PairList, pairs_by_id, pairs_by_index
 from sailplan_kernels.infonce.upload import upload
 
 LOW_TEMPERATURE = 0.02
+REMEMBERED = 2**15  # rows, keys and hard negatives of a call without ids whose masks are kept for the next call: some megabytes
 FULL_RATE_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))  # CUDA devices whose float64 products are about as fast as exact float32 ones
 
 
@@ -31,20 +33,23 @@ class Problem:
     raw_queries: Tensor  # [N, D] as the caller gave them, invalid rows may hold anything
     raw_keys: Tensor  # [M, D]
     raw_hard: Tensor  # [N, H, D], H = 0 without hard negatives
-    positive: Tensor  # int64 [N], index into this rank's keys; says nothing where positives go by id
-    diagonal: bool  # row i's positive is key i
+    positives: Tensor | None  # int64 [N], index into this rank's keys; None: row i's positive is key i, or they go by id
     wanted: Tensor | None  # int64 [N] the id that makes a key the row's positive, -1 for none; None: positives go by index
     row_valid: Tensor  # bool [N], the row counts, as far as this rank knows
     row_count: Tensor  # int64 [1], how many do
     query_valid: Tensor  # bool [N]
     key_valid: Tensor  # bool [M]
     hard_valid: Tensor  # bool [N, H]
+    invalid: Tensor  # bool [N + M + N H], queries, keys, hard negatives that are padding
+    hidden: Tensor  # bool [N, 1 + H], True for the positive and for hard negatives that are padding
     padding: tuple[bool, bool, bool]  # whether some queries, keys, hard negatives may be invalid
-    anchor_notes: Tensor  # int64 [N, 4], positive's global number and id, own query id, and query_valid
-    key_notes: Tensor  # int64 [M, 4], own number, id, paired query's id, and key_valid
+    anchor_notes: Tensor  # int64 [N, 5], positive's global number and id, own query id, and two marks, see masks.py
+    key_notes: Tensor  # int64 [M, 5], own number, id, paired query's id, and key_valid twice
+    plain: bool  # no ids and no masks: key i belongs to query i, and every row counts
+    any_row: bool  # whether this rank's host knows of a row that counts
     key_log_probability: Tensor | None  # [M] in the scores' dtype
     max_negative_score: float | Tensor | None  # of all rows, or [N] in the scores' dtype
-    inverse_temperature: Tensor  # 0-d or [N], differentiable, in the scores' dtype
+    temperature: Tensor  # 0-d or [N], differentiable, in the scores' dtype
     tags_in_use: tuple[int, ...]
     query_sizes: list[int]
     key_sizes: list[int]
@@ -54,6 +59,16 @@ class Problem:
     needs: Needs
     options: InfoNCEOptions
     exchange: Exchange
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether row i's positive is key i."""
+        return self.positives is None and self.wanted is None
+
+    @property
+    def positive(self) -> Tensor:
+        """int64 [N], index into this rank's keys; says nothing where positives go by id."""
+        return torch.arange(len(self.raw_queries), device=self.raw_queries.device) if self.positives is None else self.positives
 
     @property
     def queries(self) -> Tensor:
@@ -76,10 +91,20 @@ class Problem:
         return self.anchor_notes[:, :3]
 
     @property
+    def query_notes(self) -> Tensor:
+        """int64 [N, 4] of queries as candidates: tags and query_valid."""
+        return torch.cat([self.anchor_tags.clamp_min(-1), self.query_valid[:, None]], 1)
+
+    @property
     def hard_notes(self) -> Tensor:
         """int64 [N H, 4] of hard negatives that everybody sees: they carry no ids."""
         valid = self.hard_valid.reshape(-1, 1).to(torch.int64)
         return torch.cat([torch.full_like(valid, -1).expand(-1, 3), valid], 1)
+
+    @property
+    def inverse_temperature(self) -> Tensor:
+        """0-d or [N], differentiable."""
+        return self.temperature.reciprocal()
 
     @property
     def row_inverse_temperature(self) -> Tensor:
@@ -167,25 +192,29 @@ def build_problem(
         "positives": positives, "query_ids": query_ids, "key_ids": key_ids, "key_query_ids": key_query_ids, "positive_ids": positive_ids,
         "query_valid": query_valid, "key_valid": key_valid, "hard_valid": hard_negative_valid,
     }  # fmt: skip
-    known = combine({name: x for name, x in ids.items() if x is not None}, n, m, h, sum(agreed.keys[: exchange.rank]), device)
+    known_ids, offset = {name: x for name, x in ids.items() if x is not None}, sum(agreed.keys[: exchange.rank])
+    remembered = not known_ids and n * (1 + h) + m <= REMEMBERED
+    known = nothing_given(n, m, h, offset, device) if remembered else combine(known_ids, n, m, h, offset, device)
 
     if isinstance(max_negative_score, Tensor):
         # In the scores' dtype from the start: a row's limit and its column's must be the same number.
         max_negative_score = max_negative_score.detach().to(device, compute)
     given_number = not isinstance(temperature, Tensor)
-    inverse = (torch.full((), temperature, dtype=compute, device=device) if given_number else temperature.to(device, compute)).reciprocal()  # type: ignore
+    number = torch.full((), temperature, dtype=compute, device=device) if given_number else temperature.to(device, compute)  # type: ignore
     tensors = {name: x for name, x in known.items() if isinstance(x, Tensor)}
     return Problem(
         raw_queries=queries,
         raw_keys=keys,
         raw_hard=hard_negatives,
-        diagonal=positives is None and positive_ids is None,
+        positives=tensors.pop("positives", None),
         wanted=None if positive_ids is None else tensors.pop("wanted"),
         padding=known["padding"],
+        any_row=known["any_row"],
+        plain=known["plain"],
         **tensors,
         key_log_probability=None if key_log_probability is None else key_log_probability.detach().to(device, compute),
         max_negative_score=max_negative_score,
-        inverse_temperature=inverse,
+        temperature=number,
         tags_in_use=(0,) * known["own_number"] + (1,) * (key_ids is not None) + (2,) * (query_ids is not None),
         query_sizes=list(agreed.rows),
         key_sizes=list(agreed.keys),
@@ -198,12 +227,19 @@ def build_problem(
     )
 
 
+@lru_cache(maxsize=16)
+def nothing_given(n: int, m: int, h: int, offset: int, device: torch.device) -> dict:
+    """``combine`` without ids and masks: the same from call to call."""
+    return combine({}, n, m, h, offset, device)
+
+
 def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, device: torch.device) -> dict:
     """Which rows count and who shares which tag: on the CPU where all that was given is there, and then uploaded; else on the device.
 
     given: the ids and masks of build_problem, by name. Returns the fields of Problem that come of them.
     """
     at = device if any(x.device == device for x in given.values()) else torch.device("cpu")
+    plain = not given
     given = {name: x.to(at) for name, x in given.items()}
     positives, wanted = given.get("positives"), given.get("positive_ids")
     none = torch.full((max(n, m),), -1, dtype=torch.int64, device=at)
@@ -233,9 +269,13 @@ def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, devic
         hard_valid = hard_valid & given["hard_valid"]
     found = {
         "row_valid": row_valid, "row_count": row_valid.sum()[None], "query_valid": query_valid, "key_valid": key_valid, "hard_valid": hard_valid,
-        "anchor_notes": torch.cat([own, query_ids[:, None], query_valid[:, None]], 1), "key_notes": torch.cat([key_tags, key_valid[:, None]], 1),
-        "positive": positive,
+        "anchor_notes": anchor_notes(torch.cat([own, query_ids[:, None]], 1), query_valid),
+        "key_notes": torch.cat([key_tags, key_valid[:, None], key_valid[:, None]], 1),
+        "invalid": torch.cat([query_valid, key_valid, hard_valid.flatten()]).logical_not(),
+        "hidden": torch.cat([torch.ones_like(query_valid)[:, None], ~hard_valid], 1),
     }  # fmt: skip
+    if positives is not None:
+        found["positives"] = positive
     if wanted is not None:
         found["wanted"] = torch.where(query_valid, wanted, -1)
     masks = (("query_valid", query_valid), ("key_valid", key_valid), ("hard_valid", hard_valid))
@@ -245,7 +285,8 @@ def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, devic
         padding = "query_valid" in given, "key_valid" in given, "query_valid" in given or "hard_valid" in given
     # A row's positive is no negative of it: where its key's id says so already, its number need not.
     own_number = wanted is not None or "key_ids" not in given or at.type != "cpu" or not bool((own[row_valid, 1] >= 0).all())
-    return {**upload(found, device), "padding": padding, "own_number": own_number}
+    any_row = at.type == "cpu" and bool(row_valid.any())
+    return {**upload(found, device), "padding": padding, "own_number": own_number, "any_row": any_row, "plain": plain}
 
 
 def gathered(problem: Problem) -> GatheredProblem:
@@ -261,7 +302,7 @@ def gathered(problem: Problem) -> GatheredProblem:
     valid_rows = exchange.sum(row_valid.sum())
     all_queries = all_hard = Candidates.of(problem.key_notes[:0])
     if options.query_negatives or options.symmetric:
-        all_queries = Candidates.of(exchange.gather(problem.anchor_notes, problem.query_sizes))
+        all_queries = Candidates.of(exchange.gather(problem.query_notes, problem.query_sizes))
     if options.shared_hard_negatives:
         all_hard = Candidates.of(exchange.gather(problem.hard_notes, problem.hard_sizes))
     correction = problem.key_log_probability

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sailplan_kernels.infonce.masks import limits, negatives
-from sailplan_kernels.infonce.normalize import normalize
 from sailplan_kernels.infonce.pairs import best_at
 from sailplan_kernels.infonce.problem import GatheredProblem
+from sailplan_kernels.tiling.normalize import normalize
 
 
 def reference_loss(problem: GatheredProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -16,10 +16,10 @@ from math import isqrt
 
 from sailplan_kernels.infonce.columns import Columns
 from sailplan_kernels.infonce.positives import Positives
-from sailplan_kernels.infonce.products import add_product
 from sailplan_kernels.infonce.setting import Setting, cut
 from sailplan_kernels.infonce.sources import Anchors, Source, some
-from sailplan_kernels.infonce.tile import Coefficients, Gradient, Rule, Tile
+from sailplan_kernels.tiling.products import add_product
+from sailplan_kernels.tiling.tile import Coefficients, Gradient, Rule, Tile
 
 FEWEST_ROWS = 64  # a chunk of fewer rows is no matrix product worth its overhead: go by tiles, in two rounds
 WHOLE = 128  # sides of tiles are multiples of it where they are longer, so that few blocks of a kernel or a product are ragged

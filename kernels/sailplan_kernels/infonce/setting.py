@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sailplan_kernels.exchange.row_split import peers_of, shares
 from sailplan_kernels.infonce.problem import Problem
-from sailplan_kernels.infonce.tile import EMPTY, Engine
-from sailplan_kernels.infonce.vectors import Vectors
+from sailplan_kernels.tiling.tile import EMPTY, Engine
+from sailplan_kernels.tiling.vectors import Vectors
 
 FEWEST_ROWS = 16  # that are looked at together, whatever the budget
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sailplan_kernels.exchange.base import Shard
 from sailplan_kernels.infonce.masks import Candidates
-from sailplan_kernels.infonce.tile import EMPTY, Gradient, Rule, Side, Statistics
-from sailplan_kernels.infonce.vectors import Vectors
+from sailplan_kernels.tiling.tile import EMPTY, Gradient, Rule, Side, Statistics
+from sailplan_kernels.tiling.vectors import Vectors
 
 
 @dataclass

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
-from sailplan_kernels.infonce.engines import make_engine
 from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.infonce.problem import build_problem, gathered
 from sailplan_kernels.sigmoid.reference import reference_loss
 from sailplan_kernels.sigmoid.tiled import tiled_loss
+from sailplan_kernels.tiling.engines import make_engine
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sailplan_kernels.infonce.masks import negatives
-from sailplan_kernels.infonce.normalize import normalize
 from sailplan_kernels.infonce.problem import GatheredProblem
-from sailplan_kernels.infonce.products import softplus
 from sailplan_kernels.infonce.reference import gather_agreed
+from sailplan_kernels.tiling.normalize import normalize
+from sailplan_kernels.tiling.products import softplus
 
 
 def reference_loss(problem: GatheredProblem, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The pairwise loss over tiles: every shard of keys comes past once, and every tile is gone through once.
 
 No row waits for a denominator, so a tile gives its part of the loss and of the gradient out of ONE product of scores (6 NMD
-with the gradient's two), for all prefixes, under every exchange. What happens inside a tile is an engine's (infonce/tile.py).
-Vectors, norms, what ranks show each other and how gradients come home are those of infonce (infonce/vectors.py): the positive
+with the gradient's two), for all prefixes, under every exchange. What happens inside a tile is an engine's (tiling/tile.py).
+Vectors, norms, what ranks show each other and how gradients come home are those of infonce (tiling/vectors.py): the positive
 never enters a tile, and a cosine is <x_p, y_p> a_p b_p with inverse prefix norms a, b.
 
 Collectives, all inside the forward, depend only on what all ranks agreed on in infonce/problem.py. Differentiable once.
@@ -21,11 +21,11 @@ from sailplan_kernels.exchange.row_split import peers_of, shares
 from sailplan_kernels.infonce.masks import Candidates
 from sailplan_kernels.infonce.pairs import sum_at
 from sailplan_kernels.infonce.problem import Problem
-from sailplan_kernels.infonce.products import add_product, add_scaled_rows, prefix_dots, softplus
 from sailplan_kernels.infonce.setting import FEWEST_ROWS, cut, numbers, rows_at_once, score_budget
 from sailplan_kernels.infonce.sources import Source, some
-from sailplan_kernels.infonce.tile import Coefficients, Engine, Rule, Side
-from sailplan_kernels.infonce.vectors import Vectors, bring_home, prepare, send
+from sailplan_kernels.tiling.products import add_product, add_scaled_rows, prefix_dots, softplus
+from sailplan_kernels.tiling.tile import Coefficients, Engine, Rule, Side
+from sailplan_kernels.tiling.vectors import Vectors, bring_home, prepare, send
 
 
 def tiled_loss(problem: Problem, engine: Engine, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sailplan_kernels.exchange import Exchange, Local
-from sailplan_kernels.infonce.normalize import normalize as normalize_rows
+from sailplan_kernels.tiling.normalize import normalize as normalize_rows
 
 DEFAULT_TILE = 4096
 _NOTHING = torch.iinfo(torch.int64).min

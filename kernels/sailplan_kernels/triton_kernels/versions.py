@@ -1,7 +1,7 @@
 """Which schedules each version of Triton compiles, and in which tiles: what is chosen is chosen by version.
 
 A schedule stands here where `python -m sailplan_kernels.aot` rejects none of its configurations with that version. A version that is
-newer than all of these is taken for the newest; what it does refuse is gone around when it runs (infonce/fallback.py).
+newer than all of these is taken for the newest; what it does refuse is gone around when it runs (tiling/fallback.py).
 
 None compiles warps that are specialised over descriptors of the host in tiles of 128 rows on sm_90 from 3.7 on: the pass that halves
 such a tile among groups of warps does not halve the descriptor's block (triton-lang/triton issue 11587, open in 2026-11; 3.6 did not

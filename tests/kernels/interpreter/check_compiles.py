@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sailplan_kernels import aot
-from sailplan_kernels.infonce.fallback import is_refusal
+from sailplan_kernels.tiling.fallback import is_refusal
 from sailplan_kernels.triton_kernels import versions
 
 

@@ -12,11 +12,11 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from sailplan_kernels import infonce, sigmoid
-from sailplan_kernels.infonce import fallback
-from sailplan_kernels.infonce.engines import make_engine, triton_schedule
-from sailplan_kernels.infonce.tile import Coefficients
-from sailplan_kernels.infonce.torch_engine import TorchEngine
-from sailplan_kernels.infonce.triton_engine import TritonEngine, TritonTile
+from sailplan_kernels.tiling import fallback
+from sailplan_kernels.tiling.engines import make_engine, triton_schedule
+from sailplan_kernels.tiling.tile import Coefficients
+from sailplan_kernels.tiling.torch_engine import TorchEngine
+from sailplan_kernels.tiling.triton_engine import TritonEngine, TritonTile
 
 LAUNCH = TritonTile._launch
 REFUSALS = [

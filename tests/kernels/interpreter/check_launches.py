@@ -12,8 +12,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from sailplan_kernels import aot
-from sailplan_kernels.infonce import triton_engine
-from sailplan_kernels.infonce.tile import Coefficients, Rule, Side
+from sailplan_kernels.tiling import triton_engine
+from sailplan_kernels.tiling.tile import Coefficients, Rule, Side
 from sailplan_kernels.triton_kernels.configurations import TABLES
 
 N, M, D = 300, 501, 64

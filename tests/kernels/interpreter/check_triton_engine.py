@@ -1,7 +1,7 @@
 """The Triton engine on CPU, in the interpreter. Not collected by name: test_triton.py runs this file in a process of its own,
 with the plugin exact_interpreter.
 
-Oracle: the contract of infonce/tile.py written out in float64 with whole matrices.
+Oracle: the contract of tiling/tile.py written out in float64 with whole matrices.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sailplan_kernels import infonce, sigmoid
-from sailplan_kernels.infonce.engines import triton_schedule
-from sailplan_kernels.infonce.tile import Coefficients, Rule, Side
-from sailplan_kernels.infonce.triton_engine import TritonEngine
+from sailplan_kernels.tiling.engines import triton_schedule
+from sailplan_kernels.tiling.tile import Coefficients, Rule, Side
+from sailplan_kernels.tiling.triton_engine import TritonEngine
 from sailplan_kernels.triton_kernels.configurations import INTERPRETER_PROGRAMS
 
 torch.set_num_threads(1)

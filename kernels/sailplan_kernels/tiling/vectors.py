@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sailplan_kernels.exchange import Exchange
 from sailplan_kernels.exchange.base import Gathering, Shard, Stream
-from sailplan_kernels.infonce.normalize import inverse_norms, normalized_gradient_, operand
+from sailplan_kernels.tiling.normalize import inverse_norms, normalized_gradient_, operand
 
 JOINED = 4  # tensors that together take less than a budget's fourth are joined
 
@@ -39,14 +39,10 @@ class Layout:
         """Of this rank's rows."""
         return self.starts[self.rank]
 
-    def padded(self, x: Tensor, value: int = 0, dim: int = 0) -> Tensor:
+    def padded(self, x: Tensor, value: int = 0) -> Tensor:
         """This rank's rows, filled up to the longest rank's."""
-        missing = self.longest - x.shape[dim]
-        if not missing:
-            return x
-        shape = list(x.shape)
-        shape[dim] = missing
-        return torch.cat([x, x.new_full(shape, value)], dim)
+        missing = self.longest - len(x)
+        return torch.cat([x, x.new_full((missing, *x.shape[1:]), value)]) if missing else x
 
     def rows(self, gathered: Tensor) -> Tensor:
         """[total, ...] from [ranks * longest, ...]."""
@@ -54,15 +50,6 @@ class Layout:
             return gathered
         return torch.cat([part[:size] for part, size in zip(gathered.split(self.longest), self.sizes, strict=True)])
 
-    def columns(self, gathered: Tensor) -> Tensor:
-        """[P, total] from [ranks * P, longest]."""
-        ranks = len(self.sizes)
-        if ranks == 1:
-            return gathered
-        apart = gathered.view(ranks, -1, self.longest)
-        if not self.compact:
-            return apart.transpose(0, 1).reshape(apart.shape[1], -1)
-        return torch.cat([part[:, :size] for part, size in zip(apart, self.sizes, strict=True)], 1)
 
 
 class Vectors:
@@ -212,7 +199,7 @@ class _Sent:
         for v in vectors:
             assert v.layout is not None
             parts += [v.layout.padded(v.operand)] if exchange.whole else []
-            parts.append(v.layout.padded(v.norms, dim=1))
+            parts.append(v.layout.padded(v.norms.T))
             v.waiting = self
         self.work: Gathering | None = exchange.gather_parts([*parts, *notes])
         if not exchange.whole:
@@ -228,7 +215,7 @@ class _Sent:
             for v in self.vectors:
                 assert v.layout is not None
                 v.whole = next(parts) if self.exchange.whole else None
-                v.whole_norms = v.layout.columns(next(parts))
+                v.whole_norms = v.layout.rows(next(parts)).T.contiguous()
                 v.waiting = None
             self.notes = list(parts)
         return self.notes
@@ -255,7 +242,8 @@ def bring_home(exchange: Exchange, vectors: Sequence[Vectors], sums: Sequence[tu
             parts.append(torch.zeros(shape, dtype=v.gradients, device=v.operand.device) if whole is None else whole)
             v.whole_gradient = None
         if len(v.prefixes) > 1:
-            parts.append(_by_rank(v.norms.new_zeros(len(v.norms), v.layout.total) if v.whole_moment is None else v.whole_moment, v.layout))
+            moment = v.norms.new_zeros(len(v.norms) - 1, v.layout.total) if v.whole_moment is None else v.whole_moment[:-1]
+            parts.append(_by_rank(moment, v.layout))
     parts += [_by_rank(x, layout) for x, layout in sums]
     found = iter(exchange.reduce_scatter_parts(parts) if parts else [])
     for v in wanted:
@@ -270,20 +258,11 @@ def bring_home(exchange: Exchange, vectors: Sequence[Vectors], sums: Sequence[tu
             else:
                 v.gradient.add_(home)
         if len(v.prefixes) > 1:
-            v.moment.add_(next(found)[:, :n])
+            v.moment[:-1].add_(next(found)[:n].T)
             v.whole_moment = None
-    return [next(found)[:, : layout.sizes[layout.rank]] for _, layout in sums]
+    return [next(found)[: layout.sizes[layout.rank]].T for _, layout in sums]
 
 
 def _by_rank(x: Tensor, layout: Layout) -> Tensor:
-    """[ranks * Q, longest] from [Q, total], so that each rank's part is in one piece."""
-    ranks = len(layout.sizes)
-    if ranks == 1:
-        return x
-    if layout.compact:
-        x = torch.cat([layout_padded(part, layout.longest) for part in x.split(layout.sizes, 1)], 1)
-    return x.view(len(x), ranks, layout.longest).transpose(0, 1).reshape(ranks * len(x), layout.longest)
-
-
-def layout_padded(x: Tensor, longest: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(len(x), longest - x.shape[1])], 1)
+    """[ranks * longest, Q] from [Q, total], so that each rank's part is in one piece."""
+    return torch.cat([layout.padded(part) for part in x.T.split(layout.sizes)]) if layout.compact else x.T.contiguous()

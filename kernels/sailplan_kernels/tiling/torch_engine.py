@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sailplan_kernels.infonce.products import product, softplus_sum
-from sailplan_kernels.infonce.tile import EMPTY, Coefficients, Gradient, Rule, Side, Statistics
+from sailplan_kernels.tiling.products import product, softplus_sum
+from sailplan_kernels.tiling.tile import EMPTY, Coefficients, Gradient, Rule, Side, Statistics
 
 FLOOR = -1e30
 

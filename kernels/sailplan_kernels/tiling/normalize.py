@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sailplan_kernels.tiling.products import segments
+
 EPSILON = 1e-12
 TAME = 1e-4  # rows whose length lies between it and its inverse: their products are far from overflow and from nothing
 
@@ -74,19 +76,21 @@ def normalized_gradient_(
     """
     for start in range(0, len(gradient), at_once):
         here = slice(start, start + at_once)
-        part, x = gradient[here], operand[here]
-        square = norms[:, here].square()
-        along = torch.linalg.vecdot(x.to(part.dtype), part)
-        if moment is None or len(prefixes) == 1:
-            part.addcmul_(x, (along * square[0]).to(part.dtype)[:, None], value=-1)
-        else:
-            share = square[:-1] * moment[:-1, here]
-            coefficient = (along - moment[:-1, here].sum(0)) * square[-1]
-            for s, (first, end) in reversed(list(enumerate(pairwise((0, *prefixes))))):
-                coefficient = coefficient + share[s] if s < len(share) else coefficient
-                part[:, first:end].addcmul_(x[:, first:end], coefficient.to(part.dtype)[:, None], value=-1)
+        project_(gradient[here], operand[here], norms[:, here], prefixes, None if moment is None else moment[:, here])
         if scale is not None:
-            part.mul_(scale[here, None])
+            gradient[here].mul_(scale[here, None])
+
+
+def project_(gradient: Tensor, x: Tensor, norms: Tensor, prefixes: tuple[int, ...], moment: Tensor | None) -> Tensor:
+    """One piece of ``normalized_gradient_``, without the scale; [n] what was left along the rows when the shorter prefixes' terms were out."""
+    square, dtype = norms.square(), gradient.dtype
+    if moment is not None and len(prefixes) > 1:
+        share = segments(square[:-1] * moment[: len(prefixes) - 1]).to(dtype)
+        for weight, (first, end) in zip(share, pairwise((0, *prefixes)), strict=False):
+            gradient[:, first:end].addcmul_(x[:, first:end], weight[:, None], value=-1)
+    along = (x * gradient).sum(1)
+    gradient.addcmul_(x, (along * square[-1]).to(dtype)[:, None], value=-1)
+    return along
 
 
 def inverse_norms(x: Tensor, prefixes: tuple[int, ...], dtype: torch.dtype) -> Tensor:

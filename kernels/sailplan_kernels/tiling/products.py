@@ -18,8 +18,12 @@ def product(a: Tensor, b: Tensor, target: Tensor, before: Tensor | None) -> None
     if a.dtype == target.dtype:
         torch.mm(a, b, out=target) if before is None else torch.addmm(before, a, b, out=target)
     elif target.dtype is not torch.float64:
-        found = torch.mm(a, b, out_dtype=target.dtype)
-        target.copy_(found) if before is None else torch.add(before, found, out=target)
+        if before is None:
+            set_product(target, a, b)
+        elif _adds_in_place(a.dtype, target.dtype, target.device):
+            torch.addmm(before, a, b, out_dtype=target.dtype, out=target)
+        else:
+            torch.add(before, torch.mm(a, b, out_dtype=target.dtype), out=target)
     else:
         for rows, part in zip(target.split(WIDENED), a.split(WIDENED), strict=True):
             wide = part.to(target.dtype)
@@ -37,6 +41,16 @@ def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(target, a, b, out_dtype=target.dtype, out=target)
     else:
         target += torch.mm(a, b, out_dtype=target.dtype)
+
+
+def set_product(target: Tensor, a: Tensor, b: Tensor) -> None:
+    """target = a @ b, as ``add_product``; what it held does not matter."""
+    if a.dtype == target.dtype:
+        torch.mm(a, b, out=target)
+    elif _adds_in_place(a.dtype, target.dtype, target.device):
+        torch.addmm(target, a, b, out_dtype=target.dtype, beta=0, out=target)
+    else:
+        target.copy_(torch.mm(a, b, out_dtype=target.dtype))
 
 
 @lru_cache(maxsize=64)

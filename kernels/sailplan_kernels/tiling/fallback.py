@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import torch
 
-from sailplan_kernels.infonce.tile import Coefficients, Engine, Gradient, Rule, Side, Statistics, Tile
+from sailplan_kernels.tiling.tile import Coefficients, Engine, Gradient, Rule, Side, Statistics, Tile
 
 Found = TypeVar("Found", Statistics, Gradient)
 _log = logging.getLogger(__name__)

@@ -11,12 +11,12 @@ from contextvars import ContextVar
 
 import torch
 
-from sailplan_kernels.infonce.fallback import FallbackEngine
-from sailplan_kernels.infonce.tile import Engine
-from sailplan_kernels.infonce.torch_engine import TorchEngine
+from sailplan_kernels.tiling.fallback import FallbackEngine
+from sailplan_kernels.tiling.tile import Engine
+from sailplan_kernels.tiling.torch_engine import TorchEngine
 from sailplan_kernels.triton_kernels import versions
 
-_TRITON_ENGINE = "sailplan_kernels.infonce.triton_engine"
+_TRITON_ENGINE = "sailplan_kernels.tiling.triton_engine"
 TRITON_DEVICES = ("cuda",)  # types of device that Triton compiles for; on others its interpreter may run
 _SCHEDULE: ContextVar[str | None] = ContextVar("schedule of the Triton engine", default=None)
 

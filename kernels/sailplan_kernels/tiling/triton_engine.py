@@ -1,4 +1,4 @@
-"""The tile of scores in Triton (infonce/tile.py is the contract): scores, masks and exponentials never leave the chip.
+"""The tile of scores in Triton (tiling/tile.py is the contract): scores, masks and exponentials never leave the chip.
 
 Statistics and gradient each run the matrix product once. Only the plain tile (one prefix, rows alone, no moments) can be
 kept: its exponentials stay in the operands' dtype, relative to their row's maximum in their tile, and the gradient rescales
@@ -25,7 +25,7 @@ from torch import Tensor
 from triton import cdiv, knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sailplan_kernels.infonce.tile import Coefficients, Gradient, Rule, Side, Statistics
+from sailplan_kernels.tiling.tile import Coefficients, Gradient, Rule, Side, Statistics
 from sailplan_kernels.triton_kernels import persistent, sigmoid_tiles, tiles
 from sailplan_kernels.triton_kernels.arithmetic import OUT
 from sailplan_kernels.triton_kernels.configurations import (
