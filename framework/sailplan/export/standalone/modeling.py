@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from sailplan.data.packing import Runs, SequenceLayout
-from sailplan.data.record import OmniInputs
+from sailplan.data.packing import OmniInputs, Runs, SequenceLayout
 from sailplan.export.standalone.configuration import SailplanConfig
 from sailplan.export.standalone.items import BITS
 from sailplan.model.attention import by_length, rotated
