@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sailplan.config.schema import ViewConfig
-from sailplan.data.kinds import choose, ending_of
+from sailplan.data.kinds import Place, choose, ending_of
+from sailplan.data.names import part_of
 from sailplan.data.parse import REPLACEMENT, SURROGATE_SIGNS, decode_text
 from sailplan.data.processor import Processor
 from sailplan.data.reader import RecordReader
@@ -112,20 +113,25 @@ def _record(reader: RecordReader, position: int, processor: Processor, found: Fi
 def _members(reader: RecordReader, position: int, found: Findings) -> None:
     """Count the members that nobody reads, the endings of those that are, and texts that needed repair."""
     shard, table, row = reader.index.locate(position)
-    chosen, name = choose(table.members(row)), table.ids[row]
-    for extension in sorted({extension for extension, *_ in chosen.unread}):
+    name, parts = table.ids[row], dict[str, list[Place]]()
+    for extension, offset, size in table.members(row):
+        part, own = part_of(extension) if reader.config.kind == "pairs" else ("", extension)
+        parts.setdefault(part, []).append((own, offset, size))
+    chosen = [choose(places) for places in parts.values()]
+    for extension in sorted({extension for one in chosen for extension, *_ in one.unread}):
         found.count(f"records with a member .{extension} that nobody reads", name)
-    media = {"picture": chosen.pictures, "sound": [chosen.sound] if chosen.sound else [], "video": [chosen.video] if chosen.video else []}
-    for kind, places in media.items():
-        for extension, *_ in places:
-            _add(found.endings.setdefault(kind, {}), {ending_of(extension): 1})
-    for place in (chosen.text, chosen.json):
-        if place is None:
-            continue
+    for one in chosen:
+        media: dict[str, list[Place | None]] = {"picture": [*one.pictures], "sound": [one.sound], "video": [one.video]}
+        for kind, places in media.items():
+            for read in places:
+                if read is not None:
+                    _add(found.endings.setdefault(kind, {}), {ending_of(read[0]): 1})
+    for place in [place for one in chosen for place in (one.text, one.json) if place is not None]:
         content = reader.member(shard, place)
         text = decode_text(content)
-        halves = place is chosen.json and any(sign in content for sign in SURROGATE_SIGNS[:2]) and REPLACEMENT in str(reader.body(position))
+        is_json = place[0] == "json"
+        halves = is_json and any(sign in content for sign in SURROGATE_SIGNS[:2]) and REPLACEMENT in str(reader.body(position))
         if text.repaired or halves:
             found.count("records with a text that needed repair (bytes of no encoding, half characters)", name)
-        if place is chosen.json and (b"NaN" in content or b"Infinity" in content):
+        if is_json and (b"NaN" in content or b"Infinity" in content):
             found.count("records with a JSON value that is not finite", name, where="counted")

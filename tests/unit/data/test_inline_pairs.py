@@ -22,6 +22,7 @@ from sailplan.data.processor import processor_of
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.tar import HeldOut
 from sailplan.data.testing import WORDS, Member, json_member, png, wav, write_set
+from sailplan.data.validation import validations
 from sailplan.errors import BadDataError
 
 Make = Callable[..., Config]
@@ -63,6 +64,8 @@ def test_a_triplet_is_read_from_one_record(make_config: Make, tmp_path: Path) ->
     texts = [next(iter(item.fields.values()))["en"] for item in record.negatives]
     assert texts == [f"{WORDS[12]} one", f"{WORDS[12]} two", "three"] and [item.images for item in record.negatives] == [(), (png(207),), ()]
     assert reader.read(7, media=frozenset(), needs=["query"]).target is None
+    (found,) = validations(config, names=["triplets"], processes=1)
+    assert found.problems == [] and found.notes == [] and found.findings.endings == {"picture": {"png": 72}, "sound": {"wav": 24}}
 
 
 def test_what_such_rows_cost_is_foreseen_as_it_then_is(make_config: Make, tmp_path: Path) -> None:

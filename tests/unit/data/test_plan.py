@@ -123,3 +123,13 @@ def test_other_records_or_splits_are_another_digest(make_config: Make, tmp_path:
         config.data.sets = {"things": replace(config.data.sets["things"], shards=str(folder))}
         found.append(Plan(config, "first", StageConfig(steps=3), {"things": 1.0}, open_datasets(config)).digest(0))
     assert found[0] == found[1] and len(set(found)) == 3
+
+
+def test_the_order_of_known_data_stays_what_it_was(make_config: Make, readers: dict[str, RecordReader]) -> None:
+    """Digests of version 0.1.0: a reader that reads more must not give other ids, splits or places to what was read before."""
+    stage = StageConfig(data={"things": 1.0, "choices": 1.0, "histories": 1.0}, steps=8)
+    plan = Plan(make_config(), "one", stage, stage.data, readers)
+    assert [plan.digest(step) for step in range(4)] == ["17b631a6ded52bf4", "fbc6da961161ea9e", "f0ad97b394795f81", "18a82b0ee14ecbb1"]
+    assert {name: reader.identity for name, reader in readers.items()} == {
+        "things": "6efc6fddaf022ea8", "choices": "1b71cf93e75b818d", "graded": "80c1a6d41e2e2607", "histories": "b7d10786eb5f7b6e"
+    }  # fmt: skip
