@@ -29,6 +29,7 @@ from sailplan.runtime.files import write_whole
 Precision = Literal["float32", "float16", "int8", "binary"]
 OUTPUTS, INPUTS = (".npy", ".parquet", ".faiss"), (".jsonl", ".txt", ".parquet")
 JOB, SCALE = "job.json", "scale.json"
+HEADROOM = 1.5  # later shards have larger numbers, which would be cut
 
 
 def encode_file(
@@ -47,8 +48,8 @@ def encode_file(
     """Encode the items of `source` into `output`; return rows, dimensions and the shards that were encoded now.
 
     source: .jsonl (a text, or {"id", "text", "image", "audio"} a line; paths are relative to the file), .txt (a text a line),
-    .parquet (these columns), or a folder of pictures and sound. precision: int8 is the numbers times one scale, 127 over the largest of the
-    first shard, larger ones cut: inner products then order as cosines, and a faiss index is asked with vectors times the `scale`
+    .parquet (these columns), or a folder of pictures and sound. precision: int8 is the numbers times one scale, 127 over 1.5 times the
+    largest of the first shard, larger ones cut: inner products then order as cosines, and a faiss index is asked with vectors times the `scale`
     that is returned; binary: a bit a dimension, 1 above zero, eight a byte. identity: of the model, so that shards of another one are
     not gone on with.
 
@@ -109,7 +110,8 @@ def check_files(source: Path, output: Path) -> None:
 def _scale(parts: Path, vectors: NDArray[np.float32], number: int) -> float:
     """Return the scale of int8, which the first shard tells."""
     if number == 0:
-        write_whole(parts / SCALE, json.dumps(127.0 / max(float(np.abs(vectors).max()), 1e-12)))
+        largest = min(1.0, HEADROOM * float(np.abs(vectors).max())) or 1.0
+        write_whole(parts / SCALE, json.dumps(127.0 / largest))
     return float(json.loads((parts / SCALE).read_text(encoding="utf-8")))
 
 

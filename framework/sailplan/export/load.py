@@ -32,14 +32,14 @@ from sailplan.data.text import clean
 from sailplan.errors import ConfigurationError
 from sailplan.export.bundle import OMNI, bundle
 from sailplan.export.prompts import named_views
+from sailplan.export.published_settings import settings_in
 from sailplan.export.standalone.items import by_modality
 from sailplan.model.encoders.omni.processor import OmniProcessor
-from sailplan.model.encoders.transformers.config import PromptTemplate, TransformersConfig
+from sailplan.model.encoders.transformers.config import TransformersConfig
 
 Vectors = NDArray[np.float32]
-MODULES, ENCODER = "modules.json", "encoder."
+ENCODER = "encoder."
 FIELD = "text"
-POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last_token", "weightedmean_tokens": "weighted_mean"}
 
 
 class Model:
@@ -143,7 +143,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **settin
 
 
 def _opened(path: str, place: Path, chosen: torch.device, settings: Mapping[str, Any]) -> Model:
-    run = place if (place / "config.yaml").is_file() else next((up for up in place.parents if (up / "config.yaml").is_file()), None)
+    run = next((folder for folder in (place, *place.parents[1:2]) if (folder / "config.yaml").is_file()), None) if place.is_dir() else None
     saved = is_exported(place) or (place / "config.json").is_file()
     if not saved and run is not None:
         return _of_run(place, run, chosen)
@@ -198,7 +198,7 @@ def _published(place: str, device: torch.device, settings: Mapping[str, Any]) ->
     from sailplan.model.encoders.transformers.files import open_config, published_model
     from sailplan.model.encoders.transformers.module import TransformersEncoder, vector_size
 
-    known = _said(Path(place)) | dict(settings)
+    known = settings_in(Path(place)) | dict(settings)
     frames, longest = known.pop("frames", 1), known.pop("max_tokens", None)
     projection: Tensor | None = known.pop("projection_weight", None)
     try:
@@ -215,39 +215,6 @@ def _published(place: str, device: torch.device, settings: Mapping[str, Any]) ->
     most = longest or getattr(open_config(model).get_text_config(), "max_position_embeddings", 512)
     config = Config(model=model, data=DataConfig(max_tokens=min(int(most), 512) if longest is None else int(longest), frames=frames))
     return Model(config, encoder, {name: name for name in model.prompts}, device)
-
-
-def _said(folder: Path) -> dict[str, Any]:
-    """Return the settings that a folder of sentence-transformers holds, an exported one's own file first."""
-    own = folder / "sailplan_encoder.json"
-    found: dict[str, Any] = {}
-    if own.is_file():
-        found = json.loads(own.read_text(encoding="utf-8"))
-        found = {name: value for name, value in found.items() if name not in ("source", "embedding", "projection")}
-        found["prompts"] = {name: PromptTemplate(**template) for name, template in found["prompts"].items()}
-        if (folder / "projection.safetensors").is_file():
-            found["projection_weight"] = load_file(folder / "projection.safetensors")["weight"]
-        return found
-    if not (folder / MODULES).is_file():
-        return found
-    for module in json.loads((folder / MODULES).read_text(encoding="utf-8")):
-        kind, path = str(module["type"]).rsplit(".", 1)[-1], folder / module["path"]
-        if kind == "Pooling":
-            values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            mode = values.get("pooling_mode") or next((name for name in POOLINGS if values.get(f"pooling_mode_{name}")), "mean_tokens")
-            found["pooling"] = POOLINGS.get(mode, {"lasttoken": "last_token", "weightedmean": "weighted_mean"}.get(mode, mode))
-        elif kind == "Dense":
-            found["projection_weight"] = load_file(path / "model.safetensors")["linear.weight"]
-        elif kind not in ("Transformer", "Normalize"):
-            raise ConfigurationError(
-                f"{folder}: {MODULES} has {module['type']}: expected Transformer, Pooling, Dense and Normalize; load it with its own library"
-            )
-    if (folder / "sentence_bert_config.json").is_file():
-        found["max_tokens"] = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8")).get("max_seq_length")
-    if (folder / "config_sentence_transformers.json").is_file():
-        prompts = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8")).get("prompts") or {}
-        found["prompts"] = {name: PromptTemplate(before=text) for name, text in prompts.items()}
-    return found
 
 
 def _with(config: Config, model: EncoderConfig, weights: dict[str, Tensor], device: torch.device) -> Model:

@@ -4,6 +4,8 @@ The sequence of a row is its sound (one token), its pictures (a few tokens) and 
 pooled. The rows of a batch are packed, so a row's vector does not depend on its neighbours.
 """
 
+# A template: what it lacks or overrides comes together when `export.bundle` writes it.
+# mypy: disable-error-code="arg-type, attr-defined, override"
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,8 @@
 """A trained published model as a module of sentence-transformers, where its own modules do not say all: texts and pictures
 of a model with a tower for each, templates with text after the item's, other poolings."""
 
+# A template: what it lacks or overrides comes together when `export.bundle` writes it.
+# mypy: disable-error-code="arg-type, attr-defined, override"
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """The model as a module of sentence-transformers: text, pictures, sound, and dicts of them."""
 
+# A template: what it lacks or overrides comes together when `export.bundle` writes it.
+# mypy: disable-error-code="arg-type, attr-defined, override"
 from __future__ import annotations
 
 from itertools import permutations
