@@ -31,7 +31,7 @@ def job(pack: Path, runs: Path, **changes: Any) -> Config:
     mined = HardNegativeConfig(per_query=1, patterns={"things": ["image_to_name"]})
     common: dict[str, Any] = {"steps": 3, "data": {"things": 1.0}, "objectives": {"infonce": 1.0}, "optimizer": OptimizerConfig(warmup_steps=1)}
     config.order, config.stages = ["first", "second"], {"first": StageConfig(**common), "second": StageConfig(**common, hard_negatives=mined)}
-    config.tracking.wandb, config.step.micro_batch = "disabled", 4
+    config.loggers, config.step.micro_batch = {}, 4
     config.parallel.timeout_seconds, config.parallel.threads = LIMIT, 1
     for key, value in changes.items():
         part, _, name = key.rpartition("__")

@@ -57,6 +57,7 @@ class IndexReader(dcp.FileSystemReader):
             raise ConfigurationError(f"{file}: not the index of a checkpoint ({error}); it is not opened any further: use another checkpoint") from error
         if not isinstance(found, Metadata):
             raise ConfigurationError(f"{file}: found {type(found).__name__}, expected the index of a checkpoint: use another one")
-        if getattr(found, "storage_meta", None) is not None:
-            found.storage_meta.load_id = self.load_id
+        storage = getattr(found, "storage_meta", None)
+        if storage is not None:
+            storage.load_id = self.load_id
         return found

@@ -301,7 +301,7 @@ class _OneTiles:
             for place, x in zip(where[:3], vectors, strict=True):
                 found[place] = x
             before = found[where[3]]
-            found[where[3]] = temperature if before is None else before + temperature
+            found[where[3]] = temperature if before is None or temperature is None else before + temperature
         return found
 
 
@@ -385,7 +385,7 @@ class _Work:
             temperature = loss.temperature_gradient(next(home) if of_loss else None)
             if temperature is not None:
                 before = found[where[3]]
-                found[where[3]] = temperature if before is None else before + temperature
+                found[where[3]] = temperature if before is None or temperature is None else before + temperature
         for place, several in self.vectors.items():
             of_place = [v.gradient for v in several if v.group.gradient is not None]
             if of_place:

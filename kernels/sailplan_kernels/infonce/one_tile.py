@@ -188,7 +188,7 @@ class OneTile:
         shape, strides = ((prefixes, 2, n), (width, len(self.keys) - self.layout.start, 1)) if self.symmetric else ((prefixes, 1, n), (width, n, 1))
         of_rows = self.gap.as_strided(shape, strides, self.layout.start if self.symmetric else 0)
         found = torch.empty((prefixes + 1, *shape[1:]), dtype=self.fp, device=self.device)
-        torch._C._nn.softplus(of_rows, 1, 80, out=found[:prefixes])
+        torch._C._nn.softplus(of_rows, 1, 80, out=found[:prefixes])  # type: ignore[call-arg]
         # With both directions each weight is half of a row's, and the rows that are right count twice.
         torch.lt(self.above[-1].expand(shape[1:]), 0, out=found[prefixes])
         sums = found.mul_(self.weight).sum((1, 2))
