@@ -18,7 +18,7 @@ def on_main(parallel: Parallel, what: str, work: Callable[[], Any]) -> Any:
 
     An error of `sailplan.errors` is the same on all ranks. The others wait as long as rank 0 makes progress.
     """
-    answer, cause = "", None  # type: str, Exception | None
+    answer, cause = "", None
     if parallel.is_main:
         with phase(what, local=True):
             try:

@@ -114,8 +114,8 @@ class Watch:
         if self.flag.name is not None and not self._stop_told:
             self._stop_told = True
             board.write("stop", self.flag.name)
-        elif self.flag.name is None and (asked := board.read("stop")):
-            self.flag.name = asked
+        elif self.flag.name is None:
+            self.flag.name = board.read("stop")
         if self._failed_at is None and board.failed():
             self._failed_at = now
         if self._failed_at is not None and now - self._failed_at > FOLLOW_SECONDS and not self.leaving:
