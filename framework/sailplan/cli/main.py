@@ -13,13 +13,11 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
 from typing import NoReturn
 
 from sailplan import __version__
 from sailplan.cli import completion
-from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError
-from sailplan.runtime.leaving import end_now, first_to_say, name_lines, note_code, say
+from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError, StopRequested
 
 ABOUT = """Train, look at and export omni-modal embedding models; settings are Hydra overrides of the files in conf/.
 
@@ -200,43 +198,19 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news here
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a loss of one's own lies in the folder that one starts in
-    return run_safely(lambda: run(sys.argv[1:] if arguments is None else arguments))
-
-
-def run_safely(command: Callable[[], int]) -> int:
-    """Return a command's exit code; an error is said once in a job, and turned into its code."""
-    name_lines()
     try:
-        return _left(command())
+        return run(sys.argv[1:] if arguments is None else arguments)
     except SailplanError as error:
-        return _refused(error)
+        from sailplan.runtime.environment import is_main_by_environment
+
+        if is_main_by_environment() or not isinstance(error, StopRequested):  # a stop is the same for all ranks: told once
+            print(f"sailplan: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except KeyboardInterrupt:
-        return _left(EXIT_FAILURE)
+        return EXIT_FAILURE
     except Exception:
         traceback.print_exc()
-        return _left(EXIT_FAILURE)
-
-
-def _left(code: int) -> int:
-    note_code(code)
-    return code
-
-
-def _refused(error: SailplanError) -> int:
-    """Say an error once in a job. Of several ranks, those that it did not reach are told, so that they do not wait for this one."""
-    board = None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from sailplan.runtime.board import Board
-
-        try:
-            board = Board.of_launch(10)
-        except Exception:
-            board = None
-    if first_to_say(str(error), board):
-        say(str(error))
-    if board is not None:
-        end_now(error.exit_code, str(error), board)
-    return _left(error.exit_code)
+        return EXIT_FAILURE

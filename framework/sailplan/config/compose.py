@@ -44,9 +44,6 @@ PACKAGES = {"data": "data.sets.{name}", "objective": "objectives.{name}", "logge
 _NOT_IDENTITY = (
     ("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "empty_steps"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"),
 )  # fmt: skip
-FORMER_LANES = 8  # data.plan.STREAMS, when it was a setting
-# What may differ from node to node.
-_NODES_OWN = (("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("parallel", "threads"))
 
 
 
@@ -186,13 +183,8 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Return the typed configuration of a saved run (config.yaml, or a checkpoint's copy).
-
-    An older run's `data.lanes` was a setting: what is now fixed is read, anything else is an unknown key, as its order is another.
-    """
+    """Return the typed configuration of a saved run (config.yaml, or a checkpoint's copy)."""
     values = {key: value for key, value in values.items() if key != "tracking"}  # of runs of version 0.1.0: what `loggers` says now
-    if values.get("data", {}).get("lanes") == FORMER_LANES:
-        values = values | {"data": {key: value for key, value in values["data"].items() if key != "lanes"}}
     return typed(OmegaConf.create(values))
 
 
@@ -205,16 +197,6 @@ def identity(config: Config) -> dict[str, Any]:
     values = {name: as_dict(config)[name] for name in IDENTITY}
     for outer, inner in _NOT_IDENTITY:
         values[outer].pop(inner, None)
-    return values
-
-
-def shared_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that all ranks must have: all but the places of files and threads, which are a node's own."""
-    values = as_dict(config)
-    for outer, inner in _NODES_OWN:
-        values[outer].pop(inner, None)
-    for dataset in values["data"]["sets"].values():
-        dataset.pop("shards", None)  # what they hold is compared when they are opened
     return values
 
 

@@ -132,6 +132,7 @@ class DataConfig:
 
     root: str = "data/quickstart"
     tokenizer: str = "${data.root}/tokenizer.json"
+    lanes: Size = 8  # canonical sequential streams; a multiple of every data-parallel size in use
     segment: Size = 64  # records read in sequence by a lane
     window: Size = 512  # records shuffled together within a lane
     workers: Count = 0

@@ -29,7 +29,6 @@ from sailplan.runtime.seeds import derive
 MIXED_PARTS = 4  # sub-batches of a mixed step; equal ones are merged
 BLOCK_STEPS = 16384
 SPLIT = "train"
-STREAMS = 8  # lanes of the order, see order.py; of no matter to how many ranks there are
 
 
 class PlannedSet(Protocol):
@@ -88,7 +87,7 @@ class Plan:
 
     weights: data set -> sampling weight (need not sum to 1). sets: data set -> reader. subsets: data set -> sorted
     int64 positions to draw from instead of the split "train" (curriculum subsets). Raises ConfigurationError for
-    empty sets or negative weights.
+    empty sets, negative weights, or a global batch that does not divide by the lanes.
     """
 
     def __init__(
@@ -103,14 +102,17 @@ class Plan:
         data = config.data
         self.global_batch = stage.global_batch or config.global_batch
         for key, value in (
+            ("data.lanes", data.lanes),
             ("data.segment", data.segment),
             ("data.window", data.window),
             ("global_batch", self.global_batch),
         ):
             if value < 1:
                 raise ConfigurationError(f"{key}={value}: expected at least 1")
+        if self.global_batch % data.lanes:
+            raise ConfigurationError(f"global_batch={self.global_batch} does not divide by data.lanes={data.lanes}: use a multiple of data.lanes")
         self.steps, self.stage_name, self.seed = stage.steps, stage_name, config.seed
-        self.segment, self.window = data.segment, data.window
+        self.lanes, self.segment, self.window = data.lanes, data.segment, data.window
         self.names = sorted(name for name, weight in weights.items() if weight != 0)
         values = np.array([weights[name] for name in self.names], dtype=np.float64)
         if not self.names or (values < 0).any() or not np.isfinite(values).all():
@@ -127,8 +129,9 @@ class Plan:
         self._keys = {name: derive("order", stage_name, name) for name in self.names}
         self._draw_key, self._order_seed = derive("draw", config.seed, stage_name), derive("order", config.seed)
         self._mixed_fraction = stage.mixed_fraction
-        parts = min(MIXED_PARTS, self.global_batch)
-        self._part_rows = [self.global_batch // parts + (turn < self.global_batch % parts) for turn in range(parts)]
+        units = self.global_batch // data.lanes
+        parts = min(MIXED_PARTS, units)
+        self._part_rows = [(units // parts + (turn < units % parts)) * data.lanes for turn in range(parts)]
         self._prefix = [np.zeros(len(self.names), dtype=np.int64)]  # rows drawn per set before block b
         self.step = lru_cache(maxsize=8)(self._step)
 
@@ -138,6 +141,11 @@ class Plan:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self.step = lru_cache(maxsize=8)(self._step)
+
+    def check_ranks(self, size: int) -> None:
+        """Raises ConfigurationError unless the lanes divide by the data-parallel size."""
+        if self.lanes % size:
+            raise ConfigurationError(f"data.lanes={self.lanes} does not divide by the data-parallel size {size}: use a multiple of it")
 
     def draws(self, first_step: int, count: int) -> NDArray[np.int64]:
         """Index into `names` of each sub-batch of steps first_step ..; int64 [count, parts]; equal within unmixed steps."""
@@ -157,7 +165,7 @@ class Plan:
         for choice in dict.fromkeys(drawn.tolist()):
             name, count = self.names[choice], sum(rows for rows, other in zip(self._part_rows, drawn, strict=True) if other == choice)
             first = int(before[choice])
-            order = positions(self._keys[name], self.size(name), self._order_seed, first, count, STREAMS, self.segment, self.window)
+            order = positions(self._keys[name], self.size(name), self._order_seed, first, count, self.lanes, self.segment, self.window)
             parts.append(PlannedRows(name, first, order, partial(self._select, name)))
         return StepPlan(step, tuple(parts))
 

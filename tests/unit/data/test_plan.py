@@ -32,16 +32,16 @@ def make_plan(config: Config, readers: dict[str, RecordReader], steps: int = 100
 
 
 @pytest.mark.parametrize("mixed", [0.0, 0.5])
-def test_any_starting_point_reads_the_same_records(make_config: Make, readers: dict[str, RecordReader], mixed: float) -> None:
-    config = make_config(global_batch=24)
+def test_any_number_of_ranks_and_any_starting_point_read_the_same_records(make_config: Make, readers: dict[str, RecordReader], mixed: float) -> None:
+    config = make_config(global_batch=24, lanes=12)
     plan = make_plan(config, readers, mixed=mixed)
     wanted = {step: (plan.digest(step), [part.positions.tolist() for part in plan.step(step).parts]) for step in range(30)}
-    for _ in range(2):
+    for size in (1, 2, 3, 4, 6):
         other = make_plan(config, readers, mixed=mixed)
         for step in (29, 3, 17, 0):  # in any order: nothing is remembered
             assert other.digest(step) == wanted[step][0]
             for part, positions in zip(other.step(step).parts, wanted[step][1], strict=True):
-                assert part.positions.tolist() == positions
+                assert part.positions.tolist() == positions and len(positions) % size == 0, "equal rows on all ranks"
 
 
 @pytest.mark.parametrize("mixed", [0.0, 0.3])
@@ -105,6 +105,10 @@ def test_a_pickled_plan_goes_on_equally(make_config: Make, readers: dict[str, Re
 
 def test_impossible_plans_are_refused_in_one_line(make_config: Make, readers: dict[str, RecordReader]) -> None:
     stage = StageConfig(steps=2)
+    with pytest.raises(ConfigurationError, match=r"global_batch=18 .*data\.lanes=4"):
+        Plan(make_config(global_batch=18), "s", stage, {"things": 1.0}, readers)
+    with pytest.raises(ConfigurationError, match=r"data\.lanes=4 .*data-parallel size 3"):
+        make_plan(make_config(), readers).check_ranks(3)
     with pytest.raises(ConfigurationError, match="weights"):
         Plan(make_config(), "s", stage, {"things": -1.0}, readers)
     with pytest.raises(ConfigurationError, match="no record"):

@@ -98,7 +98,7 @@ def test_costs_of_histories_and_negatives_are_foreseen(make_config: Make, tmp_pa
 
 
 def quickstart(*overrides: str) -> Config:
-    return compose(["experiment=quickstart", "global_batch=2048", *overrides])
+    return compose(["experiment=quickstart", "data.lanes=64", "global_batch=2048", *overrides])
 
 
 def texts_alone(config: Config, name: str) -> Config:
