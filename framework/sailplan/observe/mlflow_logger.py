@@ -1,6 +1,6 @@
 """The run's numbers in MLflow: one MLflow run for each run folder, continued by a resume.
 
-The tracking server is MLflow's own setting (`MLFLOW_TRACKING_URI`, or `uri` here); without one it is a folder `mlruns`.
+The tracking server is MLflow's own setting (`MLFLOW_TRACKING_URI`), or `uri` here.
 """
 
 from __future__ import annotations
