@@ -192,7 +192,7 @@ def _cut(checkpoint: Path) -> None:
 
 
 def test_records_that_end_a_run_are_in_its_quarantine(project: Path, tmp_path: Path) -> None:
-    write_tar(tmp_path / "bad.tar", [(f"{n}.json", json.dumps({"text": "a shoe", "item": "nowhere"}).encode()) for n in range(20)])
+    write_tar(tmp_path / "bad.tar", [(f"{n}.json", json.dumps({"text": "a shoe", "item": "nowhere" if n else "plain/001"}).encode()) for n in range(20)])
     settings = (f"runs={tmp_path}", f"data.sets.shoe_pairs.shards={tmp_path}/bad.tar", "+stages.warm.data.shoe_pairs=1000")
     code, _, err = command(project, "train", "experiment=shoes", *settings)
     assert code == 65 and "item nowhere is not in the catalogue" in err, err
