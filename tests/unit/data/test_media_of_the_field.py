@@ -124,7 +124,7 @@ def test_every_container_of_libsndfile_is_heard_and_half_of_it_is_not(kind: str,
     tone = 0.3 * np.sin(np.arange(16000) * 2 * np.pi * 440 / 16000)
     file = io.BytesIO()
     soundfile.write(file, tone, 16000, format=kind, subtype=subtype)
-    samples = audio.decode(file.getvalue(), 8000)
+    samples = audio.decode(file.getvalue(), 8000, video.sound)
     assert abs(len(samples) - 8000) < 600 and np.isfinite(samples).all() and 0.15 < samples[1000:7000].std() < 0.26
     if kind not in ("VOC", "NIST"):  # their headers do not tell how long they are
         with pytest.raises(ValueError, match="audio"):
@@ -138,14 +138,14 @@ def test_samples_that_are_no_sound_are_value_errors(value: float, subtype: str) 
     file = io.BytesIO()
     soundfile.write(file, samples, 8000, format="WAV", subtype=subtype)
     with pytest.raises(ValueError, match="not finite, or larger than any sound's"):
-        audio.decode(file.getvalue(), 8000)
+        audio.decode(file.getvalue(), 8000, video.sound)
 
 
 def test_floating_samples_of_whole_numbers_are_a_sound_and_a_pipe_tells_no_length() -> None:
     file = io.BytesIO()
     soundfile.write(file, np.sin(np.arange(8000)) * 2**31, 8000, format="WAV", subtype="FLOAT")
-    assert torch.from_numpy(audio.decode(file.getvalue(), 8000)).isfinite().all()
-    assert audio.log_mel(audio.chunks(audio.decode(file.getvalue(), 8000), 8000, 1), 8000, 16).isfinite().all()
+    assert torch.from_numpy(audio.decode(file.getvalue(), 8000, video.sound)).isfinite().all()
+    assert audio.log_mel(audio.chunks(audio.decode(file.getvalue(), 8000, video.sound), 8000, 1), 8000, 16).isfinite().all()
     piped = bytearray(wav(1))
     piped[4:8] = piped[40:44] = b"\xff" * 4
     assert np.array_equal(audio.decode(bytes(piped), 8000), audio.decode(wav(1), 8000))
@@ -219,10 +219,10 @@ def test_sound_of_a_container_that_libsndfile_does_not_read() -> None:
                 frame.rate, frame.pts = 16000, start
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
-        samples = audio.decode(file.getvalue(), 8000)
+        samples = audio.decode(file.getvalue(), 8000, video.sound)
         assert abs(len(samples) - 8000) < 1500 and 0.15 < samples[1500:7000].std() < 0.26, kind
     with pytest.raises(ValueError, match="no sound in it"):
-        audio.decode(film(4), 8000)
+        audio.decode(film(4), 8000, video.sound)
 
 
 def test_no_ending_is_of_two_kinds() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sailplan.checkpoint.store import folder_of, save
 from sailplan.cli.testing import command
+from sailplan.config.schema import StageConfig
 from sailplan.curriculum.testing import write_pack
 from sailplan.model.testing import join_layout
 from sailplan.train.assemble import assemble
@@ -20,7 +21,9 @@ def test_commands_read_only_what_they_work_on(tmp_path: Path) -> None:
     """Embed and evaluate open the sets that they are asked for; both exports none, not even the tokenizer's folder."""
     config = write_pack(tmp_path / "data")
     config.evaluation.tasks = {"names": dataclasses.replace(config.evaluation.tasks["names"], metrics=["recall"])}
-    config.evaluation.benchmark = []
+    config.evaluation.benchmark, config.data.mel_bins = [], config.model.audio.mel_bins
+    config.objectives = {"infonce": {"_target_": "sailplan.objective.infonce.InfoNCE"}}
+    config.order, config.stages = ["one"], {"one": StageConfig(steps=7, data={"things": 1.0}, objectives={"infonce": 1.0})}
     folder = RunFolder(tmp_path / "run")
     folder.write_config(config)
 
