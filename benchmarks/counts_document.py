@@ -27,7 +27,7 @@ def counted(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Before and after in one table."""
     lines = [
         f"Rank 0 of two, counted on the stand-in device: before at {before['commit']} ({before['date']}), after at {after['commit']} "
-        f"({after['date']}), losses at {after.get('losses_commit', after['commit'])}, torch {after['torch']}. Where one number stands, nothing changed.",
+        f"({after['date']}), torch {after['torch']}. Where one number stands, nothing changed.",
         "",
         "| what | " + " | ".join(title for _, title in COLUMNS) + " |",
         "|---|" + "---|" * len(COLUMNS),
