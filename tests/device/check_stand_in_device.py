@@ -109,7 +109,7 @@ def test_steps_of_two_ranks_with_all_losses(tensor_parallel):
         with stand_in_device():
             return three_steps(there) == [pytest.approx(pair, rel=1e-4) for pair in expected]
 
-    assert run_ranks(work, 2, timeout=120) == [True, True]
+    assert run_ranks(work, 2, timeout=300) == [True, True]
 
 
 def test_a_step_waits_for_its_device_once():
@@ -126,7 +126,7 @@ def test_a_step_waits_for_its_device_once():
                 result = step.run(batches, steps.WEIGHTS, step=1, stage="one", wishes=lambda: [rank == 1, False])
         return dict(traffic.waits), result.wishes, set(result.temperatures)
 
-    for waits, wishes, temperatures in run_ranks(work, 2, timeout=120):
+    for waits, wishes, temperatures in run_ranks(work, 2, timeout=300):
         assert waits == {"_to_copy down": 1}, waits
         assert wishes == [True, False] and "items/name_to_item" in temperatures
 
@@ -150,7 +150,7 @@ def test_two_micro_batches_at_most_are_on_the_device(kept_graphs):
         pairs = max(sum(passes[place : place + 2]) for place in range(len(passes)))
         return traffic.most_alive, pairs, traffic.uploaded, sum(passes)
 
-    for most, pairs, uploaded, expected in run_ranks(work, 2, timeout=120):
+    for most, pairs, uploaded, expected in run_ranks(work, 2, timeout=300):
         assert 0 < most <= pairs and uploaded == expected
 
 
