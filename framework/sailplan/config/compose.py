@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sailplan.config.components import build, fill, schema_of
 from sailplan.config.encoders import chosen
 from sailplan.config.overrides import apply, explain_value, is_value, nearest, parse
-from sailplan.config.schema import Config
+from sailplan.config.schema import Config, TrackingConfig
 from sailplan.config.words import plain_words
 from sailplan.errors import ConfigurationError
 
@@ -175,7 +175,9 @@ def typed(raw: DictConfig) -> Config:
         raise ConfigurationError(explain_value(error, model=settings)) from error
     assert isinstance(values, dict)
     found = {str(key): value for key, value in values.items()} | {"model": fill(settings, values["model"])}
-    return build(Config, found | {"order": found["order"] or list(found["stages"])})
+    config = build(Config, found | {"order": found["order"] or list(found["stages"])})
+    config.loggers, config.tracking = config.tracking.carried_over(config.loggers), TrackingConfig()
+    return config
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -184,7 +186,6 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> Config:
     """Return the typed configuration of a saved run (config.yaml, or a checkpoint's copy)."""
-    values = {key: value for key, value in values.items() if key != "tracking"}  # of runs of version 0.1.0: what `loggers` says now
     return typed(OmegaConf.create(values))
 
 

@@ -24,6 +24,7 @@ from sailplan.model.config import (
     VisionConfig,
     WeightsConfig,
 )
+from sailplan.observe.config import TrackingConfig
 from sailplan.runtime.config import ParallelConfig
 from sailplan.step.config import OptimizerConfig, StepConfig
 
@@ -49,6 +50,7 @@ __all__ = [
     "StepConfig",
     "SubsetConfig",
     "SwinShape",
+    "TrackingConfig",
     "TransformerShape",
     "ViewConfig",
     "VisionConfig",
@@ -78,6 +80,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     loggers: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {_target_: class, options}
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # of version 0.1.0; carried over to loggers
 
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for a run that has no folder, or takes nothing from where it starts."""

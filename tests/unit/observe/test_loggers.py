@@ -70,6 +70,14 @@ def test_every_logger_of_ours_composes_and_a_list_takes_one_more() -> None:
     assert compose(["experiment=quickstart", "logger=[console]"]).loggers.keys() == {"console"}
 
 
+def test_settings_of_the_former_version_are_carried_over() -> None:
+    config = compose(["experiment=quickstart", "tracking.wandb=online", "tracking.log_every=3", "tracking.project=mine"])
+    assert config.loggers["wandb"].items() >= {"mode": "online", "project": "mine", "every": 3}.items() and config.loggers["console"]["every"] == 3
+    assert "wandb" not in compose(["experiment=quickstart", "tracking.wandb=disabled"]).loggers
+    with pytest.raises(ConfigurationError, match=r"tracking\.wandb=no: expected one of offline, online, disabled"):
+        compose(["experiment=quickstart", "tracking.wandb='no'"])
+
+
 def test_tensorboard_shows_values_and_hides_steps_that_are_done_again(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
