@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from traffic import Traffic
 
 from sailplan.cli.main import main
+from sailplan.data.config import PatternKey
 from sailplan.data.packing import OmniInputs, pack
 from sailplan.data.record import StepBatch
 from sailplan.model.parallelize import shard
@@ -115,7 +116,7 @@ def test_steps_of_two_ranks_with_all_losses(tensor_parallel):
 def test_a_step_waits_for_its_device_once():
     """Whatever number of metrics, temperatures, wishes, data sets and micro-batches it has; the losses and the encoder have counts of their own."""
 
-    def work(rank: int, world_size: int) -> tuple[dict[str, int], list[bool], set[str]]:
+    def work(rank: int, world_size: int) -> tuple[dict[str, int], list[bool], set[PatternKey]]:
         there = dataclasses.replace(join_layout(1), device=DEVICE)
         for group in {dist.distributed_c10d._get_default_group(), there.data_parallel_group}:
             serve(group)
@@ -128,7 +129,7 @@ def test_a_step_waits_for_its_device_once():
 
     for waits, wishes, temperatures in run_ranks(work, 2, timeout=300):
         assert waits == {"_to_copy down": 1}, waits
-        assert wishes == [True, False] and "items/name_to_item" in temperatures
+        assert wishes == [True, False] and PatternKey("items", "name_to_item") in temperatures
 
 
 @pytest.mark.parametrize("kept_graphs", [0, 1])

@@ -58,7 +58,7 @@ def test_the_plan_counts_the_sound_of_views_that_have_it():
     def activations(*overrides: str) -> int:
         return describe(compose(["experiment=quickstart", "audio=clap", *overrides]), 1)["memory_bytes"]["activations"]
 
-    silent = activations("data.sets.prompts.views.speech.modalities=[text]", "+data.sets.prompts.views.speech.fields=[title]", "data.audio_chunks=4")
+    silent = activations("data.sets.prompts.views.speech.modalities=[text]", "+data.sets.prompts.views.speech.fields=[asr]", "data.audio_chunks=4")
     assert activations("data.audio_chunks=4") > 3 * activations() > 9 * silent
 
 

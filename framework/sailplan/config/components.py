@@ -125,6 +125,8 @@ def _check(hint: Any, value: Any, path: str, ranges: tuple[Range, ...] = (), wor
         allowed = tuple(word for option in arguments if get_origin(option) is Literal for word in get_args(option))
         if value not in allowed:
             rest = [option for option in arguments if option is not types.NoneType and get_origin(option) is not Literal]
+            if not rest:
+                raise ConfigurationError(f"{path}={value}: expected one of {', '.join(map(str, allowed))}")
             _check(rest[0], value, path, ranges, allowed)
     elif origin is Literal:
         if value not in arguments:
