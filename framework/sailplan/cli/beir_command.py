@@ -16,7 +16,7 @@ ROLES = {"query": ("query",), "document": ("document", "passage", "corpus")}  # 
 def run(options: argparse.Namespace) -> int:
     from sailplan.evaluate.beir import evaluate_beir
     from sailplan.evaluate.beir_files import check_folder
-    from sailplan.export.load import Model, load
+    from sailplan.export.load import Model, Vectors, load
     from sailplan.runtime.config import ParallelConfig
     from sailplan.runtime.process import started
 
@@ -34,21 +34,21 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.data)
     check_folder(folder, options.split)
 
-    def encoding(model: Model, role: str) -> tuple[partial[object], str]:
+    def encoding(model: Model, role: str) -> tuple[partial[Vectors], str]:
         view, prompt = getattr(options, f"{role}_view"), getattr(options, f"{role}_prompt")
         if view is not None and prompt is not None:
             raise ConfigurationError(f"--{role}-prompt {prompt}: found --{role}-view beside it, expected one of the two")
         if view is None and prompt is None:
             view = next((name for name in ROLES[role] if name in model.prompts), None)
-        said = model.prompts.get(view, view) if view is not None else prompt or ""
+        said = str(model.prompts.get(view, view)) if view is not None else prompt or ""
         return partial(model.encode, view=view, prompt=prompt, dimension=options.dimension, batch_size=options.batch), said
 
     with started(ParallelConfig()) as parallel:
         model = load(options.model, device=parallel.device)
         (queries, asked), (documents, told) = (encoding(model, role) for role in ROLES)
         found = evaluate_beir(
-            queries,  # type: ignore[arg-type]
-            documents,  # type: ignore[arg-type]
+            queries,
+            documents,
             folder,
             parallel=parallel,
             split=options.split,
