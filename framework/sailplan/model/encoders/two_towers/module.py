@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+from sailplan.data.config import Modality
 from sailplan.data.record import NamedInputs
 from sailplan.model.encoders.transformers.module import LORA, TransformersEncoder, mean_of_units
 from sailplan.model.encoders.two_towers.config import TOWERS, TwoTowersConfig
@@ -21,7 +22,7 @@ from sailplan.model.protocol import Embeddings, Encoder, reach_backward
 class TwoTowers(Encoder):
     """Vectors are float32 (float64 in a float64 model), not normalised. models: modality -> transformers' model."""
 
-    def __init__(self, settings: TwoTowersConfig, models: Mapping[str, nn.Module], *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, settings: TwoTowersConfig, models: Mapping[Modality, nn.Module], *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.settings, self.modalities, self.dimension = settings, TOWERS, settings.embedding
         self.towers = nn.ModuleDict({name: TransformersEncoder(settings.tower(name), models[name], dtype=dtype) for name in TOWERS})
