@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2] / "kernels"
 PACKAGE = "sailplan_kernels"
 # Rooms from low to high; a room imports from lower rooms and from itself. Files beside the rooms are above all of them.
-ROOMS = ("exchange", "triton_kernels", "tiling", "infonce", "sigmoid", "topk")
+ROOMS = ("arguments", "exchange", "triton_kernels", "tiling", "infonce", "sigmoid", "topk")
 
 
 def modules() -> dict[str, Path]:

@@ -40,8 +40,8 @@ class Columns:
         told = [self.positives.whole_cosine.T, problem.row_valid[:, None].to(setting.fp)]
         if not setting.one_temperature:
             told.append(setting.inverse[:, None])
-        if isinstance(problem.max_negative_score, Tensor):
-            told.append(problem.max_negative_score[:, None])
+        if isinstance(problem.max_cosine, Tensor):
+            told.append(problem.max_cosine[:, None])
         layout = self.rows_layout
         together = [layout.padded(torch.cat(told, 1))]
         return together if problem.diagonal else [*together, layout.padded(problem.positive + setting.keys.layout.start)]
@@ -53,7 +53,7 @@ class Columns:
         if isinstance(positives.pairs, PairList):
             self.key, self.cosine = positives.pairs.keys, positives.cosine
             self.weight, inverse = positives.weight, positives.pairs.of_rows(positives.inverse)
-            highest = problem.max_negative_score
+            highest = problem.max_cosine
             highest = positives.pairs.of_rows(highest[setting.share]) if isinstance(highest, Tensor) else highest
             self.own, self.in_place = slice(None), False
         else:
@@ -61,7 +61,7 @@ class Columns:
             self.cosine, counted, more = told[:prefixes], told[prefixes], list(told[prefixes + 1 :])
             self.weight = counted * positives.of_row
             inverse = setting.inverse if setting.one_temperature else more.pop(0)
-            highest = more.pop(0) if more else problem.max_negative_score
+            highest = more.pop(0) if more else problem.max_cosine
             start = layout.start + setting.share.start
             self.own = slice(start, start + setting.rows)
             # Row i of every rank is its key i's, and no other's: pairs and columns are the same list.
@@ -92,7 +92,7 @@ class Columns:
         return self.setting.keys.layout.total
 
     def _limits(self, highest: float | Tensor | None) -> Tensor | None:
-        """[P, C]: where several rows share a key, its margins start from its best positive, and it has the lowest max_negative_score."""
+        """[P, C]: where several rows share a key, its margins start from its best positive, and it has the lowest max_cosine."""
         options = self.setting.options
         if not options.filters:
             return None

@@ -70,7 +70,7 @@ def negatives(anchor_tags: Tensor, candidates: Candidates, tags_in_use: tuple[in
 def limits(positive: Tensor, highest: float | Tensor | None, options: InfoNCEOptions) -> Tensor | None:
     """Cosines [P, n] above which a pair is no negative of its anchor; None: there is no limit.
 
-    positive [P, n]: the anchors' own cosines; highest: their max_negative_score, [n] or one for all, which a negative must stay below.
+    positive [P, n]: the anchors' own cosines; highest: their max_cosine, [n] or one for all, which a negative must stay below.
     """
     if not options.filters:
         return None

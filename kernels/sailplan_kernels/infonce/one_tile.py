@@ -47,14 +47,14 @@ def fits(problem: Problem, engine: Engine, budget: int) -> bool:
         and not (options.query_negatives or options.key_negatives or options.shared_hard_negatives)
         and options.margin_absolute is None
         and options.margin_relative is None
-        and options.max_negative_score is not True
+        and options.max_cosine is not True
     )
     n, prefixes = len(problem.raw_queries), len(options.prefixes)
     if not known or not n:
         return False
     size, width, partners = problem.score_dtype.itemsize, problem.raw_queries.shape[1], 1 + problem.raw_hard.shape[1]
     columns = max(problem.key_sizes) * exchange.world_size + partners
-    tile = n * columns * ((3 if options.symmetric else 2) * prefixes * size + (1 if options.max_negative_score is None else prefixes))
+    tile = n * columns * ((3 if options.symmetric else 2) * prefixes * size + (1 if options.max_cosine is None else prefixes))
     return tile + 3 * n * partners * width * size + (n * (1 + partners) + len(problem.raw_keys)) * width * size <= budget
 
 
@@ -151,7 +151,7 @@ class OneTile:
         for p, end in enumerate(self.prefixes):
             product(self.x[:n, start:end], columns[start:end], of_keys[p], None if p == 0 else of_keys[p - 1])
             start = end
-        highest = self.options.max_negative_score
+        highest = self.options.max_cosine
         self.row_scale = (self.row_norms / self.temperature).T[:, :, None]
         of_keys.mul_(self.key_norms.T[:, None]).mul_(self.row_scale if highest is None else self.row_norms.T[:, :, None])
         own, of_own = self.cosine.permute(2, 0, 1), logits[:, :, count:]

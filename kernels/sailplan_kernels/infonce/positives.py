@@ -86,7 +86,7 @@ class Positives:
     def _anchor(self, vectors: Tensor | None = None) -> None:
         """The queries, whose margins start from their best positives, and with key negatives the positives, [E, D] one a pair."""
         setting, problem, options, needs = self.setting, self.setting.problem, self.setting.options, self.setting.needs
-        highest = problem.max_negative_score
+        highest = problem.max_cosine
         best = self.pairs.best(self.cosine)
         side = Side(
             vectors=setting.queries.operand[setting.share],

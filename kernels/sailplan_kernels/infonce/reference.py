@@ -85,7 +85,7 @@ def column_limits(problem: GatheredProblem, cosine: Tensor, highest_of) -> Tenso
     """[P, all keys] ``limits`` of the columns, from the pairs' ``cosine`` [P, E].
 
     Where several rows, of any rank, share a key, its margins start from its best positive, and it has the lowest
-    max_negative_score. ``highest_of`` takes the maximum over all who hold rows.
+    max_cosine. ``highest_of`` takes the maximum over all who hold rows.
     """
     pairs, options = problem.pairs, problem.options
     if not options.filters:
@@ -94,7 +94,7 @@ def column_limits(problem: GatheredProblem, cosine: Tensor, highest_of) -> Tenso
     if problem.row_highest is not None:
         below = problem.row_highest[pairs.rows][None]
     found = highest_of(best_at(pairs.keys, torch.cat([cosine, -below]), sum(problem.key_sizes)))
-    return limits(found[:-1], -found[-1] if problem.max_negative_score is not None else None, options)
+    return limits(found[:-1], -found[-1] if problem.max_cosine is not None else None, options)
 
 
 def _column_inverse_temperature(problem: GatheredProblem) -> Tensor:

@@ -11,7 +11,7 @@ from check_triton_engine import log_of, problem
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from sailplan_kernels import infonce, sigmoid
+from sailplan_kernels import LossOptions, infonce, sigmoid
 from sailplan_kernels.tiling import fallback
 from sailplan_kernels.tiling.engines import make_engine, triton_schedule
 from sailplan_kernels.tiling.tile import Coefficients
@@ -113,7 +113,7 @@ def test_statistics_of_one_engine_and_the_gradient_of_another_fit_together(compi
 def test_a_loss_without_a_kernel_is_torchs_and_says_so(compiler, loss, kernels, ran):
     def step(backend):
         leaves = [x.clone().requires_grad_() for x in torch.randn(2, 70, 64, generator=torch.Generator().manual_seed(2))]
-        out = loss(*leaves, 0.05, **({"bias": -2.0} if loss is sigmoid else {}), prefixes=(32, 64), backend=backend, memory_budget=20_000)
+        out = loss(*leaves, 0.05, **({"bias": -2.0} if loss is sigmoid else {}), prefixes=(32, 64), options=LossOptions(backend=backend, memory_budget=20_000))
         out.loss.backward()
         return out.backend, out.loss.detach(), *(x.grad for x in leaves)
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sailplan_kernels import infonce, sigmoid
+from sailplan_kernels.testing import grouped
 from sailplan_kernels.tiling.engines import triton_schedule
 from sailplan_kernels.tiling.tile import Coefficients, Rule, Side
 from sailplan_kernels.tiling.triton_engine import TritonEngine
@@ -345,7 +346,7 @@ def test_the_loss_through_the_engine(options):
     for backend in ("chunked", "triton"):
         queries, keys = start.clone().requires_grad_().unbind(0)
         queries.retain_grad(), keys.retain_grad()
-        out = infonce(queries, keys, 0.05, backend=backend, **options)
+        out = infonce(queries, keys, 0.05, **grouped(options | {"backend": backend}))
         assert out.backend == backend
         out.loss.backward()
         found.append((out.loss.detach(), queries.grad, keys.grad))
@@ -361,7 +362,7 @@ def test_the_loss_by_both_schedules():
         for schedule in ("auto", "tiles"):
             queries, keys = (x.clone().requires_grad_() for x in start)
             with triton_schedule(schedule):
-                out = infonce(queries, keys, 0.05, backend="triton", **options)
+                out = infonce(queries, keys, 0.05, **grouped(options | {"backend": "triton"}))
             out.loss.backward()
             found.append((out.loss.detach(), queries.grad, keys.grad))
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -375,11 +376,11 @@ def test_the_sigmoid_loss_through_the_engine(options):
     found = []
     for backend in ("reference", "triton"):
         leaves = [x.clone().requires_grad_() for x in (*start, torch.tensor(0.1), torch.tensor(-2.0))]
-        out = sigmoid(*leaves, backend=backend, **options)
+        out = sigmoid(*leaves, **grouped(options | {"backend": backend}))
         assert out.backend == backend
         out.loss.backward()
         with torch.no_grad():
-            value = sigmoid(*leaves, backend=backend, **options).loss
+            value = sigmoid(*leaves, **grouped(options | {"backend": backend})).loss
         found.append((out.loss.detach(), value, out.prefix_losses, out.positive_score, *(x.grad for x in leaves)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
