@@ -71,7 +71,7 @@ def test_rooms_import_only_lower_rooms() -> None:
 
 def test_every_folder_is_a_room() -> None:
     folders = {path.name for path in (ROOT / PACKAGE).iterdir() if (path / "__init__.py").is_file()}
-    assert folders == set(ROOMS)
+    assert folders == set(ROOMS) - {"arguments"}  # a module
 
 
 def test_the_reader_sees_all_forms() -> None:

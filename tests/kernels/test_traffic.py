@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sailplan_kernels import LossOptions, infonce
-from sailplan_kernels.infonce.rounds import tile_sides
+from sailplan_kernels.infonce.exchange_schedule import tile_sides
 from sailplan_kernels.tiling.products import add_product
 
 aten = torch.ops.aten

@@ -22,11 +22,11 @@ from torch import Tensor
 from sailplan_kernels.arguments import LossOptions, Masks, Negatives, PositiveIds, Prefixes
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
+from sailplan_kernels.infonce.forward_context import numbers
 from sailplan_kernels.infonce.fused import Found, fused_losses
+from sailplan_kernels.infonce.loss_inputs import LossInputs, build_inputs, gathered
 from sailplan_kernels.infonce.options import InfoNCEOptions
-from sailplan_kernels.infonce.problem import Problem, build_problem, gathered
 from sailplan_kernels.infonce.reference import reference_loss
-from sailplan_kernels.infonce.setting import numbers
 from sailplan_kernels.tiling.engines import make_engine
 
 
@@ -105,37 +105,37 @@ def infonce_sum(
         outputs: dict[int, InfoNCEOutput] = {}
         for chosen in dict.fromkeys(name for _, name in made):
             mine = [i for i, (_, name) in enumerate(made) if name == chosen]
-            problems, factors = [made[i][0] for i in mine], [weights[i] for i in mine]
+            all_inputs, factors = [made[i][0] for i in mine], [weights[i] for i in mine]
             if chosen == "reference":
-                part, found = _reference_losses(problems, factors)
+                part, found = _reference_losses(all_inputs, factors)
             else:
                 engine = make_engine(chosen)
-                part, found = fused_losses(problems, engine, factors)
+                part, found = fused_losses(all_inputs, engine, factors)
                 chosen = engine.name
-            dtype = torch.promote_types(torch.float32, problems[0].gradient_dtype)
+            dtype = torch.promote_types(torch.float32, all_inputs[0].gradient_dtype)
             total = part.to(dtype) if total is None else total + part.to(dtype)
             known = part.detach() if len(calls) == 1 and weights[0] == 1 else None
-            outputs |= {i: _output(problem, known, *one, chosen) for i, problem, one in zip(mine, problems, found, strict=True)}
+            outputs |= {i: _output(inputs, known, *one, chosen) for i, inputs, one in zip(mine, all_inputs, found, strict=True)}
     assert total is not None
     return total, [outputs[i] for i in range(len(calls))]
 
 
-def _reference_losses(problems: Sequence[Problem], weights: Sequence[float]) -> tuple[Tensor, list[Found]]:
+def _reference_losses(all_inputs: Sequence[LossInputs], weights: Sequence[float]) -> tuple[Tensor, list[Found]]:
     totals, found = [], []
-    for problem, weight in zip(problems, weights, strict=True):
-        whole = gathered(problem)
+    for inputs, weight in zip(all_inputs, weights, strict=True):
+        whole = gathered(inputs)
         loss, losses, score, correct = reference_loss(whole)
         totals.append(weight * loss)
-        accuracy = correct.sum() * problem.exchange.world_size / whole.valid_rows.clamp_min(1).to(score.dtype)
+        accuracy = correct.sum() * inputs.exchange.world_size / whole.valid_rows.clamp_min(1).to(score.dtype)
         found.append((losses, score.detach().where(whole.row_valid, 0.0), accuracy, whole.valid_rows))
     return torch.stack(totals).sum(), found
 
 
 def _output(
-    problem: Problem, loss: Tensor | None, losses: Tensor, score: Tensor, accuracy: Tensor, valid_rows: Tensor, backend: str
+    inputs: LossInputs, loss: Tensor | None, losses: Tensor, score: Tensor, accuracy: Tensor, valid_rows: Tensor, backend: str
 ) -> InfoNCEOutput:
     """loss: the weighted sum of ``losses``, where it is known already."""
-    dtype, options = problem.gradient_dtype, problem.options
+    dtype, options = inputs.gradient_dtype, inputs.options
     if loss is None:
         loss = losses.sum() if all(w == 1 for w in options.prefix_weights) else (losses * numbers(options.prefix_weights, losses.dtype, losses.device)).sum()
     return InfoNCEOutput(loss.to(dtype), losses.to(dtype), valid_rows, score.to(dtype), accuracy.to(dtype), backend)
@@ -154,7 +154,7 @@ def _problem(
     symmetric: bool = False,
     prefixes: Prefixes | None = None,
     options: LossOptions | None = None,
-) -> tuple[Problem, str]:
+) -> tuple[LossInputs, str]:
     """A call's problem, checked, and the backend that will run."""
     negatives, masks, options = negatives or Negatives(), masks or Masks(), options or LossOptions()
     checks.check_embeddings(queries, keys, negatives.hard)
@@ -163,7 +163,7 @@ def _problem(
     checks.check_log_probability(key_log_probability, len(keys), queries.device)
     checks.check_negatives(negatives, len(queries), queries.device)
     kind = InfoNCEOptions.checked(queries.shape[1], prefixes, options.memory_budget, negatives, symmetric)
-    problem = build_problem(
+    inputs = build_inputs(
         queries,
         keys,
         temperature,
@@ -177,4 +177,4 @@ def _problem(
         score_dtype=options.score_dtype,
         sizes=options.sizes,
     )
-    return problem, chosen
+    return inputs, chosen

@@ -59,12 +59,12 @@ def own_keys(n: int, count: int, start: int, device: torch.device) -> Tensor:
 
 def negatives(anchor_tags: Tensor, candidates: Candidates, tags_in_use: tuple[int, ...]) -> Tensor:
     """bool [A, C]: candidate c is a negative of anchor a (by identity; scores are looked at elsewhere)."""
-    keep = candidates.valid.unsqueeze(0).expand(len(anchor_tags), -1).clone()
+    cached = candidates.valid.unsqueeze(0).expand(len(anchor_tags), -1).clone()
     for column in tags_in_use:
         mine = anchor_tags[:, column, None]
         same = candidates.tags[None, :, column] == mine
-        keep &= same.logical_and_(mine >= 0).logical_not_()
-    return keep
+        cached &= same.logical_and_(mine >= 0).logical_not_()
+    return cached
 
 
 def limits(positive: Tensor, highest: float | Tensor | None, options: InfoNCEOptions) -> Tensor | None:

@@ -19,7 +19,7 @@ class InfoNCEOptions:
 
     The three filters apply to every negative, hard ones included; a negative must pass all that are set:
     cosine < max_cosine, cosine <= positive + margin_absolute, cosine <= margin_relative * positive.
-    max_cosine is a number for all rows, or True where each row has one of its own (a tensor, in Problem).
+    max_cosine is a number for all rows, or True where each row has one of its own (a tensor, in LossInputs).
     """
 
     max_cosine: float | bool | None = None

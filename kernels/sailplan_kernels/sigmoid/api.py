@@ -15,8 +15,8 @@ from torch import Tensor
 from sailplan_kernels.arguments import LossOptions, Masks, Negatives, Prefixes
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
+from sailplan_kernels.infonce.loss_inputs import build_inputs, gathered
 from sailplan_kernels.infonce.options import InfoNCEOptions
-from sailplan_kernels.infonce.problem import build_problem, gathered
 from sailplan_kernels.sigmoid.reference import reference_loss
 from sailplan_kernels.sigmoid.tiled import tiled_loss
 from sailplan_kernels.tiling.engines import make_engine
@@ -58,7 +58,7 @@ def sigmoid(
     if isinstance(bias, Tensor) and (bias.dim() != 0 or bias.dtype not in checks.FLOATS):
         raise ValueError(f"bias: found {bias.dtype} {tuple(bias.shape)}, expected a number or a 0-d float tensor")
     with torch.autocast(queries.device.type, enabled=False):
-        problem = build_problem(
+        inputs = build_inputs(
             queries,
             keys,
             temperature,
@@ -73,19 +73,19 @@ def sigmoid(
         )
         if not isinstance(bias, Tensor):
             bias = torch.tensor(bias, dtype=torch.float64)
-        bias = bias.to(problem.raw_queries.device, problem.score_dtype)
+        bias = bias.to(inputs.raw_queries.device, inputs.score_dtype)
         if chosen == "reference":
-            whole = gathered(problem)
+            whole = gathered(inputs)
             total, losses, positive_score = reference_loss(whole, bias)
             positive_score, valid_rows = positive_score.where(whole.row_valid, 0.0), whole.valid_rows
         else:
             engine = make_engine(chosen)
-            total, losses, positive_score, valid_rows = tiled_loss(problem, engine, bias)
+            total, losses, positive_score, valid_rows = tiled_loss(inputs, engine, bias)
             chosen = engine.name
     return SigmoidOutput(
-        loss=total.to(problem.gradient_dtype),
-        prefix_losses=losses.to(problem.gradient_dtype),
+        loss=total.to(inputs.gradient_dtype),
+        prefix_losses=losses.to(inputs.gradient_dtype),
         valid_rows=valid_rows,
-        positive_score=positive_score.to(problem.gradient_dtype),
+        positive_score=positive_score.to(inputs.gradient_dtype),
         backend=chosen,
     )

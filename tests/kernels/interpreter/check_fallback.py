@@ -60,11 +60,11 @@ def engine():
     return make_engine("triton")
 
 
-def answers(engine, kind="plain", prefixes=(64,), dtype=torch.bfloat16, keep=False):
+def answers(engine, kind="plain", prefixes=(64,), dtype=torch.bfloat16, cached=False):
     """What the engine says of one tile: log of sums, weights, moments."""
     moments, columns = kind != "plain", kind == "columns"
     rows, columns_, rule = problem(3, 70, 60, prefixes, dtype, columns, kind == "sigmoid", (0,), False, False, 0.1, True, moments, behind=0)
-    tile = engine.tile(rows, columns_, rule, keep)
+    tile = engine.tile(rows, columns_, rule, cached)
     found = tile.statistics()
     logs = found.row_sum if rule.sigmoid else log_of(found.row_maximum, found.row_sum)
     pushes = [torch.rand(len(prefixes), n, generator=torch.Generator().manual_seed(1)) for n in (70, 60)]
@@ -100,7 +100,7 @@ def test_statistics_of_one_engine_and_the_gradient_of_another_fit_together(compi
     dtype, other = (torch.bfloat16, TritonEngine("tiles")) if refused == "persistent" else (torch.float32, TorchEngine())
     right = answers(other, kind, prefixes, dtype)
     compiler.refuse(RuntimeError("PassManager::run failed"), {refused}, kernels)
-    found, told = warned(lambda: [answers(engine(), kind, prefixes, dtype, keep) for keep in (False, True)])
+    found, told = warned(lambda: [answers(engine(), kind, prefixes, dtype, cached) for cached in (False, True)])
     assert len(told) == len(compiler.asked) == 1
     for one in found:
         for a, b in zip(one, right, strict=True):

@@ -28,7 +28,7 @@ FULL_RATE_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))  # CUDA devices whose floa
 
 
 @dataclass(frozen=True)
-class Problem:
+class LossInputs:
     """N rows, M keys and H hard negatives a row on this rank: what this rank knows by itself."""
 
     raw_queries: Tensor  # [N, D] as the caller gave them, invalid rows may hold anything
@@ -133,7 +133,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class GatheredProblem(Problem):
+class GatheredInputs(LossInputs):
     """With what ranks tell each other in collectives of their own: for losses that are no streams of tiles."""
 
     pairs: PairList  # of the rows that count and their positives, however they were given
@@ -145,7 +145,7 @@ class GatheredProblem(Problem):
     key_correction: Tensor | None  # [all keys] subtracted from their logits, None: nothing to correct
 
 
-def build_problem(
+def build_inputs(
     queries: Tensor,
     keys: Tensor,
     temperature: float | Tensor,
@@ -159,7 +159,7 @@ def build_problem(
     backend: str,
     score_dtype: torch.dtype | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
-) -> Problem:
+) -> LossInputs:
     """Everything that this rank knows; the arguments have been checked by infonce/checks.py."""
     n, m, device = len(queries), len(keys), queries.device
     half = queries.dtype in (torch.float16, torch.bfloat16)
@@ -194,7 +194,7 @@ def build_problem(
     given_number = not isinstance(temperature, Tensor)
     number = torch.full((), temperature, dtype=compute, device=device) if given_number else temperature.to(device, compute)  # type: ignore
     tensors = {name: x for name, x in known.items() if isinstance(x, Tensor)}
-    return Problem(
+    return LossInputs(
         raw_queries=queries,
         raw_keys=keys,
         raw_hard=hard,
@@ -214,7 +214,7 @@ def build_problem(
         operand_dtype=operand,
         gradient_dtype=accumulate,
         needs=agreed.needs,
-        options=options.with_budget(n + (sum(agreed.keys) if exchange.whole else m), queries.shape[1], torch.finfo(accumulate).bits // 8),
+        options=options.with_budget(n + (sum(agreed.keys) if exchange.materializes_all else m), queries.shape[1], torch.finfo(accumulate).bits // 8),
         exchange=exchange,
     )
 
@@ -228,7 +228,7 @@ def nothing_given(n: int, m: int, h: int, offset: int, device: torch.device) -> 
 def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, device: torch.device) -> dict:
     """Which rows count and who shares which tag: on the CPU where all that was given is there, and then uploaded; else on the device.
 
-    given: the ids and masks of build_problem, by name. Returns the fields of Problem that come of them.
+    given: the ids and masks of build_inputs, by name. Returns the fields of LossInputs that come of them.
     """
     at = device if any(x.device == device for x in given.values()) else torch.device("cpu")
     plain = not given
@@ -281,32 +281,32 @@ def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, devic
     return {**upload(found, device), "padding": padding, "own_number": own_number, "any_row": any_row, "plain": plain}
 
 
-def gathered(problem: Problem) -> GatheredProblem:
+def gathered(inputs: LossInputs) -> GatheredInputs:
     """The problem with everybody's keys and, where the options read them, queries and hard negatives. Collectives."""
-    exchange, options = problem.exchange, problem.options
-    all_keys = Candidates.of(exchange.gather(problem.key_notes, problem.key_sizes))
-    row_valid = problem.row_valid
-    if problem.wanted is None:
-        pairs = pairs_by_index(row_valid, problem.positive + problem.own_keys.start)
+    exchange, options = inputs.exchange, inputs.options
+    all_keys = Candidates.of(exchange.gather(inputs.key_notes, inputs.key_sizes))
+    row_valid = inputs.row_valid
+    if inputs.wanted is None:
+        pairs = pairs_by_index(row_valid, inputs.positive + inputs.own_keys.start)
     else:
-        pairs = pairs_by_id(problem.wanted, all_keys)
+        pairs = pairs_by_id(inputs.wanted, all_keys)
         row_valid = pairs.counts > 0
     valid_rows = exchange.sum(row_valid.sum())
-    all_queries = all_hard = Candidates.of(problem.key_notes[:0])
+    all_queries = all_hard = Candidates.of(inputs.key_notes[:0])
     if options.query_negatives or options.symmetric:
-        all_queries = Candidates.of(exchange.gather(problem.query_notes, problem.query_sizes))
+        all_queries = Candidates.of(exchange.gather(inputs.query_notes, inputs.query_sizes))
     if options.shared_hard_negatives:
-        all_hard = Candidates.of(exchange.gather(problem.hard_notes, problem.hard_sizes))
-    correction = problem.key_log_probability
-    return GatheredProblem(
-        **{**vars(problem), "row_valid": row_valid},
+        all_hard = Candidates.of(exchange.gather(inputs.hard_notes, inputs.hard_sizes))
+    correction = inputs.key_log_probability
+    return GatheredInputs(
+        **{**vars(inputs), "row_valid": row_valid},
         pairs=pairs,
-        row_weight=row_valid.to(problem.score_dtype) * (exchange.world_size / valid_rows.clamp_min(1).to(problem.score_dtype)),
+        row_weight=row_valid.to(inputs.score_dtype) * (exchange.world_size / valid_rows.clamp_min(1).to(inputs.score_dtype)),
         valid_rows=valid_rows,
         all_keys=all_keys,
         all_queries=all_queries,
         all_hard=all_hard,
-        key_correction=None if correction is None else exchange.gather(correction, problem.key_sizes),
+        key_correction=None if correction is None else exchange.gather(correction, inputs.key_sizes),
     )
 
 
