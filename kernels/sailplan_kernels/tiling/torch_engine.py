@@ -1,6 +1,6 @@
 """A tile of scores in plain torch: the vendor's matrix products, scores in full precision, everything else in place.
 
-A tile is computed once per prefix as cosines, with FLOOR where identity rules a pair out (finite, so that 0 * FLOOR is 0
+A tile is computed once per prefix as cosines, with MASKED_SCORE where identity rules a pair out (finite, so that 0 * MASKED_SCORE is 0
 and not NaN; its exponential is exactly 0). A tile whose moments nobody asks for keeps its exponentials between the two
 questions instead of its cosines: the gradient then costs one multiplication a pair.
 """
@@ -118,7 +118,7 @@ class _Tile:
         return Gradient([weight.to(rows.vectors.dtype)], of_rows, of_columns, of_rows, None)
 
     def _cosines(self) -> Tensor:
-        """[P, n, m], FLOOR where identity or validity rules the pair out."""
+        """[P, n, m], MASKED_SCORE where identity or validity rules the pair out."""
         rows, columns, prefixes = self.rows, self.columns, self.rule.prefixes
         excluded = ~columns.valid
         if self.rule.tags_in_use:

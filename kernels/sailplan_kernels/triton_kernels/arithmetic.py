@@ -4,8 +4,8 @@ Every schedule (tiles.py, sigmoid_tiles.py: one program a tile; persistent.py: p
 functions, in the same order, so a pair is masked in both or in neither. Each tile writes its own partial results; nothing
 is added atomically, so results are bitwise equal from run to run.
 
-What is excluded stands at FLOOR: finite, so that products with 0 stay 0, and with an exponential of exactly 0. A column
-that is no candidate has a shift of OUT, which does the same to its logits; a row that is none likewise for the columns.
+What is excluded stands at MASKED_SCORE: finite, so that products with 0 stay 0, and with an exponential of exactly 0. A column
+that is no candidate has a shift of INVALID_SHIFT, which does the same to its logits; a row that is none likewise for the columns.
 So validity costs nothing: a shift is part of a multiplication and addition that is there anyway. Tags are looked at where a
 tile has any that may match (``tags_to_compare``), which few tiles have.
 
@@ -63,7 +63,7 @@ def tags_to_compare(row_tags, column_tags, om, on, N, M, tags):
 
 @triton.jit
 def masked(x, row_tags, column_tags, om, on, N, M, tags):
-    """FLOOR where row and column share a tag, both halves of it. Tags of rows that are none are -2, those of columns -1."""
+    """MASKED_SCORE where row and column share a tag, both halves of it. Tags of rows that are none are -2, those of columns -1."""
     for t in range(tags):
         mine, theirs = row_tags + 2 * t * N + om, column_tags + 2 * t * M + on
         same = tl.load(mine)[:, None] == tl.load(theirs)[None, :]
@@ -74,7 +74,7 @@ def masked(x, row_tags, column_tags, om, on, N, M, tags):
 
 @triton.jit
 def softplus(z):
-    """log(1 + e^z) of a logit times log2(e); 0 at FLOOR. Small results keep their digits.
+    """log(1 + e^z) of a logit times log2(e); 0 at MASKED_SCORE. Small results keep their digits.
 
     log(1 + x) = 2 artanh(s), s = x / (2 + x), as its series: s is at most 1/3, where what is left out is 1e-8 of the result.
     The library's logarithm takes more registers than a tile has left.
@@ -94,7 +94,7 @@ def sigmoid(z):
 
 @triton.jit
 def row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift, om, on, N, M, p, live, LIMITS: tl.constexpr):
-    """Cosines, FLOOR where row and column share a tag, and logits of the row loss times log2(e), hugely negative where the pair is masked.
+    """Cosines, MASKED_SCORE where row and column share a tag, and logits of the row loss times log2(e), hugely negative where the pair is masked.
 
     LIMITS compares cosines, which are therefore the same product of the same numbers wherever they are computed.
     """
