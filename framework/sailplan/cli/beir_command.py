@@ -12,6 +12,8 @@ from sailplan.errors import EXIT_DONE, ConfigurationError
 
 ROLES = {"query": ("query",), "document": ("document", "passage", "corpus")}  # prompts that published models name so
 
+WAIT = 3600.0  # seconds that a rank without documents waits for one that encodes a shard
+
 
 def run(options: argparse.Namespace) -> int:
     from sailplan.evaluate.beir import evaluate_beir
@@ -43,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         said = str(model.prompts.get(view, view)) if view is not None else prompt or ""
         return partial(model.encode, view=view, prompt=prompt, dimension=options.dimension, batch_size=options.batch), said
 
-    with started(ParallelConfig()) as parallel:
+    with started(ParallelConfig(timeout_seconds=WAIT)) as parallel:
         model = load(options.model, device=parallel.device)
         (queries, asked), (documents, told) = (encoding(model, role) for role in ROLES)
         found = evaluate_beir(
