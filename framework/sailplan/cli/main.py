@@ -13,11 +13,13 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import NoReturn
 
 from sailplan import __version__
 from sailplan.cli import completion
-from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError, StopRequested
+from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError
+from sailplan.runtime.leaving import NOTES, end_now, first_to_say, name_lines, note_code, say
 
 ABOUT = """Train, look at and export omni-modal embedding models; settings are Hydra overrides of the files in conf/.
 
@@ -198,19 +200,44 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news here
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a loss of one's own lies in the folder that one starts in
-    try:
-        return run(sys.argv[1:] if arguments is None else arguments)
-    except SailplanError as error:
-        from sailplan.runtime.environment import is_main_by_environment
+    return run_safely(lambda: run(sys.argv[1:] if arguments is None else arguments))
 
-        if is_main_by_environment() or not isinstance(error, StopRequested):  # a stop is the same for all ranks: told once
-            print(f"sailplan: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+
+def run_safely(command: Callable[[], int]) -> int:
+    """Return a command's exit code; an error is said once in a job, and turned into its code."""
+    name_lines()
+    try:
+        return _left(command())
+    except SailplanError as error:
+        return _refused(error)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except KeyboardInterrupt:
-        return EXIT_FAILURE
+        return _left(EXIT_FAILURE)
     except Exception:
         traceback.print_exc()
-        return EXIT_FAILURE
+        return _left(EXIT_FAILURE)
+
+
+def _left(code: int) -> int:
+    note_code(code)
+    return code
+
+
+def _refused(error: SailplanError) -> int:
+    """Say an error once in a job. Of several ranks, those that it did not reach are told, so that they do not wait for this one."""
+    board, ranks = None, int(os.environ.get("WORLD_SIZE", "1"))
+    one_node = NOTES in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == str(ranks)  # whose launcher ends them all
+    if ranks > 1 and not one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        from sailplan.runtime.board import Board
+
+        try:
+            board = Board.of_launch(10)
+        except Exception:
+            board = None
+    if first_to_say(str(error), board):
+        say(str(error))
+    if board is not None:
+        end_now(error.exit_code, str(error), board)
+    return _left(error.exit_code)
