@@ -51,7 +51,7 @@ def items(media: Collection[str], fields: Sequence[str]) -> dict[str, Any]:
         views["head"] = {"modalities": ["text"], "fields": [fields[0]], "prompt": "text"}
         views["body"] = {"modalities": ["text"], "fields": list(fields[1:]), "prompt": "text"}
         patterns["head_to_body"] = {"query": "head", "target": "body"}
-    views["item"] = {"modalities": [*shown, *(["text"] if fields else [])], "prompt": "item"} | ({"fields": list(fields)} if fields else {})
+    views["item"] = {"modalities": [*shown, *(["text"] if fields else [])]} | ({"fields": list(fields)} if fields else {}) | {"prompt": "item"}
     return {"kind": "items", "views": views, "patterns": patterns}
 
 
@@ -60,7 +60,7 @@ def pairs(sides: Mapping[str, Collection[str]], negatives: int) -> dict[str, Any
     views = {}
     for side, modalities in sides.items():
         shown = [one for one in ("vision", "audio", "text") if one in modalities]
-        views[side] = {"of": side, "modalities": shown, "prompt": side} | ({"fields": ["text"]} if "text" in shown else {})
+        views[side] = {"of": side, "modalities": shown} | ({"fields": ["text"]} if "text" in shown else {}) | {"prompt": side}
     body: dict[str, Any] = {"kind": "pairs", "views": views, "patterns": {"query_to_target": {"query": "query", "target": "target"}}}
     return body | ({"negatives": min(negatives, MOST_NEGATIVES)} if negatives else {})
 
@@ -95,4 +95,11 @@ def write(path: Path, name: str, about: str, shards: str, body: Mapping[str, Any
 
 def dump(content: Mapping[str, Any]) -> str:
     """Return YAML; words that YAML takes for something else (`no`) are quoted, short maps are on a line."""
-    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    return yaml.dump(dict(content), Dumper=_Plain, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+
+
+class _Plain(yaml.SafeDumper):
+    """YAML without anchors, which people read as magic."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

@@ -84,12 +84,14 @@ def _import_interactions(
     item_rows = first_rows(items.source.parts(1000))
     told = {} if any("id" in row.values or "_id" in row.values for row in item_rows) else {"id": _id_column(item_rows, options.items)}
     item_columns = find_columns(item_rows, told, "items", options.items)
+    item_body = _body(item_columns, item_rows)
     job = ImportJob(options, [*found.source.files(), *items.source.files()], progress)
     result, name = job.finished(), f"{options.name}_items"
     declare.target_file(name)
     folder = options.folder / ITEMS
     if result is None:
-        outcome = _write_rows(job, name, folder, items.source, item_columns, _root(items, item_columns, item_rows, options), complete=False)
+        root, patterns = _root(items, item_columns, item_rows, options), bool(item_body["patterns"])
+        outcome = _write_rows(job, name, folder, items.source, item_columns, root, complete=False, patterns=patterns)
         job.add_set(name, folder, outcome)
         known, twice = gather_ids(folder, "rows")
         if twice:
@@ -106,7 +108,6 @@ def _import_interactions(
         job.add_set(options.name, options.folder, outcome)
         job.result.sets[options.name]["interactions"] = str(options.folder / TABLES)
         job.check_dropped()
-    item_body = _body(item_columns, item_rows)
     bodies = {name: (folder, item_body, "id"), options.name: (options.folder, declare.sequences(name, item_body["views"]), "id")}
     return _conclude(job, result, bodies)
 
@@ -128,8 +129,9 @@ def _import_retrieval(options: ImportOptions, found: Found, progress: Callable[[
     declare.target_file(name)
     rows = first_rows(corpus.parts(1000))
     columns = find_columns(rows, {}, "items", f"{options.source}/corpus")
+    body = declare.items((), columns.fields)
     if result is None:
-        job.add_set(name, folder, _write_rows(job, name, folder, corpus, columns, found.path, complete=False))
+        job.add_set(name, folder, _write_rows(job, name, folder, corpus, columns, found.path, complete=False, patterns=bool(body["patterns"])))
         known, twice = gather_ids(folder, "rows")
         if twice:
             job.result.notes["documents whose id is there more than once"] = twice
@@ -144,20 +146,20 @@ def _import_retrieval(options: ImportOptions, found: Found, progress: Callable[[
         job.done(shop, "pairs", outcome)
         job.add_set(options.name, options.folder, outcome)
         job.check_dropped()
-    body = declare.items((), columns.fields)
     bodies = {name: (folder, body, "id"), options.name: (options.folder, declare.pairs_by_id(name, body["views"]), "query_id")}
     return _conclude(job, result, bodies)
 
 
 def _write_rows(
-    job: ImportJob, name: str, folder: Path, source: Source, columns: Columns, root: Path, complete: bool = True
+    job: ImportJob, name: str, folder: Path, source: Source, columns: Columns, root: Path, *, complete: bool = True, patterns: bool = True
 ) -> Outcome:
     """Shards of a table's rows."""
     options = job.options
     make = RecordMaker(columns, Media(root, options.check), options.language, complete, options.score_maximum)
     by_file = len(_file_splits(source)) > 1
+    share = options.held_out if patterns else 0.0  # items that are only referred to are all there to be found
     shop = job.shop(folder)
-    outcome = shop.run("rows", source.parts(options.shard_size), WriteShard(folder, "rows", name, make, HeldOut(options.held_out, _by(columns)), by_file))
+    outcome = shop.run("rows", source.parts(options.shard_size), WriteShard(folder, "rows", name, make, HeldOut(share, _by(columns)), by_file))
     job.done(shop, "rows", outcome)
     return outcome
 
@@ -206,14 +208,16 @@ def _conclude(job: ImportJob, known: Result | None, bodies: Mapping[str, tuple[P
     if options.tokenizer:
         result.tokenizer = options.tokenizer
     elif known is None or not (options.folder / TOKENIZER).is_file():
-        sets = [(resolve(name, str(folder)), HeldOut(options.held_out, by)) for name, (folder, _, by) in bodies.items()]
+        rules = {name: HeldOut(options.held_out if body["patterns"] else 0.0, by) for name, (_, body, by) in bodies.items()}
+        sets = [(resolve(name, str(folder)), rules[name]) for name, (folder, _, _) in bodies.items()]
         result.tokenizer = str(options.folder / TOKENIZER)
         result.tokens = train_tokenizer(training_texts(sets), Path(result.tokenizer))
     for name, (folder, body, by) in bodies.items():
+        share = options.held_out if body["patterns"] else 0.0
         splits = result.sets[name]["splits"]
         counts = "about " * ("estimated" in result.sets[name]) + f"{sum(splits.values())} records"
         path, about = declare.target_file(name), f"{counts} of kind {body['kind']}, imported from {options.source}."
-        declare.write(path, name, about, str(folder), body, held_out=options.held_out, by=by, language=options.language)
+        declare.write(path, name, about, str(folder), body, held_out=share, by=by, language=options.language)
     if known is None:
         job.finish()
     return result
