@@ -34,8 +34,11 @@ def target_file(name: str, group: str = "data") -> Path:
     return own
 
 
-def items(media: Collection[str], fields: Sequence[str]) -> dict[str, Any]:
-    """Return the views and patterns of an items data set. media: roles that its records have; fields: of text, a caption first."""
+def items(media: Collection[str], fields: Sequence[str], *, catalogue: bool = False) -> dict[str, Any]:
+    """Return the views and patterns of an items data set. media: roles that its records have; fields: of text, a caption first.
+
+    catalogue: items that other data sets refer to: texts alone then make no pattern of their own.
+    """
     views: dict[str, Any] = {}
     patterns: dict[str, Any] = {}
     shown = list(dict.fromkeys(MODALITY[role] for role in ("image", "video", "audio") if role in media))
@@ -47,7 +50,7 @@ def items(media: Collection[str], fields: Sequence[str]) -> dict[str, Any]:
     for view in list(views):
         if fields and view != "text":
             patterns[f"{view}_to_text"] = {"query": view, "target": "text"}
-    if not shown and len(fields) > 1:  # texts alone: the first says what the others are about
+    if not shown and len(fields) > 1 and not catalogue:  # texts alone: the first says what the others are about
         views["head"] = {"modalities": ["text"], "fields": [fields[0]], "prompt": "text"}
         views["body"] = {"modalities": ["text"], "fields": list(fields[1:]), "prompt": "text"}
         patterns["head_to_body"] = {"query": "head", "target": "body"}

@@ -84,7 +84,7 @@ def _import_interactions(
     item_rows = first_rows(items.source.parts(1000))
     told = {} if any("id" in row.values or "_id" in row.values for row in item_rows) else {"id": _id_column(item_rows, options.items)}
     item_columns = find_columns(item_rows, told, "items", options.items)
-    item_body = _body(item_columns, item_rows)
+    item_body = _body(item_columns, item_rows, catalogue=True)
     job = ImportJob(options, [*found.source.files(), *items.source.files()], progress)
     result, name = job.finished(), f"{options.name}_items"
     declare.target_file(name)
@@ -129,7 +129,7 @@ def _import_retrieval(options: ImportOptions, found: Found, progress: Callable[[
     declare.target_file(name)
     rows = first_rows(corpus.parts(1000))
     columns = find_columns(rows, {}, "items", f"{options.source}/corpus")
-    body = declare.items((), columns.fields)
+    body = declare.items((), columns.fields, catalogue=True)
     if result is None:
         job.add_set(name, folder, _write_rows(job, name, folder, corpus, columns, found.path, complete=False, patterns=bool(body["patterns"])))
         known, twice = gather_ids(folder, "rows")
@@ -187,10 +187,10 @@ def _by(columns: Columns) -> str:
     return "source" if any(role in columns.roles for role in MEDIA_ROLES) else "id"
 
 
-def _body(columns: Columns, rows: Sequence[Row]) -> dict[str, Any]:
+def _body(columns: Columns, rows: Sequence[Row], *, catalogue: bool = False) -> dict[str, Any]:
     """The data set's views and patterns."""
     if columns.kind == "items":
-        return declare.items([role for role in MEDIA_ROLES if role in columns.roles], columns.fields)
+        return declare.items([role for role in MEDIA_ROLES if role in columns.roles], columns.fields, catalogue=catalogue)
     sides: dict[str, set[str]] = {}
     for side in ("query", "target"):
         values = [columns.of(side, row) for row in rows]
