@@ -9,11 +9,13 @@ from __future__ import annotations
 import datetime
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sailplan.config.overrides import nearest
+from sailplan.data.kinds import kind_of
 from sailplan.data.names import given
 from sailplan.errors import ConfigurationError
 from sailplan.ingest.rows import Row
@@ -38,7 +40,10 @@ ROLES: dict[str, str] = {  # role -> names of columns that have it, as people wr
 }
 NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?s?(?:_?\d+)?(?:_text)?", re.IGNORECASE)
 CAPTIONS = ("caption", "title", "name", "text", "description", "txt")  # the first text field of a view, in this order
-BOOKKEEPING = {"label", "labels"}  # of items: classes, for tasks of kind clustering
+CLASSES = {"label", "labels"}  # of items: for tasks of kind clustering; words to learn from where there are no others
+# Words that say nothing about what a record shows, by their column or by themselves: URLs, hashes.
+BOOKKEEPING = re.compile(r"(.*_)?(id|ids|url|uri|link|hash|sha256|md5|key|status|license|mime|exif|width|height|split)", re.IGNORECASE)
+NO_WORDS = re.compile(r"[a-z][a-z0-9+.-]*://\S+|[0-9a-f]{16,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 PER_KIND: dict[Kind, frozenset[str]] = {
     "items": frozenset({"id", "split", "image", "audio", "video"}),
     "pairs": frozenset({"id", "split", "query", "target", "score", "query_image", "target_image"}),
@@ -68,6 +73,7 @@ class _Look:
     names: dict[str, None] = field(default_factory=dict)
     texts: set[str] = field(default_factory=set)
     longest: dict[str, int] = field(default_factory=dict)  # lists: most entries
+    kinds: dict[str, Counter[str]] = field(default_factory=dict)  # of files, by their endings
 
 
 def find_columns(rows: Iterable[Row], told: Mapping[str, str], kind: Kind | None, where: str) -> Columns:
@@ -92,6 +98,8 @@ def find_columns(rows: Iterable[Row], told: Mapping[str, str], kind: Kind | None
         found = next((lower[name] for name in names.split() if lower.get(name, "") not in ("", *taken)), None)
         if role not in roles and found is not None:
             roles[role] = found
+    if "image" in roles and "image" not in told:
+        _by_ending(roles, look)
     chosen = kind or _kind(roles)
     roles = {role: column for role, column in roles.items() if role in PER_KIND[chosen]}
     _check(chosen, roles, where, look)
@@ -99,13 +107,23 @@ def find_columns(rows: Iterable[Row], told: Mapping[str, str], kind: Kind | None
     if told.get("text"):
         fields = told["text"].split("+")
     else:
-        fields = [name for name in look.names if name in look.texts and name not in (*roles.values(), *negatives) and name.lower() not in BOOKKEEPING]
-        fields = fields or [name for name in look.texts if name not in roles.values() and name.lower() in BOOKKEEPING]  # classes as captions
+        words = [name for name in look.names if name in look.texts and name not in (*roles.values(), *negatives)]
+        fields = [name for name in words if name.lower() not in CLASSES and not BOOKKEEPING.fullmatch(name)]
+        fields = fields or [name for name in words if name.lower() in CLASSES]
         fields.sort(key=lambda name: CAPTIONS.index(name.lower()) if name.lower() in CAPTIONS else len(CAPTIONS))
     if chosen == "items" and not fields and not {"image", "audio", "video"} & roles.keys():
         raise ConfigurationError(f"{where}: no column of texts, pictures or sound; it has: {', '.join(look.names)}; name one: --column image=NAME")
     most = sum(look.longest.get(name, 1) for name in negatives)
     return Columns(chosen, roles, tuple(fields) if chosen == "items" else (), tuple(negatives), most)
+
+
+def _by_ending(roles: dict[str, str], look: _Look) -> None:
+    """Give a column of files, taken for pictures by its name, the role that the files' endings say."""
+    kinds = look.kinds.get(roles["image"], Counter())
+    role = {"sound": "audio", "video": "video"}.get(kinds.most_common(1)[0][0] if kinds else "")
+    if role is not None:
+        column = roles.pop("image")
+        roles.setdefault(role, column)
 
 
 def _kind(roles: Mapping[str, str]) -> Kind:
@@ -134,6 +152,9 @@ def _look(rows: Iterable[Row]) -> _Look:
                 continue
             if isinstance(value, list):
                 look.longest[name] = max(look.longest.get(name, 0), len(value))
+            kind = kind_of(value[-8:].lower()) if isinstance(value, str) and "." in value[-8:] else None
+            if kind is not None:
+                look.kinds.setdefault(name, Counter())[kind] += 1
             if is_text(value):
                 look.texts.add(name)
     return look
@@ -150,7 +171,7 @@ def is_text(value: Any) -> bool:
     try:
         float(value)
     except ValueError:
-        return value.lower() not in ("true", "false") and not re.fullmatch(r"\d{4}-\d\d-\d\d([T ][\d:.+Z-]+)?", value)
+        return value.lower() not in ("true", "false") and not NO_WORDS.fullmatch(value) and not re.fullmatch(r"\d{4}-\d\d-\d\d([T ][\d:.+Z-]+)?", value)
     return False
 
 

@@ -23,6 +23,14 @@ def test_kinds_follow_from_names() -> None:
     assert used.kind == "interactions" and dict(used.roles) == {"user": "userId", "item": "movieId", "time": "timestamp"}
 
 
+def test_words_that_say_nothing_are_no_texts_and_endings_say_what_files_are() -> None:
+    row = {"path": "clips/a.mp3", "sentence": "good day", "client_id": "9f" * 20, "link": "far away", "page": "https://a/b", "sum": "0f" * 16}
+    columns = found(row)
+    assert dict(columns.roles) == {"audio": "path"} and columns.fields == ("sentence",)
+    assert found({"image": "a.jpg", "label": "boot"}).fields == ("label",)
+    assert found({"image": "a.jpg", "label": "boot", "title": "a boot"}).fields == ("title",)
+
+
 def test_what_is_told_wins_over_names() -> None:
     columns = found({"image": "x", "scan": "a.jpg", "b": "words", "c": "more words"}, told={"image": "scan", "text": "c+b"})
     assert columns.roles["image"] == "scan" and columns.fields == ("c", "b")
@@ -39,7 +47,7 @@ def test_roles_and_columns_that_do_not_exist(told: dict[str, str], words: list[s
 
 
 def test_a_kind_without_its_columns_names_what_there_is() -> None:
-    with pytest.raises(ConfigurationError, match="no column for 'user'.*a, b"):
+    with pytest.raises(ConfigurationError, match=r"no column for 'user'.*a, b"):
         found({"a": "words", "b": "1"}, kind="interactions")
     with pytest.raises(ConfigurationError, match="no column of texts"):
         found({"a": "1", "b": "2024-01-01"})

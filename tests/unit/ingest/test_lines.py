@@ -19,7 +19,7 @@ def rows(path: Path, size: int = 2) -> list[Row]:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.csv", 'id,text\n1,"two\nlines"\n0,"a ""quote"""\n'.encode()),
+        ("a.csv", b'id,text\n1,"two\nlines"\n0,"a ""quote"""\n'),
         ("a.csv", 'id;text\r\n1;"two\nlines"\r\n0;"a ""quote"""\r\n'.encode("utf-8-sig")),
         ("a.csv", 'id,text\n1,"two\nlines"\n0,"a ""quote"""\n'.encode("utf-16")),
         ("a.csv.gz", gzip.compress(b'id,text\n1,"two\nlines"\n0,"a ""quote"""\n')),
