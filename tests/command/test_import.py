@@ -21,7 +21,7 @@ from sailplan.train.testing import metrics
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
-ROWS = 32
+ROWS = 24
 
 
 def commands() -> dict[str, list[list[str]]]:
@@ -86,7 +86,7 @@ def test_three_commands_of_the_docs_train(make: Callable[[Path], None], tmp_path
         assert code == 0, f"{' '.join(line)}: {out}{err}"
     lines = metrics(tmp_path / "runs" / make.__name__)
     loss = "loss/seq2item" if make is shop else "loss/infonce"
-    assert len(lines) >= 30 and all(line[loss] > 0 for line in lines)
+    assert len(lines) >= 20 and all(line[loss] > 0 for line in lines)
     assert sum(line[loss] for line in lines[-5:]) < sum(line[loss] for line in lines[:5])
     [evaluation] = (tmp_path / "runs" / make.__name__ / "evaluation").iterdir()
     [task] = json.loads(evaluation.read_text())["tasks"].values()

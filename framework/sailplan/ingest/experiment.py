@@ -24,7 +24,7 @@ from sailplan.runtime.files import write_whole
 LANES = 8  # of conf/data/reading.yaml
 LARGEST_BATCH = 256
 PASSES = 10  # over the training records
-STEPS = (30, 20_000)  # fewest, most
+STEPS = (20, 20_000)  # fewest, most
 
 
 @dataclass(frozen=True)

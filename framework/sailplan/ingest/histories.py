@@ -25,6 +25,7 @@ from sailplan.ingest.work import STATE, Drops, Outcome
 
 LONGEST = 4096  # events of a record, the most recent ones: a robot's history must not be one record of megabytes
 TABLES = "interactions"
+GROUP_ROWS = 50_000  # of a Parquet row group
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class WriteHistories:
 
     def __call__(self, part_number: int, bucket: int) -> Outcome:
         outcome, known = Outcome(), KnownIds(self.known)
-        table: dict[str, list[Any]] = {name: [] for name in ("user", "item", "time", "label")}
+        table = _Table(self.folder, f"{TABLES}/part-{part_number:06d}.parquet", self.numbers)
         state = self.folder / STATE / self.phase / f"{part_number:06d}.dropped"
         with Drops(state).opened(outcome) as note:
 
@@ -94,16 +95,15 @@ class WriteHistories:
                     yield record.members()
 
             outcome.files = write_shard(self.folder, f"{self.name}-{part_number:06d}.tar", records())
-        outcome.files |= self._write_table(table, part_number)
+        outcome.files |= table.close()
         return outcome
 
-    def _record(self, user: str, rows: list[Keyed], table: dict[str, list[Any]]) -> Record | None:
+    def _record(self, user: str, rows: list[Keyed], table: _Table) -> Record | None:
         events = [row.value for row in rows]
         if self.timed:
             events.sort(key=lambda event: event[1])  # stable: of one time, the source's order
         for item, time, label in events:
-            for name, value in (("user", user), ("item", item), ("time", time), ("label", label)):
-                table[name].append(value)
+            table.add(user, item, time, label)
         events = events[-LONGEST:]
         if len({event[0] for event in events if event[2] != 0}) < 2:
             return None
@@ -114,16 +114,40 @@ class WriteHistories:
             body["labels"] = [event[2] for event in events]
         return Record(body, {})
 
-    def _write_table(self, table: dict[str, list[Any]], part_number: int) -> dict[str, int]:
+
+class _Table:
+    """A Parquet file of interactions, written by row groups; there under its name when it is closed."""
+
+    def __init__(self, folder: Path, name: str, numbers: bool) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        label = pa.float64() if self.numbers else pa.string()
-        schema = pa.schema([("user", pa.string()), ("item", pa.string()), ("time", pa.float64()), ("label", label)])
-        name = f"{TABLES}/part-{part_number:06d}.parquet"
-        (self.folder / TABLES).mkdir(exist_ok=True)
-        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
-        pq.write_table(pa.table(table, schema), temporary)
-        size = temporary.stat().st_size
-        os.replace(temporary, self.folder / name)
-        return {name: size}
+        label = pa.float64() if numbers else pa.string()
+        self._schema = pa.schema([("user", pa.string()), ("item", pa.string()), ("time", pa.float64()), ("label", label)])
+        self._folder, self._name = folder, name
+        (folder / name).parent.mkdir(exist_ok=True)
+        self._temporary = folder / f"{name}.{os.getpid()}.tmp"
+        self._writer = pq.ParquetWriter(self._temporary, self._schema)
+        self._rows: list[tuple[Any, ...]] = []
+
+    def add(self, *row: Any) -> None:
+        """Take user, item, time and label of an event."""
+        self._rows.append(row)
+        if len(self._rows) >= GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(self._schema)
+        self._writer.write_table(pa.table([pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)], self._schema))
+        self._rows = []
+
+    def close(self) -> dict[str, int]:
+        """Write what is left; return the file's name and bytes."""
+        if self._rows:
+            self._flush()
+        self._writer.close()
+        size = self._temporary.stat().st_size
+        os.replace(self._temporary, self._folder / self._name)
+        return {self._name: size}

@@ -10,7 +10,7 @@ from typing import Any, cast
 from sailplan.data.shards import resolve
 from sailplan.data.tar import HeldOut
 from sailplan.errors import ConfigurationError
-from sailplan.ingest import declare
+from sailplan.ingest import declare, shuffle
 from sailplan.ingest.columns import ROLES, Columns, Kind, find_columns, first_rows, number
 from sailplan.ingest.histories import TABLES, PickInteraction, WriteHistories
 from sailplan.ingest.job import TOKENIZER, ImportJob, ImportOptions, Result
@@ -100,7 +100,7 @@ def _import_interactions(
         labels = [number(columns.of("label", row)) for row in rows if columns.of("label", row) not in (None, "")]
         numbers = all(isinstance(label, int | float) for label in labels)
         spill = Spill(options.folder, "interactions", buckets, PickInteraction(columns, numbers))
-        job.done(shop, "interactions", shop.run("interactions", tagged(found.source.parts(options.shard_size), ""), spill))
+        job.done(shop, "interactions", shop.run("interactions", tagged(found.source.parts(shuffle.SPILL_ROWS), ""), spill))
         timed = "time" in columns.roles
         write = WriteHistories(options.folder, "users", "interactions", options.name, known, HeldOut(options.held_out), timed, numbers)
         outcome = shop.run("users", range(buckets), write)
@@ -137,7 +137,7 @@ def _import_retrieval(options: ImportOptions, found: Found, progress: Callable[[
             job.result.notes["documents whose id is there more than once"] = twice
         shop, buckets = job.shop(options.folder), buckets_of([*queries.files(), *qrels.files()])
         splits = _file_splits(qrels)
-        both = itertools.chain(tagged(queries.parts(options.shard_size), QUERY), tagged(qrels.parts(options.shard_size), JUDGEMENT))
+        both = itertools.chain(tagged(queries.parts(shuffle.SPILL_ROWS), QUERY), tagged(qrels.parts(shuffle.SPILL_ROWS), JUDGEMENT))
         alone = not ("train" in splits and len(splits) > 1)
         job.done(shop, "join", shop.run("join", both, Spill(options.folder, "join", buckets, PickForJoin(alone))))
         held_out = HeldOut(options.held_out, "query_id")

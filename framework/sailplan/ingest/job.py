@@ -138,7 +138,7 @@ class ImportJob:
     def check_dropped(self) -> None:
         """Put the dropped rows of all parts into one file. Raises BadDataError where they are more than the limit."""
         result, path = self.result, self.folder / DROPPED
-        reasons: dict[str, int] = {}
+        reasons: list[str] = []
         if result.dropped:
             temporary = path.with_suffix(".tmp")
             with open(temporary, "wb") as file:
@@ -153,10 +153,9 @@ class ImportJob:
             path.unlink(missing_ok=True)
         share = result.dropped / max(1, result.rows)
         if share > self.options.drop_limit:
-            first = "; ".join(f"{reason} ({count})" for reason, count in list(reasons.items())[:3])
             raise BadDataError(
                 f"data import {self.options.source}: {result.dropped} of {result.rows} rows dropped ({share:.1%}), expected at most "
-                f"{self.options.drop_limit:.1%}; of the first: {first}; all are in {path}; mend them, or allow more with --drop-limit"
+                f"{self.options.drop_limit:.1%}; the first: {'; '.join(reasons)}; all are in {path}; mend them, or allow more with --drop-limit"
             )
         for name, one in result.sets.items():
             if not sum(one["splits"].values()):
@@ -165,19 +164,16 @@ class ImportJob:
     def finish(self) -> Result:
         """Keep the result, and clear the state away."""
         write_whole(self.folder / RESULT, json.dumps(vars(self.result) | {"again": False}, indent=1) + "\n")
+        for left in self.folder.rglob("*.tmp"):  # of workers that were killed
+            left.unlink(missing_ok=True)
         for shop, _ in self.shops:
             shutil.rmtree(shop.folder / STATE, ignore_errors=True)
         shutil.rmtree(self.folder / STATE, ignore_errors=True)
         return self.result
 
 
-def _first_reasons(path: Path) -> dict[str, int]:
-    """The reasons of a part's dropped rows with their places left out, most frequent first."""
-    counts: dict[str, int] = {}
+def _first_reasons(path: Path) -> list[str]:
+    """The first dropped rows of a part, as text."""
     with open(path, encoding="utf-8") as file:
-        for line, _ in zip(file, range(1000), strict=False):
-            found = json.loads(line)
-            reason = f"{found['file']}:{found['line']}: {found['reason']}"
-            short = reason if len(counts) < 3 else next(iter(counts))
-            counts[short] = counts.get(short, 0) + 1
-    return counts
+        found = [json.loads(line) for line, _ in zip(file, range(3), strict=False)]
+    return [f"{one['file']}:{one['line']}: {one['reason']}" for one in found]

@@ -17,7 +17,9 @@ from sailplan.data.index import id_hash
 from sailplan.ingest.rows import Dropped, Part, Row
 from sailplan.ingest.work import STATE, Drops, Outcome
 
-BUCKET_BYTES = 64 << 20  # of the source; a bucket is in memory while it is worked at, several times as large
+BUCKET_BYTES = 16 << 20  # of the source; a bucket is in memory, as Arrow has it, while it is worked at
+SPILL_ROWS = 100_000  # of a part that is sorted into buckets: each bucket reads from every such part
+TAKEN_AT_ONCE = 4096  # rows
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,25 @@ class Spill:
         return outcome
 
 
-def read_bucket(folder: Path, phase: str, bucket: int) -> list[tuple[str, list[Keyed]]]:
-    """Return the bucket's rows by key, keys sorted, rows in the order of the source."""
+def read_bucket(folder: Path, phase: str, bucket: int) -> Iterator[tuple[str, list[Keyed]]]:
+    """Yield the bucket's rows by key, keys sorted, rows in the order of the source; only one key's rows are Python objects."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    groups: dict[str, list[Keyed]] = {}
+    batches = []
     for path in sorted((folder / STATE / phase).glob("*.arrow")):
-        with pa.memory_map(str(path)) as file:
-            for row in pa.ipc.open_file(file).get_batch(bucket).to_pylist():
-                groups.setdefault(row["key"], []).append(Keyed(row["key"], json.loads(row["value"]), row["file"], row["line"]))
-    return sorted(groups.items())
+        with pa.OSFile(str(path)) as file:  # copied, not mapped: of 10^4 parts no map is kept open
+            batches.append(pa.ipc.open_file(file).get_batch(bucket))
+    if not batches:
+        return
+    table = pa.Table.from_batches(batches)
+    order = pc.sort_indices(table["key"])  # stable
+    group: list[Keyed] = []
+    for start in range(0, len(order), TAKEN_AT_ONCE):
+        for row in table.take(order[start : start + TAKEN_AT_ONCE]).to_pylist():
+            if group and group[0].key != row["key"]:
+                yield group[0].key, group
+                group = []
+            group.append(Keyed(row["key"], json.loads(row["value"]), row["file"], row["line"]))
+    if group:
+        yield group[0].key, group

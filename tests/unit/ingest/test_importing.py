@@ -77,7 +77,8 @@ PHOTOS = ImportOptions("photos", "photos", shard_size=5)
 
 @pytest.mark.parametrize(("make", "options"), [(lambda: photos(43), PHOTOS), (lambda: shop(11), SHOP)], ids=["photos", "interactions"])
 def test_bytes_are_the_same_for_any_workers_and_after_a_kill(make: Any, options: ImportOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sailplan.ingest.shuffle.BUCKET_BYTES", 100)  # several buckets
+    monkeypatch.setattr("sailplan.ingest.shuffle.BUCKET_BYTES", 100)  # several buckets, of several parts
+    monkeypatch.setattr("sailplan.ingest.shuffle.SPILL_ROWS", 7)
     make()
     import_data(replace(options, out="one"))
     import_data(replace(options, out="three", workers=3))
