@@ -66,11 +66,12 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="50000,200000,1000000")
+    parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     found = []
-    for form in FORMS:
+    for form in options.forms.split(","):
         for rows in map(int, options.rows.split(",")):
             found.append(measure(form, rows, options.workers))
             print(json.dumps(found[-1] | {"load": round(os.getloadavg()[0], 1)}), flush=True)

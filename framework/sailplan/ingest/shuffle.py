@@ -18,7 +18,7 @@ from sailplan.ingest.rows import Dropped, Part, Row
 from sailplan.ingest.work import STATE, Drops, Outcome
 
 BUCKET_BYTES = 16 << 20  # of the source; a bucket is in memory, as Arrow has it, while it is worked at
-SPILL_ROWS = 100_000  # of a part that is sorted into buckets: each bucket reads from every such part
+SPILL_ROWS = 32_768  # of a part that is sorted into buckets: each bucket reads from every such part
 TAKEN_AT_ONCE = 4096  # rows
 
 
