@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,16 @@ def shop(folder: Path) -> None:
     (folder / "interactions.csv").write_text("user,item,time\n" + "".join(rows))
 
 
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    """One thread a command, which two would wait for each other on a busy machine."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+@pytest.mark.usefixtures("one_cpu")
 @pytest.mark.parametrize("make", [photos, faq, laion, shop])
 def test_three_commands_of_the_docs_train(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path)

@@ -17,7 +17,7 @@ from sailplan.data.index import id_hash
 from sailplan.ingest.rows import Dropped, Part, Row
 from sailplan.ingest.work import STATE, Drops, Outcome
 
-BUCKET_BYTES = 16 << 20  # of the source; a bucket is in memory, as Arrow has it, while it is worked at
+BUCKET_BYTES = 4 << 20  # of the source; a bucket is in memory, as Arrow has it, while it is worked at
 SPILL_ROWS = 32_768  # of a part that is sorted into buckets: each bucket reads from every such part
 TAKEN_AT_ONCE = 4096  # rows
 
