@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"runtime", "config"},
     {"data", "model", "objective"},
+    {"ingest"},
     {"step", "checkpoint"},
     {"embed", "parity"},
     {"curriculum"},

@@ -71,6 +71,11 @@ def _folders() -> list[Path]:
     return list(dict.fromkeys(folder.resolve() for folder in places if folder.is_dir()))
 
 
+def own_folder() -> Path:
+    """Return the folder of the user's own configuration files: $SAILPLAN_CONF, else ./conf, which need not be there yet."""
+    return Path(os.environ.get("SAILPLAN_CONF") or "conf")
+
+
 class _Folders(SearchPathPlugin):
     """Tells Hydra to look through all the folders, as it takes one by itself."""
 
