@@ -12,7 +12,7 @@ from sailplan.errors import EXIT_DONE, ConfigurationError
 
 ROLES = {"query": ("query",), "document": ("document", "passage", "corpus")}  # prompts that published models name so
 
-WAIT = 3600.0  # seconds that a rank without documents waits for one that encodes a shard
+WAIT = 3600.0  # seconds without a shard on any rank, after which all leave
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     from sailplan.evaluate.beir_files import check_folder
     from sailplan.export.load import Model, Vectors, load
     from sailplan.runtime.config import ParallelConfig
-    from sailplan.runtime.process import started
+    from sailplan.runtime.session import started
 
     for flag, found in (("--model", options.model), ("--data", options.data)):
         if not found:

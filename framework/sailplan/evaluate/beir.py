@@ -25,6 +25,7 @@ from sailplan.errors import BadDataError, ConfigurationError, SailplanError
 from sailplan.evaluate import beir_files as files
 from sailplan.evaluate.rankings import measures, ordered
 from sailplan.runtime.process import Parallel
+from sailplan.runtime.watch import beat
 from sailplan_kernels.topk import topk
 
 Encode = Callable[[Sequence[Any]], NDArray[np.float32]]  # items -> [n, D]
@@ -112,6 +113,7 @@ def _search(
                 # Earlier documents stand first, and the sort is stable: ties go to the earlier place, at any number of ranks.
                 scores, places = _best(torch.cat([scores, score], 1), torch.cat([places, place], 1), depth)
                 count += len(shard)
+                beat()
             more = together.say(len(shard) == shard_rows)
     return scores, places, count
 
