@@ -77,31 +77,16 @@ def _check_view(reader: RecordReader, name: str) -> None:
     key = f"data.sets.{reader.name}.views.{name}"
     if not tables:
         return
+    counts = [table.counts() for table in tables]
     for field in view.fields if "text" in view.modalities else ():
-        if not any(field in names or f"{view.of}:{field}" in names for table in tables for names in _fields(table)):
-            found = dict.fromkeys(found.rpartition(":")[2] for table in tables for names in _fields(table) for found in names if "*" not in found)
+        if not any(field in names or f"{view.of}:{field}" in names for names in counts):
+            found = dict.fromkeys(found.rpartition(":")[2] for names in counts for found in names if "*" not in found)
             listed = ", ".join(list(found)[:20]) or "none"
             raise ConfigurationError(f"{key}.fields: no record has a field '{field}'; the records have: {listed}")
-    if "text" not in view.modalities and not any(_has_media(table, view) for table in tables):
+    media = [prefix + MEDIA[modality][2] for modality in view.modalities if modality in MEDIA for prefix in ("", f"{view.of}:")]
+    if "text" not in view.modalities and not any(name in names for names in counts for name in media):
         words = " or ".join(MEDIA[modality][0] for modality in view.modalities)
         raise ConfigurationError(f"{key}.modalities: no record has a {words}; `sailplan data validate` counts what the records have")
-
-
-def _fields(table: LengthIndex) -> Iterator[list[str]]:
-    """Yield the names of the fields that each shard's records have; those of later shards are read as they are asked for."""
-    return (table.fields_of(shard) for shard in range(len(table.index.shards)))
-
-
-def _has_media(table: LengthIndex, view: ViewConfig) -> bool:
-    codes = [code for modality in view.modalities for code in (MEDIA[modality][1], table.field(f"{view.of}:{MEDIA[modality][2]}"))]
-    return any(bool(np.isin(lengths.field, codes).any()) for _, lengths in _parts(table, range(len(table.index))))
-
-
-def _parts(table: LengthIndex, positions: range | NDArray[np.int64]) -> Iterator[tuple[int, Lengths]]:
-    """Yield number of records and lengths of FIRST positions after the other."""
-    for start in range(0, len(positions), FIRST):
-        part = np.asarray(positions[start : start + FIRST], dtype=np.int64)
-        yield len(part), table.lengths(part)
 
 
 def _check_pattern(reader: RecordReader, name: str) -> None:

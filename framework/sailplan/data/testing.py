@@ -15,6 +15,8 @@ import tokenizers
 from PIL import Image
 
 from sailplan.config.schema import Config, DataConfig, DatasetConfig, PatternConfig, StepConfig, ViewConfig
+from sailplan.data.index import ShardIndex
+from sailplan.data.tables import Tables
 
 WORDS = ["red", "blue", "green", "round", "flat", "fish", "bird", "tree", "boat", "house", "sun", "moon", "star", "wheel", "apple", "stone"]
 Member = tuple[str, bytes]
@@ -36,6 +38,14 @@ def write_set(folder: Path, records: Sequence[Sequence[Member]], per_shard: int 
         members = [member for record in records[start : start + per_shard] for member in record]
         (folder / f"part-{start // per_shard:03d}.tar").write_bytes(tar_bytes(members))
     return folder
+
+
+def repeated(index: ShardIndex, copies: int) -> ShardIndex:
+    """Return the index as of so many times its shards, all of them the same files: a set of a size that no test can write out."""
+    known = index.tables
+    index.shards = index.shards * copies
+    index._use(Tables(known._sources, np.tile(known._source, copies), np.tile(known._row, copies)))
+    return index
 
 
 def json_member(key: str, body: Any) -> Member:

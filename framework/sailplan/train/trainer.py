@@ -263,5 +263,5 @@ def check_shares(parallel: Parallel, shares: StepShares, step: int, stage: str) 
     if parallel.agree(own != parallel.broadcast_text(own)):
         raise BadDataError(
             f"stage {stage}: ranks share out the rows of its step {step + 1} in different ways, expected the same shards and tokenizer on all "
-            "machines: compare them, delete the *.lengths files beside the shards' index, and start again"
+            "machines: compare them, delete the lengths-* files beside the shards' index, and start again"
         )
