@@ -50,10 +50,10 @@ class Progress:
 
 def fill(
     place: Path, names: Sequence[str], missing: Sequence[int], make: Callable[[int], Entry], progress: Progress, cache: Path | None, processes: int = 1
-) -> None:
+) -> bool:
     """Make tables of the shards numbered `missing` and take them over into the manifest at `place`, or come back when others have.
 
-    May come back before all is done, where another process wrote the manifest: look again. Raises what `make` does.
+    Return whether all of them were; False: another process wrote the manifest meanwhile, so look again. Raises what `make` does.
     """
     progress.expect(place.name.partition(".")[0], len(missing))
     work = _Work(place, names, make, cache)
@@ -67,9 +67,11 @@ def fill(
         for helper in helpers:
             helper.start()
         with work.opened() as lock:
-            if work.run(chunks, lock, progress):
-                with explained(place, cache):
-                    work.merge(lock, progress)
+            if not work.run(chunks, lock, progress):
+                return False
+            with explained(place, cache):
+                work.merge(lock, progress)
+            return True
     finally:
         for helper in helpers:
             helper.terminate()

@@ -1,11 +1,13 @@
 """What the views of a run find in its data, looked at before the first step: a wrong name must not train on nothing.
 
-Answers come from the length tables (`data.lengths`), which hold of each record the fields, pictures and sounds that it has. The first
-records answer for nearly every data set; only where they lack something are further shards asked, until one has it.
+Answers come from the length tables (`data.lengths`): their manifest says which fields and media the records of each shard have, so
+that what no record has is known without a look at any table. Whether one record has both sides of a pattern is looked up in the
+tables of shards that have both, of at most SHARDS of them, evenly spread: what is missing there is said with how much was looked at.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -20,7 +22,9 @@ from sailplan.data.text import clean
 from sailplan.data.values import BadSample
 from sailplan.errors import BadDataError, ConfigurationError
 
+logger = logging.getLogger("sailplan.data")
 FIRST = 256  # records whose entries are looked at
+SHARDS = 256  # whose entries are looked at, at most
 READ = 64  # records that are read, at most
 MEDIA = {"vision": ("picture", PICTURES, PICTURES_OF), "audio": ("sound", SOUND, SOUND_OF)}
 
@@ -94,21 +98,41 @@ def _check_pattern(reader: RecordReader, name: str) -> None:
     query, target = (dataset.views[side] for side in _sides(dataset, name))
     if table is None:
         return
-    both = (_shown(table, lengths, rows, query) & _shown(table, lengths, rows, target) for rows, lengths in _train_parts(reader, table))
+    looked, complete = _looked_at(table, query, target)
+    both = (_shown(table, lengths, rows, query) & _shown(table, lengths, rows, target) for rows, lengths in _train_parts(reader, table, looked))
     if not any(bool(found.any()) for found in both):
-        raise BadDataError(
-            f"data.sets.{reader.name}.patterns.{name}: not one of {count} records has both sides, a {_words(query)} and a {_words(target)}; "
+        of = f"{count} records" if complete else f"the records in {len(looked)} of {len(reader.index.shards)} shards, evenly spread,"
+        problem = (
+            f"data.sets.{reader.name}.patterns.{name}: not one of {of} has both sides, a {_words(query)} and a {_words(target)}; "
             "members of a record must lie side by side in the tar, under one name; `sailplan data validate` counts what is there"
         )
+        if complete:
+            raise BadDataError(problem)
+        logger.warning("%s", problem)
     if count == 1 or (list(target.modalities) == ["text"] and count <= READ and _one_text(reader, target)):
         what = "the only record" if count == 1 else f"all {count} records have one text as target"
         raise BadDataError(f"data.sets.{reader.name}.patterns.{name}: {what}; a positive without any negative teaches nothing; add other records")
 
 
-def _train_parts(reader: RecordReader, table: LengthIndex) -> Iterator[tuple[int, Lengths]]:
-    for start in range(0, reader.count(SPLIT), FIRST):
-        numbers = np.arange(start, min(start + FIRST, reader.count(SPLIT)), dtype=np.int64)
-        yield len(numbers), table.lengths(reader.select(SPLIT, numbers))
+def _looked_at(table: LengthIndex, query: ViewConfig, target: ViewConfig) -> tuple[list[int], bool]:
+    """Return the shards that may have a record with both sides, the first one and others evenly spread, and whether these are all."""
+    sides = [set(table.shards_with(_tags(view)).tolist()) for view in (query, target)]
+    shards = sorted(sides[0] & sides[1])
+    return shards[:: max(1, -(-len(shards) // SHARDS))], len(shards) <= SHARDS
+
+
+def _tags(view: ViewConfig) -> list[str]:
+    """The names under which the length tables count what a view of an items data set shows."""
+    return [MEDIA[modality][2] for modality in view.modalities if modality in MEDIA] + (view.fields if "text" in view.modalities else [])
+
+
+def _train_parts(reader: RecordReader, table: LengthIndex, shards: list[int]) -> Iterator[tuple[int, Lengths]]:
+    """Yield number of records and lengths of FIRST records to train on after the other."""
+    for shard in shards:
+        first, count = reader.index.numbers_in(SPLIT, shard)
+        for start in range(first, first + count, FIRST):
+            numbers = np.arange(start, min(start + FIRST, first + count), dtype=np.int64)
+            yield len(numbers), table.lengths(reader.select(SPLIT, numbers))
 
 
 def _shown(table: LengthIndex, lengths: Lengths, rows: int, view: ViewConfig) -> NDArray[np.bool_]:

@@ -103,6 +103,11 @@ class ShardIndex:
             result[chosen] = self.starts[shard] + rows
         return result
 
+    def numbers_in(self, split: str, shard: int) -> tuple[int, int]:
+        """Return the number of the first of the split's records in a shard, and how many it has there."""
+        starts = self._starts_of(split)
+        return int(starts[shard]), int(starts[shard + 1] - starts[shard])
+
     def positions(self, split: str | None) -> NDArray[np.int64]:
         """Sorted positions of a split's records (None: of all); int64 [n]. Eight bytes a record: for sets that fit."""
         if split is None:

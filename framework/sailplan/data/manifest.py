@@ -102,7 +102,7 @@ class Manifest:
         """Write the manifest, whole or not at all."""
         arrays = {
             "names": packed_strings(self.names),
-            "rows": np.ascontiguousarray(self.rows).view("<i8").reshape(len(self.rows), -1),
+            "rows": np.ascontiguousarray(self.rows).view("<i8").reshape(len(self.rows), ROW.itemsize // 8),
             "tags": packed_strings(self.tags),
             "tag_rows": self.tag_rows,
             "tag_codes": self.tag_codes,

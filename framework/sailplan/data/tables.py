@@ -118,14 +118,14 @@ def open_tables(
         return Tables([], np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
     names, before, attempts = relative_names(shards), set[int](), 0
     while True:
-        tables, missing = _look(shards[0], names, f"{kind}.manifest", cache, stale, thorough and not attempts)
+        tables, missing = _look(shards[0], names, f"{kind}.manifest", cache, stale, thorough and not before)
         if not missing:
             return tables
-        attempts = attempts + 1 if before == set(missing) else 0
-        before = set(missing)
+        if before != set(missing):
+            before, attempts = set(missing), 0
         if attempts >= ATTEMPTS:
             raise BadDataError(f"{shards[missing[0]]}: changes while it is indexed, found it changed {attempts} times; wait until it is written, start again")
-        fill(place_to_write(shards[0], f"{kind}.manifest", cache), names, missing, make, progress, cache, processes)
+        attempts += fill(place_to_write(shards[0], f"{kind}.manifest", cache), names, missing, make, progress, cache, processes)
 
 
 def relative_names(shards: Sequence[Path]) -> list[str]:
