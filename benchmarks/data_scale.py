@@ -148,10 +148,10 @@ def measure_ids(root: Path, count: int) -> dict[str, float]:
 
 
 def measure_worker(file: Path, count: int) -> dict[str, float]:
-    """Memory of a further process that finds ids: of its own, and of pages shared with all others."""
+    """Memory that a further process that finds ids has for itself; the mapped pages of the file are one copy for all of a node."""
 
     def private() -> int:
-        return sum(int(line.split()[1]) for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Private_")) << 10
+        return sum(int(line.split()[1]) for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Private_Dirty")) << 10
 
     before, table = private(), IdTable(file, count)
     for number in np.random.default_rng(1).integers(0, count, 200_000).tolist():

@@ -112,11 +112,14 @@ class Columns:
 
     def part(self, name: str, low: int, high: int) -> NDArray[Any]:
         """Return rows low .. high - 1 of an array, as a view. Raises Damaged where a page of theirs differs from its checksum."""
-        array = self._arrays[name]
+        self.ensure(name, low, high)
+        return self._arrays[name][low:high]
+
+    def ensure(self, name: str, low: int, high: int) -> None:
+        """Raise Damaged where a page of rows low .. high - 1 of an array differs from its checksum."""
         if high > low:
-            first = self._offsets[name] + low * array.strides[0]
-            self._check(first // PAGE, (self._offsets[name] + high * array.strides[0] - 1) // PAGE + 1)
-        return array[low:high]
+            offset, width = self._offsets[name], self._arrays[name].strides[0]
+            self._check((offset + low * width) // PAGE, (offset + high * width - 1) // PAGE + 1)
 
     def take(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return some rows of an array, int64 [n] -> [n, ...]; reads their pages, no others. Raises Damaged as `part`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,21 +43,23 @@ class IdTable:
             if columns.note["version"] != VERSION or columns.length("hashes") != count:
                 raise Damaged("another version, or another number of records")
             bits = int(columns.note["bits"])
-            self._directory = columns.whole("directory").copy()
+            self._directory = memoryview(columns.whole("directory").copy())  # plain integers, faster than an array's
         except (KeyError, TypeError, ValueError) as error:
             raise Damaged("a head without what it needs") from error
         self._columns, self._shift, self.file = columns, 64 - bits, file
+        self._hashes, self._values = memoryview(columns.unchecked("hashes")), memoryview(columns.unchecked("values"))
 
     def find(self, record_id: str) -> int | None:
         """Return the position of the first record with an id, None where there is none."""
         wanted, check = id_hash(record_id), id_check(record_id)
         bucket = wanted >> self._shift
-        low, high = int(self._directory[bucket]), int(self._directory[bucket + 1])
+        low, high = self._directory[bucket], self._directory[bucket + 1]
         try:
-            hashes = self._columns.part("hashes", low, high)
-            place = int(hashes.searchsorted(np.uint64(wanted)))
-            while place < high - low and hashes[place] == wanted:
-                value = int(self._columns.part("values", low + place, low + place + 1)[0])
+            self._columns.ensure("hashes", low, high)
+            place = bisect_left(self._hashes, wanted, low, high)
+            while place < high and self._hashes[place] == wanted:
+                self._columns.ensure("values", place, place + 1)
+                value = self._values[place]
                 if value >> POSITION_BITS == check:
                     return value & POSITION_MASK
                 place += 1
@@ -71,7 +74,7 @@ class IdTable:
             return np.full(len(hashes), -1, dtype=np.int64)
         try:
             for bucket in np.unique(hashes >> np.uint64(self._shift)).tolist():
-                self._columns.part("hashes", int(self._directory[bucket]), int(self._directory[bucket + 1]))
+                self._columns.ensure("hashes", self._directory[bucket], self._directory[bucket + 1])
             known = self._columns.unchecked("hashes")
             places = np.minimum(np.searchsorted(known, hashes), count - 1)
             values = self._columns.take("values", places) & np.uint64(POSITION_MASK)

@@ -235,6 +235,7 @@ class Trainer:
             "data/set": "+".join(batch.dataset for batch in batches),
             "data/digest": "+".join(dict.fromkeys(batch.digest for batch in batches)),
             "data/wait_seconds": round(waited, 4),
+            "data/wait_share": round(waited / seconds, 4),
             "loss/total": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": learning_rate,
