@@ -10,6 +10,7 @@ never another exception: the callers make the file anew, or name it.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import struct
@@ -49,7 +50,7 @@ def layout(arrays: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> tuple
     extents, offset = {}, 0
     for name, (dtype, shape) in arrays.items():
         extents[name] = (dtype.str, shape, offset)
-        offset += -(-int(np.prod(shape)) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        offset += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
     return extents, offset
 
 
@@ -89,8 +90,9 @@ class Columns:
             self._arrays: dict[str, NDArray[Any]] = {}
             self._offsets: dict[str, int] = {}
             for name, (kind, shape, offset) in head["arrays"].items():
-                count, dtype = int(np.prod(shape)), np.dtype(kind)
-                self._arrays[name] = np.frombuffer(buffer, dtype, count, body + offset).reshape(shape)
+                count, dtype = math.prod(shape), np.dtype(kind)
+                array = np.frombuffer(buffer, dtype, count, body + offset)
+                self._arrays[name] = array if len(shape) == 1 else array.reshape(shape)
                 self._offsets[name] = offset
                 if offset < 0 or offset + self._arrays[name].nbytes > body_bytes:
                     raise ValueError(name)

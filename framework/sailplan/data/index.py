@@ -53,7 +53,7 @@ class ShardIndex:
 
         held_out: splits records that name no split. processes: how many scan. thorough: look at every shard, and
         compare every checksum. Raises BadDataError for a shard that is not a whole tar."""
-        self.shards = [Path(shard) for shard in shards]
+        self.shards = [shard if isinstance(shard, Path) else Path(shard) for shard in shards]  # to parse 10^5 paths again takes a second
         self._cache, self._thorough = cache, thorough
         rule = "" if held_out is None else f".held-{hashlib.sha256(repr(held_out).encode()).hexdigest()[:8]}"
         self._kind = f"shards-{VERSION}{rule}"
