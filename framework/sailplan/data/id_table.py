@@ -43,11 +43,11 @@ class IdTable:
             if columns.note["version"] != VERSION or columns.length("hashes") != count:
                 raise Damaged("another version, or another number of records")
             bits = int(columns.note["bits"])
-            self._directory = memoryview(columns.whole("directory").copy())  # plain integers, faster than an array's
+            self._directory = columns.whole("directory").copy().data  # plain integers, faster than an array's
         except (KeyError, TypeError, ValueError) as error:
             raise Damaged("a head without what it needs") from error
         self._columns, self._shift, self.file = columns, 64 - bits, file
-        self._hashes, self._values = memoryview(columns.unchecked("hashes")), memoryview(columns.unchecked("values"))
+        self._hashes, self._values = columns.unchecked("hashes").data, columns.unchecked("values").data
 
     def find(self, record_id: str) -> int | None:
         """Return the position of the first record with an id, None where there is none."""
