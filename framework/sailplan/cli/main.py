@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
             continue
         if name == "data":
             command.add_argument("action", choices=["index", "validate"], help="what to do")
-            command.add_argument("--processes", type=int, default=None, help="validate: how many processes read the shards (default: one a CPU)")
+            command.add_argument("--processes", type=int, default=None, help="how many processes read the shards (default: one a CPU)")
         if name in LAUNCHED:
             command.add_argument("--cfg", choices=["job"], default=None, help="print the configuration as YAML, and do nothing else")
             command.add_argument("--info", choices=INFOS, default=None, help="print what Hydra composed it from, and do nothing else")

@@ -62,8 +62,13 @@ def open_agreed(
     """
     with phase("opening data", local=True):
         readers = open_datasets(config, artifacts, names, progress=alone)
-    facts = {f"data set {name}": reader.index.description() for name, reader in readers.items()}
-    agree(parallel, "data", facts, "give all nodes the same shards, and delete their .index folders where shards were replaced")
+    agree(
+        parallel,
+        "data",
+        lambda: {f"data set {name}": reader.index.description() for name, reader in readers.items()},
+        "give all nodes the same shards; `sailplan data index` reads those that were replaced anew",
+        digest=" ".join(f"{name}={reader.index.digest()}" for name, reader in readers.items()),
+    )
     return readers
 
 

@@ -241,6 +241,7 @@ class Trainer:
             "data/set": "+".join(batch.dataset for batch in batches),
             "data/digest": "+".join(dict.fromkeys(batch.digest for batch in batches)),
             "data/wait_seconds": round(waited, 4),
+            "data/wait_share": round(waited / seconds, 4),
             "loss/total": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": learning_rate,
@@ -281,5 +282,5 @@ def check_shares(parallel: Parallel, shares: StepShares, step: int, stage: str) 
     if parallel.agree(own != parallel.broadcast_text(own)):
         raise BadDataError(
             f"stage {stage}: ranks share out the rows of its step {step + 1} in different ways, expected the same shards and tokenizer on all "
-            "machines: compare them, delete the *.lengths files beside the shards' index, and start again"
+            "machines: compare them, delete the lengths-* files beside the shards' index, and start again"
         )
