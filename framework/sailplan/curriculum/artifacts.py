@@ -1,14 +1,15 @@
 """Data sets and tables that a stage makes for itself from the training histories, before it starts.
 
 `interests` and `co_occurrence` become webdataset shards in a folder of their own name, read by the same reader as any
-data set (`shards: artifact:interests`); `teachers` becomes one table of ID embeddings. All ranks take part where the
+data set (`shards: artifact:interests`); `teachers` becomes one table of ID embeddings, or an index of the
+files that a recommender brings (`data.teachers`). All ranks take part where the
 model embeds and where timed events are read (`timed`); rank 0 alone computes and writes the rest, from sets that fit
 in one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,18 @@ import numpy as np
 from sailplan.config.schema import ARTIFACT, Config, StageConfig, ViewConfig
 from sailplan.curriculum.balance import unit_rows
 from sailplan.curriculum.histories import Histories, read_histories, source_of_histories, write_artifact
-from sailplan.curriculum.teachers import TEACHERS, co_occurrence, factorise, pair_records
+from sailplan.curriculum.teachers import FACTORISATIONS, co_occurrence, factorise, pair_records
 from sailplan.curriculum.timed import ContentVectors, make_timed_interests
 from sailplan.curriculum.unordered import records, rules_count, sequences
 from sailplan.data.events import event_files
 from sailplan.data.reader import RecordReader
+from sailplan.data.teacher_files import build_teachers, teacher_shape
 from sailplan.data.teachers import TeacherTable
 from sailplan.embed.embedder import Embedder
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.main_rank import on_main
 
-TEACHERS_FILE = "teachers.npz"
+TEACHERS_FILE, TEACHERS = "teachers.npz", "teachers"
 TEACHER_DIMENSIONS = 64
 
 
@@ -46,6 +48,9 @@ def make_artifacts(embedder: Embedder, stage_name: str, stage: StageConfig, fold
     run = embedder.context
     stats: dict[str, dict[str, Any]] = {}
     for artifact in stage.artifacts:
+        if artifact == TEACHERS and run.config.data.teachers:
+            stats[artifact] = build_teachers(run.parallel, run.config.data.teachers, folder / TEACHERS)
+            continue
         name = timed_set(run.config, stage, artifact)
         if name is not None:
             stats[artifact] = _timed(embedder, name, folder / artifact)
@@ -65,6 +70,9 @@ def timed_set(config: Config, stage: StageConfig, artifact: str) -> str | None:
 
 def check_artifact(config: Config, stage_name: str, stage: StageConfig, artifact: str) -> None:
     """Raise ConfigurationError where it is not clear what an artifact is made from."""
+    if artifact == TEACHERS and config.data.teachers:
+        _check_teachers(config, stage)
+        return
     name = timed_set(config, stage, artifact)
     if name is None:
         histories_of(config, stage_name, stage, artifact)
@@ -77,6 +85,15 @@ def check_artifact(config: Config, stage_name: str, stage: StageConfig, artifact
     _history_view(config, name)
     assert dataset.interests is not None, "timed_set names such sets only"
     event_files(f"data.sets.{name}.interests.events", dataset.interests.events)
+
+
+def _check_teachers(config: Config, stage: StageConfig) -> None:
+    """Raise ConfigurationError where the files are not there, or a loss of the stage expects other teachers."""
+    sizes = {name: teacher_shape(name, teacher).dimension for name, teacher in config.data.teachers.items()}
+    for objective in stage.objectives:
+        wanted = config.objectives.get(objective, {}).get("teachers")
+        if isinstance(wanted, Mapping) and dict(wanted) != {name: sizes.get(name) for name in wanted}:
+            raise ConfigurationError(f"objectives.{objective}.teachers={dict(wanted)}: expected some of data.teachers with their dimensions, {sizes}")
 
 
 def _history_view(config: Config, name: str) -> ViewConfig:
@@ -157,7 +174,7 @@ def _make(artifact: str, stage: StageConfig, embedder: Embedder, reader: RecordR
 
     def teachers() -> dict[str, Any]:
         matrix = histories.matrix(used)
-        vectors = {name: factorise(matrix, name, TEACHER_DIMENSIONS, config.seed).astype(np.float32) for name in TEACHERS}
+        vectors = {name: factorise(matrix, name, TEACHER_DIMENSIONS, config.seed).astype(np.float32) for name in FACTORISATIONS}
         TeacherTable(catalogue.ids(used), vectors).save(folder / TEACHERS_FILE)
         return {"items": len(used), "dimensions": {name: matrix.shape[1] for name, matrix in vectors.items()}}
 

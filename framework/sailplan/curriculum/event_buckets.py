@@ -46,34 +46,23 @@ class EventBuckets:
 
     def __init__(self, folder: Path, count: int, ranks: int) -> None:
         self.folder, self.count, self.ranks = folder, count, ranks
-        self._sources: list[tuple[Any, NDArray[np.int64]]] | None = None
 
     def load(self, bucket: int) -> Bucket:
         """Return one bucket; the same whatever the number of ranks that wrote it."""
         pa = arrow()
         pieces = []
-        for reader, offsets in self._opened():
-            for chunk in range(len(offsets)):
-                start, stop = (int(place) for place in offsets[chunk, bucket : bucket + 2])
-                if stop > start:
-                    pieces.append(reader.get_batch(chunk).slice(start, stop - start))
+        for rank in range(self.ranks):
+            stem = self.folder / f"rank-{rank:05d}"
+            offsets = np.load(f"{stem}.npy", mmap_mode="r")[:, bucket : bucket + 2].tolist()
+            # Mapped anew each time: what was read for a bucket leaves memory with it.
+            reader = pa.ipc.open_file(pa.memory_map(f"{stem}.arrow")) if offsets else None
+            pieces += [reader.get_batch(chunk).slice(start, stop - start) for chunk, (start, stop) in enumerate(offsets) if stop > start]
         table = pa.Table.from_batches(pieces, schema=_schema())
         codes, names, hashes = _named(table["user"])
         items = table["item"].to_numpy()
         places, first = np.unique(items, return_index=True)
         ids = dict(zip(places.tolist(), table["id"].take(pa.array(first)).to_pylist(), strict=True))
         return Bucket(Events(codes, items, table["time"].to_numpy(), table["label"].to_numpy()), names, hashes, ids)
-
-    def _opened(self) -> list[tuple[Any, NDArray[np.int64]]]:
-        if self._sources is None:
-            pa = arrow()
-            self._sources = []
-            for rank in range(self.ranks):
-                stem = self.folder / f"rank-{rank:05d}"
-                offsets = np.load(f"{stem}.npy", mmap_mode="r")
-                if len(offsets):
-                    self._sources.append((pa.ipc.open_file(pa.memory_map(f"{stem}.arrow")), offsets))
-        return self._sources
 
 
 @dataclass

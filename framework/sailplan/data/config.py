@@ -173,6 +173,21 @@ class DatasetConfig:
 
 
 @dataclass
+class TeacherConfig:
+    """Vectors by item id that a recommender brings."""
+
+    path: str = ""  # .npy [rows, dimension], or .parquet
+    ids: str | None = None  # .npy: a text file with the item id of each row, one a line; .parquet: the column of ids, default id
+    vector: str = "vector"  # .parquet: the column of the vectors
+    dimension: int | None = None  # of the vectors; None: the file's
+
+    def validate(self, path: str) -> None:
+        """Raise ConfigurationError for a file of another kind."""
+        if not self.path.endswith((".npy", ".parquet")):
+            raise ConfigurationError(f"{path}.path={self.path}: expected a file that ends in .npy or .parquet")
+
+
+@dataclass
 class DataConfig:
     """Reading: the reading order's constants and the limits on broken samples."""
 
@@ -201,10 +216,14 @@ class DataConfig:
     empty_steps: Size = 8  # steps in a row in which a pattern has no row with both sides, or no negative: the run stops with exit code 65
     cache: str | None = None  # folder for shards that are fetched from a URL, and for indices where the shards' own cannot be written
     sets: dict[str, DatasetConfig] = field(default_factory=dict)
+    # What id2item distils; empty: the artifact `teachers` factorises the training histories instead.
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
 
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for a name that no parameter can have, an item corpus that is none, and sound that its front end
         does not take."""
+        for name in self.teachers:
+            _check_name(f"{path}.teachers.{name}", name)
         for name, dataset in self.sets.items():
             _check_name(f"{path}.sets.{name}", name)
             if dataset.kind == "sequences" or dataset.catalogue:
