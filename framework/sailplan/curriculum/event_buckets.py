@@ -55,7 +55,7 @@ class EventBuckets:
             stem = self.folder / f"rank-{rank:05d}"
             offsets = np.load(f"{stem}.npy", mmap_mode="r")[:, bucket : bucket + 2].tolist()
             # Mapped anew each time: what was read for a bucket leaves memory with it.
-            reader = pa.ipc.open_file(pa.memory_map(f"{stem}.arrow")) if offsets else None
+            reader = pa.ipc.open_file(pa.memory_map(f"{stem}.arrow"))
             pieces += [reader.get_batch(chunk).slice(start, stop - start) for chunk, (start, stop) in enumerate(offsets) if stop > start]
         table = pa.Table.from_batches(pieces, schema=_schema())
         codes, names, hashes = _named(table["user"])

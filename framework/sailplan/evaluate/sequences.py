@@ -46,7 +46,7 @@ def popularity(embedder: Embedder, reader: RecordReader) -> NDArray[np.int64] | 
     uses = np.zeros(len(reader.catalogue), dtype=np.int64)
     share = np.arange(count * exchange.rank // exchange.world_size, count * (exchange.rank + 1) // exchange.world_size)
     for position in reader.select("train", share).tolist() if len(share) else []:
-        found = {reader.find_item(name) for name in reader.item_ids(position)} - {None}
-        uses[list(found)] += 1  # type: ignore[arg-type]
+        found = map(reader.find_item, reader.item_ids(position))
+        uses[list({place for place in found if place is not None})] += 1
     total = exchange.sum(torch.from_numpy(uses).to(embedder.context.parallel.device)).cpu().numpy()
     return total if total.any() else None
