@@ -93,7 +93,7 @@ def sigmoid(z):
 
 
 @triton.jit
-def row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS: tl.constexpr):
+def row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift, om, on, N, M, p, live, LIMITS: tl.constexpr):
     """Cosines, FLOOR where row and column share a tag, and logits of the row loss times log2(e), hugely negative where the pair is masked.
 
     LIMITS compares cosines, which are therefore the same product of the same numbers wherever they are computed.
@@ -102,16 +102,16 @@ def row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row
     x = masked(x, row_tags, column_tags, om, on, N, M, live)
     z = x * (tl.load(row_scale + om) * LOG2E)[:, None] - tl.load(column_shift + on)[None, :]
     if LIMITS:
-        z = tl.where(x > tl.load(row_limit + p * N + om)[:, None], FLOOR, z)
+        z = tl.where(x > tl.load(row_max_cosine + p * N + om)[:, None], FLOOR, z)
     return x, z
 
 
 @triton.jit
-def column_logits(x, row_shift, column_limit, column_scale, om, on, N, M, p, LIMITS: tl.constexpr):
+def column_logits(x, row_shift, column_max_cosine, column_scale, om, on, N, M, p, LIMITS: tl.constexpr):
     """As row_logits, of the column loss. Columns that are no candidates have logits nobody may read."""
     z = x * (tl.load(column_scale + on) * LOG2E)[None, :] - tl.load(row_shift + om)[:, None]
     if LIMITS:
-        z = tl.where(x > tl.load(column_limit + p * M + on)[None, :], FLOOR, z)
+        z = tl.where(x > tl.load(column_max_cosine + p * M + on)[None, :], FLOOR, z)
     return z
 
 
@@ -154,7 +154,7 @@ def write_shared_statistics(
 
 @triton.jit
 def write_statistics(
-    acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
     row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live,
     LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def write_statistics(
 
     Returns the exponentials relative to the maximum of their row in this tile (with SIGMOID the logits).
     """
-    x, e = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
+    x, e = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
     at = (p * tiles_n + pn).to(tl.int64) * n + om
     if SIGMOID:
         tl.store(row_sum + at, tl.sum(softplus(e), 1), mask=om < n)
@@ -173,7 +173,7 @@ def write_statistics(
         tl.store(row_maximum + at, tl.where(top < EMPTY, float("-inf"), top), mask=om < n)
         tl.store(row_sum + at, tl.sum(e, 1), mask=om < n)
     if COLUMNS:
-        z = column_logits(x, row_shift, column_limit, column_scale, om, on, N, M, p, LIMITS)
+        z = column_logits(x, row_shift, column_max_cosine, column_scale, om, on, N, M, p, LIMITS)
         at = (p * tiles_m + pm).to(tl.int64) * m + on
         top = tl.max(z, 0)
         total = tl.sum(tl.exp2(z - tl.where(top < EMPTY, 0.0, top)[None, :]), 0)
@@ -185,7 +185,7 @@ def write_statistics(
 
 @triton.jit
 def write_either_statistics(
-    acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
     row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, prefixes, tiles_m, tiles_n, live,
 ):  # fmt: skip
     """write_statistics of both losses at one temperature: at a low one, with maxima."""
@@ -196,14 +196,14 @@ def write_either_statistics(
         )  # fmt: skip
     else:
         write_statistics(
-            acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+            acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
             row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live, False, True, False,
         )  # fmt: skip
 
 
 @triton.jit
 def write_gradient(
-    acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
     row_log, column_log, row_moment, column_moment, row_temperature, column_temperature,
     pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live,
     LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, MOMENTS: tl.constexpr,
@@ -224,11 +224,11 @@ def write_gradient(
         g = tl.exp2(y * factor[:, None] - row[:, None]) + tl.exp2(y * factor[:, None] - tl.load(column_log + p * M + on)[None, :])
         g = tl.where((tl.load(row_shift + om) > 0)[:, None], 0.0, g)  # such a row may lie above a column's logsumexp: 0 times infinity
     else:
-        x, z = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
+        x, z = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
         g = tl.exp2(z - row[:, None])
         if COLUMNS:
             tl.store(row_temperature + at, tl.sum(g * x, 1), mask=om < n)
-            z = column_logits(x, row_shift, column_limit, column_scale, om, on, N, M, p, LIMITS)
+            z = column_logits(x, row_shift, column_max_cosine, column_scale, om, on, N, M, p, LIMITS)
             c = tl.exp2(z - tl.load(column_log + p * M + on)[None, :])
             tl.store(column_temperature + down, tl.sum(c * x, 0), mask=on < m)
             g += c
@@ -241,22 +241,22 @@ def write_gradient(
 
 @triton.jit
 def write_sigmoid(
-    acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift,
+    acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift,
     row_log, row_sum, row_total, row_moment, column_moment, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live,
     LIMITS: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of one tile of the pairwise sigmoid loss. Returns the weights of this prefix.
 
-    row_log [P, N]: here the push itself. row_* [P, TC, n]: row_sum the softplus of the logits, row_total push * sigmoid;
+    row_log [P, N]: here the push itself. row_* [P, TC, n]: row_sum the softplus of the logits, row_total negative_grad * sigmoid;
     column_moment [P, TR, m], written with MOMENTS.
     """
-    x, z = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
+    x, z = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
     at = (p * tiles_n + pn).to(tl.int64) * n + om
-    push = tl.load(row_log + p * N + om)
-    scaled = push * tl.load(row_scale + om)
+    negative_grad = tl.load(row_log + p * N + om)
+    scaled = negative_grad * tl.load(row_scale + om)
     tl.store(row_sum + at, tl.sum(softplus(z), 1), mask=om < n)
     g = sigmoid(z)
-    tl.store(row_total + at, tl.sum(g, 1) * push, mask=om < n)
+    tl.store(row_total + at, tl.sum(g, 1) * negative_grad, mask=om < n)
     g *= scaled[:, None]
     tl.store(row_moment + at, tl.sum(g * x, 1), mask=om < n)
     if MOMENTS:
