@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from sailplan.config.schema import ARTIFACT, BalanceConfig, Config, PatternKey, StageConfig
 from sailplan.curriculum.artifacts import TEACHERS, TEACHERS_FILE, check_artifact, make_artifacts
-from sailplan.curriculum.balance import Balance, Summary, balance, with_floor
+from sailplan.curriculum.balance import Balance, Summary, balance, by_size, with_floor
 from sailplan.curriculum.hard_negatives import check_minable, chosen_patterns, matched, mine
-from sailplan.curriculum.kinds import embed_kinds, pattern_views, summarise, summarise_benchmark
+from sailplan.curriculum.kinds import embed_kinds, pattern_views, replicates, summarise_benchmark
 from sailplan.curriculum.subset import drop_lowest, keep_highest, nearness
 from sailplan.data.datasets import open_datasets
 from sailplan.data.negatives import HardNegativeStore, save_arrays
@@ -87,14 +87,17 @@ def prepare_stage(context: RunContext, name: str, folder: Path) -> StageState:
     if stage.artifacts:
         stats["artifacts"] = make_artifacts(embedder, name, stage, folder)
     _open_artifacts(context.config, readers, stage, folder)
-    needed = stage.balance is not None or (stage.subset is not None and stage.subset.nearest is not None)
+    needed = (stage.balance is not None and stage.balance.weights == "similarity") or (stage.subset is not None and stage.subset.nearest is not None)
     settings = stage.balance or BalanceConfig()
     benchmark = summarise_benchmark(embedder, settings) if needed else {}
     stats["weights"] = dict(stage.data)
     if stage.balance is not None:
         found = balance_sets(embedder, stage, benchmark, settings)
-        stats["weights"] = with_floor(found.weights, stage.data)
-        stats["balance"] = {dataset: {**pairs, "mean": found.scores[dataset]} for dataset, pairs in found.pairs.items()}
+        stats["weights"] = with_floor(found.weights, stage.data, stage.balance.floor)
+        stats["balance"] = {
+            dataset: {**pairs, "mean": found.scores[dataset]} | ({"error": found.errors[dataset]} if dataset in found.errors else {})
+            for dataset, pairs in found.pairs.items()
+        }
         stats["balance_kinds"], stats["balance_weights"] = found.kinds, found.weights
     subsets = _subsets(embedder, stage, benchmark)
     stats["subsets"] = {dataset: len(kept) for dataset, kept in subsets.items()}
@@ -148,8 +151,11 @@ def refresh_hard_negatives(context: RunContext, name: str, folder: Path, state: 
 def balance_sets(embedder: Embedder, stage: StageConfig, benchmark: dict[str, Summary], settings: BalanceConfig) -> Balance:
     """Return the similarities of the stage's data sets to the benchmark and the weights they give. Collective."""
     readers = embedder.context.readers
-    views = {name: pattern_views(readers[name], _patterns(stage, readers[name])) for name in stage.data}
-    training = {name: summarise(embedder, readers[name], views[name], readers[name].positions("train"), settings, name) for name in stage.data}
+    if settings.weights != "similarity":
+        return by_size({name: readers[name].count("train") for name in stage.data}, settings.weights)
+    training = {}
+    for name in stage.data:
+        training[name] = replicates(embedder, readers[name], pattern_views(readers[name], _patterns(stage, readers[name])), settings, name)
     return balance(training, benchmark, settings)
 
 

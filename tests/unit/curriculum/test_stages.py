@@ -123,7 +123,7 @@ def test_selection_keeps_its_promises(config: Config, tmp_path: Path) -> None:
     told = json.loads((tmp_path / "selected" / "state.json").read_text())
     assert told["thresholds"]["things/image_to_name"]["tp"] > 0
     assert told["subsets"] == {"things": len(found["subsets"]["things"])}
-    assert set(told["balance"]["things"]) == {"names", "choice", "mean"}
+    assert set(told["balance"]["things"]) == {"names", "choice", "mean", "error"}
     stage = replace(config.stages["selected"], hard_negatives=HardNegativeConfig(mask_in_batch=False))
     unmasked = replace(config, stages={"selected": stage})
     assert read_back(config, tmp_path / "selected", 0).thresholds and not read_back(unmasked, tmp_path / "selected", 0).thresholds
