@@ -20,10 +20,10 @@ from sailplan_kernels.exchange.row_split import peers_of
 from sailplan_kernels.infonce.forward_context import numbers
 from sailplan_kernels.infonce.loss_inputs import LossInputs
 from sailplan_kernels.infonce.masks import excluded, own_keys
-from sailplan_kernels.tiling.normalize import TAME, project_
+from sailplan_kernels.tiling.normalize import SAFE_LENGTH, project_
 from sailplan_kernels.tiling.products import add_product, of_dimensions, product, segments, set_product
 from sailplan_kernels.tiling.tile import Engine
-from sailplan_kernels.tiling.torch_engine import FLOOR, TorchEngine
+from sailplan_kernels.tiling.torch_engine import MASKED_SCORE, TorchEngine
 from sailplan_kernels.tiling.vectors import Layout
 
 SMALLEST_SUM = 1e-300  # of exponentials, in float64: a column without negatives
@@ -82,7 +82,7 @@ class OneTile:
         if self.device.type == "cpu":
             length = self.norms[:, -1]
             low, high = length.aminmax()
-            if not (low > TAME and high < 1 / TAME) and not ((length == 0) | ((length > TAME) & (length < 1 / TAME))).all():
+            if not (low > SAFE_LENGTH and high < 1 / SAFE_LENGTH) and not ((length == 0) | ((length > SAFE_LENGTH) & (length < 1 / SAFE_LENGTH))).all():
                 raise Unsafe
         self.norms.reciprocal_().nan_to_num_(nan=torch.nan, posinf=0.0)
         self._score_partners()
@@ -160,8 +160,8 @@ class OneTile:
             below = torch.nextafter(torch.tensor(highest, dtype=self.fp), torch.tensor(-torch.inf, dtype=self.fp)).item()
             mask, hidden = mask | (of_keys > below), hidden | (own > below)
             of_keys.div_(self.temperature)
-        of_keys.masked_fill_(mask, FLOOR)
-        torch.where(hidden, numbers((FLOOR,), self.fp, self.device), own_logits, out=of_own)
+        of_keys.masked_fill_(mask, MASKED_SCORE)
+        torch.where(hidden, numbers((MASKED_SCORE,), self.fp, self.device), own_logits, out=of_own)
         self.positive = own_logits[:, :, 0]  # [P, n]
         torch.softmax(logits, 2, out=self.tiles[0])
         largest, top = self.tiles[:2].amax(3)

@@ -1,6 +1,6 @@
 """A tile of scores in plain torch: the vendor's matrix products, scores in full precision, everything else in place.
 
-A tile is computed once per prefix as cosines, with FLOOR where identity rules a pair out (finite, so that 0 * FLOOR is 0
+A tile is computed once per prefix as cosines, with MASKED_SCORE where identity rules a pair out (finite, so that 0 * MASKED_SCORE is 0
 and not NaN; its exponential is exactly 0). A tile whose moments nobody asks for keeps its exponentials between the two
 questions instead of its cosines: the gradient then costs one multiplication a pair.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from sailplan_kernels.tiling.products import product, softplus_sum
 from sailplan_kernels.tiling.tile import EMPTY, Coefficients, Gradient, MaskConfig, Statistics, TileOperand
 
-FLOOR = -1e30
+MASKED_SCORE = -1e30
 
 
 class TorchEngine:
@@ -118,7 +118,7 @@ class _Tile:
         return Gradient([weight.to(rows.vectors.dtype)], of_rows, of_columns, of_rows, None)
 
     def _cosines(self) -> Tensor:
-        """[P, n, m], FLOOR where identity or validity rules the pair out."""
+        """[P, n, m], MASKED_SCORE where identity or validity rules the pair out."""
         rows, columns, prefixes = self.rows, self.columns, self.rule.prefixes
         excluded = ~columns.valid
         if self.rule.tags_in_use:
@@ -130,7 +130,7 @@ class _Tile:
         for p, end in enumerate(prefixes):
             product(rows.vectors[:, start:end], columns.vectors[:, start:end].T, found[p], None if p == 0 else found[p - 1])
             start = end
-        return found.mul_(rows.inverse_norm[:, :, None]).mul_(columns.inverse_norm[:, None]).masked_fill_(excluded, FLOOR)
+        return found.mul_(rows.inverse_norm[:, :, None]).mul_(columns.inverse_norm[:, None]).masked_fill_(excluded, MASKED_SCORE)
 
     def _row_logits(self, cosines: Tensor, p: int | None = None, in_place: bool = False) -> Tensor:
         """[P, n, m] of all prefixes, or of prefix ``p`` alone."""
@@ -141,12 +141,12 @@ class _Tile:
         logits = cosines.mul_(inverse) if in_place else cosines * inverse
         if columns.correction is not None:
             logits.sub_(columns.correction)
-        return logits if beyond is None else logits.masked_fill_(beyond, FLOOR)
+        return logits if beyond is None else logits.masked_fill_(beyond, MASKED_SCORE)
 
     def _column_logits(self, cosines: Tensor) -> Tensor:
         columns = self.columns
-        logits = (cosines * columns.inverse_temperature).masked_fill_(~self.rows.valid[:, None], FLOOR)
-        return logits if columns.max_cosine is None else logits.masked_fill_(cosines > columns.max_cosine[:, None], FLOOR)
+        logits = (cosines * columns.inverse_temperature).masked_fill_(~self.rows.valid[:, None], MASKED_SCORE)
+        return logits if columns.max_cosine is None else logits.masked_fill_(cosines > columns.max_cosine[:, None], MASKED_SCORE)
 
 
 def _sums(logits: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ Tiles in half precision, in whole STEPs, go by the persistent kernels where the 
 (rows that start at multiples of 16 bytes) and all prefixes but the longest end in whole BKs; all others, and all of schedule
 "tiles", one program a tile. The meaning is the same, and the partial results have the same layout, by each configuration's own tile.
 
-What a kernel reads as a vector is padded here to whole tiles: with norms of 0, shifts that are OUT, tags that match nothing.
+What a kernel reads as a vector is padded here to whole tiles: with norms of 0, shifts that are INVALID_SHIFT, tags that match nothing.
 Tags are compared as two 32-bit halves each, so as exactly as in 64 bits.
 """
 
@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sailplan_kernels.tiling.tile import Coefficients, Gradient, MaskConfig, Statistics, TileOperand
 from sailplan_kernels.triton_kernels import persistent, sigmoid_tiles, tiles
-from sailplan_kernels.triton_kernels.arithmetic import OUT
+from sailplan_kernels.triton_kernels.arithmetic import INVALID_SHIFT
 from sailplan_kernels.triton_kernels.configurations import (
     INTERPRETED,
     INTERPRETER_PROGRAMS,
@@ -116,7 +116,7 @@ class TritonTile:
         found = {
             "row_norm": _padded(rows.inverse_norm, n, 0.0), "column_norm": _padded(columns.inverse_norm, m, 0.0),
             "row_tags": self._tags(rows, -2, n), "column_tags": self._tags(columns, -1, m), "row_max_cosine": limits[0], "column_max_cosine": limits[1],
-            "row_scale": scale, "column_shift": _padded(correction.masked_fill(~columns.valid, OUT.value), m, OUT.value),
+            "row_scale": scale, "column_shift": _padded(correction.masked_fill(~columns.valid, INVALID_SHIFT.value), m, INVALID_SHIFT.value),
         }  # fmt: skip
         found["column_scale"] = found["row_shift"] = scale
         if self.kind == "symmetric":  # ranks that were given different numbers get none: their losses are NaN, not wrong
@@ -124,7 +124,7 @@ class TritonTile:
             found["column_shift"][: self.m].masked_fill_(other & (columns.inverse_temperature > 0), torch.nan)
         if self.rule.columns:
             found["column_scale"] = _padded(columns.inverse_temperature, m, 0.0)
-            found["row_shift"] = _padded(torch.zeros_like(rows.inverse_temperature).masked_fill_(~rows.valid, OUT.value), n, OUT.value)
+            found["row_shift"] = _padded(torch.zeros_like(rows.inverse_temperature).masked_fill_(~rows.valid, INVALID_SHIFT.value), n, INVALID_SHIFT.value)
         return found
 
     def _tags(self, side: TileOperand, none: int, padded: int) -> Tensor:
