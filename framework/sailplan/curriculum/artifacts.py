@@ -1,29 +1,36 @@
 """Data sets and tables that a stage makes for itself from the training histories, before it starts.
 
 `interests` and `co_occurrence` become webdataset shards in a folder of their own name, read by the same reader as any
-data set (`shards: artifact:interests`); `teachers` becomes one table of ID embeddings. All ranks take part where the
-model embeds; rank 0 alone computes and writes the rest.
+data set (`shards: artifact:interests`); `teachers` becomes one table of ID embeddings, or an index of the
+files that a recommender brings (`data.teachers`). All ranks take part where the
+model embeds and where timed events are read (`timed`); rank 0 alone computes and writes the rest, from sets that fit
+in one process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sailplan.config.schema import ARTIFACT, Config, StageConfig
+from sailplan.config.schema import ARTIFACT, Config, StageConfig, ViewConfig
+from sailplan.curriculum.balance import unit_rows
 from sailplan.curriculum.histories import Histories, read_histories, source_of_histories, write_artifact
-from sailplan.curriculum.interests import records, sequences, views_count
-from sailplan.curriculum.teachers import TEACHERS, co_occurrence, factorise, pair_records
+from sailplan.curriculum.teachers import FACTORISATIONS, co_occurrence, factorise, pair_records
+from sailplan.curriculum.timed import ContentVectors, make_timed_interests
+from sailplan.curriculum.unordered import records, rules_count, sequences
+from sailplan.data.events import event_files
 from sailplan.data.reader import RecordReader
+from sailplan.data.teacher_files import build_teachers, teacher_shape
 from sailplan.data.teachers import TeacherTable
 from sailplan.embed.embedder import Embedder
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.main_rank import on_main
 
-TEACHERS_FILE = "teachers.npz"
+TEACHERS_FILE, TEACHERS = "teachers.npz", "teachers"
 TEACHER_DIMENSIONS = 64
 
 
@@ -41,11 +48,59 @@ def make_artifacts(embedder: Embedder, stage_name: str, stage: StageConfig, fold
     run = embedder.context
     stats: dict[str, dict[str, Any]] = {}
     for artifact in stage.artifacts:
+        if artifact == TEACHERS and run.config.data.teachers:
+            stats[artifact] = build_teachers(run.parallel, run.config.data.teachers, folder / TEACHERS)
+            continue
+        name = timed_set(run.config, stage, artifact)
+        if name is not None:
+            stats[artifact] = _timed(embedder, name, folder / artifact)
+            continue
         reader = run.readers[histories_of(run.config, stage_name, stage, artifact)]
         histories = read_histories(reader, "train")
         stats[artifact] = {"users": len(histories.users), "unknown_items": histories.unknown}
         stats[artifact] |= _make(artifact, stage, embedder, reader, histories, folder)
     return stats
+
+
+def timed_set(config: Config, stage: StageConfig, artifact: str) -> str | None:
+    """Return the name of the data set whose timed events an artifact is made from; None: it is made from recorded histories."""
+    name = next(iter(artifact_sets(config, stage, artifact)), None)
+    return name if name is not None and config.data.sets[name].interests is not None else None
+
+
+def check_artifact(config: Config, stage_name: str, stage: StageConfig, artifact: str) -> None:
+    """Raise ConfigurationError where it is not clear what an artifact is made from."""
+    if artifact == TEACHERS and config.data.teachers:
+        _check_teachers(config, stage)
+        return
+    name = timed_set(config, stage, artifact)
+    if name is None:
+        histories_of(config, stage_name, stage, artifact)
+        return
+    dataset = config.data.sets[name]
+    if dataset.kind != "sequences":
+        raise ConfigurationError(f"data.sets.{name}.kind={dataset.kind}: expected sequences, as its interests are")
+    if dataset.held_out is not None and dataset.held_out.by != "user":
+        raise ConfigurationError(f"data.sets.{name}.held_out.by={dataset.held_out.by}: expected user: sequences of one user lie on one side")
+    _history_view(config, name)
+    assert dataset.interests is not None, "timed_set names such sets only"
+    event_files(f"data.sets.{name}.interests.events", dataset.interests.events)
+
+
+def _check_teachers(config: Config, stage: StageConfig) -> None:
+    """Raise ConfigurationError where the files are not there, or a loss of the stage expects other teachers."""
+    sizes = {name: teacher_shape(name, teacher).dimension for name, teacher in config.data.teachers.items()}
+    for objective in stage.objectives:
+        wanted = config.objectives.get(objective, {}).get("teachers")
+        if isinstance(wanted, Mapping) and dict(wanted) != {name: sizes.get(name) for name in wanted}:
+            raise ConfigurationError(f"objectives.{objective}.teachers={dict(wanted)}: expected some of data.teachers with their dimensions, {sizes}")
+
+
+def _history_view(config: Config, name: str) -> ViewConfig:
+    view = next((view for view in config.data.sets[name].views.values() if view.of == "history"), None)
+    if view is None:
+        raise ConfigurationError(f"data.sets.{name}.views: none is `of: history`; a set of sequences needs one")
+    return view
 
 
 def histories_of(config: Config, stage_name: str, stage: StageConfig, artifact: str) -> str:
@@ -72,6 +127,26 @@ def _catalogue(config: Config, stage_name: str, stage: StageConfig, artifact: st
     return catalogue
 
 
+def _timed(embedder: Embedder, name: str, folder: Path) -> dict[str, Any]:
+    run = embedder.context
+    dataset = run.config.data.sets[name]
+    assert dataset.catalogue is not None, "sequences have a catalogue"
+    catalogue = run.readers[dataset.catalogue]
+    content = _content(embedder, catalogue, _history_view(run.config, name))
+    return make_timed_interests(run.parallel, name, dataset, catalogue, folder, content, seed=run.config.seed)
+
+
+def _content(embedder: Embedder, catalogue: RecordReader, view: ViewConfig) -> ContentVectors:
+    """Return unit vectors of catalogue items as the view shows them; an item that it cannot show has zeros."""
+
+    def embed(positions: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        rows = embedder.rows(catalogue, replace(view, of="item"), positions)
+        vectors = np.where(rows.valid[:, None], unit_rows(rows.fused.numpy()), 0.0).astype(np.float32)
+        return lambda wanted: vectors[np.searchsorted(positions, wanted)]
+
+    return embed
+
+
 def _make(artifact: str, stage: StageConfig, embedder: Embedder, reader: RecordReader, histories: Histories, folder: Path) -> dict[str, Any]:
     assert reader.catalogue is not None
     config, parallel = embedder.context.config, embedder.context.parallel
@@ -79,9 +154,7 @@ def _make(artifact: str, stage: StageConfig, embedder: Embedder, reader: RecordR
     if artifact == "interests":
         name = artifact_sets(config, stage, artifact)[0]
         dataset = config.data.sets[name]
-        view = next((view for view in dataset.views.values() if view.of == "history"), None)
-        if view is None:
-            raise ConfigurationError(f"data.sets.{name}.views: none is `of: history`; a set of sequences needs one")
+        view = _history_view(config, name)
         content = embedder.rows(catalogue, replace(view, of="item"), used).fused.numpy()
 
         def interests() -> dict[str, Any]:
@@ -90,7 +163,7 @@ def _make(artifact: str, stage: StageConfig, embedder: Embedder, reader: RecordR
             others = catalogue.ids(np.setdiff1d(catalogue.positions("train"), used)) if dataset.negatives else []
             written = records(found, ids, negatives=dataset.negatives, unused=others, seed=config.seed)
             write_artifact(written, folder / artifact, artifact)
-            return {"sequences": len(found), "views": views_count(found)}
+            return {"sequences": len(found), "kind": "unordered", "rules": rules_count(found)}
 
         return on_main(parallel, "artifact interests", interests)
 
@@ -101,7 +174,7 @@ def _make(artifact: str, stage: StageConfig, embedder: Embedder, reader: RecordR
 
     def teachers() -> dict[str, Any]:
         matrix = histories.matrix(used)
-        vectors = {name: factorise(matrix, name, TEACHER_DIMENSIONS, config.seed).astype(np.float32) for name in TEACHERS}
+        vectors = {name: factorise(matrix, name, TEACHER_DIMENSIONS, config.seed).astype(np.float32) for name in FACTORISATIONS}
         TeacherTable(catalogue.ids(used), vectors).save(folder / TEACHERS_FILE)
         return {"items": len(used), "dimensions": {name: matrix.shape[1] for name, matrix in vectors.items()}}
 

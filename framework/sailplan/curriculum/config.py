@@ -7,6 +7,7 @@ from typing import Literal
 
 from sailplan.config.components import INHERITS
 from sailplan.config.fields import Count, NotNegative, Positive, Share, ShareAboveZero, ShareBelowOne, Size
+from sailplan.errors import ConfigurationError
 from sailplan.step.config import OptimizerConfig
 
 
@@ -38,7 +39,19 @@ class BalanceConfig:
     clusters: Size = 16
     epsilon: Positive = 0.05
     iterations: Size = 100
-    temperature: Positive = 1.0
+    # How often a set's sample is drawn again from itself and clustered anew: the scores' mean, and their standard error.
+    bootstrap: Size = 16
+    temperature: Positive = 8.0  # of the softmax, in units of temperature_unit
+    # standard_error: of a score, so that sets that cannot be told apart get equal weights; cosine: as it is; spread: the scores' own
+    # standard deviation, which makes differences of any size equally strong
+    temperature_unit: Literal["standard_error", "cosine", "spread"] = "standard_error"
+    floor: ShareBelowOne = 0.1  # share of the steps that is dealt by the fixed weights, so that no set vanishes
+    weights: Literal["similarity", "uniform", "size", "sqrt_size"] = "similarity"  # the others look at no vector
+
+    def validate(self, path: str) -> None:
+        """Raise ConfigurationError for an error that is not measured."""
+        if self.weights == "similarity" and self.temperature_unit == "standard_error" and self.bootstrap < 2:
+            raise ConfigurationError(f"{path}.bootstrap={self.bootstrap}: expected at least 2 with temperature_unit=standard_error")
 
 
 @dataclass
