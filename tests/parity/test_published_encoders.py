@@ -68,6 +68,43 @@ def test_other_models_need_no_code(monkeypatch: pytest.MonkeyPatch, kind: str) -
         assert row.error <= LIMIT, row
 
 
+GEMMA = ("gemma", "gemma3_text")
+GEMMA_SHAPE = STACK | {"num_key_value_heads": 2, "head_dim": 4}
+
+
+def _float64(rank: int, world_size: int, kind: str) -> dict[str, Any]:
+    parallel = join_layout(1)
+    step, _ = cached_step(parallel, 3, 0, {"infonce": 1.0}, datasets=("items",), encoder=kind)
+    return {name: gradient.numpy() for name, gradient in gathered_gradients(step, parallel).items()}
+
+
+def _float64_errors(kind: str) -> dict[str, float]:
+    _, exact = reference({"infonce": 1.0}, ("items",), encoder=kind)
+    found = run_ranks(_float64, 2, kind, timeout=120)[0]
+    return {name: float((torch.as_tensor(found[name]) - value).norm() / value.norm()) for name, value in exact.items() if value.norm() > 0}
+
+
+def _norm_in_its_inputs_precision(self: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1.0 + self.weight)
+
+
+@pytest.mark.parametrize("kind", GEMMA)
+def test_gemmas_norms_sum_their_weights_gradients_in_float32(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """In a float64 model too: `weight.float()` in its RMSNorm, whose gradient is so summed over a micro-batch's tokens in float32.
+
+    Nothing else of the model is inexact, and with the norm in its input's precision nothing at all is.
+    """
+    monkeypatch.setitem(TINY, kind, (["text"], GEMMA_SHAPE))
+    errors = _float64_errors(kind)
+    norms = {name: error for name, error in errors.items() if "norm" in name}
+    assert LIMIT < max(norms.values()) < 1e-5, norms
+    assert max(error for name, error in errors.items() if name not in norms) <= LIMIT, errors
+    classes = {type(module) for module in tiny_settings(kind).component().module(torch.float32).modules() if type(module).__name__.endswith("RMSNorm")}
+    for cls in classes:
+        monkeypatch.setattr(cls, "forward", _norm_in_its_inputs_precision)
+    assert classes and max(_float64_errors(kind).values()) <= LIMIT
+
+
 def _bfloat16(rank: int, world_size: int, kind: str, plain: bool) -> dict[str, Any]:
     parallel = join_layout(1)
     layout: dict[str, Any] = {"dtype": torch.float32, "compute_dtype": torch.bfloat16}

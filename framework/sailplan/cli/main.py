@@ -44,7 +44,7 @@ COMMANDS = {
     "teachers": "factorise training histories into ID embeddings: files that data.teachers takes, as a recommender's own",
     "mine": "mine hard negatives with a run's newest checkpoint",
     "balance": "compute data weights with a run's newest checkpoint",
-    "evaluate": "evaluate a run's newest checkpoint on all tasks; JSON out",
+    "evaluate": "evaluate a run's newest checkpoint on all tasks, or --model PATH on --data FOLDER in BEIR's form; JSON out",
     "embed": "embed a data set's view: vectors, ids and, if asked, semantic IDs",
     "encode": "encode a file of items with a trained or published model: .npy, .parquet or a faiss index; resumable",
     "export": "write a run's model as a folder: --to sentence-transformers for other programs; sailplan export merge: an average of checkpoints",
@@ -113,6 +113,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--dataset", required=True, help="data set name")
             command.add_argument("--view", required=True, help="view of the data set")
             command.add_argument("--semantic-ids", default=None, metavar="SIZES", help="also write residual k-means codes, e.g. 64,64,64")
+        if name == "evaluate":
+            command.add_argument("--model", default=None, help="with --data: what sailplan encode takes, in place of a run's own tasks")
+            command.add_argument("--data", default=None, metavar="FOLDER", help="in BEIR's form: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
+            command.add_argument("--split", default="test", help="--data: of the judgments (default: test)")
+            command.add_argument("--at", default="1,10,100", metavar="K,K", help="--data: cuts of nDCG and recall (default: 1,10,100)")
+            command.add_argument("--depth", type=int, default=1000, help="--data: documents a query that count for MRR and MAP (default: 1000)")
+            command.add_argument("--same-ids", action="store_true", help="--data: keep documents with the query's own id, which BEIR leaves out")
+            for role in ("query", "document"):
+                command.add_argument(f"--{role}-view", default=None, help=f"--data: view or prompt's name (default: one of the model's named {role})")
+                command.add_argument(f"--{role}-prompt", default=None, help=f"--data: a prompt as text, instead of --{role}-view")
+            command.add_argument("--dimension", type=int, default=None, help="--data: cut vectors to so many dimensions (default: whole)")
+            command.add_argument("--batch", type=int, default=32, help="--data: items encoded together (default: 32)")
+            command.add_argument("--shard-rows", type=int, default=8192, help="--data: documents in memory at once on each rank (default: 8192)")
         if name == "encode":
             command.add_argument("--model", required=True, help="run folder, checkpoint, exported folder, or a published model's folder or hub id")
             command.add_argument("--input", required=True, help=".jsonl, .txt or .parquet of items (id, text, image, audio), or a folder of pictures and sound")
@@ -217,6 +230,10 @@ def run(arguments: list[str]) -> int:
         from sailplan.cli import report_command
 
         return report_command.run(options)
+    if options.command == "evaluate" and (options.model or options.data):
+        from sailplan.cli import beir_command
+
+        return beir_command.run(options)
     if not options.merge:
         from sailplan.cli.configuration import of_run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -72,20 +73,25 @@ class TransformersConfig(EncoderConfig):
 
     def check_run(self, config: Any) -> None:
         super().check_run(config)
-        for dataset, view in sorted(_shown(config)):
-            shown = config.data.sets[dataset].views[view]
-            missing = [modality for modality in shown.modalities if modality not in self.modalities]
-            if missing:
-                raise ConfigurationError(
-                    f"data.sets.{dataset}.views.{view} shows {', '.join(missing)}, but model.modalities is {', '.join(self.modalities)}: "
-                    f"expected what the model encodes; change the view, or name other ones in stages.*.patterns.{dataset}"
-                )
-            augmentation = config.data.sets[dataset].image_augmentation
-            if "vision" in shown.modalities and augmentation:
-                raise ConfigurationError(
-                    f"data.sets.{dataset}.image_augmentation={augmentation}: expected 0 with model.encoder={self.encoder}, which shows "
-                    "pictures as its own processor makes them; set 0"
-                )
+        check_views(config, self.encoder, self.modalities)
+
+
+def check_views(config: Any, encoder: str, modalities: Sequence[str]) -> None:
+    """Raise ConfigurationError for a view that shows what the encoder does not see, or pictures otherwise than its processor makes them."""
+    for dataset, view in sorted(_shown(config)):
+        shown = config.data.sets[dataset].views[view]
+        missing = [modality for modality in shown.modalities if modality not in modalities]
+        if missing:
+            raise ConfigurationError(
+                f"data.sets.{dataset}.views.{view} shows {', '.join(missing)}, but model.modalities is {', '.join(modalities)}: "
+                f"expected what the model encodes; change the view, or name other ones in stages.*.patterns.{dataset}"
+            )
+        augmentation = config.data.sets[dataset].image_augmentation
+        if "vision" in shown.modalities and augmentation:
+            raise ConfigurationError(
+                f"data.sets.{dataset}.image_augmentation={augmentation}: expected 0 with model.encoder={encoder}, which shows "
+                "pictures as its own processor makes them; set 0"
+            )
 
 
 def _shown(config: Any) -> set[tuple[str, str]]:

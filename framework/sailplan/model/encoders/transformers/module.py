@@ -43,6 +43,7 @@ class TransformersEncoder(Encoder):
         if settings.lora.rank:
             add_lora(model, settings.lora)
         self.to(dtype)
+        self.train(self.training)  # as `train` below has it, before anybody calls it
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         found: dict[str, list[nn.Parameter]] = {name: [] for name in self.settings.part_names()}
@@ -74,10 +75,22 @@ class TransformersEncoder(Encoder):
         named = inputs.named
         if not inputs.rows:
             named = {name: tensor.new_ones(1, *tensor.shape[1:]) for name, tensor in named.items()}
-        encode = {"text": self._text, "vision": self._vision}
-        vectors = {modality: encode[modality](named) for modality in inputs.modalities}
+        vectors = {modality: self.encode(modality, named) for modality in inputs.modalities}
         found = Embeddings(reach_backward(mean_of_units(list(vectors.values()))), vectors if per_modality else {})
         return found if inputs.rows else _pytree.tree_map(lambda vector: vector[:0], found)
+
+    def encode(self, modality: str, named: dict[str, Tensor]) -> Tensor:
+        """Return [b, D] of one modality."""
+        return {"text": self._text, "vision": self._vision}[modality](named)
+
+    def train(self, mode: bool = True) -> TransformersEncoder:
+        """As nn.Module's, but BatchNorm keeps its published statistics: those of a micro-batch would make a row's vector depend on how
+        rows are cut, and a replay would count them twice."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def _text(self, named: dict[str, Tensor]) -> Tensor:
         """Return [b, D]; zeros in rows that are said to have no text."""
@@ -142,7 +155,9 @@ def vector_size(model: Any) -> int:
     config = model.config
     found = getattr(config, "projection_dim", None) if hasattr(model, "get_text_features") else None
     text = config.get_text_config()
-    return int(found or getattr(text, "projection_size", None) or text.hidden_size)
+    sizes = (getattr(text, name, None) for name in ("projection_size", "hidden_size", "hidden_dim"))  # the last: of convolutional models
+    found = found or next((size for size in sizes if size), None) or text.hidden_sizes[-1]
+    return int(found)
 
 
 def add_lora(model: nn.Module, lora: PeftConfig) -> None:

@@ -45,12 +45,13 @@ class TransformersProcessor(Processor):
 
     tokenizer: PublishedTokenizer | NoTokens  # type: ignore[assignment]
 
-    def __init__(self, settings: TransformersConfig, config: Config) -> None:
-        """Raises ConfigurationError where the model's tokenizer cannot be had."""
+    def __init__(self, settings: TransformersConfig, config: Config, *, pictures: TransformersConfig | None = None) -> None:
+        """pictures: of another model, which sees them. Raises ConfigurationError where the model's tokenizer cannot be had."""
         self.settings, self.data = settings, config.data
         self.max_tokens, self.frames = config.data.max_tokens, config.data.frames
         self.tokenizer = PublishedTokenizer(open_tokenizer(settings), settings, self.max_tokens) if "text" in settings.modalities else NoTokens()
-        self._picture_processor = open_image_processor(settings) if "vision" in settings.modalities else None
+        seeing = pictures or settings
+        self._picture_processor = open_image_processor(seeing) if "vision" in seeing.modalities else None
 
     def picture(self, pixels: Tensor) -> Tensor:
         """Return float32 [3, height, width], as the model's picture processor makes it."""
