@@ -19,7 +19,8 @@ from sailplan.model.testing import random_inputs, rows_of, small_config
 from sailplan.model.tower import OmniEncoder
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
-from sailplan.runtime.process import Parallel, started
+from sailplan.runtime.process import Parallel
+from sailplan.runtime.session import started
 from sailplan.step.training_step import TrainingStep
 from sailplan_kernels.exchange import AllGather
 

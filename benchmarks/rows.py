@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--sets", nargs="*", default=list(SETS))
     options = parser.parse_args()
-    base = ["experiment=quickstart", f"data.lanes={options.ranks}", f"global_batch={options.ranks * options.rows}"]
+    base = ["experiment=quickstart", f"global_batch={options.ranks * options.rows}"]
     record: dict[str, Any] = {"ranks": options.ranks, "rows": options.rows, "steps (the worst is told)": options.steps, "cases": {}}
     for case, settings in CASES.items():
         lines = [f"step.{key}={value}" for key, value in settings.items()]

@@ -61,7 +61,8 @@ from sailplan.model.parallelize import shard
 from sailplan.model.tower import OmniEncoder
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
-from sailplan.runtime.process import Parallel, started
+from sailplan.runtime.process import Parallel
+from sailplan.runtime.session import started
 from sailplan.step.optimizer import build_optimizer
 from sailplan.step.training_step import TrainingStep
 from sailplan_kernels.exchange import AllGather

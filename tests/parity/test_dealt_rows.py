@@ -90,7 +90,7 @@ def alone(shards: Path) -> list[tuple[float, dict[str, torch.Tensor], str, int]]
 
 @pytest.mark.parametrize(
     ("world_size", "budget", "dealing", "first"),
-    [(1, 50, "length", 0), (2, 0, "length", 0), (2, 50, "length", 0), (4, 50, "length", 0), (4, 50, "length", 2), (4, 25, "lanes", 0)],
+    [(1, 50, "length", 0), (2, 0, "length", 0), (4, 50, "length", 0), (4, 50, "length", 2), (4, 25, "lanes", 0), (5, 50, "length", 0), (7, 0, "lanes", 0)],
 )
 def test_loss_and_gradients_are_the_full_batch_s(world_size: int, budget: int, dealing: str, first: int, shards: Path, alone: Any) -> None:
     ranks = run_ranks(_steps, world_size, shards, budget, dealing, first)

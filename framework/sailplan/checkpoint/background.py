@@ -11,8 +11,6 @@ alike, an error of the thread is raised. The copies' memory is kept and used aga
 
 from __future__ import annotations
 
-import datetime
-import sys
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +23,8 @@ from torch import Tensor, nn
 from sailplan.checkpoint.layout import WholeTensorView
 from sailplan.checkpoint.store import Snapshot, prune, state_of, write
 from sailplan.errors import SailplanError
+from sailplan.runtime.groups import default_timeout
+from sailplan.runtime.leaving import is_lost_peer, say
 from sailplan.runtime.process import Parallel
 
 
@@ -32,12 +32,11 @@ class Saver:
     """Saves checkpoints of one model and optimizer, in the background or not; a context manager that waits at its end.
 
     All ranks make one and call its methods alike. keep: newest complete checkpoints that stay in a saved one's folder.
-    timeout_seconds: of the messages between the writing threads.
     """
 
-    def __init__(self, parallel: Parallel, *, asynchronous: bool, keep: int, timeout_seconds: float = 600.0) -> None:
+    def __init__(self, parallel: Parallel, *, asynchronous: bool, keep: int) -> None:
         self.parallel, self.asynchronous, self.keep = parallel, asynchronous, keep
-        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds)) if asynchronous else None
+        self._group = dist.new_group(backend="gloo", timeout=default_timeout()) if asynchronous else None
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -78,7 +77,8 @@ class Saver:
         except SailplanError as failure:
             if error is None:
                 raise
-            print(f"sailplan: {failure}", file=sys.stderr, flush=True)  # what ended the run is the error to raise
+            if not is_lost_peer(failure.__cause__ or failure):  # that is no news then
+                say(str(failure))  # what ended the run is the error to raise
 
     def _copied(self, key: str, view: WholeTensorView) -> WholeTensorView:
         kept = self._copies.get(key)
@@ -92,7 +92,11 @@ class Saver:
         try:
             self._write(folder, snapshot)
         except BaseException as error:  # raised by `wait`
-            self._failure = error if isinstance(error, SailplanError) else SailplanError(f"checkpoint {folder} could not be written: {error}")
+            if isinstance(error, SailplanError):
+                self._failure = error
+            else:
+                self._failure = SailplanError(f"checkpoint {folder} could not be written: {error}")
+                self._failure.__cause__ = error
 
     def _write(self, folder: Path, snapshot: Snapshot) -> None:
         write(folder, snapshot, self.parallel, self._group)

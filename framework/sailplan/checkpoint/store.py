@@ -1,8 +1,10 @@
 """Saving and loading: a folder is a checkpoint only when its last file says so.
 
 All ranks write their blocks into `step-XXXXXXXX.tmp`; rank 0 adds the small data, renames the folder and then
-writes `COMPLETE`, which lists every file with its size and the hash of the index. A job that dies on the way
-leaves a folder that nobody will load. The folder must be on a file system that all ranks share.
+writes `COMPLETE`, which lists every file with its size and SHA-256. A job that dies on the way leaves a folder that
+nobody will load, and a file that changed afterwards is noticed when it is read: ranks share the work of hashing. The
+index is a pickle by torch's format; it is read by an unpickler that makes an index and nothing else. The folder must be
+on a file system that all ranks share.
 
 Every phase ends in an agreement: what fails on one rank raises on all, so that none waits for ever.
 
@@ -31,13 +33,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from sailplan.checkpoint.exported import Entries, ExportedFolder, Shapes, is_exported
+from sailplan.checkpoint.index import IndexReader
 from sailplan.checkpoint.state import ModelState, fresh_optimizer_state, model_state, optimizer_state
 from sailplan.errors import ConfigurationError, SailplanError
+from sailplan.runtime.leaving import say
 from sailplan.runtime.process import Parallel
+from sailplan.runtime.watch import beat
 
 COMPLETE = "COMPLETE"
 INDEX = ".metadata"
 SMALL = "small.pt"
+VERSION = 2  # of the seal
 Value = TypeVar("Value")
 
 
@@ -89,8 +95,15 @@ def write(folder: Path, snapshot: Snapshot, parallel: Parallel, group: dist.Proc
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
+    digests: dict[str, str] = {}
+
     def write_tensors() -> None:
         dcp.save(dict(snapshot.tensors), storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
+        own = {file.name: _digest(file) for file in temporary.glob(f"__{dist.get_rank()}_*")}
+        everyone: list[dict[str, str]] | None = [{}] * dist.get_world_size() if parallel.is_main else None
+        dist.gather_object(own, everyone, dst=0, group=group)
+        for one in everyone or []:
+            digests.update(one)
 
     def publish() -> None:
         if not parallel.is_main:
@@ -103,7 +116,10 @@ def write(folder: Path, snapshot: Snapshot, parallel: Parallel, group: dist.Proc
         if folder.exists():
             folder.rename(replaced)
         temporary.rename(folder)
-        seal = {"index_sha256": _digest(folder / INDEX), "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())}}
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": digests.get(file.name) or _digest(file)} for file in sorted(folder.iterdir())
+        }
+        seal = {"version": VERSION, "files": files}
         with open(folder / COMPLETE, "wb") as file:
             file.write(json.dumps(seal, indent=1).encode())
             _flush(file)
@@ -120,13 +136,65 @@ def write(folder: Path, snapshot: Snapshot, parallel: Parallel, group: dist.Proc
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file that the checkpoint's seal lists is there in its full size, and the index is the sealed one."""
+    """Return whether every file that the seal lists is there in its full size, and the index is the sealed one.
+
+    The other files' content is read by `first_damage` alone, which costs as much as reading the checkpoint.
+    """
     try:
-        seal = json.loads((folder / COMPLETE).read_text())
-        sizes = {name: (folder / name).stat().st_size for name in seal["files"]}
-        return sizes == seal["files"] and _digest(folder / INDEX) == seal["index_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return _has_sizes(folder) and _sealed(folder)[INDEX][1] == _digest(folder / INDEX)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _has_sizes(folder: Path) -> bool:
+    try:
+        files = _sealed(folder)
+        return bool(files) and all((folder / name).stat().st_size == size for name, (size, _) in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _sealed(folder: Path) -> dict[str, tuple[int, str | None]]:
+    """File name -> (bytes, SHA-256) by the seal; before version 2 it had the index's hash alone."""
+    seal = json.loads((folder / COMPLETE).read_text())
+    if seal.get("version", 1) == 1:
+        return {name: (size, seal["index_sha256"] if name == INDEX else None) for name, size in seal["files"].items()}
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in seal["files"].items()}
+
+
+def first_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
+    """Return the name of a file that is not the sealed one, "" if there is none among this rank's share of them; reads them whole."""
+    if not _has_sizes(folder):
+        return COMPLETE
+    for name, (_, digest) in list(_sealed(folder).items())[rank::ranks]:
+        beat()
+        if digest is not None and _digest(folder / name) != digest:
+            return name
+    return ""
+
+
+def newest_whole(checkpoints: Path, parallel: Parallel) -> Path | None:
+    """Return the newest checkpoint of which every file is what was written, None where there is none. A collective.
+
+    Damaged ones are named, and passed over.
+    """
+    for name in parallel.broadcast_text("\n".join(map(str, reversed(_steps(checkpoints))))).splitlines():
+        folder = Path(name)
+        if not all(_everywhere(lambda folder=folder: _has_sizes(folder), folder)):  # type: ignore[misc]
+            continue
+        damage = next(filter(None, _everywhere(lambda folder=folder: first_damage(folder, parallel.rank, parallel.world_size), folder)), "")  # type: ignore[misc]
+        if not damage:
+            return folder
+        if parallel.is_main:
+            say(f"checkpoint {folder}: {damage} is damaged, it is not what was written; looking at the one before")
+    return None
+
+
+def _everywhere(question: Callable[[], Value], folder: Path) -> list[Value]:
+    """Return every rank's answer; raise on all where one of them has none."""
+    answers: list[Value] = [None] * dist.get_world_size()  # type: ignore[list-item]
+    dist.all_gather_object(answers, _together(question, f"checkpoint {folder} could not be read"))
+    return answers
 
 
 def latest(checkpoints: Path) -> Path | None:
@@ -168,7 +236,10 @@ class WholeCheckpoint:
     """The model's whole tensors of a complete checkpoint, for one process without any group. Opening it reads the index alone."""
 
     def __init__(self, path: Path) -> None:
-        self._reader = dcp.FileSystemReader(path)
+        damage = first_damage(path)
+        if damage:
+            raise ConfigurationError(f"checkpoint {path}: {damage} is not what was written: restore it, or use an older one")
+        self._reader = IndexReader(path)
         self.entries = _entries(self._reader.read_metadata())
 
     def read(self, name: str) -> Tensor:
@@ -182,14 +253,17 @@ class WholeCheckpoint:
         return {key.removeprefix("model."): value for key, value in state.items()}
 
 
-def load(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None, parallel: Parallel) -> dict[str, Any]:
+def load(
+    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None, parallel: Parallel, verified: bool = False
+) -> dict[str, Any]:
     """Loads model and optimizer, at any layout and in any dtype, and returns the saved `extra`.
 
+    verified: its files were compared with their checksums just before, by `newest_whole`.
     All ranks call it, after sharding. The model's tensors must be exactly the checkpoint's. Raises ConfigurationError
     on all ranks where they are not, or where the checkpoint is missing or incomplete.
     """
     path = Path(path)
-    metadata, small = _together(lambda: _open(path), f"checkpoint {path} could not be read")
+    metadata, small = _opened(path, parallel, verified)
 
     def target() -> ModelState:
         tensors = model_state(model, parallel)
@@ -231,7 +305,7 @@ def load_model_only(
     if exported:
         _together(lambda: exported.fill(target()), what)
         return {}
-    metadata, small = _together(lambda: _open(path), what)
+    metadata, small = _opened(path, parallel)
     _read(path, target)
     return small["extra"]
 
@@ -240,12 +314,25 @@ def _steps(checkpoints: Path) -> list[Path]:
     return sorted(folder for folder in Path(checkpoints).glob("step-*") if folder.is_dir() and folder.name.removeprefix("step-").isdigit())
 
 
+def _opened(path: Path, parallel: Parallel, verified: bool = False) -> tuple[Metadata, dict[str, Any]]:
+    """Index and small data of a checkpoint of which the ranks have read every file and found it whole."""
+
+    def check() -> None:
+        if path.is_dir() and _has_sizes(path) and (damage := first_damage(path, parallel.rank, parallel.world_size)):
+            raise ConfigurationError(f"checkpoint {path}: {damage} is damaged, it is not what was written: restore it, or use an older one")
+
+    what = f"checkpoint {path} could not be read"
+    if not verified:
+        _together(check, what)
+    return _together(lambda: _open(path), what)
+
+
 def _open(path: Path) -> tuple[Metadata, dict[str, Any]]:
     if not path.is_dir():
         raise ConfigurationError(f"checkpoint {path} does not exist: give the folder of a step, such as runs/NAME/checkpoints/step-00000100")
-    if not is_complete(path):
+    if not _has_sizes(path):
         raise ConfigurationError(f"checkpoint {path} is incomplete or damaged: its files are not those listed in {COMPLETE}; use an older one")
-    return dcp.FileSystemReader(path).read_metadata(), torch.load(path / SMALL, weights_only=True, map_location="cpu")
+    return IndexReader(path).read_metadata(), torch.load(path / SMALL, weights_only=True, map_location="cpu")
 
 
 def _entries(metadata: Metadata) -> Entries:
@@ -275,7 +362,7 @@ def _check_fit(path: Path, tensors: ModelState, saved: Shapes, *, exact: bool) -
 def _read(path: Path, target: Callable[[], ModelState]) -> None:
     what = f"checkpoint {path} could not be read"
     tensors = _together(target, what)
-    _together(lambda: dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path)), what)
+    _together(lambda: dcp.load(dict(tensors), storage_reader=IndexReader(path)), what)
 
 
 def _together(action: Callable[[], Value], what: str, group: dist.ProcessGroup | None = None) -> Value:
@@ -308,7 +395,8 @@ def _report(error: BaseException) -> tuple[bool, str]:
 
 
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    with open(file, "rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
 
 
 def _flush(file: Any) -> None:

@@ -13,17 +13,22 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import NoReturn
 
 from sailplan import __version__
 from sailplan.cli import completion
-from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError, StopRequested
+from sailplan.cli.import_command import add_import_arguments, add_new_arguments
+from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError
+from sailplan.runtime.leaving import NOTES, end_now, first_to_say, name_lines, note_code, say
 
 ABOUT = """Train, look at and export omni-modal embedding models; settings are Hydra overrides of the files in conf/.
 
   sailplan plan experiment=quickstart                             what would run
   sailplan train experiment=quickstart name=NAME resume=auto      run it, or go on with it
   sailplan train --multirun experiment=quickstart seed=0,1,2      one run for each value
+  sailplan data import photos/ --name shoes                       your own data: shards and their YAML
+  sailplan new shoes --data shoes                                 an experiment over them
   sailplan list                                                   what can be chosen: experiments, models, losses, data
   sailplan COMMAND --help                                         flags of a command"""
 EXIT_CODES = """exit codes: 0 done; 64 bad configuration, one line says which key; 65 bad data over the limit; 70 hang detected;
@@ -34,7 +39,8 @@ COMMANDS = {
     "plan": "print stages, steps, data, learning rates and memory; trains nothing; equals what then runs",
     "check": "check configuration, data and ranks before a long run; sailplan check parity --loss module:function: is this loss exact across ranks",
     "list": "print the configuration groups and the files of each: sailplan list [GROUP ...]",
-    "data": "index or validate data sets: sailplan data index|validate",
+    "data": "import, index or validate data sets: sailplan data import SOURCE --name NAME, sailplan data index|validate",
+    "new": "write an experiment over imported data sets: sailplan new NAME --data SET[,SET]",
     "teachers": "factorise training histories into ID embeddings: files that data.teachers takes, as a recommender's own",
     "mine": "mine hard negatives with a run's newest checkpoint",
     "balance": "compute data weights with a run's newest checkpoint",
@@ -65,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == "list":
             command.add_argument("groups", nargs="*", metavar="GROUP", help="groups to print (default: all)")
+            continue
+        if name == "new":
+            add_new_arguments(command)
             continue
         if name == "data":
             command.add_argument("action", choices=["index", "validate"], help="what to do")
@@ -129,6 +138,15 @@ def _check_overrides(overrides: list[str]) -> None:
             raise ConfigurationError(f"'{override}' is not an override: write key=value, e.g. experiment=quickstart")
 
 
+def _import(arguments: list[str]) -> int:
+    """`sailplan data import`, whose flags are its own."""
+    from sailplan.cli import import_command
+
+    parser = _Parser(prog="sailplan data import", description="Turn data as you have it into shards, conf/data/NAME.yaml and a tokenizer.", allow_abbrev=False)
+    add_import_arguments(parser)
+    return import_command.run(parser.parse_args(arguments))
+
+
 def run(arguments: list[str]) -> int:
     parser = _parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
@@ -136,7 +154,15 @@ def run(arguments: list[str]) -> int:
         raise ConfigurationError(f"unknown command '{arguments[0]}'{f'; did you mean {close[0]!r}?' if close else ''}; commands: {', '.join(COMMANDS)}")
     if "_ARGCOMPLETE" in os.environ:
         completion.complete(parser)
+    if arguments[:2] == ["data", "import"]:
+        return _import(arguments[2:])
     options, rest = parser.parse_known_args(arguments)
+    if options.command == "new":
+        from sailplan.cli import import_command
+
+        if rest:
+            raise ConfigurationError(f"new: found {rest[0]}, expected a name and flags (see: sailplan new --help)")
+        return import_command.run_new(options)
     if options.command is None:
         _check_overrides(rest)
         parser.print_help()
@@ -207,19 +233,44 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news here
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a loss of one's own lies in the folder that one starts in
-    try:
-        return run(sys.argv[1:] if arguments is None else arguments)
-    except SailplanError as error:
-        from sailplan.runtime.environment import is_main_by_environment
+    return run_safely(lambda: run(sys.argv[1:] if arguments is None else arguments))
 
-        if is_main_by_environment() or not isinstance(error, StopRequested):  # a stop is the same for all ranks: told once
-            print(f"sailplan: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+
+def run_safely(command: Callable[[], int]) -> int:
+    """Return a command's exit code; an error is said once in a job, and turned into its code."""
+    name_lines()
+    try:
+        return _left(command())
+    except SailplanError as error:
+        return _refused(error)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except KeyboardInterrupt:
-        return EXIT_FAILURE
+        return _left(EXIT_FAILURE)
     except Exception:
         traceback.print_exc()
-        return EXIT_FAILURE
+        return _left(EXIT_FAILURE)
+
+
+def _left(code: int) -> int:
+    note_code(code)
+    return code
+
+
+def _refused(error: SailplanError) -> int:
+    """Say an error once in a job. Of several ranks, those that it did not reach are told, so that they do not wait for this one."""
+    board, ranks = None, int(os.environ.get("WORLD_SIZE", "1"))
+    one_node = NOTES in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == str(ranks)  # whose launcher ends them all
+    if ranks > 1 and not one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        from sailplan.runtime.board import Board
+
+        try:
+            board = Board.of_launch(10)
+        except Exception:
+            board = None
+    if first_to_say(str(error), board):
+        say(str(error))
+    if board is not None:
+        end_now(error.exit_code, str(error), board)
+    return _left(error.exit_code)

@@ -19,15 +19,16 @@ from sailplan.checkpoint.exported import is_exported
 from sailplan.cli.configuration import of_run
 from sailplan.config.rules import check, check_device
 from sailplan.config.schema import BalanceConfig, Config, StageConfig
-from sailplan.data.datasets import open_datasets
 from sailplan.data.reader import RecordReader
 from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
 from sailplan.errors import EXIT_DONE, ConfigurationError
 from sailplan.export.weights import exported_model
 from sailplan.runtime.environment import is_main_by_environment, world_size_from_environment
-from sailplan.runtime.process import Parallel, started
-from sailplan.train.assemble import Whole, load_whole, newest_checkpoint
+from sailplan.runtime.process import Parallel
+from sailplan.runtime.session import started
+from sailplan.runtime.watch import phase, report_to
+from sailplan.train.assemble import Whole, load_whole, newest_checkpoint, open_agreed
 from sailplan.train.run_folder import RunFolder
 
 
@@ -77,9 +78,12 @@ def _opened(options: argparse.Namespace, names: Iterable[str] | None = None) -> 
     check(config, world_size_from_environment())
     check_device(config)
     with started(config.parallel) as parallel:
-        whole, extra = load_whole(config, parallel, checkpoint)
-        readers = open_datasets(config, _artifacts(folder, config), names)
-        yield _Run(config, folder, checkpoint, parallel, whole, extra.get("step"), extra.get("stage", ""), readers)
+        report_to(folder.root)
+        with phase("reading weights"):
+            whole, extra = load_whole(config, parallel, checkpoint)
+        readers = open_agreed(config, parallel, _artifacts(folder, config), names)
+        with phase(options.command):
+            yield _Run(config, folder, checkpoint, parallel, whole, extra.get("step"), extra.get("stage", ""), readers)
 
 
 def _say(run: _Run, text: str) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from sailplan.cli.main import main
 
 
-def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """Return (exit code, stdout, stderr) of `sailplan ARGUMENTS` in `folder`: a user's, without the seconds of its imports."""
+def command(folder: Path, *arguments: str, timeout: float = 120) -> tuple[int, str, str]:
+    """Return (exit code, stdout, stderr) of `sailplan ARGUMENTS` in `folder`: a user's, without the seconds of its imports. timeout: seconds."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -24,11 +24,11 @@ def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
             code = main(list(arguments))
         sender.send((code, out.getvalue(), err.getvalue()))
 
-    child = context.Process(target=forked, daemon=True)
+    child = context.Process(target=forked)  # no daemon: `data import` and `data validate` have processes of their own
     child.start()
     sender.close()
     try:
-        assert receiver.poll(120), f"{arguments} did not end within 120 s"
+        assert receiver.poll(timeout), f"{arguments} did not end within {timeout} s"
         found: tuple[int, str, str] = receiver.recv()
         return found
     finally:

@@ -13,7 +13,8 @@ from sailplan.model.fused import chosen_extension
 from sailplan.objective.registry import build_objectives, check_objectives
 from sailplan.observe.metrics import logger_classes
 from sailplan.runtime.environment import world_size_from_environment
-from sailplan.runtime.process import device_type, started
+from sailplan.runtime.process import device_type
+from sailplan.runtime.session import started
 
 
 def _check(config: Config) -> None:
@@ -53,15 +54,17 @@ def plan(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Configuration and model sizes, then every shard's index, then a collective over the ranks; and which optional extensions were found."""
-    from sailplan.data.datasets import open_datasets
+    from sailplan.config.compose import shared_settings
     from sailplan.model.fused import USED, extensions
-    from sailplan.train.assemble import check_data
+    from sailplan.runtime.agreement import agree, software
+    from sailplan.train.assemble import check_data, open_agreed
 
     config: Config = options.config
     _check_here(config)
-    readers = open_datasets(config)
-    check_data(config, readers)
     with started(config.parallel) as parallel:
+        agree(parallel, "settings and versions", {"configuration": shared_settings(config)} | software(), "start the same code with the same line on all nodes")
+        readers = open_agreed(config, parallel)
+        check_data(config, readers)
         parallel.barrier()
         if parallel.is_main:
             print(f"configuration {config_hash(config)}: {len(config.order)} stages, {sum(config.stages[name].steps for name in config.order)} steps")

@@ -44,8 +44,9 @@ PACKAGES = {"data": "data.sets.{name}", "objective": "objectives.{name}", "logge
 _NOT_IDENTITY = (
     ("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "empty_steps"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"),
 )  # fmt: skip
-
-
+FORMER_LANES = 8  # data.plan.STREAMS; a run of version 0.1.0 with other lanes has another order
+# What may differ from node to node.
+_NODES_OWN = (("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("parallel", "threads"))
 
 
 @dataclass
@@ -68,6 +69,11 @@ def _folders() -> list[Path]:
         raise ConfigurationError(f"SAILPLAN_CONF={named}: no such folder; point it at a folder of configuration groups, such as conf")
     places = (Path(named) if named else Path.cwd() / "conf", Path(__file__).resolve().parents[1] / "conf")
     return list(dict.fromkeys(folder.resolve() for folder in places if folder.is_dir()))
+
+
+def own_folder() -> Path:
+    """Return the folder of the user's own configuration files: $SAILPLAN_CONF, else ./conf, which need not be there yet."""
+    return Path(os.environ.get("SAILPLAN_CONF") or "conf")
 
 
 class _Folders(SearchPathPlugin):
@@ -114,7 +120,9 @@ def compose(overrides: Sequence[str]) -> Config:
     for setting in settings:
         if is_value(setting, groups):
             apply(raw, setting)
-    return typed(raw)
+    config = typed(raw)
+    config.data.lanes = None
+    return config
 
 
 def _groups(folders: Sequence[Path]) -> set[str]:
@@ -198,6 +206,18 @@ def identity(config: Config) -> dict[str, Any]:
     values = {name: as_dict(config)[name] for name in IDENTITY}
     for outer, inner in _NOT_IDENTITY:
         values[outer].pop(inner, None)
+    if values["data"]["lanes"] in (None, FORMER_LANES):
+        values["data"].pop("lanes")
+    return values
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that all ranks must have: all but the places of files and threads, which are a node's own."""
+    values = as_dict(config)
+    for outer, inner in _NODES_OWN:
+        values[outer].pop(inner, None)
+    for dataset in values["data"]["sets"].values():
+        dataset.pop("shards", None)  # what they hold is compared when they are opened
     return values
 
 

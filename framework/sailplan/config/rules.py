@@ -33,14 +33,10 @@ def check_layout(config: Config, world_size: int) -> None:
     """Raise ConfigurationError where the world or a batch cannot be cut as the configuration says."""
     config.parallel.check_world(world_size)
     data_parallel = world_size // config.parallel.tensor
-    if config.data.lanes % data_parallel:
-        raise ConfigurationError(
-            f"data.lanes={config.data.lanes} does not divide by the data-parallel size {data_parallel}: use a multiple of every size you plan to use"
-        )
     batches = {"global_batch": config.global_batch} | {f"stages.{name}.global_batch": stage.global_batch for name, stage in config.stages.items()}
     for key, rows in batches.items():
-        if rows is not None and (rows < 1 or rows % config.data.lanes):
-            raise ConfigurationError(f"{key}={rows} does not divide by data.lanes={config.data.lanes}: use a multiple of data.lanes")
+        if rows is not None and rows < data_parallel:
+            raise ConfigurationError(f"{key}={rows}: expected at least a row for each of {data_parallel} data-parallel ranks: use more rows, or fewer ranks")
 
 
 def check_device(config: Config) -> None:

@@ -66,7 +66,6 @@ class Collator:
         negatives: HardNegativeStore | None = None,
         teachers: Teachers | None = None,
     ) -> None:
-        plan.check_ranks(size)
         self.config, self.stage, self.plan, self.readers = config, stage, plan, dict(readers)
         self.rank, self.size, self.negatives, self.teachers = rank, size, negatives, teachers
         self.processor = processor_of(config)
@@ -166,7 +165,7 @@ class Collator:
         tokens = self.processor.tokens(rows, view)
         costs = np.array([self.processor.cost(row, len(ids), view) for row, ids in zip(rows, tokens, strict=True)], dtype=np.int64)
         rising, size = np.argsort(costs, kind="stable"), self.config.step.micro_batch
-        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+        parts = [slice(start, start + size) for start in range(0, count * size, size)]  # the last are empty where other ranks have more rows
         if self.config.step.token_budget:
             parts = cut(costs[rising], count, size)
         micro_batches = []
@@ -206,7 +205,7 @@ def _log_probabilities(records: list[Record], negatives: int) -> torch.Tensor | 
     the batch for one time that a given item of the negatives' kind is one of its negatives.
     """
     found = [record.target_probability for record in records if record.target_probability is not None]
-    if not found or len(found) != len(records):
+    if len(found) != len(records):  # a rank without rows has it, too
         return None
     among = [negatives * (record.negative_probability or 0) or 1.0 for record in records]
     return (torch.tensor(found, dtype=torch.float64) / torch.tensor(among, dtype=torch.float64)).log().to(torch.float32)

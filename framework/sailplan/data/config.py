@@ -193,7 +193,7 @@ class DataConfig:
 
     root: str = "data/quickstart"
     tokenizer: str = "${data.root}/tokenizer.json"
-    lanes: Size = 8  # canonical sequential streams; a multiple of every data-parallel size in use
+    lanes: Size | None = None  # of version 0.1.0: accepted, of no effect; any number of ranks reads one order
     segment: Size = 64  # records read in sequence by a lane
     window: Size = 512  # records shuffled together within a lane
     workers: Count = 0

@@ -1,7 +1,7 @@
 """Which rank encodes which row of a step, and into how many micro-batches: pure functions of the rows' foreseen costs.
 
-All ranks foresee the same costs, so they agree without a message. Every rank gets equally many rows, as the exchange
-of embeddings and the loss expect, and nearly equal sums of costs: rows are dealt from the most costly on, each to the
+All ranks foresee the same costs, so they agree without a message. Every rank gets equally many rows, or one more where their
+number does not divide, and nearly equal sums of costs: rows are dealt from the most costly on, each to the
 rank that has least so far and still has room (Graham's rule of the longest processing time, with a limit of rows).
 Rows of equal costs are dealt as cards are: rank r gets r, r + R, r + 2R, ...
 
@@ -22,23 +22,25 @@ Integers = NDArray[np.int64]
 
 
 def deal(costs: Integers, ranks: int, loads: Integers | None = None) -> Integers:
-    """Return the rank of each row: costs int64 [n], n a multiple of `ranks`, -> int64 [n] with n / ranks of each.
+    """Return the rank of each row: costs int64 [n] -> int64 [n] with n / ranks of each, rounded down or up.
 
     loads: int64 [ranks] what the ranks have already; grows by what they get.
     """
-    assert len(costs) % ranks == 0, "the plan makes every part a multiple of the lanes, and these of the ranks"
     loads = np.zeros(ranks, dtype=np.int64) if loads is None else loads
     owners = np.zeros(len(costs), dtype=np.int64)
     if ranks > 1:
-        room = len(costs) // ranks
+        room, longer = divmod(len(costs), ranks)  # so many ranks have room for one row more
         least = [(load, 0, rank) for rank, load in enumerate(loads.tolist())]
         heapq.heapify(least)
         for row, cost in zip(*(values.tolist() for values in _falling(costs)), strict=True):
             load, taken, rank = least[0]
             owners[row] = rank
-            if taken + 1 < room:
+            longer -= taken == room
+            if taken + 1 < room + (longer > 0):
                 heapq.heapreplace(least, (load + cost, taken + 1, rank))
             else:
+                heapq.heappop(least)
+            while longer == 0 and least and least[0][1] == room:  # the rows that are left belong to those with fewer
                 heapq.heappop(least)
     np.add.at(loads, owners, costs)
     return owners
@@ -50,29 +52,38 @@ def _falling(costs: Integers) -> tuple[Integers, Integers]:
     return order, costs[order]
 
 
-def micro_batches_needed(costs: Integers, rows: int, budget: int) -> int:
+def micro_batches_needed(costs: Integers, rows: int, budget: int, counts: Integers | None = None) -> int:
     """Return into how many micro-batches all ranks cut a view: costs int64 [ranks, s] of their rows of it.
 
-    rows: the most that a micro-batch may have. budget: the most that its costs may add up to (0: any sum); a row that
+    counts: int64 [ranks] rows of each rank, the rest of its line being no rows (None: all are). rows: the most that a
+    micro-batch may have. budget: the most that its costs may add up to (0: any sum); a row that
     alone costs more has a micro-batch of its own.
     """
     ranks, count = costs.shape
     if not budget:
         return -(-count // rows)
+    present = np.ones_like(costs, dtype=bool) if counts is None else np.arange(count)[None] < counts[:, None]
+    # What is no row comes first in the order, costs nothing and takes no room.
+    costs = np.where(present, costs, -1)
     rising = np.sort(costs, axis=1)
     parts, held, filled = np.ones(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)
     for column in rising.T:
-        full = (held == rows) | ((filled + column > budget) & (held > 0))
+        real = column >= 0
+        full = ((held == rows) | ((filled + column > budget) & (held > 0))) & real
         parts += full
-        held, filled = np.where(full, 0, held) + 1, np.where(full, 0, filled) + column
+        held, filled = np.where(full, 0, held) + real, np.where(full, 0, filled) + np.maximum(column, 0)
     return int(parts.max())
 
 
 def cut(costs: Integers, parts: int, rows: int) -> list[slice]:
-    """Return `parts` slices of rows in rising order of costs int64 [s], none empty, at most `rows` each, the most costly
-    as cheap as can be. Needs parts <= s <= parts * rows."""
+    """Return `parts` slices of rows in rising order of costs int64 [s], at most `rows` each, the most costly as cheap as can be.
+
+    Needs s <= parts * rows. None is empty unless there are fewer rows than parts: then the last ones are.
+    """
     count = len(costs)
-    assert parts <= count <= parts * rows, f"{count} rows into {parts} micro-batches of at most {rows}"
+    assert count <= parts * rows, f"{count} rows into {parts} micro-batches of at most {rows}"
+    if count < parts:
+        return [slice(min(part, count), min(part + 1, count)) for part in range(parts)]
     upto = np.concatenate([[0], np.cumsum(costs)])
     low, high = int(max(costs[-1], -(-upto[-1] // parts))), int(upto[-1])
     while low < high:

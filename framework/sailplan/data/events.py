@@ -35,7 +35,7 @@ def arrow(module: str = "pyarrow") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigurationError("events and teachers in parquet need pyarrow: pip install 'sailplan[histories]'") from error
+        raise ConfigurationError("events and teachers in parquet need pyarrow: pip install pyarrow") from error
 
 
 @dataclass(frozen=True)

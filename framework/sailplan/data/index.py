@@ -101,6 +101,14 @@ class ShardIndex:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
+    def description(self) -> dict[str, Any]:
+        """Return what another rank's index must equal: shard name -> size in bytes, records by split, and a hash of the ids."""
+        shards: dict[str, Any] = {}
+        for number, (shard, state) in enumerate(zip(self.shards, self._states, strict=True)):
+            counts = {name: int(starts[number + 1] - starts[number]) for name, starts in self._split_starts.items()}
+            shards[shard.name] = {"bytes": state[0], "headers": state[1], **{name: count for name, count in counts.items() if count}}
+        return {"shards": shards, "order": [shard.name for shard in self.shards], "ids": self.identity}
+
     def count(self, split: str) -> int:
         """Number of records of a split."""
         return int(self._starts_of(split)[-1])

@@ -6,8 +6,8 @@ reads its own contiguous chunk of that layout, and shuffles within windows of `w
 
 - every epoch visits every record exactly once, whatever N is;
 - a global batch of a multiple of L rows takes equally from every lane;
-- a rank of R data-parallel ranks (R divides L) that takes rows r, r + R, ... reads whole lanes, hence long
-  sequential runs, and the union over ranks is the same for every R;
+- the union over ranks is the same for any number R of them; a rank that takes rows r, r + R, ... reads whole lanes, hence
+  long sequential runs, where R divides L;
 - any row is computed alone: resuming at row 10^12 costs the same as starting, and nothing is kept in memory.
 
 All permutations are Feistel networks over a square domain with cycle walking: format-preserving encryption's way to

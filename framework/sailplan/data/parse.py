@@ -60,6 +60,14 @@ def decode_text(content: bytes) -> Text:
             return Text(content.decode("latin-1"), True)
 
 
+def wide_encoding(content: bytes) -> str | None:
+    """Return the encoding of two or four bytes a character that a file's first bytes show, by its mark or its zeros; None for others."""
+    for mark, encoding in MARKS[1:]:
+        if content.startswith(mark):
+            return encoding
+    return _without_mark(content)
+
+
 def _without_mark(content: bytes) -> str | None:
     """The wide encoding of bytes without a mark, by where their zeros lie: most texts have a character below 256 in each half."""
     if len(content) < 4 or b"\0" not in content[:64]:

@@ -29,6 +29,7 @@ from sailplan.runtime.seeds import derive
 MIXED_PARTS = 4  # sub-batches of a mixed step; equal ones are merged
 BLOCK_STEPS = 16384
 SPLIT = "train"
+STREAMS = 8  # lanes of the order, see order.py; of no matter to how many ranks there are
 
 
 class PlannedSet(Protocol):
@@ -87,7 +88,7 @@ class Plan:
 
     weights: data set -> sampling weight (need not sum to 1). sets: data set -> reader. subsets: data set -> sorted
     int64 positions to draw from instead of the split "train" (curriculum subsets). Raises ConfigurationError for
-    empty sets, negative weights, or a global batch that does not divide by the lanes.
+    empty sets or negative weights.
     """
 
     def __init__(
@@ -102,17 +103,14 @@ class Plan:
         data = config.data
         self.global_batch = stage.global_batch or config.global_batch
         for key, value in (
-            ("data.lanes", data.lanes),
             ("data.segment", data.segment),
             ("data.window", data.window),
             ("global_batch", self.global_batch),
         ):
             if value < 1:
                 raise ConfigurationError(f"{key}={value}: expected at least 1")
-        if self.global_batch % data.lanes:
-            raise ConfigurationError(f"global_batch={self.global_batch} does not divide by data.lanes={data.lanes}: use a multiple of data.lanes")
         self.steps, self.stage_name, self.seed = stage.steps, stage_name, config.seed
-        self.lanes, self.segment, self.window = data.lanes, data.segment, data.window
+        self.segment, self.window = data.segment, data.window
         self.names = sorted(name for name, weight in weights.items() if weight != 0)
         values = np.array([weights[name] for name in self.names], dtype=np.float64)
         if not self.names or (values < 0).any() or not np.isfinite(values).all():
@@ -129,9 +127,10 @@ class Plan:
         self._keys = {name: derive("order", stage_name, name) for name in self.names}
         self._draw_key, self._order_seed = derive("draw", config.seed, stage_name), derive("order", config.seed)
         self._mixed_fraction = stage.mixed_fraction
-        units = self.global_batch // data.lanes
+        unit = 1 if self.global_batch % STREAMS else STREAMS  # equally many rows of each lane, where that can be
+        units = self.global_batch // unit
         parts = min(MIXED_PARTS, units)
-        self._part_rows = [(units // parts + (turn < units % parts)) * data.lanes for turn in range(parts)]
+        self._part_rows = [(units // parts + (turn < units % parts)) * unit for turn in range(parts)]
         self._prefix = [np.zeros(len(self.names), dtype=np.int64)]  # rows drawn per set before block b
         self.step = lru_cache(maxsize=8)(self._step)
 
@@ -141,11 +140,6 @@ class Plan:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self.step = lru_cache(maxsize=8)(self._step)
-
-    def check_ranks(self, size: int) -> None:
-        """Raises ConfigurationError unless the lanes divide by the data-parallel size."""
-        if self.lanes % size:
-            raise ConfigurationError(f"data.lanes={self.lanes} does not divide by the data-parallel size {size}: use a multiple of it")
 
     def draws(self, first_step: int, count: int) -> NDArray[np.int64]:
         """Index into `names` of each sub-batch of steps first_step ..; int64 [count, parts]; equal within unmixed steps."""
@@ -165,7 +159,7 @@ class Plan:
         for choice in dict.fromkeys(drawn.tolist()):
             name, count = self.names[choice], sum(rows for rows, other in zip(self._part_rows, drawn, strict=True) if other == choice)
             first = int(before[choice])
-            order = positions(self._keys[name], self.size(name), self._order_seed, first, count, self.lanes, self.segment, self.window)
+            order = positions(self._keys[name], self.size(name), self._order_seed, first, count, STREAMS, self.segment, self.window)
             parts.append(PlannedRows(name, first, order, partial(self._select, name)))
         return StepPlan(step, tuple(parts))
 

@@ -29,6 +29,7 @@ from sailplan.data.parse import parse_json
 from sailplan.data.record import Item, Record
 from sailplan.data.values import BadSample as BadSample
 from sailplan.data.values import fields_of, ids, listed, probability, score
+from sailplan.data.windows import events, window
 from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
 
@@ -135,13 +136,17 @@ class RecordReader:
         """History ids (at most history_length) and the target id of a sequence.
 
         `history` + `target` in the JSON are used as they are (a longer history keeps its last, most recent, ids). Of
-        `items` one is the target and a random part of the others the history, in their listed order.
+        `items` one is the target and a random part of the others the history, in their listed order; of `items` with `times`
+        the history is what came before the target (`data.windows`).
         """
         length = self.config.history_length
         target = given(body.get("target"))
         if target is not None:
             return ids(record_id, body, "history")[-length:], target
-        items = list(dict.fromkeys(ids(record_id, body, "items")))
+        found = events(record_id, body)
+        if given(body.get("times")) is not None:
+            return window(record_id, found, length, seed)
+        items = list(dict.fromkeys(found))
         if len(items) < 2:
             raise BadSample(record_id, f"a sequence needs `history` and `target`, or at least 2 different `items`; found {len(items)}")
         source = random.Random(derive("held out target", record_id) if seed is None else seed)
@@ -170,7 +175,7 @@ class RecordReader:
         record_id, body = self.ids([position])[0], self.body(position)
         try:
             target = given(body.get("target"))
-            return ids(record_id, body, "items") or ids(record_id, body, "history") + ([] if target is None else [target])
+            return events(record_id, body) or ids(record_id, body, "history") + ([] if target is None else [target])
         except BadSample as problem:
             logger.warning("%s: left out: %s", self.name, problem)
             return []

@@ -101,11 +101,15 @@ class StepShares:
                 owners = deal(np.sum([costs.sum(1) for costs in found.values()], axis=0), self.size, loads)
             else:
                 owners = np.arange(count, dtype=np.int64) % self.size
+            counts = np.bincount(owners, minlength=self.size)
+            places = np.arange(count) - np.repeat(np.cumsum(counts) - counts, counts)  # of a rank's rows, in its order
             by_rank = np.argsort(owners, kind="stable")
-            needed = {
-                key: micro_batches_needed(costs[by_rank].reshape(self.size, -1), self.config.step.micro_batch, self.config.step.token_budget)
-                for key, costs in found.items()
-            }
+            needed = {}
+            for key, costs in found.items():
+                lines = np.zeros((self.size, max(1, int(counts.max())), costs.shape[1]), dtype=np.int64)
+                lines[owners[by_rank], places] = costs[by_rank]
+                micro_batch, budget = self.config.step.micro_batch, self.config.step.token_budget
+                needed[key] = micro_batches_needed(lines.reshape(self.size, -1), micro_batch, budget, counts * costs.shape[1])
             result.append(PartShares(owners, needed))
         return result
 

@@ -129,6 +129,6 @@ def made_up_config(root: Path, global_batch: int = 16, micro_batch: int = 5, see
             history_length=4,
         ),
     }
-    options: dict[str, Any] = {"lanes": 4, "segment": 4, "window": 8, "max_tokens": 24, "image_size": 16, "audio_rate": 8000, "mel_bins": 16}
+    options: dict[str, Any] = {"segment": 4, "window": 8, "max_tokens": 24, "image_size": 16, "audio_rate": 8000, "mel_bins": 16}
     options |= {"audio_chunk_seconds": 1.0, "tokenizer": str(root / "tokenizer.json"), "sets": sets} | data
     return Config(seed=seed, global_batch=global_batch, step=StepConfig(micro_batch=micro_batch), data=DataConfig(**options))

@@ -29,6 +29,7 @@ from sailplan.embed.exchange import exchange_of
 from sailplan.model.parallelize import reshard
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.transfer import to_device
+from sailplan.runtime.watch import together
 from sailplan.step.upload import Uploads
 
 
@@ -120,6 +121,7 @@ def embed_view(
     with evaluating(encoder):
         uploads = Uploads(inputs(), parallel.device)
         for turn in range(forwards):
+            together()
             encoded = encoder(next(uploads), per_modality=per_modality)
             if turn < len(own):
                 vectors.append(torch.stack([encoded.fused, *(encoded.by_modality[name] for name in modalities)], 1).float())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sailplan.runtime.watch import beat
 from sailplan_kernels.exchange import Local
 from sailplan_kernels.exchange.base import Exchange
 
@@ -75,6 +76,7 @@ def tiles(queries: Tensor, candidates: Tensor, rows: tuple[int, int], tile: int 
     """
     step = max(1, tile // max(1, len(candidates)))
     for start in range(rows[0], rows[1], step):
+        beat()
         yield start, (queries[start : min(start + step, rows[1])] @ candidates.T).float()
 
 

@@ -70,11 +70,11 @@ def prepare(reader: RecordReader, task: EvaluationTask, name: str, embedder: Emb
     queries = embedder.rows(reader, task.query, positions, text_from=task.query_text)
     queries = queries.where(queries.valid)
     own_query: NDArray[np.int64] | None = None
-    if reader.config.kind == "items":
+    if reader.config.kind == "items" or reader.catalogue is None:  # pairs without a catalogue hold their targets themselves
         target_reader, wanted = reader, queries.positions
         pool = np.arange(len(reader)) if task.candidates == "all" else positions
     else:
-        assert reader.config.kind == "pairs" and reader.catalogue is not None, "check_task lets no sequences come here"
+        assert reader.config.kind == "pairs", "check_task lets no sequences come here"
         target_reader, target_view = reader.catalogue, item_view(target_view)
         wanted = embedder.catalogue_positions(reader, queries.positions, "item")
         own_query = embedder.catalogue_positions(reader, queries.positions, "query")

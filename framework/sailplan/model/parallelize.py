@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from sailplan.model.backbones.clap import WindowBlock
 from sailplan.model.protocol import Encoder
+from sailplan.runtime.groups import group_of
 from sailplan.runtime.process import Parallel
 
 # What megatron-core (and blocks.HeadNorm) notes on a parameter; fully_shard makes new parameters without the notes.
@@ -161,7 +162,7 @@ def _mesh(parallel: Parallel, replicas: int) -> DeviceMesh:
     mesh = torch.tensor(dist.get_process_group_ranks(parallel.data_parallel_group)).view(replicas, -1)
     copies = mesh[:, parallel.data_parallel_rank % mesh.size(1)].tolist()
     cut = mesh[parallel.data_parallel_rank // mesh.size(1)].tolist()
-    groups = [parallel.data_parallel_group if len(ranks) == size else dist.new_group(ranks, use_local_synchronization=True) for ranks in (copies, cut)]
+    groups = [parallel.data_parallel_group if len(ranks) == size else group_of(ranks) for ranks in (copies, cut)]
     return DeviceMesh.from_group(groups, kind, mesh=mesh, mesh_dim_names=("replicate", "shard"))
 
 

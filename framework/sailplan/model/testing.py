@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.distributed.tensor import DTensor
 
 from sailplan.config.schema import AudioConfig, ModelConfig, SwinShape, TransformerShape, VisionConfig
 from sailplan.data.packing import OmniInputs, SequenceLayout, pack
 from sailplan.model.attention import Sequences
+from sailplan.runtime.groups import form_groups
 from sailplan.runtime.process import Parallel
 
 PATCHES = 6  # of a picture that keeps its sides' ratio
@@ -97,21 +97,8 @@ def published_inputs(kind: str, rows: int, **options: Any) -> OmniInputs:
 
 
 def join_layout(tensor_parallel: int) -> Parallel:
-    """Forms megatron-core's groups in a world that has its default process group, and returns this rank's place (CPU)."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
-    return Parallel(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        device=torch.device("cpu"),
-        data_parallel_group=parallel_state.get_data_parallel_group(),
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        tensor_parallel_group=parallel_state.get_tensor_model_parallel_group(),
-        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-    )
+    """Form the groups in a world that has its default process group; return this rank's place (CPU)."""
+    return form_groups(tensor_parallel, torch.device("cpu"))
 
 
 def rows_of(inputs: OmniInputs, start: int, stop: int) -> OmniInputs:

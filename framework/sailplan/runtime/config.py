@@ -35,7 +35,7 @@ class ParallelConfig:
     # in bfloat16; auto: on a GPU, without `compile`, TransformerEngine's or else apex's where it is installed.
     fused: Literal["none", "auto", "apex", "transformer_engine"] = "none"
     cuda_graphs: bool = False  # with compile=blocks, on GPUs: kernels of a layer replayed in one launch; not tried on a GPU yet
-    timeout_seconds: Positive = 600.0  # collective time-out; the watchdog exits with 70
+    timeout_seconds: Positive = 600.0  # without progress on any rank, in any phase: then all leave with 70
     threads: Count = 0  # torch threads per rank on CPU; 0: cores / local ranks
 
     def validate(self, path: str) -> None:

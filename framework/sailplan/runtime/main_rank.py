@@ -6,21 +6,32 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sailplan.errors import SailplanError
+from sailplan.errors import BadDataError, ConfigurationError, SailplanError, StopRequested
 from sailplan.runtime.process import Parallel
+from sailplan.runtime.watch import meet, phase
+
+KINDS: dict[str, type[SailplanError]] = {kind.__name__: kind for kind in (SailplanError, ConfigurationError, BadDataError, StopRequested)}
 
 
 def on_main(parallel: Parallel, what: str, work: Callable[[], Any]) -> Any:
-    """`work()` done on rank 0; its JSON-able value on every rank. If it fails, every rank raises, so that none waits for ever."""
-    answer, cause = "", None
+    """Return `work()` done on rank 0, its JSON-able value, on every rank. If it fails, every rank raises, so that none waits for ever.
+
+    An error of `sailplan.errors` is the same on all ranks. The others wait as long as rank 0 makes progress.
+    """
+    answer, cause = "", None  # type: str, Exception | None
     if parallel.is_main:
-        try:
-            answer = json.dumps({"value": work()})
-        except Exception as error:  # told to the other ranks, then raised again
-            answer, cause = json.dumps({"problem": f"{type(error).__name__}: {error}"}), error
+        with phase(what, local=True):
+            try:
+                answer = json.dumps({"value": work()})
+            except SailplanError as error:
+                answer, cause = json.dumps({"kind": type(error).__name__, "problem": str(error)}), error
+            except Exception as error:  # told to the other ranks, then raised again
+                problem = f"{what} failed on rank 0: {type(error).__name__}: {error}"
+                answer, cause = json.dumps({"kind": "SailplanError", "problem": problem}), error
+    meet(what)
     found = json.loads(parallel.broadcast_text(answer))
     if cause is not None:
         raise cause
     if "problem" in found:
-        raise SailplanError(f"{what} failed on rank 0: {found['problem']}")
+        raise KINDS.get(found["kind"], SailplanError)(found["problem"])
     return found["value"]

@@ -33,6 +33,7 @@ from sailplan.objective.temperature import Temperatures
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.seeds import derive, seed_torch
 from sailplan.runtime.transfer import to_device
+from sailplan.step import same_data
 from sailplan.step.gradient_cache import GradientCache
 from sailplan.step.guards import FiniteGuard
 from sailplan.step.kept_graphs import KeptGraphs
@@ -117,19 +118,24 @@ class TrainingStep:
         wishes: called once, late in the step: what this rank wants all to know; the same number on all ranks.
 
         Raises ConfigurationError for no batch, an unknown objective, or a data set that no objective of the stage can
-        use; SailplanError after too many skipped steps in a row.
+        use; BadDataError on all ranks where some drew other records than the rest, before anything moves; SailplanError after too
+        many skipped steps in a row.
         """
         seconds: dict[str, float] = {}
         averaged, encoded, replayed, backends = self._gradients(batches, weights, step, stage, thresholds, seconds)
         began = time.perf_counter()
         loss = averaged.values[averaged.names.index("total")]
-        shared = to_device(torch.tensor([0.0, *wishes()], dtype=torch.float64), self.parallel.device)
+        digest = same_data.moments(stage, step, [batch.digest for batch in batches])
+        shared = to_device(torch.tensor([0.0, *digest, *wishes()], dtype=torch.float64), self.parallel.device)
         shared[0] = ~loss.isfinite()
         grad_norm = clip_gradient_norm(self._parameters(), clip_norm, self.parallel, also=shared)
         parts = [grad_norm.view(1), shared, averaged.used, averaged.values, self.temperatures.packed()]
         # The step's one wait for the device: everything that the host wants to know, in one transfer.
         numbers = iter(torch.cat([part.to(self.parallel.device, torch.float64) for part in parts]).tolist())
-        norm, diverged, *wanted = islice(numbers, 1 + shared.numel())
+        norm, diverged, *told = islice(numbers, 1 + shared.numel())
+        if not same_data.equal(told[: len(digest)], self.parallel.world_size):
+            raise same_data.difference(self.parallel, stage, step, [batch.digest for batch in batches])
+        wanted = told[len(digest) :]
         averaged.drop_unused(list(islice(numbers, averaged.used.numel())))
         values = dict(zip(averaged.names, numbers, strict=False))
         temperatures = dict(zip(self.temperatures.keys, numbers, strict=True))

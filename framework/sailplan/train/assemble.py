@@ -3,7 +3,7 @@ command that works with a run's checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from sailplan.checkpoint.store import latest, load_model_only
 from sailplan.config.schema import Config
 from sailplan.curriculum.stages import check_stage
-from sailplan.data.datasets import check_prompts, check_records
+from sailplan.data.datasets import check_prompts, check_records, open_datasets
 from sailplan.data.first_records import check_views
 from sailplan.data.processor import processor_of
 from sailplan.data.reader import RecordReader
@@ -23,7 +23,9 @@ from sailplan.model.build import build_encoder
 from sailplan.model.component import EncoderComponent
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
+from sailplan.runtime.agreement import agree
 from sailplan.runtime.process import Parallel
+from sailplan.runtime.watch import alone, phase
 from sailplan.train.run_folder import RunFolder
 
 
@@ -49,6 +51,20 @@ def assemble(config: Config, parallel: Parallel) -> Whole:
     objectives, temperatures = objectives.to(parallel.device), temperatures.to(parallel.device)
     module = nn.ModuleDict({"encoder": encoder, "objectives": objectives, "temperatures": temperatures})
     return Whole(module, encoder, objectives, temperatures)
+
+
+def open_agreed(
+    config: Config, parallel: Parallel, artifacts: Mapping[str, Path] | None = None, names: Iterable[str] | None = None
+) -> dict[str, RecordReader]:
+    """Open the data sets of all ranks; raise ConfigurationError on all where some see other shards than the rest.
+
+    The first opening of many shards takes long, and is no hang: it beats with each, and obeys a stop between two.
+    """
+    with phase("opening data", local=True):
+        readers = open_datasets(config, artifacts, names, progress=alone)
+    facts = {f"data set {name}": reader.index.description() for name, reader in readers.items()}
+    agree(parallel, "data", facts, "give all nodes the same shards, and delete their .index folders where shards were replaced")
+    return readers
 
 
 def check_data(config: Config, readers: Mapping[str, RecordReader]) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
@@ -29,6 +28,7 @@ from sailplan.config.schema import Config
 from sailplan.config.sharding import sharding_of
 from sailplan.data.record import EncoderInputs
 from sailplan.model.component import EncoderComponent
+from sailplan.runtime.groups import form_groups, leave_groups
 from sailplan.step.kept_graphs import SavedBytes
 
 aten = torch.ops.aten
@@ -113,12 +113,11 @@ def _tensor_parallel_world(size: int) -> Iterator[None]:
         yield
         return
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size, create_gloo_process_groups=False)
+    form_groups(size, torch.device("cpu"))
     try:
         yield
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        leave_groups()
 
 
 @dataclass(frozen=True)

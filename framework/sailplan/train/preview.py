@@ -37,7 +37,8 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
     readers = open_datasets(config)
     check_data(config, readers)
     data_parallel = world_size // config.parallel.tensor
-    rank_rows = max((stage.global_batch or config.global_batch) * _views(config, stage) for stage in config.stages.values()) // data_parallel
+    rank_rows = max((stage.global_batch or config.global_batch) * _views(config, stage) for stage in config.stages.values())
+    rank_rows = -(-rank_rows // data_parallel)
     nodes = node_count(world_size)
     sharding, copies = sharding_of(config.parallel, data_parallel, nodes)
     shown = [tuple(view.modalities) for stage in config.stages.values() for name in stage.data for view in config.data.sets[name].views.values()]

@@ -2,85 +2,125 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from sailplan.checkpoint.store import damaged, latest
-from sailplan.config.compose import as_dict, config_hash, identity
+from sailplan.checkpoint.store import damaged, newest_whole
+from sailplan.config.compose import as_dict, config_hash, identity, shared_settings
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 from sailplan.observe.metrics import MetricWriter, RunInfo
 from sailplan.observe.report import write_report
-from sailplan.runtime.process import Parallel, started
-from sailplan.runtime.signals import stop_flag
-from sailplan.runtime.watchdog import watchdog
+from sailplan.runtime.agreement import agree, software
+from sailplan.runtime.claim import Claim
+from sailplan.runtime.leaving import say
+from sailplan.runtime.main_rank import on_main
+from sailplan.runtime.process import Parallel
+from sailplan.runtime.session import started
+from sailplan.runtime.watch import computing, phase, report_to
 from sailplan.train.assemble import assemble
 from sailplan.train.initialise import initial_source, initialise
 from sailplan.train.run_folder import RunFolder, check_identity
 from sailplan.train.trainer import Trainer
 
 
-def _starting_point(config: Config, folder: RunFolder) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start; ConfigurationError rather than a lost or mixed run."""
-    newest = latest(folder.checkpoints)
-    broken = [path for path in damaged(folder.checkpoints) if newest is None or path > newest]
-    if broken and newest is None:
-        raise ConfigurationError(
-            f"{broken[-1]} is damaged and {folder.root} has no whole checkpoint: restore its files, choose another name=, or delete the folder to start afresh"
-        )
-    for path in broken:
-        print(f"sailplan: checkpoint {path} is damaged, going on from {newest}", file=sys.stderr, flush=True)
-    if newest is None:
-        return None
-    if config.resume == "never":
-        raise ConfigurationError(f"{folder.root} holds a run already ({newest.name}): give resume=auto to go on with it, or another name=")
-    check_identity(identity(folder.load_config()), config, folder.root)
+def _starting_point(config: Config, folder: RunFolder, parallel: Parallel) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start; ConfigurationError on all ranks rather than a lost or mixed run."""
+    newest = newest_whole(folder.checkpoints, parallel)
+
+    def check() -> None:
+        broken = damaged(folder.checkpoints) if newest is None else []
+        sealed = [path for path in folder.checkpoints.glob("step-*/COMPLETE") if newest is None]
+        if broken or sealed:
+            worst = broken[-1] if broken else sealed[-1].parent
+            raise ConfigurationError(
+                f"{worst} is damaged and {folder.root} has no whole checkpoint: restore its files, choose another name=, or delete the folder to start afresh"
+            )
+        if newest is None:
+            return
+        for path in damaged(folder.checkpoints):
+            if path > newest:
+                say(f"checkpoint {path} is damaged, going on from {newest}")
+        if config.resume == "never":
+            raise ConfigurationError(f"{folder.root} holds a run already ({newest.name}): give resume=auto to go on with it, or another name=")
+        check_identity(identity(folder.load_config()), config, folder.root)
+
+    on_main(parallel, "looking for checkpoints", check)
     return newest
 
 
 def train(config: Config) -> Path:
     """Runs the job; returns the report's path. All ranks call it. Raises the errors of `sailplan.errors`."""
     folder = RunFolder(Path(config.runs) / config.name)
-    with stop_flag() as flag, started(config.parallel) as parallel, watchdog(config.parallel.timeout_seconds) as dog:
+    with started(config.parallel) as parallel, ExitStack() as stack:
+        report_to(folder.root)
+        agree(parallel, "settings and versions", {"configuration": shared_settings(config)} | software(), "start the same code with the same line on all nodes")
+        stack.enter_context(_claimed(config, folder, parallel))
         checkpoint, source = _agreed_start(config, folder, parallel)
-        whole = assemble(config, parallel)
-        dog.beat()
+        with phase("building the model"):
+            whole = assemble(config, parallel)
         if source is not None:
-            initialise(whole, source, config.initialise_parts, parallel)
+            with phase("reading weights"):
+                initialise(whole, source, config.initialise_parts, parallel)
         resumed = None if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
         settings = as_dict(config) | {"config_hash": config_hash(config), "world_size": parallel.world_size}
         info = RunInfo(folder.root, settings, resumed)
         with MetricWriter(info, config.loggers, parallel.rank, allowed_targets=config.allowed_targets) as writer:
-            trainer = Trainer(config, parallel, folder, whole, writer, dog, flag)
+            trainer = Trainer(config, parallel, folder, whole, writer)
             if checkpoint is not None:
-                with dog.paused():
+                with phase("loading the checkpoint"):
                     trainer.resume(checkpoint)
             trainer.run()
         report = folder.root / "report.html"
-        if parallel.is_main:
-            report = write_report(folder.root)
-            print(f"report: {report}", flush=True)
-        parallel.barrier()
+
+        def write() -> None:
+            with computing("writing the report"):
+                print(f"report: {write_report(folder.root)}", flush=True)
+
+        on_main(parallel, "writing the report", write)
     return report
 
 
 def _agreed_start(config: Config, folder: RunFolder, parallel: Parallel) -> tuple[Path | None, Path | None]:
     """The checkpoint to go on from, else the source of a fresh start's weights; None where there is none.
 
-    Rank 0 looks for them and writes config.yaml; every rank goes on from what it found, or fails with it.
+    Rank 0 looks for the source and writes config.yaml; every rank goes on from what it found, or fails with it.
     """
-    found, source, problem = "", "", ""
-    if parallel.is_main:
-        try:
-            found = str(_starting_point(config, folder) or "")
-            if config.initialise_from is not None and not found:
-                source = str(initial_source(config.initialise_from))
+    found = _starting_point(config, folder, parallel)
+
+    def look() -> str:
+        source = initial_source(config.initialise_from) if config.initialise_from is not None and found is None else None
+        with _writable(config, folder):
             folder.write_config(config)
-        except ConfigurationError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"runs={config.runs}: {folder.root} cannot be read and written ({error}); choose a folder that can, on all ranks' file system"
-    problem, found, source = (parallel.broadcast_text(text) for text in (problem, found, source))
-    if problem:
-        raise ConfigurationError(problem)
-    return Path(found) if found else None, Path(source) if source else None
+        return str(source or "")
+
+    source = on_main(parallel, "writing the configuration", look)
+    return found, Path(source) if source else None
+
+
+@contextmanager
+def _writable(config: Config, folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"runs={config.runs}: {folder.root} cannot be read and written ({error}); choose a folder that can, on all ranks' file system"
+        ) from error
+
+
+@contextmanager
+def _claimed(config: Config, folder: RunFolder, parallel: Parallel) -> Iterator[None]:
+    """Keep other jobs out of the run folder."""
+    claims: list[Claim] = []
+
+    def claim() -> None:
+        with _writable(config, folder):
+            claims.append(Claim(folder.root))
+
+    on_main(parallel, "claiming the run folder", claim)
+    try:
+        yield
+    finally:
+        for one in claims:
+            one.release()

@@ -22,7 +22,6 @@ from sailplan.checkpoint.store import folder_of, load
 from sailplan.config.compose import config_hash, identity
 from sailplan.config.schema import Config, PatternKey
 from sailplan.curriculum.stages import StageState, load_stage, prepare_stage, refresh_hard_negatives
-from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.record import StepBatch
@@ -35,11 +34,10 @@ from sailplan.evaluate.runner import evaluate
 from sailplan.objective.backends import planned_backends
 from sailplan.observe.metrics import MetricWriter, StageInfo
 from sailplan.runtime.process import Parallel
-from sailplan.runtime.signals import StopFlag
-from sailplan.runtime.watchdog import Watchdog
+from sailplan.runtime.watch import beat, phase, stop_wanted
 from sailplan.step.optimizer import build_optimizer, configure, set_learning_rate, set_trainable
 from sailplan.step.training_step import StepResult, TrainingStep
-from sailplan.train.assemble import Whole, check_data
+from sailplan.train.assemble import Whole, check_data, open_agreed
 from sailplan.train.run_folder import RunFolder
 from sailplan.train.schedule import StageSpan, learning_rate_scale, spans
 
@@ -53,25 +51,25 @@ class Trainer:
     loader and the step do, on all ranks' behalf: the launcher ends the others.
     """
 
-    def __init__(self, config: Config, parallel: Parallel, folder: RunFolder, whole: Whole, writer: MetricWriter, dog: Watchdog, flag: StopFlag) -> None:
-        self.config, self.parallel, self.folder, self.whole = config, parallel, folder, whole
-        self.writer, self.dog, self.flag = writer, dog, flag
+    def __init__(self, config: Config, parallel: Parallel, folder: RunFolder, whole: Whole, writer: MetricWriter) -> None:
+        self.config, self.parallel, self.folder, self.whole, self.writer = config, parallel, folder, whole, writer
         self.optimizer = build_optimizer(whole.encoder, whole.objectives, whole.temperatures, config.optimizer)
         self.training_step = TrainingStep(
             whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, training_exchange(parallel, config.parallel.exchange)
         )
-        readers = open_datasets(config, progress=dog.beat)  # the first reading of many shards takes long, and is no hang
+        readers = open_agreed(config, parallel)
         check_data(config, readers)
         self.context = RunContext(config, parallel, whole.encoder, whole.objectives, readers)
         options = config.checkpoint
-        self.saver = Saver(parallel, asynchronous=options.asynchronous, keep=options.keep, timeout_seconds=config.parallel.timeout_seconds)
+        self.saver = Saver(parallel, asynchronous=options.asynchronous, keep=options.keep)
         self.step = 0
         self._saved_at = time.monotonic()
         self._saved_step = -1
 
     # ---------------------------------------------------------------- state
     def resume(self, checkpoint: Any) -> None:
-        extra = load(checkpoint, model=self.whole.module, optimizer=self.optimizer, parallel=self.parallel)
+        """Load a checkpoint whose checksums the start has just compared (`newest_whole`)."""
+        extra = load(checkpoint, model=self.whole.module, optimizer=self.optimizer, parallel=self.parallel, verified=True)
         self.step = self._saved_step = int(extra["step"])
 
     def save(self, stage: str) -> None:
@@ -94,13 +92,13 @@ class Trainer:
 
     def _settle(self) -> None:
         """Until nothing is being saved any more."""
-        with self.dog.paused():
+        with phase("waiting for the save"):
             self.saver.wait()
 
     def _stage_state(self, span: StageSpan) -> StageState:
         """What the stage's start computes from the model as it is then; read back when the stage is continued."""
         where = self.folder.curriculum(span.name)
-        with self.dog.paused():
+        with phase(f"preparing {span.name}"):
             done = self.step + 1 - span.first
             if done > 0:
                 return load_stage(self.config, self.context.readers, span.name, where, done)
@@ -113,7 +111,6 @@ class Trainer:
         set_trainable(self.whole.encoder, self.whole.objectives, self.whole.temperatures, stage.trainable)
         configure(self.optimizer, options)
         plan = Plan(self.config, span.name, stage, state.weights, self.context.readers, state.subsets)
-        plan.check_ranks(self.parallel.data_parallel_size)
         used: dict[str, Any] = {name: self.whole.objectives[name] for name, weight in stage.objectives.items() if weight}
         backends = planned_backends(used, self.config.step.backend, self.parallel.device, getattr(torch, self.config.parallel.dtype))
         self.writer.start_stage(
@@ -126,7 +123,7 @@ class Trainer:
         while self.step < span.last:
             done = self.step + 1 - span.first
             if refresh and done and done % refresh == 0:
-                with self.dog.paused():
+                with phase("mining"), self._kept(span):
                     state = refresh_hard_negatives(self.context, span.name, self.folder.curriculum(span.name), state, done)
             stop_at = min(span.steps, (done // refresh + 1) * refresh) if refresh else span.steps
             self._run_steps(span, plan, state, done, stop_at)
@@ -147,7 +144,7 @@ class Trainer:
             self._settle()  # workers are forked: a lock that the saving thread holds would stay locked in them
         with loader, self._quarantining(span):
             began = time.perf_counter()
-            for stage_step, batches in enumerate(loader, start=first):
+            for stage_step, batches in enumerate(_awaited(loader), start=first):
                 waited = time.perf_counter() - began
                 scale = learning_rate_scale(stage.optimizer, stage_step, span.steps)
                 set_learning_rate(self.optimizer, scale)
@@ -156,7 +153,7 @@ class Trainer:
                     wishes=partial(self._wishes, batches, watch, stage_step),
                 )  # fmt: skip
                 self.step += 1
-                self.dog.beat()
+                beat(self.step)
                 seconds = time.perf_counter() - began
                 self._log(span, batches, result, scale * stage.optimizer.learning_rate, waited, seconds)
                 self._between_steps(span, batches, result)
@@ -177,7 +174,7 @@ class Trainer:
         """What the step's own message over the world asks: does anybody want to stop, to save, or to report bad samples? And what the
         rows showed."""
         clock = self.parallel.is_main and time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
-        return [self.flag.name is not None, clock, any(batch.quarantined for batch in batches), *watch.flags(batches, step)]
+        return [stop_wanted(), clock, any(batch.quarantined for batch in batches), *watch.flags(batches, step)]
 
     def _between_steps(self, span: StageSpan, batches: list[StepBatch], result: StepResult) -> None:
         """Does what some rank wished for in the step. A stop signal that comes too late for the step's message is heard in the next."""
@@ -193,7 +190,7 @@ class Trainer:
             return  # evaluated and saved by the stage's end
         every = self.config.checkpoint.every_steps
         if stop or clock or (every and self.step % every == 0):
-            with self.dog.paused():
+            with phase("saving"):
                 self.save(span.name)
         if stop:
             self._stop(span)
@@ -204,10 +201,19 @@ class Trainer:
         self._settle()
         raise StopRequested(f"stopped at step {self.step} (stage {span.name}), saved; go on with the same command and resume=auto")
 
+    @contextmanager
+    def _kept(self, span: StageSpan) -> Iterator[None]:
+        """A stop that all ranks obey between two batches keeps the steps before them."""
+        try:
+            yield
+        except StopRequested:
+            self.save(span.name)
+            self._stop(span)
+
     def _finish_stage(self, span: StageSpan) -> None:
-        with self.dog.paused():
+        with phase("saving"):
             self.save(span.name)  # first: an evaluation that fails must not cost the stage
-        if self.parallel.agree(self.flag.name is not None):  # what follows may take long
+        if self.parallel.agree(stop_wanted()):  # what follows may take long
             self._stop(span)
         if self._due(span):
             self._evaluate(span)
@@ -226,7 +232,7 @@ class Trainer:
             self._evaluate(span)
 
     def _evaluate(self, span: StageSpan) -> None:
-        with self.dog.paused():
+        with phase("evaluation"), self._kept(span):
             found = evaluate(self.context)
         self.writer.log_evaluation(self.step, span.name, found.tasks, found.examples)
 
@@ -238,7 +244,7 @@ class Trainer:
             "loss/total": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": learning_rate,
-            "rows_per_second": self.parallel.data_parallel_size * sum(len(batch.record_ids) for batch in batches) / seconds,
+            "rows_per_second": sum(sum(batch.rank_rows or (len(batch.record_ids),)) for batch in batches) / seconds,
             "seconds": round(seconds, 4),
         }
         values |= {f"loss/{name}": value for name, value in result.losses.items()}
@@ -254,6 +260,18 @@ class Trainer:
             keys = [PatternKey(batch.dataset, pattern) for pattern in batch.patterns]
             values |= {f"temperature/{key}": result.temperatures[key] for key in keys}
         self.writer.log_step(self.step, span.name, values)
+
+
+def _awaited(loader: StepLoader) -> Iterator[list[StepBatch]]:
+    """The loader's steps; the wait for each is the data's phase, in which a rank works by itself."""
+    steps = iter(loader)
+    while True:
+        with phase("data", local=True):
+            batches = next(steps, None)
+        if batches is None:
+            return
+        with phase("step"):
+            yield batches
 
 
 def check_shares(parallel: Parallel, shares: StepShares, step: int, stage: str) -> None:

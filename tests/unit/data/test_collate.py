@@ -19,7 +19,7 @@ from sailplan.data.reader import BadSample
 from sailplan.data.record import StepBatch, ViewBatch
 from sailplan.data.teachers import TeacherTable
 from sailplan.data.testing import item_record, json_member, png, write_set
-from sailplan.errors import BadDataError, ConfigurationError
+from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
 
 Make = Callable[..., Config]
@@ -195,9 +195,12 @@ def test_a_set_of_broken_records_ends_with_bad_data(make_config: Make, tmp_path:
         collator(config, {"things": 1.0}).batches(0)
 
 
-def test_more_ranks_than_the_lanes_allow_are_refused(make_config: Make) -> None:
-    with pytest.raises(ConfigurationError, match=r"data\.lanes=4"):
-        collator(make_config(), {"things": 1.0}, rank=0, size=3)
+def test_a_rank_without_rows_has_as_many_micro_batches_as_the_others(make_config: Make) -> None:
+    ranks = [one(collator(make_config(global_batch=3, micro_batch=1), {"things": 1.0}, rank=rank, size=5).batches(0)) for rank in range(5)]
+    assert sorted(len(batch.record_ids) for batch in ranks) == [0, 0, 1, 1, 1]
+    for key in ranks[0].views:
+        assert {len(batch.views[key].micro_batches) for batch in ranks} == {1}
+        assert sum(inputs.rows for batch in ranks for inputs in batch.views[key].micro_batches) == 3
 
 
 def test_inputs_move_as_a_whole(make_config: Make) -> None:

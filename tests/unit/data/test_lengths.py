@@ -124,10 +124,11 @@ class Synthetic(ShardIndex):
         return numbers
 
 
-def test_dealing_opens_the_tables_that_the_step_reads_and_no_others(make_config: Make, tmp_path: Path) -> None:
+def test_dealing_opens_the_tables_that_the_step_reads_and_no_others(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """10^5 shards of 16 records: a step of 512 rows in 64 lanes reads some hundred tables at most, the next ones hardly new ones."""
     config = things(make_config, tmp_path, records=16)
-    config.global_batch, config.data.lanes, config.data.segment, config.data.window = 512, 64, 16, 64
+    config.global_batch, config.data.segment, config.data.window = 512, 16, 64
+    monkeypatch.setattr("sailplan.data.plan.STREAMS", 64)
     (reader,) = open_datasets(config).values()
     index = Synthetic(reader.index.shards[0], 100_000)
     reader.index, reader.lengths = index, LengthIndex(index, processor_of(config).tokenizer, reader.outlines)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sailplan.config.schema import Config, StageConfig
+from sailplan.data import plan as plan_module
 from sailplan.data.collate import Collator
 from sailplan.data.index import ShardIndex
 from sailplan.data.plan import Plan
@@ -37,8 +38,9 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "part-000.tar"
 
 
-def test_a_rank_reads_the_tables_of_its_own_rows_only(make_config: Callable[..., Config], shard: Path) -> None:
-    config = make_config(global_batch=BATCH, lanes=LANES, segment=64, window=512)
+def test_a_rank_reads_the_tables_of_its_own_rows_only(make_config: Callable[..., Config], shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "STREAMS", LANES)
+    config = make_config(global_batch=BATCH, segment=64, window=512)
     config.step.dealing, config.step.token_budget = "lanes", 0
     config.data.sets = {"things": config.data.sets["things"]}
     stage = StageConfig(steps=100, patterns={"things": ["image_title"]})

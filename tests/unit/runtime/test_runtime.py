@@ -13,7 +13,7 @@ import pytest
 from sailplan.errors import EXIT_HANG
 from sailplan.runtime.seeds import derive, generator
 from sailplan.runtime.signals import stop_flag
-from sailplan.runtime.watchdog import watchdog
+from sailplan.runtime.watch import beat, watching
 
 
 def test_seeds_are_stable_and_parts_do_not_run_together() -> None:
@@ -33,14 +33,17 @@ def test_a_stop_signal_sets_the_flag_and_does_not_interrupt(number: signal.Signa
 
 
 def test_the_watchdog_leaves_a_working_process_alone() -> None:
-    with watchdog(0.5) as dog:
+    with stop_flag() as flag, watching(0.5, flag):
         for _ in range(8):
             time.sleep(0.1)
-            dog.beat()
+            beat()
 
 
 def test_the_watchdog_ends_a_hung_process_with_its_own_code() -> None:
-    code = "import time\nfrom sailplan.runtime.watchdog import watchdog\nwith watchdog(0.3):\n    time.sleep(30)"
+    code = (
+        "import time\nfrom sailplan.runtime.signals import StopFlag\nfrom sailplan.runtime.watch import watching\n"
+        "with watching(0.3, StopFlag()):\n    time.sleep(30)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == EXIT_HANG
     assert "no progress" in result.stderr and "time.sleep" not in result.stdout
