@@ -1,4 +1,4 @@
-"""Run the command in a forked process, for tests that ask it many things."""
+"""Run the command in a forked process, for tests that ask it many things; and a small project to run it in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import yaml
+
 from sailplan.cli.main import main
+from sailplan.config.compose import as_dict
+from sailplan.curriculum.testing import write_pack
 
 
 def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
@@ -34,3 +38,21 @@ def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
     finally:
         child.kill()
         child.join()
+
+
+SMALL_STAGE = {"steps": 2, "data": {"things": 1.0}, "patterns": {"things": ["image_to_name"]}, "objectives": {"infonce": 1.0}}
+
+
+def write_project(root: Path) -> None:
+    """Write a project with the made-up pack and `experiment=small` into a folder: two steps of one stage, in a second."""
+    config = write_pack(root)
+    config.data.root, config.data.tokenizer, config.data.mel_bins = ".", "tokenizer.json", config.model.audio.mel_bins
+    values = as_dict(config)
+    for dataset in values["data"]["sets"].values():
+        dataset["shards"] = dataset["shards"].replace(f"{root}/", "")
+    chosen = {"data": values["data"], "model": values["model"], "order": ["only"], "stages": {"only": SMALL_STAGE}}
+    chosen |= {"name": "small", "global_batch": 8, "step": {"micro_batch": 4}, "parallel": {"threads": 1}, "checkpoint": {"every_steps": 1}}
+    defaults = [{"override /data": ["reading"]}, {"override /logger": ["console"]}, "_self_"]
+    path = root / "conf" / "experiment" / "small.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("# @package _global_\n" + yaml.safe_dump({"defaults": defaults} | chosen, sort_keys=False), encoding="utf-8")

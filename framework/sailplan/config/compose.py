@@ -195,7 +195,9 @@ def to_yaml(config: Config) -> str:
 
 def identity(config: Config) -> dict[str, Any]:
     """The part that a resume must not change."""
-    values = {name: as_dict(config)[name] for name in IDENTITY}
+    every = as_dict(config)
+    values = {name: every[name] for name in IDENTITY}
+    values["optimizer"] = {name: every["optimizer"][name] for name in ("_target_", "options")}  # stages have the rest
     for outer, inner in _NOT_IDENTITY:
         values[outer].pop(inner, None)
     return values

@@ -26,7 +26,7 @@ from sailplan.model.config import (
 )
 from sailplan.observe.config import TrackingConfig
 from sailplan.runtime.config import ParallelConfig
-from sailplan.step.config import OptimizerConfig, StepConfig
+from sailplan.step.config import OptimizerConfig, StageOptimizerConfig, StepConfig
 
 __all__ = [
     "ARTIFACT",
@@ -47,6 +47,7 @@ __all__ = [
     "PatternConfig",
     "PatternKey",
     "StageConfig",
+    "StageOptimizerConfig",
     "StepConfig",
     "SubsetConfig",
     "SwinShape",

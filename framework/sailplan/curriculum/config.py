@@ -7,7 +7,7 @@ from typing import Literal
 
 from sailplan.config.components import INHERITS
 from sailplan.config.fields import Count, NotNegative, Positive, Share, ShareAboveZero, ShareBelowOne, Size
-from sailplan.step.config import OptimizerConfig
+from sailplan.step.config import StageOptimizerConfig
 
 
 @dataclass
@@ -55,4 +55,4 @@ class StageConfig:
     hard_negatives: HardNegativeConfig | None = None
     artifacts: list[Literal["interests", "teachers", "co_occurrence"]] = field(default_factory=list)  # made at the stage's start
     # Settings that a stage does not name are the run's.
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={INHERITS: "optimizer"})
+    optimizer: StageOptimizerConfig = field(default_factory=StageOptimizerConfig, metadata={INHERITS: "optimizer"})

@@ -24,6 +24,7 @@ from sailplan.model.component import EncoderComponent
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
 from sailplan.runtime.process import Parallel
+from sailplan.step.optimizer import check_optimizer
 from sailplan.train.run_folder import RunFolder
 
 
@@ -53,6 +54,7 @@ def assemble(config: Config, parallel: Parallel) -> Whole:
 
 def check_data(config: Config, readers: Mapping[str, RecordReader]) -> None:
     """Raises ConfigurationError for what a stage or an evaluation of the run would miss in the open data sets, before the first step."""
+    check_optimizer(config)
     for name in config.order:
         check_stage(name, config.stages[name], config)
     component: EncoderComponent = config.model.component()

@@ -38,10 +38,11 @@ from sailplan.runtime.process import Parallel
 from sailplan.runtime.signals import StopFlag
 from sailplan.runtime.watchdog import Watchdog
 from sailplan.step.optimizer import build_optimizer, configure, set_learning_rate, set_trainable
+from sailplan.step.schedules import learning_rate_scale
 from sailplan.step.training_step import StepResult, TrainingStep
 from sailplan.train.assemble import Whole, check_data
 from sailplan.train.run_folder import RunFolder
-from sailplan.train.schedule import StageSpan, learning_rate_scale, spans
+from sailplan.train.schedule import StageSpan, spans
 
 WISHES = 3  # to stop, to save, to report bad samples
 
@@ -56,7 +57,7 @@ class Trainer:
     def __init__(self, config: Config, parallel: Parallel, folder: RunFolder, whole: Whole, writer: MetricWriter, dog: Watchdog, flag: StopFlag) -> None:
         self.config, self.parallel, self.folder, self.whole = config, parallel, folder, whole
         self.writer, self.dog, self.flag = writer, dog, flag
-        self.optimizer = build_optimizer(whole.encoder, whole.objectives, whole.temperatures, config.optimizer)
+        self.optimizer = build_optimizer(whole.encoder, whole.objectives, whole.temperatures, config.optimizer, config.allowed_targets)
         self.training_step = TrainingStep(
             whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, training_exchange(parallel, config.parallel.exchange)
         )
