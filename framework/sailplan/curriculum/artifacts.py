@@ -1,4 +1,4 @@
-"""Data sets and tables that a stage makes for itself from the training histories, before it starts.
+"""The artifacts that come with the package: data sets and tables made from the training histories, before a stage starts.
 
 `interests` and `co_occurrence` become webdataset shards in a folder of their own name, read by the same reader as any
 data set (`shards: artifact:interests`); `teachers` becomes one table of ID embeddings. All ranks take part where the
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sailplan.config.schema import ARTIFACT, Config, StageConfig
+from sailplan.curriculum.artifact import Artifact, ArtifactContext, artifact_sets, stage_artifacts
 from sailplan.curriculum.histories import Histories, read_histories, source_of_histories, write_artifact
 from sailplan.curriculum.interests import records, sequences, views_count
 from sailplan.curriculum.teachers import TEACHERS, co_occurrence, factorise, pair_records
@@ -27,10 +28,38 @@ TEACHERS_FILE = "teachers.npz"
 TEACHER_DIMENSIONS = 64
 
 
-def artifact_sets(config: Config, stage: StageConfig, name: str) -> list[str]:
-    """Data sets whose shards are the artifact `name`, those of the stage first."""
-    every = [dataset for dataset, found in config.data.sets.items() if found.shards == ARTIFACT + name]
-    return sorted(every, key=lambda dataset: dataset not in stage.data)
+class FromHistories(Artifact):
+    """Base of the three: made from the recorded training histories over one item corpus."""
+
+    def check(self, config: Config, stage_name: str, stage: StageConfig) -> None:
+        """Raise ConfigurationError where no data set reads it, or where it is not clear which histories make it."""
+        kind = BUILT_IN[type(self)]
+        if self.name != kind:
+            raise ConfigurationError(f"artifacts.{self.name}: {type(self).__name__} is made under the name {kind}, expected artifacts.{kind}; rename it")
+        histories_of(config, stage_name, stage, self.name)
+
+    def make(self, context: ArtifactContext) -> dict[str, Any]:
+        """Write the artifact; return its statistics. Collective."""
+        config, stage = context.config, context.stage
+        reader = context.readers[histories_of(config, context.stage_name, stage, self.name)]
+        histories = read_histories(reader, "train")
+        stats: dict[str, Any] = {"users": len(histories.users), "unknown_items": histories.unknown}
+        return stats | _make(self.name, stage, context.embedder, reader, histories, context.folder)
+
+
+class Interests(FromHistories):
+    """Sequences of items that explain another item of the same user."""
+
+
+class Teachers(FromHistories):
+    """ID embeddings of items: factors of the user-item matrix."""
+
+
+class CoOccurrence(FromHistories):
+    """Pairs of items that the same users used."""
+
+
+BUILT_IN: dict[type, str] = {Interests: "interests", Teachers: "teachers", CoOccurrence: "co_occurrence"}
 
 
 def make_artifacts(embedder: Embedder, stage_name: str, stage: StageConfig, folder: Path) -> dict[str, dict[str, Any]]:
@@ -38,14 +67,8 @@ def make_artifacts(embedder: Embedder, stage_name: str, stage: StageConfig, fold
 
     Raises ConfigurationError where no data set reads an artifact, or where it is not clear which histories make it.
     """
-    run = embedder.context
-    stats: dict[str, dict[str, Any]] = {}
-    for artifact in stage.artifacts:
-        reader = run.readers[histories_of(run.config, stage_name, stage, artifact)]
-        histories = read_histories(reader, "train")
-        stats[artifact] = {"users": len(histories.users), "unknown_items": histories.unknown}
-        stats[artifact] |= _make(artifact, stage, embedder, reader, histories, folder)
-    return stats
+    context = ArtifactContext(embedder, stage_name, stage, folder)
+    return {artifact.name: artifact.make(context) for artifact in stage_artifacts(context.config, stage_name)}
 
 
 def histories_of(config: Config, stage_name: str, stage: StageConfig, artifact: str) -> str:
