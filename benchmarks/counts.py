@@ -43,7 +43,7 @@ from sailplan.runtime.process import Parallel  # noqa: E402
 from sailplan.step.training_step import TrainingStep  # noqa: E402
 from sailplan_kernels import infonce  # noqa: E402
 from sailplan_kernels.exchange import AllGather, RowSplit  # noqa: E402
-from sailplan_kernels.testing import run_ranks  # noqa: E402
+from sailplan_kernels.testing import grouped, run_ranks  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 RANKS = 2
@@ -80,9 +80,9 @@ def count_losses(rank: int, world_size: int) -> dict[str, Any]:
                     call = loss_call(kind, rows, dtype, rank)
                     call |= {key: x.to(there).requires_grad_() for key, x in call.items() if isinstance(x, Tensor) and x.is_floating_point()}
                     call |= {"exchange": exchange, "backend": "chunked", "sizes": [(rows, rows)] * world_size}
-                    infonce(**call).loss.backward()
+                    infonce(**grouped(call)).loss.backward()
                     with Counting() as counting:
-                        infonce(**call).loss.backward()
+                        infonce(**grouped(call)).loss.backward()
                 found[f"{kind}, {rows} rows, {str(dtype)[6:]}"] = counting.counts.table()
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import statistics
 import time
@@ -74,9 +73,8 @@ def _leaf(x: Any, name: str) -> Any:
 
 def options_of(loss: str) -> Iterator[tuple[int, str]]:
     """Numbers and labels of the rows that the loss has arguments for."""
-    known = {*inspect.signature(matrix.LOSSES[loss]).parameters, "dtype"}
     for number, (label, chosen) in enumerate(matrix.samples()):
-        if set(chosen) <= known:
+        if matrix.knows(loss, chosen):
             yield number, label
 
 

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sailplan_kernels import infonce, sigmoid
+from sailplan_kernels import LossOptions, infonce, sigmoid
 from sailplan_kernels.tiling.engines import triton_schedule
 
 BIAS = -10.0
@@ -91,7 +91,7 @@ def ours(backend: str, schedule: str = "auto", score_dtype: torch.dtype | None =
 
     def step(q: Tensor, k: Tensor, case: Case) -> None:
         with triton_schedule(schedule):
-            loss = infonce(q, k, case["temperature"], symmetric=case["symmetric"], backend=backend, score_dtype=score_dtype).loss
+            loss = infonce(q, k, case["temperature"], symmetric=case["symmetric"], options=LossOptions(backend=backend, score_dtype=score_dtype)).loss
         loss.backward()
 
     return step
@@ -100,7 +100,7 @@ def ours(backend: str, schedule: str = "auto", score_dtype: torch.dtype | None =
 def our_sigmoid(backend: str, schedule: str = "auto") -> Callable:
     def step(q: Tensor, k: Tensor, case: Case) -> None:
         with triton_schedule(schedule):
-            loss = sigmoid(q, k, case["temperature"], BIAS, backend=backend).loss
+            loss = sigmoid(q, k, case["temperature"], BIAS, options=LossOptions(backend=backend)).loss
         loss.backward()
 
     return step

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sailplan_kernels import infonce
+from sailplan_kernels.testing import grouped
 
 SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DIMENSION, HARD, TEMPERATURE, PREFIXES = 768, 4, 0.05, (192, 384, 768)
@@ -49,7 +50,7 @@ def case_of(kind: str, rows: int) -> Case:
 
 
 def ours(case: Case) -> Tensor:
-    return infonce(**case, temperature=TEMPERATURE, backend="chunked").loss
+    return infonce(**grouped(case | {"temperature": TEMPERATURE, "backend": "chunked"})).loss
 
 
 def plain(case: Case) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sailplan_kernels import infonce
+from sailplan_kernels.testing import grouped
 from sailplan_kernels.tiling.engines import triton_schedule
 
 Case = dict[str, Any]
@@ -47,13 +48,13 @@ def arguments(q: Tensor, case: Case, parts: frozenset[str]) -> dict[str, Any]:
 
 
 def definition(q: Tensor, k: Tensor, case: Case, parts: frozenset[str]) -> None:
-    infonce(q, k, case["temperature"], **arguments(q, case, parts), backend="reference").loss.backward()
+    infonce(q, k, case["temperature"], **grouped(arguments(q, case, parts) | {"backend": "reference"})).loss.backward()
 
 
 def ours(backend: str, schedule: str = "auto") -> Callable[[Tensor, Tensor, Case], None]:
     def step(q: Tensor, k: Tensor, case: Case) -> None:
         with triton_schedule(schedule):
-            loss = infonce(q, k, case["temperature"], **arguments(q, case, ALL), backend=backend).loss
+            loss = infonce(q, k, case["temperature"], **grouped(arguments(q, case, ALL) | {"backend": backend})).loss
         loss.backward()
 
     return step

@@ -49,7 +49,7 @@ class Case:
     kind: str
     masks: str
     capability: int
-    keep: bool = False  # statistics that also write what the rescale kernel reads
+    cached: bool = False  # statistics that also write what the rescale kernel reads
     schedule: str = "tiles"
 
     @property
@@ -86,7 +86,7 @@ def cases(capabilities: list[int], dtypes=tuple(TYPES)) -> list[Case]:
             wanted.append(Case("statistics", *tile, schedule=schedule))
             wanted.append(Case("sigmoid" if kind.startswith("sigmoid") else "gradient", *tile, schedule=schedule))
             if kind == "plain":
-                wanted += [Case("statistics", *tile, keep=True, schedule=schedule), Case("rescale", *tile, schedule=schedule)]
+                wanted += [Case("statistics", *tile, cached=True, schedule=schedule), Case("rescale", *tile, schedule=schedule)]
     different: dict[tuple, Case] = {}
     for case in wanted:
         config = case.configuration
@@ -106,7 +106,7 @@ def _function(case: Case):
 
 def _constants(case: Case, config: Configuration) -> dict[str, object]:
     """What the kernel is compiled for, of what the engine decides by kind and masks."""
-    known: dict[str, object] = {**switches(case.kind, case.masks), "KEEP": case.keep, "PRECISION": "ieee", **asdict(config)}
+    known: dict[str, object] = {**switches(case.kind, case.masks), "CACHED": case.cached, "PRECISION": "ieee", **asdict(config)}
     known["MOMENTS"] = case.kind not in ("plain", "sigmoid")
     return {name: value for name, value in known.items() if name in _function(case).arg_names}
 
@@ -120,7 +120,7 @@ def compiled(case: Case, config: Configuration | None = None):
     function = _function(case)
     config = config or case.configuration
     constants = _constants(case, config)
-    kinds = {name: f"*{TYPES[case.dtype]}" for name in ("rows", "columns", "weights", *["kept"] * (case.keep or case.kernel == "rescale"))}
+    kinds = {name: f"*{TYPES[case.dtype]}" for name in ("rows", "columns", "weights", *["kept"] * (case.cached or case.kernel == "rescale"))}
     kinds |= {**dict.fromkeys(("row_tags", "column_tags", "bounds"), "*i32"), **dict.fromkeys(("n", "m", "N", "M", "D", "pitch", "prefixes", "tags"), "i32")}
     if config.schedule != "tiles" and case.kernel != "rescale":
         kinds |= {"rows": _descriptor(case, config.BM, config.BK), "columns": _descriptor(case, config.BN, config.BK)}
@@ -201,7 +201,7 @@ def row(case: Case, v: Verdict) -> str:
     """One line of the table, in Markdown."""
     c = case.configuration
     tile = f"{c.BM}x{c.BN}, {RESCALE_WARPS} warps" if case.kernel == "rescale" else f"{c.BM}x{c.BN}x{c.BK}, {c.warps} warps, {c.stages} stages"
-    what = (f"sm_{case.capability}", TYPES[case.dtype], case.schedule, case.kernel + (" keep" if case.keep else ""), case.kind, case.masks, tile)
+    what = (f"sm_{case.capability}", TYPES[case.dtype], case.schedule, case.kernel + (" cached" if case.cached else ""), case.kind, case.masks, tile)
     figures = [f"{x:.1f}" if isinstance(x, float) else "" if x is None else str(x) for x in astuple(v)[:-2]]
     share = "" if v.share is None else f"{v.share:.0%}"
     return "| " + " | ".join((*what, *figures, share, f"REJECT {v.reason}" if v.reason else "PASS")) + " |"

@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from torch import Tensor
 from sailplan_kernels.exchange import EXCHANGES, Local
 from sailplan_kernels.infonce import infonce
 from sailplan_kernels.sigmoid import sigmoid
-from sailplan_kernels.testing import run_ranks
+from sailplan_kernels.testing import GROUPS, grouped, run_ranks
 
 BEGIN, END = "<!-- options:begin -->", "<!-- options:end -->"
 N, M, D, H = 6, 8, 16, 2
 BACKENDS = ("reference", "chunked", "triton")
 LOSSES: dict[str, Callable[..., Any]] = {"infonce": infonce, "sigmoid": sigmoid}
 LEAVES = ("queries", "keys", "hard_negatives", "temperature", "bias")
-ALWAYS = {"queries", "keys", "temperature", "bias", "exchange", "backend"}  # in every row, or rows or columns themselves
+ALWAYS = {"queries", "keys", "temperature", "bias", "exchange", "options.backend"}  # in every row, or rows or columns themselves
 
 
 def samples(n: int = N, m: int = M, d: int = D) -> list[tuple[str, dict[str, Any]]]:
@@ -45,28 +46,28 @@ def samples(n: int = N, m: int = M, d: int = D) -> list[tuple[str, dict[str, Any
         ("no option", {}),
         ("`temperature` [N]", {"temperature": 0.1 + 0.1 * torch.rand(n, generator=g)}),
         ("`positives`, shared and -1", {"positives": positives}),
-        ("`query_ids`", {"query_ids": ids(n)}),
-        ("`query_ids`, `key_query_ids`", {"query_ids": ids(n), "key_query_ids": ids(m)}),
-        ("`key_ids`", {"key_ids": ids(m)}),
-        ("`query_valid`, `key_valid`", {"query_valid": flags(n), "key_valid": flags(m)}),
-        ("`hard_negatives`", {"hard_negatives": hard}),
-        ("`hard_negatives`, `hard_negative_valid`", {"hard_negatives": hard, "hard_negative_valid": flags(n, H)}),
-        ("`hard_negatives`, `shared_hard_negatives`", {"hard_negatives": hard, "shared_hard_negatives": True}),
+        ("`masks.query_ids`", {"query_ids": ids(n)}),
+        ("`masks.query_ids`, `masks.key_query_ids`", {"query_ids": ids(n), "key_query_ids": ids(m)}),
+        ("`masks.key_ids`", {"key_ids": ids(m)}),
+        ("`masks.query_valid`, `masks.key_valid`", {"query_valid": flags(n), "key_valid": flags(m)}),
+        ("`negatives.hard`", {"hard_negatives": hard}),
+        ("`negatives.hard`, `negatives.hard_valid`", {"hard_negatives": hard, "hard_negative_valid": flags(n, H)}),
+        ("`negatives.hard`, `negatives.shared`", {"hard_negatives": hard, "shared_hard_negatives": True}),
         ("`key_log_probability`", {"key_log_probability": (torch.rand(m, generator=g) + 0.01).log()}),
-        ("`positive_ids`, `key_ids`", by_id),
-        ("`positive_ids`, `key_ids`, `symmetric`, `key_negatives`", {**by_id, "symmetric": True, "key_negatives": True}),
-        ("`max_negative_score`", {"max_negative_score": 0.3}),
-        ("`max_negative_score` [N]", {"max_negative_score": torch.rand(n, generator=g)}),
-        ("`margin_absolute`", {"margin_absolute": 0.1}),
-        ("`margin_relative`", {"margin_relative": 0.95}),
+        ("`positives` by id", by_id),
+        ("`positives` by id, `symmetric`, `negatives.keys`", {**by_id, "symmetric": True, "key_negatives": True}),
+        ("`negatives.max_cosine`", {"max_cosine": 0.3}),
+        ("`negatives.max_cosine` [N]", {"max_cosine": torch.rand(n, generator=g)}),
+        ("`negatives.margin_absolute`", {"margin_absolute": 0.1}),
+        ("`negatives.margin_relative`", {"margin_relative": 0.95}),
         ("`symmetric`", {"symmetric": True}),
-        ("`query_negatives`", {"query_negatives": True}),
-        ("`key_negatives`", {"key_negatives": True}),
+        ("`negatives.queries`", {"query_negatives": True}),
+        ("`negatives.keys`", {"key_negatives": True}),
         ("`prefixes`", {"prefixes": (d // 4, d // 2, d)}),
-        ("`prefixes`, `prefix_weights`", {"prefixes": (d // 4, d), "prefix_weights": (0.5, 1.0)}),
-        ("`sizes`", {"sizes": [(N, M)]}),
-        ("`memory_budget` of one byte", {"memory_budget": 1}),
-        ("`score_dtype` float64", {"score_dtype": torch.float64}),
+        ("`prefixes` with weights", {"prefixes": (d // 4, d), "prefix_weights": (0.5, 1.0)}),
+        ("`options.sizes`", {"sizes": [(N, M)]}),
+        ("`options.memory_budget` of one byte", {"memory_budget": 1}),
+        ("`options.score_dtype` float64", {"score_dtype": torch.float64}),
         ("float64", {"dtype": torch.float64}),
         ("bfloat16", {"dtype": torch.bfloat16}),
         ("float16", {"dtype": torch.float16}),
@@ -88,7 +89,7 @@ def arguments(loss: str, options: dict[str, Any], n: int = N, m: int = M, d: int
 
 def outcome(loss: str, call: dict[str, Any], **more: Any) -> list[Tensor]:
     """Loss and gradients, detached, in float64."""
-    out = LOSSES[loss](**call, **more)
+    out = LOSSES[loss](**grouped(call | more))
     out.loss.backward()
     return [x.double() for x in (out.loss.detach(), *(call[name].grad for name in LEAVES if name in call))]
 
@@ -98,10 +99,15 @@ def same(found: list[Tensor], expected: list[Tensor], half: bool) -> bool:
     return all(float((a - b).norm()) <= near * float(b.norm()) + 1e-6 for a, b in zip(found, expected, strict=True))
 
 
+def knows(loss: str, options: Mapping[str, Any]) -> bool:
+    """Whether the loss has all these arguments."""
+    by_id = loss == "infonce"
+    return set(grouped(options)) <= {*inspect.signature(LOSSES[loss]).parameters, "dtype"} and (by_id or "positive_ids" not in options)
+
+
 def cell(loss: str, backend: str, options: dict[str, Any]) -> str:
     """ "ok", "-" where the loss has no such argument, or the error's text."""
-    missing = set(options) - set(inspect.signature(LOSSES[loss]).parameters) - {"dtype"}
-    if missing:
+    if not knows(loss, options):
         return "-"
     try:
         found = outcome(loss, arguments(loss, options), backend=backend)
@@ -144,9 +150,12 @@ def first_line(error: Exception) -> str:
 def matrix() -> str:
     """The table, errors below it by number."""
     rows = samples()
-    named = {name for _, options in rows for name in options} | ALWAYS
+    calls = [grouped(options) for _, options in rows]
+    named = {name for call in calls for name in call} | ALWAYS
+    named |= {f"{name}.{field}" for call in calls for name in GROUPS if name in call for field, value in vars(call[name]).items() if value is not None}
     for loss in LOSSES.values():
-        forgotten = set(inspect.signature(loss).parameters) - named
+        given = set(inspect.signature(loss).parameters)
+        forgotten = (given | {f"{name}.{field.name}" for name in GROUPS if name in given for field in fields(GROUPS[name])}) - named
         if forgotten:
             raise RuntimeError(f"options: found the arguments {sorted(forgotten)} in no row of sailplan_kernels/options.py, expected each in one")
     columns = [(loss, backend) for loss in LOSSES for backend in BACKENDS]

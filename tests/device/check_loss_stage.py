@@ -19,8 +19,8 @@ from sailplan.config.schema import DatasetConfig, PatternConfig, ViewConfig
 from sailplan.objective.infonce import InfoNCE
 from sailplan.objective.protocol import EncodedStep, EncodedView, ObjectiveContext
 from sailplan.objective.temperature import Temperatures
-from sailplan_kernels import AllGather, infonce
-from sailplan_kernels.testing import RankFailure, run_ranks
+from sailplan_kernels import AllGather, LossOptions, infonce
+from sailplan_kernels.testing import RankFailure, grouped, run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from counting import Counting, Counts
@@ -56,7 +56,7 @@ def test_a_loss_waits_for_nothing_and_meets_as_seldom_as_it_can(kind, collective
             for _ in range(2):
                 call = call_of(kind, dtype, rank, ranks)
                 with Counting() as counting:
-                    infonce(**call, exchange=exchange).loss.backward()
+                    infonce(**grouped(call), exchange=exchange).loss.backward()
                 found.append(counting.counts)
         return found[0], found[1]
 
@@ -121,7 +121,7 @@ def test_a_rank_that_deviates_after_the_agreement_is_an_error():
     def work(rank: int, ranks: int) -> None:
         exchange, vectors = AllGather(), torch.randn(ROWS, D)
         for symmetric in (False, rank == 0):
-            infonce(vectors, vectors, 0.05, symmetric=symmetric, exchange=exchange, sizes=[(ROWS, ROWS)] * ranks)
+            infonce(vectors, vectors, 0.05, symmetric=symmetric, exchange=exchange, options=LossOptions(sizes=[(ROWS, ROWS)] * ranks))
 
     with pytest.raises(RankFailure, match="failed"):
         run_ranks(work, 2, timeout=30)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sailplan_kernels import infonce
+from sailplan_kernels.testing import grouped
 
 torch.set_num_threads(1)
 
@@ -82,7 +83,7 @@ def _make_case(
             if query_ids:
                 case["key_query_ids"] = torch.randint(-1, 6, (m,), generator=g)
         if per_row_threshold:
-            case["max_negative_score"] = torch.rand(n, generator=g, dtype=torch.float64) + torch.where(torch.arange(n) % 3 == 1, torch.inf, 0.0)
+            case["max_cosine"] = torch.rand(n, generator=g, dtype=torch.float64) + torch.where(torch.arange(n) % 3 == 1, torch.inf, 0.0)
         case = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.items()}
         ranks.append(case)
     whole = {name: torch.cat([case[name] for case in ranks]) for name in ranks[0]}
@@ -112,6 +113,6 @@ def _run(case: dict, backend: str, dtype=torch.float64, upstream=1.0, frozen=(),
     for name in LEAVES:
         if isinstance(case.get(name), torch.Tensor):
             case[name] = case[name].detach().to(dtype).clone().requires_grad_(name not in frozen)
-    out = infonce(**case, backend=backend, **more)
+    out = infonce(**grouped(case | more | {"backend": backend}))
     (out.loss * upstream).backward()
     return out, {name: case[name].grad for name in LEAVES if isinstance(case.get(name), torch.Tensor)}

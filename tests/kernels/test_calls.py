@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from sailplan_kernels import infonce, rank_of, topk
+from sailplan_kernels.testing import grouped
 
 Q, K = torch.randn(4, 8), torch.randn(5, 8)
 
@@ -24,35 +27,34 @@ Q, K = torch.randn(4, 8), torch.randn(5, 8)
         ("positives", {"positives": torch.tensor([0, 1, 2, 5])}),
         ("positives", {"positives": torch.tensor([0, 1, 2, -2])}),
         ("positives", {"positives": torch.tensor([0, 1, 2], dtype=torch.int64)}),
-        ("query_ids", {"query_ids": torch.zeros(4)}),
-        ("key_ids", {"key_ids": torch.zeros(4, dtype=torch.int64)}),
-        ("key_query_ids", {"key_query_ids": torch.zeros(5, dtype=torch.int64)}),
-        ("query_valid", {"query_valid": torch.ones(4)}),
-        ("key_valid", {"key_valid": torch.ones(4, dtype=torch.bool)}),
-        ("hard_negatives", {"hard_negatives": torch.randn(3, 2, 8)}),
-        ("hard_negatives", {"hard_negatives": torch.randn(4, 8)}),
-        ("hard_negative_valid", {"hard_negative_valid": torch.ones(4, 2, dtype=torch.bool)}),
-        ("shared_hard_negatives", {"shared_hard_negatives": True}),
+        ("masks.query_ids", {"query_ids": torch.zeros(4)}),
+        ("masks.key_ids", {"key_ids": torch.zeros(4, dtype=torch.int64)}),
+        ("masks.key_query_ids", {"key_query_ids": torch.zeros(5, dtype=torch.int64)}),
+        ("masks.query_valid", {"query_valid": torch.ones(4)}),
+        ("masks.key_valid", {"key_valid": torch.ones(4, dtype=torch.bool)}),
+        ("negatives.hard", {"hard_negatives": torch.randn(3, 2, 8)}),
+        ("negatives.hard", {"hard_negatives": torch.randn(4, 8)}),
+        ("negatives.hard_valid", {"hard_negative_valid": torch.ones(4, 2, dtype=torch.bool)}),
+        ("negatives.shared", {"shared_hard_negatives": True}),
         ("prefixes", {"prefixes": (4, 9)}),
         ("prefixes", {"prefixes": (4, 4)}),
         ("prefixes", {"prefixes": ()}),
-        ("prefix_weights", {"prefixes": (4, 8), "prefix_weights": (1.0,)}),
-        ("memory_budget", {"memory_budget": 0}),
-        ("positive_ids", {"positive_ids": torch.zeros(4, dtype=torch.int64)}),
-        ("positive_ids", {"positive_ids": torch.zeros(4), "key_ids": torch.zeros(5, dtype=torch.int64)}),
-        ("positive_ids", {"positive_ids": torch.zeros(4, dtype=torch.int64), "positives": torch.zeros(4, dtype=torch.int64)}),
-        ("max_negative_score", {"max_negative_score": torch.ones(5)}),
-        ("max_negative_score", {"max_negative_score": torch.ones(4, dtype=torch.int64)}),
-        ("score_dtype", {"score_dtype": torch.bfloat16}),
-        ("backend", {"backend": "triton", "score_dtype": torch.float64}),
-        ("backend", {"backend": "triton"}),
-        ("backend", {"backend": "cuda"}),
+        ("prefixes", {"prefixes": (4, 8), "prefix_weights": (1.0, -1.0)}),
+        ("options.memory_budget", {"memory_budget": 0}),
+        ("positives.ids", {"positive_ids": torch.zeros(4, dtype=torch.int64)}),
+        ("positives.ids", {"positive_ids": torch.zeros(4), "key_ids": torch.zeros(5, dtype=torch.int64)}),
+        ("negatives.max_cosine", {"max_cosine": torch.ones(5)}),
+        ("negatives.max_cosine", {"max_cosine": torch.ones(4, dtype=torch.int64)}),
+        ("options.score_dtype", {"score_dtype": torch.bfloat16}),
+        ("options.backend", {"backend": "triton", "score_dtype": torch.float64}),
+        ("options.backend", {"backend": "triton"}),
+        ("options.backend", {"backend": "cuda"}),
     ],
 )
 def test_wrong_call(argument, changes):
     case = {"queries": Q, "keys": K, "temperature": 0.1, **changes}
-    with pytest.raises(ValueError, match=rf"^{argument}: found .*, expected [^\n]*$|^{argument}: found .* expected [^\n]*$"):
-        infonce(**case)
+    with pytest.raises(ValueError, match=rf"^{re.escape(argument)}: found .*, expected [^\n]*$|^{re.escape(argument)}: found .* expected [^\n]*$"):
+        infonce(**grouped(case))
 
 
 def test_auto_is_chunked():

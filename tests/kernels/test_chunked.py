@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sailplan_kernels import infonce
+from sailplan_kernels.testing import grouped
 
 LEAVES = ("queries", "keys", "hard_negatives", "temperature")
 
@@ -23,7 +24,7 @@ def test_frozen_inputs_leave_other_gradients_alone(make_case, run, frozen):
     _, case = make_case(0, hard=2, symmetric=True, query_negatives=True, key_negatives=True)
     _, expected = run(case, "reference")
     leaves = {name: case[name].clone().requires_grad_(name not in frozen) for name in LEAVES}
-    out = infonce(**{**case, **leaves}, backend="chunked")
+    out = infonce(**grouped({**case, **leaves, "backend": "chunked"}))
     if frozen == LEAVES:
         assert not out.loss.requires_grad
         return
@@ -39,14 +40,14 @@ def test_without_grad_there_is_no_graph(make_case):
     _, case = make_case(0)
     case["queries"].requires_grad_()
     with torch.no_grad():
-        assert not infonce(**case).loss.requires_grad
+        assert not infonce(**grouped(case)).loss.requires_grad
 
 
 def test_a_second_backward_is_an_error(make_case):
     """The gradients are given away, not copied: a second time there are none."""
     _, case = make_case(0)
     queries = case["queries"].clone().requires_grad_()
-    loss = infonce(**{**case, "queries": queries}, backend="chunked").loss
+    loss = infonce(**grouped({**case, "queries": queries, "backend": "chunked"})).loss
     loss.backward(retain_graph=True)
     first = queries.grad.clone()
     with pytest.raises(RuntimeError, match="infonce: found a second backward of one call, expected one"):

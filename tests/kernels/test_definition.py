@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sailplan_kernels import infonce
+from sailplan_kernels.testing import grouped
 
 
 def loops(case: dict) -> tuple[float, int, float]:
@@ -31,7 +32,7 @@ def loops(case: dict) -> tuple[float, int, float]:
     hard = case["hard_negatives"] if "hard_negatives" in case else torch.zeros(n, 0, case["queries"].shape[1])
     hard_ok = case["hard_negative_valid"] if "hard_negative_valid" in case else torch.ones(hard.shape[:2], dtype=torch.bool)
 
-    highest = case.get("max_negative_score")
+    highest = case.get("max_cosine")
     highest = highest.tolist() if isinstance(highest, torch.Tensor) else [math.inf if highest is None else highest] * n
 
     def kept(cosine: float, start: float, below: float) -> bool:
@@ -104,7 +105,7 @@ def test_reference_equals_the_definition_in_loops(make_case, data):
         for name in ("ids", "query_ids", "masks", "positives", "per_row_temperature", "sampling", "symmetric", "query_negatives", "key_negatives")
     }
     hard = draw(st.integers(0, 2))
-    threshold = draw(st.sampled_from([{}, {"max_negative_score": 0.3}, {"max_negative_score": 0.9}, {"per_row_threshold": True}]))
+    threshold = draw(st.sampled_from([{}, {"max_cosine": 0.3}, {"max_cosine": 0.9}, {"per_row_threshold": True}]))
     _, case = make_case(
         draw(st.integers(0, 10**6)),
         (rows,),
@@ -119,7 +120,7 @@ def test_reference_equals_the_definition_in_loops(make_case, data):
     )
     if case["prefixes"] and len(case["prefixes"]) == 2:
         case["prefix_weights"] = (0.3, 1.0)
-    out = infonce(**case, backend="reference")
+    out = infonce(**grouped(case | {"backend": "reference"}))
     loss, valid, accuracy = loops(case)
     assert out.valid_rows == valid
     assert out.loss.item() == pytest.approx(loss, rel=1e-10, abs=1e-12)
@@ -185,7 +186,7 @@ def test_several_positives_by_id_equal_loops(make_case, data):
     hard = 0 if flags["masks"] else data.draw(st.integers(0, 2))
     seed, keys = data.draw(st.integers(0, 10**6)), data.draw(st.integers(0, 12))
     _, case = make_case(seed, (rows,), (max(rows, keys),), by_id=True, hard=hard, margin_absolute=margin, **flags)
-    out = infonce(**case, backend="reference")
+    out = infonce(**grouped(case | {"backend": "reference"}))
     loss, valid, accuracy = loops_by_id(case)
     assert out.valid_rows == valid
     assert out.loss.item() == pytest.approx(loss, rel=1e-10, abs=1e-12)
@@ -208,7 +209,7 @@ def test_reference_gradient_by_differences(make_case, options):
     names = [name for name in ("queries", "keys", "temperature", "hard_negatives") if name in case]
 
     def loss(*tensors):
-        return infonce(**{**case, **dict(zip(names, tensors, strict=True))}, backend="reference").loss
+        return infonce(**grouped({**case, **dict(zip(names, tensors, strict=True)), "backend": "reference"})).loss
 
     inputs = [case[name].clone().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(loss, inputs, rtol=1e-5, atol=1e-7)

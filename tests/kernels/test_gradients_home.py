@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sailplan_kernels import infonce
+from sailplan_kernels import LossOptions, infonce
 from sailplan_kernels.exchange import AllGather
 from sailplan_kernels.testing import run_ranks
 
@@ -64,13 +64,13 @@ def error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("temperature", [0.02, 0.05])
 def test_gradients_come_home_in_float32_for_less_breaks_the_bar(temperature):
     whole = [x.double().requires_grad_() for x in vectors()]
-    infonce(*whole, temperature, backend="reference").loss.backward()
+    infonce(*whole, temperature, options=LossOptions(backend="reference")).loss.backward()
 
     def work(rank: int, ranks: int):
         found = []
         for exchange in (Noted(), InHalf()):
             queries, keys = (x.split(ROWS)[rank].clone().requires_grad_() for x in vectors())
-            infonce(queries, keys, temperature, exchange=exchange, sizes=[(ROWS, ROWS)] * ranks, backend="chunked").loss.backward()
+            infonce(queries, keys, temperature, exchange=exchange, options=LossOptions(sizes=[(ROWS, ROWS)] * ranks, backend="chunked")).loss.backward()
             found.append((keys.grad.float() / ranks, exchange))
         (own, noted), (half, _) = found
         return own, half, noted.out, noted.home

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2] / "kernels"
 PACKAGE = "sailplan_kernels"
 # Rooms from low to high; a room imports from lower rooms and from itself. Files beside the rooms are above all of them.
-ROOMS = ("exchange", "triton_kernels", "tiling", "infonce", "sigmoid", "topk")
+ROOMS = ("arguments", "exchange", "triton_kernels", "tiling", "infonce", "sigmoid", "topk")
 
 
 def modules() -> dict[str, Path]:
@@ -71,7 +71,7 @@ def test_rooms_import_only_lower_rooms() -> None:
 
 def test_every_folder_is_a_room() -> None:
     folders = {path.name for path in (ROOT / PACKAGE).iterdir() if (path / "__init__.py").is_file()}
-    assert folders == set(ROOMS)
+    assert folders == set(ROOMS) - {"arguments"}  # a module
 
 
 def test_the_reader_sees_all_forms() -> None:

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sailplan_kernels import infonce, sigmoid
+from sailplan_kernels import LossOptions, infonce, sigmoid
+from sailplan_kernels.testing import grouped
 from sailplan_kernels.tiling.engines import why_no_triton
 
 LEAVES = ("queries", "keys", "hard_negatives", "temperature")
@@ -73,7 +74,7 @@ class TestGradientError:
         case = {"queries": queries, "keys": keys, "temperature": torch.tensor(temperature), "symmetric": symmetric}
         _, expected = run(case, "reference")
         leaves = {name: x.clone().requires_grad_() for name, x in case.items() if isinstance(x, torch.Tensor)}
-        out = infonce(**leaves, symmetric=symmetric, backend=backend, memory_budget=20_000)
+        out = infonce(**grouped(leaves | {"symmetric": symmetric, "backend": backend, "memory_budget": 20_000}))
         out.loss.backward()
         assert out.loss.isfinite()
         for name, gradient in expected.items():
@@ -104,7 +105,7 @@ def test_gradient_error_of_the_sigmoid_loss(backend, kind, temperature):
     found = {}
     for dtype, of in ((torch.float64, "reference"), (torch.float32, backend)):
         leaves = [x.float().to(dtype).requires_grad_() for x in (*embedded, torch.tensor(temperature), torch.tensor(-0.9 / temperature))]
-        sigmoid(*leaves, backend=of, memory_budget=20_000).loss.backward()
+        sigmoid(*leaves, options=LossOptions(backend=of, memory_budget=20_000)).loss.backward()
         found[dtype] = [x.grad for x in leaves]
     for a, b in zip(found[torch.float32], found[torch.float64], strict=True):
         assert a.dtype is torch.float32 and relative(a, b) <= FLOAT32_BAR
@@ -118,7 +119,7 @@ def test_score_dtype_is_chosen_and_heeded():
         gradients = []
         for dtype, asked in ((torch.float64, None), (torch.float32, score_dtype)):
             leaves = [x.detach().clone().to(dtype).requires_grad_() for x in (queries, keys)]
-            out = infonce(*leaves, temperature, score_dtype=asked)
+            out = infonce(*leaves, temperature, options=LossOptions(score_dtype=asked))
             out.loss.backward()
             assert {x.dtype for x in (out.loss, out.prefix_losses, out.positive_score, out.accuracy, leaves[0].grad)} == {dtype}
             gradients.append(leaves[0].grad)
@@ -143,7 +144,7 @@ def test_options_equal_the_reference(make_case, run, backend, data):
         name: draw(st.booleans())
         for name in ("ids", "query_ids", "masks", "positives", "per_row_temperature", "sampling", "symmetric", "query_negatives", "key_negatives")
     }
-    threshold = draw(st.sampled_from([{}, {"max_negative_score": 0.3}, {"per_row_threshold": True}]))
+    threshold = draw(st.sampled_from([{}, {"max_cosine": 0.3}, {"per_row_threshold": True}]))
     filters = {
         "margin_absolute": draw(st.sampled_from([None, 0.1])),
         "margin_relative": draw(st.sampled_from([None, 0.95])),
@@ -170,7 +171,7 @@ def test_options_equal_the_reference(make_case, run, backend, data):
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
     # In float32 a score next to a threshold may fall on its other side; look at the values without thresholds.
-    case.update(dict.fromkeys((*filters, "max_negative_score")))
+    case.update(dict.fromkeys((*filters, "max_cosine")))
     expected, expected_gradients = run({**case, **{n: case[n].float() for n in LEAVES if n in case}}, "reference")
     out, gradients = run(case, backend, torch.float32, memory_budget=budget)
     torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
@@ -239,7 +240,7 @@ def test_half_precision_inputs_are_computed_in_float32(make_case, run, backend, 
     expected, expected_gradients = run(case, "reference")
     leaves = {name: case[name].clone().requires_grad_() for name in ("queries", "keys", "hard_negatives")}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = infonce(**{**case, **leaves}, backend=backend)
+        out = infonce(**grouped({**case, **leaves, "backend": backend}))
     (out.loss * 4096).backward()  # loss scaling, as float16 gradients need
     assert out.loss.dtype is torch.float32
     assert distance(out.loss, expected.loss) < 1e-4

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from sailplan_kernels import EXCHANGES, AllGather, Exchange, Grid, Local, infonce
 from sailplan_kernels.exchange.grid import width_of_row
-from sailplan_kernels.testing import RankFailure, run_ranks
+from sailplan_kernels.testing import RankFailure, grouped, run_ranks
 
 LEAVES = ("queries", "keys", "hard_negatives", "temperature")
 SHAPES = {2: ((5, 3), (7, 4)), 3: ((4, 6, 1), (5, 6, 3))}
@@ -23,7 +23,7 @@ OPTIONS = [
     {"query_ids": True, "positives": True, "symmetric": True},
     {"hard": 2, "masks": True},
     {"hard": 2, "shared_hard_negatives": True, "masks": True},
-    {"max_negative_score": 0.3, "margin_absolute": 0.1},
+    {"max_cosine": 0.3, "margin_absolute": 0.1},
     {"margin_relative": 0.95, "symmetric": True, "positives": True},
     {"symmetric": True, "positives": True, "per_row_threshold": True},
     {"by_id": True, "masks": True},
@@ -32,7 +32,7 @@ OPTIONS = [
     {"by_id": True, "key_negatives": True, "masks": True, "sampling": True, "hard": 1},
     {"by_id": True, "key_negatives": True, "symmetric": True, "query_ids": True, "prefixes": (3, 7), "prefix_weights": (0.5, 1.0)},
     {"symmetric": True},
-    {"symmetric": True, "ids": True, "masks": True, "max_negative_score": 0.3},
+    {"symmetric": True, "ids": True, "masks": True, "max_cosine": 0.3},
     {"query_negatives": True, "ids": True, "sampling": True},
     {"sampling": True, "symmetric": True, "masks": True},
     {"key_negatives": True, "masks": True},
@@ -50,7 +50,7 @@ def call(case: dict, frozen=(), **more):
     for name in LEAVES:
         if name in case:
             case[name] = case[name].clone().requires_grad_(name not in frozen)
-    out = infonce(**case, **more)
+    out = infonce(**grouped(case | more))
     out.loss.backward()
     return out, {name: case[name].grad for name in LEAVES if name in case}
 
@@ -131,7 +131,7 @@ def test_ranks_called_differently_are_an_error_not_a_hang(make_case):
 
     def work(rank, _):
         with pytest.raises(ValueError, match="ranks differ"):
-            infonce(**ranks[rank], symmetric=rank == 0, exchange=AllGather())
+            infonce(**grouped(ranks[rank] | {"symmetric": rank == 0, "exchange": AllGather()}))
         return True
 
     assert run_ranks(work, 2, timeout=20) == [True, True]
@@ -271,7 +271,7 @@ def test_bytes_between_nodes(monkeypatch):
 def test_local_exchange_is_the_default(make_case):
     _, case = make_case(0)
     assert isinstance(Local(), Exchange)
-    assert torch.equal(infonce(**case).loss, infonce(**case, exchange=Local()).loss)
+    assert torch.equal(infonce(**grouped(case)).loss, infonce(**grouped(case), exchange=Local()).loss)
 
 
 def test_run_ranks_returns_in_rank_order_and_reports_the_failing_rank():

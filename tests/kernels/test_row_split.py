@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from sailplan_kernels import EXCHANGES, AllGather, Exchange, Local, RowSplit, infonce, sigmoid
-from sailplan_kernels.testing import run_ranks
+from sailplan_kernels.testing import grouped, run_ranks
 
 LEAVES = ("queries", "keys", "hard_negatives", "temperature", "bias")
 OPTIONS = [
@@ -36,7 +36,7 @@ def grid(rank: int, data: int, tensor: int, kind: str = "all_gather") -> RowSpli
 
 def call(case: dict, frozen=(), loss=infonce, **more) -> dict[str, torch.Tensor]:
     case = {name: x.clone().requires_grad_(name not in frozen) if name in LEAVES and isinstance(x, torch.Tensor) else x for name, x in case.items()}
-    out = loss(**case, **more)
+    out = loss(**grouped(case | more))
     out.loss.backward()
     found = {"loss": out.loss.detach(), "prefix_losses": out.prefix_losses, "positive_score": out.positive_score}
     if loss is infonce:

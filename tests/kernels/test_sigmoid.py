@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sailplan_kernels import EXCHANGES, Local, sigmoid
-from sailplan_kernels.testing import run_ranks
+from sailplan_kernels.testing import grouped, run_ranks
 
 LEAVES = ("queries", "keys", "temperature", "bias")
 
@@ -19,7 +19,7 @@ def call(case: dict, frozen=(), dtype=torch.float64, **more):
     case = {"bias": torch.tensor(-3.0), **case}
     for name in LEAVES:
         case[name] = case[name].detach().to(dtype).clone().requires_grad_(name not in frozen)
-    out = sigmoid(**case, **more)
+    out = sigmoid(**grouped(case | more))
     (out.loss * 0.7).backward()
     return out, {name: case[name].grad for name in LEAVES}
 
@@ -37,7 +37,7 @@ def test_reference_equals_a_loop_over_pairs(make_case):
             if j == p or (case["key_valid"][j] and not same_id):
                 z = float(q[i] @ k[j]) / 0.1 - 3.0
                 total += math.log1p(math.exp(-z if j == p else z))
-    out = sigmoid(**case, bias=-3.0, backend="reference")
+    out = sigmoid(**grouped(case | {"bias": -3.0, "backend": "reference"}))
     assert out.valid_rows == rows > 0
     assert out.loss.item() == pytest.approx(total / rows, rel=1e-10)
 
@@ -46,7 +46,7 @@ def test_reference_gradient_by_differences(make_case):
     _, case = make_case(0, (4,), (5,), 4, temperature=0.3, per_row_temperature=True, prefixes=(2, 4))
     case["bias"] = torch.tensor(-1.0, dtype=torch.float64)
     inputs = [case[name].clone().requires_grad_() for name in LEAVES]
-    loss = lambda *tensors: sigmoid(**{**case, **dict(zip(LEAVES, tensors, strict=True))}, backend="reference").loss  # noqa: E731
+    loss = lambda *tensors: sigmoid(**grouped({**case, **dict(zip(LEAVES, tensors, strict=True)), "backend": "reference"})).loss  # noqa: E731
     assert torch.autograd.gradcheck(loss, inputs, rtol=1e-5, atol=1e-7)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sailplan_kernels import EXCHANGES, AllGather, Exchange, Local, RowSplit, infonce, infonce_sum
-from sailplan_kernels.testing import run_ranks
+from sailplan_kernels.testing import grouped, run_ranks
 
 ROWS, D, HARD, WEIGHTS = (5, 0, 3), 16, 2, (1.0, 0.5, 2.0, 0.25)
 BARS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3}
@@ -50,7 +50,7 @@ def expected() -> tuple[Tensor, Leaves]:
     """The definition, in float64, of one process, one loss at a time."""
     leaves = leaves_of(slice(None), torch.float64)
     calls = calls_of(leaves, slice(None))
-    total = torch.stack([w * infonce(**call, backend="reference").loss for w, call in zip(WEIGHTS, calls, strict=True)]).sum()
+    total = torch.stack([w * infonce(**grouped(call | {"backend": "reference"})).loss for w, call in zip(WEIGHTS, calls, strict=True)]).sum()
     total.backward()
     return total.detach(), {name: x.grad for name, x in leaves.items() if x.grad is not None}
 
@@ -58,8 +58,8 @@ def expected() -> tuple[Tensor, Leaves]:
 def together(rank: int, dtype: torch.dtype, exchange: Exchange, ranks: int, known: bool) -> tuple[Tensor, Leaves]:
     leaves = leaves_of(rows_of(rank), dtype)
     sizes = {"sizes": [(rows, rows) for rows in ROWS[:ranks]]} if known else {}
-    calls = [call | sizes for call in calls_of(leaves, rows_of(rank))]
-    total, outputs = infonce_sum(calls, WEIGHTS, exchange=exchange, backend="chunked")
+    calls = [grouped(call | sizes | {"backend": "chunked"}) for call in calls_of(leaves, rows_of(rank))]
+    total, outputs = infonce_sum(calls, WEIGHTS, exchange=exchange)
     total.backward()
     torch.testing.assert_close(total.detach(), torch.stack([w * one.loss for w, one in zip(WEIGHTS, outputs, strict=True)]).sum())
     return total.detach(), {name: x.grad for name, x in leaves.items()}
@@ -107,6 +107,6 @@ def test_tensor_parallel_peers_share_the_rows_of_all_losses(kind, dtype):
 
 def test_one_process_needs_no_exchange():
     leaves = leaves_of(slice(None), torch.float64)
-    total, _ = infonce_sum(calls_of(leaves, slice(None)), WEIGHTS, exchange=Local(), backend="chunked")
+    total, _ = infonce_sum([grouped(call | {"backend": "chunked"}) for call in calls_of(leaves, slice(None))], WEIGHTS, exchange=Local())
     total.backward()
     check([(total.detach(), {name: x.grad for name, x in leaves.items() if x.grad is not None})], torch.float64)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from sailplan_kernels import AllGather, SymmetricMemory, infonce
-from sailplan_kernels.testing import run_ranks
+from sailplan_kernels.testing import grouped, run_ranks
 
 
 class Files:
@@ -62,7 +62,7 @@ def test_it_gathers_what_all_gather_does(make_case, tmp_path):
         for case in ranks:
             for exchange in (AllGather(), symmetric):
                 mine = {name: x.clone().requires_grad_() if name in ("queries", "keys") else x for name, x in case[rank].items()}
-                out = infonce(**mine, exchange=exchange)
+                out = infonce(**grouped(mine), exchange=exchange)
                 out.loss.backward()
                 found.append((out.loss.detach(), mine["queries"].grad, mine["keys"].grad))
         return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sailplan_kernels import infonce
-from sailplan_kernels.infonce.rounds import tile_sides
+from sailplan_kernels import LossOptions, infonce
+from sailplan_kernels.infonce.exchange_schedule import tile_sides
 from sailplan_kernels.tiling.products import add_product
 
 aten = torch.ops.aten
@@ -65,7 +65,7 @@ def test_a_loss_moves_what_the_arithmetic_says():
     tile = tile_sides(n, n, budget // 2 // (3 * FULL + 3))  # cosines and both losses' logits, and what masks and exclusions take
     assert tile == (128, 256)
     with AccumulatedBytes(d) as moved:
-        infonce(queries, keys, 0.05, symmetric=True, backend="chunked", memory_budget=budget)
+        infonce(queries, keys, 0.05, symmetric=True, options=LossOptions(backend="chunked", memory_budget=budget))
     assert moved.total == accumulation_bytes(n, n, d, tile)
 
 

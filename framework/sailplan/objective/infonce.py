@@ -14,12 +14,13 @@ positive (Qwen3-Embedding: s_ij > s_ii + 0.1; NV-Retriever: s_ij > 0.95 s_ii).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from sailplan.config.schema import DatasetConfig, PatternKey
 from sailplan.errors import ConfigurationError
 from sailplan.objective.patterns import Pattern, check_margins, contrast, contrast_sum, has_history, negatives_of, patterns_of
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
+from sailplan_kernels import Masks, Negatives, Prefixes
 
 
 class InfoNCE(Objective):
@@ -64,9 +65,8 @@ class InfoNCE(Objective):
         self.prefix_weights = None if prefix_weights is None else {int(size): float(weight) for size, weight in prefix_weights.items()}
         self.symmetric = symmetric
         self.mask_same_ids = mask_same_ids
-        self.margins: dict[str, Any] = {"margin_absolute": margin_absolute, "margin_relative": margin_relative}
         self.shared_hard_negatives = shared_hard_negatives
-        self.more_negatives: dict[str, Any] = {"query_negatives": query_negatives, "key_negatives": key_negatives}
+        self.negatives = Negatives(queries=query_negatives, keys=key_negatives, margin_absolute=margin_absolute, margin_relative=margin_relative)
 
     def applies(self, dataset: DatasetConfig) -> bool:
         return any(not has_history(dataset, pattern) for pattern in dataset.patterns)
@@ -80,41 +80,39 @@ class InfoNCE(Objective):
                 pattern,
                 pattern.query.fused,
                 pattern.target.fused,
-                query_valid=pattern.query.known_valid,
-                key_valid=pattern.target.known_valid,
+                masks=self._masks(pattern),
+                negatives=self._negatives(encoded, pattern, context),
                 symmetric=self.symmetric,
-                prefixes=context.prefixes if self.matryoshka else None,
-                prefix_weights=self._weights(context.prefixes),
-                max_negative_score=context.thresholds.get(PatternKey(encoded.dataset, pattern.name)),
-                **self._identities(pattern),
-                **self._hard_negatives(encoded, pattern, context),
-                **self.margins,
-                **self.more_negatives,
+                prefixes=self._prefixes(context.prefixes),
             )
             for pattern in patterns_of(encoded, context, histories=False)
         ]
         return contrast_sum(contrasts, encoded, context)
 
-    def _weights(self, prefixes: tuple[int, ...]) -> list[float] | None:
-        if self.prefix_weights is None:
-            return None
+    def _prefixes(self, prefixes: tuple[int, ...]) -> Prefixes | None:
+        """The lengths at which the loss is paid, with their weights where there are any; None: the full size alone."""
+        if not self.matryoshka or self.prefix_weights is None:
+            return prefixes if self.matryoshka else None
         if set(self.prefix_weights) != set(prefixes):
             raise ConfigurationError(
                 f"objectives.infonce.prefix_weights: found sizes {sorted(self.prefix_weights)}, expected model.prefixes {sorted(prefixes)}"
             )
-        return [self.prefix_weights[prefix] for prefix in prefixes]
+        return {prefix: self.prefix_weights[prefix] for prefix in prefixes}
 
-    def _identities(self, pattern: Pattern) -> dict[str, Any]:
+    def _masks(self, pattern: Pattern) -> Masks:
+        query, target = pattern.query, pattern.target
+        valid = {"query_valid": query.known_valid, "key_valid": target.known_valid}
         if not self.mask_same_ids:
-            return {}
-        return {"query_ids": pattern.query.known_ids, "key_ids": pattern.target.known_ids, "key_query_ids": pattern.query.known_ids}
+            return Masks(**valid)
+        return Masks(query_ids=query.known_ids, key_ids=target.known_ids, key_query_ids=query.known_ids, **valid)
 
-    def _hard_negatives(self, encoded: EncodedStep, pattern: Pattern, context: ObjectiveContext) -> dict[str, Any]:
+    def _negatives(self, encoded: EncodedStep, pattern: Pattern, context: ObjectiveContext) -> Negatives:
         found = negatives_of(encoded, pattern, context)
-        if found and self.mask_same_ids:
+        valid, shared = found.hard_valid, found.hard is not None and self.shared_hard_negatives
+        if valid is not None and self.mask_same_ids:
             # The kernel's masks know ids of keys only; a mined negative may be the positive under another record,
             # and in item-to-item patterns the query's own item.
-            ids = encoded.views[f"negatives/{pattern.name}"].known_ids.view_as(found["hard_negative_valid"])
-            others = (ids != pattern.target.known_ids[:, None]) & (ids != pattern.query.known_ids[:, None])
-            found["hard_negative_valid"] = found["hard_negative_valid"] & others
-        return found | {"shared_hard_negatives": self.shared_hard_negatives} if found else {}
+            ids = encoded.views[f"negatives/{pattern.name}"].known_ids.view_as(valid)
+            valid = valid & (ids != pattern.target.known_ids[:, None]) & (ids != pattern.query.known_ids[:, None])
+        highest = context.thresholds.get(PatternKey(encoded.dataset, pattern.name))
+        return replace(self.negatives, hard=found.hard, hard_valid=valid, shared=shared, max_cosine=highest)

@@ -19,6 +19,7 @@ from sailplan.errors import ConfigurationError
 from sailplan.objective.micl import present
 from sailplan.objective.patterns import contrast, contrast_sum, has_history, patterns_of
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext, ObjectiveOutput
+from sailplan_kernels import Masks
 
 
 def is_fused(view: ViewConfig) -> bool:
@@ -67,12 +68,14 @@ class LateFusion(Objective):
                 pattern,
                 fused[id(pattern.query)],
                 fused[id(pattern.target)],
-                query_valid=pattern.query.known_valid,
-                key_valid=pattern.target.known_valid,
+                masks=Masks(
+                    query_ids=pattern.query.known_ids,
+                    key_ids=pattern.target.known_ids,
+                    query_valid=pattern.query.known_valid,
+                    key_valid=pattern.target.known_valid,
+                ),
                 symmetric=self.symmetric,
                 prefixes=context.prefixes if self.matryoshka else None,
-                query_ids=pattern.query.known_ids,
-                key_ids=pattern.target.known_ids,
             )
             contrasts.append(found)
         return contrast_sum(contrasts, encoded, context)

@@ -18,6 +18,7 @@ from sailplan.config.schema import DatasetConfig, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.patterns import contrast, contrast_sum, has_history, patterns_of
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
+from sailplan_kernels import Masks
 
 MODALITIES = ("text", "vision")
 
@@ -81,14 +82,16 @@ class MICL(Objective):
                     pattern,
                     queries,
                     keys,
-                    query_valid=pattern.query.valid & present(queries),
-                    key_valid=pattern.target.valid & present(keys),
+                    masks=Masks(
+                        query_ids=pattern.query.ids,
+                        key_ids=pattern.target.ids,
+                        query_valid=pattern.query.valid & present(queries),
+                        key_valid=pattern.target.valid & present(keys),
+                    ),
                     symmetric=self.symmetric,
                     prefixes=None,
                     name=modality,
                     weight=self.weights[modality],
-                    query_ids=pattern.query.ids,
-                    key_ids=pattern.target.ids,
                 )
                 contrasts.append(found)
         return contrast_sum(contrasts, encoded, context)

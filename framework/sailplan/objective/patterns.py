@@ -8,7 +8,7 @@ on all ranks (recipe: data-set-driven pattern matching).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from sailplan.config.schema import DatasetConfig, PatternKey, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.backends import described
 from sailplan.objective.protocol import EncodedStep, EncodedView, ObjectiveContext, ObjectiveOutput
-from sailplan_kernels.infonce import infonce_sum
+from sailplan_kernels import LossOptions, Masks, Negatives, Prefixes, infonce_sum
 
 
 @dataclass(frozen=True)
@@ -84,34 +84,35 @@ def contrast(
     queries: Tensor,
     keys: Tensor,
     *,
-    query_valid: Tensor,
-    key_valid: Tensor,
+    masks: Masks,
     symmetric: bool | None,
-    prefixes: Sequence[int] | None,
+    prefixes: Prefixes | None,
+    negatives: Negatives | None = None,
+    key_log_probability: Tensor | None = None,
     name: str = "",
     weight: float = 1.0,
-    **options: Any,
 ) -> Contrast:
     """InfoNCE of row i's query [r, D] with row i's key [r, D] at the pattern's temperature, times the pattern's weight and `weight`.
 
-    `symmetric` None: as the data set says. `name` goes into the metrics' names. Other options are those of
-    `sailplan_kernels.infonce`; ids and masks may lie on the CPU. A graded pair whose score is not above the data set's
-    `positive_score` is no positive: its row does not count, its key is still a negative of others.
+    `symmetric` None: as the data set says. `name` goes into the metrics' names. The rest is as of `sailplan_kernels.infonce`; ids
+    and masks may lie on the CPU. A graded pair whose score is not above the data set's `positive_score` is no positive: its row
+    does not count, its key is still a negative of others.
     """
     scores = encoded.scores if encoded.host_scores is None else encoded.host_scores
-    if scores is not None:
-        graded = ~(scores <= context.datasets[encoded.dataset].positive_score)
-        query_valid = query_valid & (graded if graded.device == query_valid.device else graded.to(query_valid.device, non_blocking=True))
+    if scores is not None and masks.query_valid is not None:
+        graded, valid = ~(scores <= context.datasets[encoded.dataset].positive_score), masks.query_valid
+        masks = replace(masks, query_valid=valid & (graded if graded.device == valid.device else graded.to(valid.device, non_blocking=True)))
+    sizes = None if encoded.rank_rows is None else [(rows, rows) for rows in encoded.rank_rows]
     arguments = {
         "queries": queries,
         "keys": keys,
         "temperature": context.temperatures.get(PatternKey(encoded.dataset, pattern.name)),
-        "query_valid": query_valid,
-        "key_valid": key_valid,
+        "masks": masks,
+        "negatives": negatives,
+        "key_log_probability": key_log_probability,
         "symmetric": context.datasets[encoded.dataset].symmetric if symmetric is None else symmetric,
         "prefixes": prefixes,
-        "sizes": None if encoded.rank_rows is None else [(rows, rows) for rows in encoded.rank_rows],
-        **options,
+        "options": LossOptions(backend=context.backend, sizes=sizes),
     }
     return Contrast(pattern.weight * weight, f"{pattern.name}/{name}" if name else pattern.name, arguments)
 
@@ -131,9 +132,8 @@ def contrast_sum(contrasts: Sequence[Contrast], encoded: EncodedStep, context: O
             read[id(vectors)] = context.operands(vectors)
         return read[id(vectors)]
 
-    vectors = ("queries", "keys", "hard_negatives")
-    calls = [{key: operand(x) if key in vectors else x for key, x in each.arguments.items()} for each in contrasts]
-    total, outputs = infonce_sum(calls, [each.weight for each in contrasts], exchange=context.exchange, backend=context.backend)
+    calls = [each.arguments | {name: operand(each.arguments[name]) for name in ("queries", "keys")} for each in contrasts]
+    total, outputs = infonce_sum(calls, [each.weight for each in contrasts], exchange=context.exchange)
     metrics: dict[str, Tensor] = {}
     for each, call, output in zip(contrasts, calls, outputs, strict=True):
         context.ran.update(described(backend, call["queries"].dtype) for backend in output.backend.split(" + "))
@@ -146,13 +146,13 @@ def contrast_sum(contrasts: Sequence[Contrast], encoded: EncodedStep, context: O
     return ObjectiveOutput(total, metrics)
 
 
-def negatives_of(encoded: EncodedStep, pattern: Pattern, context: ObjectiveContext) -> dict[str, Any]:
-    """The kernel's hard_negatives [r, g, D] and hard_negative_valid bool [r, g]: those mined for the pattern and the records' own; {} without any."""
+def negatives_of(encoded: EncodedStep, pattern: Pattern, context: ObjectiveContext) -> Negatives:
+    """Hard negatives [r, g, D] with their validity [r, g]: those mined for the pattern and the records' own; empty without any."""
     view = encoded.views.get(f"negatives/{pattern.name}")
     if view is None:
-        return {}
+        return Negatives()
     rows = (len(view.ids) // view.group, view.group)
-    return {"hard_negatives": context.operands(view.fused).unflatten(0, rows), "hard_negative_valid": view.known_valid.view(rows)}
+    return Negatives(hard=context.operands(view.fused).unflatten(0, rows), hard_valid=view.known_valid.view(rows))
 
 
 def check_margins(name: str, margin_absolute: float | None, margin_relative: float | None) -> None:

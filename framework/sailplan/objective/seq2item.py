@@ -20,6 +20,7 @@ relative to a negative's own probability, and both kinds together stand for the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from sailplan.config.schema import DatasetConfig, PatternKey
 from sailplan.errors import ConfigurationError
 from sailplan.objective.patterns import contrast, contrast_sum, has_history, negatives_of, patterns_of
 from sailplan.objective.protocol import EncodedStep, HistoryObjective, ObjectiveContext, ObjectiveOutput
+from sailplan_kernels import Masks
 
 POOLINGS = ("mean", "encoder")
 
@@ -134,15 +136,19 @@ class Seq2Item(HistoryObjective):
                 pattern,
                 self.represent(history.fused, history.valid, history.group),
                 target.fused,
-                query_valid=history.known_valid.view(-1, history.group).any(1),
-                key_valid=target.known_valid,
+                masks=Masks(
+                    key_ids=target.known_ids,
+                    query_valid=history.known_valid.view(-1, history.group).any(1),
+                    key_valid=target.known_valid,
+                ),
+                negatives=replace(
+                    negatives,
+                    shared=negatives.hard is not None,
+                    max_cosine=context.thresholds.get(PatternKey(encoded.dataset, pattern.name)),
+                ),
                 symmetric=self.symmetric,
                 prefixes=context.prefixes if self.matryoshka else None,
-                key_ids=target.known_ids,
                 key_log_probability=self._correction(encoded),
-                shared_hard_negatives=bool(negatives),
-                **negatives,
-                max_negative_score=context.thresholds.get(PatternKey(encoded.dataset, pattern.name)),
             )
             contrasts.append(found)
         return contrast_sum(contrasts, encoded, context)

@@ -33,7 +33,7 @@ class Waitable(Protocol):
 class AllGather:
     """Exchange over a torch.distributed process group (None: the default group), gloo or nccl."""
 
-    whole = True
+    materializes_all = True
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group

@@ -49,7 +49,7 @@ class Exchange(Protocol):
 
     rank: int
     world_size: int
-    whole: bool  # a stream keeps all shards in memory: another round costs nothing
+    materializes_all: bool  # a stream keeps all shards in memory: another round costs nothing
 
     def sizes(self, n: int) -> list[int]:
         """Every rank's ``n``, in rank order."""

@@ -15,7 +15,7 @@ class Local:
 
     rank = 0
     world_size = 1
-    whole = True
+    materializes_all = True
 
     def sizes(self, n: int) -> list[int]:
         return [n]

@@ -28,7 +28,7 @@ from sailplan_kernels.exchange.local import Local
 class Ring(AllGather):
     """Exchange over a process group (None: the default group); only the stream of embeddings goes round the ring."""
 
-    whole = False
+    materializes_all = False
     row: Exchange = Local()  # who stands at the same stop
 
     def stream(self, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> Stream:

@@ -23,7 +23,7 @@ class RowSplit:
 
     def __init__(self, inner: Exchange, peers: Exchange) -> None:
         self.inner, self.peers = inner, peers
-        self.rank, self.world_size, self.whole = inner.rank, inner.world_size, inner.whole
+        self.rank, self.world_size, self.materializes_all = inner.rank, inner.world_size, inner.materializes_all
 
     def sizes(self, n: int) -> list[int]:
         return self.inner.sizes(n)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sailplan_kernels.arguments import Masks, Negatives, PositiveIds
 from sailplan_kernels.tiling import engines
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
@@ -26,21 +27,21 @@ def backend_for(backend: str, device: torch.device, dtype: torch.dtype, score_dt
     """
     allowed = (None, torch.float64) if dtype is torch.float64 else (None, torch.float32, torch.float64)
     if score_dtype not in allowed:
-        raise ValueError(f"score_dtype: found {score_dtype}, expected one of {', '.join(map(str, allowed))}")
+        raise ValueError(f"options.score_dtype: found {score_dtype}, expected one of {', '.join(map(str, allowed))}")
     if backend not in BACKENDS:
-        raise ValueError(f"backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
+        raise ValueError(f"options.backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend not in ("auto", "triton"):
         return backend
     obstacle = engines.why_no_triton(device, dtype, score_dtype)
     if backend == "triton" and obstacle is not None:
-        raise ValueError(f"backend: found 'triton', but {obstacle}, expected 'auto', 'chunked' or 'reference'")
+        raise ValueError(f"options.backend: found 'triton', but {obstacle}, expected 'auto', 'chunked' or 'reference'")
     half = dtype in (torch.float16, torch.bfloat16)
     return "triton" if obstacle is None and (backend == "triton" or (half and device.type in engines.TRITON_DEVICES)) else "chunked"
 
 
 def check_embeddings(queries: Tensor, keys: Tensor, hard: Tensor | None) -> None:
     """[N, D], [M, D] and [N, H, D] of one float dtype on one device."""
-    for name, x, dimensions in (("queries", queries, 2), ("keys", keys, 2), ("hard_negatives", hard, 3)):
+    for name, x, dimensions in (("queries", queries, 2), ("keys", keys, 2), ("negatives.hard", hard, 3)):
         if x is None:
             continue
         if x.dim() != dimensions or x.shape[-1] == 0:
@@ -52,44 +53,43 @@ def check_embeddings(queries: Tensor, keys: Tensor, hard: Tensor | None) -> None
         if x.shape[-1] != queries.shape[-1]:
             raise ValueError(f"{name}: found {x.shape[-1]} dimensions, expected {queries.shape[-1]} as queries")
     if hard is not None and hard.shape[0] != queries.shape[0]:
-        raise ValueError(f"hard_negatives: found {hard.shape[0]} rows, expected {queries.shape[0]}, one a query")
+        raise ValueError(f"negatives.hard: found {hard.shape[0]} rows, expected {queries.shape[0]}, one a query")
 
 
-def check_pairing(
-    queries: Tensor,
-    keys: Tensor,
-    temperature: float | Tensor,
-    positives: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    key_query_ids: Tensor | None,
-    query_valid: Tensor | None,
-    key_valid: Tensor | None,
-    positive_ids: Tensor | None = None,
-) -> None:
+def check_pairing(queries: Tensor, keys: Tensor, temperature: float | Tensor, positives: Tensor | PositiveIds | None, masks: Masks) -> None:
     """All that says which key belongs to which query, and the temperature; embeddings are checked already."""
-    n, m = len(queries), len(keys)
-    for name, x, length, dtype in (
-        ("positives", positives, n, torch.int64),
-        ("positive_ids", positive_ids, n, torch.int64),
-        ("query_ids", query_ids, n, torch.int64),
-        ("key_ids", key_ids, m, torch.int64),
-        ("key_query_ids", key_query_ids, m, torch.int64),
-        ("query_valid", query_valid, n, torch.bool),
-        ("key_valid", key_valid, m, torch.bool),
-    ):
-        check_vector(name, x, (length,), dtype, queries.device)
-    if positive_ids is None:
-        check_positives(positives, n, m)
-    elif positives is not None:
-        raise ValueError("positive_ids: found with positives, expected one of them")
-    elif key_ids is None:
-        raise ValueError("positive_ids: found without key_ids, expected both")
-    elif query_ids is not None and key_query_ids is None:
-        raise ValueError("positive_ids: found with query_ids and without key_query_ids, expected the latter too")
+    n, m, device = len(queries), len(keys), queries.device
+    by_id = positives.ids if isinstance(positives, PositiveIds) else None
+    index = None if isinstance(positives, PositiveIds) else positives
+    check_vector("positives", index, (n,), torch.int64, device)
+    check_vector("positives.ids", by_id, (n,), torch.int64, device)
+    check_vector("masks.query_ids", masks.query_ids, (n,), torch.int64, device)
+    check_vector("masks.key_ids", masks.key_ids, (m,), torch.int64, device)
+    check_vector("masks.key_query_ids", masks.key_query_ids, (m,), torch.int64, device)
+    check_vector("masks.query_valid", masks.query_valid, (n,), torch.bool, device)
+    check_vector("masks.key_valid", masks.key_valid, (m,), torch.bool, device)
+    if by_id is None:
+        check_positives(index, n, m)
+    elif masks.key_ids is None:
+        raise ValueError("positives.ids: found without masks.key_ids, expected both")
+    elif masks.query_ids is not None and masks.key_query_ids is None:
+        raise ValueError("positives.ids: found with masks.query_ids and without masks.key_query_ids, expected the latter too")
     check_temperature(temperature, n)
-    if key_query_ids is not None and query_ids is None:
-        raise ValueError("key_query_ids: found without query_ids, expected both")
+    if masks.key_query_ids is not None and masks.query_ids is None:
+        raise ValueError("masks.key_query_ids: found without masks.query_ids, expected both")
+
+
+def check_negatives(negatives: Negatives, n: int, device: torch.device) -> None:
+    """Hard negatives with their validity, and the highest cosine: none, a number, or one a row; shapes of ``hard`` are checked already."""
+    if negatives.hard is not None:
+        check_vector("negatives.hard_valid", negatives.hard_valid, negatives.hard.shape[:2], torch.bool, device)
+    elif negatives.hard_valid is not None:
+        raise ValueError("negatives.hard_valid: found without negatives.hard, expected both")
+    elif negatives.shared:
+        raise ValueError("negatives.shared: found True without negatives.hard, expected both")
+    x = negatives.max_cosine
+    if isinstance(x, Tensor) and (tuple(x.shape) != (n,) or x.dtype not in FLOATS or x.device != device):
+        raise ValueError(f"negatives.max_cosine: found {x.dtype} {tuple(x.shape)} on {x.device}, expected a number or a float tensor ({n},) on {device}")
 
 
 def check_vector(name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
@@ -102,12 +102,6 @@ def check_log_probability(x: Tensor | None, n_keys: int, device: torch.device) -
     """One float a key, or none."""
     if x is not None and (tuple(x.shape) != (n_keys,) or x.dtype not in FLOATS or x.device != device):
         raise ValueError(f"key_log_probability: found {x.dtype} {tuple(x.shape)} on {x.device}, expected a float tensor ({n_keys},) on {device}")
-
-
-def check_highest(x: float | Tensor | None, n: int, device: torch.device) -> None:
-    """max_negative_score: none, a number, or one a row."""
-    if isinstance(x, Tensor) and (tuple(x.shape) != (n,) or x.dtype not in FLOATS or x.device != device):
-        raise ValueError(f"max_negative_score: found {x.dtype} {tuple(x.shape)} on {x.device}, expected a number or a float tensor ({n},) on {device}")
 
 
 def check_positives(positives: Tensor | None, n: int, m: int) -> None:

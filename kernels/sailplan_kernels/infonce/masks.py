@@ -59,18 +59,18 @@ def own_keys(n: int, count: int, start: int, device: torch.device) -> Tensor:
 
 def negatives(anchor_tags: Tensor, candidates: Candidates, tags_in_use: tuple[int, ...]) -> Tensor:
     """bool [A, C]: candidate c is a negative of anchor a (by identity; scores are looked at elsewhere)."""
-    keep = candidates.valid.unsqueeze(0).expand(len(anchor_tags), -1).clone()
+    cached = candidates.valid.unsqueeze(0).expand(len(anchor_tags), -1).clone()
     for column in tags_in_use:
         mine = anchor_tags[:, column, None]
         same = candidates.tags[None, :, column] == mine
-        keep &= same.logical_and_(mine >= 0).logical_not_()
-    return keep
+        cached &= same.logical_and_(mine >= 0).logical_not_()
+    return cached
 
 
 def limits(positive: Tensor, highest: float | Tensor | None, options: InfoNCEOptions) -> Tensor | None:
     """Cosines [P, n] above which a pair is no negative of its anchor; None: there is no limit.
 
-    positive [P, n]: the anchors' own cosines; highest: their max_negative_score, [n] or one for all, which a negative must stay below.
+    positive [P, n]: the anchors' own cosines; highest: their max_cosine, [n] or one for all, which a negative must stay below.
     """
     if not options.filters:
         return None

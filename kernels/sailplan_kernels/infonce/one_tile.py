@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from sailplan_kernels.exchange.row_split import peers_of
+from sailplan_kernels.infonce.forward_context import numbers
+from sailplan_kernels.infonce.loss_inputs import LossInputs
 from sailplan_kernels.infonce.masks import excluded, own_keys
-from sailplan_kernels.infonce.problem import Problem
-from sailplan_kernels.infonce.setting import numbers
-from sailplan_kernels.tiling.normalize import TAME, project_
+from sailplan_kernels.tiling.normalize import SAFE_LENGTH, project_
 from sailplan_kernels.tiling.products import add_product, of_dimensions, product, segments, set_product
 from sailplan_kernels.tiling.tile import Engine
-from sailplan_kernels.tiling.torch_engine import FLOOR, TorchEngine
+from sailplan_kernels.tiling.torch_engine import MASKED_SCORE, TorchEngine
 from sailplan_kernels.tiling.vectors import Layout
 
 SMALLEST_SUM = 1e-300  # of exponentials, in float64: a column without negatives
@@ -33,56 +33,56 @@ class Unsafe(Exception):
     """Vectors so long or short that products of them might fail."""
 
 
-def fits(problem: Problem, engine: Engine, budget: int) -> bool:
+def fits(inputs: LossInputs, engine: Engine, budget: int) -> bool:
     """Whether ``OneTile`` knows this kind of loss and its tile takes at most ``budget`` bytes."""
-    options, exchange = problem.options, problem.exchange
+    options, exchange = inputs.options, inputs.exchange
     known = (
         isinstance(engine, TorchEngine)
-        and exchange.whole
+        and exchange.materializes_all
         and peers_of(exchange).world_size == 1
-        and problem.diagonal
-        and problem.temperature.dim() == 0
-        and problem.key_log_probability is None
-        and problem.score_dtype == problem.gradient_dtype
+        and inputs.diagonal
+        and inputs.temperature.dim() == 0
+        and inputs.key_log_probability is None
+        and inputs.score_dtype == inputs.gradient_dtype
         and not (options.query_negatives or options.key_negatives or options.shared_hard_negatives)
         and options.margin_absolute is None
         and options.margin_relative is None
-        and options.max_negative_score is not True
+        and options.max_cosine is not True
     )
-    n, prefixes = len(problem.raw_queries), len(options.prefixes)
+    n, prefixes = len(inputs.raw_queries), len(options.prefixes)
     if not known or not n:
         return False
-    size, width, partners = problem.score_dtype.itemsize, problem.raw_queries.shape[1], 1 + problem.raw_hard.shape[1]
-    columns = max(problem.key_sizes) * exchange.world_size + partners
-    tile = n * columns * ((3 if options.symmetric else 2) * prefixes * size + (1 if options.max_negative_score is None else prefixes))
-    return tile + 3 * n * partners * width * size + (n * (1 + partners) + len(problem.raw_keys)) * width * size <= budget
+    size, width, partners = inputs.score_dtype.itemsize, inputs.raw_queries.shape[1], 1 + inputs.raw_hard.shape[1]
+    columns = max(inputs.key_sizes) * exchange.world_size + partners
+    tile = n * columns * ((3 if options.symmetric else 2) * prefixes * size + (1 if options.max_cosine is None else prefixes))
+    return tile + 3 * n * partners * width * size + (n * (1 + partners) + len(inputs.raw_keys)) * width * size <= budget
 
 
 class OneTile:
     """One loss at work; ``weight``: its factor in the call's total. n queries, m keys, H hard negatives a row, P prefixes; C keys of all ranks."""
 
-    def __init__(self, problem: Problem, weight: float) -> None:
-        self.problem, self.options, self.exchange = problem, problem.options, problem.exchange
-        self.prefixes, self.fp, self.symmetric = problem.options.prefixes, problem.score_dtype, problem.options.symmetric
+    def __init__(self, inputs: LossInputs, weight: float) -> None:
+        self.inputs, self.options, self.exchange = inputs, inputs.options, inputs.exchange
+        self.prefixes, self.fp, self.symmetric = inputs.options.prefixes, inputs.score_dtype, inputs.options.symmetric
         longest = self.prefixes[-1]
-        given = [x[..., :longest] for x in (problem.raw_queries, problem.raw_keys, problem.raw_hard)]
+        given = [x[..., :longest] for x in (inputs.raw_queries, inputs.raw_keys, inputs.raw_hard)]
         self.n, self.m, self.h = len(given[0]), len(given[1]), given[2].shape[1]
-        self.layout = Layout(problem.key_sizes, problem.exchange)
-        self.temperature = problem.temperature.detach()
+        self.layout = Layout(inputs.key_sizes, inputs.exchange)
+        self.temperature = inputs.temperature.detach()
         self.device = self.temperature.device
         weights = tuple(weight * w for w in self.options.prefix_weights)
         self.prefix_weights = None if all(w == 1 for w in weights) else numbers(weights, self.fp, self.device)[:, None]
         flat = [x.detach() if x.dim() == 2 else x.detach().flatten(0, 1) for x in given if x.numel() or x.dim() == 2]
-        self.x = torch.cat(flat).to(problem.operand_dtype)
-        if any(problem.padding):
-            self.x.masked_fill_(problem.invalid[:, None], 0.0)
+        self.x = torch.cat(flat).to(inputs.operand_dtype)
+        if any(inputs.padding):
+            self.x.masked_fill_(inputs.invalid[:, None], 0.0)
         self.norms = torch.empty((len(self.x), len(self.prefixes)), dtype=self.fp, device=self.device)
         for p, end in enumerate(self.prefixes):
             torch.linalg.vector_norm(self.x[:, :end], dim=1, dtype=self.fp, out=self.norms[:, p])
         if self.device.type == "cpu":
             length = self.norms[:, -1]
             low, high = length.aminmax()
-            if not (low > TAME and high < 1 / TAME) and not ((length == 0) | ((length > TAME) & (length < 1 / TAME))).all():
+            if not (low > SAFE_LENGTH and high < 1 / SAFE_LENGTH) and not ((length == 0) | ((length > SAFE_LENGTH) & (length < 1 / SAFE_LENGTH))).all():
                 raise Unsafe
         self.norms.reciprocal_().nan_to_num_(nan=torch.nan, posinf=0.0)
         self._score_partners()
@@ -112,16 +112,16 @@ class OneTile:
         return [self.layout.padded(self._of(self.x)[1]), self.layout.padded(self._of(self.norms)[1])]
 
     def notes(self) -> list[Tensor]:
-        told = [self.layout.padded(self.problem.key_notes), self.problem.row_count]
+        told = [self.layout.padded(self.inputs.key_notes), self.inputs.row_count]
         if self.symmetric:
-            told.append(self.layout.padded(torch.cat([self.cosine[:, 0], self.problem.row_valid[:, None]], 1)))
+            told.append(self.layout.padded(torch.cat([self.cosine[:, 0], self.inputs.row_valid[:, None]], 1)))
         return told
 
     def learn(self, vectors: list[Tensor], notes: list[Tensor]) -> None:
         """Everybody's, as ``vectors`` and ``notes`` of all ranks."""
         self.keys, self.key_norms = vectors
         self.valid_rows = notes[1].sum()
-        counted = self.valid_rows if self.problem.any_row else self.valid_rows.clamp_min(1)
+        counted = self.valid_rows if self.inputs.any_row else self.valid_rows.clamp_min(1)
         part = self.exchange.world_size / 2 if self.symmetric else self.exchange.world_size
         each = numbers((part,), self.fp, self.device)[0] / counted
         here = slice(self.layout.start, self.layout.start + self.n)
@@ -130,14 +130,14 @@ class OneTile:
             self.column_weight = notes[2][:, -1] * each  # [C]
             self.weight = self.column_weight[here]
         else:
-            self.weight = self.problem.row_valid * each  # [n]
+            self.weight = self.inputs.row_valid * each  # [n]
         uneven = any(size != self.layout.longest for size in self.layout.sizes)
-        if self.problem.plain and self.exchange.world_size == 1:  # who else was given ids or masks, nobody here knows
+        if self.inputs.plain and self.exchange.world_size == 1:  # who else was given ids or masks, nobody here knows
             mask = own_keys(self.n, self.m, 0, self.device)
         else:
-            rows_padded = self.symmetric and self.problem.padding[0]
-            keys_padded = uneven or self.exchange.world_size > 1 or self.problem.padding[1]
-            mask = excluded(self.problem.anchor_notes, notes[0], self.problem.tags_in_use, keys_padded, rows_padded)
+            rows_padded = self.symmetric and self.inputs.padding[0]
+            keys_padded = uneven or self.exchange.world_size > 1 or self.inputs.padding[1]
+            mask = excluded(self.inputs.anchor_notes, notes[0], self.inputs.tags_in_use, keys_padded, rows_padded)
         self._statistics(mask)
 
     # ---------------------------------------------------------------- the tile
@@ -151,17 +151,17 @@ class OneTile:
         for p, end in enumerate(self.prefixes):
             product(self.x[:n, start:end], columns[start:end], of_keys[p], None if p == 0 else of_keys[p - 1])
             start = end
-        highest = self.options.max_negative_score
+        highest = self.options.max_cosine
         self.row_scale = (self.row_norms / self.temperature).T[:, :, None]
         of_keys.mul_(self.key_norms.T[:, None]).mul_(self.row_scale if highest is None else self.row_norms.T[:, :, None])
         own, of_own = self.cosine.permute(2, 0, 1), logits[:, :, count:]
-        own_logits, hidden = own / self.temperature, self.problem.hidden
+        own_logits, hidden = own / self.temperature, self.inputs.hidden
         if highest is not None:
             below = torch.nextafter(torch.tensor(highest, dtype=self.fp), torch.tensor(-torch.inf, dtype=self.fp)).item()
             mask, hidden = mask | (of_keys > below), hidden | (own > below)
             of_keys.div_(self.temperature)
-        of_keys.masked_fill_(mask, FLOOR)
-        torch.where(hidden, numbers((FLOOR,), self.fp, self.device), own_logits, out=of_own)
+        of_keys.masked_fill_(mask, MASKED_SCORE)
+        torch.where(hidden, numbers((MASKED_SCORE,), self.fp, self.device), own_logits, out=of_own)
         self.positive = own_logits[:, :, 0]  # [P, n]
         torch.softmax(logits, 2, out=self.tiles[0])
         largest, top = self.tiles[:2].amax(3)
@@ -198,23 +198,23 @@ class OneTile:
     # ---------------------------------------------------------------- gradients
     def gradients(self) -> list[Tensor]:
         """All that this rank's rows do; what is to go home: [C, D] to the keys, with prefixes [C, P - 1] their moments."""
-        n, count, keys_needed = self.n, len(self.keys), self.problem.needs.keys
-        push = self.gap.sigmoid_()
-        of_rows = push[:, -n:].mul_(self.weight)
+        n, count, keys_needed = self.n, len(self.keys), self.inputs.needs.keys
+        negative_grad = self.gap.sigmoid_()
+        of_rows = negative_grad[:, -n:].mul_(self.weight)
         if self.symmetric:
-            push[:, :count].mul_(self.column_weight)
+            negative_grad[:, :count].mul_(self.column_weight)
         if self.prefix_weights is not None:
-            push.mul_(self.prefix_weights)
+            negative_grad.mul_(self.prefix_weights)
         weights, logits = self.tiles[0].mul_(of_rows[:, :, None]), self.tiles[1]
-        pull = weights[:, :, count]
+        positive_grad = weights[:, :, count]
         if self.symmetric:
-            of_columns = push[:, :count]
-            torch.add(of_columns[:, self.layout.start : self.layout.start + n], of_rows, out=pull).neg_()
+            of_columns = negative_grad[:, :count]
+            torch.add(of_columns[:, self.layout.start : self.layout.start + n], of_rows, out=positive_grad).neg_()
             if self.share is not None:
                 of_columns = torch.mul(of_columns, self.share, out=torch.empty_like(of_columns))
             weights[:, :, :count].addcmul_(self.tiles[2][:, :, :count], of_columns[:, None])
         else:
-            torch.neg(of_rows, out=pull)
+            torch.neg(of_rows, out=positive_grad)
         width = self.x.shape[1]
         # One buffer, the temperature's last: the backward pass scales it in one piece.
         self.buffer = torch.empty(len(self.x) * width + 1, dtype=self.fp, device=self.device)
@@ -266,7 +266,7 @@ class OneTile:
                 torch.add(home[1][:n], self.tiles[1][:-1, :, len(self.keys)].T, out=of_keys[:n, :-1])
                 if m > n:
                     of_keys[n:, :-1].copy_(home[1][n:m])
-        elif not self.problem.needs.keys:
+        elif not self.inputs.needs.keys:
             keys.zero_()
             if self.moment is not None:
                 self._of(self.moment)[1].zero_()

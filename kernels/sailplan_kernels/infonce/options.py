@@ -5,6 +5,10 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
+from sailplan_kernels.arguments import Negatives, Prefixes, sizes_and_weights
+
 SMALLEST_DEFAULT_BUDGET = 16 * 2**20
 ONE_TILE = 32 * 2**20  # without a budget, a loss that fits into so much is not cut into tiles
 
@@ -14,11 +18,11 @@ class InfoNCEOptions:
     """The options of one call. Scores in thresholds and margins are cosines, whatever the temperature.
 
     The three filters apply to every negative, hard ones included; a negative must pass all that are set:
-    cosine < max_negative_score, cosine <= positive + margin_absolute, cosine <= margin_relative * positive.
-    max_negative_score is a number for all rows, or True where each row has one of its own (a tensor, in Problem).
+    cosine < max_cosine, cosine <= positive + margin_absolute, cosine <= margin_relative * positive.
+    max_cosine is a number for all rows, or True where each row has one of its own (a tensor, in LossInputs).
     """
 
-    max_negative_score: float | bool | None = None
+    max_cosine: float | bool | None = None
     margin_absolute: float | None = None
     margin_relative: float | None = None
     symmetric: bool = False
@@ -31,21 +35,26 @@ class InfoNCEOptions:
     one_tile_budget: int = 0  # what a loss of one tile may take, see one_tile.py
 
     @classmethod
-    def checked(cls, dimension: int, prefixes, prefix_weights, memory_budget, **others) -> InfoNCEOptions:
-        """Options with defaults filled in for embeddings of ``dimension``; ValueError names what is wrong."""
-        prefixes = (dimension,) if prefixes is None else tuple(int(prefix) for prefix in prefixes)
-        if not prefixes or any(a >= b for a, b in zip((0, *prefixes), prefixes, strict=False)):
-            raise ValueError(f"prefixes: found {prefixes}, expected increasing positive lengths")
-        if prefixes[-1] > dimension:
-            raise ValueError(f"prefixes: found {prefixes[-1]}, expected at most the embeddings' {dimension} dimensions")
-        weights = (1.0,) * len(prefixes) if prefix_weights is None else tuple(float(w) for w in prefix_weights)
-        if len(weights) != len(prefixes):
-            raise ValueError(f"prefix_weights: found {len(weights)}, expected {len(prefixes)}, one a prefix")
-        if any(not weight >= 0 for weight in weights):  # also NaN; a kernel takes its logarithm
-            raise ValueError(f"prefix_weights: found {weights}, expected none below 0")
+    def checked(
+        cls, dimension: int, prefixes: Prefixes | None, memory_budget: int | None, negatives: Negatives | None = None, symmetric: bool = False
+    ) -> InfoNCEOptions:
+        """Return the options for embeddings of ``dimension``, defaults filled in. Raises ValueError that names what is wrong."""
+        negatives = negatives or Negatives()
+        sizes, weights = sizes_and_weights(prefixes, dimension)
         if memory_budget is not None and memory_budget <= 0:
-            raise ValueError(f"memory_budget: found {memory_budget}, expected a positive number of bytes")
-        return cls(prefixes=prefixes, prefix_weights=weights, memory_budget=int(memory_budget or 0), **others)
+            raise ValueError(f"options.memory_budget: found {memory_budget}, expected a positive number of bytes")
+        return cls(
+            max_cosine=True if isinstance(negatives.max_cosine, Tensor) else negatives.max_cosine,
+            margin_absolute=negatives.margin_absolute,
+            margin_relative=negatives.margin_relative,
+            symmetric=symmetric,
+            query_negatives=negatives.queries,
+            key_negatives=negatives.keys,
+            shared_hard_negatives=negatives.shared,
+            prefixes=sizes,
+            prefix_weights=weights,
+            memory_budget=int(memory_budget or 0),
+        )
 
     def with_budget(self, vectors: int, dimension: int, size: int) -> InfoNCEOptions:
         """With the default budget where none was given: half of what the gradients of ``vectors`` take, ``size`` bytes an entry."""
@@ -57,7 +66,7 @@ class InfoNCEOptions:
     @property
     def filters(self) -> bool:
         """Whether any negative is dropped because of its score."""
-        return not (self.max_negative_score is None and self.margin_absolute is None and self.margin_relative is None)
+        return not (self.max_cosine is None and self.margin_absolute is None and self.margin_relative is None)
 
     def fingerprint(self, *more: object) -> int:
         """A number that differs between ranks that were called differently (the budget may differ)."""

@@ -7,16 +7,16 @@ The convention across ranks is that of infonce: the mean over ranks of losses an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sailplan_kernels.arguments import LossOptions, Masks, Negatives, Prefixes
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
+from sailplan_kernels.infonce.loss_inputs import build_inputs, gathered
 from sailplan_kernels.infonce.options import InfoNCEOptions
-from sailplan_kernels.infonce.problem import build_problem, gathered
 from sailplan_kernels.sigmoid.reference import reference_loss
 from sailplan_kernels.sigmoid.tiled import tiled_loss
 from sailplan_kernels.tiling.engines import make_engine
@@ -40,66 +40,52 @@ def sigmoid(
     bias: float | Tensor,
     *,
     positives: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    key_query_ids: Tensor | None = None,
-    query_valid: Tensor | None = None,
-    key_valid: Tensor | None = None,
-    prefixes: Sequence[int] | None = None,
-    prefix_weights: Sequence[float] | None = None,
+    masks: Masks | None = None,
+    prefixes: Prefixes | None = None,
     exchange: Exchange | None = None,
-    backend: str = "auto",
-    memory_budget: int | None = None,
-    score_dtype: torch.dtype | None = None,
-    sizes: Sequence[tuple[int, int]] | None = None,
+    options: LossOptions | None = None,
 ) -> SigmoidOutput:
-    """Sigmoid loss of this rank's N queries against the keys of all ranks.
+    """Return the sigmoid loss of this rank's N queries against the keys of all ranks.
 
     bias: number or 0-d tensor, added to every logit (SigLIP starts at -10 with temperature 0.1); the gradient
-    reaches a tensor. All other arguments mean what they mean for infonce; memory_budget bounds the tile at work, nothing
+    reaches a tensor. All other arguments mean what they mean for infonce; options.memory_budget bounds the tile at work, nothing
     waits for a second pass. Raises ValueError on a wrong call.
     """
+    masks, options = masks or Masks(), options or LossOptions()
     checks.check_embeddings(queries, keys, None)
-    chosen = checks.choose_backend(backend, queries, score_dtype)
-    checks.check_pairing(queries, keys, temperature, positives, query_ids, key_ids, key_query_ids, query_valid, key_valid)
+    chosen = checks.choose_backend(options.backend, queries, options.score_dtype)
+    checks.check_pairing(queries, keys, temperature, positives, masks)
     if isinstance(bias, Tensor) and (bias.dim() != 0 or bias.dtype not in checks.FLOATS):
         raise ValueError(f"bias: found {bias.dtype} {tuple(bias.shape)}, expected a number or a 0-d float tensor")
-    options = InfoNCEOptions.checked(queries.shape[1], prefixes, prefix_weights, memory_budget)
-    exchange = Local() if exchange is None else exchange
     with torch.autocast(queries.device.type, enabled=False):
-        problem = build_problem(
+        inputs = build_inputs(
             queries,
             keys,
             temperature,
             positives=positives,
-            query_ids=query_ids,
-            key_ids=key_ids,
-            key_query_ids=key_query_ids,
-            hard_negatives=None,
-            hard_negative_valid=None,
-            query_valid=query_valid,
-            key_valid=key_valid,
-            options=options,
-            exchange=exchange,
+            masks=masks,
+            negatives=Negatives(),
+            options=InfoNCEOptions.checked(queries.shape[1], prefixes, options.memory_budget),
+            exchange=Local() if exchange is None else exchange,
             backend=f"sigmoid {chosen}",
-            score_dtype=score_dtype,
-            sizes=sizes,
+            score_dtype=options.score_dtype,
+            sizes=options.sizes,
         )
         if not isinstance(bias, Tensor):
             bias = torch.tensor(bias, dtype=torch.float64)
-        bias = bias.to(problem.raw_queries.device, problem.score_dtype)
+        bias = bias.to(inputs.raw_queries.device, inputs.score_dtype)
         if chosen == "reference":
-            whole = gathered(problem)
+            whole = gathered(inputs)
             total, losses, positive_score = reference_loss(whole, bias)
             positive_score, valid_rows = positive_score.where(whole.row_valid, 0.0), whole.valid_rows
         else:
             engine = make_engine(chosen)
-            total, losses, positive_score, valid_rows = tiled_loss(problem, engine, bias)
+            total, losses, positive_score, valid_rows = tiled_loss(inputs, engine, bias)
             chosen = engine.name
     return SigmoidOutput(
-        loss=total.to(problem.gradient_dtype),
-        prefix_losses=losses.to(problem.gradient_dtype),
+        loss=total.to(inputs.gradient_dtype),
+        prefix_losses=losses.to(inputs.gradient_dtype),
         valid_rows=valid_rows,
-        positive_score=positive_score.to(problem.gradient_dtype),
+        positive_score=positive_score.to(inputs.gradient_dtype),
         backend=chosen,
     )

@@ -18,29 +18,29 @@ from torch.autograd.function import once_differentiable
 
 from sailplan_kernels.exchange.base import Shard
 from sailplan_kernels.exchange.row_split import peers_of, shares
+from sailplan_kernels.infonce.blocks import CandidateBlock, some
+from sailplan_kernels.infonce.forward_context import FEWEST_ROWS, cut, numbers, rows_at_once, score_budget
+from sailplan_kernels.infonce.loss_inputs import LossInputs
 from sailplan_kernels.infonce.masks import Candidates
 from sailplan_kernels.infonce.pairs import sum_at
-from sailplan_kernels.infonce.problem import Problem
-from sailplan_kernels.infonce.setting import FEWEST_ROWS, cut, numbers, rows_at_once, score_budget
-from sailplan_kernels.infonce.sources import Source, some
 from sailplan_kernels.tiling.products import add_product, add_scaled_rows, prefix_dots, softplus
-from sailplan_kernels.tiling.tile import Coefficients, Engine, Rule, Side
+from sailplan_kernels.tiling.tile import Coefficients, Engine, MaskConfig, TileOperand
 from sailplan_kernels.tiling.vectors import Vectors, bring_home, prepare, send
 
 
-def tiled_loss(problem: Problem, engine: Engine, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tiled_loss(inputs: LossInputs, engine: Engine, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """This rank's weighted loss (0-d), loss of each prefix [P], the positives' cosines [N] of the longest, and the valid rows of
     all ranks (0-d); bias 0-d."""
-    longest = problem.options.prefixes[-1]
-    queries, keys = problem.raw_queries[:, :longest], problem.raw_keys[:, :longest]
-    return _Tiled.apply(problem, engine, queries, keys, problem.row_inverse_temperature, bias)
+    longest = inputs.options.prefixes[-1]
+    queries, keys = inputs.raw_queries[:, :longest], inputs.raw_keys[:, :longest]
+    return _Tiled.apply(inputs, engine, queries, keys, inputs.row_inverse_temperature, bias)
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, problem: Problem, engine: Engine, queries: Tensor, keys: Tensor, inverse_temperature: Tensor, bias: Tensor):
-        work = _Work(problem, engine, queries, keys, inverse_temperature.detach(), bias.detach(), any(ctx.needs_input_grad))
-        for shard in work.keys.shards(accumulate=problem.needs.keys):
+    def forward(ctx, inputs: LossInputs, engine: Engine, queries: Tensor, keys: Tensor, inverse_temperature: Tensor, bias: Tensor):
+        work = _Work(inputs, engine, queries, keys, inverse_temperature.detach(), bias.detach(), any(ctx.needs_input_grad))
+        for shard in work.keys.shards(accumulate=inputs.needs.keys):
             work.add(shard)
         losses, positive = work.positives()
         ctx.gradients = [x if needed else None for x, needed in zip(work.finish(), ctx.needs_input_grad[2:], strict=True)]
@@ -60,43 +60,43 @@ class _Tiled(torch.autograd.Function):
 class _Work:
     """The working state of one forward, of this rank's share of the n rows. ``gradients``: whether this rank wants any."""
 
-    def __init__(self, problem: Problem, engine: Engine, queries: Tensor, keys: Tensor, inverse: Tensor, bias: Tensor, gradients: bool) -> None:
-        self.problem, self.engine, self.bias, needs = problem, engine, bias, problem.needs
-        self.exchange, self.peers, self.prefixes = problem.exchange, peers_of(problem.exchange), problem.options.prefixes
+    def __init__(self, inputs: LossInputs, engine: Engine, queries: Tensor, keys: Tensor, inverse: Tensor, bias: Tensor, gradients: bool) -> None:
+        self.inputs, self.engine, self.bias, needs = inputs, engine, bias, inputs.needs
+        self.exchange, self.peers, self.prefixes = inputs.exchange, peers_of(inputs.exchange), inputs.options.prefixes
         self.share_sizes, self.share = shares(len(queries), self.peers)
-        self.fp, self.at_once = problem.score_dtype, rows_at_once(problem)
-        self.prefix_weights = numbers(problem.options.prefix_weights, self.fp, queries.device)[:, None]
-        kinds = self.prefixes, self.fp, problem.operand_dtype, problem.gradient_dtype
-        masks = (problem.query_valid, problem.key_valid)
-        self.queries, self.keys = (Vectors(x, m if p else None, *kinds) for x, m, p in zip((queries, keys), masks, problem.padding[:2], strict=True))
-        self.keys.show(self.exchange, problem.key_sizes, needs.keys)
-        self.groups = prepare([self.queries, self.keys], problem.options.memory_budget, self.at_once)
+        self.fp, self.at_once = inputs.score_dtype, rows_at_once(inputs)
+        self.prefix_weights = numbers(inputs.options.prefix_weights, self.fp, queries.device)[:, None]
+        kinds = self.prefixes, self.fp, inputs.operand_dtype, inputs.gradient_dtype
+        masks = (inputs.query_valid, inputs.key_valid)
+        self.queries, self.keys = (Vectors(x, m if p else None, *kinds) for x, m, p in zip((queries, keys), masks, inputs.padding[:2], strict=True))
+        self.keys.show(self.exchange, inputs.key_sizes, needs.keys)
+        self.groups = prepare([self.queries, self.keys], inputs.options.memory_budget, self.at_once)
         assert self.keys.layout is not None
-        notes = send(self.exchange, [self.keys], [self.keys.layout.padded(problem.key_notes), problem.row_count]).arrive()
+        notes = send(self.exchange, [self.keys], [self.keys.layout.padded(inputs.key_notes), inputs.row_count]).arrive()
         self.valid_rows = notes[1].sum()
         share = self.exchange.world_size / self.valid_rows.clamp_min(1).to(self.fp)
-        self.weight = problem.row_valid[self.share] * share  # [n]
-        self.push = self.weight * self.prefix_weights  # [P, n] d loss / d a row's sum
+        self.weight = inputs.row_valid[self.share] * share  # [n]
+        self.negative_grad = self.weight * self.prefix_weights  # [P, n] d loss / d a row's sum
         candidates = Candidates.of(self.keys.layout.rows(notes[0]))
         count = len(candidates.valid)
-        self.source = Source(self.keys, candidates, inverse.new_ones(count), correction=(-bias).expand(count).contiguous())
+        self.source = CandidateBlock(self.keys, candidates, inverse.new_ones(count), correction=(-bias).expand(count).contiguous())
         # What others need is computed here too: their keys' gradient has a part in every rank's tiles.
         self.gradients = gradients or needs.keys
         self.several = len(self.prefixes) > 1
-        self.rule = Rule(self.prefixes, problem.tags_in_use, columns=False, moments=self.several, sigmoid=True)
+        self.rule = MaskConfig(self.prefixes, inputs.tags_in_use, columns=False, moments=self.several, sigmoid=True)
         self.inverse = inverse[self.share].contiguous()
-        self.rows = Side(
+        self.rows = TileOperand(
             self.queries.operand[self.share],
             self.queries.norms[:, self.share].contiguous(),
-            problem.anchor_tags[self.share],
-            problem.query_valid[self.share],
+            inputs.anchor_tags[self.share],
+            inputs.query_valid[self.share],
             None,
             self.inverse,
         )
-        self.row_sum = torch.zeros_like(self.push)
+        self.row_sum = torch.zeros_like(self.negative_grad)
         self.d_queries = self.queries.gradient[self.share] if needs.queries else None
-        self.d_inverse, self.d_bias = torch.zeros_like(self.inverse), torch.zeros_like(self.push[0, :0].sum())
-        area = score_budget(problem) // engine.pair_bytes(self.rule, False, self.queries.operand.dtype)
+        self.d_inverse, self.d_bias = torch.zeros_like(self.inverse), torch.zeros_like(self.negative_grad[0, :0].sum())
+        area = score_budget(inputs) // engine.pair_bytes(self.rule, False, self.queries.operand.dtype)
         self.tile_rows = max(FEWEST_ROWS, min(len(self.inverse), isqrt(area)))
         self.tile_columns = max(64, area // self.tile_rows)
 
@@ -108,14 +108,14 @@ class _Work:
             for rows in cut(0, len(self.inverse), self.tile_rows):
                 self._tile(rows, columns, here, None if shard.gradient is None else shard.gradient[part])
 
-    def _tile(self, rows: slice, columns: Side, here: slice, d_columns: Tensor | None) -> None:
+    def _tile(self, rows: slice, columns: TileOperand, here: slice, d_columns: Tensor | None) -> None:
         side = some(self.rows, rows)
-        tile = self.engine.tile(side, columns, self.rule, keep=False)
+        tile = self.engine.tile(side, columns, self.rule, cached=False)
         if not self.gradients:
             self.row_sum[:, rows] += tile.statistics().row_sum
             return
-        push = self.push[:, rows].contiguous()
-        found = tile.gradient(Coefficients(push, push))
+        negative_grad = self.negative_grad[:, rows].contiguous()
+        found = tile.gradient(Coefficients(negative_grad, negative_grad))
         assert found.row_sum is not None and found.row_total is not None
         self.row_sum[:, rows] += found.row_sum
         self.d_inverse[rows] += found.row_temperature.sum(0) / side.inverse_temperature
@@ -123,7 +123,7 @@ class _Work:
         if self.several:
             if self.d_queries is not None:
                 self.queries.moment[:, self.share][:, rows] += found.row_moment
-            if self.problem.needs.keys:
+            if self.inputs.needs.keys:
                 self.keys.add_moment(here, found.column_moment)
         first = 0
         for end, weight in zip(self.prefixes, found.weights, strict=True):
@@ -140,30 +140,30 @@ class _Work:
     def positives(self) -> tuple[Tensor, Tensor]:
         """Loss of each prefix [P], and the positives' cosines [N] of the longest, 0 where a row does not count; their part of the
         gradients of numbers."""
-        self.index = index = self.problem.positive[self.share]
+        self.index = index = self.inputs.positive[self.share]
         self.norm = self.rows.inverse_norm * self.keys.norms[:, index]
         positive = self.norm.clone()
         for rows in self._pairs():
             positive[:, rows] *= prefix_dots(self.rows.vectors[rows], self.keys.operand[index[rows]], self.prefixes, self.fp)
         score = positive * self.inverse + self.bias
         losses = (self.weight * (softplus(-score) + self.row_sum)).sum(1)
-        pull = self.push * torch.sigmoid(-score)
-        self.d_bias -= pull.sum()
-        self.d_inverse -= (pull * positive).sum(0)
-        self.pull = pull * self.inverse
-        self.pull_moment = self.pull * positive
-        found = positive[-1].masked_fill(~self.problem.row_valid[self.share], 0.0)
+        positive_grad = self.negative_grad * torch.sigmoid(-score)
+        self.d_bias -= positive_grad.sum()
+        self.d_inverse -= (positive_grad * positive).sum(0)
+        self.positive_grad = positive_grad * self.inverse
+        self.positive_moment = self.positive_grad * positive
+        found = positive[-1].masked_fill(~self.inputs.row_valid[self.share], 0.0)
         return self.peers.sum(losses), self.peers.gather(found, self.share_sizes)
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """Gradients of queries [N, D], keys [M, D], inverse temperatures [N] and bias, all peers' shares together."""
-        needs, index = self.problem.needs, self.index
+        needs, index = self.inputs.needs, self.index
         bring_home(self.exchange, [self.keys], [])
-        pull = self.pull * self.norm
+        positive_grad = self.positive_grad * self.norm
         for rows in self._pairs():
             first = 0
             for s, end in enumerate(self.prefixes):
-                weight = -pull[s:, rows].sum(0)
+                weight = -positive_grad[s:, rows].sum(0)
                 if self.d_queries is not None:
                     self.d_queries[rows, first:end] += weight[:, None] * self.keys.operand[index[rows], first:end]
                 if needs.keys:
@@ -171,9 +171,9 @@ class _Work:
                 first = end
         if self.several:
             if self.d_queries is not None:
-                self.queries.moment[:, self.share] -= self.pull_moment
+                self.queries.moment[:, self.share] -= self.positive_moment
             if needs.keys:
-                self.keys.moment.sub_(sum_at(index, self.pull_moment, self.keys.moment.shape[1]))
+                self.keys.moment.sub_(sum_at(index, self.positive_moment, self.keys.moment.shape[1]))
         for group in self.groups:
             group.finish(self.peers)
         queries, keys = (v.gradient if needed else None for v, needed in ((self.queries, needs.queries), (self.keys, needs.keys)))

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import torch
 
-from sailplan_kernels.tiling.tile import Coefficients, Engine, Gradient, Rule, Side, Statistics, Tile
+from sailplan_kernels.tiling.tile import Coefficients, Engine, Gradient, MaskConfig, Statistics, Tile, TileOperand
 
 Found = TypeVar("Found", Statistics, Gradient)
 _log = logging.getLogger(__name__)
@@ -57,24 +57,24 @@ class FallbackEngine:
         """Of what tiles have gone through, "a + b" of several; before any, of the best."""
         return " + ".join(sorted(self.ran)) or self.engines[0].name
 
-    def tile(self, rows: Side, columns: Side, rule: Rule, keep: bool) -> Tile:
+    def tile(self, rows: TileOperand, columns: TileOperand, rule: MaskConfig, cached: bool) -> Tile:
         """Raises what the first engine raises for vectors that it does not take."""
-        return _FallbackTile(self.engines, self.ran, rows, columns, rule, keep)
+        return _FallbackTile(self.engines, self.ran, rows, columns, rule, cached)
 
 
 class _FallbackTile:
-    def __init__(self, engines: Sequence[Engine], ran: set[str], rows: Side, columns: Side, rule: Rule, keep: bool) -> None:
-        limits = rows.limit is not None, columns.limit is not None
+    def __init__(self, engines: Sequence[Engine], ran: set[str], rows: TileOperand, columns: TileOperand, rule: MaskConfig, cached: bool) -> None:
+        limits = rows.max_cosine is not None, columns.max_cosine is not None
         vectors = rows.vectors
         self.kind = (vectors.device, vectors.dtype, rule, limits)
-        self.engines, self.ran, self.given, self.keep = engines, ran, (rows, columns, rule), keep
+        self.engines, self.ran, self.given, self.cached = engines, ran, (rows, columns, rule), cached
         self.place = 0
-        self.tile = engines[0].tile(rows, columns, rule, keep)  # always: it checks what it is given
+        self.tile = engines[0].tile(rows, columns, rule, cached)  # always: it checks what it is given
         while self._key("statistics") in _refused and self.place + 1 < len(engines):
-            self._next(keep)
+            self._next(cached)
 
     def statistics(self) -> Statistics:
-        return self._tried("statistics", lambda: self.tile.statistics(), self.keep)
+        return self._tried("statistics", lambda: self.tile.statistics(), self.cached)
 
     def gradient(self, coefficients: Coefficients) -> Gradient:
         return self._tried("gradient", lambda: self.tile.gradient(coefficients), False)
@@ -82,18 +82,18 @@ class _FallbackTile:
     def _key(self, question: str) -> tuple[object, ...]:
         return (self.place, question, *self.kind)
 
-    def _next(self, keep: bool) -> None:
+    def _next(self, cached: bool) -> None:
         """The next engine whose kernels are other ones: a schedule may be what the one before it had chosen."""
         refused, (rows, _, rule) = getattr(self.tile, "config", None), self.given
         most = self.engines[0].kept_bytes(rule, rows.vectors.dtype)  # memory was planned for the first
         while True:
             self.place += 1
             engine = self.engines[self.place]
-            self.tile = engine.tile(*self.given, keep and engine.kept_bytes(rule, rows.vectors.dtype) <= most)
+            self.tile = engine.tile(*self.given, cached and engine.kept_bytes(rule, rows.vectors.dtype) <= most)
             if refused is None or getattr(self.tile, "config", None) != refused:
                 return
 
-    def _tried(self, question: str, work: Callable[[], Found], keep: bool) -> Found:
+    def _tried(self, question: str, work: Callable[[], Found], cached: bool) -> Found:
         while True:
             last, key = self.place + 1 == len(self.engines), self._key(question)
             if key not in _refused:
@@ -105,10 +105,10 @@ class _FallbackTile:
                     if last or not is_refusal(error):
                         raise
                     _refused.add(key)
-                    self._next(keep)
+                    self._next(cached)
                     _tell(question, self.engines[self.place], error)
             else:
-                self._next(keep)
+                self._next(cached)
 
 
 def _tell(question: str, instead: Engine, error: Exception) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sailplan_kernels.tiling.products import segments
 
 EPSILON = 1e-12
-TAME = 1e-4  # rows whose length lies between it and its inverse: their products are far from overflow and from nothing
+SAFE_LENGTH = 1e-4  # rows whose length lies between it and its inverse: their products are far from overflow and from nothing
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def operand(x: Tensor, valid: Tensor | None, dtype: torch.dtype, at_once: int) -
         if x.device.type != "cpu":
             return (x.contiguous() if valid is None else torch.where(valid[:, None], x, 0.0)), None
         length = torch.linalg.vector_norm(x, dim=-1)
-        if ((length == 0) | ((length > TAME) & (length < 1 / TAME))).all():
+        if ((length == 0) | ((length > SAFE_LENGTH) & (length < 1 / SAFE_LENGTH))).all():
             return x.contiguous(), None
     found = torch.empty(x.shape, dtype=dtype, device=x.device)
     wide = torch.promote_types(x.dtype, torch.float32)

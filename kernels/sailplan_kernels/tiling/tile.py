@@ -26,20 +26,20 @@ EMPTY = -1e20  # below every logit: a maximum or logsumexp that is no larger is 
 
 
 @dataclass(frozen=True)
-class Side:
+class TileOperand:
     """The rows or the columns of a tile. All contiguous."""
 
     vectors: Tensor  # [n, D] operand dtype; bfloat16, float16: of length one over all D, zeros for padding; float32, float64: of any moderate length
     inverse_norm: Tensor  # fp [P, n] 1 / |first d_p entries of ``vectors``|, 0 where they are all zero
     tags: Tensor  # int64 [n, 3], see infonce/masks.py
     valid: Tensor  # bool [n]
-    limit: Tensor | None  # fp [P, n] a pair whose cosine is above it is no negative of this row / column; None: no limit
+    max_cosine: Tensor | None  # fp [P, n] a pair whose cosine is above it is no negative of this row / column; None: no limit
     inverse_temperature: Tensor  # fp [n]
     correction: Tensor | None = None  # fp [n], columns only: subtracted from the row loss's logits; None: 0
 
 
 @dataclass(frozen=True)
-class Rule:
+class MaskConfig:
     """What all tiles of a block have in common."""
 
     prefixes: tuple[int, ...]
@@ -56,14 +56,14 @@ class Statistics:
 
     Row logit: cosine * row inverse temperature - correction, over pairs with valid column, different tags and a cosine
     within the row's limit. Column logit: cosine * column inverse temperature, over pairs with valid row AND column,
-    different tags and a cosine within the column's limit. With Rule.columns nobody reads rows that are not valid.
+    different tags and a cosine below the column's max_cosine. With MaskConfig.columns nobody reads rows that are not valid.
     A maximum may be another number that exponentials relative to it stay finite with, but for rows of the longest prefix.
-    With Rule.sigmoid there is no maximum (0) and row_sum is the sum of softplus(logit).
+    With MaskConfig.sigmoid there is no maximum (0) and row_sum is the sum of softplus(logit).
     """
 
     row_maximum: Tensor  # fp [P, n]
     row_sum: Tensor  # fp [P, n]
-    column_maximum: Tensor | None  # fp [P, m] with Rule.columns
+    column_maximum: Tensor | None  # fp [P, m] with MaskConfig.columns
     column_sum: Tensor | None  # fp [P, m]
 
 
@@ -71,16 +71,16 @@ class Statistics:
 class Coefficients:
     """What the whole denominators say: softmax weight = exp(logit - log_negatives), times push = d loss / d log_negatives."""
 
-    row_log_negatives: Tensor  # fp [P, n] finite (0 where there are no negatives); unused with Rule.sigmoid
-    row_push: Tensor  # fp [P, n] prefix weight included, 0 for rows that do not count
+    row_log_negatives: Tensor  # fp [P, n] finite (0 where there are no negatives); unused with MaskConfig.sigmoid
+    row_negative_grad: Tensor  # fp [P, n] prefix weight included, 0 for rows that do not count
     column_log_negatives: Tensor | None = None  # fp [P, m]
-    column_push: Tensor | None = None  # fp [P, m]
+    column_negative_grad: Tensor | None = None  # fp [P, m]
 
 
 @dataclass(frozen=True)
 class Gradient:
     """d loss / d cosine, G = R + C with R = push * softmax * inverse temperature of the row, C likewise of the column.
-    With Rule.sigmoid: R = push * sigmoid(logit) * inverse temperature.
+    With MaskConfig.sigmoid: R = negative_grad * sigmoid(logit) * inverse temperature.
 
     weights[s] [n, m] in the vectors' dtype belongs to dimensions d_{s-1} to d_s: the sum over prefixes p >= s of
     G_p * (row's inverse norm) * (column's inverse norm), so that the rows' gradient in those dimensions is
@@ -91,9 +91,10 @@ class Gradient:
     row_moment: Tensor  # fp [P, n] sum over columns of G * cosine (for the normalisation's backward)
     column_moment: Tensor  # fp [P, m] sum over rows of G * cosine
     row_temperature: Tensor  # fp [P, n] sum over columns of R * cosine (for the temperature); equals row_moment without columns
-    column_temperature: Tensor | None  # fp [P, m] sum over rows of C * cosine, with Rule.columns; with Rule.one_temperature it may be in row_temperature
-    row_total: Tensor | None = None  # fp [P, n] sum over columns of push * sigmoid(logit), with Rule.sigmoid (for the bias)
-    row_sum: Tensor | None = None  # fp [P, n] as of Statistics, with Rule.sigmoid: its one pass says both
+    column_temperature: Tensor | None  # fp [P, m] sum over rows of C * cosine, with MaskConfig.columns; with
+    # MaskConfig.one_temperature it may be in row_temperature
+    row_total: Tensor | None = None  # fp [P, n] sum over columns of negative_grad * sigmoid(logit), with MaskConfig.sigmoid (for the bias)
+    row_sum: Tensor | None = None  # fp [P, n] as of Statistics, with MaskConfig.sigmoid: its one pass says both
 
 
 class Tile(Protocol):
@@ -105,20 +106,20 @@ class Tile(Protocol):
 
 
 class Engine(Protocol):
-    """Makes tiles. ``keep``: what the statistics computed may stay in memory until ``gradient``, else the scores are computed
+    """Makes tiles. ``cached``: what the statistics computed may stay in memory until ``gradient``, else the scores are computed
     anew. Both give the same masks; results agree up to rounding."""
 
     @property
     def name(self) -> str:
         """Of the backend; of several that its tiles have gone through "a + b"."""
 
-    def tile(self, rows: Side, columns: Side, rule: Rule, keep: bool) -> Tile: ...
+    def tile(self, rows: TileOperand, columns: TileOperand, rule: MaskConfig, cached: bool) -> Tile: ...
 
-    def pair_bytes(self, rule: Rule, keep: bool, operand: torch.dtype = torch.float32) -> int:
+    def pair_bytes(self, rule: MaskConfig, cached: bool, operand: torch.dtype = torch.float32) -> int:
         """Bytes of memory that a tile of n rows and m columns needs, divided by n * m, at its peak.
 
         Of vectors in ``operand``; for scores in float32, the caller doubles it for float64.
         """
 
-    def kept_bytes(self, rule: Rule, operand: torch.dtype = torch.float32) -> int:
+    def kept_bytes(self, rule: MaskConfig, operand: torch.dtype = torch.float32) -> int:
         """As pair_bytes, of what a kept tile holds between the two questions; 0: the engine keeps no such tile."""

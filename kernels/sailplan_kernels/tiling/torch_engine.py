@@ -1,6 +1,6 @@
 """A tile of scores in plain torch: the vendor's matrix products, scores in full precision, everything else in place.
 
-A tile is computed once per prefix as cosines, with FLOOR where identity rules a pair out (finite, so that 0 * FLOOR is 0
+A tile is computed once per prefix as cosines, with MASKED_SCORE where identity rules a pair out (finite, so that 0 * MASKED_SCORE is 0
 and not NaN; its exponential is exactly 0). A tile whose moments nobody asks for keeps its exponentials between the two
 questions instead of its cosines: the gradient then costs one multiplication a pair.
 """
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sailplan_kernels.tiling.products import product, softplus_sum
-from sailplan_kernels.tiling.tile import EMPTY, Coefficients, Gradient, Rule, Side, Statistics
+from sailplan_kernels.tiling.tile import EMPTY, Coefficients, Gradient, MaskConfig, Statistics, TileOperand
 
-FLOOR = -1e30
+MASKED_SCORE = -1e30
 
 
 class TorchEngine:
@@ -21,28 +21,28 @@ class TorchEngine:
 
     name = "chunked"
 
-    def tile(self, rows: Side, columns: Side, rule: Rule, keep: bool) -> _Tile:
-        return _Tile(rows, columns, rule, keep)
+    def tile(self, rows: TileOperand, columns: TileOperand, rule: MaskConfig, cached: bool) -> _Tile:
+        return _Tile(rows, columns, rule, cached)
 
-    def pair_bytes(self, rule: Rule, keep: bool, operand: torch.dtype = torch.float32) -> int:
+    def pair_bytes(self, rule: MaskConfig, cached: bool, operand: torch.dtype = torch.float32) -> int:
         """Scores are float32 whatever the operands; the weights that half-precision products want are smaller than what they come from."""
         if _plain(rule):
             return 4 + 4  # scores; masks in the making, or weights in half precision
         # Cosines, row logits that become weights, and with columns their own; masks, and what the sigmoid's sum makes.
         return 4 * len(rule.prefixes) * (3 if rule.columns else 2) + len(rule.prefixes) + (8 if rule.sigmoid else 2)
 
-    def kept_bytes(self, rule: Rule, operand: torch.dtype = torch.float32) -> int:
+    def kept_bytes(self, rule: MaskConfig, operand: torch.dtype = torch.float32) -> int:
         """Exponentials, or the cosines of all prefixes."""
         return 4 * len(rule.prefixes)
 
 
-def _plain(rule: Rule) -> bool:
+def _plain(rule: MaskConfig) -> bool:
     return len(rule.prefixes) == 1 and not (rule.columns or rule.moments or rule.sigmoid)
 
 
 class _Tile:
-    def __init__(self, rows: Side, columns: Side, rule: Rule, keep: bool) -> None:
-        self.rows, self.columns, self.rule, self.keep = rows, columns, rule, keep
+    def __init__(self, rows: TileOperand, columns: TileOperand, rule: MaskConfig, cached: bool) -> None:
+        self.rows, self.columns, self.rule, self.cached = rows, columns, rule, cached
         self.plain = _plain(rule)
         self.kept: Tensor | None = None  # [P, n, m] cosines; of a plain tile exponentials relative to its row maxima
         self.maximum: Tensor | None = None  # [P, n]
@@ -51,13 +51,13 @@ class _Tile:
         cosines = self._cosines()
         if self.rule.sigmoid:
             sums = [softplus_sum(self._row_logits(cosine[None], p)[0]) for p, cosine in enumerate(cosines)]
-            self.kept = cosines if self.keep else None
+            self.kept = cosines if self.cached else None
             return Statistics(torch.zeros_like(self.rows.inverse_norm), torch.stack(sums), None, None)
         column_top = column_sum = None
         if self.rule.columns:
             column_top, column_sum, _ = _sums(self._column_logits(cosines), 1)
-        top, total, exponentials = _sums(self._row_logits(cosines, in_place=self.plain or not self.keep), 2)
-        if self.keep:
+        top, total, exponentials = _sums(self._row_logits(cosines, in_place=self.plain or not self.cached), 2)
+        if self.cached:
             self.kept, self.maximum = exponentials if self.plain else cosines, top
         return Statistics(top, total, column_top, column_sum)
 
@@ -70,16 +70,16 @@ class _Tile:
         weight = self._row_logits(cosines)
         if rule.sigmoid:
             sigmoid_sum = torch.stack([softplus_sum(x) for x in weight])
-            weight.sigmoid_().mul_(coefficients.row_push[:, :, None])
+            weight.sigmoid_().mul_(coefficients.row_negative_grad[:, :, None])
             total = weight.sum(2)
             weight.mul_(rows.inverse_temperature[:, None])
         else:
-            weight.sub_(coefficients.row_log_negatives[:, :, None]).exp_().mul_((coefficients.row_push * rows.inverse_temperature)[:, :, None])
+            weight.sub_(coefficients.row_log_negatives[:, :, None]).exp_().mul_((coefficients.row_negative_grad * rows.inverse_temperature)[:, :, None])
         if rule.columns:
-            assert coefficients.column_log_negatives is not None and coefficients.column_push is not None
+            assert coefficients.column_log_negatives is not None and coefficients.column_negative_grad is not None
             row_temperature = None if rule.one_temperature else (weight * cosines).sum(2)
             other = self._column_logits(cosines).sub_(coefficients.column_log_negatives[:, None]).exp_()
-            other.mul_((coefficients.column_push * columns.inverse_temperature)[:, None])
+            other.mul_((coefficients.column_negative_grad * columns.inverse_temperature)[:, None])
             column_temperature = None if rule.one_temperature else (other * cosines).sum(1)
             weight.add_(other)
             del other
@@ -105,7 +105,7 @@ class _Tile:
 
     def _plain_gradient(self, coefficients: Coefficients) -> Gradient:
         rows, columns = self.rows, self.columns
-        scale = coefficients.row_push[0] * rows.inverse_temperature * rows.inverse_norm[0]
+        scale = coefficients.row_negative_grad[0] * rows.inverse_temperature * rows.inverse_norm[0]
         if self.kept is None:
             weight = self._row_logits(self._cosines(), in_place=True)[0]
             weight.sub_(coefficients.row_log_negatives[0][:, None]).exp_()
@@ -118,7 +118,7 @@ class _Tile:
         return Gradient([weight.to(rows.vectors.dtype)], of_rows, of_columns, of_rows, None)
 
     def _cosines(self) -> Tensor:
-        """[P, n, m], FLOOR where identity or validity rules the pair out."""
+        """[P, n, m], MASKED_SCORE where identity or validity rules the pair out."""
         rows, columns, prefixes = self.rows, self.columns, self.rule.prefixes
         excluded = ~columns.valid
         if self.rule.tags_in_use:
@@ -130,23 +130,23 @@ class _Tile:
         for p, end in enumerate(prefixes):
             product(rows.vectors[:, start:end], columns.vectors[:, start:end].T, found[p], None if p == 0 else found[p - 1])
             start = end
-        return found.mul_(rows.inverse_norm[:, :, None]).mul_(columns.inverse_norm[:, None]).masked_fill_(excluded, FLOOR)
+        return found.mul_(rows.inverse_norm[:, :, None]).mul_(columns.inverse_norm[:, None]).masked_fill_(excluded, MASKED_SCORE)
 
     def _row_logits(self, cosines: Tensor, p: int | None = None, in_place: bool = False) -> Tensor:
         """[P, n, m] of all prefixes, or of prefix ``p`` alone."""
         rows, columns = self.rows, self.columns
-        limit = rows.limit if rows.limit is None or p is None else rows.limit[p : p + 1]
-        beyond = None if limit is None else cosines > limit[:, :, None]
+        max_cosine = rows.max_cosine if rows.max_cosine is None or p is None else rows.max_cosine[p : p + 1]
+        beyond = None if max_cosine is None else cosines > max_cosine[:, :, None]
         inverse = rows.inverse_temperature[:, None]
         logits = cosines.mul_(inverse) if in_place else cosines * inverse
         if columns.correction is not None:
             logits.sub_(columns.correction)
-        return logits if beyond is None else logits.masked_fill_(beyond, FLOOR)
+        return logits if beyond is None else logits.masked_fill_(beyond, MASKED_SCORE)
 
     def _column_logits(self, cosines: Tensor) -> Tensor:
         columns = self.columns
-        logits = (cosines * columns.inverse_temperature).masked_fill_(~self.rows.valid[:, None], FLOOR)
-        return logits if columns.limit is None else logits.masked_fill_(cosines > columns.limit[:, None], FLOOR)
+        logits = (cosines * columns.inverse_temperature).masked_fill_(~self.rows.valid[:, None], MASKED_SCORE)
+        return logits if columns.max_cosine is None else logits.masked_fill_(cosines > columns.max_cosine[:, None], MASKED_SCORE)
 
 
 def _sums(logits: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ Tiles in half precision, in whole STEPs, go by the persistent kernels where the 
 (rows that start at multiples of 16 bytes) and all prefixes but the longest end in whole BKs; all others, and all of schedule
 "tiles", one program a tile. The meaning is the same, and the partial results have the same layout, by each configuration's own tile.
 
-What a kernel reads as a vector is padded here to whole tiles: with norms of 0, shifts that are OUT, tags that match nothing.
+What a kernel reads as a vector is padded here to whole tiles: with norms of 0, shifts that are INVALID_SHIFT, tags that match nothing.
 Tags are compared as two 32-bit halves each, so as exactly as in 64 bits.
 """
 
@@ -25,9 +25,9 @@ from torch import Tensor
 from triton import cdiv, knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sailplan_kernels.tiling.tile import Coefficients, Gradient, Rule, Side, Statistics
+from sailplan_kernels.tiling.tile import Coefficients, Gradient, MaskConfig, Statistics, TileOperand
 from sailplan_kernels.triton_kernels import persistent, sigmoid_tiles, tiles
-from sailplan_kernels.triton_kernels.arithmetic import OUT
+from sailplan_kernels.triton_kernels.arithmetic import INVALID_SHIFT
 from sailplan_kernels.triton_kernels.configurations import (
     INTERPRETED,
     INTERPRETER_PROGRAMS,
@@ -53,7 +53,7 @@ class TritonEngine:
             raise ValueError(f"schedule: found {schedule!r}, expected one of {', '.join(SCHEDULES)}")
         self.schedule = schedule
 
-    def tile(self, rows: Side, columns: Side, rule: Rule, keep: bool) -> TritonTile:
+    def tile(self, rows: TileOperand, columns: TileOperand, rule: MaskConfig, cached: bool) -> TritonTile:
         """Raises ValueError for vectors that the kernels cannot multiply, or that are where they cannot run."""
         dtype = rows.vectors.dtype
         if dtype not in DTYPES:
@@ -61,26 +61,26 @@ class TritonEngine:
         if rows.vectors.device.type != "cuda" and not knobs.runtime.interpret:
             raise ValueError(f"backend triton: found vectors on {rows.vectors.device}, expected a CUDA device; use backend='chunked'")
         if rule.sigmoid and rule.columns:
-            raise ValueError("Rule: found sigmoid with columns, expected one of them; a sigmoid's pairs have one logit")
-        return TritonTile(rows, columns, rule, keep, self.schedule)
+            raise ValueError("MaskConfig: found sigmoid with columns, expected one of them; a sigmoid's pairs have one logit")
+        return TritonTile(rows, columns, rule, cached, self.schedule)
 
-    def pair_bytes(self, rule: Rule, keep: bool, operand: torch.dtype = torch.float32) -> int:
+    def pair_bytes(self, rule: MaskConfig, cached: bool, operand: torch.dtype = torch.float32) -> int:
         """The gradient's weights, or what is kept and becomes them."""
         return operand.itemsize * len(rule.prefixes)
 
-    def kept_bytes(self, rule: Rule, operand: torch.dtype = torch.float32) -> int:
+    def kept_bytes(self, rule: MaskConfig, operand: torch.dtype = torch.float32) -> int:
         """Exponentials, of plain tiles alone."""
         return operand.itemsize if len(rule.prefixes) == 1 and not (rule.moments or rule.columns or rule.sigmoid) else 0
 
 
 class TritonTile:
-    def __init__(self, rows: Side, columns: Side, rule: Rule, keep: bool, schedule: str):
+    def __init__(self, rows: TileOperand, columns: TileOperand, rule: MaskConfig, cached: bool, schedule: str):
         self.rows, self.columns, self.rule = rows, columns, rule
         self.n, self.m, self.p = len(rows.vectors), len(columns.vectors), len(rule.prefixes)
         self.moments = rule.moments or rule.columns or rule.sigmoid
-        self.keep = keep and self.p == 1 and not self.moments
+        self.cached = cached and self.p == 1 and not self.moments
         self.kept: tuple[Tensor, Tensor] | None = None  # exponentials [1, n, pitch] and their maxima [TC, n], log2
-        limits = rows.limit is not None or (rule.columns and columns.limit is not None)
+        limits = rows.max_cosine is not None or (rule.columns and columns.max_cosine is not None)
         odd = any(x % STEP for x in (*rule.prefixes, rows.vectors.shape[1]))
         self.masks = "odd" if odd else "limits" if limits else "ids"
         sigmoid = "sigmoid moments" if rule.moments else "sigmoid"
@@ -110,12 +110,13 @@ class TritonTile:
         scale = _padded(rows.inverse_temperature, n, 0.0)
         limits = [scale, scale]  # never read
         if self.switches["LIMITS"]:  # one side may have a limit and the other none
-            limits = [_padded(torch.full_like(x.inverse_norm, torch.inf) if x.limit is None else x.limit, k, torch.inf) for x, k in ((rows, n), (columns, m))]
+            sides = ((rows, n), (columns, m))
+            limits = [_padded(torch.full_like(x.inverse_norm, torch.inf) if x.max_cosine is None else x.max_cosine, k, torch.inf) for x, k in sides]
         correction = torch.zeros_like(columns.inverse_temperature) if columns.correction is None else columns.correction * LOG2E
         found = {
             "row_norm": _padded(rows.inverse_norm, n, 0.0), "column_norm": _padded(columns.inverse_norm, m, 0.0),
-            "row_tags": self._tags(rows, -2, n), "column_tags": self._tags(columns, -1, m), "row_limit": limits[0], "column_limit": limits[1],
-            "row_scale": scale, "column_shift": _padded(correction.masked_fill(~columns.valid, OUT.value), m, OUT.value),
+            "row_tags": self._tags(rows, -2, n), "column_tags": self._tags(columns, -1, m), "row_max_cosine": limits[0], "column_max_cosine": limits[1],
+            "row_scale": scale, "column_shift": _padded(correction.masked_fill(~columns.valid, INVALID_SHIFT.value), m, INVALID_SHIFT.value),
         }  # fmt: skip
         found["column_scale"] = found["row_shift"] = scale
         if self.kind == "symmetric":  # ranks that were given different numbers get none: their losses are NaN, not wrong
@@ -123,10 +124,10 @@ class TritonTile:
             found["column_shift"][: self.m].masked_fill_(other & (columns.inverse_temperature > 0), torch.nan)
         if self.rule.columns:
             found["column_scale"] = _padded(columns.inverse_temperature, m, 0.0)
-            found["row_shift"] = _padded(torch.zeros_like(rows.inverse_temperature).masked_fill_(~rows.valid, OUT.value), n, OUT.value)
+            found["row_shift"] = _padded(torch.zeros_like(rows.inverse_temperature).masked_fill_(~rows.valid, INVALID_SHIFT.value), n, INVALID_SHIFT.value)
         return found
 
-    def _tags(self, side: Side, none: int, padded: int) -> Tensor:
+    def _tags(self, side: TileOperand, none: int, padded: int) -> Tensor:
         """int32 [T, 2, padded], lower and upper halves, ``none`` where there is no tag: it differs by side, so it matches nothing."""
         tags = side.tags[:, list(self.rule.tags_in_use)] if len(self.rule.tags_in_use) < side.tags.shape[1] else side.tags
         halves = torch.where(tags < 0, none, tags).contiguous().view(torch.int32).view(*tags.shape, 2)
@@ -169,10 +170,10 @@ class TritonTile:
         p, n, m, (tr, tc) = self.p, self.n, self.m, self.tiles
         row_maximum, row_sum = self._new(p, tc, n), self._new(p, tc, n)
         column_maximum, column_sum = (self._new(p, tr, m), self._new(p, tr, m)) if self.rule.columns else (row_maximum, row_sum)
-        kept = self._weights() if self.keep else row_sum
+        kept = self._weights() if self.cached else row_sum
         outputs = {"row_maximum": row_maximum, "row_sum": row_sum, "column_maximum": column_maximum, "column_sum": column_sum}
-        self._launch("statistics", **outputs, kept=kept, KEEP=self.keep)
-        if self.keep:
+        self._launch("statistics", **outputs, kept=kept, CACHED=self.cached)
+        if self.cached:
             self.kept = kept, row_maximum[0]
         if self.rule.sigmoid:
             return Statistics(self._new(p, n).zero_(), row_sum.sum(1), None, None)
@@ -189,11 +190,11 @@ class TritonTile:
         row_moment, column_moment = (self._new(p, tc, n), self._new(p, tr, m)) if self.moments else (weights, weights)
         told_apart = self.kind == "columns"  # temperatures
         row_temperature, column_temperature = (torch.empty_like(row_moment), torch.empty_like(column_moment)) if told_apart else (row_moment, column_moment)
-        row_log = column_log = _exponent(coefficients.row_log_negatives, coefficients.row_push, self.rows, self.padded[0])
+        row_log = column_log = _exponent(coefficients.row_log_negatives, coefficients.row_negative_grad, self.rows, self.padded[0])
         if rule.columns:
-            assert coefficients.column_log_negatives is not None and coefficients.column_push is not None
-            column_push = coefficients.column_push * self.columns.valid
-            column_log = _exponent(coefficients.column_log_negatives, column_push, self.columns, self.padded[1])
+            assert coefficients.column_log_negatives is not None and coefficients.column_negative_grad is not None
+            column_negative_grad = coefficients.column_negative_grad * self.columns.valid
+            column_log = _exponent(coefficients.column_log_negatives, column_negative_grad, self.columns, self.padded[1])
         sums = {"row_moment": row_moment, "column_moment": column_moment, "row_temperature": row_temperature, "column_temperature": column_temperature}
         self._launch("gradient", row_log=row_log, column_log=column_log, **sums, weights=weights, MOMENTS=self.moments)
         if not self.moments:
@@ -214,7 +215,7 @@ class TritonTile:
         row_sum, row_total, row_moment = (self._new(p, tc, n) for _ in range(3))
         column_moment = self._new(p, tr, m) if moments else row_moment
         sums = {"row_sum": row_sum, "row_total": row_total, "row_moment": row_moment, "column_moment": column_moment}
-        self._launch("sigmoid", **sums, row_log=_padded(coefficients.row_push, self.padded[0], 0.0), weights=weights, MOMENTS=moments)
+        self._launch("sigmoid", **sums, row_log=_padded(coefficients.row_negative_grad, self.padded[0], 0.0), weights=weights, MOMENTS=moments)
         moment = row_moment.sum(1)
         return Gradient(
             weights=list(weights[:, :, :m].unbind(0)),
@@ -230,7 +231,7 @@ class TritonTile:
         """From exponentials relative to ``maximum`` to weights; a tile without negatives of a row has zeros there."""
         assert self.kept is not None
         (weights, maximum), self.kept = self.kept, None
-        scale = coefficients.row_push[0] * self.rows.inverse_temperature * self.rows.inverse_norm[0]
+        scale = coefficients.row_negative_grad[0] * self.rows.inverse_temperature * self.rows.inverse_norm[0]
         factor = torch.exp2((maximum - coefficients.row_log_negatives[0] * LOG2E).clamp_max_(1.0)).mul_(scale)
         if self.n and self.m:
             BM, BN = self.config.BM, self.config.BN
@@ -252,9 +253,9 @@ def _padded(x: Tensor, length: int, fill: float) -> Tensor:
     return found
 
 
-def _exponent(log: Tensor, push: Tensor, side: Side, length: int) -> Tensor:
+def _exponent(log: Tensor, negative_grad: Tensor, side: TileOperand, length: int) -> Tensor:
     """[P, length] what to subtract from a logit times log2(e), so that 2 to the rest is push * inverse temperature * softmax weight."""
-    return _padded(log * LOG2E - (push * side.inverse_temperature).log2(), length, torch.inf)
+    return _padded(log * LOG2E - (negative_grad * side.inverse_temperature).log2(), length, torch.inf)
 
 
 def _described(vectors: Tensor) -> bool:

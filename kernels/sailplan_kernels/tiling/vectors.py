@@ -29,7 +29,7 @@ class Layout:
     def __init__(self, sizes: Sequence[int], exchange: Exchange) -> None:
         self.sizes, self.rank = list(sizes), exchange.rank
         self.longest = max(sizes)
-        padded = exchange.whole
+        padded = exchange.materializes_all
         self.starts = [rank * self.longest for rank in range(len(sizes))] if padded else [0, *accumulate(sizes)][:-1]
         self.total = len(sizes) * self.longest if padded else sum(sizes)
         self.compact = not padded and any(size != self.longest for size in sizes)
@@ -97,7 +97,7 @@ class Vectors:
     def shards(self, accumulate: bool = False, at_once: bool = False) -> Iterator[Shard]:
         """One round over all ranks' rows, own rows first; ``at_once``: in one piece, where they are whole."""
         assert self.layout is not None
-        if not self.exchange.whole:
+        if not self.exchange.materializes_all:
             assert self.stream is not None
             yield from self.stream.shards(accumulate)
             return
@@ -198,11 +198,11 @@ class _Sent:
         parts = []
         for v in vectors:
             assert v.layout is not None
-            parts += [v.layout.padded(v.operand)] if exchange.whole else []
+            parts += [v.layout.padded(v.operand)] if exchange.materializes_all else []
             parts.append(v.layout.padded(v.norms.T))
             v.waiting = self
         self.work: Gathering | None = exchange.gather_parts([*parts, *notes])
-        if not exchange.whole:
+        if not exchange.materializes_all:
             for v in vectors:
                 assert v.layout is not None
                 v.stream = exchange.stream(v.operand, v.layout.sizes, v.gradients)
@@ -214,7 +214,7 @@ class _Sent:
             parts, self.work = iter(self.work.wait()), None
             for v in self.vectors:
                 assert v.layout is not None
-                v.whole = next(parts) if self.exchange.whole else None
+                v.whole = next(parts) if self.exchange.materializes_all else None
                 v.whole_norms = v.layout.rows(next(parts)).T.contiguous()
                 v.waiting = None
             self.notes = list(parts)
@@ -236,7 +236,7 @@ def bring_home(exchange: Exchange, vectors: Sequence[Vectors], sums: Sequence[tu
     parts: list[Tensor] = []
     for v in wanted:
         assert v.layout is not None
-        if exchange.whole and not alone:
+        if exchange.materializes_all and not alone:
             shape = (v.layout.total, v.operand.shape[1])
             whole = v.whole_gradient
             parts.append(torch.zeros(shape, dtype=v.gradients, device=v.operand.device) if whole is None else whole)
@@ -249,7 +249,7 @@ def bring_home(exchange: Exchange, vectors: Sequence[Vectors], sums: Sequence[tu
     for v in wanted:
         assert v.layout is not None
         n = len(v.operand)
-        if alone and exchange.whole:
+        if alone and exchange.materializes_all:
             pass  # their place is this rank's own
         else:
             home = next(found)[:n] if v.stream is None else v.stream.finish()

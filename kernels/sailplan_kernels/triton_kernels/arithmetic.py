@@ -4,8 +4,8 @@ Every schedule (tiles.py, sigmoid_tiles.py: one program a tile; persistent.py: p
 functions, in the same order, so a pair is masked in both or in neither. Each tile writes its own partial results; nothing
 is added atomically, so results are bitwise equal from run to run.
 
-What is excluded stands at FLOOR: finite, so that products with 0 stay 0, and with an exponential of exactly 0. A column
-that is no candidate has a shift of OUT, which does the same to its logits; a row that is none likewise for the columns.
+What is excluded stands at MASKED_SCORE: finite, so that products with 0 stay 0, and with an exponential of exactly 0. A column
+that is no candidate has a shift of INVALID_SHIFT, which does the same to its logits; a row that is none likewise for the columns.
 So validity costs nothing: a shift is part of a multiplication and addition that is there anyway. Tags are looked at where a
 tile has any that may match (``tags_to_compare``), which few tiles have.
 
@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-FLOOR = tl.constexpr(-1e30)
+MASKED_SCORE = tl.constexpr(-1e30)
 EMPTY = tl.constexpr(-1e20)  # a maximum below it is that of nothing
-OUT = tl.constexpr(1e30)
+INVALID_SHIFT = tl.constexpr(1e30)
 # Logits to the base 2 within it need no maximum: their exponentials, and the sums of 2^27 of them, are ordinary float32 numbers.
 # It is a temperature of 0.0152 or more.
-TAME = tl.constexpr(95.0)
+SAFE_RANGE = tl.constexpr(95.0)
 # Chunks of rows start anywhere: what is written as a vector is compiled for any alignment, one kernel for all of them.
 VECTORS = [
     "bounds", "row_maximum", "row_sum", "column_maximum", "column_sum", "row_moment", "column_moment",
@@ -63,18 +63,18 @@ def tags_to_compare(row_tags, column_tags, om, on, N, M, tags):
 
 @triton.jit
 def masked(x, row_tags, column_tags, om, on, N, M, tags):
-    """FLOOR where row and column share a tag, both halves of it. Tags of rows that are none are -2, those of columns -1."""
+    """MASKED_SCORE where row and column share a tag, both halves of it. Tags of rows that are none are -2, those of columns -1."""
     for t in range(tags):
         mine, theirs = row_tags + 2 * t * N + om, column_tags + 2 * t * M + on
         same = tl.load(mine)[:, None] == tl.load(theirs)[None, :]
         same &= tl.load(mine + N)[:, None] == tl.load(theirs + M)[None, :]
-        x = tl.where(same, FLOOR, x)
+        x = tl.where(same, MASKED_SCORE, x)
     return x
 
 
 @triton.jit
 def softplus(z):
-    """log(1 + e^z) of a logit times log2(e); 0 at FLOOR. Small results keep their digits.
+    """log(1 + e^z) of a logit times log2(e); 0 at MASKED_SCORE. Small results keep their digits.
 
     log(1 + x) = 2 artanh(s), s = x / (2 + x), as its series: s is at most 1/3, where what is left out is 1e-8 of the result.
     The library's logarithm takes more registers than a tile has left.
@@ -93,8 +93,8 @@ def sigmoid(z):
 
 
 @triton.jit
-def row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS: tl.constexpr):
-    """Cosines, FLOOR where row and column share a tag, and logits of the row loss times log2(e), hugely negative where the pair is masked.
+def row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift, om, on, N, M, p, live, LIMITS: tl.constexpr):
+    """Cosines, MASKED_SCORE where row and column share a tag, and logits of the row loss times log2(e), hugely negative where the pair is masked.
 
     LIMITS compares cosines, which are therefore the same product of the same numbers wherever they are computed.
     """
@@ -102,16 +102,16 @@ def row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row
     x = masked(x, row_tags, column_tags, om, on, N, M, live)
     z = x * (tl.load(row_scale + om) * LOG2E)[:, None] - tl.load(column_shift + on)[None, :]
     if LIMITS:
-        z = tl.where(x > tl.load(row_limit + p * N + om)[:, None], FLOOR, z)
+        z = tl.where(x > tl.load(row_max_cosine + p * N + om)[:, None], MASKED_SCORE, z)
     return x, z
 
 
 @triton.jit
-def column_logits(x, row_shift, column_limit, column_scale, om, on, N, M, p, LIMITS: tl.constexpr):
+def column_logits(x, row_shift, column_max_cosine, column_scale, om, on, N, M, p, LIMITS: tl.constexpr):
     """As row_logits, of the column loss. Columns that are no candidates have logits nobody may read."""
     z = x * (tl.load(column_scale + on) * LOG2E)[None, :] - tl.load(row_shift + om)[:, None]
     if LIMITS:
-        z = tl.where(x > tl.load(column_limit + p * M + on)[None, :], FLOOR, z)
+        z = tl.where(x > tl.load(column_max_cosine + p * M + on)[None, :], MASKED_SCORE, z)
     return z
 
 
@@ -154,7 +154,7 @@ def write_shared_statistics(
 
 @triton.jit
 def write_statistics(
-    acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
     row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live,
     LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def write_statistics(
 
     Returns the exponentials relative to the maximum of their row in this tile (with SIGMOID the logits).
     """
-    x, e = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
+    x, e = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
     at = (p * tiles_n + pn).to(tl.int64) * n + om
     if SIGMOID:
         tl.store(row_sum + at, tl.sum(softplus(e), 1), mask=om < n)
@@ -173,7 +173,7 @@ def write_statistics(
         tl.store(row_maximum + at, tl.where(top < EMPTY, float("-inf"), top), mask=om < n)
         tl.store(row_sum + at, tl.sum(e, 1), mask=om < n)
     if COLUMNS:
-        z = column_logits(x, row_shift, column_limit, column_scale, om, on, N, M, p, LIMITS)
+        z = column_logits(x, row_shift, column_max_cosine, column_scale, om, on, N, M, p, LIMITS)
         at = (p * tiles_m + pm).to(tl.int64) * m + on
         top = tl.max(z, 0)
         total = tl.sum(tl.exp2(z - tl.where(top < EMPTY, 0.0, top)[None, :]), 0)
@@ -185,25 +185,25 @@ def write_statistics(
 
 @triton.jit
 def write_either_statistics(
-    acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
     row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, prefixes, tiles_m, tiles_n, live,
 ):  # fmt: skip
     """write_statistics of both losses at one temperature: at a low one, with maxima."""
-    if tl.load(row_scale) * LOG2E <= TAME:
+    if tl.load(row_scale) * LOG2E <= SAFE_RANGE:
         write_shared_statistics(
             acc, row_norm, column_norm, row_tags, column_tags, row_scale, row_shift, column_shift,
             row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, prefixes, tiles_m, tiles_n, live,
         )  # fmt: skip
     else:
         write_statistics(
-            acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+            acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
             row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live, False, True, False,
         )  # fmt: skip
 
 
 @triton.jit
 def write_gradient(
-    acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
     row_log, column_log, row_moment, column_moment, row_temperature, column_temperature,
     pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live,
     LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, MOMENTS: tl.constexpr,
@@ -224,11 +224,11 @@ def write_gradient(
         g = tl.exp2(y * factor[:, None] - row[:, None]) + tl.exp2(y * factor[:, None] - tl.load(column_log + p * M + on)[None, :])
         g = tl.where((tl.load(row_shift + om) > 0)[:, None], 0.0, g)  # such a row may lie above a column's logsumexp: 0 times infinity
     else:
-        x, z = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
+        x, z = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
         g = tl.exp2(z - row[:, None])
         if COLUMNS:
             tl.store(row_temperature + at, tl.sum(g * x, 1), mask=om < n)
-            z = column_logits(x, row_shift, column_limit, column_scale, om, on, N, M, p, LIMITS)
+            z = column_logits(x, row_shift, column_max_cosine, column_scale, om, on, N, M, p, LIMITS)
             c = tl.exp2(z - tl.load(column_log + p * M + on)[None, :])
             tl.store(column_temperature + down, tl.sum(c * x, 0), mask=on < m)
             g += c
@@ -241,22 +241,22 @@ def write_gradient(
 
 @triton.jit
 def write_sigmoid(
-    acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift,
+    acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift,
     row_log, row_sum, row_total, row_moment, column_moment, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live,
     LIMITS: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of one tile of the pairwise sigmoid loss. Returns the weights of this prefix.
 
-    row_log [P, N]: here the push itself. row_* [P, TC, n]: row_sum the softplus of the logits, row_total push * sigmoid;
+    row_log [P, N]: here the push itself. row_* [P, TC, n]: row_sum the softplus of the logits, row_total negative_grad * sigmoid;
     column_moment [P, TR, m], written with MOMENTS.
     """
-    x, z = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
+    x, z = row_logits(acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift, om, on, N, M, p, live, LIMITS)
     at = (p * tiles_n + pn).to(tl.int64) * n + om
-    push = tl.load(row_log + p * N + om)
-    scaled = push * tl.load(row_scale + om)
+    negative_grad = tl.load(row_log + p * N + om)
+    scaled = negative_grad * tl.load(row_scale + om)
     tl.store(row_sum + at, tl.sum(softplus(z), 1), mask=om < n)
     g = sigmoid(z)
-    tl.store(row_total + at, tl.sum(g, 1) * push, mask=om < n)
+    tl.store(row_total + at, tl.sum(g, 1) * negative_grad, mask=om < n)
     g *= scaled[:, None]
     tl.store(row_moment + at, tl.sum(g * x, 1), mask=om < n)
     if MOMENTS:

@@ -34,9 +34,9 @@ def add_products(acc, rows, columns, pm, pn, start, end, BM: tl.constexpr, BN: t
 
 @triton.jit(do_not_specialize=VECTORS)
 def statistics_kernel(
-    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
     row_maximum, row_sum, column_maximum, column_sum, kept, n, m, N, M, pitch, prefixes, tags,
-    STEP: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, KEEP: tl.constexpr,
+    STEP: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, CACHED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """rows, columns: descriptors of [n, length] and [m, length]. row_* [P, TC, n], column_* [P, TR, m]; with KEEP: kept [n, pitch]."""
@@ -51,22 +51,22 @@ def statistics_kernel(
             acc = add_products(acc, rows, columns, pm, pn, start, end, BM, BN, BK)
             if SHARED:
                 write_either_statistics(
-                    acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+                    acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
                     row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, prefixes, tiles_m, tiles_n, live,
                 )  # fmt: skip
             else:
                 e = write_statistics(
-                    acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+                    acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
                     row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live, LIMITS, COLUMNS, SIGMOID,
                 )  # fmt: skip
-                if KEEP:
+                if CACHED:
                     place, inside = places(om, on, n, pitch, BM, BN)
                     tl.store(corner(kept, pm, pn, n, pitch, 0, BM, BN) + place, e.to(kept.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=VECTORS)
 def gradient_kernel(
-    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
     row_log, column_log, weights, row_moment, column_moment, row_temperature, column_temperature,
     n, m, N, M, pitch, prefixes, tags,
     STEP: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, MOMENTS: tl.constexpr,
@@ -83,7 +83,7 @@ def gradient_kernel(
             start, end = tl.load(bounds + p) * STEP, tl.load(bounds + p + 1) * STEP
             acc = add_products(acc, rows, columns, pm, pn, start, end, BM, BN, BK)
             g = write_gradient(
-                acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+                acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
                 row_log, column_log, row_moment, column_moment, row_temperature, column_temperature,
                 pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live, LIMITS, COLUMNS, SHARED, MOMENTS,
             )  # fmt: skip
@@ -94,7 +94,7 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize=VECTORS)
 def sigmoid_kernel(
-    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
     row_log, weights, row_sum, row_total, row_moment, column_moment, n, m, N, M, pitch, prefixes, tags,
     STEP: tl.constexpr, LIMITS: tl.constexpr, MOMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -110,7 +110,7 @@ def sigmoid_kernel(
             start, end = tl.load(bounds + p) * STEP, tl.load(bounds + p + 1) * STEP
             acc = add_products(acc, rows, columns, pm, pn, start, end, BM, BN, BK)
             g = write_sigmoid(
-                acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift,
+                acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift,
                 row_log, row_sum, row_total, row_moment, column_moment, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live, LIMITS, MOMENTS,
             )  # fmt: skip
             place, inside = places(om, on, n, pitch, BM, BN)

@@ -12,7 +12,7 @@ from sailplan_kernels.triton_kernels.tiles import add_segment, add_to_prefixes, 
 
 @triton.jit(do_not_specialize=VECTORS)
 def sigmoid_kernel(
-    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
     row_log, weights, row_sum, row_total, row_moment, column_moment, n, m, N, M, D, pitch, prefixes, tags,
     STEP: tl.constexpr, LIMITS: tl.constexpr, MOMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
@@ -26,7 +26,7 @@ def sigmoid_kernel(
     for p in range(prefixes):
         acc = add_segment(acc, rows, columns, bounds, om, on, n, m, D, p, STEP, BK, PRECISION)
         g = write_sigmoid(
-            acc, row_norm, column_norm, row_tags, column_tags, row_limit, row_scale, column_shift,
+            acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, row_scale, column_shift,
             row_log, row_sum, row_total, row_moment, column_moment, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live, LIMITS, MOMENTS,
         )  # fmt: skip
         place, inside = places(om, on, n, pitch, BM, BN)

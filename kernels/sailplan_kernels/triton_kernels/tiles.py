@@ -64,9 +64,9 @@ def add_to_prefixes(weights, pm, pn, om, on, n, pitch, prefixes, BM: tl.constexp
 
 @triton.jit(do_not_specialize=VECTORS)
 def statistics_kernel(
-    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
     row_maximum, row_sum, column_maximum, column_sum, kept, n, m, N, M, D, pitch, prefixes, tags,
-    STEP: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, KEEP: tl.constexpr,
+    STEP: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, CACHED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """row_* [P, TC, n], column_* [P, TR, m]. KEEP (one prefix, rows only): kept [n, pitch] are the tile's exponentials."""
@@ -79,22 +79,22 @@ def statistics_kernel(
         acc = add_segment(acc, rows, columns, bounds, om, on, n, m, D, p, STEP, BK, PRECISION)
         if SHARED:
             write_either_statistics(
-                acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+                acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
                 row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, prefixes, tiles_m, tiles_n, live,
             )  # fmt: skip
         else:
             e = write_statistics(
-                acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+                acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
                 row_maximum, row_sum, column_maximum, column_sum, pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live, LIMITS, COLUMNS, SIGMOID,
             )  # fmt: skip
-            if KEEP:
+            if CACHED:
                 place, inside = places(om, on, n, pitch, BM, BN)
                 tl.store(corner(kept, pm, pn, n, pitch, 0, BM, BN) + place, e.to(kept.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=VECTORS)
 def gradient_kernel(
-    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+    rows, columns, bounds, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
     row_log, column_log, weights, row_moment, column_moment, row_temperature, column_temperature,
     n, m, N, M, D, pitch, prefixes, tags,
     STEP: tl.constexpr, LIMITS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, MOMENTS: tl.constexpr,
@@ -109,7 +109,7 @@ def gradient_kernel(
     for p in range(prefixes):
         acc = add_segment(acc, rows, columns, bounds, om, on, n, m, D, p, STEP, BK, PRECISION)
         g = write_gradient(
-            acc, row_norm, column_norm, row_tags, column_tags, row_limit, column_limit, row_scale, column_scale, row_shift, column_shift,
+            acc, row_norm, column_norm, row_tags, column_tags, row_max_cosine, column_max_cosine, row_scale, column_scale, row_shift, column_shift,
             row_log, column_log, row_moment, column_moment, row_temperature, column_temperature,
             pm, pn, om, on, n, m, N, M, p, tiles_m, tiles_n, live, LIMITS, COLUMNS, SHARED, MOMENTS,
         )  # fmt: skip

@@ -38,7 +38,7 @@ def part() -> list[aot.Case]:
     """bfloat16 on sm_90: one of every kernel and kind of tile, with the most masks it has. Else: one of every kernel."""
     different = {}
     for case in aot.cases([90, 80, 100], [torch.bfloat16, torch.float32]):
-        if case.kernel != "rescale" and not case.keep and (case.dtype != torch.float32 or case.capability == 90):
+        if case.kernel != "rescale" and not case.cached and (case.dtype != torch.float32 or case.capability == 90):
             first = (case.capability, case.dtype) == (90, torch.bfloat16)
             different[case.capability, case.dtype, case.schedule, case.kernel, case.kind if first else ""] = case
     return list(different.values())

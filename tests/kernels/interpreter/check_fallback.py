@@ -11,7 +11,7 @@ from check_triton_engine import log_of, problem
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from sailplan_kernels import infonce, sigmoid
+from sailplan_kernels import LossOptions, infonce, sigmoid
 from sailplan_kernels.tiling import fallback
 from sailplan_kernels.tiling.engines import make_engine, triton_schedule
 from sailplan_kernels.tiling.tile import Coefficients
@@ -60,11 +60,11 @@ def engine():
     return make_engine("triton")
 
 
-def answers(engine, kind="plain", prefixes=(64,), dtype=torch.bfloat16, keep=False):
+def answers(engine, kind="plain", prefixes=(64,), dtype=torch.bfloat16, cached=False):
     """What the engine says of one tile: log of sums, weights, moments."""
     moments, columns = kind != "plain", kind == "columns"
     rows, columns_, rule = problem(3, 70, 60, prefixes, dtype, columns, kind == "sigmoid", (0,), False, False, 0.1, True, moments, behind=0)
-    tile = engine.tile(rows, columns_, rule, keep)
+    tile = engine.tile(rows, columns_, rule, cached)
     found = tile.statistics()
     logs = found.row_sum if rule.sigmoid else log_of(found.row_maximum, found.row_sum)
     pushes = [torch.rand(len(prefixes), n, generator=torch.Generator().manual_seed(1)) for n in (70, 60)]
@@ -100,7 +100,7 @@ def test_statistics_of_one_engine_and_the_gradient_of_another_fit_together(compi
     dtype, other = (torch.bfloat16, TritonEngine("tiles")) if refused == "persistent" else (torch.float32, TorchEngine())
     right = answers(other, kind, prefixes, dtype)
     compiler.refuse(RuntimeError("PassManager::run failed"), {refused}, kernels)
-    found, told = warned(lambda: [answers(engine(), kind, prefixes, dtype, keep) for keep in (False, True)])
+    found, told = warned(lambda: [answers(engine(), kind, prefixes, dtype, cached) for cached in (False, True)])
     assert len(told) == len(compiler.asked) == 1
     for one in found:
         for a, b in zip(one, right, strict=True):
@@ -113,7 +113,7 @@ def test_statistics_of_one_engine_and_the_gradient_of_another_fit_together(compi
 def test_a_loss_without_a_kernel_is_torchs_and_says_so(compiler, loss, kernels, ran):
     def step(backend):
         leaves = [x.clone().requires_grad_() for x in torch.randn(2, 70, 64, generator=torch.Generator().manual_seed(2))]
-        out = loss(*leaves, 0.05, **({"bias": -2.0} if loss is sigmoid else {}), prefixes=(32, 64), backend=backend, memory_budget=20_000)
+        out = loss(*leaves, 0.05, **({"bias": -2.0} if loss is sigmoid else {}), prefixes=(32, 64), options=LossOptions(backend=backend, memory_budget=20_000))
         out.loss.backward()
         return out.backend, out.loss.detach(), *(x.grad for x in leaves)
 

@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from sailplan_kernels import aot
 from sailplan_kernels.tiling import triton_engine
-from sailplan_kernels.tiling.tile import Coefficients, Rule, Side
+from sailplan_kernels.tiling.tile import Coefficients, MaskConfig, TileOperand
 from sailplan_kernels.triton_kernels.configurations import TABLES
 
 N, M, D = 300, 501, 64
@@ -43,9 +43,9 @@ def tile_on(capability: int) -> type[triton_engine.TritonTile]:
     return Tile
 
 
-def side(rows: int, prefixes: int, limits: bool) -> Side:
+def side(rows: int, prefixes: int, limits: bool) -> TileOperand:
     ones = torch.ones(prefixes, rows)
-    return Side(torch.randn(rows, D).bfloat16(), ones, torch.zeros(rows, 3, dtype=torch.int64), ones[0] > 0, ones if limits else None, ones[0])
+    return TileOperand(torch.randn(rows, D).bfloat16(), ones, torch.zeros(rows, 3, dtype=torch.int64), ones[0] > 0, ones if limits else None, ones[0])
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
         launched.append((self, run(self, *given, grid=grid, warmup=True, **named)))
 
     JITFunction.run = compile_only
-    for capability, kind, limits, keep, schedule, prefixes in (
+    for capability, kind, limits, cached, schedule, prefixes in (
         (90, "plain", False, True, "persistent", (D,)),
         (90, "columns", True, False, "persistent", (D,)),
         (90, "symmetric", False, False, "persistent", (D // 2, D)),
@@ -67,15 +67,15 @@ def main() -> None:
         driver.set_active(Target(capability))
         launched.clear()
         both, one = kind in ("columns", "symmetric"), kind == "symmetric"
-        rule = Rule(prefixes, (0, 1), columns=both, moments=kind == "moments", one_temperature=one, sigmoid=kind == "sigmoid")
-        tile = tile_on(capability)(side(N, len(prefixes), limits), side(M, len(prefixes), limits), rule, keep, schedule)
+        rule = MaskConfig(prefixes, (0, 1), columns=both, moments=kind == "moments", one_temperature=one, sigmoid=kind == "sigmoid")
+        tile = tile_on(capability)(side(N, len(prefixes), limits), side(M, len(prefixes), limits), rule, cached, schedule)
         tile.statistics()
         rows, columns = torch.zeros(len(prefixes), N), torch.zeros(len(prefixes), M)
         tile.gradient(Coefficients(rows, rows, columns, columns))
         assert len(launched) == 2
         for function, kernel in launched:
             name = function.__name__.removesuffix("_kernel")
-            case = aot.Case(name, torch.bfloat16, tile.kind, tile.masks, capability, tile.keep and name == "statistics", schedule)
+            case = aot.Case(name, torch.bfloat16, tile.kind, tile.masks, capability, tile.cached and name == "statistics", schedule)
             print(case, flush=True)
             assert kernel.asm["ptx"] == aot.compiled(case).asm["ptx"], case
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sailplan_kernels import infonce, sigmoid
+from sailplan_kernels.testing import grouped
 from sailplan_kernels.tiling.engines import triton_schedule
-from sailplan_kernels.tiling.tile import Coefficients, Rule, Side
+from sailplan_kernels.tiling.tile import Coefficients, MaskConfig, TileOperand
 from sailplan_kernels.tiling.triton_engine import TritonEngine
 from sailplan_kernels.triton_kernels.configurations import INTERPRETER_PROGRAMS
 
@@ -41,17 +42,17 @@ def problem(seed, n, m, prefixes, dtype, columns, sigmoid, tags, limits, correct
         ids = torch.randint(-1, 12, (k, 3), generator=g)
         ids[:, 0] = torch.arange(k) + 2**40  # the low 32 bits alone would not tell: the other side has the high ones alone
         ids[1::5, 0] -= 2**40
-        return Side(
+        return TileOperand(
             vectors=v,
             inverse_norm=torch.where(norms > 0, 1 / norms.clamp_min(1e-30), 0.0),
             tags=ids,
             valid=torch.rand(k, generator=g) < 0.9,
-            limit=0.3 + 0.4 * torch.rand(p, k, generator=g) if limits else None,
+            max_cosine=0.3 + 0.4 * torch.rand(p, k, generator=g) if limits else None,
             inverse_temperature=torch.full((k,), 1 / temperature) if one else (0.7 + torch.rand(k, generator=g)) / temperature,
             correction=torch.randn(k, generator=g) if with_correction else None,
         )
 
-    return side(x, False), side(y, correction), Rule(prefixes, tags, columns, moments, one, sigmoid)
+    return side(x, False), side(y, correction), MaskConfig(prefixes, tags, columns, moments, one, sigmoid)
 
 
 def oracle(rows, columns, rule, coefficients=None):
@@ -59,19 +60,19 @@ def oracle(rows, columns, rule, coefficients=None):
     same = torch.zeros(len(rows.valid), len(columns.valid), dtype=torch.bool)
     for t in rule.tags_in_use:
         same |= (rows.tags[:, t, None] == columns.tags[None, :, t]) & (rows.tags[:, t, None] >= 0)
-    keep = columns.valid[None] & ~same
+    cached = columns.valid[None] & ~same
     rt, ct = rows.inverse_temperature.double()[:, None], columns.inverse_temperature.double()[None]
     out = {name: [] for name in ("rmax", "rsum", "cmax", "csum", "g", "rmom", "cmom", "rtemp", "ctemp", "rtot")}
     for p, end in enumerate(rule.prefixes):
         rn, cn = rows.inverse_norm[p].double()[:, None], columns.inverse_norm[p].double()[None]
         cosine = (rows.vectors[:, :end].double() @ columns.vectors[:, :end].double().T) * rn * cn
-        mask = keep if rows.limit is None else keep & (cosine <= rows.limit[p].double()[:, None])
+        mask = cached if rows.max_cosine is None else cached & (cosine <= rows.max_cosine[p].double()[:, None])
         shift = 0 if columns.correction is None else columns.correction.double()[None]
         z = (cosine * rt - shift).masked_fill(~mask, -torch.inf)
         zc = None
         if rule.columns:
-            mask = keep & rows.valid[:, None]
-            mask = mask if columns.limit is None else mask & (cosine <= columns.limit[p].double()[None])
+            mask = cached & rows.valid[:, None]
+            mask = mask if columns.max_cosine is None else mask & (cosine <= columns.max_cosine[p].double()[None])
             zc = (cosine * ct).masked_fill(~mask, -torch.inf)
             out["cmax"].append(zc.amax(0))
             out["csum"].append(torch.where(zc.isinf(), 0.0, (zc - zc.amax(0).clamp_min(-1e9)).exp()).sum(0))
@@ -83,13 +84,13 @@ def oracle(rows, columns, rule, coefficients=None):
             out["rsum"].append(torch.where(z.isinf(), 0.0, (z - z.amax(1, True).clamp_min(-1e9)).exp()).sum(1))
         if coefficients is None:
             continue
-        push = coefficients.row_push[p].double()[:, None]
-        share = push * (torch.sigmoid(z) if rule.sigmoid else (z - coefficients.row_log_negatives[p].double()[:, None]).exp())
+        negative_grad = coefficients.row_negative_grad[p].double()[:, None]
+        share = negative_grad * (torch.sigmoid(z) if rule.sigmoid else (z - coefficients.row_log_negatives[p].double()[:, None]).exp())
         r = torch.where(z.isinf(), 0.0, share) * rt
         out["rtot"].append(torch.where(z.isinf(), 0.0, share).sum(1))
         out["rtemp"].append((r * cosine).sum(1))
         if zc is not None:
-            c = coefficients.column_push[p].double()[None] * (zc - coefficients.column_log_negatives[p].double()[None]).exp() * ct
+            c = coefficients.column_negative_grad[p].double()[None] * (zc - coefficients.column_log_negatives[p].double()[None]).exp() * ct
             c = torch.where(zc.isinf(), 0.0, c)
             out["ctemp"].append((c * cosine).sum(0))
             r = r + c
@@ -111,7 +112,7 @@ def close(found, expected, tolerance, what):
 
 def check(rows, columns, rule, tolerance):
     engine = TritonEngine()
-    found = engine.tile(rows, columns, rule, keep=False).statistics()
+    found = engine.tile(rows, columns, rule, cached=False).statistics()
     expected = oracle(rows, columns, rule)
     read = rows.valid if rule.columns else torch.ones_like(rows.valid)
     assert torch.equal(found.row_sum[:, read] == 0, expected["rsum"][:, read] == 0)
@@ -120,16 +121,16 @@ def check(rows, columns, rule, tolerance):
     torch.testing.assert_close(logs[:, read].double(), right[:, read], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found.row_maximum[-1, read].double(), expected["rmax"][-1, read], rtol=1e-5, atol=1e-4)
     g = torch.Generator().manual_seed(1)
-    row_push = torch.rand(found.row_sum.shape, generator=g) * rows.valid
-    coefficients = Coefficients(logs, row_push)
+    row_negative_grad = torch.rand(found.row_sum.shape, generator=g) * rows.valid
+    coefficients = Coefficients(logs, row_negative_grad)
     if rule.columns:
         column_logs = log_of(found.column_maximum, found.column_sum)
         torch.testing.assert_close(column_logs.double(), log_of(expected["cmax"], expected["csum"]), rtol=1e-5, atol=1e-4)
-        column_push = torch.rand(found.column_sum.shape, generator=g) * columns.valid
-        coefficients = Coefficients(logs, row_push, column_logs, column_push)
+        column_negative_grad = torch.rand(found.column_sum.shape, generator=g) * columns.valid
+        coefficients = Coefficients(logs, row_negative_grad, column_logs, column_negative_grad)
     expected = oracle(rows, columns, rule, coefficients)
-    gradient, again = (engine.tile(rows, columns, rule, keep).gradient(coefficients) for keep in (False, True))
-    kept = engine.tile(rows, columns, rule, keep=True)
+    gradient, again = (engine.tile(rows, columns, rule, cached).gradient(coefficients) for cached in (False, True))
+    kept = engine.tile(rows, columns, rule, cached=True)
     kept.statistics()
     kept = kept.gradient(coefficients)
     for s, weights in enumerate(gradient.weights):
@@ -179,7 +180,7 @@ def test_options_against_the_oracle(seed, n, m, prefixes, dtype, kind, tags, lim
 def test_kept_tiles_are_rescaled(dtype):
     case = problem(3, 70, 65, (48,), dtype, False, False, (0, 1), True, True, 0.05, True, moments=False)
     check(*case, TOLERANCE[dtype])
-    kept = TritonEngine().tile(*case, keep=True)
+    kept = TritonEngine().tile(*case, cached=True)
     kept.statistics()
     assert kept.kept is not None and kept.kept[0].dtype == dtype
 
@@ -224,9 +225,9 @@ KINDS = {
 }  # fmt: skip
 
 
-def outputs(case, schedule, keep):
+def outputs(case, schedule, cached):
     """Everything a tile says, and by which schedule it went."""
-    tile = TritonEngine(schedule).tile(*case, keep)
+    tile = TritonEngine(schedule).tile(*case, cached)
     found = tile.statistics()
     g = torch.Generator().manual_seed(1)
     pushes = [torch.rand(x.inverse_norm.shape, generator=g) * x.valid for x in case[:2]]
@@ -246,8 +247,8 @@ def test_persistent_programs_go_from_tile_to_tile(kind, masks, dtype):
         pytest.skip("no such tile")
     one = kind == "symmetric"
     case = problem(7, 70, 60, (48,), dtype, columns, pairwise, (0, 2), masks == "limits", not one, 0.1, True, moments, behind=32, one=one)
-    for keep in (False, True) if kind == "rows" else (False,):
-        (tile, found), (plain, right) = (outputs(case, schedule, keep) for schedule in ("auto", "tiles"))
+    for cached in (False, True) if kind == "rows" else (False,):
+        (tile, found), (plain, right) = (outputs(case, schedule, cached) for schedule in ("auto", "tiles"))
         assert tile.masks == masks and (tile.config.schedule, plain.config.schedule) == ("persistent", "tiles")
         assert tile.tiles[0] * tile.tiles[1] == 6 and INTERPRETER_PROGRAMS == 3
         assert tile.kind == kind.replace("rows", "plain") and all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
@@ -300,7 +301,7 @@ def test_slices_of_larger_sides():
     """As the driver cuts them: rows of norms and limits are then not contiguous, and vectors start anywhere."""
     rows, columns, rule = problem(4, 60, 50, (16, 48), torch.float32, True, False, (0, 1), True, False, 0.1, True)
     cut = slice(7, 40)
-    part = Side(rows.vectors[cut], rows.inverse_norm[:, cut], rows.tags[cut], rows.valid[cut], rows.limit[:, cut], rows.inverse_temperature[cut])
+    part = TileOperand(rows.vectors[cut], rows.inverse_norm[:, cut], rows.tags[cut], rows.valid[cut], rows.max_cosine[:, cut], rows.inverse_temperature[cut])
     check(part, columns, rule, FULL)
 
 
@@ -345,7 +346,7 @@ def test_the_loss_through_the_engine(options):
     for backend in ("chunked", "triton"):
         queries, keys = start.clone().requires_grad_().unbind(0)
         queries.retain_grad(), keys.retain_grad()
-        out = infonce(queries, keys, 0.05, backend=backend, **options)
+        out = infonce(queries, keys, 0.05, **grouped(options | {"backend": backend}))
         assert out.backend == backend
         out.loss.backward()
         found.append((out.loss.detach(), queries.grad, keys.grad))
@@ -361,7 +362,7 @@ def test_the_loss_by_both_schedules():
         for schedule in ("auto", "tiles"):
             queries, keys = (x.clone().requires_grad_() for x in start)
             with triton_schedule(schedule):
-                out = infonce(queries, keys, 0.05, backend="triton", **options)
+                out = infonce(queries, keys, 0.05, **grouped(options | {"backend": "triton"}))
             out.loss.backward()
             found.append((out.loss.detach(), queries.grad, keys.grad))
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -375,11 +376,11 @@ def test_the_sigmoid_loss_through_the_engine(options):
     found = []
     for backend in ("reference", "triton"):
         leaves = [x.clone().requires_grad_() for x in (*start, torch.tensor(0.1), torch.tensor(-2.0))]
-        out = sigmoid(*leaves, backend=backend, **options)
+        out = sigmoid(*leaves, **grouped(options | {"backend": backend}))
         assert out.backend == backend
         out.loss.backward()
         with torch.no_grad():
-            value = sigmoid(*leaves, backend=backend, **options).loss
+            value = sigmoid(*leaves, **grouped(options | {"backend": backend})).loss
         found.append((out.loss.detach(), value, out.prefix_losses, out.positive_score, *(x.grad for x in leaves)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

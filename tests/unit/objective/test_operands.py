@@ -70,7 +70,9 @@ def _losses(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, only: str) -> t
     calls: list[dict[str, Tensor]] = []
 
     def spy(given: Sequence[dict[str, Any]], *rest: Any, **options: Any) -> Any:
-        calls.extend({name: call[name] for name in ("queries", "keys", "hard_negatives") if name in call} for call in given)
+        for call in given:
+            hard = {} if call["negatives"] is None or call["negatives"].hard is None else {"hard": call["negatives"].hard}
+            calls.append({"queries": call["queries"], "keys": call["keys"]} | hard)
         return infonce_sum(given, *rest, **options)
 
     monkeypatch.setattr(patterns, "infonce_sum", spy)
@@ -106,7 +108,7 @@ def test_every_loss_gives_its_kernels_rounded_vectors_and_its_views_float32_grad
     for call in calls:
         assert {tensor.dtype for tensor in call.values()} == {torch.bfloat16}
     if name == "infonce":
-        hard = [call["hard_negatives"] for call in calls if "hard_negatives" in call]
+        hard = [call["hard"] for call in calls if "hard" in call]
         assert len(hard) == 1 and hard[0].shape[1] == HARD_NEGATIVES
         # The names' view is a side of three patterns: one memory.
         assert len({call["keys"].data_ptr() for call in calls} | {call["queries"].data_ptr() for call in calls}) < 2 * len(calls)

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sailplan_kernels.arguments import Masks, Negatives, PositiveIds
 from sailplan_kernels.exchange import Exchange
 from sailplan_kernels.infonce.agreement import Needs, agree
 from sailplan_kernels.infonce.masks import Candidates, anchor_notes
@@ -27,7 +28,7 @@ FULL_RATE_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))  # CUDA devices whose floa
 
 
 @dataclass(frozen=True)
-class Problem:
+class LossInputs:
     """N rows, M keys and H hard negatives a row on this rank: what this rank knows by itself."""
 
     raw_queries: Tensor  # [N, D] as the caller gave them, invalid rows may hold anything
@@ -48,7 +49,7 @@ class Problem:
     plain: bool  # no ids and no masks: key i belongs to query i, and every row counts
     any_row: bool  # whether this rank's host knows of a row that counts
     key_log_probability: Tensor | None  # [M] in the scores' dtype
-    max_negative_score: float | Tensor | None  # of all rows, or [N] in the scores' dtype
+    max_cosine: float | Tensor | None  # of all rows, or [N] in the scores' dtype
     temperature: Tensor  # 0-d or [N], differentiable, in the scores' dtype
     tags_in_use: tuple[int, ...]
     query_sizes: list[int]
@@ -113,8 +114,8 @@ class Problem:
 
     @property
     def row_highest(self) -> Tensor | None:
-        """[N] max_negative_score of each row."""
-        highest = self.max_negative_score
+        """[N] max_cosine of each row."""
+        highest = self.max_cosine
         if highest is None or isinstance(highest, Tensor):
             return highest
         return torch.full((len(self.raw_queries),), highest, dtype=self.score_dtype, device=self.raw_queries.device)
@@ -132,7 +133,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class GatheredProblem(Problem):
+class GatheredInputs(LossInputs):
     """With what ranks tell each other in collectives of their own: for losses that are no streams of tiles."""
 
     pairs: PairList  # of the rows that count and their positives, however they were given
@@ -144,28 +145,21 @@ class GatheredProblem(Problem):
     key_correction: Tensor | None  # [all keys] subtracted from their logits, None: nothing to correct
 
 
-def build_problem(
+def build_inputs(
     queries: Tensor,
     keys: Tensor,
     temperature: float | Tensor,
     *,
-    positives: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    key_query_ids: Tensor | None,
-    hard_negatives: Tensor | None,
-    hard_negative_valid: Tensor | None,
-    query_valid: Tensor | None,
-    key_valid: Tensor | None,
+    positives: Tensor | PositiveIds | None,
+    masks: Masks,
+    negatives: Negatives,
     key_log_probability: Tensor | None = None,
-    max_negative_score: float | Tensor | None = None,
-    positive_ids: Tensor | None = None,
     options: InfoNCEOptions,
     exchange: Exchange,
     backend: str,
     score_dtype: torch.dtype | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
-) -> Problem:
+) -> LossInputs:
     """Everything that this rank knows; the arguments have been checked by infonce/checks.py."""
     n, m, device = len(queries), len(keys), queries.device
     half = queries.dtype in (torch.float16, torch.bfloat16)
@@ -173,12 +167,13 @@ def build_problem(
     # On a CPU half-precision products round their result; there they are computed in float32.
     operand = queries.dtype if half and device.type != "cpu" else accumulate
 
-    leaves = (queries, keys, hard_negatives, temperature)
+    leaves = (queries, keys, negatives.hard, temperature)
     needs = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in leaves]
-    if hard_negatives is None:
-        hard_negatives = queries.new_empty(n, 0, queries.shape[1])
-    h = hard_negatives.shape[1]
-    given = [x is None for x in (positives, key_ids, query_ids, key_log_probability, positive_ids)]
+    hard = queries.new_empty(n, 0, queries.shape[1]) if negatives.hard is None else negatives.hard
+    h, max_cosine = hard.shape[1], negatives.max_cosine
+    positive_ids = positives.ids if isinstance(positives, PositiveIds) else None
+    index = None if isinstance(positives, PositiveIds) else positives
+    given = [x is None for x in (index, masks.key_ids, masks.query_ids, key_log_probability, positive_ids)]
     per_row = isinstance(temperature, Tensor) and temperature.dim() == 1
     call = options.fingerprint(queries.shape[1], h, queries.dtype, backend, score_dtype, per_row, *given)
     fast = scores_in_float64(queries, backend)
@@ -188,24 +183,21 @@ def build_problem(
     agreed = agree(exchange, sizes, (n, m), call, needs, low, fast, device)
     compute = score_dtype or (torch.float64 if agreed.low_temperature and agreed.float64 else accumulate)
 
-    ids = {
-        "positives": positives, "query_ids": query_ids, "key_ids": key_ids, "key_query_ids": key_query_ids, "positive_ids": positive_ids,
-        "query_valid": query_valid, "key_valid": key_valid, "hard_valid": hard_negative_valid,
-    }  # fmt: skip
+    ids = {"positives": index, "positive_ids": positive_ids, "hard_valid": negatives.hard_valid, **vars(masks)}
     known_ids, offset = {name: x for name, x in ids.items() if x is not None}, sum(agreed.keys[: exchange.rank])
     remembered = not known_ids and n * (1 + h) + m <= REMEMBERED
     known = nothing_given(n, m, h, offset, device) if remembered else combine(known_ids, n, m, h, offset, device)
 
-    if isinstance(max_negative_score, Tensor):
+    if isinstance(max_cosine, Tensor):
         # In the scores' dtype from the start: a row's limit and its column's must be the same number.
-        max_negative_score = max_negative_score.detach().to(device, compute)
+        max_cosine = max_cosine.detach().to(device, compute)
     given_number = not isinstance(temperature, Tensor)
     number = torch.full((), temperature, dtype=compute, device=device) if given_number else temperature.to(device, compute)  # type: ignore
     tensors = {name: x for name, x in known.items() if isinstance(x, Tensor)}
-    return Problem(
+    return LossInputs(
         raw_queries=queries,
         raw_keys=keys,
-        raw_hard=hard_negatives,
+        raw_hard=hard,
         positives=tensors.pop("positives", None),
         wanted=None if positive_ids is None else tensors.pop("wanted"),
         padding=known["padding"],
@@ -213,16 +205,16 @@ def build_problem(
         plain=known["plain"],
         **tensors,
         key_log_probability=None if key_log_probability is None else key_log_probability.detach().to(device, compute),
-        max_negative_score=max_negative_score,
+        max_cosine=max_cosine,
         temperature=number,
-        tags_in_use=(0,) * known["own_number"] + (1,) * (key_ids is not None) + (2,) * (query_ids is not None),
+        tags_in_use=(0,) * known["own_number"] + (1,) * (masks.key_ids is not None) + (2,) * (masks.query_ids is not None),
         query_sizes=list(agreed.rows),
         key_sizes=list(agreed.keys),
         score_dtype=compute,
         operand_dtype=operand,
         gradient_dtype=accumulate,
         needs=agreed.needs,
-        options=options.with_budget(n + (sum(agreed.keys) if exchange.whole else m), queries.shape[1], torch.finfo(accumulate).bits // 8),
+        options=options.with_budget(n + (sum(agreed.keys) if exchange.materializes_all else m), queries.shape[1], torch.finfo(accumulate).bits // 8),
         exchange=exchange,
     )
 
@@ -236,7 +228,7 @@ def nothing_given(n: int, m: int, h: int, offset: int, device: torch.device) -> 
 def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, device: torch.device) -> dict:
     """Which rows count and who shares which tag: on the CPU where all that was given is there, and then uploaded; else on the device.
 
-    given: the ids and masks of build_problem, by name. Returns the fields of Problem that come of them.
+    given: the ids and masks of build_inputs, by name. Returns the fields of LossInputs that come of them.
     """
     at = device if any(x.device == device for x in given.values()) else torch.device("cpu")
     plain = not given
@@ -289,32 +281,32 @@ def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, devic
     return {**upload(found, device), "padding": padding, "own_number": own_number, "any_row": any_row, "plain": plain}
 
 
-def gathered(problem: Problem) -> GatheredProblem:
+def gathered(inputs: LossInputs) -> GatheredInputs:
     """The problem with everybody's keys and, where the options read them, queries and hard negatives. Collectives."""
-    exchange, options = problem.exchange, problem.options
-    all_keys = Candidates.of(exchange.gather(problem.key_notes, problem.key_sizes))
-    row_valid = problem.row_valid
-    if problem.wanted is None:
-        pairs = pairs_by_index(row_valid, problem.positive + problem.own_keys.start)
+    exchange, options = inputs.exchange, inputs.options
+    all_keys = Candidates.of(exchange.gather(inputs.key_notes, inputs.key_sizes))
+    row_valid = inputs.row_valid
+    if inputs.wanted is None:
+        pairs = pairs_by_index(row_valid, inputs.positive + inputs.own_keys.start)
     else:
-        pairs = pairs_by_id(problem.wanted, all_keys)
+        pairs = pairs_by_id(inputs.wanted, all_keys)
         row_valid = pairs.counts > 0
     valid_rows = exchange.sum(row_valid.sum())
-    all_queries = all_hard = Candidates.of(problem.key_notes[:0])
+    all_queries = all_hard = Candidates.of(inputs.key_notes[:0])
     if options.query_negatives or options.symmetric:
-        all_queries = Candidates.of(exchange.gather(problem.query_notes, problem.query_sizes))
+        all_queries = Candidates.of(exchange.gather(inputs.query_notes, inputs.query_sizes))
     if options.shared_hard_negatives:
-        all_hard = Candidates.of(exchange.gather(problem.hard_notes, problem.hard_sizes))
-    correction = problem.key_log_probability
-    return GatheredProblem(
-        **{**vars(problem), "row_valid": row_valid},
+        all_hard = Candidates.of(exchange.gather(inputs.hard_notes, inputs.hard_sizes))
+    correction = inputs.key_log_probability
+    return GatheredInputs(
+        **{**vars(inputs), "row_valid": row_valid},
         pairs=pairs,
-        row_weight=row_valid.to(problem.score_dtype) * (exchange.world_size / valid_rows.clamp_min(1).to(problem.score_dtype)),
+        row_weight=row_valid.to(inputs.score_dtype) * (exchange.world_size / valid_rows.clamp_min(1).to(inputs.score_dtype)),
         valid_rows=valid_rows,
         all_keys=all_keys,
         all_queries=all_queries,
         all_hard=all_hard,
-        key_correction=None if correction is None else exchange.gather(correction, problem.key_sizes),
+        key_correction=None if correction is None else exchange.gather(correction, inputs.key_sizes),
     )
 
 

@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 
 from sailplan_kernels.exchange.row_split import peers_of, shares
-from sailplan_kernels.infonce.problem import Problem
+from sailplan_kernels.infonce.loss_inputs import LossInputs
 from sailplan_kernels.tiling.tile import EMPTY, Engine
 from sailplan_kernels.tiling.vectors import Vectors
 
 FEWEST_ROWS = 16  # that are looked at together, whatever the budget
 
 
-class Setting:
+class ForwardContext:
     """One loss of a call; ``weight``: its factor in the call's total."""
 
-    def __init__(self, problem: Problem, engine: Engine, queries: Vectors, keys: Vectors, hard: Vectors, weight: float) -> None:
-        self.problem, self.engine, self.exchange, self.peers = problem, engine, problem.exchange, peers_of(problem.exchange)
+    def __init__(self, inputs: LossInputs, engine: Engine, queries: Vectors, keys: Vectors, hard: Vectors, weight: float) -> None:
+        self.inputs, self.engine, self.exchange, self.peers = inputs, engine, inputs.exchange, peers_of(inputs.exchange)
         self.queries, self.keys, self.hard, self.weight = queries, keys, hard, weight
-        self.options, self.needs, self.prefixes = problem.options, problem.needs, problem.options.prefixes
-        self.share_sizes, self.share = shares(len(problem.raw_queries), self.peers)
-        self.fp, self.gradient_dtype = problem.score_dtype, problem.gradient_dtype
-        self.budget, self.rows_at_once = score_budget(problem), rows_at_once(problem)
-        self.device = problem.raw_queries.device
-        self.inverse = problem.inverse_temperature.detach()  # 0-d or [N]
+        self.options, self.needs, self.prefixes = inputs.options, inputs.needs, inputs.options.prefixes
+        self.share_sizes, self.share = shares(len(inputs.raw_queries), self.peers)
+        self.fp, self.gradient_dtype = inputs.score_dtype, inputs.gradient_dtype
+        self.budget, self.rows_at_once = score_budget(inputs), rows_at_once(inputs)
+        self.device = inputs.raw_queries.device
+        self.inverse = inputs.inverse_temperature.detach()  # 0-d or [N]
         self._same: Tensor | None = None
         self.prefix_weights = numbers(tuple(weight * w for w in self.options.prefix_weights), self.fp, self.device)[:, None]  # [P, 1]
 
@@ -61,8 +61,8 @@ class Setting:
     def same_inverse(self, count: int) -> Tensor:
         """[count] the one inverse temperature, contiguous: a part of the same tensor for all who ask."""
         if self._same is None:
-            problem = self.problem
-            most = max(max(sizes) for sizes in (problem.query_sizes, problem.key_sizes, problem.hard_sizes))
+            inputs = self.inputs
+            most = max(max(sizes) for sizes in (inputs.query_sizes, inputs.key_sizes, inputs.hard_sizes))
             self._same = self.inverse.expand(most * self.exchange.world_size).contiguous()
         return self._same[:count]
 
@@ -84,15 +84,15 @@ class Setting:
         return self.peers.gather(x.contiguous(), self.share_sizes)
 
 
-def score_budget(problem: Problem) -> int:
+def score_budget(inputs: LossInputs) -> int:
     """Engines count bytes of float32 scores."""
-    return problem.options.memory_budget * 4 // (torch.finfo(problem.score_dtype).bits // 8)
+    return inputs.options.memory_budget * 4 // (torch.finfo(inputs.score_dtype).bits // 8)
 
 
-def rows_at_once(problem: Problem) -> int:
+def rows_at_once(inputs: LossInputs) -> int:
     """Rows whose vectors are copied together (gathered, multiplied): a few such copies stay below the budget."""
-    size = torch.finfo(problem.score_dtype).bits // 8
-    return max(FEWEST_ROWS, problem.options.memory_budget // (8 * size * problem.raw_queries.shape[1]))
+    size = torch.finfo(inputs.score_dtype).bits // 8
+    return max(FEWEST_ROWS, inputs.options.memory_budget // (8 * size * inputs.raw_queries.shape[1]))
 
 
 @lru_cache(maxsize=256)

@@ -1,7 +1,7 @@
 """Who is scored against whom: blocks of anchors, and the candidates of every kind.
 
-Anchors are the queries and, with key negatives, the positives themselves, one a pair. Candidates are keys; with the options
-other queries and everybody's hard negatives. (A row's own hard negatives are no tile: own_hard.py.)
+Query blocks hold the queries and, with key negatives, the positives themselves, one a pair. Candidates are keys; with the options
+other queries and everybody's hard negatives. (A row's own hard negatives are no tile: per_row_negatives.py.)
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from sailplan_kernels.exchange.base import Shard
 from sailplan_kernels.infonce.masks import Candidates
-from sailplan_kernels.tiling.tile import EMPTY, Gradient, Rule, Side, Statistics
+from sailplan_kernels.tiling.tile import EMPTY, Gradient, MaskConfig, Statistics, TileOperand
 from sailplan_kernels.tiling.vectors import Vectors
 
 
 @dataclass
-class Anchors:
+class QueryBlock:
     """n rows of tiles, what is known of their denominators, and what their gradient has come to."""
 
-    side: Side
+    side: TileOperand
     by_pair: bool  # one a pair; else one a row
-    moments: bool  # Rule.moments of their tiles
+    moments: bool  # MaskConfig.moments of their tiles
     gradient: Tensor | None  # [n, D] to add to; None: nobody needs it
     top: Tensor | None = None  # [P, n] highest logit; None: no tile has been looked at
     total: Tensor | None = None  # [P, n] sum of exp(logit - top)
@@ -59,46 +59,46 @@ class Anchors:
 
 
 @dataclass
-class Source:
+class CandidateBlock:
     """C candidates of one kind, and the anchors that are scored against them."""
 
     vectors: Vectors
     candidates: Candidates
     inverse_temperature: Tensor  # [C] of the column loss
-    blocks: list[tuple[Anchors, Rule]] = field(default_factory=list)
+    blocks: list[tuple[QueryBlock, MaskConfig]] = field(default_factory=list)
     correction: Tensor | None = None  # [C]
-    limit: Tensor | None = None  # [P, C]
+    max_cosine: Tensor | None = None  # [P, C]
 
     @property
     def count(self) -> int:
         return len(self.candidates.valid)
 
-    def columns(self, shard: Shard, part: slice) -> Side:
+    def columns(self, shard: Shard, part: slice) -> TileOperand:
         """Columns ``part`` of a shard."""
         here = slice(shard.start + part.start, shard.start + part.stop)
         assert self.vectors.whole_norms is not None
-        whole = Side(
+        whole = TileOperand(
             vectors=shard.vectors[part],
             inverse_norm=self.vectors.whole_norms,
             tags=self.candidates.tags,
             valid=self.candidates.valid,
-            limit=self.limit,
+            max_cosine=self.max_cosine,
             inverse_temperature=self.inverse_temperature,
             correction=self.correction,
         )
         return some(whole, here, whole.vectors)
 
 
-def some(side: Side, rows: slice, vectors: Tensor | None = None) -> Side:
+def some(side: TileOperand, rows: slice, vectors: Tensor | None = None) -> TileOperand:
     """Those rows of a side; the side itself where that is all of them. ``vectors``: theirs, if not to be taken from the side."""
     if rows.start == 0 and rows.stop == len(side.valid):
         return side
-    return Side(
+    return TileOperand(
         vectors=side.vectors[rows] if vectors is None else vectors,
         inverse_norm=side.inverse_norm[:, rows].contiguous(),
         tags=side.tags[rows],
         valid=side.valid[rows],
-        limit=None if side.limit is None else side.limit[:, rows].contiguous(),
+        max_cosine=None if side.max_cosine is None else side.max_cosine[:, rows].contiguous(),
         inverse_temperature=side.inverse_temperature[rows],
         correction=None if side.correction is None else side.correction[rows],
     )
