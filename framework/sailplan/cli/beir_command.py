@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     from sailplan.evaluate.beir_files import check_folder
     from sailplan.export.load import Model, Vectors, load
     from sailplan.runtime.config import ParallelConfig
-    from sailplan.runtime.process import started
+    from sailplan.runtime.session import started
 
     for flag, found in (("--model", options.model), ("--data", options.data)):
         if not found:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from sailplan.config.components import INHERITS
 from sailplan.config.fields import Count, NotNegative, Positive, Share, ShareAboveZero, ShareBelowOne, Size
 from sailplan.errors import ConfigurationError
-from sailplan.step.config import OptimizerConfig
+from sailplan.step.config import StageOptimizerConfig
+
+ROOM = "sailplan.curriculum.artifacts"
+
+
+def built_in_artifacts() -> dict[str, dict[str, Any]]:
+    """Return the artifacts that every run can make: name -> {_target_: class}."""
+    return {name: {"_target_": f"{ROOM}.{cls}"} for name, cls in (("interests", "Interests"), ("teachers", "Teachers"), ("co_occurrence", "CoOccurrence"))}
 
 
 @dataclass
@@ -66,6 +73,6 @@ class StageConfig:
     trainable: list[str] = field(default_factory=lambda: ["all"])  # all | parts of the encoder | objectives | temperatures
     subset: SubsetConfig | None = None
     hard_negatives: HardNegativeConfig | None = None
-    artifacts: list[Literal["interests", "teachers", "co_occurrence"]] = field(default_factory=list)  # made at the stage's start
+    artifacts: list[str] = field(default_factory=list)  # names of `artifacts` that are made at the stage's start, in this order
     # Settings that a stage does not name are the run's.
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={INHERITS: "optimizer"})
+    optimizer: StageOptimizerConfig = field(default_factory=StageOptimizerConfig, metadata={INHERITS: "optimizer"})

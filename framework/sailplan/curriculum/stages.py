@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from sailplan.config.schema import ARTIFACT, BalanceConfig, Config, PatternKey, StageConfig
-from sailplan.curriculum.artifacts import TEACHERS, TEACHERS_FILE, check_artifact, make_artifacts
+from sailplan.curriculum.artifact import stage_artifacts
+from sailplan.curriculum.artifacts import TEACHERS, TEACHERS_FILE, make_artifacts
 from sailplan.curriculum.balance import Balance, Summary, balance, by_size, with_floor
 from sailplan.curriculum.hard_negatives import check_minable, chosen_patterns, matched, mine
 from sailplan.curriculum.kinds import embed_kinds, pattern_views, replicates, summarise_benchmark
@@ -63,8 +64,7 @@ def check_stage(name: str, stage: StageConfig, config: Config) -> None:
         shards = config.data.sets[dataset].shards
         if shards.startswith(ARTIFACT) and shards.removeprefix(ARTIFACT) not in stage.artifacts:
             raise ConfigurationError(f"stages.{name}.data.{dataset}: its shards are {shards}; list that in stages.{name}.artifacts")
-    for artifact in stage.artifacts:
-        check_artifact(config, name, stage, artifact)
+    stage_artifacts(config, name)
     for dataset in stage.subset.sets if stage.subset is not None else ():
         if dataset not in stage.data:
             raise ConfigurationError(f"stages.{name}.subset.sets: found {dataset}; expected data sets of the stage: {', '.join(stage.data)}")

@@ -26,6 +26,7 @@ from sailplan.objective.temperature import Temperatures
 from sailplan.runtime.agreement import agree
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.watch import alone, phase
+from sailplan.step.optimizer import check_optimizer
 from sailplan.train.run_folder import RunFolder
 
 
@@ -74,6 +75,7 @@ def open_agreed(
 
 def check_data(config: Config, readers: Mapping[str, RecordReader]) -> None:
     """Raises ConfigurationError for what a stage or an evaluation of the run would miss in the open data sets, before the first step."""
+    check_optimizer(config)
     for name in config.order:
         check_stage(name, config.stages[name], config)
     component: EncoderComponent = config.model.component()
