@@ -9,12 +9,20 @@ READY := $(VENV)/.ready
 # Versions of Triton that the kernels are tested with beside the environment's own, each in a folder of its own.
 TRITONS := $(patsubst requirements/%.txt,$(VENV)/%/.ready,$(wildcard requirements/triton-*.txt))
 
-.PHONY: help environment quickstart weights test check clean
+# Tests that start no ranks and no commands.
+FAST := tests/unit/test_layers.py tests/unit/data tests/unit/objective tests/unit/config/test_words.py \
+  tests/unit/curriculum/test_collaboration.py tests/unit/evaluate/test_semantic_ids.py tests/unit/observe/test_metric_files.py \
+  tests/kernels/test_definition.py tests/kernels/test_calls.py tests/kernels/test_layers.py
+
+.PHONY: help environment quickstart weights lint test test-fast docs clean
 
 help:
 	@echo "make quickstart   five stages on two ranks, evaluation, report (5 minutes on 2 idle cores, 10 on busy ones)"
 	@echo "make weights      published weights for experiment=pretrained and its tests (101 MB)"
 	@echo "make test         style, types and all tests"
+	@echo "make test-fast    the tests that start no ranks and no commands (under 90 s on 2 idle cores)"
+	@echo "make lint         style and types"
+	@echo "make docs         the documentation site, in build/site"
 	@echo "make clean        remove the environment and run folders"
 
 environment: $(READY)
@@ -41,9 +49,21 @@ $(VENV)/triton-%/.ready: requirements/triton-%.txt $(READY)
 	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<; } \
 	  && touch $@ || { rm -rf $(@D); echo "sailplan: $< could not be installed: the tests with it are SKIPPED"; }
 
-test: $(READY) $(TRITONS)
-	$(BIN)/ruff check framework kernels tests benchmarks tools
+lint: $(READY)
+	$(BIN)/ruff check framework kernels tests benchmarks tools examples
 	$(BIN)/mypy
+
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider $(FAST)
+
+# The site's own packages, so that those of training stay as they are pinned.
+$(VENV)/docs/.ready: requirements/docs.txt
+	@$(PYTHON) -m venv $(@D) && $(@D)/bin/pip install --quiet --disable-pip-version-check -r $< && touch $@
+
+docs: $(VENV)/docs/.ready
+	$(VENV)/docs/bin/mkdocs build --strict --quiet
+
+test: lint $(TRITONS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 clean:

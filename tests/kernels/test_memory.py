@@ -156,7 +156,7 @@ def test_the_reference_holds_more_than_a_matrix(make_case):
 
 
 def test_what_each_exchange_keeps():
-    """A stream's round with gradients on six ranks, in shards: what exchange/grid.py says, the copy that gloo's reduce-scatter makes, and a message that is still under way."""
+    """A stream's round with gradients on six ranks, in shards: what exchange/grid.py says, gloo's copy, and a message that is under way."""
     rows, dim = 256, 64
     shard = rows * dim * 4
 

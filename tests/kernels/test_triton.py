@@ -102,7 +102,7 @@ from sailplan_kernels.triton_kernels.configurations import Configuration
 
 half, full = torch.bfloat16, torch.float32
 for case in (
-    Case("statistics", half, "plain", "ids", 90, keep=True),
+    Case("statistics", half, "plain", "ids", 90, cached=True),
     Case("rescale", half, "plain", "ids", 90),
     Case("gradient", full, "columns", "limits", 90),
     Case("gradient", half, "columns", "odd", 80),

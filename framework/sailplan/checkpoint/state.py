@@ -19,6 +19,7 @@ from sailplan.runtime.process import Parallel
 
 Scalars = dict[str, dict[str, float]]  # parameter name -> kind -> value
 ModelState = dict[str, WholeTensorView]
+GROUP = "group:"  # before the name of a parameter group among the scalars
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -61,7 +62,16 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, parallel
                 tensors[f"optimizer.{kind}.{name}"] = WholeTensorView(local(value), layout)
             else:
                 scalars.setdefault(name, {})[kind] = float(value)
+    for group in optimizer.param_groups:
+        if progress := {kind: float(group[kind]) for kind in _group_state(optimizer, group)}:
+            scalars[f"{GROUP}{group.get('name', '')}"] = progress
     return tensors, scalars
+
+
+def _group_state(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[str]:
+    """Names of the numbers that an optimizer counts in its groups (apex's step count): what is no option and not ours."""
+    ours = {*optimizer.defaults, "params", "param_names", "name", "peak_learning_rate"}
+    return [kind for kind, value in group.items() if kind not in ours and isinstance(value, int | float | Tensor)]
 
 
 def fresh_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel, scalars: Scalars, saved: Iterable[str]) -> ModelState:
@@ -93,4 +103,7 @@ def fresh_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, pa
             state[kind] = torch.zeros_like(parameter, requires_grad=False, memory_format=torch.preserve_format)
             views[f"optimizer.{kind}.{name}"] = WholeTensorView(local(state[kind]), layout)
         optimizer.state[parameter] = state
+    for group in optimizer.param_groups:
+        for kind, value in scalars.get(f"{GROUP}{group.get('name', '')}", {}).items():
+            group[kind] = int(value) if value.is_integer() else value
     return views

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
+import time
 from collections.abc import Sequence
 
+import rich.progress
 from rich.console import Console
 from rich.table import Table
 
 from sailplan.config.compose import compose
 from sailplan.config.schema import Config
+from sailplan.data.filling import Progress
 from sailplan.data.validation import Validation
 from sailplan.errors import EXIT_BAD_DATA, EXIT_DONE, ConfigurationError
 
+REDRAWN_SECONDS = 0.1
+
 
 def run(options: argparse.Namespace) -> int:
-    from sailplan.data.datasets import open_datasets
     from sailplan.data.validation import validations
 
     if options.processes is not None and options.processes < 1:
@@ -25,9 +30,7 @@ def run(options: argparse.Namespace) -> int:
     if not config.data.sets:
         raise ConfigurationError("no data set is configured: add experiment=NAME or data=[reading,NAME]")
     if options.action == "index":
-        for name, reader in open_datasets(config).items():
-            print(f"{name}: {len(reader)} records, {reader.count('train')} of them train")
-        return EXIT_DONE
+        return _index(config, options.processes or len(os.sched_getaffinity(0)))
     found = []
     for one in validations(config, processes=options.processes):
         for line in [*one.problems, *one.notes]:
@@ -37,6 +40,35 @@ def run(options: argparse.Namespace) -> int:
     count = sum(len(one.problems) for one in found)
     print(f"{count} problems")
     return EXIT_BAD_DATA if count else EXIT_DONE
+
+
+class _Bar(Progress):
+    """A progress bar of shards on the terminal. It is drawn by this thread: another would not survive the fork of helpers."""
+
+    def __init__(self, bar: rich.progress.Progress) -> None:
+        super().__init__()
+        self._bar, self._task, self._drawn = bar, bar.add_task("", visible=False), 0.0
+
+    def expect(self, what: str, shards: int) -> None:
+        self._bar.reset(self._task, total=shards, description=what, visible=True)
+
+    def advance(self, shards: int) -> None:
+        self._bar.advance(self._task, shards)
+        if time.monotonic() - self._drawn > REDRAWN_SECONDS:
+            self._bar.refresh()
+            self._drawn = time.monotonic()
+
+
+def _index(config: Config, processes: int) -> int:
+    """Index all data sets; every shard is looked at, and every checksum of what is kept compared."""
+    from sailplan.data.datasets import open_datasets
+
+    columns = [*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn()]
+    with rich.progress.Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        readers = open_datasets(config, progress=_Bar(bar), processes=processes, thorough=True)
+    for name, reader in readers.items():
+        print(f"{name}: {len(reader)} records, {reader.count('train')} of them train")
+    return EXIT_DONE
 
 
 def _tables(found: Sequence[Validation], config: Config) -> str:

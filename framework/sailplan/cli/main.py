@@ -41,6 +41,7 @@ COMMANDS = {
     "list": "print the configuration groups and the files of each: sailplan list [GROUP ...]",
     "data": "import, index or validate data sets: sailplan data import SOURCE --name NAME, sailplan data index|validate",
     "new": "write an experiment over imported data sets: sailplan new NAME --data SET[,SET]",
+    "teachers": "factorise training histories into ID embeddings: files that data.teachers takes, as a recommender's own",
     "mine": "mine hard negatives with a run's newest checkpoint",
     "balance": "compute data weights with a run's newest checkpoint",
     "evaluate": "evaluate a run's newest checkpoint on all tasks, or --model PATH on --data FOLDER in BEIR's form; JSON out",
@@ -76,10 +77,14 @@ def _parser() -> argparse.ArgumentParser:
             continue
         if name == "data":
             command.add_argument("action", choices=["index", "validate"], help="what to do")
-            command.add_argument("--processes", type=int, default=None, help="validate: how many processes read the shards (default: one a CPU)")
+            command.add_argument("--processes", type=int, default=None, help="how many processes read the shards (default: one a CPU)")
         if name in LAUNCHED:
             command.add_argument("--cfg", choices=["job"], default=None, help="print the configuration as YAML, and do nothing else")
             command.add_argument("--info", choices=INFOS, default=None, help="print what Hydra composed it from, and do nothing else")
+        if name == "teachers":
+            command.add_argument("--dataset", required=True, help="sequences with recorded histories")
+            command.add_argument("--dimension", type=int, default=64, help="of the vectors, at most (default: 64)")
+            command.add_argument("--out", required=True, help="folder to write")
         if name == "train":
             command.add_argument("-m", "--multirun", action="store_true", help="a run for each combination of values (seed=0,1,2), by hydra/launcher")
         if name == "plan":
@@ -196,6 +201,10 @@ def run(arguments: list[str]) -> int:
         from sailplan.cli import data_commands
 
         return data_commands.run(options)
+    if options.command == "teachers":
+        from sailplan.cli import teachers_command
+
+        return teachers_command.run(options)
     if options.command in LAUNCHED:
         from sailplan.cli import look
         from sailplan.cli.configuration import of_launch

@@ -162,8 +162,9 @@ def balance(options: argparse.Namespace) -> int:
         if missing:
             raise ConfigurationError(f"stages.{options.stage}.data.{missing[0]}: made at the stage's start and not in {run.folder.root} yet")
         embedder = Embedder(run.context)
-        found = balance_sets(embedder, replace(stage, balance=settings), summarise_benchmark(embedder, settings), settings)
-        text = json.dumps({"weights": found.weights, "scores": found.scores, "pairs": found.pairs}, indent=1)
+        benchmark = summarise_benchmark(embedder, settings) if settings.weights == "similarity" else {}
+        found = balance_sets(embedder, replace(stage, balance=settings), benchmark, settings)
+        text = json.dumps({"weights": found.weights, "scores": found.scores, "errors": found.errors, "pairs": found.pairs}, indent=1)
         if options.out and run.parallel.is_main:
             Path(options.out).write_text(text)
         _say(run, text)

@@ -15,6 +15,7 @@ from sailplan.observe.metrics import logger_classes
 from sailplan.runtime.environment import world_size_from_environment
 from sailplan.runtime.process import device_type
 from sailplan.runtime.session import started
+from sailplan.step.optimizer import check_optimizer
 
 
 def _check(config: Config) -> None:
@@ -22,6 +23,7 @@ def _check(config: Config) -> None:
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, allowed_targets=config.allowed_targets)
     check_objectives(objectives, {name: config.stages[name] for name in config.order}, config.data.sets)
     logger_classes(config.loggers, config.allowed_targets)
+    check_optimizer(config)
     component: EncoderComponent = config.model.component()
     component.check_shapes(config.parallel)
     component.check_files()

@@ -40,7 +40,7 @@ from sailplan.errors import ConfigurationError
 # Fields that say *what* is trained, in which order: a resumed run must have the same ones.
 IDENTITY = ("seed", "global_batch", "order", "stages", "data", "model", "objectives")
 # Groups whose files are entries -> the key that a file's `# @package` line should name.
-PACKAGES = {"data": "data.sets.{name}", "objective": "objectives.{name}", "logger": "loggers.{name}", "experiment": "_global_"}
+PACKAGES = {"data": "data.sets.{name}", "objective": "objectives.{name}", "logger": "loggers.{name}", "artifact": "artifacts.{name}", "experiment": "_global_"}
 _NOT_IDENTITY = (
     ("data", "workers"), ("data", "prefetch"), ("data", "cache"), ("data", "empty_steps"), ("data", "root"), ("data", "tokenizer"), ("model", "weights"),
 )  # fmt: skip
@@ -203,7 +203,11 @@ def to_yaml(config: Config) -> str:
 
 def identity(config: Config) -> dict[str, Any]:
     """The part that a resume must not change."""
-    values = {name: as_dict(config)[name] for name in IDENTITY}
+    every = as_dict(config)
+    values = {name: every[name] for name in IDENTITY}
+    values["optimizer"] = {name: every["optimizer"][name] for name in ("_target_", "options")}  # stages have the rest
+    made = {name for stage in config.stages.values() for name in stage.artifacts}
+    values["artifacts"] = {name: options for name, options in every["artifacts"].items() if name in made}
     for outer, inner in _NOT_IDENTITY:
         values[outer].pop(inner, None)
     if values["data"]["lanes"] in (None, FORMER_LANES):

@@ -89,7 +89,8 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
         _one_of(f"{key}.patterns", dataset, stage.data)
         for pattern in patterns:
             _one_of(f"{key}.patterns.{dataset}", pattern, config.data.sets[dataset].patterns)
-    if (stage.balance or (stage.subset and stage.subset.nearest)) and not config.evaluation.benchmark:
+    similar = stage.balance is not None and stage.balance.weights == "similarity"
+    if (similar or (stage.subset and stage.subset.nearest)) and not config.evaluation.benchmark:
         raise ConfigurationError(f"{key} measures similarity to the benchmark: list its tasks in evaluation.benchmark")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sailplan.checkpoint.config import CheckpointConfig
-from sailplan.curriculum.config import BalanceConfig, HardNegativeConfig, StageConfig, SubsetConfig
+from sailplan.curriculum.config import BalanceConfig, HardNegativeConfig, StageConfig, SubsetConfig, built_in_artifacts
 from sailplan.data.config import ARTIFACT, DataConfig, DatasetConfig, PatternConfig, PatternKey, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate.config import EvaluationConfig, EvaluationTask
@@ -26,7 +26,7 @@ from sailplan.model.config import (
 )
 from sailplan.observe.config import TrackingConfig
 from sailplan.runtime.config import ParallelConfig
-from sailplan.step.config import OptimizerConfig, StepConfig
+from sailplan.step.config import OptimizerConfig, StageOptimizerConfig, StepConfig
 
 __all__ = [
     "ARTIFACT",
@@ -47,6 +47,7 @@ __all__ = [
     "PatternConfig",
     "PatternKey",
     "StageConfig",
+    "StageOptimizerConfig",
     "StepConfig",
     "SubsetConfig",
     "SwinShape",
@@ -74,6 +75,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: Any = field(default_factory=ModelConfig)  # an EncoderConfig: the settings of the encoder that it names
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {_target_: class, options}
+    artifacts: dict[str, dict[str, Any]] = field(default_factory=built_in_artifacts)  # what stages can make at their start: as objectives
     allowed_targets: list[str] = field(default_factory=lambda: ["sailplan."])  # module prefixes that a _target_ may have; add your own
     step: StepConfig = field(default_factory=StepConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

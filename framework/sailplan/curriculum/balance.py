@@ -3,11 +3,17 @@
 Each set is summarised by k-means centroids with cluster sizes, separately for every kind of vector it has (fused,
 vision, text, audio). Two sets are compared by optimal transport between their centroids: the entropic plan P for
 the cost 1 - cosine, with the cluster sizes as marginals, moves every cluster to those it resembles, and
-score = sum(P * cosine) is the mean similarity of what was matched. Softmax of the standardised scores gives weights.
+score = sum(P * cosine) is the mean similarity of what was matched. A softmax of the scores gives weights.
+
+A score is known no better than its sample and its k-means, which can end elsewhere on another sample of the same set.
+So each training set is drawn from its sample again and clustered anew several times (bootstrap): the mean is the
+score, the spread its standard error, and the softmax's temperature is counted in standard errors. Otherwise chance
+decides between sets that are alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +42,10 @@ class Balance:
     scores: dict[str, float]  # training set -> mean similarity over the benchmarks
     pairs: dict[str, dict[str, float]]  # training set -> benchmark -> similarity
     kinds: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # the same, per kind of vector
+    errors: dict[str, float] = field(default_factory=dict)  # training set -> standard error of its score
 
     def as_dict(self) -> dict[str, Any]:
-        return {"weights": self.weights, "scores": self.scores, "pairs": self.pairs, "kinds": self.kinds}
+        return {"weights": self.weights, "scores": self.scores, "errors": self.errors, "pairs": self.pairs, "kinds": self.kinds}
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
@@ -87,34 +94,58 @@ def compare(training: Summary, benchmark: Summary, config: BalanceConfig) -> tup
     return (float(np.mean(list(kinds.values()))) if kinds else None), kinds
 
 
-def softmax_weights(scores: dict[str, float], temperature: float) -> dict[str, float]:
-    """Softmax of the standardised scores divided by the temperature. Cosines sit in a narrow band: without
-    standardising, the weights come out uniform. Equal scores give equal weights."""
+def softmax_weights(scores: dict[str, float], temperature: float, unit: float) -> dict[str, float]:
+    """Return the softmax of scores / (temperature * unit). A unit of nothing gives equal scores equal weights."""
     values = np.array(list(scores.values()))
-    spread = values.std()
-    standard = (values - values.mean()) / spread if spread > 1e-12 else np.zeros_like(values)
-    exponent = np.exp((standard - standard.max()) / temperature)
-    return {name: float(value) for name, value in zip(scores, exponent / exponent.sum(), strict=True)}
+    exponent = (values - values.max()) / max(temperature * unit, 1e-9)
+    shares = np.exp(exponent)
+    return {name: float(value) for name, value in zip(scores, shares / shares.sum(), strict=True)}
+
+
+def unit_of(scores: dict[str, float], errors: dict[str, float], config: BalanceConfig) -> float:
+    """Return what the temperature is counted in (`BalanceConfig.temperature_unit`), as a cosine."""
+    if config.temperature_unit == "cosine":
+        return 1.0
+    if config.temperature_unit == "spread":
+        return float(np.std(list(scores.values())))
+    return float(np.sqrt(np.mean(np.square(list(errors.values()))))) if errors else 0.0
 
 
 def with_floor(balanced: dict[str, float], fixed: dict[str, float], floor: float = 0.1) -> dict[str, float]:
-    """(1 - floor) * balanced + floor * fixed shares: no set that the stage lists falls below a tenth of its fixed share."""
+    """(1 - floor) * balanced + floor * fixed shares: no set that the stage lists falls below that part of its fixed share."""
     total = sum(fixed.values())
     return {name: (1 - floor) * weight + floor * fixed[name] / total for name, weight in balanced.items()}
 
 
-def balance(training: dict[str, Summary], benchmark: dict[str, Summary], config: BalanceConfig) -> Balance:
-    """Sampling weights of the training sets. A set comparable with no benchmark gets the lowest score among the others,
-    so that it neither leads nor vanishes; if none is comparable all weights are equal."""
+def by_size(sizes: dict[str, int], weights: str) -> Balance:
+    """Return weights that look at no vector: uniform, size or sqrt_size, of training sets with so many records."""
+    power = {"uniform": 0.0, "sqrt_size": 0.5, "size": 1.0}[weights]
+    values = {name: float(size) ** power for name, size in sizes.items()}
+    return Balance({name: value / sum(values.values()) for name, value in values.items()}, {}, {})
+
+
+def balance(training: Mapping[str, Sequence[Summary]], benchmark: dict[str, Summary], config: BalanceConfig) -> Balance:
+    """Return sampling weights of the training sets, each given by one or more summaries (bootstrap replicates).
+
+    A set comparable with no benchmark gets the lowest score among the others, so that it neither leads nor vanishes; if
+    none is comparable all weights are equal.
+    """
     pairs: dict[str, dict[str, float]] = {}
     kinds: dict[str, dict[str, dict[str, float]]] = {}
-    for name, summary in training.items():
-        pairs[name], kinds[name] = {}, {}
+    errors: dict[str, float] = {}
+    for name, replicates in training.items():
+        pairs[name], kinds[name], totals = {}, {}, []
         for other, target in benchmark.items():
-            score, kinds[name][other] = compare(summary, target, config)
-            if score is not None:
-                pairs[name][other] = score
+            found = [compare(summary, target, config) for summary in replicates]
+            scores = [score for score, _ in found if score is not None]
+            kinds[name][other] = {kind: float(np.mean([own[kind] for _, own in found if kind in own])) for kind in found[0][1]}
+            if scores:
+                pairs[name][other] = float(np.mean(scores))
+                totals.append(scores)
+        if totals and len(totals[0]) > 1:
+            errors[name] = float(np.mean(totals, axis=0).std(ddof=1))
     known = {name: float(np.mean(list(found.values()))) for name, found in pairs.items() if found}
     lowest = min(known.values(), default=0.0)
-    scores = {name: known.get(name, lowest) for name in training}
-    return Balance(softmax_weights(scores, config.temperature), scores, pairs, kinds)
+    means = {name: known.get(name, lowest) for name in training}
+    weights = softmax_weights(means, config.temperature, unit_of(means, errors, config) if known else 1.0)
+    return Balance(weights, means, pairs, kinds, errors)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from sailplan.config.components import INHERITS
 from sailplan.config.fields import Count, NotNegative, Positive, Share, ShareAboveZero, ShareBelowOne, Size
-from sailplan.step.config import OptimizerConfig
+from sailplan.errors import ConfigurationError
+from sailplan.step.config import StageOptimizerConfig
+
+ROOM = "sailplan.curriculum.artifacts"
+
+
+def built_in_artifacts() -> dict[str, dict[str, Any]]:
+    """Return the artifacts that every run can make: name -> {_target_: class}."""
+    return {name: {"_target_": f"{ROOM}.{cls}"} for name, cls in (("interests", "Interests"), ("teachers", "Teachers"), ("co_occurrence", "CoOccurrence"))}
 
 
 @dataclass
@@ -38,7 +46,19 @@ class BalanceConfig:
     clusters: Size = 16
     epsilon: Positive = 0.05
     iterations: Size = 100
-    temperature: Positive = 1.0
+    # How often a set's sample is drawn again from itself and clustered anew: the scores' mean, and their standard error.
+    bootstrap: Size = 16
+    temperature: Positive = 8.0  # of the softmax, in units of temperature_unit
+    # standard_error: of a score, so that sets that cannot be told apart get equal weights; cosine: as it is; spread: the scores' own
+    # standard deviation, which makes differences of any size equally strong
+    temperature_unit: Literal["standard_error", "cosine", "spread"] = "standard_error"
+    floor: ShareBelowOne = 0.1  # share of the steps that is dealt by the fixed weights, so that no set vanishes
+    weights: Literal["similarity", "uniform", "size", "sqrt_size"] = "similarity"  # the others look at no vector
+
+    def validate(self, path: str) -> None:
+        """Raise ConfigurationError for an error that is not measured."""
+        if self.weights == "similarity" and self.temperature_unit == "standard_error" and self.bootstrap < 2:
+            raise ConfigurationError(f"{path}.bootstrap={self.bootstrap}: expected at least 2 with temperature_unit=standard_error")
 
 
 @dataclass
@@ -53,6 +73,6 @@ class StageConfig:
     trainable: list[str] = field(default_factory=lambda: ["all"])  # all | parts of the encoder | objectives | temperatures
     subset: SubsetConfig | None = None
     hard_negatives: HardNegativeConfig | None = None
-    artifacts: list[Literal["interests", "teachers", "co_occurrence"]] = field(default_factory=list)  # made at the stage's start
+    artifacts: list[str] = field(default_factory=list)  # names of `artifacts` that are made at the stage's start, in this order
     # Settings that a stage does not name are the run's.
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={INHERITS: "optimizer"})
+    optimizer: StageOptimizerConfig = field(default_factory=StageOptimizerConfig, metadata={INHERITS: "optimizer"})

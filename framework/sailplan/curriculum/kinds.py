@@ -19,6 +19,7 @@ from sailplan.data.reader import RecordReader
 from sailplan.embed.embedder import Embedder
 from sailplan.embed.embedding import EmbeddedRows
 from sailplan.runtime.seeds import generator
+from sailplan.runtime.turns import from_all_ranks, in_turns
 
 
 def kind_views(reader: RecordReader, views: Sequence[str]) -> dict[str, str]:
@@ -59,18 +60,61 @@ def embed_kinds(
     return result
 
 
-def sample(positions: NDArray[np.int64], size: int, *seed: int | str) -> NDArray[np.int64]:
-    """At most `size` of the positions, drawn by the seed, sorted."""
-    return positions if len(positions) <= size else np.sort(generator("sample", *seed).permutation(positions)[:size])
+def sample(reader: RecordReader, split: str, size: int, *seed: int | str) -> NDArray[np.int64]:
+    """Return at most `size` positions of a split, sorted: one at random from each of `size` equal parts of its records.
+
+    So each shard gives its share, and no more than `size` positions are ever listed.
+    """
+    count = reader.count(split)
+    if count <= size:
+        return reader.positions(split)
+    edges = np.arange(size + 1) * count // size
+    numbers = generator("sample", *seed).integers(edges[:-1], edges[1:])
+    return reader.select(split, numbers)
 
 
-def summarise(
-    embedder: Embedder, reader: RecordReader, views: Sequence[str], positions: NDArray[np.int64], settings: BalanceConfig, name: str
-) -> Summary:
-    """Clusters of every kind over a sample of the positions. Collective; the same on all ranks."""
+def summarise(embedder: Embedder, reader: RecordReader, views: Sequence[str], split: str | None, settings: BalanceConfig, name: str) -> Summary:
+    """Return the clusters of every kind over a sample of a split (None: of all). Collective; the same on all ranks."""
+    return {
+        kind: cluster(rows, settings.clusters, embedder.context.config.seed, name, kind)
+        for kind, rows in _vectors(embedder, reader, views, split, settings, name).items()
+    }
+
+
+def replicates(embedder: Embedder, reader: RecordReader, views: Sequence[str], settings: BalanceConfig, name: str) -> list[Summary]:
+    """Return `bootstrap` summaries of a sample of the train split, each of as many rows drawn from it again. Collective.
+
+    The ranks share the clusterings; the same result on all of them.
+    """
+    run = embedder.context
+    vectors = _vectors(embedder, reader, views, "train", settings, name)
+    own: dict[int, Summary] = {}
+
+    def make(number: int) -> None:
+        own[number] = {
+            kind: cluster(
+                rows[generator("bootstrap", run.config.seed, name, kind, number).integers(len(rows), size=len(rows))],
+                settings.clusters, run.config.seed, name, kind, number,
+            )
+            for kind, rows in vectors.items()
+        }  # fmt: skip
+
+    in_turns(run.parallel, f"balancing {name}", range(settings.bootstrap), make)
+    every = {number: summary for found in from_all_ranks(run.parallel, own) for number, summary in found.items()}
+    return [every[number] for number in range(settings.bootstrap)]
+
+
+def _vectors(
+    embedder: Embedder, reader: RecordReader, views: Sequence[str], split: str | None, settings: BalanceConfig, name: str
+) -> dict[str, NDArray[np.float32]]:
+    """Return the valid vectors of every kind over a sample."""
     seed = embedder.context.config.seed
-    found = embed_kinds(embedder, reader, views, sample(positions, settings.sample, seed, name))
-    return {kind: cluster(rows.fused.numpy()[rows.valid], settings.clusters, seed, name, kind) for kind, rows in found.items() if rows.valid.any()}
+    if split is None:
+        positions = np.arange(len(reader))[:: max(1, len(reader) // settings.sample)][: settings.sample]
+    else:
+        positions = sample(reader, split, settings.sample, seed, name)
+    found = embed_kinds(embedder, reader, views, positions)
+    return {kind: rows.fused.numpy()[rows.valid] for kind, rows in found.items() if rows.valid.any()}
 
 
 def summarise_benchmark(embedder: Embedder, settings: BalanceConfig) -> dict[str, Summary]:
@@ -83,9 +127,7 @@ def summarise_benchmark(embedder: Embedder, settings: BalanceConfig) -> dict[str
     for name in config.evaluation.benchmark:
         task = config.evaluation.tasks[name]
         reader = embedder.context.readers[task.dataset]
-        positions = reader.positions("train")
-        if not len(positions):
-            positions = reader.positions(None if task.split == "all" else task.split)
+        split = "train" if reader.count("train") else None if task.split == "all" else task.split
         views = [view for view in (task.query, task.target) if view]
-        result[name] = summarise(embedder, reader, views, positions, settings, f"benchmark/{name}")
+        result[name] = summarise(embedder, reader, views, split, settings, f"benchmark/{name}")
     return result

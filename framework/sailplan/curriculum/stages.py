@@ -4,7 +4,7 @@ In this order, because each step may use the one before: artifacts (sequences, t
 opened -> weights by balancing -> subsets -> hard negatives within the subsets. Rank 0 writes each file whole or not at
 all, `state.json` last; then every rank reads the same files, as a resumed run does: a resumed stage computes nothing.
 
-    runs/NAME/curriculum/STAGE/   state.json  subsets.npz  teachers.npz  interests/  co_occurrence/
+    runs/NAME/curriculum/STAGE/   state.json  subsets.npz  teachers.npz or teachers/  interests/  co_occurrence/
                                   hard_negatives-00000000.npz (number: the stage's step at which they were mined)
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,15 +24,17 @@ import torch
 from numpy.typing import NDArray
 
 from sailplan.config.schema import ARTIFACT, BalanceConfig, Config, PatternKey, StageConfig
-from sailplan.curriculum.artifacts import TEACHERS_FILE, histories_of, make_artifacts
-from sailplan.curriculum.balance import Balance, Summary, balance, with_floor
+from sailplan.curriculum.artifact import stage_artifacts
+from sailplan.curriculum.artifacts import TEACHERS, TEACHERS_FILE, make_artifacts
+from sailplan.curriculum.balance import Balance, Summary, balance, by_size, with_floor
 from sailplan.curriculum.hard_negatives import check_minable, chosen_patterns, matched, mine
-from sailplan.curriculum.kinds import embed_kinds, pattern_views, summarise, summarise_benchmark
+from sailplan.curriculum.kinds import embed_kinds, pattern_views, replicates, summarise_benchmark
 from sailplan.curriculum.subset import drop_lowest, keep_highest, nearness
 from sailplan.data.datasets import open_datasets
 from sailplan.data.negatives import HardNegativeStore, save_arrays
 from sailplan.data.reader import RecordReader
-from sailplan.data.teachers import TeacherTable
+from sailplan.data.teacher_files import MANIFEST, TeacherFiles
+from sailplan.data.teachers import Teachers, TeacherTable
 from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
 from sailplan.embed.scoring import unit
@@ -49,7 +52,7 @@ class StageState:
     weights: dict[str, float]  # data set -> sampling weight
     subsets: dict[str, NDArray[np.int64]] = field(default_factory=dict)  # data set -> sorted record positions; others: the train split
     negatives: HardNegativeStore | None = None
-    teachers: TeacherTable | None = None
+    teachers: Teachers | None = None
     thresholds: dict[PatternKey, float] = field(default_factory=dict)  # lambda*, where in-batch masking is on
     stats: dict[str, Any] = field(default_factory=dict)  # the content of state.json
 
@@ -61,8 +64,7 @@ def check_stage(name: str, stage: StageConfig, config: Config) -> None:
         shards = config.data.sets[dataset].shards
         if shards.startswith(ARTIFACT) and shards.removeprefix(ARTIFACT) not in stage.artifacts:
             raise ConfigurationError(f"stages.{name}.data.{dataset}: its shards are {shards}; list that in stages.{name}.artifacts")
-    for artifact in stage.artifacts:
-        histories_of(config, name, stage, artifact)
+    stage_artifacts(config, name)
     for dataset in stage.subset.sets if stage.subset is not None else ():
         if dataset not in stage.data:
             raise ConfigurationError(f"stages.{name}.subset.sets: found {dataset}; expected data sets of the stage: {', '.join(stage.data)}")
@@ -85,14 +87,17 @@ def prepare_stage(context: RunContext, name: str, folder: Path) -> StageState:
     if stage.artifacts:
         stats["artifacts"] = make_artifacts(embedder, name, stage, folder)
     _open_artifacts(context.config, readers, stage, folder)
-    needed = stage.balance is not None or (stage.subset is not None and stage.subset.nearest is not None)
+    needed = (stage.balance is not None and stage.balance.weights == "similarity") or (stage.subset is not None and stage.subset.nearest is not None)
     settings = stage.balance or BalanceConfig()
     benchmark = summarise_benchmark(embedder, settings) if needed else {}
     stats["weights"] = dict(stage.data)
     if stage.balance is not None:
         found = balance_sets(embedder, stage, benchmark, settings)
-        stats["weights"] = with_floor(found.weights, stage.data)
-        stats["balance"] = {dataset: {**pairs, "mean": found.scores[dataset]} for dataset, pairs in found.pairs.items()}
+        stats["weights"] = with_floor(found.weights, stage.data, stage.balance.floor)
+        stats["balance"] = {
+            dataset: {**pairs, "mean": found.scores[dataset]} | ({"error": found.errors[dataset]} if dataset in found.errors else {})
+            for dataset, pairs in found.pairs.items()
+        }
         stats["balance_kinds"], stats["balance_weights"] = found.kinds, found.weights
     subsets = _subsets(embedder, stage, benchmark)
     stats["subsets"] = {dataset: len(kept) for dataset, kept in subsets.items()}
@@ -130,7 +135,7 @@ def load_stage(config: Config, readers: dict[str, RecordReader], name: str, fold
         weights=stats["weights"],
         subsets=subsets,
         negatives=negatives,
-        teachers=TeacherTable.load(folder / TEACHERS_FILE) if (folder / TEACHERS_FILE).is_file() else None,
+        teachers=_teachers(folder),
         thresholds=dict(negatives.thresholds) if masked and negatives is not None else {},
         stats=stats,
     )
@@ -146,8 +151,11 @@ def refresh_hard_negatives(context: RunContext, name: str, folder: Path, state: 
 def balance_sets(embedder: Embedder, stage: StageConfig, benchmark: dict[str, Summary], settings: BalanceConfig) -> Balance:
     """Return the similarities of the stage's data sets to the benchmark and the weights they give. Collective."""
     readers = embedder.context.readers
-    views = {name: pattern_views(readers[name], _patterns(stage, readers[name])) for name in stage.data}
-    training = {name: summarise(embedder, readers[name], views[name], readers[name].positions("train"), settings, name) for name in stage.data}
+    if settings.weights != "similarity":
+        return by_size({name: readers[name].count("train") for name in stage.data}, settings.weights)
+    training = {}
+    for name in stage.data:
+        training[name] = replicates(embedder, readers[name], pattern_views(readers[name], _patterns(stage, readers[name])), settings, name)
     return balance(training, benchmark, settings)
 
 
@@ -206,8 +214,15 @@ def _mine(embedder: Embedder, stage: StageConfig, folder: Path, subsets: Mapping
     }
 
 
+def _teachers(folder: Path) -> Teachers | None:
+    if (folder / TEACHERS / MANIFEST).is_file():
+        return TeacherFiles(folder / TEACHERS)
+    return TeacherTable.load(folder / TEACHERS_FILE) if (folder / TEACHERS_FILE).is_file() else None
+
+
 def _clear(folder: Path) -> None:
     """Remove what an attempt that was given up left: its refreshed negatives must not be taken for this one's."""
+    shutil.rmtree(folder / TEACHERS, ignore_errors=True)
     for path in [folder / STATE, folder / SUBSETS, folder / TEACHERS_FILE, *folder.glob("hard_negatives-*.npz")]:
         path.unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ from sailplan.curriculum.balance import unit_rows
 from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
 
-TEACHERS = ("svd", "nmf")
+FACTORISATIONS = ("svd", "nmf")
 
 
 def factorise(matrix: sparse.csr_matrix, teacher: str, dimensions: int, seed: int = 0) -> np.ndarray:
@@ -35,7 +35,7 @@ def factorise(matrix: sparse.csr_matrix, teacher: str, dimensions: int, seed: in
     elif teacher == "nmf":
         factors = NMF(n_components=d, init="nndsvda", max_iter=400, tol=1e-3, random_state=state).fit(scaled).components_.T
     else:
-        raise ValueError(f"teacher={teacher}: expected one of {', '.join(TEACHERS)}")
+        raise ValueError(f"teacher={teacher}: expected one of {', '.join(FACTORISATIONS)}")
     return unit_rows(factors)
 
 

@@ -25,7 +25,7 @@ from sailplan.data.processor import ViewRow, processor_of
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import Item, Record, StepBatch, ViewBatch
 from sailplan.data.shares import OWN_NEGATIVES, PartShares, StepShares, row_seeds, shown_views
-from sailplan.data.teachers import TeacherTable
+from sailplan.data.teachers import Teachers
 from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
 
@@ -64,7 +64,7 @@ class Collator:
         rank: int = 0,
         size: int = 1,
         negatives: HardNegativeStore | None = None,
-        teachers: TeacherTable | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         self.config, self.stage, self.plan, self.readers = config, stage, plan, dict(readers)
         self.rank, self.size, self.negatives, self.teachers = rank, size, negatives, teachers

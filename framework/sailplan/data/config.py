@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from sailplan.config.components import join
-from sailplan.config.fields import Count, NotNegative, Positive, Share, Size, Temperature
+from sailplan.config.fields import Count, NotNegative, Positive, Share, ShareBelowOne, Size, Temperature
 from sailplan.errors import ConfigurationError
 
 MODALITIES = ("text", "vision", "audio")
 Modality = Literal["text", "vision", "audio"]
 Kind = Literal["items", "pairs", "sequences"]
 Part = Literal["item", "query", "target", "history"]  # of a record
+InterestView = Literal["content_single", "content_multi", "collaboration_single", "collaboration_multi"]
+INTEREST_VIEWS: tuple[InterestView, ...] = ("content_single", "content_multi", "collaboration_single", "collaboration_multi")
+MOST_LABELS = 64  # positive labels: bits of a number
 ARTIFACT = "artifact:"  # shards of a data set that a stage makes at its start
 # Kind of a data set -> the parts that its records have.
 KINDS: dict[Kind, tuple[Part, ...]] = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}
@@ -90,6 +93,45 @@ class HeldOutConfig:
 
 
 @dataclass
+class InterestsConfig:
+    """A log of timed events, from which a stage's artifact `interests` is made, and the rules of its views (recipe 4.2)."""
+
+    events: str = ""  # file or folder of .parquet or .jsonl, a row an event (or one of its labels)
+    user: str = "user"  # names of columns
+    item: str = "item"  # ids of the catalogue
+    time: str = "time"  # numbers, timestamps, or texts such as 2026-11-29T12:00:00Z
+    labels: str | None = "labels"  # a text or a list of texts; null: the log has none, every event is one positive behaviour
+    positive: list[str] = field(default_factory=list)  # labels that are positive behaviours, such as like, share, finish
+    views: list[InterestView] = field(default_factory=lambda: list(INTEREST_VIEWS))
+    single_peak_behaviours: Size = 3  # different positive labels of the user that an item needs in a single-peak view
+    multi_peak_behaviours: Size = 1  # the same in a multi-peak view
+    jaccard: ShareBelowOne = 0.5  # label sets that agree have a Jaccard coefficient above this
+    content_similarity: float | None = None  # content_single: lowest cosine to the target; null: the nearest, however near
+    clusters: Literal["labels", "content"] = "labels"  # collaboration_multi: what a user's items are clustered by
+    content_clusters: Size = 64  # of all items, with clusters: content
+    draw: Literal["recent", "random"] = "recent"  # of items that a rule holds equal: the last ones, or a fixed random choice
+    max_events: Size = 1000  # of a user, the last ones
+
+    def positive_labels(self) -> list[str]:
+        """Return the names of the positive labels."""
+        return ["event"] if self.labels is None else list(self.positive)
+
+    def validate(self, path: str) -> None:
+        """Raise ConfigurationError where it is not clear what is read, or what counts as positive."""
+        if not self.events:
+            raise ConfigurationError(f"{path}.events is empty: expected a file or a folder of .parquet or .jsonl")
+        if not self.views:
+            raise ConfigurationError(f"{path}.views is empty: expected some of {', '.join(INTEREST_VIEWS)}")
+        if self.labels is None and self.positive:
+            raise ConfigurationError(f"{path}.positive={self.positive} beside labels=null: name the column of the labels, or leave positive out")
+        if self.labels is not None and not 1 <= len(set(self.positive)) <= MOST_LABELS:
+            raise ConfigurationError(
+                f"{path}.positive={self.positive}: expected 1 to {MOST_LABELS} labels that are positive behaviours, such as like; "
+                "for a log without labels set labels: null"
+            )
+
+
+@dataclass
 class DatasetConfig:
     """A data set: where its shards are, what its records hold, and which patterns it trains."""
 
@@ -107,9 +149,13 @@ class DatasetConfig:
     symmetric: bool = True  # InfoNCE in both directions
     positive_score: float = 0.0  # graded pairs: only pairs above this score are positives of contrastive losses; CoSENT takes all
     image_augmentation: Share = 0.0  # strength of random crop, flip and colour changes in training
+    # shards artifact:interests: the timed events that they are made from; null: the recorded sets of the same catalogue, without time order
+    interests: InterestsConfig | None = None
 
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for views, patterns and negatives that no record of this kind has."""
+        if self.interests is not None and self.shards != f"{ARTIFACT}interests":
+            raise ConfigurationError(f"{path}.interests is set beside shards={self.shards}: expected shards: {ARTIFACT}interests")
         if self.negatives < 0 or (self.negatives and self.kind == "items"):
             raise ConfigurationError(
                 f"{path}.negatives={self.negatives}: expected 0 or more for pairs and sequences, whose records list them, and 0 for items"
@@ -124,6 +170,21 @@ class DatasetConfig:
                     raise ConfigurationError(f"{path}.patterns.{name}: no view '{side}'; this data set has: {', '.join(self.views) or 'none'}")
         if self.kind == "sequences" and not self.catalogue:
             raise ConfigurationError(f"{path}.catalogue is missing: sequences refer to the items of another data set by id")
+
+
+@dataclass
+class TeacherConfig:
+    """Vectors by item id that a recommender brings."""
+
+    path: str = ""  # .npy [rows, dimension], or .parquet
+    ids: str | None = None  # .npy: a text file with the item id of each row, one a line; .parquet: the column of ids, default id
+    vector: str = "vector"  # .parquet: the column of the vectors
+    dimension: int | None = None  # of the vectors; None: the file's
+
+    def validate(self, path: str) -> None:
+        """Raise ConfigurationError for a file of another kind."""
+        if not self.path.endswith((".npy", ".parquet")):
+            raise ConfigurationError(f"{path}.path={self.path}: expected a file that ends in .npy or .parquet")
 
 
 @dataclass
@@ -155,10 +216,14 @@ class DataConfig:
     empty_steps: Size = 8  # steps in a row in which a pattern has no row with both sides, or no negative: the run stops with exit code 65
     cache: str | None = None  # folder for shards that are fetched from a URL, and for indices where the shards' own cannot be written
     sets: dict[str, DatasetConfig] = field(default_factory=dict)
+    # What id2item distils; empty: the artifact `teachers` factorises the training histories instead.
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
 
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for a name that no parameter can have, an item corpus that is none, and sound that its front end
         does not take."""
+        for name in self.teachers:
+            _check_name(f"{path}.teachers.{name}", name)
         for name, dataset in self.sets.items():
             _check_name(f"{path}.sets.{name}", name)
             if dataset.kind == "sequences" or dataset.catalogue:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sailplan.config.components import validate as check_settings
 from sailplan.config.schema import ARTIFACT, Config
+from sailplan.data.filling import Progress
 from sailplan.data.index import ShardIndex
 from sailplan.data.lengths import LengthIndex
 from sailplan.data.plan import SPLIT
@@ -22,13 +23,19 @@ from sailplan.errors import ConfigurationError
 
 
 def open_datasets(
-    config: Config, artifacts: Mapping[str, str | Path] | None = None, names: Iterable[str] | None = None, progress: Callable[[], None] = lambda: None
+    config: Config,
+    artifacts: Mapping[str, str | Path] | None = None,
+    names: Iterable[str] | None = None,
+    progress: Callable[[], None] | Progress = lambda: None,
+    *,
+    processes: int = 1,
+    thorough: bool = False,
 ) -> dict[str, RecordReader]:
     """Data set name -> reader, catalogues included.
 
     artifacts: folders of the data sets whose shards are `artifact:NAME`; those without a folder yet are left out.
-    names: open only these (and their catalogues); default all of data.sets. progress: called behind each shard, of which a first
-    opening fetches and scans every one.
+    names: open only these (and their catalogues); default all of data.sets. progress: called for each shard that is scanned, and
+    while others scan. processes: how many of this process's own scan. thorough: look at every shard, compare every checksum.
     Raises ConfigurationError naming the key, BadDataError naming a damaged shard.
     """
     check_settings(config.data, "data")
@@ -40,25 +47,30 @@ def open_datasets(
             raise ConfigurationError(f"data.sets has no '{name}'; it has: {', '.join(sets) or 'none'}")
         shards = sets[name].shards
         if not shards.startswith(ARTIFACT) or shards.removeprefix(ARTIFACT) in folders:
-            _open(config, name, folders, readers, progress)
+            _open(config, name, folders, readers, (progress if isinstance(progress, Progress) else Progress(progress), processes, thorough))
     return readers
 
 
 def _open(
-    config: Config, name: str, folders: Mapping[str, str | Path], readers: dict[str, RecordReader], progress: Callable[[], None]
+    config: Config, name: str, folders: Mapping[str, str | Path], readers: dict[str, RecordReader], told: tuple[Progress, int, bool]
 ) -> RecordReader:
     if name in readers:
         return readers[name]
     dataset = config.data.sets[name]
-    catalogue = _open(config, dataset.catalogue, folders, readers, progress) if dataset.catalogue else None
+    catalogue = _open(config, dataset.catalogue, folders, readers, told) if dataset.catalogue else None
     shards = dataset.shards
     if shards.startswith(ARTIFACT):
         shards = str(folders[shards.removeprefix(ARTIFACT)])
     cache = Path(config.data.cache).expanduser() if config.data.cache else None
     held_out = None if dataset.held_out is None else HeldOut(dataset.held_out.fraction, dataset.held_out.by)
-    reader = RecordReader(name, dataset, ShardIndex(resolve(name, shards, cache, progress), cache, progress, held_out), catalogue)
-    reader.lengths = LengthIndex(reader.index, processor_of(config).tokenizer, reader.outlines, cache)
-    reader.lengths.build(progress)
+    progress, processes, thorough = told
+    index = ShardIndex(resolve(name, shards, cache, lambda: progress.advance(0)), cache, progress, held_out, processes=processes, thorough=thorough)
+    reader = RecordReader(name, dataset, index, catalogue)
+    variant = "" if dataset.kind == "items" else dataset.kind if catalogue is not None else f"{dataset.kind}-inline"
+    reader.lengths = LengthIndex(index, processor_of(config).tokenizer, reader.outlines, cache, variant)
+    reader.lengths.build(progress, processes=processes, thorough=thorough)
+    if catalogue is not None:
+        catalogue.index.prepare_ids(progress)
     readers[name] = reader
     return reader
 

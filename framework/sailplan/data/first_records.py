@@ -1,11 +1,13 @@
 """What the views of a run find in its data, looked at before the first step: a wrong name must not train on nothing.
 
-Answers come from the length tables (`data.lengths`), which hold of each record the fields, pictures and sounds that it has. The first
-records answer for nearly every data set; only where they lack something are further shards asked, until one has it.
+Answers come from the length tables (`data.lengths`): their manifest says which fields and media the records of each shard have, so
+that what no record has is known without a look at any table. Whether one record has both sides of a pattern is looked up in the
+tables of shards that have both, of at most SHARDS of them, evenly spread: what is missing there is said with how much was looked at.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -20,7 +22,9 @@ from sailplan.data.text import clean
 from sailplan.data.values import BadSample
 from sailplan.errors import BadDataError, ConfigurationError
 
+logger = logging.getLogger("sailplan.data")
 FIRST = 256  # records whose entries are looked at
+SHARDS = 256  # whose entries are looked at, at most
 READ = 64  # records that are read, at most
 MEDIA = {"vision": ("picture", PICTURES, PICTURES_OF), "audio": ("sound", SOUND, SOUND_OF)}
 
@@ -77,31 +81,16 @@ def _check_view(reader: RecordReader, name: str) -> None:
     key = f"data.sets.{reader.name}.views.{name}"
     if not tables:
         return
+    counts = [table.counts() for table in tables]
     for field in view.fields if "text" in view.modalities else ():
-        if not any(field in names or f"{view.of}:{field}" in names for table in tables for names in _fields(table)):
-            found = dict.fromkeys(found.rpartition(":")[2] for table in tables for names in _fields(table) for found in names if "*" not in found)
+        if not any(field in names or f"{view.of}:{field}" in names for names in counts):
+            found = dict.fromkeys(found.rpartition(":")[2] for names in counts for found in names if "*" not in found)
             listed = ", ".join(list(found)[:20]) or "none"
             raise ConfigurationError(f"{key}.fields: no record has a field '{field}'; the records have: {listed}")
-    if "text" not in view.modalities and not any(_has_media(table, view) for table in tables):
+    media = [prefix + MEDIA[modality][2] for modality in view.modalities if modality in MEDIA for prefix in ("", f"{view.of}:")]
+    if "text" not in view.modalities and not any(name in names for names in counts for name in media):
         words = " or ".join(MEDIA[modality][0] for modality in view.modalities)
         raise ConfigurationError(f"{key}.modalities: no record has a {words}; `sailplan data validate` counts what the records have")
-
-
-def _fields(table: LengthIndex) -> Iterator[list[str]]:
-    """Yield the names of the fields that each shard's records have; those of later shards are read as they are asked for."""
-    return (table.fields_of(shard) for shard in range(len(table.index.shards)))
-
-
-def _has_media(table: LengthIndex, view: ViewConfig) -> bool:
-    codes = [code for modality in view.modalities for code in (MEDIA[modality][1], table.field(f"{view.of}:{MEDIA[modality][2]}"))]
-    return any(bool(np.isin(lengths.field, codes).any()) for _, lengths in _parts(table, range(len(table.index))))
-
-
-def _parts(table: LengthIndex, positions: range | NDArray[np.int64]) -> Iterator[tuple[int, Lengths]]:
-    """Yield number of records and lengths of FIRST positions after the other."""
-    for start in range(0, len(positions), FIRST):
-        part = np.asarray(positions[start : start + FIRST], dtype=np.int64)
-        yield len(part), table.lengths(part)
 
 
 def _check_pattern(reader: RecordReader, name: str) -> None:
@@ -109,21 +98,41 @@ def _check_pattern(reader: RecordReader, name: str) -> None:
     query, target = (dataset.views[side] for side in _sides(dataset, name))
     if table is None:
         return
-    both = (_shown(table, lengths, rows, query) & _shown(table, lengths, rows, target) for rows, lengths in _train_parts(reader, table))
+    looked, complete = _looked_at(table, query, target)
+    both = (_shown(table, lengths, rows, query) & _shown(table, lengths, rows, target) for rows, lengths in _train_parts(reader, table, looked))
     if not any(bool(found.any()) for found in both):
-        raise BadDataError(
-            f"data.sets.{reader.name}.patterns.{name}: not one of {count} records has both sides, a {_words(query)} and a {_words(target)}; "
+        of = f"{count} records" if complete else f"the records in {len(looked)} of {len(reader.index.shards)} shards, evenly spread,"
+        problem = (
+            f"data.sets.{reader.name}.patterns.{name}: not one of {of} has both sides, a {_words(query)} and a {_words(target)}; "
             "members of a record must lie side by side in the tar, under one name; `sailplan data validate` counts what is there"
         )
+        if complete:
+            raise BadDataError(problem)
+        logger.warning("%s", problem)
     if count == 1 or (list(target.modalities) == ["text"] and count <= READ and _one_text(reader, target)):
         what = "the only record" if count == 1 else f"all {count} records have one text as target"
         raise BadDataError(f"data.sets.{reader.name}.patterns.{name}: {what}; a positive without any negative teaches nothing; add other records")
 
 
-def _train_parts(reader: RecordReader, table: LengthIndex) -> Iterator[tuple[int, Lengths]]:
-    for start in range(0, reader.count(SPLIT), FIRST):
-        numbers = np.arange(start, min(start + FIRST, reader.count(SPLIT)), dtype=np.int64)
-        yield len(numbers), table.lengths(reader.select(SPLIT, numbers))
+def _looked_at(table: LengthIndex, query: ViewConfig, target: ViewConfig) -> tuple[list[int], bool]:
+    """Return the shards that may have a record with both sides, the first one and others evenly spread, and whether these are all."""
+    sides = [set(table.shards_with(_tags(view)).tolist()) for view in (query, target)]
+    shards = sorted(sides[0] & sides[1])
+    return shards[:: max(1, -(-len(shards) // SHARDS))], len(shards) <= SHARDS
+
+
+def _tags(view: ViewConfig) -> list[str]:
+    """The names under which the length tables count what a view of an items data set shows."""
+    return [MEDIA[modality][2] for modality in view.modalities if modality in MEDIA] + (view.fields if "text" in view.modalities else [])
+
+
+def _train_parts(reader: RecordReader, table: LengthIndex, shards: list[int]) -> Iterator[tuple[int, Lengths]]:
+    """Yield number of records and lengths of FIRST records to train on after the other."""
+    for shard in shards:
+        first, count = reader.index.numbers_in(SPLIT, shard)
+        for start in range(first, first + count, FIRST):
+            numbers = np.arange(start, min(start + FIRST, first + count), dtype=np.int64)
+            yield len(numbers), table.lengths(reader.select(SPLIT, numbers))
 
 
 def _shown(table: LengthIndex, lengths: Lengths, rows: int, view: ViewConfig) -> NDArray[np.bool_]:

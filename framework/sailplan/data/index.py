@@ -1,112 +1,105 @@
-"""The shard index: where each record of a data set lies, found once and kept in a small file beside the shards.
+"""The shard index: where each record of a data set lies, found once and kept beside the shards.
 
 A data set's records are numbered 0 .. n-1 in the order of its shards (sorted names) and of the records within them:
-these numbers are the *positions* of the plan. Per shard one `.index/NAME.npz` holds ids, splits and member places
-as flat arrays; it is written to a temporary name and renamed, so ranks may race. An index is used only when the
-shard's size and the fingerprint of its record starts still agree. Folders that cannot be written keep their index
-in the cache folder. Shard tables are loaded when a record of theirs is read, the least recently used are dropped.
+these numbers are the *positions* of the plan. What is known of the shards lies in one manifest (`data.tables`), their
+tables in one mapped file. Opening looks at the manifest, and at the sizes and times of up to 1,000 shards, evenly spread: so a
+small set is checked as a whole, and a start costs the same for any large one. Each shard is checked when it is first
+opened. Folders that cannot be written keep their index in the cache folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import secrets
 import threading
-import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sailplan.data.places import explained, kept_places, place_to_write
-from sailplan.data.tar import BLOCK, HeldOut, RecordPlace, fingerprint, scan
+from sailplan.data.columns import Damaged
+from sailplan.data.filling import Progress
+from sailplan.data.id_table import IdTable, open_ids
+from sailplan.data.shard_table import VERSION, ShardTable, has_changed, scanned
+from sailplan.data.shard_table import id_hash as id_hash
+from sailplan.data.tables import Tables, open_tables
+from sailplan.data.tar import HeldOut
 from sailplan.errors import BadDataError
 
-VERSION = 3
-TABLES_KEPT = 128
-
-
-@dataclass(frozen=True)
-class ShardTable:
-    """The index of one shard; m records, k members."""
-
-    ids: list[str]  # m
-    splits: NDArray[np.int32]  # [m] index into split_names
-    split_names: list[str]
-    member_starts: NDArray[np.int64]  # [m + 1] members of record i are member_starts[i] .. member_starts[i + 1]
-    extensions: list[str]  # k
-    offsets: NDArray[np.int64]  # [k] bytes
-    sizes: NDArray[np.int64]  # [k] bytes
-
-    def rows(self, split: str) -> NDArray[np.int64]:
-        """Rows of the split's records, rising."""
-        return np.flatnonzero(self.splits == self.split_names.index(split)).astype(np.int64)
-
-    def members(self, row: int) -> list[tuple[str, int, int]]:
-        """(extension, offset, size) of each member of the record."""
-        return [
-            (self.extensions[member], int(self.offsets[member]), int(self.sizes[member]))
-            for member in range(int(self.member_starts[row]), int(self.member_starts[row + 1]))
-        ]
-
-
-def id_hash(record_id: str) -> int:
-    """Unsigned 64-bit hash of a record id."""
-    return int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "little")
+TABLES_KEPT = 1024  # mapped, so each costs its head, not its size
+CHECKED = 1000  # shards that are looked at when a set is opened
 
 
 class ShardIndex:
     """The records of a data set over all its shards.
 
     `len(index)` records; `ids(positions)`; `find(id)`; `count(split)` and `select(split, numbers)`; `locate(position)`.
-    Memory: a few numbers a shard and the tables of the 128 shards used last, whatever the number of records; 16 bytes
-    a record once `find` is used (catalogues).
+    Memory: a few numbers a shard and the heads of the 1,024 tables used last, whatever the number of records.
     """
 
     def __init__(
-        self, shards: Sequence[Path], cache: Path | None = None, progress: Callable[[], None] = lambda: None, held_out: HeldOut | None = None
+        self,
+        shards: Sequence[Path],
+        cache: Path | None = None,
+        progress: Callable[[], None] | Progress = lambda: None,
+        held_out: HeldOut | None = None,
+        *,
+        processes: int = 1,
+        thorough: bool = False,
     ) -> None:
-        """Opens or builds the index of each shard, and calls `progress` behind each.
+        """Open the index; scan the shards that it lacks, together with all other processes that do.
 
-        held_out: splits records that name no split. Raises BadDataError for a shard that is not a whole tar."""
-        self.shards = [Path(shard) for shard in shards]
-        self._files: list[Path] = []
-        for shard in self.shards:
-            self._files.append(_ensure(shard, cache, held_out))
-            progress()
+        held_out: splits records that name no split. processes: how many scan. thorough: look at every shard, and
+        compare every checksum. Raises BadDataError for a shard that is not a whole tar."""
+        self.shards = [shard if isinstance(shard, Path) else Path(shard) for shard in shards]  # to parse 10^5 paths again takes a second
+        self._cache, self._thorough = cache, thorough
+        rule = "" if held_out is None else f".held-{hashlib.sha256(repr(held_out).encode()).hexdigest()[:8]}"
+        self._kind = f"shards-{VERSION}{rule}"
+        told = progress if isinstance(progress, Progress) else Progress(progress)
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
         self._lock = threading.RLock()
-        summaries = [_summary(file) for file in self._files]
-        counts = [summary[0] for summary in summaries]
-        self._states = [summary[1] for summary in summaries]
-        self.identity = hashlib.sha256("\0".join(f"{sum(shard.values())} {content}" for shard, _, content in summaries).encode()).hexdigest()[:16]
-        self.loaded = 0  # tables read so far, for counting
-        self.split_names = list(dict.fromkeys(name for shard in counts for name in shard))
-        self.starts = _running([sum(shard.values()) for shard in counts])
-        self._split_counts, self._split_starts = counts, dict[str, NDArray[np.int64]]()
-        self._lookup: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
+        self.loaded = 0  # tables looked at so far, for counting
+        self._ids: IdTable | None = None
+        self._use(
+            open_tables(
+                self.shards, self._kind, cache, lambda shard: scanned(self.shards[shard], held_out), self._stale, told, processes=processes, thorough=thorough
+            )
+        )
+
+    def _use(self, tables: Tables) -> None:
+        self._tables_of, rows = tables, tables.rows
+        whole = "\0".join(f"{count} {content:016x}" for count, content in zip(rows["records"].tolist(), rows["content"].tolist(), strict=True))
+        self.identity = hashlib.sha256(whole.encode()).hexdigest()[:16]
+        self.split_names = tables.tags()
+        self._records: NDArray[np.int64] = rows["records"].astype(np.int64)
+        self.starts = _running(self._records)
+        self._split_counts, self._split_starts = dict[str, NDArray[np.int64]](), dict[str, NDArray[np.int64]]()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": OrderedDict(), "_lock": None}
+        return {**self.__dict__, "_tables": OrderedDict(), "_lock": None, "_ids": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
+    def digest(self) -> str:
+        """Return a hash of what `description` says, without making it: names, sizes, records and their splits, in order."""
+        found = hashlib.sha256("\0".join(shard.name for shard in self.shards).encode())
+        for values in (self._tables_of.rows["size"], self._records, *map(self._tables_of.counts, sorted(self.split_names))):
+            found.update(np.ascontiguousarray(values, dtype=np.int64).tobytes())
+        return f"{found.hexdigest()[:16]} {self.identity}"
+
     def description(self) -> dict[str, Any]:
-        """Return what another rank's index must equal: shard name -> size in bytes, records by split, and a hash of the ids."""
-        shards: dict[str, Any] = {}
-        for number, (shard, state) in enumerate(zip(self.shards, self._states, strict=True)):
-            counts = {name: int(starts[number + 1] - starts[number]) for name, starts in self._split_starts.items()}
-            shards[shard.name] = {"bytes": state[0], "headers": state[1], **{name: count for name, count in counts.items() if count}}
+        """Return what another rank's index must equal: shard name -> size in bytes and records by split, and a hash of the ids."""
+        shards: dict[str, Any] = {shard.name: {"bytes": int(size)} for shard, size in zip(self.shards, self._tables_of.rows["size"], strict=True)}
+        for split in self.split_names:
+            for shard, count in zip(self.shards, self._tables_of.counts(split).tolist(), strict=True):
+                if count:
+                    shards[shard.name][split] = count
         return {"shards": shards, "order": [shard.name for shard in self.shards], "ids": self.identity}
 
     def count(self, split: str) -> int:
@@ -120,8 +113,16 @@ class ShardIndex:
         result = np.empty(len(numbers), dtype=np.int64)
         for shard in np.unique(shards).tolist():
             chosen = shards == shard
-            result[chosen] = self.starts[shard] + self._table(shard).rows(split)[numbers[chosen] - starts[shard]]
+            rows = numbers[chosen] - starts[shard]
+            if self._split_counts[split][shard] != self._records[shard]:  # else all of the shard's records are of the split
+                rows = self._table(shard).rows(split)[rows]
+            result[chosen] = self.starts[shard] + rows
         return result
+
+    def numbers_in(self, split: str, shard: int) -> tuple[int, int]:
+        """Return the number of the first of the split's records in a shard, and how many it has there."""
+        starts = self._starts_of(split)
+        return int(starts[shard]), int(starts[shard + 1] - starts[shard])
 
     def positions(self, split: str | None) -> NDArray[np.int64]:
         """Sorted positions of a split's records (None: of all); int64 [n]. Eight bytes a record: for sets that fit."""
@@ -144,21 +145,24 @@ class ShardIndex:
             result.append(table.ids[row])
         return result
 
-    def file(self, shard: int) -> Path:
-        """The shard's index file."""
-        return self._files[shard]
+    @property
+    def tables(self) -> Tables:
+        """What the manifest says of each shard."""
+        return self._tables_of
 
-    def state(self, shard: int) -> tuple[int, str]:
-        """The shard's size in bytes and its fingerprint, as they were when it was indexed."""
-        return self._states[shard]
+    def check_shard(self, shard: int) -> None:
+        """Raise BadDataError where a shard is not what it was when it was indexed. Raises OSError where it cannot be read."""
+        if self._changed(self._tables_of, shard):
+            path = self.shards[shard]
+            raise BadDataError(f"{path}: changed since it was indexed, expected the same records; run `sailplan data index`, then start again")
+
+    def prepare_ids(self, progress: Callable[[], None] | Progress = lambda: None) -> None:
+        """Make the file by which ids are found, where there is none."""
+        self._found_ids(progress if isinstance(progress, Progress) else Progress(progress))
 
     def find_hashes(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Positions of the (first) records whose ids have these hashes, -1 where there is none: uint64 [n] -> int64 [n]."""
-        known, order = self._hashes()
-        if not len(known):
-            return np.full(len(hashes), -1, dtype=np.int64)
-        places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-        return np.where(known[places] == hashes, order[places], -1)
+        return self._found_ids().find_hashes(hashes)
 
     def size(self, position: int) -> int:
         """Bytes of the record's members."""
@@ -167,139 +171,70 @@ class ShardIndex:
 
     def find(self, record_id: str) -> int | None:
         """Position of the (first) record with this id, or None."""
-        hashes, order = self._hashes()
-        wanted = np.uint64(id_hash(record_id))
-        place = int(np.searchsorted(hashes, wanted))
-        while place < len(hashes) and hashes[place] == wanted:
-            if self.ids([order[place]])[0] == record_id:
-                return int(order[place])
-            place += 1
-        return None
+        return self._found_ids().find(record_id)
 
     def passed_over(self, shard: int) -> dict[str, tuple[int, str]]:
         """Return what the shard's scan passed over: what -> how often, and the first (`data.tar.Scan`)."""
-        with np.load(self._files[shard]) as arrays:
-            return {what: (count, first) for what, (count, first) in json.loads(arrays["passed"].tobytes()).items()}
+        return self._table(shard).passed
 
+    # ---------------------------------------------------------------- parts
     def _starts_of(self, split: str) -> NDArray[np.int64]:
         """Records of the split before each shard; made when first asked for, as a set may have many splits that nobody uses."""
         if split not in self._split_starts:
-            self._split_starts[split] = _running([counts.get(split, 0) for counts in self._split_counts])
+            self._split_counts[split] = self._tables_of.counts(split)
+            self._split_starts[split] = _running(self._split_counts[split])
         return self._split_starts[split]
 
-    def _hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        if self._lookup is None:
-            values = np.fromiter((id_hash(name) for shard in range(len(self.shards)) for name in self._table(shard).ids), np.uint64, len(self))
-            order = np.argsort(values, kind="stable")
-            self._lookup = values[order], order
-        return self._lookup
+    def _found_ids(self, progress: Progress | None = None) -> IdTable:
+        with self._lock:
+            if self._ids is None:
+                name = f"{self._kind}.{self.identity}.ids"
+                self._ids = open_ids(self.shards[0], name, self._cache, len(self), self._hashed(), progress or Progress())
+            return self._ids
+
+    def _hashed(self) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
+        for shard in range(len(self.shards)):
+            yield self._table(shard).hashes()
 
     def _table(self, shard: int) -> ShardTable:
         with self._lock:
             if shard not in self._tables:
-                table = _load(self._files[shard])
-                if table is None:
-                    raise BadDataError(f"{self._files[shard]}: the index vanished or was damaged while the run used it: start again")
-                self._tables[shard] = table
+                self._tables[shard] = self._opened(self._tables_of, shard)
                 self.loaded += 1
                 if len(self._tables) > TABLES_KEPT:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(shard)
             return self._tables[shard]
 
+    @staticmethod
+    def _opened(tables: Tables, shard: int) -> ShardTable:
+        try:
+            return ShardTable(tables.table(shard), lambda error: tables.damaged(shard, error))
+        except (KeyError, TypeError) as error:
+            raise tables.damaged(shard, error) from error
 
-def _ensure(shard: Path, cache: Path | None, held_out: HeldOut | None) -> Path:
-    """The shard's index file, built if it is missing or belongs to an older state of the shard."""
-    rule = "" if held_out is None else f".held-{hashlib.sha256(repr(held_out).encode()).hexdigest()[:8]}"
-    name = f"{shard.stem}{rule}.npz"
-    for file in kept_places(shard, name, cache):
-        if _is_current(file, shard):
-            return file
-    file = place_to_write(shard, name, cache)
-    try:
-        arrays = _scanned(shard, held_out)
-    except OSError as error:
-        raise BadDataError(f"{shard}: cannot be read ({error.strerror or error}); check its permissions and the disk") from error
-    with explained(file, cache):
-        temporary = file.with_name(f".{file.stem}-{os.getpid()}-{secrets.token_hex(4)}.npz")
-        np.savez_compressed(temporary, **arrays)
-        os.replace(temporary, file)
-    return file
+    def _stale(self, tables: Tables, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which shards are not what the manifest says: of many, some are looked at; where one of them is, all are."""
+        result = np.zeros(len(numbers), dtype=np.bool_)
+        step = 1 if self._thorough else max(1, -(-len(numbers) // CHECKED))
+        for place in range(0, len(numbers), step):
+            result[place] = self._old(tables, int(numbers[place]))
+        if step > 1 and result.any():
+            for place in np.flatnonzero(~result).tolist():
+                result[place] = self._old(tables, int(numbers[place]))
+        return result
 
+    def _old(self, tables: Tables, shard: int) -> bool:
+        try:
+            return self._changed(tables, shard)
+        except (OSError, BadDataError, Damaged):
+            return True
 
-def _scanned(shard: Path, held_out: HeldOut | None) -> dict[str, Any]:
-    """The arrays of a shard's index file."""
-    found = scan(shard, held_out)
-    records = found.records
-    members = [member for record in records for member in record.members]
-    # the header lies one block before the content (long names add blocks before it, which does not matter here)
-    headers = [record.members[0][1] - BLOCK for record in records]
-    names = {name: number for number, name in enumerate(dict.fromkeys(record.split for record in records))}
-    return {
-        "version": np.int64(VERSION),
-        "size": np.int64(shard.stat().st_size),
-        "fingerprint": np.array(fingerprint(shard, headers)),
-        "headers": np.array(headers, dtype=np.int64),
-        "content": np.array(_content(records)),
-        "ids": _pack([record.id for record in records]),
-        "splits": np.array([names[record.split] for record in records], dtype=np.int32),
-        "split_names": _pack(list(names)),
-        "member_starts": np.cumsum([0] + [len(record.members) for record in records], dtype=np.int64),
-        "extensions": _pack([extension for extension, _, _ in members]),
-        "offsets": np.array([offset for _, offset, _ in members], dtype=np.int64),
-        "sizes": np.array([size for _, _, size in members], dtype=np.int64),
-        "passed": np.frombuffer(json.dumps(found.passed).encode(), dtype=np.uint8),
-    }
+    def _changed(self, tables: Tables, shard: int) -> bool:
+        row = tables.rows[shard]
+        return has_changed(self.shards[shard], int(row["size"]), int(row["version"]), int(row["fingerprint"]), lambda: self._opened(tables, shard).headers())
 
 
-def _is_current(file: Path, shard: Path) -> bool:
-    try:
-        with np.load(file) as arrays:
-            if int(arrays["version"]) != VERSION or int(arrays["size"]) != shard.stat().st_size:
-                return False
-            return str(arrays["fingerprint"]) == fingerprint(shard, arrays["headers"].tolist())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent, older or half-written: build it (again)
-        return False
-
-
-def _content(records: Sequence[RecordPlace]) -> str:
-    """Hash of the ids and splits of a shard's records in their order."""
-    return hashlib.sha256("".join(f"{record.id}\0{record.split}\0" for record in records).encode()).hexdigest()[:16]
-
-
-def _summary(file: Path) -> tuple[dict[str, int], tuple[int, str], str]:
-    """Records per split of one shard, its size and fingerprint, and the hash of its content, without loading its table."""
-    with np.load(file) as arrays:
-        names = _unpack(arrays["split_names"])
-        counts = dict(zip(names, np.bincount(arrays["splits"], minlength=len(names)).tolist(), strict=True))
-        return counts, (int(arrays["size"]), str(arrays["fingerprint"])), str(arrays["content"])
-
-
-def _running(counts: list[int]) -> NDArray[np.int64]:
+def _running(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """[0, c0, c0 + c1, ...]"""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-
-
-def _load(file: Path) -> ShardTable | None:
-    try:
-        with np.load(file) as arrays:
-            return ShardTable(
-                ids=_unpack(arrays["ids"]),
-                splits=arrays["splits"],
-                split_names=_unpack(arrays["split_names"]),
-                member_starts=arrays["member_starts"],
-                extensions=_unpack(arrays["extensions"]),
-                offsets=arrays["offsets"],
-                sizes=arrays["sizes"],
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def _pack(strings: Sequence[str]) -> NDArray[np.uint8]:
-    """Strings as one byte array (numpy's own fixed-width strings would cost four bytes a character of the longest)."""
-    return np.frombuffer("\0".join(strings).encode() if strings else b"", dtype=np.uint8)
-
-
-def _unpack(packed: NDArray[np.uint8]) -> list[str]:
-    return packed.tobytes().decode().split("\0") if packed.size else []

@@ -5,18 +5,16 @@ without a message. A row's text depends on the view, and in training on a drawn 
 is kept is one entry per field and language, of eight bytes: `data.costs` turns entries into a row's length. A pair or
 a sequence also keeps the hashes of the catalogue items that it names, of which the catalogue has the lengths.
 
-Per shard and tokenizer there is one file `.index/NAME.TOKENIZER.lengths`, bound to the shard's state by the index's
-own fingerprint and built where it is missing or old. Only tables of records that are asked for are opened.
+Per tokenizer and kind of data set there is one manifest and one file of tables, as for the index, bound to the shards' state by
+the index's own fingerprints. The manifest says which fields and media the records of each shard have. Only tables of
+records that are asked for are looked at.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,25 +22,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sailplan.data.columns import Columns, Damaged, pack
+from sailplan.data.filling import Progress
 from sailplan.data.index import ShardIndex, id_hash
+from sailplan.data.manifest import Entry
 from sailplan.data.names import given
-from sailplan.data.places import explained, kept_places, place_to_write
 from sailplan.data.processor import TokenCounts
+from sailplan.data.tables import Tables, open_tables
 from sailplan.data.text import clean
-from sailplan.errors import BadDataError
 
-VERSION = 2
-TABLES_KEPT = 512  # mapped, so each costs a few pages of address space, not its size
+VERSION = 3
+TABLES_KEPT = 4096  # mapped, so each costs a few pages of address space, not its size
 MOST_REFERENCES = 64  # of one kind that a record keeps: of a longer history its latest, else the first
 MOST = 0xFFFF  # tokens, texts or names that an entry can tell
 PICTURES, SOUND = 0, 1  # codes of the entries that count media; fields follow
 PICTURES_OF, SOUND_OF = "*pictures", "*sound"  # entries that count the media of a part that a pair holds itself, as fields `PART:NAME`
 ROLES = ("item", "query", "items", "history", "target", "negatives")
-ALIGNMENT = 8
 
 Integers = NDArray[np.int64]
 Outlines = Callable[[int], Iterable[tuple[Mapping[str, Any], int, int]]]
-Extent = tuple[str, tuple[int, ...], int]  # dtype, shape, offset in bytes
 
 
 @dataclass(frozen=True)
@@ -62,21 +60,24 @@ class Lengths:
 class LengthIndex:
     """Lengths of a data set's records by position; `lengths(positions)` is all that others need to know."""
 
-    def __init__(self, index: ShardIndex, tokenizer: TokenCounts, outlines: Outlines, cache: Path | None = None) -> None:
+    def __init__(self, index: ShardIndex, tokenizer: TokenCounts, outlines: Outlines, cache: Path | None = None, variant: str = "") -> None:
         """outlines: shard number -> for each of its records the texts `fields` {FIELD: {LANGUAGE: text or texts}} with the
-        keys of ROLES, and how many pictures and sounds it has. cache: folder for tables whose index cannot be written to."""
+        keys of ROLES, and how many pictures and sounds it has. cache: folder for tables whose index cannot be written to.
+        variant: tells outlines of the same shards apart that read them in other ways."""
         self.index, self.tokenizer, self._outlines, self._cache = index, tokenizer, outlines, cache
+        self._kind = f"lengths-{VERSION}.{tokenizer.digest}" + (f".{variant}" if variant else "")
         self._names = {"fields": _Codes(2), "languages": _Codes(0)}
+        self._tables_of: Tables | None = None
         self._tables: OrderedDict[int, _Table] = OrderedDict()
         self._lock = threading.RLock()  # the prefetch thread and an evaluation may ask at the same time
-        self.opened = 0  # tables mapped so far, for counting
+        self.opened = 0  # tables looked at so far, for counting
 
-    def build(self, progress: Callable[[], None] = lambda: None) -> None:
-        """Write the tables that are missing or belong to an older state of their shard."""
-        for shard in range(len(self.index.shards)):
-            if self._found(shard) is None:
-                self._write(shard)
-            progress()
+    def build(self, progress: Callable[[], None] | Progress = lambda: None, *, processes: int = 1, thorough: bool = False) -> None:
+        """Make the tables that are missing or belong to an older state of their shard (`tables.open_tables`)."""
+        told = progress if isinstance(progress, Progress) else Progress(progress)
+        self._tables_of = open_tables(
+            self.index.shards, self._kind, self._cache, self._entry, self._stale, told, processes=processes, thorough=thorough
+        )  # fmt: skip
 
     def field(self, name: str) -> int:
         """Return the code of a field."""
@@ -86,10 +87,16 @@ class LengthIndex:
         """Return the code of a language."""
         return self._names["languages"].code(name)
 
-    def fields_of(self, shard: int) -> list[str]:
-        """Return the names of the text fields that a shard's records have."""
-        found = self._found(shard)
-        return [] if found is None else list(found[1]["fields"])
+    def counts(self) -> dict[str, int]:
+        """Return how many entries each text field has in all shards, and under PICTURES_OF and SOUND_OF how many records have media of
+        their own (of a pair's parts: under `PART:` and these). The manifest tells; no table is looked at."""
+        tables = self._built()
+        return {tag: int(tables.counts(tag).sum()) for tag in tables.tags()}
+
+    def shards_with(self, names: Iterable[str]) -> NDArray[np.int64]:
+        """Return the numbers of the shards that have entries of any of these names, rising int64 [n] (`counts`)."""
+        tables = self._built()
+        return np.flatnonzero(np.sum([tables.counts(name) for name in names] or [np.zeros(len(tables.rows), dtype=np.int64)], axis=0) > 0)
 
     def lengths(self, positions: Integers) -> Lengths:
         """Return what is known of the records at the positions int64 [n]; opens the tables of their shards, no others."""
@@ -100,24 +107,39 @@ class LengthIndex:
         parts = [Lengths(empty, empty, empty, empty, empty, empty, empty, empty.view(np.uint64))]
         for places in np.split(by_shard, edges) if len(positions) else []:
             shard = int(shards[places[0]])
-            parts.append(self._table(shard).gather(positions[places] - self.index.starts[shard], places))
+            try:
+                parts.append(self._table(shard).gather(positions[places] - self.index.starts[shard], places))
+            except Damaged as error:
+                raise self._built().damaged(shard, error) from error
         joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Lengths.__dataclass_fields__}
         entries, references = np.argsort(joined["record"], kind="stable"), np.argsort(joined["owner"], kind="stable")
         return Lengths(**{name: values[references if name in ("owner", "role", "hash") else entries] for name, values in joined.items()})
 
     # ---------------------------------------------------------------- parts
+    def _built(self) -> Tables:
+        if self._tables_of is None:
+            self.build()
+        assert self._tables_of is not None
+        return self._tables_of
+
     def _table(self, shard: int) -> _Table:
         with self._lock:
             if shard not in self._tables:
-                found = self._found(shard)
-                if found is None:  # ranks deal rows by it, so it must be there, and the same, on all of them
-                    raise BadDataError(f"{self._name(shard)}: the lengths vanished or were damaged while the run used them: start again")
-                self._tables[shard] = _Table(*found, self._names["fields"], self._names["languages"])
+                tables = self._built()
+                try:
+                    self._tables[shard] = _Table(tables.table(shard), self._names["fields"], self._names["languages"])
+                except (KeyError, TypeError, Damaged) as error:  # ranks deal rows by it, so it must be there, and the same, on all of them
+                    raise tables.damaged(shard, error) from error
                 self.opened += 1
                 if len(self._tables) > TABLES_KEPT:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(shard)
             return self._tables[shard]
+
+    def _stale(self, tables: Tables, numbers: Integers) -> NDArray[np.bool_]:
+        known, own = self.index.tables.rows[numbers], tables.rows[numbers]
+        differs: NDArray[np.bool_] = (known["size"] != own["size"]) | (known["fingerprint"] != own["fingerprint"])
+        return differs
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": OrderedDict(), "_lock": None}
@@ -125,18 +147,7 @@ class LengthIndex:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
-    def _found(self, shard: int) -> tuple[Path, dict[str, Any]] | None:
-        """The shard's whole file of its present state and its header, None where there is none."""
-        for place in kept_places(self.index.shards[shard], self._name(shard), self._cache):
-            header = _header(place, self.index.state(shard))
-            if header is not None:
-                return place, header
-        return None
-
-    def _name(self, shard: int) -> str:
-        return f"{self.index.shards[shard].stem}.{self.tokenizer.digest}.lengths"
-
-    def _write(self, shard: int) -> None:
+    def _entry(self, shard: int) -> Entry:
         fields, languages = _Codes(2), _Codes(0)
         entries: list[tuple[int, int, int, int]] = []
         texts: list[str] = []
@@ -169,9 +180,10 @@ class LengthIndex:
             "references": np.array(references, dtype=np.uint64),
             "roles": np.array(roles, dtype=np.uint8),
         }
-        file = place_to_write(self.index.shards[shard], self._name(shard), self._cache)
-        with explained(file, self._cache):
-            _store(file, arrays, {"state": self.index.state(shard), "fields": list(fields), "languages": list(languages)})
+        named_codes = {PICTURES: PICTURES_OF, SOUND: SOUND_OF} | {fields.code(name): name for name in list(fields)}
+        tags = Counter(named_codes[code] for code, *_ in entries)
+        row, note = self.index.tables.rows[shard], {"fields": list(fields), "languages": list(languages)}
+        return Entry(int(row["size"]), 0, int(row["fingerprint"]), len(starts) - 1, 0, tags, pack(arrays, note))
 
 
 class _Codes:
@@ -188,32 +200,30 @@ class _Codes:
 
 
 class _Table:
-    """One shard's file, mapped."""
+    """One shard's table, mapped."""
 
-    def __init__(self, file: Path, header: dict[str, Any], fields: _Codes, languages: _Codes) -> None:
-        arrays = {name: _mapped(file, extent) for name, extent in header["arrays"].items()}
-        self.starts, self.entries, self.reference_starts = arrays["starts"], arrays["entries"], arrays["reference_starts"]
-        self.references, self.roles = arrays["references"], arrays["roles"]
-        self.fields = np.array([PICTURES, SOUND, *map(fields.code, header["fields"])], dtype=np.int64)
-        self.languages = np.array([*map(languages.code, header["languages"]), -1], dtype=np.int64)
+    def __init__(self, columns: Columns, fields: _Codes, languages: _Codes) -> None:
+        self.columns = columns
+        self.fields = np.array([PICTURES, SOUND, *map(fields.code, columns.note["fields"])], dtype=np.int64)
+        self.languages = np.array([*map(languages.code, columns.note["languages"]), -1], dtype=np.int64)
 
     def gather(self, rows: Integers, places: Integers) -> Lengths:
         """Return the lengths of records by their rows in the shard int64 [n]; `places` [n] stand for them in the result."""
-        chosen, owners = _runs(self.starts, rows)
-        entries = self.entries[chosen].astype(np.int64)
-        named, namers = _runs(self.reference_starts, rows)
+        chosen, owners = self._runs("starts", rows)
+        entries = self.columns.take("entries", chosen).astype(np.int64)
+        named, namers = self._runs("reference_starts", rows)
         languages = self.languages[np.minimum(entries[:, 1], len(self.languages) - 1)]
         return Lengths(
             places[owners], self.fields[entries[:, 0]], languages, entries[:, 2], entries[:, 3],
-            places[namers], self.roles[named].astype(np.int64), np.asarray(self.references[named]),
+            places[namers], self.columns.take("roles", named).astype(np.int64), self.columns.take("references", named),
         )  # fmt: skip
 
-
-def _runs(starts: NDArray[np.int64], rows: Integers) -> tuple[Integers, Integers]:
-    """Return the elements of the rows' runs, and to which of the rows each belongs."""
-    first, counts = np.asarray(starts[rows]), np.asarray(starts[rows + 1] - starts[rows])
-    owners = np.repeat(np.arange(len(rows), dtype=np.int64), counts)
-    return np.arange(counts.sum(), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts) + first[owners], owners
+    def _runs(self, name: str, rows: Integers) -> tuple[Integers, Integers]:
+        """Return the elements of the rows' runs, and to which of the rows each belongs."""
+        first, after = self.columns.take(name, rows), self.columns.take(name, rows + 1)
+        counts = after - first
+        owners = np.repeat(np.arange(len(rows), dtype=np.int64), counts)
+        return np.arange(counts.sum(), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts) + first[owners], owners
 
 
 def _texts(body: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
@@ -229,40 +239,3 @@ def _named(value: Any, *, latest: bool) -> list[str]:
     entries = value if isinstance(value, list) else [value]
     names = [name for one in entries if not isinstance(one, dict) and (name := given(one)) is not None]
     return names[-MOST_REFERENCES:] if latest else names[:MOST_REFERENCES]
-
-
-# ---------------------------------------------------------------- the file: a line of JSON, then aligned arrays
-def _store(file: Path, arrays: Mapping[str, NDArray[Any]], header: dict[str, Any]) -> None:
-    offset, extents = 0, {}
-    for name, array in arrays.items():
-        extents[name] = (array.dtype.str, array.shape, offset)
-        offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
-    line = json.dumps({"version": VERSION, **header, "arrays": extents, "bytes": offset}).encode()
-    line += b" " * (-(len(line) + 1) % ALIGNMENT) + b"\n"
-    temporary = file.with_name(f".{file.name}-{os.getpid()}-{secrets.token_hex(4)}")
-    with open(temporary, "wb") as target:
-        target.write(line)
-        for array in arrays.values():
-            target.write(array.tobytes().ljust(-(-array.nbytes // ALIGNMENT) * ALIGNMENT, b"\0"))
-    os.replace(temporary, file)
-
-
-def _header(file: Path, state: Sequence[Any]) -> dict[str, Any] | None:
-    """Return the file's header with absolute offsets, or None where there is no whole file of this state of the shard."""
-    try:
-        with open(file, "rb") as source:
-            line = source.readline()
-            header: dict[str, Any] = json.loads(line)
-            whole = os.fstat(source.fileno()).st_size == len(line) + header["bytes"]
-        if header["version"] != VERSION or header["state"] != list(state) or not whole:
-            return None
-        header["arrays"] = {name: (kind, tuple(shape), offset + len(line)) for name, (kind, shape, offset) in header["arrays"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return header
-
-
-def _mapped(file: Path, extent: Extent) -> NDArray[Any]:
-    kind, shape, offset = extent
-    return np.memmap(file, dtype=np.dtype(kind), mode="r", offset=offset, shape=shape) if all(shape) else np.empty(shape, dtype=np.dtype(kind))
-

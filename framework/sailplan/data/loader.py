@@ -26,7 +26,7 @@ from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.plan import Plan
 from sailplan.data.reader import RecordReader
 from sailplan.data.record import StepBatch
-from sailplan.data.teachers import TeacherTable
+from sailplan.data.teachers import Teachers
 from sailplan.errors import BadDataError, SailplanError
 
 RECENT_ROWS = 1000
@@ -67,7 +67,7 @@ class StepLoader:
         start_step: int = 0,
         stop_step: int | None = None,
         negatives: HardNegativeStore | None = None,
-        teachers: TeacherTable | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         self.collator = Collator(config, stage, plan, readers, data_parallel_rank, data_parallel_size, negatives, teachers)
         self.data, self.start_step, self.stop_step = config.data, start_step, plan.steps if stop_step is None else stop_step

@@ -87,7 +87,7 @@ class RecordReader:
     def split(self, position: int) -> str:
         """Split of the record at a position."""
         _, table, row = self.index.locate(position)
-        return table.split_names[int(table.splits[row])]
+        return table.split(row)
 
     def find(self, record_id: str) -> int | None:
         """Position of the record with this id, or None."""
@@ -346,6 +346,7 @@ class RecordReader:
 
     def _opened(self, shard: int) -> int:
         try:
+            self.index.check_shard(shard)
             return os.open(self.index.shards[shard], os.O_RDONLY)
         except OSError as error:
             raise BadDataError(f"{self.index.shards[shard]}: cannot be read ({error.strerror or error}): the shard went away while in use") from error

@@ -24,6 +24,8 @@ from sailplan.data.names import is_sidecar
 from sailplan.data.places import cache_root, explained
 from sailplan.errors import BadDataError, ConfigurationError
 
+MOST_ASKED = 1000  # shards of which each is asked for
+
 
 def is_remote(name: str) -> bool:
     return re.match(r"^[a-z0-9+]+:", name) is not None and not name.startswith("file:")
@@ -50,7 +52,7 @@ def resolve(dataset: str, shards: str, cache: Path | None = None, progress: Call
     for name in names:
         paths.append(fetch(name, cache) if is_remote(name) else Path(name.removeprefix("file:")))
         progress()
-    missing = [str(path) for path in paths if not os.path.isfile(path)]
+    missing = _absent(paths)
     if missing:
         raise ConfigurationError(
             f"{key}={shards}: {len(missing)} of {len(paths)} shards do not exist, first {missing[0]}; expected a folder of .tar shards or existing files; "
@@ -59,10 +61,28 @@ def resolve(dataset: str, shards: str, cache: Path | None = None, progress: Call
     return paths
 
 
+def _absent(paths: list[Path]) -> list[str]:
+    """Return the paths that are no files; of many, those that no listing of their folders has: one request a folder, not one a shard."""
+    if len(paths) <= MOST_ASKED:
+        return [str(path) for path in paths if not os.path.isfile(path)]
+    listed: dict[str, set[str]] = {}
+    result = []
+    for path in map(str, paths):
+        folder, _, name = path.rpartition(os.sep)
+        if folder not in listed:
+            try:
+                listed[folder] = set(os.listdir(folder or (os.sep if path.startswith(os.sep) else os.curdir)))
+            except OSError:
+                listed[folder] = set()
+        if name not in listed[folder]:
+            result.append(path)
+    return result
+
+
 def _listed(key: str, folder: Path) -> list[Path]:
     """The folder's shards, without what a file system put beside them."""
     try:
-        return sorted(folder / name for name in os.listdir(folder) if name.endswith(".tar") and not is_sidecar(name))
+        return [folder / name for name in sorted(os.listdir(folder)) if name.endswith(".tar") and not is_sidecar(name)]
     except OSError as error:
         raise ConfigurationError(f"{key}={folder}: the folder cannot be read ({error.strerror or error}); check its permissions") from error
 

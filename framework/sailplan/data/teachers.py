@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,6 +12,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sailplan.data.negatives import save_arrays
+
+
+class Teachers(Protocol):
+    """Vectors of items by id, from one table in memory or from mapped files (`data.teacher_files`)."""
+
+    @property
+    def names(self) -> list[str]:
+        """The teachers' names, sorted."""
+
+    def dimension(self, teacher: str) -> int:
+        """Return the length of the teacher's vectors."""
+
+    def look_up(self, teacher: str, item_ids: Iterable[str]) -> Tensor:
+        """Return float32 [n, d] of the items, zero rows where unknown."""
 
 
 class TeacherTable:

@@ -15,6 +15,9 @@ import tokenizers
 from PIL import Image
 
 from sailplan.config.schema import Config, DataConfig, DatasetConfig, PatternConfig, StepConfig, ViewConfig
+from sailplan.data.index import ShardIndex
+from sailplan.data.manifest import Manifest
+from sailplan.data.tables import Tables
 
 WORDS = ["red", "blue", "green", "round", "flat", "fish", "bird", "tree", "boat", "house", "sun", "moon", "star", "wheel", "apple", "stone"]
 Member = tuple[str, bytes]
@@ -36,6 +39,37 @@ def write_set(folder: Path, records: Sequence[Sequence[Member]], per_shard: int 
         members = [member for record in records[start : start + per_shard] for member in record]
         (folder / f"part-{start // per_shard:03d}.tar").write_bytes(tar_bytes(members))
     return folder
+
+
+def repeated(index: ShardIndex, copies: int) -> ShardIndex:
+    """Return the index as of so many times its shards, all of them the same files: a set of a size that no test can write out."""
+    known = index.tables
+    index.shards = index.shards * copies
+    index._use(Tables(known._sources, np.tile(known._source, copies), np.tile(known._row, copies)))
+    return index
+
+
+def synthetic_set(folder: Path, shards: Sequence[Path], copies: int) -> list[Path]:
+    """Make a folder of many shards, links to a few, with the manifest that indexing all of them would write; return their paths."""
+    folder.mkdir(parents=True)
+    linked = [folder / f"s{number:06d}.tar" for number in range(len(shards) * copies)]
+    for number, link in enumerate(linked):
+        link.symlink_to(shards[number % len(shards)].resolve())
+    ShardIndex(linked[: len(shards)])
+    (file,) = (folder / ".index").glob("*.manifest")
+    repeat_manifest(file, [link.name for link in linked])
+    return linked
+
+
+def repeat_manifest(file: Path, names: Sequence[str]) -> None:
+    """Rewrite a manifest: its shards, in the order of their names, stand for others over and over."""
+    known = Manifest.load(file)
+    assert known is not None
+    order, count = np.argsort(known.names), len(known.names)
+    copies, place = len(names) // count, np.argsort(order)
+    tag_rows = np.add.outer(np.arange(copies) * count, place[known.tag_rows]).reshape(-1)
+    codes, counts = np.tile(known.tag_codes, copies), np.tile(known.tag_counts, copies)
+    Manifest(known.blob, known.end, list(names), np.tile(known.rows[order], copies), known.tags, tag_rows, codes, counts).save(file)
 
 
 def json_member(key: str, body: Any) -> Member:

@@ -83,7 +83,7 @@ def validations(config: Config, names: Iterable[str] | None = None, processes: i
             continue
         result = Validation(name)
         try:
-            readers = open_datasets(config, names=[name])
+            readers = open_datasets(config, names=[name], processes=processes or len(os.sched_getaffinity(0)), thorough=True)
         except BadDataError as error:
             result.problems.append(Problem(name, "-", str(error)))
             yield result

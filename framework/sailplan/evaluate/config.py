@@ -25,10 +25,16 @@ class EvaluationTask:
     metrics: list[Metric] = field(default_factory=lambda: ["recall"])  # type: ignore[arg-type]
     recall_at: list[Size] = field(default_factory=lambda: [1, 10, 25, 50, 100])
     limit: Size | None = None
+    clusters: Size = 64  # nmi of a retrieval: clusters of queries and targets together, at most one for four pairs
+    reference: str | None = None  # the records' key of a ranking to agree with (kendall, overlap): ids of candidates, best first
     label: str | None = None  # clustering: the record's key that holds the label (e.g. subgroup)
 
     def validate(self, path: str) -> None:
-        """Raise ConfigurationError for a clustering that has nothing to compare with."""
+        """Raise ConfigurationError for a clustering or a ranking that has nothing to compare with."""
+        if self.reference is not None and self.kind not in ("retrieval", "classification"):
+            raise ConfigurationError(f"{path}.reference={self.reference}: kind {self.kind} ranks no candidates for it; expected kind: retrieval")
+        if self.reference is not None and not {"kendall", "overlap"} & set(self.metrics):
+            raise ConfigurationError(f"{path}.reference={self.reference} beside metrics {', '.join(self.metrics)}: add kendall or overlap, or leave it out")
         if self.kind == "clustering" and self.label is None:
             raise ConfigurationError(f"{path}.label is empty: expected the key of the records that holds the label, such as subgroup")
 

@@ -148,6 +148,61 @@ def cluster_agreement(vectors: np.ndarray, labels: Sequence[str]) -> dict[str, f
     return {"nmi": float(normalized_mutual_info_score(codes, found)), "clusters": float(len(unique))}
 
 
+def pair_agreement(queries: np.ndarray, targets: np.ndarray, clusters: int, most: int = 10_000) -> dict[str, float]:
+    """Return nmi: normalised mutual information between the clusters that queries and their targets, both [p, D], fall into.
+
+    One k-means of all the unit vectors gives both assignments, so 1 means that every cluster of queries has its targets in one
+    cluster of its own. clusters: at most one for four pairs; of more than `most` pairs a fixed random part is taken.
+    """
+    if len(queries) > most:
+        chosen = np.sort(generator("evaluation", "nmi").permutation(len(queries))[:most])
+        queries, targets = queries[chosen], targets[chosen]
+    both = np.concatenate([queries, targets]).astype(np.float64)
+    both /= np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)
+    found, _ = k_means(both, max(1, min(clusters, len(queries) // 4)), "nmi", starts=3)
+    return {"nmi": float(normalized_mutual_info_score(found[: len(queries)], found[len(queries) :]))}
+
+
+def ranking_agreement(
+    queries: Tensor,
+    candidates: Tensor,
+    rankings: Sequence[np.ndarray],
+    at: Sequence[int],
+    excluded: Pairs | None = None,
+    exchange: Exchange = ALONE,
+) -> dict[str, float]:
+    """Return how the model's order of the candidates agrees with a reference's, as means over the queries that have one.
+
+    rankings: per query the candidate indices in the reference's order, best first, each once; empty: left out.
+    reference/overlap@k = |best k by the model and first k of the reference| / k, with k cut to what the reference lists.
+    reference/kendall = Kendall's tau-b between the cosines of the listed candidates and the reference's order, over queries
+    with at least two. `excluded` candidates are not ranked by the model.
+    """
+    queries, candidates = unit(queries), unit(candidates)
+    sums = torch.zeros(len(at) + 3, dtype=torch.float64, device=queries.device)
+    for first, scores in tiles(queries, candidates, share(len(queries), exchange.rank, exchange.world_size)):
+        listed = scores.cpu().numpy().copy()
+        if excluded is not None:
+            hidden = excluded.slice(first, first + len(scores))
+            listed[hidden.rows.cpu().numpy(), hidden.columns.cpu().numpy()] = -np.inf
+        for row, ranking in enumerate(rankings[first : first + len(scores)]):
+            if len(ranking):
+                sums += torch.tensor(_agreement(listed[row], ranking, at), dtype=torch.float64, device=sums.device)
+    *overlaps, kendall, pairs, counted = exchange.sum(sums).tolist()
+    result = {f"reference/overlap@{k}": value / max(counted, 1) for k, value in zip(at, overlaps, strict=True)}
+    return result | {"reference/kendall": kendall / pairs if pairs else float("nan"), "reference/queries": counted}
+
+
+def _agreement(scores: np.ndarray, ranking: np.ndarray, at: Sequence[int]) -> list[float]:
+    """Overlaps at each k, Kendall's tau-b (0 where there is none), whether there is one, and 1 for the query."""
+    sizes = [min(k, len(ranking)) for k in at]
+    best = np.argpartition(-scores, max(sizes) - 1)[: max(sizes)]
+    best = best[np.lexsort((best, -scores[best]))]
+    overlaps = [len(np.intersect1d(best[:size], ranking[:size])) / size for size in sizes]
+    tau = float(kendalltau(scores[ranking], -np.arange(len(ranking))).statistic) if len(ranking) > 1 else float("nan")
+    return [*overlaps, 0.0 if np.isnan(tau) else tau, float(not np.isnan(tau)), 1.0]
+
+
 def popularity_ranks(counts: np.ndarray, targets: np.ndarray, excluded: Sequence[np.ndarray]) -> np.ndarray:
     """Ranks of targets int64 [n] when every query gets the candidates in order of popularity, its excluded ones left out.
 

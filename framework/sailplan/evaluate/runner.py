@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sailplan.config.rules import check_task
 from sailplan.config.schema import EvaluationTask
@@ -23,7 +24,8 @@ from sailplan.errors import ConfigurationError
 from sailplan.evaluate import metrics
 from sailplan.evaluate.completion import set_completion_task
 from sailplan.evaluate.examples import retrieval_examples
-from sailplan.evaluate.sides import Sides, prepare, query_positions
+from sailplan.evaluate.next_item import next_item_task
+from sailplan.evaluate.sides import Sides, index_of, prepare, query_positions
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Runner:
         if task.kind == "clustering":
             return self._clustering(name, task, reader), []
         if task.kind == "sequence":
-            return set_completion_task(self.embedder, name, task, reader)
+            return next_item_task(self.embedder, name, task, reader) or set_completion_task(self.embedder, name, task, reader)
         sides = prepare(reader, task, name, self.embedder)
         return self._retrieval(task, reader, sides), retrieval_examples(task, reader, sides)
 
@@ -73,7 +75,17 @@ class Runner:
             result |= metrics.gap(queries, candidates, positives, self.embedder.exchange)
         if "bijection" in task.metrics:
             result["bijection"] = metrics.bijection(queries, candidates, sides.queries.ids.to(device), self.embedder.exchange)
-        if "kendall" in task.metrics or "overlap" in task.metrics:
+        if "nmi" in task.metrics:
+            rows = np.flatnonzero(sides.own >= 0)
+            pairs = sides.queries.fused.numpy()[rows], sides.candidates.fused.numpy()[sides.own[rows]]
+            result |= metrics.pair_agreement(*pairs, task.clusters) if len(rows) else {}
+        if task.reference is not None:
+            found = metrics.ranking_agreement(
+                queries, candidates, self._reference(task, task.reference, reader, sides), task.recall_at, sides.excluded, self.embedder.exchange
+            )
+            result |= {key: value for key, value in found.items() if key.partition("@")[0].removeprefix("reference/") in task.metrics}
+            result["reference/queries"] = found["reference/queries"]
+        elif "kendall" in task.metrics or "overlap" in task.metrics:
             found = self._graded(reader, sides)
             result |= {metric: found[metric] for metric in ("kendall", "overlap") if metric in task.metrics}
         return result
@@ -93,6 +105,25 @@ class Runner:
                 if len(queries) > 1:
                     result[f"prefix_{size}/neighbours@10"] = metrics.neighbour_overlap(queries, queries[:, :size], 10)
         return result
+
+    def _reference(self, task: EvaluationTask, key: str, reader: RecordReader, sides: Sides) -> list[NDArray[np.int64]]:
+        """Candidates of each query in the order that its record's ranking gives, best first; those that are no candidates are left out."""
+        rankings = []
+        for position in sides.queries.positions.tolist():
+            names = reader.body(position).get(key)
+            found = [self._candidate(reader, name) for name in names] if isinstance(names, list) else []
+            places = index_of(sides.candidates.positions, np.array([-1 if place is None else place for place in found], dtype=np.int64))
+            rankings.append(np.array(list(dict.fromkeys(places[places >= 0].tolist())), dtype=np.int64))
+        if not any(len(ranking) for ranking in rankings):
+            raise ConfigurationError(
+                f"evaluation.tasks with reference={key}: no record of '{task.dataset}' has a list of candidates' ids under this key; expected some, best first"
+            )
+        return rankings
+
+    @staticmethod
+    def _candidate(reader: RecordReader, name: Any) -> int | None:
+        """Position of an id of a ranking in the set that candidates come from."""
+        return reader.find_item(name) if reader.catalogue is not None else reader.find(str(name))
 
     def _graded(self, reader: RecordReader, sides: Sides) -> dict[str, float]:
         scores = [reader.score(int(position)) for position in sides.queries.positions]

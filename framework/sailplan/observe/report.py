@@ -110,8 +110,11 @@ def _numbers(value: Any) -> dict[str, float]:
 def _balance(similarities: Any) -> dict[str, Any]:
     """{training set: {benchmark: similarity, "mean": mean}} as a table: a column per benchmark, a row per training set."""
     pairs = {str(name): _numbers(row) for name, row in similarities.items()} if isinstance(similarities, dict) else {}
-    columns = [column for column in dict.fromkeys(name for row in pairs.values() for name in row) if column != "mean"]
-    rows = [{"name": name, "mean": row.get("mean"), "values": [row.get(column) for column in columns]} for name, row in pairs.items()]
+    columns = [column for column in dict.fromkeys(name for row in pairs.values() for name in row) if column not in ("mean", "error")]
+    rows = [
+        {"name": name, "mean": row.get("mean"), "error": row.get("error"), "values": [row.get(column) for column in columns]}
+        for name, row in pairs.items()
+    ]
     return {"columns": columns, "rows": rows}
 
 

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +45,24 @@ def software() -> dict[str, Any]:
     return {"versions": found}
 
 
-def agree(parallel: Parallel, what: str, facts: Facts, remedy: str) -> None:
+def agree(parallel: Parallel, what: str, facts: Facts | Callable[[], Facts], remedy: str, *, digest: str | None = None) -> None:
     """Return where all ranks give the same facts; otherwise raise ConfigurationError on all of them. A collective.
 
-    what: the facts' name, as "data set prompts". One all-gather of 32 bytes a rank; where ranks differ, rank 0's facts go to
-    all, and each rank of another mind sends a line back: ranks that differ alike are named together.
+    what: the facts' name, as "data set prompts". digest: what differs where the facts do, for facts that take long to make.
+    One all-gather of 32 bytes a rank; where ranks differ, rank 0's facts go to all, and each rank of another mind sends a
+    line back: ranks that differ alike are named together.
     """
-    text = json.dumps(facts, sort_keys=True, default=str)
-    own = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+
+    def written() -> str:
+        return json.dumps(facts() if callable(facts) else facts, sort_keys=True, default=str)
+
+    own = torch.tensor(list(hashlib.sha256((written() if digest is None else digest).encode()).digest()), dtype=torch.uint8)
     meet(f"comparing the {what}")
     rows = [torch.empty(32, dtype=torch.uint8, device=parallel.device) for _ in range(parallel.world_size)]
     dist.all_gather(rows, own.to(parallel.device))
     if bool((torch.stack(rows) == rows[0]).all()):
         return
+    text = written()
     first = json.loads(parallel.broadcast_text(text))
     lines: list[str] = [""] * parallel.world_size
     dist.all_gather_object(lines, _line(first, json.loads(text)))

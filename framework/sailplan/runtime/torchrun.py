@@ -53,7 +53,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sailplan-launch-") as name:
         folder, done = Path(name), threading.Event()
         os.environ[NOTES] = name
-        threading.Thread(target=_end_the_rest, args=(folder, done), daemon=True).start()
+        watcher = threading.Thread(target=_end_the_rest, args=(folder, done), daemon=True)
+        watcher.start()
         try:
             torchrun()
             return 0
@@ -67,6 +68,7 @@ def main() -> int:
             return _of_node(left, False) if left else EXIT_STOPPED
         finally:
             done.set()
+            watcher.join()  # it reads the folder, which goes next
 
 
 def _of_node(left: list[int], silent: bool) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from sailplan.config.fields import Count, CountOrAll, NotNegative, Positive, ShareBelowOne, Size
 
@@ -24,13 +24,29 @@ class StepConfig:
     backend: Backend = "auto"  # of sailplan_kernels
 
 
+WARMUP_COSINE = "sailplan.step.schedules.WarmupCosine"
+ADAMW = "torch.optim.AdamW"
+
+
 @dataclass
-class OptimizerConfig:
+class StageOptimizerConfig:
+    """What a stage may set for itself: rates, decay, moments, and how the rates go down."""
+
     learning_rate: NotNegative = 1e-3
-    final_learning_rate: NotNegative = 1e-4  # end of the cosine
+    final_learning_rate: NotNegative = 1e-4  # where the schedule ends
     warmup_steps: Count = 20
     weight_decay: NotNegative = 1e-4
-    betas: list[ShareBelowOne] = field(default_factory=lambda: [0.9, 0.98])
-    epsilon: Positive = 1e-8
+    betas: list[ShareBelowOne] = field(default_factory=lambda: [0.9, 0.98])  # of optimizers that have betas
+    epsilon: Positive = 1e-8  # of optimizers that have an eps
     clip_norm: Positive = 1.0
     temperature_learning_rate: NotNegative = 1e-3
+    # {_target_: a class below step.schedules.Schedule, its options}
+    schedule: dict[str, Any] = field(default_factory=lambda: {"_target_": WARMUP_COSINE})
+
+
+@dataclass
+class OptimizerConfig(StageOptimizerConfig):
+    """The run's optimizer. One object updates all stages, so its class and options are the run's alone."""
+
+    _target_: str = ADAMW  # a class below torch.optim.Optimizer
+    options: dict[str, Any] = field(default_factory=dict)  # of its constructor, such as {momentum: 0.9}

@@ -37,6 +37,7 @@ from sailplan.step import same_data
 from sailplan.step.gradient_cache import GradientCache
 from sailplan.step.guards import FiniteGuard
 from sailplan.step.kept_graphs import KeptGraphs
+from sailplan.step.optimizer import clear_gradients
 from sailplan.step.reduction import Averaged, average_gradients
 
 Number = TypeVar("Number", float, Tensor)
@@ -146,7 +147,7 @@ class TrainingStep:
             self.temperatures.clamp_()
         else:
             suspects = self.guard.suspects(batches, encoded)
-        self.optimizer.zero_grad(set_to_none=True)
+        clear_gradients(self.optimizer)
         seconds["update"] = time.perf_counter() - began
         return StepResult(
             loss=values["total"],

@@ -26,6 +26,7 @@ from sailplan.objective.temperature import Temperatures
 from sailplan.runtime.agreement import agree
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.watch import alone, phase
+from sailplan.step.optimizer import check_optimizer
 from sailplan.train.run_folder import RunFolder
 
 
@@ -62,13 +63,19 @@ def open_agreed(
     """
     with phase("opening data", local=True):
         readers = open_datasets(config, artifacts, names, progress=alone)
-    facts = {f"data set {name}": reader.index.description() for name, reader in readers.items()}
-    agree(parallel, "data", facts, "give all nodes the same shards, and delete their .index folders where shards were replaced")
+    agree(
+        parallel,
+        "data",
+        lambda: {f"data set {name}": reader.index.description() for name, reader in readers.items()},
+        "give all nodes the same shards; `sailplan data index` reads those that were replaced anew",
+        digest=" ".join(f"{name}={reader.index.digest()}" for name, reader in readers.items()),
+    )
     return readers
 
 
 def check_data(config: Config, readers: Mapping[str, RecordReader]) -> None:
     """Raises ConfigurationError for what a stage or an evaluation of the run would miss in the open data sets, before the first step."""
+    check_optimizer(config)
     for name in config.order:
         check_stage(name, config.stages[name], config)
     component: EncoderComponent = config.model.component()

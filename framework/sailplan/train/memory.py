@@ -30,6 +30,7 @@ from sailplan.data.record import EncoderInputs
 from sailplan.model.component import EncoderComponent
 from sailplan.runtime.groups import form_groups, leave_groups
 from sailplan.step.kept_graphs import SavedBytes
+from sailplan.step.optimizer import optimizer_state_size
 
 aten = torch.ops.aten
 MICRO_BATCHES_HELD = 2  # one that computes, one on its way (step.upload)
@@ -148,7 +149,8 @@ def estimate_memory(config: Config, modalities: Sequence[tuple[str, ...]], *, wo
     tensor-parallel rank sees, S the ranks that share a copy of them, b and c the bytes of an element of a parameter and of
     the computation: parameters b P / S; gathered c P from a step's first forward to its last backward, or with
     `parallel.reshard_after_forward` those of the largest unit and of the layer that is fetched meanwhile; gradients b P while they are summed over
-    micro-batches and b P / S when reduced, or b P / S and a unit's; optimizer 2 b P / S (AdamW).
+    micro-batches and b P / S when reduced, or b P / S and a unit's; optimizer n b P / S, n the state
+    that its class keeps for an element (2 of AdamW).
     `step.kept_graphs` auto counts as one: what it keeps besides is free memory.
     """
     tensor = config.parallel.tensor
@@ -177,7 +179,7 @@ def estimate_memory(config: Config, modalities: Sequence[tuple[str, ...]], *, wo
         parameters=width * held,
         gathered=compute_dtype.itemsize * whole if wrapped else 0,
         gradients=width * (held + (whole if resharded else seen)) if wrapped else width * seen,
-        optimizer=2 * width * held,
+        optimizer=math.ceil(optimizer_state_size(config.optimizer, config.allowed_targets) * width * held),
         activations=worst.peak + (min(kept, math.ceil(rank_rows / rows)) - 1) * worst.graph,
         inputs=MICRO_BATCHES_HELD * max(view.inputs for view in views),
     )

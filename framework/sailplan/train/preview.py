@@ -27,9 +27,10 @@ from sailplan.objective.backends import planned_backends
 from sailplan.objective.registry import objective_class
 from sailplan.runtime.environment import node_count
 from sailplan.runtime.process import device_type
+from sailplan.step.schedules import learning_rate_scale
 from sailplan.train.assemble import check_data
 from sailplan.train.memory import estimate_memory
-from sailplan.train.schedule import StageSpan, learning_rate_scale, spans
+from sailplan.train.schedule import StageSpan, spans
 
 
 def describe(config: Config, world_size: int) -> dict[str, Any]:

@@ -36,10 +36,11 @@ from sailplan.observe.metrics import MetricWriter, StageInfo
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.watch import beat, phase, stop_wanted
 from sailplan.step.optimizer import build_optimizer, configure, set_learning_rate, set_trainable
+from sailplan.step.schedules import learning_rate_scale
 from sailplan.step.training_step import StepResult, TrainingStep
 from sailplan.train.assemble import Whole, check_data, open_agreed
 from sailplan.train.run_folder import RunFolder
-from sailplan.train.schedule import StageSpan, learning_rate_scale, spans
+from sailplan.train.schedule import StageSpan, spans
 
 WISHES = 3  # to stop, to save, to report bad samples
 
@@ -53,7 +54,7 @@ class Trainer:
 
     def __init__(self, config: Config, parallel: Parallel, folder: RunFolder, whole: Whole, writer: MetricWriter) -> None:
         self.config, self.parallel, self.folder, self.whole, self.writer = config, parallel, folder, whole, writer
-        self.optimizer = build_optimizer(whole.encoder, whole.objectives, whole.temperatures, config.optimizer)
+        self.optimizer = build_optimizer(whole.encoder, whole.objectives, whole.temperatures, config.optimizer, config.allowed_targets)
         self.training_step = TrainingStep(
             whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, training_exchange(parallel, config.parallel.exchange)
         )
@@ -241,6 +242,7 @@ class Trainer:
             "data/set": "+".join(batch.dataset for batch in batches),
             "data/digest": "+".join(dict.fromkeys(batch.digest for batch in batches)),
             "data/wait_seconds": round(waited, 4),
+            "data/wait_share": round(waited / seconds, 4),
             "loss/total": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": learning_rate,
@@ -281,5 +283,5 @@ def check_shares(parallel: Parallel, shares: StepShares, step: int, stage: str) 
     if parallel.agree(own != parallel.broadcast_text(own)):
         raise BadDataError(
             f"stage {stage}: ranks share out the rows of its step {step + 1} in different ways, expected the same shards and tokenizer on all "
-            "machines: compare them, delete the *.lengths files beside the shards' index, and start again"
+            "machines: compare them, delete the lengths-* files beside the shards' index, and start again"
         )

@@ -1,4 +1,4 @@
-"""Sequences, teachers and co-occurrence pairs: nothing of held-out users, every view does what it says."""
+"""Sequences of unordered sets, teachers and co-occurrence pairs: nothing of held-out users, every rule does what it says."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sailplan.curriculum.histories import Histories
-from sailplan.curriculum.interests import in_proportion, jaccard_to, records, sequences
 from sailplan.curriculum.teachers import co_occurrence, factorise, pair_records
+from sailplan.curriculum.unordered import RULES, in_proportion, jaccard_to, records, sequences
 from sailplan.errors import BadDataError
 
 
@@ -32,19 +32,19 @@ def test_sequences_stay_within_a_user_and_never_show_the_target() -> None:
         assert sequence["target"] not in sequence["history"]
         assert set(sequence["history"]) | {sequence["target"]} <= set(owner[sequence["user"]])
         assert 1 <= len(sequence["history"]) <= 5
-    assert {sequence["view"] for sequence in found} == {"content_single", "collaboration_single", "content_multi", "collaboration_multi"}
+    assert {sequence["rule"] for sequence in found} == set(RULES)
     assert len({(frozenset(s["history"]), s["target"]) for s in found}) == len(found)
     assert found == sequences(histories, used, content, length=5, targets=3)
 
 
-def test_content_single_takes_the_items_most_like_the_target() -> None:
+def test_the_nearest_rule_takes_the_items_most_like_the_target() -> None:
     histories, used, content = two_worlds()
     for sequence in sequences(histories, used, content, length=3):
-        if sequence["view"] == "content_single":
+        if sequence["rule"] == "content_nearest":
             assert {item < 15 for item in sequence["history"]} == {sequence["target"] < 15}
 
 
-def test_multi_peak_follows_cluster_sizes() -> None:
+def test_clusters_follow_cluster_sizes() -> None:
     labels = np.array([0] * 12 + [1] * 6 + [2] * 2)
     chosen = in_proportion(labels, 10, np.random.default_rng(0))
     assert np.bincount(labels[chosen]).tolist() == [6, 3, 1]
@@ -96,6 +96,7 @@ def test_records_name_items_by_id() -> None:
     histories, used, content = two_worlds()
     bodies = records(sequences(histories, used, content), {int(place): f"set/{place}" for place in used})
     assert len({body["id"] for body in bodies}) == len(bodies)
+    assert all(body["view"] == "unordered" for body in bodies)
     assert all(body["split"] == "train" and body["target"].startswith("set/") for body in bodies)
     counts = Counter(body["target"] for body in bodies)
     assert all(body["target_probability"] == pytest.approx(counts[body["target"]] / len(bodies)) for body in bodies)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sailplan.config.schema import BalanceConfig
-from sailplan.curriculum.balance import Clusters, balance, cluster, softmax_weights, transport_plan, unit_rows
+from sailplan.curriculum.balance import Clusters, balance, by_size, cluster, softmax_weights, transport_plan, unit_of, unit_rows, with_floor
 from sailplan.curriculum.subset import drop_lowest, keep_highest, nearness
 from sailplan.curriculum.threshold import f1_threshold
 from sailplan.embed.scoring import Pairs, unit
@@ -65,6 +65,40 @@ def test_narrow_costs_do_not_underflow() -> None:
     assert plan == pytest.approx(np.ones((1, 1)))
 
 
+def again(rows: np.ndarray, clusters: int, times: int = 8) -> list[dict[str, Clusters]]:
+    """Bootstrap replicates, as `kinds.replicates` makes them."""
+    random = np.random.default_rng(len(rows))
+    return [{"fused": cluster(rows[random.integers(len(rows), size=len(rows))], clusters, number)} for number in range(times)]
+
+
+def mixture(random: np.random.Generator, centres: np.ndarray, rows: int = 120) -> np.ndarray:
+    return centres[random.integers(len(centres), size=rows)] + 0.25 * random.standard_normal((rows, centres.shape[1]))
+
+
+def test_equal_sets_get_equal_weights_in_every_draw_and_near_ones_lead() -> None:
+    """Five samples of one distribution: 0.20 +- 0.05 each, in 10 of 10 draws. Two near and three far sets: each near one 0.3 or more."""
+    config, lowest, highest = BalanceConfig(clusters=5, iterations=40), 1.0, 0.0
+    for draw in range(10):
+        random = np.random.default_rng(draw)
+        centres, others = unit_rows(random.standard_normal((6, 8))), unit_rows(random.standard_normal((6, 8)))
+        target = {"task": {"fused": cluster(mixture(random, centres), 5, "task", draw)}}
+        found = balance({f"equal {number}": again(mixture(random, centres), 5) for number in range(5)}, target, config)
+        lowest, highest = min(lowest, *found.weights.values()), max(highest, *found.weights.values())
+        assert all(error > 0 for error in found.errors.values())
+        if draw < 2:
+            sets = {f"{'near' if number < 2 else 'far'} {number}": again(mixture(random, centres if number < 2 else others), 5) for number in range(5)}
+            weights = with_floor(balance(sets, target, config).weights, dict.fromkeys(sets, 1.0), config.floor)
+            assert min(weights["near 0"], weights["near 1"]) >= 0.3
+    assert lowest >= 0.15 and highest <= 0.25, (lowest, highest)
+
+
+def test_weights_that_look_at_no_vector() -> None:
+    sizes = {"small": 100, "large": 900}
+    assert by_size(sizes, "uniform").weights == {"small": 0.5, "large": 0.5}
+    assert by_size(sizes, "size").weights == pytest.approx({"small": 0.1, "large": 0.9})
+    assert by_size(sizes, "sqrt_size").weights == pytest.approx({"small": 0.25, "large": 0.75})
+
+
 def test_balancing_prefers_the_obviously_closer_set() -> None:
     random = np.random.default_rng(0)
     centre = np.eye(8)
@@ -74,9 +108,9 @@ def test_balancing_prefers_the_obviously_closer_set() -> None:
 
     config = BalanceConfig(clusters=4)
     training = {
-        "near": {"fused": cluster(around(0), 4, "near")},
-        "middle": {"fused": cluster(np.concatenate([around(0), around(3)]), 4, "middle")},
-        "far": {"fused": cluster(around(5), 4, "far")},
+        "near": again(around(0), 4),
+        "middle": again(np.concatenate([around(0), around(3)]), 4),
+        "far": again(around(5), 4),
     }
     result = balance(training, {"task": {"fused": cluster(around(0), 4, "task")}}, config)
     assert result.weights["near"] > result.weights["middle"] > result.weights["far"]
@@ -86,17 +120,21 @@ def test_balancing_prefers_the_obviously_closer_set() -> None:
 def test_only_shared_kinds_are_compared() -> None:
     random = np.random.default_rng(0)
     vision, text, audio = (cluster(random.standard_normal((30, 4)), 3, name) for name in ("vision", "text", "audio"))
-    training = {"pictures": {"vision": vision, "text": text}, "sounds": {"audio": audio}}
+    training = {"pictures": [{"vision": vision, "text": text}], "sounds": [{"audio": audio}]}
     result = balance(training, {"task": {"vision": vision, "text": text}}, BalanceConfig(epsilon=0.01))
     assert result.pairs["sounds"] == {}
     assert result.pairs["pictures"]["task"] == pytest.approx(np.mean(list(result.kinds["pictures"]["task"].values())))
     assert result.weights == pytest.approx({"pictures": 0.5, "sounds": 0.5})
 
 
-def test_weights_are_not_uniform_for_a_narrow_band_of_cosines() -> None:
-    weights = softmax_weights({"a": 0.701, "b": 0.702, "c": 0.703}, temperature=1.0)
-    assert weights["c"] > 2 * weights["a"]
-    assert softmax_weights({"a": 0.5, "b": 0.5}, 1.0) == {"a": 0.5, "b": 0.5}
+def test_a_temperature_is_counted_in_what_the_configuration_says() -> None:
+    scores, errors = {"a": 0.701, "b": 0.702, "c": 0.703}, dict.fromkeys("abc", 0.004)
+    spread, cosine, error = (
+        softmax_weights(scores, 1.0, unit_of(scores, errors, BalanceConfig(temperature_unit=name))) for name in ("spread", "cosine", "standard_error")
+    )
+    assert spread["c"] > 2 * spread["a"] and cosine["c"] == pytest.approx(1 / 3, abs=1e-3)
+    assert error["c"] / error["a"] == pytest.approx(np.exp(0.002 / 0.004))
+    assert softmax_weights({"a": 0.5, "b": 0.5}, 1.0, 0.0) == {"a": 0.5, "b": 0.5}
 
 
 def test_clusters_are_deterministic() -> None:

@@ -17,6 +17,7 @@ from sailplan.curriculum.hard_negatives import matched, mine_rows
 from sailplan.curriculum.histories import read_histories
 from sailplan.curriculum.stages import StageState, check_stage, load_stage, prepare_stage, refresh_hard_negatives
 from sailplan.curriculum.testing import write_pack
+from sailplan.data.config import INTEREST_VIEWS, HeldOutConfig, InterestsConfig
 from sailplan.data.datasets import open_datasets
 from sailplan.embed.context import RunContext
 from sailplan.embed.embedding import EmbeddedRows, embed_view
@@ -77,6 +78,32 @@ def test_a_stage_starts_the_same_on_any_number_of_ranks(config: Config, tmp_path
             assert found[part] == alone[part], part
 
 
+def test_a_stage_makes_sequences_from_timed_events(config: Config, tmp_path: Path) -> None:
+    """The whole way: events -> views by the model's vectors -> shards -> data set; the same on any number of ranks."""
+    random = np.random.default_rng(0)
+    rows = [
+        {"user": user, "item": f"things/{item:03d}", "time": time, "labels": random.permutation(["like", "share", "save", "view"])[:3].tolist()}
+        for user in range(30)
+        for time, item in enumerate(random.permutation(48)[:9].tolist())
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    timed = replace(config.data.sets["sequences"], interests=InterestsConfig(str(tmp_path / "log.jsonl"), positive=["like", "share", "save"]))
+    run = replace(config, data=replace(config.data, sets={**config.data.sets, "timed": timed}))
+    run.stages = {"timed": StageConfig(data={"timed": 1.0}, artifacts=["interests"])}
+    check_stage("timed", run.stages["timed"], run)
+    alone = run_ranks(prepared, 1, run, "timed", tmp_path / "one")[0]
+    assert [found["made"] for found in run_ranks(prepared, 2, run, "timed", tmp_path / "two")] == [alone["made"]] * 2
+    bodies = alone["made"]["timed"]
+    assert {view for body in bodies for view in body["views"]} == set(INTEREST_VIEWS)
+    times = {(str(row["user"]), row["item"]): row["time"] for row in rows}
+    for body in bodies:
+        shown = [times[body["user"], item] for item in (*body["history"], body["target"])]
+        assert shown == sorted(shown) and shown[-1] == 8 and len(body["history"]) <= 4
+    with pytest.raises(ConfigurationError, match=r"sets\.timed\.held_out\.by=id: expected user"):
+        run.data.sets["timed"] = replace(timed, held_out=HeldOutConfig())
+        check_stage("timed", run.stages["timed"], run)
+
+
 def test_selection_keeps_its_promises(config: Config, tmp_path: Path) -> None:
     found = run_ranks(prepared, 1, config, "selected", tmp_path / "selected")[0]
     readers = open_datasets(config)
@@ -96,7 +123,7 @@ def test_selection_keeps_its_promises(config: Config, tmp_path: Path) -> None:
     told = json.loads((tmp_path / "selected" / "state.json").read_text())
     assert told["thresholds"]["things/image_to_name"]["tp"] > 0
     assert told["subsets"] == {"things": len(found["subsets"]["things"])}
-    assert set(told["balance"]["things"]) == {"names", "choice", "mean"}
+    assert set(told["balance"]["things"]) == {"names", "choice", "mean", "error"}
     stage = replace(config.stages["selected"], hard_negatives=HardNegativeConfig(mask_in_batch=False))
     unmasked = replace(config, stages={"selected": stage})
     assert read_back(config, tmp_path / "selected", 0).thresholds and not read_back(unmasked, tmp_path / "selected", 0).thresholds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import pytest
 from sailplan.config.schema import Config, StageConfig
 from sailplan.data.costs import RowCosts
 from sailplan.data.datasets import open_datasets
-from sailplan.data.index import ShardIndex, id_hash
+from sailplan.data.index import id_hash
 from sailplan.data.lengths import PICTURES, ROLES, SOUND, LengthIndex
 from sailplan.data.plan import Plan
 from sailplan.data.processor import processor_of
 from sailplan.data.shares import StepShares
-from sailplan.data.testing import item_body, item_record, json_member, write_set
+from sailplan.data.testing import item_body, item_record, json_member, repeated, write_set
 from sailplan.data.text import Tokenizer
 from sailplan.errors import BadDataError
 
@@ -58,22 +59,26 @@ def test_tables_are_built_anew_where_they_are_missing_old_or_damaged(make_config
     config = things(make_config, tmp_path)
     everything = np.arange(40)
     wanted = open_datasets(config)["things"].lengths.lengths(everything).tokens  # type: ignore[union-attr]
-    tables = sorted((tmp_path / "things" / ".index").glob("*.lengths"))
-    assert len(tables) == 3
-    tables[0].unlink()
-    tables[1].write_bytes(tables[1].read_bytes()[:-9])
-    tables[2].write_bytes(b"{}\n")
-    again = open_datasets(config)["things"].lengths
-    assert again is not None and np.array_equal(again.lengths(everything).tokens, wanted)
-    before = [table.stat().st_mtime_ns for table in tables]
+    (manifest,), (tables,) = files(tmp_path / "things", "manifest"), files(tmp_path / "things", "tables")
+    for file, content in ((tables, tables.read_bytes()[:-9]), (manifest, b"{}\n"), (manifest, manifest.read_bytes()[:-9])):
+        file.write_bytes(content)
+        again = open_datasets(config)["things"].lengths
+        assert again is not None and np.array_equal(again.lengths(everything).tokens, wanted)
+        (tables,) = files(tmp_path / "things", "tables")
+    before = manifest.stat().st_mtime_ns
     open_datasets(config)
-    assert [table.stat().st_mtime_ns for table in tables] == before, "what is current stays"
+    assert manifest.stat().st_mtime_ns == before, "what is current stays"
     write_set(tmp_path / "things", [item_record(number) for number in range(1, 41)])
     moved = open_datasets(config)["things"].lengths
     assert moved is not None and np.array_equal(moved.lengths(np.arange(39)).tokens, again.lengths(np.arange(1, 40)).tokens)
-    tables[0].unlink()
-    with pytest.raises(BadDataError, match=r"lengths vanished"):
-        LengthIndex(moved.index, moved.tokenizer, lambda shard: []).lengths(np.array([0]))
+    for table in files(tmp_path / "things", "tables"):
+        table.unlink()
+    with pytest.raises(BadDataError, match=r"lengths.*tables: vanished or was damaged"):
+        pickle.loads(pickle.dumps(moved)).lengths(np.array([0]))
+
+
+def files(folder: Path, ending: str) -> list[Path]:
+    return sorted((folder / ".index").glob(f"lengths-*.{ending}"))
 
 
 def test_another_tokenizer_has_tables_of_its_own(make_config: Make, tmp_path: Path) -> None:
@@ -84,21 +89,21 @@ def test_another_tokenizer_has_tables_of_its_own(make_config: Make, tmp_path: Pa
     assert Tokenizer(str(other), 8).digest != Tokenizer(config.data.tokenizer, 8).digest
     config.data.tokenizer = str(other)
     open_datasets(config)
-    assert len(list((tmp_path / "things" / ".index").glob("*.lengths"))) == 6
+    assert len(files(tmp_path / "things", "manifest")) == 2
 
 
 def test_tables_of_a_folder_that_cannot_be_written_are_kept_in_the_cache(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = things(make_config, tmp_path)
     open_datasets(config)
-    tables = list((tmp_path / "things" / ".index").glob("*.lengths"))
+    tables = files(tmp_path / "things", "*")
     wanted = open_datasets(config)["things"].lengths.lengths(np.arange(40)).tokens  # type: ignore[union-attr]
     for table in tables:
         table.unlink()
     config.data.cache = str(tmp_path / "cache")
-    monkeypatch.setattr("sailplan.data.lengths.os.access", lambda path, mode: False)
+    monkeypatch.setattr("sailplan.data.places.os.access", lambda path, mode: False)
     found = open_datasets(config)["things"].lengths
     assert found is not None and np.array_equal(found.lengths(np.arange(40)).tokens, wanted)
-    assert not list((tmp_path / "things" / ".index").glob("*.lengths")) and len(list((tmp_path / "cache").rglob("*.lengths"))) == 3
+    assert not files(tmp_path / "things", "*") and len(list((tmp_path / "cache").rglob("lengths-*.manifest"))) == 1
 
 
 def test_a_broken_record_has_no_lengths_and_stops_nothing(make_config: Make, tmp_path: Path) -> None:
@@ -108,30 +113,14 @@ def test_a_broken_record_has_no_lengths_and_stops_nothing(make_config: Make, tmp
     assert index is not None and set(index.lengths(np.arange(4)).record.tolist()) == {0, 3}
 
 
-class Synthetic(ShardIndex):
-    """An index of as many shards as asked for, all of them one file."""
-
-    def __init__(self, shard: Path, copies: int) -> None:
-        super().__init__([shard])
-        one = len(self)
-        self.shards, self._files, self._states = self.shards * copies, self._files * copies, self._states * copies
-        self.starts = np.arange(copies + 1, dtype=np.int64) * one
-
-    def count(self, split: str) -> int:
-        return len(self)
-
-    def select(self, split: str, numbers: np.ndarray) -> np.ndarray:
-        return numbers
-
-
 def test_dealing_opens_the_tables_that_the_step_reads_and_no_others(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """10^5 shards of 16 records: a step of 512 rows in 64 lanes reads some hundred tables at most, the next ones hardly new ones."""
     config = things(make_config, tmp_path, records=16)
     config.global_batch, config.data.segment, config.data.window = 512, 16, 64
     monkeypatch.setattr("sailplan.data.plan.STREAMS", 64)
     (reader,) = open_datasets(config).values()
-    index = Synthetic(reader.index.shards[0], 100_000)
-    reader.index, reader.lengths = index, LengthIndex(index, processor_of(config).tokenizer, reader.outlines)
+    index = repeated(reader.index, 100_000)
+    reader.lengths = LengthIndex(index, processor_of(config).tokenizer, reader.outlines)
     stage = StageConfig(steps=50)
     plan = Plan(config, "first", stage, {"things": 1.0}, {"things": reader})
     shares = StepShares(config, stage, plan, {"things": reader}, RowCosts(config, processor_of(config)), 64)
@@ -139,8 +128,9 @@ def test_dealing_opens_the_tables_that_the_step_reads_and_no_others(make_config:
     for step in range(8):
         before = reader.lengths.opened
         (part,) = shares.step(step)
-        touched = len(np.unique(plan.step(step).parts[0].positions // 16))
+        touched = len(np.unique(np.searchsorted(index.starts, plan.step(step).parts[0].positions, side="right")))
         assert np.bincount(part.owners).tolist() == [8] * 64
         opened.append(reader.lengths.opened - before)
         assert opened[-1] <= touched <= 512
-    assert sum(opened) == len(np.unique([plan.step(step).parts[0].positions // 16 for step in range(8)])) <= 64 * (64 // 16 + 1), "each once"
+    touched = len(np.unique([np.searchsorted(index.starts, plan.step(step).parts[0].positions, side="right") for step in range(8)]))
+    assert sum(opened) == touched <= 64 * (2 * 64 // 15 + 2), "each once, 15 rows of the split a shard"

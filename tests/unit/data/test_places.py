@@ -50,7 +50,7 @@ def test_index_and_lengths_go_to_the_cache_where_the_shards_cannot_be_written(ma
     read_only(folder)
     assert len(open_datasets(config, names=["things"])["things"]) == 20 and not (folder / ".index").exists()
     kept = sorted(path.suffix for path in (tmp_path / "cache" / "index").rglob("*") if path.is_file())
-    assert kept.count(".npz") == 2 and kept.count(".lengths") == 2
+    assert kept.count(".manifest") == 2 and kept.count(".tables") == 2
 
 
 def test_an_old_index_in_a_folder_that_cannot_be_written_is_replaced_in_the_cache(tmp_path: Path, read_only: Callable[[Path], None]) -> None:
@@ -105,6 +105,6 @@ def test_shards_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytes
         patch.setattr(os, "listdir", refused)
         with pytest.raises(ConfigurationError, match=r"data\.sets\.mine\.shards=.*: the folder cannot be read \(Permission denied\)"):
             resolve("mine", str(folder))
-    monkeypatch.setattr("sailplan.data.index.scan", refused)
+    monkeypatch.setattr("sailplan.data.shard_table.scan", refused)
     with pytest.raises(BadDataError, match=r"part-000\.tar: cannot be read \(Permission denied\)"):
         ShardIndex(sorted(folder.glob("part*.tar")))

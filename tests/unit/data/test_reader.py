@@ -14,6 +14,7 @@ from sailplan.data.datasets import open_datasets
 from sailplan.data.index import ShardIndex
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.testing import Member, json_member, png, wav, write_set
+from sailplan.errors import BadDataError
 
 Make = Callable[..., Config]
 
@@ -102,8 +103,17 @@ def test_unknown_ids_are_named(make_config: Make, tmp_path: Path, name: str, bod
 def test_a_shard_that_changes_while_in_use_is_noticed(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", [[json_member("a", {"id": "one"})]])
     reader = open_items(folder)
+    assert reader.read(0).id == "one"
     write_set(folder, [[json_member("a", {"id": "two"})]])
     with pytest.raises(BadSample, match="changed while in use"):
+        reader.sequence_ids(0)  # not kept, as an item is
+
+
+def test_a_shard_that_changed_before_it_is_opened_stops_the_run(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", [[json_member("a", {"id": "one"})]])
+    reader = open_items(folder)
+    write_set(folder, [[json_member("a", {"id": "two"})]])
+    with pytest.raises(BadDataError, match=r"part-000\.tar: changed since it was indexed, .*; run `sailplan data index`"):
         reader.read(0)
 
 

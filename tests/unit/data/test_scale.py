@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from time import process_time
 
-import numpy as np
 import pytest
 
 from sailplan.config.schema import Config, StageConfig
@@ -16,19 +15,9 @@ from sailplan.data.collate import Collator
 from sailplan.data.index import ShardIndex
 from sailplan.data.plan import Plan
 from sailplan.data.reader import RecordReader
-from sailplan.data.testing import json_member, write_set
+from sailplan.data.testing import json_member, repeated, write_set
 
 SHARDS, RECORDS, BATCH, LANES = 100_000, 10_000, 8_192, 1_024
-
-
-class Repeated(ShardIndex):
-    """An index of as many shards as asked for, all of them one file."""
-
-    def __init__(self, shard: Path, copies: int) -> None:
-        super().__init__([shard])
-        self.shards, self._files = self.shards * copies, self._files * copies
-        self.starts = np.arange(copies + 1, dtype=np.int64) * len(self)
-        self._split_starts = {name: np.arange(copies + 1, dtype=np.int64) * starts[-1] for name, starts in self._split_starts.items()}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +35,7 @@ def test_a_rank_reads_the_tables_of_its_own_rows_only(make_config: Callable[...,
     stage = StageConfig(steps=100, patterns={"things": ["image_title"]})
     digests, rows = {}, BATCH // 64
     for size in (1, 2, 4, 64):
-        reader = RecordReader("things", config.data.sets["things"], Repeated(shard, SHARDS))
+        reader = RecordReader("things", config.data.sets["things"], repeated(ShardIndex([shard]), SHARDS))
         plan = Plan(config, "first", stage, {"things": 1.0}, {"things": reader})
         digests[size] = [plan.digest(step) for step in (0, 1, 99)]
         assert reader.index.loaded == 0, "an order is numbers alone"

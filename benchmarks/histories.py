@@ -1,0 +1,111 @@
+"""How long the artifact `interests` takes from a log of timed events, and what each rank holds.
+
+    python benchmarks/histories.py --users 1000000 --per-user 50 --items 100000 --ranks 2
+
+Writes a made-up log of parquet files (popular items, four labels, 10 % of events without a positive one), then makes
+the sequences of all four views on forked gloo ranks, as a stage's start does, with made-up content vectors. Prints one
+JSON object: seconds and CPU seconds, the highest memory of each rank above what it had at its start, users, sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sailplan.config.schema import DatasetConfig, ViewConfig
+from sailplan.curriculum.timed import make_timed_interests
+from sailplan.data.config import InterestsConfig
+from sailplan.data.index import ShardIndex
+from sailplan.data.reader import RecordReader
+from sailplan.data.writer import Record, write_shards
+from sailplan.model.testing import join_layout
+from sailplan_kernels.testing import run_ranks
+
+LABELS = ["like", "share", "finish", "save"]
+
+
+def write_log(folder: Path, users: int, events: int, items: int, files: int) -> int:
+    """Write users * events rows in order of time, users mixed; return the log's bytes."""
+    folder.mkdir(parents=True)
+    random, total = np.random.default_rng(0), users * events
+    names = pa.array([f"items/{number:08d}" for number in range(items)])
+    for part in range(files):
+        rows = total * (part + 1) // files - total * part // files
+        popular = (items * random.random(rows) ** 2).astype(np.int64)
+        flags = random.random((rows, len(LABELS))) < np.array([0.5, 0.25, 0.6, 0.2])
+        flags[random.random(rows) < 0.1] = False
+        offsets = np.concatenate([[0], np.cumsum(flags.sum(1))]).astype(np.int32)
+        labels = pa.DictionaryArray.from_arrays(np.nonzero(flags)[1].astype(np.int32), LABELS).cast(pa.string())
+        table = {
+            "user": pa.array(random.integers(0, users, rows)).cast(pa.string()),
+            "item": names.take(pa.array(popular)),
+            "time": pa.array(np.sort(random.integers(0, 10**9, rows)) + part * 10**9),
+            "labels": pa.ListArray.from_arrays(pa.array(offsets), labels),
+        }
+        pq.write_table(pa.table(table), folder / f"events-{part:05d}.parquet", row_group_size=1 << 20)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def peak() -> int:
+    """Return the process's highest resident memory in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--users", type=int, default=1_000_000)
+    parser.add_argument("--per-user", type=int, default=50, help="events of a user, on average")
+    parser.add_argument("--items", type=int, default=100_000)
+    parser.add_argument("--dimension", type=int, default=64)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--files", type=int, default=16)
+    parser.add_argument("--folder", default=None, help="where to write (default: a temporary folder)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+        root = Path(place)
+        write_shards(
+            [Record({"id": f"items/{number:08d}", "fields": {"title": {"en": "a"}}}) for number in range(options.items)], root / "items", "items", 10_000
+        )
+        log_bytes = write_log(root / "log", options.users, options.per_user, options.items, options.files)
+        items = RecordReader("items", DatasetConfig(views={"title": ViewConfig(fields=["title"])}), ShardIndex(sorted((root / "items").glob("*.tar"))))
+        np.save(root / "vectors.npy", _vectors(options.items, options.dimension))
+        dataset = DatasetConfig(shards="artifact:interests", kind="sequences", catalogue="items")
+        dataset.interests = InterestsConfig(str(root / "log"), positive=LABELS)
+
+        def work(rank: int, world_size: int) -> tuple[dict[str, Any], float, float, int]:
+            vectors, parallel = np.load(root / "vectors.npy", mmap_mode="r"), join_layout(1)
+            before, began, busy = peak(), time.monotonic(), time.process_time()
+            stats = make_timed_interests(parallel, "sequences", dataset, items, root / "made", lambda used: lambda places: np.asarray(vectors[places]))
+            return stats, time.monotonic() - began, time.process_time() - busy, peak() - before
+
+        found = run_ranks(work, options.ranks, timeout=3600)
+        made = list((root / "made").glob("*.tar"))
+        result = {
+            **vars(options),
+            "log_bytes": log_bytes,
+            "seconds": round(max(one[1] for one in found), 1),
+            "cpu_seconds_of_ranks": [round(one[2], 1) for one in found],
+            "peak_bytes_of_ranks": [one[3] for one in found],
+            "shards": len(made),
+            "bytes": sum(path.stat().st_size for path in made),
+            **found[0][0],
+        }
+        print(json.dumps(result, indent=1))
+
+
+def _vectors(items: int, dimension: int) -> np.ndarray:
+    vectors = np.random.default_rng(1).standard_normal((items, dimension)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+if __name__ == "__main__":
+    main()
