@@ -58,7 +58,7 @@ def table(record: dict[str, Any], scratch: dict[str, Any]) -> str:
     """Return the README's table in Markdown."""
     columns = {
         f"from scratch, {len(scratch['seeds'])} seeds": [seed["tasks"][SCRATCH_STAGE] for seed in scratch["seeds"].values()],
-        f"published, projections trained, {len(record['seeds'])} seeds": [seed["tasks"] for seed in record["seeds"].values()],
+        f"published, projections trained, {len(record['seeds'])} seed{'s' * (len(record['seeds']) > 1)}": [seed["tasks"] for seed in record["seeds"].values()],
     }
     lines = ["| held-out task | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for task, label in ROWS:
