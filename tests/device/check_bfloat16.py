@@ -28,7 +28,7 @@ from sailplan.parity import testing as steps
 from sailplan.parity.bfloat16 import CHOICES, apart, case_gradients, pairwise, plain_gradients, trained
 from sailplan.runtime.process import Parallel
 from sailplan.step.training_step import TrainingStep
-from sailplan.train import preview, run
+from sailplan.train import plan, run
 from sailplan.train.testing import SMALL
 from sailplan_kernels.exchange import AllGather, RowSplit
 from sailplan_kernels.testing import run_ranks
@@ -184,7 +184,7 @@ def test_a_run_says_what_its_losses_go_through(triton_here, monkeypatch, tmp_pat
 
     monkeypatch.setattr(run, "started", started_there)
     monkeypatch.setattr(run.Trainer, "save", lambda *_: None)
-    monkeypatch.setattr(preview, "device_type", lambda: DEVICE.type)
+    monkeypatch.setattr(plan, "device_type", lambda: DEVICE.type)
     words = [*SMALL, "parallel.threads=1", "parallel.dtype=bfloat16", "data.workers=0", "order=[diverse]", "stages.diverse.steps=2", "evaluation.tasks={}"]
     words = [word for word in words if not word.startswith(("~evaluation", "evaluation.benchmark", "stages.diverse.balance"))] + ["stages.diverse.balance=null"]
     words += ["name=half", f"runs={tmp_path}"]

@@ -310,7 +310,7 @@ def test_encoders(alone, kind):
 
 def test_the_whole_recipe(monkeypatch, tmp_path):
     """Five stages with balancing, subsets, mined hard negatives, teachers and evaluation; without checkpoints."""
-    started, assemble, seen = run.started, run.assemble, []
+    started, build_bundle, seen = run.started, run.build_bundle, []
 
     @contextlib.contextmanager
     def started_there(config):
@@ -320,11 +320,11 @@ def test_the_whole_recipe(monkeypatch, tmp_path):
             yield dataclasses.replace(parallel, device=torch.device("standin", 0))
 
     def assembled(*arguments):
-        seen.append(assemble(*arguments))
+        seen.append(build_bundle(*arguments))
         return seen[0]
 
     monkeypatch.setattr(run, "started", started_there)
-    monkeypatch.setattr(run, "assemble", assembled)
+    monkeypatch.setattr(run, "build_bundle", assembled)
     monkeypatch.setattr(run.Trainer, "save", lambda *_: None)
     with stand_in_device():
         assert main(["train", *SMALL, "parallel.threads=1", "data.workers=0", "name=there", f"runs={tmp_path}"]) == 0

@@ -16,7 +16,7 @@ from sailplan.config.schema import ModelConfig
 from sailplan.model.count import count_parameters
 from sailplan.model.testing import join_layout, random_inputs
 from sailplan.model.tower import OmniEncoder
-from sailplan.train.preview import describe
+from sailplan.train.plan import describe
 from sailplan.train.testing import run
 from sailplan_kernels.testing import run_ranks
 

@@ -16,8 +16,8 @@ from sailplan.errors import ConfigurationError
 from sailplan.export.merge import merge
 from sailplan.export.weights import export_weights
 from sailplan.model.testing import join_layout, whole_tensor
-from sailplan.train.assemble import assemble
-from sailplan.train.initialise import initial_source, initialise
+from sailplan.train.bundle import build_bundle
+from sailplan.train.load_pretrained import initial_source, initialise
 from sailplan_kernels.testing import RankFailure, run_ranks
 
 ALL = ("encoder", "objectives", "temperatures")
@@ -35,7 +35,7 @@ def run_folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
 
     def write(rank: int, world: int) -> None:
         parallel = join_layout(2)
-        whole = assemble(replace(config, seed=5), parallel)
+        whole = build_bundle(replace(config, seed=5), parallel)
         with torch.no_grad():
             for value in whole.temperatures.parameters():
                 value.add_(0.25)
@@ -50,7 +50,7 @@ def weights(config: Config, tensor: int, world: int, source: Path | None, parts:
 
     def work(rank: int, size: int) -> dict[str, object]:
         parallel = join_layout(tensor)
-        whole = assemble(replace(config, parallel=ParallelConfig(tensor=tensor)), parallel)
+        whole = build_bundle(replace(config, parallel=ParallelConfig(tensor=tensor)), parallel)
         if source is not None:
             initialise(whole, source, parts, parallel)
         return {name: whole_tensor(value, value, parallel).numpy() for name, value in whole.module.named_parameters()}
@@ -93,7 +93,7 @@ def test_updates_that_the_source_lacks_start_afresh_and_those_that_the_run_lacks
 
     def write(rank: int, world: int) -> None:
         parallel = join_layout(1)
-        save(folder_of(tmp_path, 1), model=assemble(with_updates, parallel).module, optimizer=None, extra={}, parallel=parallel)
+        save(folder_of(tmp_path, 1), model=build_bundle(with_updates, parallel).module, optimizer=None, extra={}, parallel=parallel)
 
     run_ranks(write, 1)
     with pytest.raises(ConfigurationError, match=r"part encoder: .*\.lora\..*which the model lacks"):

@@ -13,7 +13,7 @@ from sailplan.checkpoint.store import folder_of, latest, save
 from sailplan.config.compose import compose
 from sailplan.export.weights import read_whole
 from sailplan.model.testing import join_layout
-from sailplan.train.assemble import assemble
+from sailplan.train.bundle import build_bundle
 from sailplan.train.run_folder import RunFolder
 from sailplan.train.testing import SMALL, run
 from sailplan_kernels.testing import run_ranks
@@ -44,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def write(rank: int, world: int) -> None:
         parallel = join_layout(1)
-        save(folder_of(folder.checkpoints, 0), model=assemble(config, parallel).module, optimizer=None, extra={"step": 0}, parallel=parallel)
+        save(folder_of(folder.checkpoints, 0), model=build_bundle(config, parallel).module, optimizer=None, extra={"step": 0}, parallel=parallel)
 
     run_ranks(write, 1)
     return folder.root

@@ -28,7 +28,7 @@ from sailplan.runtime.environment import is_main_by_environment, world_size_from
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.session import started
 from sailplan.runtime.watch import phase, report_to
-from sailplan.train.assemble import Whole, load_whole, newest_checkpoint, open_agreed
+from sailplan.train.bundle import ModelBundle, load_whole, newest_checkpoint, open_agreed
 from sailplan.train.run_folder import RunFolder
 
 
@@ -38,7 +38,7 @@ class _Run:
     folder: RunFolder
     checkpoint: Path
     parallel: Parallel
-    whole: Whole
+    whole: ModelBundle
     step: int | None  # None: the weights are an exported folder's
     stage: str  # that the checkpoint's step was the last of, so far; "" of an exported folder
     readers: dict[str, RecordReader]

@@ -45,7 +45,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    from sailplan.train.preview import describe, render
+    from sailplan.train.plan import describe, render
 
     world_size = world_size_from_environment() if options.ranks is None else options.ranks
     _check(options.config)
@@ -57,9 +57,9 @@ def plan(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """Configuration and model sizes, then every shard's index, then a collective over the ranks; and which optional extensions were found."""
     from sailplan.config.compose import shared_settings
-    from sailplan.model.fused import USED, extensions
+    from sailplan.model.fused import FUSED_OPS, extensions
     from sailplan.runtime.agreement import agree, software
-    from sailplan.train.assemble import check_data, open_agreed
+    from sailplan.train.bundle import check_data, open_agreed
 
     config: Config = options.config
     _check_here(config)
@@ -75,5 +75,5 @@ def check(options: argparse.Namespace) -> int:
             layout = f"data-parallel {parallel.data_parallel_size} x tensor-parallel {parallel.tensor_parallel_size}"
             print(f"ranks: {parallel.world_size} ({layout}), {parallel.device.type}")
             print("optional: " + ", ".join(f"{name} {version or 'not found'}" for name, version in extensions().items()))
-            print(f"blocks (parallel.fused={config.parallel.fused}): {USED[chosen_extension(config.parallel, parallel.device.type)]}")
+            print(f"blocks (parallel.fused={config.parallel.fused}): {FUSED_OPS[chosen_extension(config.parallel, parallel.device.type)]}")
     return 0

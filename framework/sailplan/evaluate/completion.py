@@ -23,8 +23,8 @@ from sailplan.embed.scoring import Pairs
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate import metrics
 from sailplan.evaluate.examples import answers, spread
+from sailplan.evaluate.retrieval_task import index_of, item_view
 from sailplan.evaluate.sequences import popularity, represent
-from sailplan.evaluate.sides import index_of, item_view
 from sailplan.runtime.seeds import generator
 
 

@@ -14,7 +14,7 @@ from sailplan.config.schema import EvaluationTask, ViewConfig
 from sailplan.data.excerpt import show
 from sailplan.data.reader import RecordReader
 from sailplan.embed.embedding import EmbeddedRows
-from sailplan.evaluate.sides import Sides
+from sailplan.evaluate.retrieval_task import RetrievalTask
 from sailplan_kernels.topk import topk
 
 QUERIES, ANSWERS = 6, 5
@@ -48,7 +48,7 @@ def answers(
     ]
 
 
-def retrieval_examples(task: EvaluationTask, reader: RecordReader, sides: Sides) -> list[dict[str, Any]]:
+def retrieval_examples(task: EvaluationTask, reader: RecordReader, sides: RetrievalTask) -> list[dict[str, Any]]:
     """[{"query": {...}, "results": [{..., "score", "correct"}]}] for a retrieval or classification task."""
     rows = spread(np.flatnonzero(sides.own >= 0))
     if not len(rows):
@@ -72,7 +72,7 @@ def retrieval_examples(task: EvaluationTask, reader: RecordReader, sides: Sides)
     ]
 
 
-def _asked(reader: RecordReader, task: EvaluationTask, sides: Sides, row: int) -> str | None:
+def _asked(reader: RecordReader, task: EvaluationTask, sides: RetrievalTask, row: int) -> str | None:
     """The entry of `query_text` that this row asked with: rows of a record come in the order of its entries."""
     if task.query_text is None:
         return None

@@ -28,8 +28,8 @@ from sailplan.embed.scoring import Pairs
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate import metrics
 from sailplan.evaluate.examples import answers, spread
+from sailplan.evaluate.retrieval_task import index_of, item_view, query_positions
 from sailplan.evaluate.sequences import popularity, represent
-from sailplan.evaluate.sides import index_of, item_view, query_positions
 
 logger = logging.getLogger("sailplan.evaluate")
 

@@ -25,7 +25,7 @@ from sailplan.evaluate import metrics
 from sailplan.evaluate.completion import set_completion_task
 from sailplan.evaluate.examples import retrieval_examples
 from sailplan.evaluate.next_item import next_item_task
-from sailplan.evaluate.sides import Sides, index_of, prepare, query_positions
+from sailplan.evaluate.retrieval_task import RetrievalTask, index_of, prepare, query_positions
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Runner:
         sides = prepare(reader, task, name, self.embedder)
         return self._retrieval(task, reader, sides), retrieval_examples(task, reader, sides)
 
-    def _retrieval(self, task: EvaluationTask, reader: RecordReader, sides: Sides) -> dict[str, float]:
+    def _retrieval(self, task: EvaluationTask, reader: RecordReader, sides: RetrievalTask) -> dict[str, float]:
         device = self.context.parallel.device
         queries, candidates = self.embedder.on_device(sides.queries), self.embedder.on_device(sides.candidates)
         positives = sides.positives.to(device)
@@ -90,7 +90,7 @@ class Runner:
             result |= {metric: found[metric] for metric in ("kendall", "overlap") if metric in task.metrics}
         return result
 
-    def _prefixes(self, task: EvaluationTask, sides: Sides) -> dict[str, float]:
+    def _prefixes(self, task: EvaluationTask, sides: RetrievalTask) -> dict[str, float]:
         """What cutting the vectors costs, for each shorter Matryoshka prefix: prefix_D/recall@k, and prefix_D/neighbours@10, the share
         of a query's ten nearest other queries that stay its nearest."""
         excluded = None if sides.excluded is None else sides.excluded.to(self.context.parallel.device)
@@ -106,7 +106,7 @@ class Runner:
                     result[f"prefix_{size}/neighbours@10"] = metrics.neighbour_overlap(queries, queries[:, :size], 10)
         return result
 
-    def _reference(self, task: EvaluationTask, key: str, reader: RecordReader, sides: Sides) -> list[NDArray[np.int64]]:
+    def _reference(self, task: EvaluationTask, key: str, reader: RecordReader, sides: RetrievalTask) -> list[NDArray[np.int64]]:
         """Candidates of each query in the order that its record's ranking gives, best first; those that are no candidates are left out."""
         rankings = []
         for position in sides.queries.positions.tolist():
@@ -125,7 +125,7 @@ class Runner:
         """Position of an id of a ranking in the set that candidates come from."""
         return reader.find_item(name) if reader.catalogue is not None else reader.find(str(name))
 
-    def _graded(self, reader: RecordReader, sides: Sides) -> dict[str, float]:
+    def _graded(self, reader: RecordReader, sides: RetrievalTask) -> dict[str, float]:
         scores = [reader.score(int(position)) for position in sides.queries.positions]
         rows = np.array([row for row, score in enumerate(scores) if score is not None and sides.own[row] >= 0], dtype=np.int64)
         own = Pairs(torch.from_numpy(rows), torch.from_numpy(sides.own[rows]))

@@ -11,7 +11,7 @@ from sailplan.data.reader import RecordReader
 from sailplan.embed.embedder import Embedder
 from sailplan.embed.embedding import EmbeddedRows, evaluating
 from sailplan.embed.scoring import unit
-from sailplan.evaluate.sides import index_of
+from sailplan.evaluate.retrieval_task import index_of
 from sailplan.objective.protocol import HistoryObjective
 
 

@@ -34,7 +34,7 @@ from sailplan.errors import ConfigurationError
 from sailplan.model.attention import PackedAttention, Sequences
 from sailplan.model.blocks import CenteredNorm, Norm
 
-USED = {
+FUSED_OPS = {
     "none": "torch's own kernels",
     "apex": "norms by apex",
     "transformer_engine": "norms and, in bfloat16, core attention by TransformerEngine",
@@ -68,7 +68,7 @@ def _version(package: str) -> str:
 
 
 def chosen_extension(config: ParallelConfig, device_type: str) -> str:
-    """Which of USED the blocks run on such a device: what `parallel.fused` asks for, or with auto the most that is there.
+    """Which of FUSED_OPS the blocks run on such a device: what `parallel.fused` asks for, or with auto the most that is there.
 
     Raises ConfigurationError where the one that is asked for cannot be used.
     """
@@ -97,7 +97,7 @@ def _obstacle(name: str, versions: dict[str, str | None]) -> str | None:
 
 
 def fuse(model: nn.Module, extension: str) -> None:
-    """Lets the blocks run the kernels of `extension` (one of USED, and installed), in place; names and parameters stay."""
+    """Lets the blocks run the kernels of `extension` (one of FUSED_OPS, and installed), in place; names and parameters stay."""
     if extension == "apex":
         fuse_norms(model)
     elif extension == "transformer_engine":

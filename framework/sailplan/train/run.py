@@ -19,8 +19,8 @@ from sailplan.runtime.main_rank import on_main
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.session import started
 from sailplan.runtime.watch import computing, phase, report_to
-from sailplan.train.assemble import assemble
-from sailplan.train.initialise import initial_source, initialise
+from sailplan.train.bundle import build_bundle
+from sailplan.train.load_pretrained import initial_source, initialise
 from sailplan.train.run_folder import RunFolder, check_identity
 from sailplan.train.trainer import Trainer
 
@@ -59,7 +59,7 @@ def train(config: Config) -> Path:
         stack.enter_context(_claimed(config, folder, parallel))
         checkpoint, source = _agreed_start(config, folder, parallel)
         with phase("building the model"):
-            whole = assemble(config, parallel)
+            whole = build_bundle(config, parallel)
         if source is not None:
             with phase("reading weights"):
                 initialise(whole, source, config.initialise_parts, parallel)

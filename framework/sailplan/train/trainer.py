@@ -38,7 +38,7 @@ from sailplan.runtime.watch import beat, phase, stop_wanted
 from sailplan.step.optimizer import build_optimizer, configure, set_learning_rate, set_trainable
 from sailplan.step.schedules import learning_rate_scale
 from sailplan.step.training_step import StepResult, TrainingStep
-from sailplan.train.assemble import Whole, check_data, open_agreed
+from sailplan.train.bundle import ModelBundle, check_data, open_agreed
 from sailplan.train.run_folder import RunFolder
 from sailplan.train.schedule import StageSpan, spans
 
@@ -52,7 +52,7 @@ class Trainer:
     loader and the step do, on all ranks' behalf: the launcher ends the others.
     """
 
-    def __init__(self, config: Config, parallel: Parallel, folder: RunFolder, whole: Whole, writer: MetricWriter) -> None:
+    def __init__(self, config: Config, parallel: Parallel, folder: RunFolder, whole: ModelBundle, writer: MetricWriter) -> None:
         self.config, self.parallel, self.folder, self.whole, self.writer = config, parallel, folder, whole, writer
         self.optimizer = build_optimizer(whole.encoder, whole.objectives, whole.temperatures, config.optimizer, config.allowed_targets)
         self.training_step = TrainingStep(

@@ -21,8 +21,8 @@ from sailplan.embed.embedding import embed_view
 from sailplan.embed.scoring import Pairs
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate import metrics
+from sailplan.evaluate.retrieval_task import item_view
 from sailplan.evaluate.runner import evaluate
-from sailplan.evaluate.sides import item_view
 from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout
 from sailplan_kernels.exchange import AllGather, Local

@@ -12,7 +12,7 @@ from sailplan.cli.testing import command
 from sailplan.config.schema import StageConfig
 from sailplan.curriculum.testing import write_pack
 from sailplan.model.testing import join_layout
-from sailplan.train.assemble import assemble
+from sailplan.train.bundle import build_bundle
 from sailplan.train.run_folder import RunFolder
 from sailplan_kernels.testing import run_ranks
 
@@ -29,7 +29,7 @@ def test_commands_read_only_what_they_work_on(tmp_path: Path) -> None:
 
     def run(rank: int, world: int) -> None:
         parallel = join_layout(1)
-        whole = assemble(config, parallel)
+        whole = build_bundle(config, parallel)
         save(folder_of(folder.checkpoints, 7), model=whole.module, optimizer=None, extra={"step": 7, "stage": "one"}, parallel=parallel)
 
     run_ranks(run, 1)

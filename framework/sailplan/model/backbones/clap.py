@@ -34,7 +34,7 @@ from sailplan.model.blocks import initial_deviation
 MODEL_TYPES = ("clap", "clap_audio_model")
 EPSILON = 1e-5
 MEAN, VARIANCE = -40.0, 30.0**2  # decibels, of an encoder that is drawn: about those of speech; files bring those of their training
-FAR = -100.0  # added to the scores of positions that moved windows join from opposite ends of the picture
+WINDOW_MASK = -100.0  # added to the scores of positions that moved windows join from opposite ends of the picture
 
 
 def relative_index(window: int) -> Tensor:
@@ -45,11 +45,11 @@ def relative_index(window: int) -> Tensor:
 
 
 def joined_regions(grid: int, window: int, move: int) -> Tensor:
-    """Scores to add within each window of a moved picture, float32 [windows, w, w]: 0, or FAR between regions that are not neighbours."""
+    """Scores to add within each window of a moved picture, float32 [windows, w, w]: 0, or WINDOW_MASK between regions that are not neighbours."""
     place = torch.arange(grid, device="cpu")
     region = (place >= grid - window).long() + (place >= grid - move).long()
     of_window = windows_of((3 * region[:, None] + region)[None, :, :, None], window)[..., 0]
-    return torch.where(of_window[:, None] == of_window[:, :, None], 0.0, FAR)
+    return torch.where(of_window[:, None] == of_window[:, :, None], 0.0, WINDOW_MASK)
 
 
 def windows_of(picture: Tensor, window: int) -> Tensor:

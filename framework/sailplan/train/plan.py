@@ -28,7 +28,7 @@ from sailplan.objective.registry import objective_class
 from sailplan.runtime.environment import node_count
 from sailplan.runtime.process import device_type
 from sailplan.step.schedules import learning_rate_scale
-from sailplan.train.assemble import check_data
+from sailplan.train.bundle import check_data
 from sailplan.train.memory import estimate_memory
 from sailplan.train.schedule import StageSpan, spans
 

@@ -24,7 +24,7 @@ from sailplan.runtime.seeds import generator
 
 
 @dataclass(frozen=True)
-class Sides:
+class RetrievalTask:
     """A retrieval task, embedded. Row i's own candidate is what its record says, or -1 where that is not among the candidates."""
 
     queries: EmbeddedRows
@@ -59,7 +59,7 @@ def query_positions(reader: RecordReader, task: EvaluationTask, name: str) -> ND
     return positions
 
 
-def prepare(reader: RecordReader, task: EvaluationTask, name: str, embedder: Embedder) -> Sides:
+def prepare(reader: RecordReader, task: EvaluationTask, name: str, embedder: Embedder) -> RetrievalTask:
     """Embeds both sides of a retrieval or classification task. Collective.
 
     candidates=split: the targets of the query records; all: every record of the data set, for pairs every item of the
@@ -94,7 +94,7 @@ def prepare(reader: RecordReader, task: EvaluationTask, name: str, embedder: Emb
         place = index_of(candidates.positions, own_query)
         rows = np.flatnonzero((place >= 0) & (place != own))
         excluded = Pairs.of(torch.from_numpy(rows), torch.from_numpy(place[rows]))
-    return Sides(queries, candidates, own, positives, excluded, target_reader, target_view)
+    return RetrievalTask(queries, candidates, own, positives, excluded, target_reader, target_view)
 
 
 def index_of(values: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from sailplan.checkpoint.store import is_complete, latest, load_model_only
 from sailplan.errors import ConfigurationError
 from sailplan.model.lora import is_lora
 from sailplan.runtime.process import Parallel
-from sailplan.train.assemble import Whole
+from sailplan.train.bundle import ModelBundle
 from sailplan.train.run_folder import RunFolder
 
 
@@ -31,7 +31,7 @@ def initial_source(given: str) -> Path:
     return newest
 
 
-def initialise(whole: Whole, source: Path, parts: Sequence[str], parallel: Parallel) -> None:
+def initialise(whole: ModelBundle, source: Path, parts: Sequence[str], parallel: Parallel) -> None:
     """Fills the named parts of a run's whole, at any layout and in any dtype. All ranks call it.
 
     Each part must be the source's, tensor for tensor; but LoRA factors that the source lacks stay as drawn, which changes

@@ -18,7 +18,7 @@ from sailplan.data.first_records import check_views
 from sailplan.data.processor import processor_of
 from sailplan.data.reader import RecordReader
 from sailplan.errors import ConfigurationError
-from sailplan.evaluate.sides import check_queries
+from sailplan.evaluate.retrieval_task import check_queries
 from sailplan.model.build import build_encoder
 from sailplan.model.component import EncoderComponent
 from sailplan.objective.registry import build_objectives
@@ -31,7 +31,7 @@ from sailplan.train.run_folder import RunFolder
 
 
 @dataclass
-class Whole:
+class ModelBundle:
     """`module` holds the other three under their names: what a checkpoint holds."""
 
     module: nn.ModuleDict
@@ -40,7 +40,7 @@ class Whole:
     temperatures: Temperatures
 
 
-def assemble(config: Config, parallel: Parallel) -> Whole:
+def build_bundle(config: Config, parallel: Parallel) -> ModelBundle:
     """Builds everything from `config.seed`; equal on all ranks and layouts."""
     encoder = build_encoder(config.model, config.parallel, parallel, config.seed)
     objectives = build_objectives(
@@ -51,7 +51,7 @@ def assemble(config: Config, parallel: Parallel) -> Whole:
         objectives, temperatures = objectives.double(), temperatures.double()
     objectives, temperatures = objectives.to(parallel.device), temperatures.to(parallel.device)
     module = nn.ModuleDict({"encoder": encoder, "objectives": objectives, "temperatures": temperatures})
-    return Whole(module, encoder, objectives, temperatures)
+    return ModelBundle(module, encoder, objectives, temperatures)
 
 
 def open_agreed(
@@ -94,8 +94,8 @@ def newest_checkpoint(folder: RunFolder) -> Path:
     return found
 
 
-def load_whole(config: Config, parallel: Parallel, checkpoint: Path) -> tuple[Whole, dict[str, Any]]:
+def load_whole(config: Config, parallel: Parallel, checkpoint: Path) -> tuple[ModelBundle, dict[str, Any]]:
     """The run's parts with a checkpoint's weights, and what the trainer noted in it (step, stage, ...)."""
-    whole = assemble(config, parallel)
+    whole = build_bundle(config, parallel)
     extra = load_model_only(checkpoint, model=whole.module, parallel=parallel)
     return whole, extra
