@@ -51,6 +51,7 @@ $(VENV)/triton-%/.ready: requirements/triton-%.txt $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check framework kernels tests benchmarks tools examples
+	$(BIN)/ruff format --check framework kernels tests benchmarks tools examples
 	$(BIN)/mypy
 
 test-fast: $(READY)

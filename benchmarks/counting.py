@@ -1,9 +1,11 @@
-"""Count what a piece of training asks of its device: operations, host waits, uploads, collectives, FLOP.
+"""Count what a piece of training asks of its device: operations, host waits, uploads,
+collectives, FLOP.
 
-Everything is counted at torch's dispatcher, below autograd and below our code, so that a count does not depend on how the
-code is written. Tensors lie on the stand-in device of tests/device, which a machine without a GPU has too: what is counted
-there is what eager CUDA would be asked for, with two exceptions that the tables name. A fused attention counts as the
-operations that it is made of, and a kernel of Triton's does not run there at all.
+Everything is counted at torch's dispatcher, below autograd and below our code, so that a count does
+not depend on how the code is written. Tensors lie on the stand-in device of tests/device, which a
+machine without a GPU has too: what is counted there is what eager CUDA would be asked for, with two
+exceptions that the tables name. A fused attention counts as the operations that it is made of, and
+a kernel of Triton's does not run there at all.
 """
 
 from __future__ import annotations
@@ -29,16 +31,40 @@ import stand_in_device as device  # noqa: E402
 aten = torch.ops.aten
 COPIES = {"_to_copy", "copy_"}
 # Answers whose size depends on the data, or that Python reads: the host waits for the device.
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "bincount", "histc"}
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "equal",
+    "bincount",
+    "histc",
+}
 NO_KERNEL = {
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "record_stream", "is_same_size", "lift_fresh",
-    "_local_scalar_dense", "is_pinned",
-}  # fmt: skip
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "resize_",
+    "set_",
+    "record_stream",
+    "is_same_size",
+    "lift_fresh",
+    "_local_scalar_dense",
+    "is_pinned",
+}
 
 
 @dataclass
 class Counts:
-    """Of one rank. Bytes of a collective: those of the whole message (an all-gather's result, a reduce-scatter's input)."""
+    """Of one rank.
+
+    Bytes of a collective: those of the whole message (an all-gather's result, a reduce-scatter's
+    input).
+    """
 
     operations: int = 0
     waits: int = 0
@@ -62,7 +88,9 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.counts = Counts()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if any(kind not in (device.There, Tensor, torch.nn.Parameter) for kind in types):
             return NotImplemented  # a DTensor comes back with what it holds
         kwargs = kwargs or {}
@@ -90,9 +118,17 @@ class Counting(TorchDispatchMode):
             counts.waited[name] += waits
             counts.operations += 1
             return
-        masks = name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1]) if isinstance(x, Tensor))
+        masks = name.startswith("index") and any(
+            x.dtype in (torch.bool, torch.uint8)
+            for x in tree_leaves(args[1])
+            if isinstance(x, Tensor)
+        )
         sized = name == "repeat_interleave" and kwargs.get("output_size") is None
-        if name in WAITS or (masks and name in ("index", "index_put", "index_put_", "_index_put_impl_")) or sized:
+        if (
+            name in WAITS
+            or (masks and name in ("index", "index_put", "index_put_", "_index_put_impl_"))
+            or sized
+        ):
             counts.waits += 1
             counts.waited[name] += 1
         if name.startswith("index"):  # positions that lie on the host travel first
@@ -105,7 +141,9 @@ class Counting(TorchDispatchMode):
         counts.names[name] += 1
         formula = flop_registry.get(getattr(aten, name.rstrip("_"), None))  # of addmm_ as of addmm
         if formula is not None:
-            plain = [x for x in args if not isinstance(x, torch.dtype)]  # a product in another dtype has one among its matrices
+            plain = [
+                x for x in args if not isinstance(x, torch.dtype)
+            ]  # a product in another dtype has one among its matrices
             counts.flop += int(formula(*plain, **kwargs, out_val=result))
 
     def _copy(self, function: Any, args: Any, kwargs: Any, up: bool) -> None:
@@ -141,4 +179,6 @@ class Counting(TorchDispatchMode):
 def _is_view(function: Any) -> bool:
     """Whether every answer shares its memory with an argument and nothing is written."""
     returns = function._schema.returns
-    return bool(returns) and all(x.alias_info is not None and not x.alias_info.is_write for x in returns)
+    return bool(returns) and all(
+        x.alias_info is not None and not x.alias_info.is_write for x in returns
+    )

@@ -1,16 +1,19 @@
-"""What a call of the loss and a training step ask of the device, counted at fixed shapes without a GPU.
+"""What a call of the loss and a training step ask of the device, counted at fixed shapes without
+a GPU.
 
     python benchmarks/counts.py count --out benchmarks/results/counts.json
     python benchmarks/counts.py check --results benchmarks/results/counts.json
     python benchmarks/counts.py table --document docs/performance.md
 
-Device operations, host waits, uploads in bytes, collectives (number, bytes) and FLOP are those of rank 0 of two gloo ranks whose
-tensors lie on the stand-in device (tests/device); counting.py says how. The shapes are tiny: the numbers of operations,
-waits and collectives do not depend on them, as long as a call's scores fit into one chunk, and bytes are for comparison.
+Device operations, host waits, uploads in bytes, collectives (number, bytes) and FLOP are those of
+rank 0 of two gloo ranks whose tensors lie on the stand-in device (tests/device); counting.py says
+how. The shapes are tiny: the numbers of operations, waits and collectives do not depend on them, as
+long as a call's scores fit into one chunk, and bytes are for comparison.
 
-`check` counts again and ends with 1 where anything grew over the committed file; another release of torch composes some
-operations otherwise, so it only compares under the release that the file names. `table` writes the document's tables from
-counts_before.json (commit 3e849ec), counts.json and the arithmetic of cluster_arithmetic.py.
+`check` counts again and ends with 1 where anything grew over the committed file; another release of
+torch composes some operations otherwise, so it only compares under the release that the file names.
+`table` writes the document's tables from counts_before.json (commit 3e849ec), counts.json and the
+arithmetic of cluster_arithmetic.py.
 """
 
 from __future__ import annotations
@@ -51,26 +54,55 @@ LOSS_ROWS = (64, 512)
 DIMENSION, PREFIXES, HARD = 192, (48, 96, 192), 4
 MICRO_BATCHES = 8
 KEPT = (0, 1, 4, 8)
-GROWS = ("operations", "waits", "uploads", "uploaded_bytes", "collectives", "collective_bytes", "flop", "flop_per_forward")
+GROWS = (
+    "operations",
+    "waits",
+    "uploads",
+    "uploaded_bytes",
+    "collectives",
+    "collective_bytes",
+    "flop",
+    "flop_per_forward",
+)
 
 
-# ------------------------------------------------------------------------------------------------ the loss
+# ------------------------------------------------------------------------------------------------
+# the loss
 def loss_call(kind: str, rows: int, dtype: torch.dtype, rank: int) -> dict[str, Any]:
-    """Arguments of one infonce call: "rows" is the row-only loss without an option, "recipe" what a training step asks for."""
+    """Arguments of one infonce call: "rows" is the row-only loss without an option, "recipe"
+    what a training step asks for.
+    """
     g = torch.Generator().manual_seed(rank)
     ids = lambda: torch.randint(0, 2 * rows, (rows,), generator=g)  # noqa: E731
     flags = lambda *shape: torch.rand(*shape, generator=g) < 0.9  # noqa: E731
     vectors = lambda *shape: torch.randn(*shape, generator=g).to(dtype)  # noqa: E731
-    call = {"queries": vectors(rows, DIMENSION), "keys": vectors(rows, DIMENSION), "temperature": torch.tensor(0.05)}
+    call = {
+        "queries": vectors(rows, DIMENSION),
+        "keys": vectors(rows, DIMENSION),
+        "temperature": torch.tensor(0.05),
+    }
     if kind == "recipe":
         query_ids = ids()
-        call |= {"query_ids": query_ids, "key_query_ids": query_ids, "key_ids": ids(), "query_valid": flags(rows), "key_valid": flags(rows)}
-        call |= {"hard_negatives": vectors(rows, HARD, DIMENSION), "hard_negative_valid": flags(rows, HARD), "symmetric": True, "prefixes": PREFIXES}
+        call |= {
+            "query_ids": query_ids,
+            "key_query_ids": query_ids,
+            "key_ids": ids(),
+            "query_valid": flags(rows),
+            "key_valid": flags(rows),
+        }
+        call |= {
+            "hard_negatives": vectors(rows, HARD, DIMENSION),
+            "hard_negative_valid": flags(rows, HARD),
+            "symmetric": True,
+            "prefixes": PREFIXES,
+        }
     return call
 
 
 def count_losses(rank: int, world_size: int) -> dict[str, Any]:
-    """Forward and backward, of the torch engine: the second call of its kind, as in a run; ids and masks lie where the loader has them."""
+    """Forward and backward, of the torch engine: the second call of its kind, as in a run; ids
+    and masks lie where the loader has them.
+    """
     device.serve(dist.distributed_c10d._get_default_group())
     found, exchange = {}, AllGather(None)
     for kind in ("rows", "recipe"):
@@ -78,8 +110,16 @@ def count_losses(rank: int, world_size: int) -> dict[str, Any]:
             for dtype in (torch.float32, torch.bfloat16):
                 with device.stand_in_device() as there:
                     call = loss_call(kind, rows, dtype, rank)
-                    call |= {key: x.to(there).requires_grad_() for key, x in call.items() if isinstance(x, Tensor) and x.is_floating_point()}
-                    call |= {"exchange": exchange, "backend": "chunked", "sizes": [(rows, rows)] * world_size}
+                    call |= {
+                        key: x.to(there).requires_grad_()
+                        for key, x in call.items()
+                        if isinstance(x, Tensor) and x.is_floating_point()
+                    }
+                    call |= {
+                        "exchange": exchange,
+                        "backend": "chunked",
+                        "sizes": [(rows, rows)] * world_size,
+                    }
                     infonce(**grouped(call)).loss.backward()
                     with Counting() as counting:
                         infonce(**grouped(call)).loss.backward()
@@ -87,9 +127,14 @@ def count_losses(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------ a step
+# ------------------------------------------------------------------------------------------------ a
+# step
 def serve_all(parallel: Parallel) -> None:
-    for group in {dist.distributed_c10d._get_default_group(), parallel.data_parallel_group, parallel.tensor_parallel_group}:
+    for group in {
+        dist.distributed_c10d._get_default_group(),
+        parallel.data_parallel_group,
+        parallel.tensor_parallel_group,
+    }:
         device.serve(group)
 
 
@@ -99,20 +144,30 @@ def build(config: Config, parallel: Parallel, compute_dtype: torch.dtype | None)
     for module in modules[1:]:
         module.to(parallel.device)
     optimizer = torch.optim.AdamW([p for module in modules for p in module.parameters()], lr=1e-3)
-    exchange = RowSplit(AllGather(parallel.data_parallel_group), AllGather(parallel.tensor_parallel_group))
+    exchange = RowSplit(
+        AllGather(parallel.data_parallel_group), AllGather(parallel.tensor_parallel_group)
+    )
     return TrainingStep(*modules, optimizer, config, parallel, exchange)
 
 
 def packed(batch: StepBatch, layout: SequenceLayout) -> StepBatch:
     """With the packing of every micro-batch, which the loader makes on the CPU."""
     views = {
-        name: dataclasses.replace(view, micro_batches=[dataclasses.replace(inputs, packing=pack(inputs, layout)) for inputs in view.micro_batches])
+        name: dataclasses.replace(
+            view,
+            micro_batches=[
+                dataclasses.replace(inputs, packing=pack(inputs, layout))
+                for inputs in view.micro_batches
+            ],
+        )
         for name, view in batch.views.items()
     }
     return dataclasses.replace(batch, views=views)
 
 
-def batches_of(config: Config, datasets: tuple[str, ...], micro_batches: int, parallel: Parallel) -> list[StepBatch]:
+def batches_of(
+    config: Config, datasets: tuple[str, ...], micro_batches: int, parallel: Parallel
+) -> list[StepBatch]:
     whole = [batch for batch in steps.global_batches(config, 1) if batch.dataset in datasets]
     place = parallel.data_parallel_rank, parallel.data_parallel_size
     return [steps.share(batch, *place, micro_batches, dtype=torch.float32) for batch in whole]
@@ -120,7 +175,9 @@ def batches_of(config: Config, datasets: tuple[str, ...], micro_batches: int, pa
 
 def forward_flop(step: TrainingStep, batches: list[StepBatch]) -> int:
     """F: one encoding of everything that the step encodes, without graphs."""
-    inputs = [each for batch in batches for view in batch.views.values() for each in view.micro_batches]
+    inputs = [
+        each for batch in batches for view in batch.views.values() for each in view.micro_batches
+    ]
     with torch.no_grad(), Counting() as counting:
         for each in inputs:
             step.encoder(each.to(step.parallel.device), per_modality=False)
@@ -130,7 +187,13 @@ def forward_flop(step: TrainingStep, batches: list[StepBatch]) -> int:
     return counting.counts.flop
 
 
-def count_step(datasets: tuple[str, ...], weights: dict[str, float], micro_batches: int, kept: int, dtype: torch.dtype | None) -> Callable[..., Any]:
+def count_step(
+    datasets: tuple[str, ...],
+    weights: dict[str, float],
+    micro_batches: int,
+    kept: int,
+    dtype: torch.dtype | None,
+) -> Callable[..., Any]:
     """The second step of a run: parameters and optimizer are in their lasting state."""
 
     def work(rank: int, world_size: int) -> dict[str, Any]:
@@ -158,11 +221,16 @@ MIXED = ("items", "pairs", "sequences")
 STEPS: dict[str, Callable[..., Any]] = {
     "items, infonce": count_step(("items",), {"infonce": 1.0}, 2, 0, None),
     "items, infonce, bfloat16": count_step(("items",), {"infonce": 1.0}, 2, 0, torch.bfloat16),
-    "pairs without sound, infonce, bfloat16": count_step(("pairs",), {"infonce": 1.0}, 2, 0, torch.bfloat16),
+    "pairs without sound, infonce, bfloat16": count_step(
+        ("pairs",), {"infonce": 1.0}, 2, 0, torch.bfloat16
+    ),
     "three sets, all objectives": count_step(MIXED, steps.WEIGHTS, 1, 1, None),
     "three sets, all objectives, bfloat16": count_step(MIXED, steps.WEIGHTS, 1, 1, torch.bfloat16),
 }
-KEPT_STEPS = {str(kept): count_step(("pairs",), {"infonce": 1.0}, MICRO_BATCHES // 2, kept, None) for kept in KEPT}  # two views
+KEPT_STEPS = {
+    str(kept): count_step(("pairs",), {"infonce": 1.0}, MICRO_BATCHES // 2, kept, None)
+    for kept in KEPT
+}  # two views
 
 
 CHECKED = ("losses", "three sets, all objectives, bfloat16", "4")  # of the tests: one of each kind
@@ -174,12 +242,18 @@ def counted(work: Callable[..., Any]) -> dict[str, Any]:
         return run_ranks(work, RANKS, timeout=500)[0]
     except Exception as error:
         cause = error.__cause__ or error
-        return {"error": f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"[:200]}
+        return {
+            "error": f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"[
+                :200
+            ]
+        }
 
 
 def count(only: tuple[str, ...] = ()) -> dict[str, Any]:
     wanted = lambda name: not only or name in only  # noqa: E731
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     return {
         "what": "asked of the device by rank 0 of two, counted on the stand-in device",
         "commit": commit,
@@ -191,8 +265,11 @@ def count(only: tuple[str, ...] = ()) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ the committed file
-def grown(found: dict[str, Any], committed: dict[str, Any], only: tuple[str, ...] = ()) -> list[str]:
+# ------------------------------------------------------------------------------------------------
+# the committed file
+def grown(
+    found: dict[str, Any], committed: dict[str, Any], only: tuple[str, ...] = ()
+) -> list[str]:
     """What is larger than in the committed record, or is not there, or fails where it did not."""
     told = []
     for part in ("losses", "steps", "kept_graphs"):
@@ -201,9 +278,16 @@ def grown(found: dict[str, Any], committed: dict[str, Any], only: tuple[str, ...
                 continue
             now = found[part].get(name)
             if now is None or "error" in now:
-                told.append(f"{part}: {name}: found {(now or found[part]).get('error', 'nothing')}, expected counts")
+                told.append(
+                    f"{part}: {name}: found {(now or found[part]).get('error', 'nothing')}, "
+                    "expected counts"
+                )
                 continue
-            told += [f"{part}: {name}: {key}: found {now[key]}, expected at most {row[key]}" for key in GROWS if key in row and now[key] > row[key]]
+            told += [
+                f"{part}: {name}: {key}: found {now[key]}, expected at most {row[key]}"
+                for key in GROWS
+                if key in row and now[key] > row[key]
+            ]
     return told
 
 
@@ -216,12 +300,17 @@ def check(options: argparse.Namespace) -> int:
     told = grown(count(only), committed, only)
     print("\n".join(told) or "nothing grew")
     if told:
-        print("fewer is better; where more is meant, write the file anew: python benchmarks/counts.py count --out benchmarks/results/counts.json")
+        print(
+            "fewer is better; where more is meant, write the file anew: python "
+            "benchmarks/counts.py count --out benchmarks/results/counts.json"
+        )
     return bool(told)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     counter = commands.add_parser("count")
     counter.add_argument("--out", required=True)

@@ -1,4 +1,6 @@
-"""What benchmarks/gpu.py runs in processes of their own: generators that yield once for each turn (see isolated.py)."""
+"""What benchmarks/gpu.py runs in processes of their own: generators that yield once for each
+turn (see isolated.py).
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,42 @@ Tell = Callable[[str], None]
 Case = dict[str, Any]
 FLUSH_BYTES = 256 * 2**20  # more than any L2
 TURN_SECONDS = 0.3  # of repetitions within a turn
-BARS = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}  # relative, as in sailplan_kernels.options
+BARS = {
+    "float32": 1e-4,
+    "bfloat16": 1e-2,
+    "float16": 1e-2,
+}  # relative, as in sailplan_kernels.options
 
 
-# ------------------------------------------------------------------------------------------------ (a) correctness
+# ------------------------------------------------------------------------------------------------
+# (a) correctness
 def topics(n: int, m: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Queries in topics of eight, keys that are their queries and noise: there is a loss at any temperature."""
+    """Queries in topics of eight, keys that are their queries and noise: there is a loss at any
+    temperature.
+    """
     g = torch.Generator().manual_seed(2)
-    queries = torch.randn(-(-n // 8), d, generator=g).repeat(8, 1)[:n] + 0.2 * torch.randn(n, d, generator=g)
-    keys = torch.cat([queries + 0.6 * torch.randn(n, d, generator=g), torch.randn(m - n, d, generator=g)])
+    queries = torch.randn(-(-n // 8), d, generator=g).repeat(8, 1)[:n] + 0.2 * torch.randn(
+        n, d, generator=g
+    )
+    keys = torch.cat(
+        [queries + 0.6 * torch.randn(n, d, generator=g), torch.randn(m - n, d, generator=g)]
+    )
     return queries.to(device, dtype), keys.to(device, dtype)
 
 
-def options_row(loss: str, engine: str, number: int, dtype: str, device: str, sizes: list[tuple[int, int, int]], temperatures: list[float], tell: Tell):
-    """One row of the options matrix at all sizes and temperatures against the definition in float64 on the same rounded inputs."""
+def options_row(
+    loss: str,
+    engine: str,
+    number: int,
+    dtype: str,
+    device: str,
+    sizes: list[tuple[int, int, int]],
+    temperatures: list[float],
+    tell: Tell,
+):
+    """One row of the options matrix at all sizes and temperatures against the definition in
+    float64 on the same rounded inputs.
+    """
     backend, _, schedule = engine.partition(", ")
     worst: dict[str, float] = {}
     above, runs = [], 0
@@ -48,8 +72,13 @@ def options_row(loss: str, engine: str, number: int, dtype: str, device: str, si
             if temperature is not None:
                 call["temperature"] = torch.tensor(temperature)
             call = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in call.items()}
-            exact = {key: _leaf(x.double() if key in matrix.LEAVES and isinstance(x, Tensor) else x, key) for key, x in call.items() if key != "score_dtype"}
-            # Hard negatives are rounded as the queries are, and the definition reads what was rounded.
+            exact = {
+                key: _leaf(x.double() if key in matrix.LEAVES and isinstance(x, Tensor) else x, key)
+                for key, x in call.items()
+                if key != "score_dtype"
+            }
+            # Hard negatives are rounded as the queries are, and the definition reads what was
+            # rounded.
             if "hard_negatives" in call:
                 call["hard_negatives"] = call["hard_negatives"].to(computed)
                 exact["hard_negatives"] = _leaf(call["hard_negatives"].double(), "hard_negatives")
@@ -64,11 +93,21 @@ def options_row(loss: str, engine: str, number: int, dtype: str, device: str, si
                 if not error <= BARS.get(str(computed)[6:], BARS["float32"]):
                     above.append(f"{name} {error:.1e} at {n} x {m} x {d}, t = {temperature}")
             runs += 1
-    yield {"label": label, "worst": worst, "above_the_bar": above[:8], "above_the_bar_in_all": len(above), "comparisons": runs}
+    yield {
+        "label": label,
+        "worst": worst,
+        "above_the_bar": above[:8],
+        "above_the_bar_in_all": len(above),
+        "comparisons": runs,
+    }
 
 
 def _leaf(x: Any, name: str) -> Any:
-    return x.detach().clone().requires_grad_() if name in matrix.LEAVES and isinstance(x, Tensor) else x
+    return (
+        x.detach().clone().requires_grad_()
+        if name in matrix.LEAVES and isinstance(x, Tensor)
+        else x
+    )
 
 
 def options_of(loss: str) -> Iterator[tuple[int, str]]:
@@ -79,13 +118,16 @@ def options_of(loss: str) -> Iterator[tuple[int, str]]:
 
 
 def training_row(modalities: list[str], device: str, tell: Tell) -> Iterator[dict[str, Any]]:
-    """Steps in bfloat16 of a tiny model whose data has these modalities alone, kept graphs 0, 1 and all, beside float32."""
+    """Steps in bfloat16 of a tiny model whose data has these modalities alone, kept graphs 0, 1
+    and all, beside float32.
+    """
     import gpu_steps
 
     yield gpu_steps.compare_dtypes(modalities, tell)
 
 
-# ------------------------------------------------------------------------------------------------ (b) kernels
+# ------------------------------------------------------------------------------------------------
+# (b) kernels
 def table_of(case: Case) -> dict[str, tuple[Any, ...]]:
     return recipe_loss.CONTENDERS if case["loss"] == "recipe" else kernels.contenders(case)
 
@@ -102,7 +144,9 @@ def gradient_error(name: str, step: Callable[..., None], case: Case, device: str
 
 
 def kernel_row(name: str, case: Case, device: str, tell: Tell) -> Iterator[dict[str, Any]]:
-    """First {gradient_error}, then for each turn {seconds, peak_bytes}: each step after a flush of the caches."""
+    """First {gradient_error}, then for each turn {seconds, peak_bytes}: each step after a flush
+    of the caches.
+    """
     step = table_of(case)[name][0]
     tell("gradient error")
     yield {"gradient_error": gradient_error(name, step, case, device)}
@@ -111,7 +155,9 @@ def kernel_row(name: str, case: Case, device: str, tell: Tell) -> Iterator[dict[
     flush = torch.empty(FLUSH_BYTES // 4, device=device) if device == "cuda" else None
     while True:
         tell("a turn")
-        clock, _ = kernels.timed(step, q, k, case)  # fills the allocator's pool, compiles in the first turn
+        clock, _ = kernels.timed(
+            step, q, k, case
+        )  # fills the allocator's pool, compiles in the first turn
         clock, _ = kernels.timed(step, q, k, case)
         peak = kernels.cuda_peak(step, q, k, case) if device == "cuda" else None
         times = []
@@ -143,11 +189,25 @@ def matrix_rate_row(case: Case, device: str, tell: Tell) -> Iterator[dict[str, A
     yield {"flops": statistics.median(kernels.matrix_rate(case, device)[0] for _ in range(5))}
 
 
-# ------------------------------------------------------------------------------------------------ (c) split by kernel
+# ------------------------------------------------------------------------------------------------
+# (c) split by kernel
 KINDS = (
     ("statistics", ("statistics",)),
     ("gradient", ("gradient_kernel", "rescale", "sigmoid_kernel")),
-    ("products", ("gemm", "nvjet", "cutlass", "xmma", "wgmma", "aten::mm", "aten::addmm", "aten::bmm", "matmul")),
+    (
+        "products",
+        (
+            "gemm",
+            "nvjet",
+            "cutlass",
+            "xmma",
+            "wgmma",
+            "aten::mm",
+            "aten::addmm",
+            "aten::bmm",
+            "matmul",
+        ),
+    ),
     ("accumulation", ("add_", "aten::add", "CUDAFunctor_add", "AddFunctor")),
     ("copies", ("Memcpy", "Memset", "copy_", "cat")),
 )
@@ -158,14 +218,19 @@ def kind_of(kernel: str) -> str:
 
 
 def split_row(name: str, case: Case, device: str, tell: Tell) -> Iterator[dict[str, Any]]:
-    """Milliseconds of one step by kind of kernel; launch: the step's time in which no kernel ran."""
+    """Milliseconds of one step by kind of kernel; launch: the step's time in which no kernel
+    ran.
+    """
     step = table_of(case)[name][0]
     q, k = kernels.inputs(case, device)
     for _ in range(3):
         tell("warm-up")
         wall, _ = kernels.timed(step, q, k, case)
     tell("profile")
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else [])]
+    activities = [
+        torch.profiler.ProfilerActivity.CPU,
+        *([torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []),
+    ]
     with torch.profiler.profile(activities=activities) as profile:
         kernels.timed(step, q, k, case)
     kinds: dict[str, float] = {}
@@ -176,23 +241,35 @@ def split_row(name: str, case: Case, device: str, tell: Tell) -> Iterator[dict[s
             kinds[kind_of(event.key)] = kinds.get(kind_of(event.key), 0.0) + spent / 1e3
             names.append((spent / 1e3, event.key[:100], event.count))
     kinds["launch"] = max(0.0, wall * 1e3 - sum(kinds.values()))
-    yield {"milliseconds": wall * 1e3, "by_kind": kinds, "longest": sorted(names, reverse=True)[:16]}
+    yield {
+        "milliseconds": wall * 1e3,
+        "by_kind": kinds,
+        "longest": sorted(names, reverse=True)[:16],
+    }
 
 
-# ------------------------------------------------------------------------------------------------ (d) the training step
-def step_row(contender: str, shape: str, settings: dict[str, Any], tell: Tell) -> Iterator[dict[str, Any]]:
+# ------------------------------------------------------------------------------------------------
+# (d) the training step
+def step_row(
+    contender: str, shape: str, settings: dict[str, Any], tell: Tell
+) -> Iterator[dict[str, Any]]:
     import gpu_steps
 
     yield from gpu_steps.time_step(contender, shape, settings, tell)
 
 
-# ------------------------------------------------------------------------------------------------ the machine
+# ------------------------------------------------------------------------------------------------
+# the machine
 def describe(device: str, tell: Tell) -> Iterator[dict[str, Any]]:
     """What the device is, read in a process of its own: the driver's process never touches it."""
     import os
     import platform
 
-    found: dict[str, Any] = {"python": platform.python_version(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+    }
     if device == "cpu":
         yield found | {"device": f"CPU, {len(os.sched_getaffinity(0))} cores, {platform.machine()}"}
         return
@@ -211,4 +288,6 @@ def describe(device: str, tell: Tell) -> Iterator[dict[str, Any]]:
 
 
 def as_key(*parts: Any) -> str:
-    return "/".join(part if isinstance(part, str) else json.dumps(part, sort_keys=True) for part in parts)
+    return "/".join(
+        part if isinstance(part, str) else json.dumps(part, sort_keys=True) for part in parts
+    )

@@ -11,7 +11,15 @@ import kernels
 import step as whole_step
 import torch
 
-from sailplan.config.schema import Config, DataConfig, DatasetConfig, ParallelConfig, PatternConfig, StepConfig, ViewConfig
+from sailplan.config.schema import (
+    Config,
+    DataConfig,
+    DatasetConfig,
+    ParallelConfig,
+    PatternConfig,
+    StepConfig,
+    ViewConfig,
+)
 from sailplan.data.packing import SequenceLayout, pack
 from sailplan.data.record import StepBatch, ViewBatch
 from sailplan.model.parallelize import shard
@@ -29,7 +37,12 @@ ROWS, MICRO_BATCH = 24, 8
 
 def _config(modalities: list[str], kept_graphs: int) -> Config:
     view = ViewConfig(modalities=modalities)
-    pairs = DatasetConfig(kind="pairs", views={"query": view, "target": view}, patterns={"pair": PatternConfig("query", "target")}, temperature=0.1)
+    pairs = DatasetConfig(
+        kind="pairs",
+        views={"query": view, "target": view},
+        patterns={"pair": PatternConfig("query", "target")},
+        temperature=0.1,
+    )
     return Config(
         data=DataConfig(sets={"pairs": pairs}),
         model=small_config(),
@@ -43,21 +56,38 @@ def _batch(modalities: list[str], layout: SequenceLayout) -> StepBatch:
     for number, name in enumerate(("query", "target")):
         inputs = random_inputs(tuple(modalities), ROWS, number, dtype=torch.float32, absent=False)
         cut = [rows_of(inputs, start, start + MICRO_BATCH) for start in range(0, ROWS, MICRO_BATCH)]
-        cut = [dataclasses.replace(part, packing=pack(part, layout)) for part in cut]  # as the loader does
-        views[name] = ViewBatch(cut, torch.arange(ROWS), torch.ones(ROWS, dtype=torch.bool), torch.arange(ROWS) + number * ROWS)
+        cut = [
+            dataclasses.replace(part, packing=pack(part, layout)) for part in cut
+        ]  # as the loader does
+        views[name] = ViewBatch(
+            cut,
+            torch.arange(ROWS),
+            torch.ones(ROWS, dtype=torch.bool),
+            torch.arange(ROWS) + number * ROWS,
+        )
     return StepBatch(1, "pairs", [str(row) for row in range(ROWS)], views, patterns={"pair": 1.0})
 
 
-def _three_steps(modalities: list[str], kept_graphs: int, dtype: torch.dtype | None, parallel: Parallel) -> list[float]:
+def _three_steps(
+    modalities: list[str], kept_graphs: int, dtype: torch.dtype | None, parallel: Parallel
+) -> list[float]:
     """Loss and gradient norm of each."""
     config = _config(modalities, kept_graphs)
     encoder = shard(OmniEncoder(config.model, seed=1), parallel, shard=True, compute_dtype=dtype)
     layout: SequenceLayout = encoder.layout  # type: ignore[assignment]
-    objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, seed=1).to(parallel.device)
+    objectives = build_objectives(
+        config.objectives, config.model.embedding, config.data.sets, seed=1
+    ).to(parallel.device)
     temperatures = Temperatures(config.data.sets).to(parallel.device)
     parameters = [p for module in (encoder, objectives, temperatures) for p in module.parameters()]
     step = TrainingStep(
-        encoder, objectives, temperatures, torch.optim.AdamW(parameters, lr=1e-3), config, parallel, AllGather(parallel.data_parallel_group)
+        encoder,
+        objectives,
+        temperatures,
+        torch.optim.AdamW(parameters, lr=1e-3),
+        config,
+        parallel,
+        AllGather(parallel.data_parallel_group),
     )
     found = []
     for number in (1, 2, 3):
@@ -67,7 +97,9 @@ def _three_steps(modalities: list[str], kept_graphs: int, dtype: torch.dtype | N
 
 
 def compare_dtypes(modalities: list[str], tell: Callable[[str], None]) -> dict[str, Any]:
-    """Losses and gradient norms of three steps in bfloat16, as parts of float32's: near 1 where all is right."""
+    """Losses and gradient norms of three steps in bfloat16, as parts of float32's: near 1 where
+    all is right.
+    """
     with started(ParallelConfig(threads=1)) as parallel:
         tell("float32")
         expected = _three_steps(modalities, 0, None, parallel)
@@ -75,12 +107,18 @@ def compare_dtypes(modalities: list[str], tell: Callable[[str], None]) -> dict[s
         for kept in (0, 1, -1):
             tell(f"bfloat16, kept graphs {kept}")
             numbers = _three_steps(modalities, kept, torch.bfloat16, parallel)
-            found[f"of float32's, kept graphs {kept}"] = [round(a / b, 4) for a, b in zip(numbers, expected, strict=True)]
+            found[f"of float32's, kept graphs {kept}"] = [
+                round(a / b, 4) for a, b in zip(numbers, expected, strict=True)
+            ]
     return found
 
 
-def time_step(contender: str, shape: str, settings: dict[str, Any], tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Median seconds and peak bytes of a whole step, its FLOP by torch's counter, and the part of the matrix rate of 3 F."""
+def time_step(
+    contender: str, shape: str, settings: dict[str, Any], tell: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Median seconds and peak bytes of a whole step, its FLOP by torch's counter, and the part
+    of the matrix rate of 3 F.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     name, _, kept = contender.partition(", ")
@@ -89,11 +127,15 @@ def time_step(contender: str, shape: str, settings: dict[str, Any], tell: Callab
         device = parallel.device
         config = whole_step.configuration(settings["micro_batch"], shape, -1 if kept else 0)
         made = whole_step.BUILDERS[name](config, parallel, getattr(torch, settings["dtype"]))
-        pair = tuple(whole_step.tokens(settings["rows"], settings["length"], seed, device) for seed in (1, 2))
+        pair = tuple(
+            whole_step.tokens(settings["rows"], settings["length"], seed, device) for seed in (1, 2)
+        )
         tell("first step")
         made.step(pair)
         tell("memory")
-        peak = whole_step.peak_of(lambda: made.step(pair), device) if device.type == "cuda" else None
+        peak = (
+            whole_step.peak_of(lambda: made.step(pair), device) if device.type == "cuda" else None
+        )
         tell("FLOP")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             made.encoder(whole_step.cut(pair[0], 0, settings["micro_batch"], made.layout))
@@ -109,9 +151,15 @@ def time_step(contender: str, shape: str, settings: dict[str, Any], tell: Callab
         rate, _ = kernels.matrix_rate({"dtype": settings["dtype"]}, device.type)
     seconds = statistics.median(times)
     yield {
-        **settings, "shape": dataclasses.asdict(config.model.tower), "seconds": times, "median_step_seconds": seconds, "peak_bytes": peak,
-        "forward_flop": forward, "matrix_flops": rate, "of_the_matrix_rate_at_3F": 3 * forward / seconds / rate,
-    }  # fmt: skip
+        **settings,
+        "shape": dataclasses.asdict(config.model.tower),
+        "seconds": times,
+        "median_step_seconds": seconds,
+        "peak_bytes": peak,
+        "forward_flop": forward,
+        "matrix_flops": rate,
+        "of_the_matrix_rate_at_3F": 3 * forward / seconds / rate,
+    }
 
 
 def _seconds(action: Callable[[], None], device: torch.device) -> float:

@@ -2,9 +2,11 @@
 
     python benchmarks/histories.py --users 1000000 --per-user 50 --items 100000 --ranks 2
 
-Writes a made-up log of parquet files (popular items, four labels, 10 % of events without a positive one), then makes
-the sequences of all four views on forked gloo ranks, as a stage's start does, with made-up content vectors. Prints one
-JSON object: seconds and CPU seconds, the highest memory of each rank above what it had at its start, users, sequences.
+Writes a made-up log of parquet files (popular items, four labels, 10 % of events without a positive
+one), then makes the sequences of all four views on forked gloo ranks, as a stage's start does, with
+made-up content vectors. Prints one
+JSON object: seconds and CPU seconds, the highest memory of each rank above what it had at its
+start, users, sequences.
 """
 
 from __future__ import annotations
@@ -44,14 +46,18 @@ def write_log(folder: Path, users: int, events: int, items: int, files: int) -> 
         flags = random.random((rows, len(LABELS))) < np.array([0.5, 0.25, 0.6, 0.2])
         flags[random.random(rows) < 0.1] = False
         offsets = np.concatenate([[0], np.cumsum(flags.sum(1))]).astype(np.int32)
-        labels = pa.DictionaryArray.from_arrays(np.nonzero(flags)[1].astype(np.int32), LABELS).cast(pa.string())
+        labels = pa.DictionaryArray.from_arrays(np.nonzero(flags)[1].astype(np.int32), LABELS).cast(
+            pa.string()
+        )
         table = {
             "user": pa.array(random.integers(0, users, rows)).cast(pa.string()),
             "item": names.take(pa.array(popular)),
             "time": pa.array(np.sort(random.integers(0, 10**9, rows)) + part * 10**9),
             "labels": pa.ListArray.from_arrays(pa.array(offsets), labels),
         }
-        pq.write_table(pa.table(table), folder / f"events-{part:05d}.parquet", row_group_size=1 << 20)
+        pq.write_table(
+            pa.table(table), folder / f"events-{part:05d}.parquet", row_group_size=1 << 20
+        )
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -68,15 +74,29 @@ def main() -> None:
     parser.add_argument("--dimension", type=int, default=64)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--files", type=int, default=16)
-    parser.add_argument("--folder", default=None, help="where to write (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", default=None, help="where to write (default: a temporary folder)"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         root = Path(place)
         write_shards(
-            [Record({"id": f"items/{number:08d}", "fields": {"title": {"en": "a"}}}) for number in range(options.items)], root / "items", "items", 10_000
+            [
+                Record({"id": f"items/{number:08d}", "fields": {"title": {"en": "a"}}})
+                for number in range(options.items)
+            ],
+            root / "items",
+            "items",
+            10_000,
         )
-        log_bytes = write_log(root / "log", options.users, options.per_user, options.items, options.files)
-        items = RecordReader("items", DatasetConfig(views={"title": ViewConfig(fields=["title"])}), ShardIndex(sorted((root / "items").glob("*.tar"))))
+        log_bytes = write_log(
+            root / "log", options.users, options.per_user, options.items, options.files
+        )
+        items = RecordReader(
+            "items",
+            DatasetConfig(views={"title": ViewConfig(fields=["title"])}),
+            ShardIndex(sorted((root / "items").glob("*.tar"))),
+        )
         np.save(root / "vectors.npy", _vectors(options.items, options.dimension))
         dataset = DatasetConfig(shards="artifact:interests", kind="sequences", catalogue="items")
         dataset.interests = InterestsConfig(str(root / "log"), positive=LABELS)
@@ -84,7 +104,14 @@ def main() -> None:
         def work(rank: int, world_size: int) -> tuple[dict[str, Any], float, float, int]:
             vectors, parallel = np.load(root / "vectors.npy", mmap_mode="r"), join_layout(1)
             before, began, busy = peak(), time.monotonic(), time.process_time()
-            stats = make_timed_interests(parallel, "sequences", dataset, items, root / "made", lambda used: lambda places: np.asarray(vectors[places]))
+            stats = make_timed_interests(
+                parallel,
+                "sequences",
+                dataset,
+                items,
+                root / "made",
+                lambda used: lambda places: np.asarray(vectors[places]),
+            )
             return stats, time.monotonic() - began, time.process_time() - busy, peak() - before
 
         found = run_ranks(work, options.ranks, timeout=3600)

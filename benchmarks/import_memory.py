@@ -1,9 +1,12 @@
-"""Measure the memory and time of `sailplan data import` at several sizes: memory must not grow with the rows.
+"""Measure the memory and time of `sailplan data import` at several sizes: memory must not grow
+with the rows.
 
-    python benchmarks/import_memory.py --rows 50000,200000,1000000 --out benchmarks/results/import_memory.json
+    python benchmarks/import_memory.py --rows 50000,200000,1000000 --out
+    benchmarks/results/import_memory.json
 
-Each size is an import of its own, as a user starts it. Memory is the largest sum, over the command and its workers, of the memory
-that each has alone and its share of what they have in common (PSS), sampled ten times a second.
+Each size is an import of its own, as a user starts it. Memory is the largest sum, over the command
+and its workers, of the memory that each has alone and its share of what they have in common (PSS),
+sampled ten times a second.
 """
 
 from __future__ import annotations
@@ -27,11 +30,17 @@ def make(form: str, rows: int, folder: Path) -> list[str]:
     with open(folder / "table.csv", "w", encoding="utf-8") as file:
         if form == "captions":
             file.write("id,title,description,price\n")
-            file.writelines(f'{n},thing number {n},"a thing of kind {n % 97}, and {n * 7919 % 10007} of it",{n % 50}\n' for n in range(rows))
+            file.writelines(
+                f'{n},thing number {n},"a thing of kind {n % 97}, and {n * 7919 % 10007} of '
+                f'it",{n % 50}\n'
+                for n in range(rows)
+            )
             return ["table.csv"]
         file.write("user,item,time\n")
         file.writelines(f"u{n * 7919 % (rows // 8 + 1)},{n % 5000},{n}\n" for n in range(rows))
-    (folder / "items.csv").write_text("id,title\n" + "".join(f"{n},thing {n}\n" for n in range(5000)))
+    (folder / "items.csv").write_text(
+        "id,title\n" + "".join(f"{n},thing {n}\n" for n in range(5000))
+    )
     return ["table.csv", "--items", "items.csv"]
 
 
@@ -40,7 +49,18 @@ def measure(form: str, rows: int, workers: int) -> dict[str, float | int | str]:
     with tempfile.TemporaryDirectory() as name:
         arguments = make(form, rows, Path(name))
         began, peak = time.monotonic(), 0
-        line = [sys.executable, "-m", "sailplan", "data", "import", *arguments, "--name", "table", "--workers", str(workers)]
+        line = [
+            sys.executable,
+            "-m",
+            "sailplan",
+            "data",
+            "import",
+            *arguments,
+            "--name",
+            "table",
+            "--workers",
+            str(workers),
+        ]
         process = psutil.Popen(line, cwd=name, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         while process.poll() is None:
             total = 0
@@ -53,7 +73,13 @@ def measure(form: str, rows: int, workers: int) -> dict[str, float | int | str]:
             time.sleep(0.1)
         if process.returncode:
             raise SystemExit(process.stdout.read().decode())
-        return {"form": form, "rows": rows, "workers": workers, "peak_mb": round(peak / 1e6), "seconds": round(time.monotonic() - began, 1)}
+        return {
+            "form": form,
+            "rows": rows,
+            "workers": workers,
+            "peak_mb": round(peak / 1e6),
+            "seconds": round(time.monotonic() - began, 1),
+        }
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

@@ -1,8 +1,10 @@
-"""Run each contender in a process of its own, with a time limit: one that hangs or dies costs its own row and nothing else.
+"""Run each contender in a process of its own, with a time limit: one that hangs or dies costs
+its own row and nothing else.
 
-A contender is a generator function. Its process is forked before anything here has touched a GPU, and goes on by one `yield`
-for each `ask`, so that several contenders can take turns on one device. `tell(...)` says where it is; the last word goes into
-the row of one that is lost. What it prints goes into a log file.
+A contender is a generator function. Its process is forked before anything here has touched a GPU,
+and goes on by one `yield` for each `ask`, so that several contenders can take turns on one device.
+`tell(...)` says where it is; the last word goes into the row of one that is lost. What it prints
+goes into a log file.
 """
 
 from __future__ import annotations
@@ -39,12 +41,17 @@ class Isolated:
         context = multiprocessing.get_context("fork")
         self.connection, theirs = context.Pipe()
         self._at = "its start"
-        self._process = context.Process(target=_serve, args=(contender, arguments, theirs, self.connection, log), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(contender, arguments, theirs, self.connection, log), daemon=True
+        )
         self._process.start()
         theirs.close()
 
     def ask(self, limit: float) -> dict[str, Any]:
-        """What the contender yields next, within `limit` seconds. Raises Lost, and the process is gone then."""
+        """What the contender yields next, within `limit` seconds.
+
+        Raises Lost, and the process is gone then.
+        """
         self.begin(limit)
         return self.wait()
 
@@ -64,7 +71,10 @@ class Isolated:
             self.connection.send("next")
 
     def receive(self) -> dict[str, Any] | None:
-        """The answer, None where it is still to come; does not wait. Raises Lost, and the process is gone then."""
+        """The answer, None where it is still to come; does not wait.
+
+        Raises Lost, and the process is gone then.
+        """
         try:
             while self.connection.poll():
                 kind, value = self.connection.recv()
@@ -89,7 +99,10 @@ class Isolated:
         if self._process.pid is not None and self._process.exitcode is None:
             try:
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):  # not yet the leader of a group of its own
+            except (
+                ProcessLookupError,
+                PermissionError,
+            ):  # not yet the leader of a group of its own
                 self._process.kill()
         self._process.join()
         self.connection.close()
@@ -101,10 +114,18 @@ def _ending(code: int | None) -> str:
     return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
 
 
-def _serve(contender: Contender, arguments: tuple[Any, ...], connection: Connection, other_end: Connection, log: Path) -> None:
+def _serve(
+    contender: Contender,
+    arguments: tuple[Any, ...],
+    connection: Connection,
+    other_end: Connection,
+    log: Path,
+) -> None:
     parent = os.getppid()
     os.setpgid(0, 0)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a driver that is killed leaves none of them
+    ctypes.CDLL(None).prctl(
+        PR_SET_PDEATHSIG, signal.SIGKILL
+    )  # a driver that is killed leaves none of them
     if os.getppid() != parent:
         os._exit(1)
     other_end.close()

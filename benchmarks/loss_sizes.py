@@ -1,11 +1,14 @@
-"""Our loss beside plain torch at every size of a batch, on a CPU: the same masks, one process, turn by turn.
+"""Our loss beside plain torch at every size of a batch, on a CPU: the same masks, one process,
+turn by turn.
 
     python benchmarks/loss_sizes.py --out benchmarks/results/loss_sizes_cpu.json
 
-A step is forward and backward from raw float32 embeddings to their gradients. Plain torch is what one writes first: normalise,
-multiply, fill what is masked, cross entropy, autograd. "recipe" is symmetric with ids, three prefixes and hard negatives of each row;
-ids and masks are given. Before a pair is timed, its losses and gradients are compared. Seconds are of the processor (median of turns),
-as a clock also counts who else computes; the ratio is plain torch's over ours, above 1 where ours is ahead.
+A step is forward and backward from raw float32 embeddings to their gradients. Plain torch is what
+one writes first: normalise, multiply, fill what is masked, cross entropy, autograd. "recipe" is
+symmetric with ids, three prefixes and hard negatives of each row; ids and masks are given. Before a
+pair is timed, its losses and gradients are compared. Seconds are of the processor (median of
+turns), as a clock also counts who else computes; the ratio is plain torch's over ours, above 1
+where ours is ahead.
 """
 
 from __future__ import annotations
@@ -39,14 +42,25 @@ def case_of(kind: str, rows: int) -> Case:
     """Arguments of ``infonce``; vectors want their gradient."""
     g = torch.Generator().manual_seed(0)
     queries = torch.randn(rows, DIMENSION, generator=g)
-    case: Case = {"queries": queries, "keys": queries + 6 * torch.randn(rows, DIMENSION, generator=g)}
+    case: Case = {
+        "queries": queries,
+        "keys": queries + 6 * torch.randn(rows, DIMENSION, generator=g),
+    }
     if kind != "rows":
         case["symmetric"] = True
     if kind == "recipe":
         ids = torch.randint(0, 4 * rows, (rows,), generator=g)
-        case |= {"query_ids": ids, "key_query_ids": ids, "key_ids": torch.randint(0, 4 * rows, (rows,), generator=g), "prefixes": PREFIXES}
+        case |= {
+            "query_ids": ids,
+            "key_query_ids": ids,
+            "key_ids": torch.randint(0, 4 * rows, (rows,), generator=g),
+            "prefixes": PREFIXES,
+        }
         case["hard_negatives"] = torch.randn(rows, HARD, DIMENSION, generator=g)
-    return {name: x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in case.items()}
+    return {
+        name: x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in case.items()
+    }
 
 
 def ours(case: Case) -> Tensor:
@@ -55,10 +69,17 @@ def ours(case: Case) -> Tensor:
 
 def plain(case: Case) -> Tensor:
     """The same loss with whole matrices and autograd."""
-    queries, keys, hard, rows = case["queries"], case["keys"], case.get("hard_negatives"), len(case["queries"])
+    queries, keys, hard, rows = (
+        case["queries"],
+        case["keys"],
+        case.get("hard_negatives"),
+        len(case["queries"]),
+    )
     target, masked, total = torch.arange(rows), None, queries.new_zeros(())
     if "key_ids" in case:
-        masked = (case["key_ids"][:, None] == case["key_ids"]) | (case["query_ids"][:, None] == case["key_query_ids"])
+        masked = (case["key_ids"][:, None] == case["key_ids"]) | (
+            case["query_ids"][:, None] == case["key_query_ids"]
+        )
         masked.fill_diagonal_(False)
     for prefix in case.get("prefixes") or (DIMENSION,):
         q, k = F.normalize(queries[:, :prefix], dim=1), F.normalize(keys[:, :prefix], dim=1)
@@ -70,7 +91,9 @@ def plain(case: Case) -> Tensor:
             own = (q[:, None] * F.normalize(hard[..., :prefix], dim=-1)).sum(-1) / TEMPERATURE
             wide = torch.cat([logits, own], 1)
         loss = F.cross_entropy(wide, target)
-        total = total + ((loss + F.cross_entropy(logits.T, target)) / 2 if case.get("symmetric") else loss)
+        total = total + (
+            (loss + F.cross_entropy(logits.T, target)) / 2 if case.get("symmetric") else loss
+        )
     return total
 
 
@@ -95,7 +118,9 @@ def difference(case: Case) -> float:
         found.append(torch.cat([x.grad.flatten() for x in leaves(case) if x.grad is not None]))
     error = float((found[0] - found[1]).norm() / found[1].norm())
     if not error < 1e-4:
-        raise RuntimeError(f"gradients: found a relative difference of {error:.1e}, expected at most 1e-4")
+        raise RuntimeError(
+            f"gradients: found a relative difference of {error:.1e}, expected at most 1e-4"
+        )
     return error
 
 
@@ -108,17 +133,31 @@ def measure(kind: str, rows: int, seconds: float) -> Case:
         times["plain"].append(step(plain, case))
     middle = {name: statistics.median(values) for name, values in times.items()}
     ratio = statistics.median([b / a for a, b in zip(times["ours"], times["plain"], strict=True)])
-    return {"kind": kind, "rows": rows, **middle, "ratio": ratio, "turns": len(times["ours"]), "difference": error}
+    return {
+        "kind": kind,
+        "rows": rows,
+        **middle,
+        "ratio": ratio,
+        "turns": len(times["ours"]),
+        "difference": error,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", required=True)
     parser.add_argument("--seconds", type=float, default=4, help="of each size and kind")
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = [measure(kind, rows, options.seconds) for kind in KINDS for rows in options.sizes if kind != "recipe" or rows <= LARGEST_RECIPE]
+    found = [
+        measure(kind, rows, options.seconds)
+        for kind in KINDS
+        for rows in options.sizes
+        if kind != "recipe" or rows <= LARGEST_RECIPE
+    ]
     record = {
         "what": "processor seconds of a step of the loss, and plain torch's over ours",
         "date": datetime.date.today().isoformat(),
@@ -130,7 +169,10 @@ def main() -> None:
     Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
     print("| loss | rows | ours, ms | plain torch, ms | plain / ours |\n|---|---|---|---|---|")
     for row in found:
-        print(f"| {row['kind']} | {row['rows']:,} | {row['ours'] * 1e3:.3g} | {row['plain'] * 1e3:.3g} | {row['ratio']:.2f} |")
+        print(
+            f"| {row['kind']} | {row['rows']:,} | {row['ours'] * 1e3:.3g} | "
+            f"{row['plain'] * 1e3:.3g} | {row['ratio']:.2f} |"
+        )
 
 
 if __name__ == "__main__":

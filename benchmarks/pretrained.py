@@ -1,10 +1,13 @@
-"""experiment=pretrained beside the quick start: runs its seeds, gathers what was measured, and writes the README's table from the files.
+"""experiment=pretrained beside the quick start: runs its seeds, gathers what was measured, and
+writes the README's table from the files.
 
-    python benchmarks/pretrained.py run --seeds 0 1 2 [--runs runs] [--out benchmarks/results/pretrained.json]
-    python benchmarks/pretrained.py table [--results benchmarks/results/pretrained.json] [--readme README.md]
+    python benchmarks/pretrained.py run --seeds 0 1 2 [--runs runs] [--out
+    benchmarks/results/pretrained.json] python benchmarks/pretrained.py table [--results
+    benchmarks/results/pretrained.json] [--readme README.md]
 
-`run` goes on with run folders that are there (RUNS/pretrained-seed-N). From scratch are the quick start's seeds after its content
-stages, from benchmarks/results/quickstart.json. Nothing is typed by hand: the table says how many seeds each column has.
+`run` goes on with run folders that are there (RUNS/pretrained-seed-N). From scratch are the quick
+start's seeds after its content stages, from benchmarks/results/quickstart.json. Nothing is typed by
+hand: the table says how many seeds each column has.
 """
 
 from __future__ import annotations
@@ -31,7 +34,18 @@ BEGIN, END = "<!-- pretrained:begin -->", "<!-- pretrained:end -->"
 
 def train(seed: int, runs: Path) -> Path:
     name = f"pretrained-seed-{seed}"
-    command = [sys.executable, "-W", "ignore", "-m", "sailplan", "train", "experiment=pretrained", f"seed={seed}", f"name={name}", f"runs={runs}"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "sailplan",
+        "train",
+        "experiment=pretrained",
+        f"seed={seed}",
+        f"name={name}",
+        f"runs={runs}",
+    ]
     subprocess.run([*command, "resume=auto"], check=True)
     return runs / name
 
@@ -40,7 +54,11 @@ def gather(folder: Path) -> dict[str, Any]:
     """Return what the run's last evaluation says, and its seconds."""
     last = json.loads(max((folder / "evaluation").glob("step-*.json")).read_text(encoding="utf-8"))
     stages = json.loads((folder / "stages.json").read_text(encoding="utf-8"))
-    return {"step": last["step"], "tasks": last["tasks"], "seconds": round(sum(stage["seconds"] for stage in stages), 1)}
+    return {
+        "step": last["step"],
+        "tasks": last["tasks"],
+        "seconds": round(sum(stage["seconds"] for stage in stages), 1),
+    }
 
 
 def run(options: argparse.Namespace) -> None:
@@ -57,28 +75,46 @@ def run(options: argparse.Namespace) -> None:
 def table(record: dict[str, Any], scratch: dict[str, Any]) -> str:
     """Return the README's table in Markdown."""
     columns = {
-        f"from scratch, {len(scratch['seeds'])} seeds": [seed["tasks"][SCRATCH_STAGE] for seed in scratch["seeds"].values()],
-        f"published, projections trained, {len(record['seeds'])} seed{'s' * (len(record['seeds']) > 1)}": [seed["tasks"] for seed in record["seeds"].values()],
+        f"from scratch, {len(scratch['seeds'])} seeds": [
+            seed["tasks"][SCRATCH_STAGE] for seed in scratch["seeds"].values()
+        ],
+        f"published, projections trained, {len(record['seeds'])} seed{'s' * (len(record['seeds']) > 1)}": [
+            seed["tasks"] for seed in record["seeds"].values()
+        ],
     }
     lines = ["| held-out task | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for task, label in ROWS:
         values = [[100 * tasks[task][METRIC] for tasks in seeds] for seeds in columns.values()]
-        cells = [f"{sum(found) / len(found):.1f} ({min(found):.1f}-{max(found):.1f})" for found in values]
+        cells = [
+            f"{sum(found) / len(found):.1f} ({min(found):.1f}-{max(found):.1f})" for found in values
+        ]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     steps = sorted({seed["step"] for seed in record["seeds"].values()})
     said = f"Means of the seeds (lowest-highest), in percent; {', '.join(map(str, steps))} steps, {record['date']}, {record['device']}."
-    return "\n".join([*lines, "", f"{said} Made by `benchmarks/pretrained.py table` from [the results](benchmarks/results/pretrained.json)."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{said} Made by `benchmarks/pretrained.py table` from [the "
+            "results](benchmarks/results/pretrained.json).",
+        ]
+    )
 
 
 def write_table(options: argparse.Namespace) -> None:
     readme = Path(options.readme)
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    made = table(json.loads(Path(options.results).read_text(encoding="utf-8")), json.loads(SCRATCH.read_text(encoding="utf-8")))
+    made = table(
+        json.loads(Path(options.results).read_text(encoding="utf-8")),
+        json.loads(SCRATCH.read_text(encoding="utf-8")),
+    )
     readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run")
     runner.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

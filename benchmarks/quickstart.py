@@ -1,11 +1,14 @@
-"""Three seeds of the quick start: runs them, gathers what was measured, and writes the README's table from the file.
+"""Three seeds of the quick start: runs them, gathers what was measured, and writes the README's
+table from the file.
 
     python benchmarks/quickstart.py run --seeds 0 1 2 --out benchmarks/results/quickstart.json
     python benchmarks/quickstart.py words
-    python benchmarks/quickstart.py table --results benchmarks/results/quickstart.json --readme README.md
+    python benchmarks/quickstart.py table --results benchmarks/results/quickstart.json --readme
+    README.md
 
-`run` leaves finished run folders alone (runs/quickstart-seed-N), so that an interrupted series goes on. Numbers in the
-table are means over the seeds with the lowest and highest seed; nothing is typed by hand. `words` counts which held-out emoji
+`run` leaves finished run folders alone (runs/quickstart-seed-N), so that an interrupted series goes
+on. Numbers in the table are means over the seeds with the lowest and highest seed; nothing is typed
+by hand. `words` counts which held-out emoji
 names share words with training.
 """
 
@@ -35,26 +38,54 @@ ROWS = [
     ("set_completion", "content_mean/recall@10", "  baseline: mean of the items' content vectors"),
     ("set_completion", "popularity/recall@10", "  baseline: popularity"),
 ]
-# What a model knows before it has seen a history: in the collaborative stages' columns stands the stage before them.
+# What a model knows before it has seen a history: in the collaborative stages' columns stands the
+# stage before them.
 CONTENT_ONLY, LAST_CONTENT_STAGE = "content_mean/recall@10", "hard"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def train(seed: int, runs: Path) -> Path:
     name = f"quickstart-seed-{seed}"
-    command = [sys.executable, "-W", "ignore", "-m", "sailplan.runtime.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "sailplan", "train"]
-    subprocess.run([*command, "experiment=quickstart", f"seed={seed}", f"name={name}", f"runs={runs}", "resume=auto"], check=True)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "sailplan.runtime.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "sailplan",
+        "train",
+    ]
+    subprocess.run(
+        [
+            *command,
+            "experiment=quickstart",
+            f"seed={seed}",
+            f"name={name}",
+            f"runs={runs}",
+            "resume=auto",
+        ],
+        check=True,
+    )
     return runs / name
 
 
 def gather(folder: Path) -> dict[str, Any]:
     """What a finished run folder says: evaluations per stage, seconds per stage."""
-    evaluations = [json.loads(path.read_text()) for path in sorted((folder / "evaluation").glob("step-*.json"))]
+    evaluations = [
+        json.loads(path.read_text()) for path in sorted((folder / "evaluation").glob("step-*.json"))
+    ]
     stages = json.loads((folder / "stages.json").read_text())
     config_hash = (folder / "config.yaml").read_text().splitlines()[0].split(":")[1].strip()
     return {
         "config_hash": config_hash,
-        "stages": [{"name": stage["name"], "seconds": stage["seconds"], "last_step": stage["last_step"]} for stage in stages],
+        "stages": [
+            {"name": stage["name"], "seconds": stage["seconds"], "last_step": stage["last_step"]}
+            for stage in stages
+        ],
         "tasks": {one["stage"]: one["tasks"] for one in evaluations},
     }
 
@@ -66,7 +97,9 @@ def run(options: argparse.Namespace) -> None:
         "date": datetime.date.today().isoformat(),
         "device": f"CPU, {len(os.sched_getaffinity(0))} cores, {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "megatron-core", "numpy", "scikit-learn")},
+        "versions": {
+            name: version(name) for name in ("torch", "megatron-core", "numpy", "scikit-learn")
+        },
         "seeds": found,
     }
     Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
@@ -76,17 +109,29 @@ def table(record: dict[str, Any]) -> str:
     """The README's table in Markdown."""
     seeds = list(record["seeds"].values())
     stages = [stage["name"] for stage in seeds[0]["stages"]]
-    lines = ["| held-out task | " + " | ".join(f"after {name}" for name in stages) + " |", "|---|" + "---|" * len(stages)]
+    lines = [
+        "| held-out task | " + " | ".join(f"after {name}" for name in stages) + " |",
+        "|---|" + "---|" * len(stages),
+    ]
     for task, metric, label in ROWS:
         cells = []
         for stage in stages:
             if metric == CONTENT_ONLY and stages.index(stage) > stages.index(LAST_CONTENT_STAGE):
                 stage = LAST_CONTENT_STAGE
-            values = [seed["tasks"][stage][task][metric] for seed in seeds if task in seed["tasks"].get(stage, {})]
+            values = [
+                seed["tasks"][stage][task][metric]
+                for seed in seeds
+                if task in seed["tasks"].get(stage, {})
+            ]
             scale = 100.0 if "recall" in metric else 1.0
             digits = 1 if scale == 100.0 else 3
             mean = scale * sum(values) / len(values)
-            cells.append(f"{mean:.{digits}f} ({scale * min(values):.{digits}f}-{scale * max(values):.{digits}f})" if values else "-")
+            cells.append(
+                f"{mean:.{digits}f} "
+                f"({scale * min(values):.{digits}f}-{scale * max(values):.{digits}f})"
+                if values
+                else "-"
+            )
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     first = seeds[0]["tasks"][stages[0]]
     chance = 1000 / first["emoji_image_to_name"]["candidates"]
@@ -94,10 +139,13 @@ def table(record: dict[str, Any]) -> str:
     minutes = sorted(sum(stage["seconds"] for stage in seed["stages"]) / 60 for seed in seeds)
     lines += [
         "",
-        f"Means of {len(seeds)} seeds (lowest-highest), {record['date']}, {record['device']}, torch {record['versions']['torch']}; R@10 in percent. "
+        f"Means of {len(seeds)} seeds (lowest-highest), {record['date']}, {record['device']}, "
+        f"torch {record['versions']['torch']}; R@10 in percent. "
         f"Chance at R@10: emoji names {chance:.1f}, speech {speech:.1f}. "
-        f"Stages took {minutes[0]:.1f}-{minutes[-1]:.1f} minutes a run, start and report not counted. "
-        "Made by `benchmarks/quickstart.py table` from [the results](benchmarks/results/quickstart.json).",
+        f"Stages took {minutes[0]:.1f}-{minutes[-1]:.1f} minutes a run, start and report not "
+        "counted. "
+        "Made by `benchmarks/quickstart.py table` from [the "
+        "results](benchmarks/results/quickstart.json).",
     ]
     return "\n".join(lines)
 
@@ -107,23 +155,37 @@ def write_table(options: argparse.Namespace) -> None:
     text = readme.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{table(json.loads(Path(options.results).read_text()))}\n{END}{after}")
+    readme.write_text(
+        f"{before}{BEGIN}\n{table(json.loads(Path(options.results).read_text()))}\n{END}{after}"
+    )
 
 
 def count_words(_: argparse.Namespace) -> None:
-    """How many held-out emoji names have no, some or only words that occur in an English name or keyword of training."""
+    """How many held-out emoji names have no, some or only words that occur in an English name or
+    keyword of training.
+    """
     from sailplan.config.compose import compose
     from sailplan.data.datasets import open_datasets
 
     reader = open_datasets(compose(["experiment=quickstart"]), names=["emoji"])["emoji"]
-    bodies = {split: [reader.body(int(place)) for place in reader.positions(split)] for split in ("train", "held_out")}
-    known = {word for body in bodies["train"] for text in (body["fields"]["title"]["en"], *body["fields"]["tags"].get("en", [])) for word in words(text)}
+    bodies = {
+        split: [reader.body(int(place)) for place in reader.positions(split)]
+        for split in ("train", "held_out")
+    }
+    known = {
+        word
+        for body in bodies["train"]
+        for text in (body["fields"]["title"]["en"], *body["fields"]["tags"].get("en", []))
+        for word in words(text)
+    }
     found = {"none": 0, "some": 0, "all": 0}
     for body in bodies["held_out"]:
         own = words(body["fields"]["title"]["en"])
         number = sum(word in known for word in own)
         found["none" if number == 0 else "all" if number == len(own) else "some"] += 1
-    print(json.dumps({"held_out_names": len(bodies["held_out"]), "words_known_from_training": found}))
+    print(
+        json.dumps({"held_out_names": len(bodies["held_out"]), "words_known_from_training": found})
+    )
 
 
 def words(text: str) -> list[str]:
@@ -131,7 +193,9 @@ def words(text: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run")
     runner.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

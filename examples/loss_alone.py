@@ -1,6 +1,6 @@
 """The fused InfoNCE without the framework: its loss and gradients beside plain torch's.
 
-    python examples/loss_alone.py
+python examples/loss_alone.py
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ def main() -> None:
     scores = normalize(queries, dim=1) @ normalize(keys, dim=1).T
     plain = cross_entropy(scores / temperature, torch.arange(512))
     expected = torch.autograd.grad(plain, (queries, keys))
-    worst = max(float((one - other).abs().max()) for one, other in zip(gradients, expected, strict=True))
-    print(f"loss {fused.item():.6f}, plain torch {plain.item():.6f}; largest difference of a gradient {worst:.1e}")
+    worst = max(
+        float((one - other).abs().max()) for one, other in zip(gradients, expected, strict=True)
+    )
+    print(
+        f"loss {fused.item():.6f}, plain torch {plain.item():.6f}; largest difference of a "
+        f"gradient {worst:.1e}"
+    )
 
 
 if __name__ == "__main__":

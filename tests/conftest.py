@@ -1,7 +1,8 @@
 """Order of the tests: what leaves threads in this process runs last.
 
-Ranks are forked from it, and threads do not survive a fork: a rank forked after a process group of gloo was made here
-(unit/model), or after Weights & Biases started its service (unit/observe), can wait for ever.
+Ranks are forked from it, and threads do not survive a fork: a rank forked after a process group of
+gloo was made here (unit/model), or after Weights & Biases started its service (unit/observe), can
+wait for ever.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Give the documentation site the pages that lie beside docs/, under the paths that they have in the repository.
+"""Give the documentation site the pages that lie beside docs/, under the paths that they have in
+the repository.
 
-In the repository, docs/ links to ../CONTRIBUTING.md and README.md to docs/data.md: both are right there, for people who read
-the files. On the site docs/ is the root, so a link is resolved in the repository first and then written for the site. A
-link to a file that is no page of the site (code, a result) becomes its path in the repository.
+In the repository, docs/ links to ../CONTRIBUTING.md and README.md to docs/data.md: both are right
+there, for people who read the files. On the site docs/ is the root, so a link is resolved in the
+repository first and then written for the site. A link to a file that is no page of the site (code,
+a result) becomes its path in the repository.
 """
 
 from __future__ import annotations
@@ -14,9 +16,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = (
-    "CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md", "kernels/AOT.md", "kernels/benchmark_cpu.png", "benchmarks/NOTES.md",
-    "benchmarks/results/step_cpu.md", "benchmarks/results/step_cpu.png",
-)  # fmt: skip
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "kernels/README.md",
+    "kernels/AOT.md",
+    "kernels/benchmark_cpu.png",
+    "benchmarks/NOTES.md",
+    "benchmarks/results/step_cpu.md",
+    "benchmarks/results/step_cpu.png",
+)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 FENCED = re.compile(r"(^```.*?^```|`[^`\n]+`)", flags=re.MULTILINE | re.DOTALL)
 
@@ -30,11 +38,20 @@ def site_path(path: str) -> str | None:
     """Return the site's path of a file of the repository; None: it is no page."""
     if path in BESIDE:
         return path
-    return "index.md" if path == "README.md" else path.removeprefix("docs/") if path.startswith("docs/") else None
+    return (
+        "index.md"
+        if path == "README.md"
+        else path.removeprefix("docs/")
+        if path.startswith("docs/")
+        else None
+    )
 
 
 def for_site(text: str, name: str) -> str:
-    """Return a page's text with its relative links as the site needs them. Raises FileNotFoundError for a link to nothing."""
+    """Return a page's text with its relative links as the site needs them.
+
+    Raises FileNotFoundError for a link to nothing.
+    """
 
     def rewritten(found: re.Match[str]) -> str:
         mark, words, target = found.groups()
@@ -50,7 +67,9 @@ def for_site(text: str, name: str) -> str:
         return f"{mark}[{words}]({posixpath.relpath(page, posixpath.dirname(name) or '.')}{hash_}{anchor})"
 
     parts = FENCED.split(text)
-    return "".join(part if number % 2 else LINK.sub(rewritten, part) for number, part in enumerate(parts))
+    return "".join(
+        part if number % 2 else LINK.sub(rewritten, part) for number, part in enumerate(parts)
+    )
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -1,7 +1,8 @@
 """sailplan: distributed training of omni-modal contrastive embedding models.
 
-From Python: `load` a trained or published model and `encode` with it; `compose` a configuration and train it with `Trainer`;
-write a loss below `Objective`. Nothing heavy is imported before it is used.
+From Python: `load` a trained or published model and `encode` with it; `compose` a configuration and
+train it with `Trainer`; write a loss below `Objective`. Nothing heavy is imported before it is
+used.
 """
 
 from __future__ import annotations

@@ -29,7 +29,10 @@ class ConfigurationError(SailplanError):
 
 
 class BadDataError(SailplanError):
-    """More broken samples than the configured limit (exit code 65). samples: those of the step, (record id, reason)."""
+    """More broken samples than the configured limit (exit code 65).
+
+    samples: those of the step, (record id, reason).
+    """
 
     exit_code = EXIT_BAD_DATA
 

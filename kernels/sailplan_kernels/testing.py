@@ -1,8 +1,10 @@
-"""Run a function on several ranks of one machine, fast enough for unit tests, and write calls of losses flat.
+"""Run a function on several ranks of one machine, fast enough for unit tests, and write calls of
+losses flat.
 
-The ranks are forked from the running process, so they inherit every import: a round costs about 0.15 s instead
-of the many seconds of a launcher. They meet in a temporary file (no port to collide on), use gloo and one torch
-thread each. The first rank that fails decides: its exception and traceback come back, the others are killed.
+The ranks are forked from the running process, so they inherit every import: a round costs about
+0.15 s instead of the many seconds of a launcher. They meet in a temporary file (no port to collide
+on), use gloo and one torch thread each. The first rank that fails decides: its exception and
+traceback come back, the others are killed.
 """
 
 from __future__ import annotations
@@ -31,16 +33,20 @@ _OF_NEGATIVES = {
     "query_negatives": "queries",
     "key_negatives": "keys",
 }
-_PLACES = {field.name: (name, field.name) for name, group in GROUPS.items() for field in fields(group)}
+_PLACES = {
+    field.name: (name, field.name) for name, group in GROUPS.items() for field in fields(group)
+}
 _PLACES = {name: place for name, place in _PLACES.items() if name not in _OF_NEGATIVES.values()}
 _PLACES |= {name: ("negatives", field) for name, field in _OF_NEGATIVES.items()}
 
 
 def grouped(case: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a loss from one flat mapping, as random cases and their variations have them.
+    """Return the arguments of a loss from one flat mapping, as random cases and their variations
+    have them.
 
-    The flat names are those of the fields of the groups, of Negatives' first five those of ``_OF_NEGATIVES``;
-    positive_ids stands for PositiveIds, and prefix_weights beside prefixes for a mapping.
+    The flat names are those of the fields of the groups, of Negatives' first five those of
+    ``_OF_NEGATIVES``; positive_ids stands for PositiveIds, and prefix_weights beside prefixes for a
+    mapping.
     """
     call: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = {}
@@ -61,11 +67,15 @@ class RankFailure(RuntimeError):
     """A rank raised, died or did not finish; the message holds the rank and its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
-    """Call ``function(rank, world_size, *args)`` on ``world_size`` forked ranks with a default gloo group.
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60
+) -> list[Any]:
+    """Call ``function(rank, world_size, *args)`` on ``world_size`` forked ranks with a default
+    gloo group.
 
-    Returns the ranks' return values (anything that pickles), in rank order. ``function`` and ``args`` travel by fork,
-    so closures are welcome. Raises RankFailure, with the rank's own exception as its cause, when a rank fails, and
+    Returns the ranks' return values (anything that pickles), in rank order. ``function`` and
+    ``args`` travel by fork, so closures are welcome. Raises RankFailure, with the rank's own
+    exception as its cause, when a rank fails, and
     after ``timeout`` seconds; no child outlives the call.
     """
     context = multiprocessing.get_context("fork")
@@ -74,7 +84,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         children, receivers = [], []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            child = context.Process(target=_child, args=(function, rank, world_size, args, store, sender), daemon=True)
+            child = context.Process(
+                target=_child, args=(function, rank, world_size, args, store, sender), daemon=True
+            )
             child.start()
             sender.close()
             children.append(child)
@@ -118,11 +130,18 @@ def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
 
 
 def _child(
-    function: Callable[..., Any], rank: int, world_size: int, args: tuple, store: str, sender: Connection
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    args: tuple,
+    store: str,
+    sender: Connection,
 ) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+        )
         value = function(rank, world_size, *args)
         dist.barrier()
         message = pickle.dumps((time.monotonic(), True, value))

@@ -1,4 +1,6 @@
-"""Risks: a step asks more of the device than it did, the document tells other numbers than the files, the arithmetic counts another model."""
+"""Risks: a step asks more of the device than it did, the document tells other numbers than the
+files, the arithmetic counts another model.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,24 @@ ROOT = Path(__file__).resolve().parents[2]
 def python(*arguments: object) -> str:
     path = os.pathsep.join(str(ROOT / name) for name in ("benchmarks", "framework", "kernels"))
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return done.stdout
 
 
 def test_nothing_grew() -> None:
     """In a process of its own, as the stand-in device is registered for a whole process."""
-    assert python(ROOT / "benchmarks/counts.py", "check").strip().endswith(("nothing grew", torch.__version__))
+    assert (
+        python(ROOT / "benchmarks/counts.py", "check")
+        .strip()
+        .endswith(("nothing grew", torch.__version__))
+    )
 
 
 def test_growth_is_told(tmp_path: Path) -> None:
@@ -54,7 +66,9 @@ def test_the_document_is_made_from_the_files(tmp_path: Path) -> None:
     copy = tmp_path / "performance.md"
     shutil.copy(ROOT / "docs/performance.md", copy)
     python(ROOT / "benchmarks/counts.py", "table", "--document", copy)
-    assert copy.read_text() == (ROOT / "docs/performance.md").read_text(), "run python benchmarks/counts.py table"
+    assert copy.read_text() == (ROOT / "docs/performance.md").read_text(), (
+        "run python benchmarks/counts.py table"
+    )
 
 
 def attention_flop(query: torch.Size, key: torch.Size, *_: object, **__: object) -> int:
@@ -63,7 +77,9 @@ def attention_flop(query: torch.Size, key: torch.Size, *_: object, **__: object)
 
 
 @pytest.mark.parametrize("modalities", [("text",), ("vision", "text")], ids="+".join)
-def test_the_flop_formula_is_near_torchs_counter(modalities: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flop_formula_is_near_torchs_counter(
+    modalities: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows without gaps; the stem, which the formula leaves out, is one product more."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from cluster_arithmetic import row_flop
@@ -78,16 +94,23 @@ def test_the_flop_formula_is_near_torchs_counter(modalities: tuple[str, ...], mo
     inputs = OmniInputs(modalities, ids, ids.bool(), ids.bool())
     stem = 0
     if "vision" in modalities:
-        inputs.images, inputs.image_mask = torch.zeros(rows, 1, 3, 32, 32), torch.ones(rows, 1, dtype=torch.bool)
+        inputs.images, inputs.image_mask = (
+            torch.zeros(rows, 1, 3, 32, 32),
+            torch.ones(rows, 1, dtype=torch.bool),
+        )
         stem = 2 * 16 * 3 * 8 * 8 * 32
 
     def work(rank: int, world_size: int) -> int:
         join_layout(1)
         encoder = OmniEncoder(config)
-        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop}  # a CPU's is not in torch's list
+        attention = {
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop
+        }  # a CPU's is not in torch's list
         with FlopCounterMode(display=False, custom_mapping=attention) as counter, torch.no_grad():
             encoder(inputs)
         return counter.get_total_flops()
 
     (found,) = run_ranks(work, 1)
-    assert found == pytest.approx(rows * (row_flop(config, modalities, tokens, 32) + stem), rel=0.02)
+    assert found == pytest.approx(
+        rows * (row_flop(config, modalities, tokens, 32) + stem), rel=0.02
+    )

@@ -1,4 +1,6 @@
-"""Risks: a contender that hangs, dies or is killed takes the run or another's row with it, and a run that was cut short begins again."""
+"""Risks: a contender that hangs, dies or is killed takes the run or another's row with it, and a
+run that was cut short begins again.
+"""
 
 from __future__ import annotations
 
@@ -48,15 +50,24 @@ def run(folder: Path, *parts: str) -> int:
     path = os.pathsep.join(str(ROOT / name) for name in ("benchmarks", "framework", "kernels"))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", DRIVER, *parts, str(folder)]
-    return subprocess.run(command, env=environment, timeout=300, stdout=subprocess.DEVNULL).returncode
+    return subprocess.run(
+        command, env=environment, timeout=300, stdout=subprocess.DEVNULL
+    ).returncode
 
 
 def rows(folder: Path) -> dict[str, dict[str, Any]]:
-    return {key.split("/", 2)[2]: row for key, row in json.loads((folder / "gpu.json").read_text())["rows"].items() if key.startswith("kernels/infonce")}
+    return {
+        key.split("/", 2)[2]: row
+        for key, row in json.loads((folder / "gpu.json").read_text())["rows"].items()
+        if key.startswith("kernels/infonce")
+    }
 
 
 def test_a_lost_contender_costs_its_own_row_and_a_second_call_resumes(tmp_path: Path) -> None:
-    assert run(tmp_path, "kernels", "--limit", "10", "--only", "kernels/infonce", "kernels/sigmoid") == -9  # the driver was killed, in its second workload
+    assert (
+        run(tmp_path, "kernels", "--limit", "10", "--only", "kernels/infonce", "kernels/sigmoid")
+        == -9
+    )  # the driver was killed, in its second workload
     first = rows(tmp_path)
     expected = {
         "hangs": "hung: no answer within 10 s, at gradient error",
@@ -67,10 +78,17 @@ def test_a_lost_contender_costs_its_own_row_and_a_second_call_resumes(tmp_path: 
         "not there": "not installed: no_such_package",
     }
     assert {name: row.get("error") for name, row in first.items()} == expected | {"fine": None}
-    assert first["fine"]["median_seconds"] > 0 and len(first["fine"]["seconds"]) == 2 and first["fine"]["gradient_error"] < 1e-4
+    assert (
+        first["fine"]["median_seconds"] > 0
+        and len(first["fine"]["seconds"]) == 2
+        and first["fine"]["gradient_error"] < 1e-4
+    )
     assert first["killed_in_its_second_turn"]["seconds"], "the turns before its end stay"
 
-    assert run(tmp_path, "kernels", "--limit", "10", "--only", "kernels/infonce", "kernels/sigmoid") == 0
+    assert (
+        run(tmp_path, "kernels", "--limit", "10", "--only", "kernels/infonce", "kernels/sigmoid")
+        == 0
+    )
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert rows(tmp_path) == first, "rows that were there were run again"
     (last,) = (row for key, row in record["rows"].items() if key.endswith("/kills the driver once"))
@@ -79,12 +97,32 @@ def test_a_lost_contender_costs_its_own_row_and_a_second_call_resumes(tmp_path: 
 
 
 def test_the_other_parts_leave_rows(tmp_path: Path) -> None:
-    """One row of each that a machine without a GPU can make; the option's gradients are compared with float64."""
-    only = ("--limit", "100", "--only", "infonce/chunked/bfloat16/`symmetric`", "training/bfloat16/vision+audio", "split/matrix", "ours, chunked")
+    """One row of each that a machine without a GPU can make; the option's gradients are compared
+    with float64.
+    """
+    only = (
+        "--limit",
+        "100",
+        "--only",
+        "infonce/chunked/bfloat16/`symmetric`",
+        "training/bfloat16/vision+audio",
+        "split/matrix",
+        "ours, chunked",
+    )
     assert run(tmp_path, "correctness", "training", "split", *only) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     option = found["correctness/infonce/chunked/bfloat16/`symmetric`"]
-    assert option["comparisons"] == 4 and not option["above_the_bar"] and 0 < option["worst"]["queries"] < 1e-2
+    assert (
+        option["comparisons"] == 4
+        and not option["above_the_bar"]
+        and 0 < option["worst"]["queries"] < 1e-2
+    )
     training = found["training/bfloat16/vision+audio"]
-    assert all(abs(x - 1) < 0.1 for kept in (0, 1, -1) for x in training[f"of float32's, kept graphs {kept}"])
-    assert any("products" in row.get("by_kind", {}) for row in found.values()) and any("flops" in row for row in found.values())
+    assert all(
+        abs(x - 1) < 0.1
+        for kept in (0, 1, -1)
+        for x in training[f"of float32's, kept graphs {kept}"]
+    )
+    assert any("products" in row.get("by_kind", {}) for row in found.values()) and any(
+        "flops" in row for row in found.values()
+    )

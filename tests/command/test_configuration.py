@@ -1,4 +1,6 @@
-"""Looking at and choosing the configuration from the command line: list, --cfg, --info, completion, sweeps."""
+"""Looking at and choosing the configuration from the command line: list, --cfg, --info,
+completion, sweeps.
+"""
 
 from __future__ import annotations
 
@@ -42,16 +44,24 @@ def test_every_file_of_ours_says_what_it_is(project: Path) -> None:
 
 
 def test_cfg_prints_what_the_run_folder_will_hold(project: Path) -> None:
-    code, out, err = command(project, "train", "--cfg", "job", "experiment=quickstart", "seed=7", "+stages.hard.steps=3")
+    code, out, err = command(
+        project, "train", "--cfg", "job", "experiment=quickstart", "seed=7", "+stages.hard.steps=3"
+    )
     assert code == 0, err
     found = yaml.safe_load(out)
-    assert found["seed"] == 7 and found["stages"]["hard"]["steps"] == 3 and found["order"] == list(found["stages"])
+    assert (
+        found["seed"] == 7
+        and found["stages"]["hard"]["steps"] == 3
+        and found["order"] == list(found["stages"])
+    )
     code, _, err = command(project, "train", "--cfg", "job", "sed=7")
     assert code == 64 and err.count("\n") == 1 and "seed" in err
 
 
 def test_info_prints_where_the_files_come_from(project: Path) -> None:
-    code, out, err = command(project, "plan", "--info", "defaults", "experiment=quickstart", "seed=1", "+objective=mine")
+    code, out, err = command(
+        project, "plan", "--info", "defaults", "experiment=quickstart", "seed=1", "+objective=mine"
+    )
     assert code == 0, err
     assert "stage/seq2item" in out + err and "objectives.mine" in out + err
 
@@ -80,13 +90,20 @@ def test_one_more_loss_leaves_the_list_as_it_is(project: Path) -> None:
         ("+stages.new.", {"+stages.new.steps="}),
     ],
 )
-def test_completion_offers_files_and_settings(project: Path, prefix: str, expected: set[str]) -> None:
+def test_completion_offers_files_and_settings(
+    project: Path, prefix: str, expected: set[str]
+) -> None:
     found = {one for one in completion.overrides(prefix) if one.startswith(prefix)}
     assert expected <= found, sorted(found)
 
 
 def test_a_sweep_is_every_combination_under_a_name_of_its_values(project: Path) -> None:
-    lines = ["experiment=quickstart", "seed=0,1", "optimizer.learning_rate=1e-3,2e-3", "stages.hard.steps=range(1,3)"]
+    lines = [
+        "experiment=quickstart",
+        "seed=0,1",
+        "optimizer.learning_rate=1e-3,2e-3",
+        "stages.hard.steps=range(1,3)",
+    ]
     runs = [compose(overrides) for overrides in expand(lines)]
     assert len(runs) == 8 and len({run.name for run in runs}) == 8
     assert runs[0].name == "quickstart-seed=0,optimizer.learning_rate=0.001,stages.hard.steps=1"
@@ -95,7 +112,9 @@ def test_a_sweep_is_every_combination_under_a_name_of_its_values(project: Path) 
     }
     named = expand(["experiment=quickstart,pretrained", "name=choice('a b',other)"])
     assert [compose(overrides).name for overrides in named] == ["a b", "other"] * 2
-    assert compose(expand(["experiment=quickstart", "name=mine", "seed=0,1"])[1]).name == "mine-seed=1"
+    assert (
+        compose(expand(["experiment=quickstart", "name=mine", "seed=0,1"])[1]).name == "mine-seed=1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,12 +127,16 @@ def test_a_sweep_is_every_combination_under_a_name_of_its_values(project: Path) 
         (["seed=0,1", "sed=1"], "seed"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused_before_it_starts(project: Path, lines: list[str], words: str) -> None:
+def test_a_sweep_that_cannot_be_is_refused_before_it_starts(
+    project: Path, lines: list[str], words: str
+) -> None:
     code, _, err = command(project, "train", "--multirun", *lines)
     assert code == 64 and err.count("\n") == 1 and words in err, err
 
 
-def test_a_sweep_inside_a_launch_of_several_ranks_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_inside_a_launch_of_several_ranks_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = command(project, "train", "-m", "seed=0,1")
     assert code == 64 and "hydra.launcher.tasks_per_node" in err

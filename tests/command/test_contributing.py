@@ -1,4 +1,6 @@
-"""Risks: a checklist that does not work as it is written, a workflow that calls what is not there, a list of fast tests that is not."""
+"""Risks: a checklist that does not work as it is written, a workflow that calls what is not
+there, a list of fast tests that is not.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,29 @@ from sailplan.train.testing import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-CHECKLISTS = {name: body for name, body in re.findall(r"^### A new (\w+)\n(.*?)(?=^### |\Z)", TEXT, flags=re.MULTILINE | re.DOTALL)}
-YAMLS = [".pre-commit-config.yaml", "CITATION.cff", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / ".github").rglob("*.yml")))]
+CHECKLISTS = {
+    name: body
+    for name, body in re.findall(
+        r"^### A new (\w+)\n(.*?)(?=^### |\Z)", TEXT, flags=re.MULTILINE | re.DOTALL
+    )
+}
+YAMLS = [
+    ".pre-commit-config.yaml",
+    "CITATION.cff",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / ".github").rglob("*.yml"))),
+]
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every block behind a line that ends with a file's name, as that file, in the small project."""
+    """Every block behind a line that ends with a file's name, as that file, in the small
+    project.
+    """
     root = tmp_path_factory.mktemp("contributing")
     write_project(root)
-    for name, content in re.findall(r"`([\w/]+\.(?:yaml|py))`:\n\n```\w+\n(.*?)```", TEXT, flags=re.DOTALL):
+    for name, content in re.findall(
+        r"`([\w/]+\.(?:yaml|py))`:\n\n```\w+\n(.*?)```", TEXT, flags=re.DOTALL
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(content)
     return root
@@ -38,7 +53,9 @@ def test_there_are_four() -> None:
 
 
 @pytest.mark.parametrize("name", ["loss", "encoder", "artifact", "exchange"])
-def test_a_checklist_works_to_the_letter(project: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checklist_works_to_the_letter(
+    project: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(project)
     monkeypatch.syspath_prepend(str(project))
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", CHECKLISTS[name], flags=re.MULTILINE | re.DOTALL)
@@ -47,7 +64,13 @@ def test_a_checklist_works_to_the_letter(project: Path, name: str, monkeypatch: 
     for line in lines:
         program, *arguments = shlex.split(line)
         if program == "python":
-            done = subprocess.run([sys.executable, *arguments], cwd=project, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(
+                [sys.executable, *arguments],
+                cwd=project,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
             code, out, err = done.returncode, done.stdout, done.stderr
         elif arguments[0] == "check":  # it forks ranks, as a forked command may not
             code = main(arguments)
@@ -68,14 +91,22 @@ def test_a_checklist_works_to_the_letter(project: Path, name: str, monkeypatch: 
 def test_every_make_target_of_the_texts_and_workflows_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     texts = [TEXT, *(path.read_text() for path in (ROOT / ".github").rglob("*.*"))]
-    named = {name for text in texts for name in re.findall(r"(?:^|run: |`)make ([\w-]+)", text, flags=re.MULTILINE)}
+    named = {
+        name
+        for text in texts
+        for name in re.findall(r"(?:^|run: |`)make ([\w-]+)", text, flags=re.MULTILINE)
+    }
     assert {"environment", "test", "test-fast", "lint", "docs"} <= named
     for name in named:
         assert f"\n{name}:" in makefile, name
 
 
 def test_the_map_names_every_room() -> None:
-    rooms = {path.name for path in (ROOT / "framework" / "sailplan").iterdir() if (path / "__init__.py").is_file()}
+    rooms = {
+        path.name
+        for path in (ROOT / "framework" / "sailplan").iterdir()
+        if (path / "__init__.py").is_file()
+    }
     assert {room for room in rooms if f"`{room}`" not in TEXT} == set()
 
 
@@ -85,7 +116,9 @@ def test_yaml_is_yaml(name: str) -> None:
 
 
 def test_workflows_check_what_they_should_on_the_pythons_they_should() -> None:
-    jobs: dict[str, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    jobs: dict[str, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())[
+        "jobs"
+    ]
     assert set(jobs) == {"lint", "test", "wheel", "docs"}
     assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
     for job in jobs.values():
@@ -93,7 +126,9 @@ def test_workflows_check_what_they_should_on_the_pythons_they_should() -> None:
 
 
 def test_ruff_before_a_commit_is_ruff_in_ci() -> None:
-    pinned = re.search(r"^ruff==(\S+)", (ROOT / "requirements" / "constraints.txt").read_text(), flags=re.MULTILINE)
+    pinned = re.search(
+        r"^ruff==(\S+)", (ROOT / "requirements" / "constraints.txt").read_text(), flags=re.MULTILINE
+    )
     assert pinned and f"ruff=={pinned[1]}" in (ROOT / ".pre-commit-config.yaml").read_text()
 
 
@@ -105,12 +140,20 @@ def test_the_citation_has_the_version() -> None:
 
 
 def test_fast_tests_start_no_ranks_and_no_commands() -> None:
-    line = re.search(r"^FAST := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    line = re.search(
+        r"^FAST := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE
+    )
     assert line
     files: list[Path] = []
     for name in line[1].replace("\\\n", " ").split():
         assert (ROOT / name).exists(), name
-        files += sorted((ROOT / name).rglob("test_*.py")) if (ROOT / name).is_dir() else [ROOT / name]
+        files += (
+            sorted((ROOT / name).rglob("test_*.py")) if (ROOT / name).is_dir() else [ROOT / name]
+        )
     assert len(files) >= 20
-    heavy = [path.name for path in files if re.search(r"import .*\b(run_ranks|run_until)\b|import command\b", path.read_text())]
+    heavy = [
+        path.name
+        for path in files
+        if re.search(r"import .*\b(run_ranks|run_until)\b|import command\b", path.read_text())
+    ]
     assert not heavy

@@ -1,4 +1,6 @@
-"""What a newcomer gets wrong is answered in one line that says what to do, with the documented exit code."""
+"""What a newcomer gets wrong is answered in one line that says what to do, with the documented
+exit code.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +25,54 @@ PACK = Path(__file__).resolve().parents[2] / "data" / "quickstart"
         (["train", "experiment=quickstartt"], ["quickstartt", "quickstart"]),
         (["plan", "experiment=quickstart", "globl_batch=3"], ["globl_batch", "global_batch"]),
         (["plan", "experiment=quickstart", "parallel.tensor=3", "--ranks", "3"], ["tensor"]),
-        (["plan", "experiment=quickstart", "parallel.sharding=fully", "--ranks", "2"], ["parallel.sharding=fully", "shard, hybrid, replicate"]),
-        (["plan", "experiment=quickstart", "parallel.sharding=hybrid", "parallel.replicas=3", "--ranks", "4"], ["parallel.replicas=3", "size 4", "1, 2, 4"]),
+        (
+            ["plan", "experiment=quickstart", "parallel.sharding=fully", "--ranks", "2"],
+            ["parallel.sharding=fully", "shard, hybrid, replicate"],
+        ),
+        (
+            [
+                "plan",
+                "experiment=quickstart",
+                "parallel.sharding=hybrid",
+                "parallel.replicas=3",
+                "--ranks",
+                "4",
+            ],
+            ["parallel.replicas=3", "size 4", "1, 2, 4"],
+        ),
         (["train", "experiment=quickstart", "data.root=/nowhere"], ["/nowhere"]),
-        (["train", "experiment=quickstart", "model.weights.tower=/nowhere/weights"], ["model.weights.tower=/nowhere/weights", "no such folder"]),
-        (["plan", "experiment=quickstart", "model.vocabulary=4096"], ["data.tokenizer=", "8192 tokens", "model.vocabulary is 4096"]),
-        (["plan", "experiment=quickstart", "model.audio.backbone=whisper"], ["data.spectrogram=own", "expected whisper"]),
-        (["plan", "experiment=quickstart", "data.spectrogram=whisper"], ["data.audio_rate=8000", "expected 16000"]),
+        (
+            ["train", "experiment=quickstart", "model.weights.tower=/nowhere/weights"],
+            ["model.weights.tower=/nowhere/weights", "no such folder"],
+        ),
+        (
+            ["plan", "experiment=quickstart", "model.vocabulary=4096"],
+            ["data.tokenizer=", "8192 tokens", "model.vocabulary is 4096"],
+        ),
+        (
+            ["plan", "experiment=quickstart", "model.audio.backbone=whisper"],
+            ["data.spectrogram=own", "expected whisper"],
+        ),
+        (
+            ["plan", "experiment=quickstart", "data.spectrogram=whisper"],
+            ["data.audio_rate=8000", "expected 16000"],
+        ),
         (["evaluate", "--run-folder", "/nowhere"], ["/nowhere/config.yaml"]),
         (["report", "--run-folder", "/nowhere"], ["/nowhere/config.yaml"]),
         (["embed", "--run-folder", "x", "--dataset", "emoji"], ["--view"]),
     ],
 )
-def test_bad_usage_is_one_line_and_64(arguments: list[str], words: list[str], tmp_path: Path) -> None:
-    result = run(*arguments, *(["name=bad", f"runs={tmp_path}"] if arguments[0] == "train" and "=" in arguments[-1] else []))
+def test_bad_usage_is_one_line_and_64(
+    arguments: list[str], words: list[str], tmp_path: Path
+) -> None:
+    result = run(
+        *arguments,
+        *(
+            ["name=bad", f"runs={tmp_path}"]
+            if arguments[0] == "train" and "=" in arguments[-1]
+            else []
+        ),
+    )
     assert result.returncode == 64, result.stderr
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("sailplan: "), result.stderr
@@ -46,7 +82,18 @@ def test_bad_usage_is_one_line_and_64(arguments: list[str], words: list[str], tm
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for name in ("train", "plan", "check", "data", "mine", "balance", "evaluate", "embed", "export", "report"):
+    for name in (
+        "train",
+        "plan",
+        "check",
+        "data",
+        "mine",
+        "balance",
+        "evaluate",
+        "embed",
+        "export",
+        "report",
+    ):
         assert name in text
 
 
@@ -58,7 +105,9 @@ def test_a_damaged_shard_is_named_by_check_and_ends_training_without_a_hang(tmp_
         file.truncate(victim.stat().st_size // 2)
     checked = run("check", *SMALL, f"data.root={root}")
     assert checked.returncode == 65 and victim.name in checked.stderr
-    trained = run("train", *SMALL, f"data.root={root}", "name=bad", f"runs={tmp_path}", ranks=2, timeout=180)
+    trained = run(
+        "train", *SMALL, f"data.root={root}", "name=bad", f"runs={tmp_path}", ranks=2, timeout=180
+    )
     assert trained.returncode == 65 and victim.name in trained.stderr
 
 

@@ -1,4 +1,6 @@
-"""The three commands of docs/data.md, run as they stand there, on a small set of each kind: the last one trains."""
+"""The three commands of docs/data.md, run as they stand there, on a small set of each kind: the
+last one trains.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,14 @@ ROWS = 24
 
 
 def commands() -> dict[str, list[list[str]]]:
-    """Return each block of three commands of the docs' first section, by the name of its experiment."""
+    """Return each block of three commands of the docs' first section, by the name of its
+    experiment.
+    """
     section = DOCS.read_text(encoding="utf-8").split("# By hand")[0]
-    blocks = [[line.split() for line in block.splitlines()] for block in re.findall(r"```\n(.*?)```", section, flags=re.DOTALL)]
+    blocks = [
+        [line.split() for line in block.splitlines()]
+        for block in re.findall(r"```\n(.*?)```", section, flags=re.DOTALL)
+    ]
     return {block[-1][-1].partition("=")[2]: block for block in blocks}
 
 
@@ -53,7 +60,10 @@ def photos(folder: Path) -> None:
 
 
 def faq(folder: Path) -> None:
-    rows = [{"anchor": f"what is {n}", "positive": f"it is {n}", "negative": f"it is {n + 1}"} for n in range(ROWS)]
+    rows = [
+        {"anchor": f"what is {n}", "positive": f"it is {n}", "negative": f"it is {n + 1}"}
+        for n in range(ROWS)
+    ]
     (folder / "triplets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -63,8 +73,19 @@ def laion(folder: Path) -> None:
         with tarfile.open(folder / "laion" / f"{shard:05d}.tar", "w") as archive:
             for number in range(ROWS // 2):
                 key, text = f"{shard:05d}{number:04d}", caption(number)
-                about = json.dumps({"caption": text, "url": "http://somewhere/x.jpg", "key": key, "status": "success"})
-                for name, content in ((f"{key}.jpg", picture(number)), (f"{key}.json", about.encode()), (f"{key}.txt", text.encode())):
+                about = json.dumps(
+                    {
+                        "caption": text,
+                        "url": "http://somewhere/x.jpg",
+                        "key": key,
+                        "status": "success",
+                    }
+                )
+                for name, content in (
+                    (f"{key}.jpg", picture(number)),
+                    (f"{key}.json", about.encode()),
+                    (f"{key}.txt", text.encode()),
+                ):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
@@ -73,8 +94,14 @@ def laion(folder: Path) -> None:
 
 def shop(folder: Path) -> None:
     draw = random.Random(0)
-    (folder / "items.csv").write_text("id,title\n" + "".join(f"{n},thing {n} of kind {n % 5}\n" for n in range(40)))
-    rows = [f"u{user},{draw.randrange(40)},2024-05-{day + 1:02d}\n" for user in range(ROWS) for day in range(draw.randint(4, 8))]
+    (folder / "items.csv").write_text(
+        "id,title\n" + "".join(f"{n},thing {n} of kind {n % 5}\n" for n in range(40))
+    )
+    rows = [
+        f"u{user},{draw.randrange(40)},2024-05-{day + 1:02d}\n"
+        for user in range(ROWS)
+        for day in range(draw.randint(4, 8))
+    ]
     (folder / "interactions.csv").write_text("user,item,time\n" + "".join(rows))
 
 
@@ -102,4 +129,6 @@ def test_three_commands_of_the_docs_train(make: Callable[[Path], None], tmp_path
     [evaluation] = (tmp_path / "runs" / make.__name__ / "evaluation").iterdir()
     [task] = json.loads(evaluation.read_text())["tasks"].values()
     assert task["recall@10"] > 0
-    assert not list((tmp_path / "laion").glob("*.json.tmp")) and len(list((tmp_path / "laion").glob("*"))) in (0, 4, 5)  # nothing is copied
+    assert not list((tmp_path / "laion").glob("*.json.tmp")) and len(
+        list((tmp_path / "laion").glob("*"))
+    ) in (0, 4, 5)  # nothing is copied

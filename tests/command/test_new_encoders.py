@@ -1,7 +1,9 @@
-"""Risks: a new family that needs code, an encoder of your own that needs more than its file and a YAML, and a run of
+"""Risks: a new family that needs code, an encoder of your own that needs more than its file and
+a YAML, and a run of
 either that cannot be resumed, evaluated or exported.
 
-The family below stands in no file of the package; the encoder below is all in the file that the test writes.
+The family below stands in no file of the package; the encoder below is all in the file that the
+test writes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,20 @@ from sailplan_kernels.testing import run_ranks
 
 SOURCE = Path(__file__).resolve().parents[2] / "framework" / "sailplan"
 FAMILY = "electra"
-WORDS = ["red", "green", "blue", "boot", "shoe", "hat", "for", "rain", "snow", "walking", "a", "the"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "boot",
+    "shoe",
+    "hat",
+    "for",
+    "rain",
+    "snow",
+    "walking",
+    "a",
+    "the",
+]
 DATA = """# @package data.sets.things
 shards: shards
 language_weights: {en: 1.0}
@@ -136,14 +151,23 @@ class BagComponent(EncoderComponent):
 
 
 def write_tokenizer(folder: Path) -> None:
-    words = {word: number for number, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", ":", *WORDS, "name"])}
+    words = {
+        word: number
+        for number, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", ":", *WORDS, "name"])
+    }
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     made.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])]
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])],
     )
     made.save(str(folder.parent / "words.json"))
-    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    special = {
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "unk_token": "[UNK]",
+    }
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
 
 
@@ -162,7 +186,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).write_text(text)
     write_tokenizer(root / "published")
     config = transformers.AutoConfig.for_model(
-        FAMILY, vocab_size=len(WORDS) + 6, embedding_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+        FAMILY,
+        vocab_size=len(WORDS) + 6,
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -170,8 +200,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "shards").mkdir()
     with tarfile.open(root / "shards" / "things-000000.tar", "w") as archive:
         for number in range(16):
-            title, tag = f"{WORDS[number % 3]} {WORDS[3 + number % 3]}", f"{WORDS[7 + number % 2]} {WORDS[number % 3]}"
-            body = {"id": f"things/{number}", "split": "train", "fields": {"title": {"en": title}, "tags": {"en": [tag]}}}
+            title, tag = (
+                f"{WORDS[number % 3]} {WORDS[3 + number % 3]}",
+                f"{WORDS[7 + number % 2]} {WORDS[number % 3]}",
+            )
+            body = {
+                "id": f"things/{number}",
+                "split": "train",
+                "fields": {"title": {"en": title}, "tags": {"en": [tag]}},
+            }
             content = json.dumps(body).encode()
             info = tarfile.TarInfo(f"{number:04}.json")
             info.size = len(content)
@@ -180,7 +217,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_no_file_of_the_package_names_the_family() -> None:
-    named = [path for path in SOURCE.rglob("*") if path.suffix in (".py", ".yaml") and FAMILY in path.read_text(encoding="utf-8").lower()]
+    named = [
+        path
+        for path in SOURCE.rglob("*")
+        if path.suffix in (".py", ".yaml") and FAMILY in path.read_text(encoding="utf-8").lower()
+    ]
     assert not named
 
 
@@ -193,32 +234,45 @@ def test_a_run_is_planned_trained_resumed_evaluated_and_exported(project: Path, 
     code, _, err = command(project, "train", *overrides)
     assert code == 0, err
     lines = metrics(project / "runs" / model)
-    assert len(lines) == 2 and all(torch.isfinite(torch.tensor(line["loss/total"])) for line in lines)
+    assert len(lines) == 2 and all(
+        torch.isfinite(torch.tensor(line["loss/total"])) for line in lines
+    )
     code, _, err = command(project, "train", *overrides, "stages.only.steps=2", "resume=auto")
     assert code == 0, err
     code, out, err = command(project, "evaluate", "--run-folder", f"runs/{model}")
     assert code == 0, err
     found = json.loads(out)
-    code, out, err = command(project, "export", "--run-folder", f"runs/{model}", "--out", f"export-{model}")
+    code, out, err = command(
+        project, "export", "--run-folder", f"runs/{model}", "--out", f"export-{model}"
+    )
     assert code == 0, err
-    code, out, err = command(project, "evaluate", "--run-folder", f"runs/{model}", "--checkpoint", f"export-{model}")
+    code, out, err = command(
+        project, "evaluate", "--run-folder", f"runs/{model}", "--checkpoint", f"export-{model}"
+    )
     assert code == 0, err
     assert json.loads(out) == found
 
 
 def test_an_exported_family_stands_alone(project: Path) -> None:
-    """Its folder holds configuration, tokenizer and weights; the folder that the run started from may go."""
+    """Its folder holds configuration, tokenizer and weights; the folder that the run started
+    from may go.
+    """
     (project / "published").rename(project / "gone")
 
     def load(rank: int, world_size: int) -> tuple[int, str]:
         encoder, description = load_exported(project / "export-family")
-        return sum(parameter.numel() for parameter in encoder.parameters()), description["views"]["things"]["name"]["prompt"]
+        return sum(parameter.numel() for parameter in encoder.parameters()), description["views"][
+            "things"
+        ]["name"]["prompt"]
 
     try:
         size, prompt = run_ranks(load, 1)[0]
     finally:
         (project / "gone").rename(project / "published")
-    expected = sum(value.numel() for value in transformers.AutoModel.from_pretrained(project / "published").parameters())
+    expected = sum(
+        value.numel()
+        for value in transformers.AutoModel.from_pretrained(project / "published").parameters()
+    )
     assert size == expected and prompt == "name"
 
 
@@ -231,18 +285,43 @@ def test_an_exported_family_stands_alone(project: Path) -> None:
         ("model.sauce=x", "unknown key 'model.sauce'; did you mean 'source'?"),
         ("model.lora.rank=-1", "model.lora.rank=-1: expected a number at least 0"),
         ("data.max_tokens=6", "data.max_tokens=6: the prompt 'name' alone takes"),
-        ("data.sets.things.views.tags.modalities=[vision]", "views.tags shows vision, but model.modalities is text"),
+        (
+            "data.sets.things.views.tags.modalities=[vision]",
+            "views.tags shows vision, but model.modalities is text",
+        ),
         ("model.encoder=omny", "model.encoder=omny: expected one of omni, transformers"),
-        ("parallel.compile=blocks", "parallel.compile=blocks: expected none with model.encoder=transformers"),
-        ("model._target_=os.path.join", "model._target_=os.path.join: expected a class below sailplan., own_encoder."),
-        ("model._target_=own_encoder.Words", "model._target_=own_encoder.Words: expected a subclass of"),
+        (
+            "parallel.compile=blocks",
+            "parallel.compile=blocks: expected none with model.encoder=transformers",
+        ),
+        (
+            "model._target_=os.path.join",
+            "model._target_=os.path.join: expected a class below sailplan., own_encoder.",
+        ),
+        (
+            "model._target_=own_encoder.Words",
+            "model._target_=own_encoder.Words: expected a subclass of",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(project: Path, setting: str, message: str) -> None:
-    code, _, err = command(project, "check", "experiment=things", "model=family", "name=wrong", setting if "_target_" not in setting else f"+{setting}")
+    code, _, err = command(
+        project,
+        "check",
+        "experiment=things",
+        "model=family",
+        "name=wrong",
+        setting if "_target_" not in setting else f"+{setting}",
+    )
     assert code == 64 and message in err and len(err.strip().splitlines()) == 1, err
 
 
 def test_tensor_parallelism_names_the_omni_tower(project: Path) -> None:
-    code, _, err = command(project, "plan", "experiment=things", "model=family", "parallel.tensor=2", "--ranks", "2")
-    assert code == 64 and "parallel.tensor=2: expected 1 with model.encoder=transformers; the omni tower is tensor parallel" in err
+    code, _, err = command(
+        project, "plan", "experiment=things", "model=family", "parallel.tensor=2", "--ranks", "2"
+    )
+    assert (
+        code == 64
+        and "parallel.tensor=2: expected 1 with model.encoder=transformers; the omni tower is tensor parallel"
+        in err
+    )

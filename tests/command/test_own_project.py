@@ -1,4 +1,5 @@
-"""A project of one's own, written from the docs alone: its data, its loss, its stages, in a folder without our conf/.
+"""A project of one's own, written from the docs alone: its data, its loss, its stages, in a
+folder without our conf/.
 
 One small run is trained from it; then what may happen to a run that has ended is tried on copies.
 """
@@ -115,7 +116,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     words = list(COLOURS)
-    plain = [(f"{n:03d}.{kind}", content) for n in range(40) for kind, content in (("jpg", picture(n)), ("txt", f"{words[n % 3]} boot {n}".encode()))]
+    plain = [
+        (f"{n:03d}.{kind}", content)
+        for n in range(40)
+        for kind, content in (("jpg", picture(n)), ("txt", f"{words[n % 3]} boot {n}".encode()))
+    ]
     told: list[tuple[str, bytes]] = []
     for n in range(40):
         fields = {"title": f"{words[n % 3]} sandal {n}", "tags": {"en": ["summer"]}}
@@ -124,12 +129,23 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tar(root / "shards" / "shoes" / "plain.tar", plain)
     write_tar(root / "shards" / "shoes" / "told.tar", told)
     for shard in range(2):
-        pairs = [{"text": {"en": f"a {words[n % 3]} shoe"}, "item": f"plain/{n:03d}" if n % 2 else f"shoe-{n}"} for n in range(20)]
-        write_tar(root / "shards" / f"pairs-{shard}.tar", [(f"{n}.json", json.dumps(pair).encode()) for n, pair in enumerate(pairs)])
+        pairs = [
+            {
+                "text": {"en": f"a {words[n % 3]} shoe"},
+                "item": f"plain/{n:03d}" if n % 2 else f"shoe-{n}",
+            }
+            for n in range(20)
+        ]
+        write_tar(
+            root / "shards" / f"pairs-{shard}.tar",
+            [(f"{n}.json", json.dumps(pair).encode()) for n, pair in enumerate(pairs)],
+        )
     shutil.copy(PACK / "tokenizer.json", root / "tokenizer.json")
     with (root / "conf" / "experiment" / "shoes.yaml").open("a") as file:
         file.write("data: {tokenizer: tokenizer.json}\n")
-    done = run("train", "experiment=shoes", "resume=auto", folder=root, timeout=280)  # as a user does; the others are forked
+    done = run(
+        "train", "experiment=shoes", "resume=auto", folder=root, timeout=280
+    )  # as a user does; the others are forked
     assert done.returncode == 0, done.stderr
     return root
 
@@ -138,40 +154,68 @@ def test_its_own_loss_data_and_stages_are_trained(project: Path) -> None:
     lines = metrics(project / "runs" / "shoes")
     assert [line["stage"] for line in lines] == ["warm", "warm", "pairs", "pairs"]
     assert all(line["loss/alignment"] > 0 for line in lines)
-    assert json.loads((project / "runs" / "shoes" / "evaluation" / "step-00000004.json").read_text())["tasks"]["shoe_photo_to_name"]["queries"] == 10
+    assert (
+        json.loads((project / "runs" / "shoes" / "evaluation" / "step-00000004.json").read_text())[
+            "tasks"
+        ]["shoe_photo_to_name"]["queries"]
+        == 10
+    )
 
 
 def test_its_loss_is_checked_for_exactness_as_a_class(project: Path) -> None:
-    found = run("check", "parity", "--loss", "own_losses:Alignment", "--world-size", "2", folder=project)
+    found = run(
+        "check", "parity", "--loss", "own_losses:Alignment", "--world-size", "2", folder=project
+    )
     assert found.returncode == 0 and ": exact:" in found.stdout, found.stderr
 
 
-def test_a_finished_run_is_finished_but_for_an_evaluation_that_a_kill_came_before(project: Path) -> None:
+def test_a_finished_run_is_finished_but_for_an_evaluation_that_a_kill_came_before(
+    project: Path,
+) -> None:
     evaluation = project / "runs" / "shoes" / "evaluation" / "step-00000004.json"
     before = json.loads(evaluation.read_text())
     evaluation.unlink()
     code, out, err = command(project, "train", "experiment=shoes", "resume=auto")
-    assert code == 0 and "finished after" in out and len(metrics(project / "runs" / "shoes")) == 4, err
+    assert (
+        code == 0 and "finished after" in out and len(metrics(project / "runs" / "shoes")) == 4
+    ), err
     assert json.loads(evaluation.read_text())["tasks"] == before["tasks"]
 
 
-def test_a_sweep_trains_a_run_for_each_value_and_goes_on_with_them(project: Path, tmp_path: Path) -> None:
-    lines = ["experiment=shoes", f"runs={tmp_path}", "order=[warm]", "stages.warm.steps=1,2", "resume=auto", "evaluation.tasks={}"]
+def test_a_sweep_trains_a_run_for_each_value_and_goes_on_with_them(
+    project: Path, tmp_path: Path
+) -> None:
+    lines = [
+        "experiment=shoes",
+        f"runs={tmp_path}",
+        "order=[warm]",
+        "stages.warm.steps=1,2",
+        "resume=auto",
+        "evaluation.tasks={}",
+    ]
     for _ in range(2):
         done = run("train", "-m", *lines, folder=project, timeout=400)
         assert done.returncode == 0, done.stderr
-        assert [len(metrics(tmp_path / f"shoes-stages.warm.steps={steps}")) for steps in (1, 2)] == [1, 2]
+        assert [
+            len(metrics(tmp_path / f"shoes-stages.warm.steps={steps}")) for steps in (1, 2)
+        ] == [1, 2]
     assert done.stdout.count("finished after") == 2 and ": done" in done.stdout
 
 
 def test_an_evaluation_that_fails_does_not_cost_the_stage(project: Path, tmp_path: Path) -> None:
-    task = "+evaluation.tasks.groups={dataset: shoes, kind: clustering, query: name, label: nothing}"
-    code, _, err = command(project, "train", "experiment=shoes", f"runs={tmp_path}", task, "checkpoint.every_steps=0")
+    task = (
+        "+evaluation.tasks.groups={dataset: shoes, kind: clustering, query: name, label: nothing}"
+    )
+    code, _, err = command(
+        project, "train", "experiment=shoes", f"runs={tmp_path}", task, "checkpoint.every_steps=0"
+    )
     assert code == 64 and "evaluation.tasks.groups.label=nothing" in err, err
     assert is_complete(tmp_path / "shoes" / "checkpoints" / "step-00000002")
 
 
-def test_damaged_checkpoints_are_told_and_never_make_a_run_begin_again(project: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_told_and_never_make_a_run_begin_again(
+    project: Path, tmp_path: Path
+) -> None:
     shutil.copytree(project / "runs" / "shoes", tmp_path / "shoes")
     before, newest = sorted((tmp_path / "shoes" / "checkpoints").iterdir())
     _cut(newest)
@@ -180,7 +224,9 @@ def test_damaged_checkpoints_are_told_and_never_make_a_run_begin_again(project: 
 
     code, _, err = command(project, "train", "experiment=shoes", "resume=auto", f"runs={tmp_path}")
     assert code == 0 and f"{newest} is damaged, going on from {before}" in err, err
-    code, _, err = command(project, "train", "experiment=shoes", "resume=auto", f"runs={tmp_path / 'lost'}")
+    code, _, err = command(
+        project, "train", "experiment=shoes", "resume=auto", f"runs={tmp_path / 'lost'}"
+    )
     assert code == 64 and err.count("\n") == 1 and "is damaged" in err, err
     assert len(metrics(tmp_path / "lost" / "shoes")) == 4
 
@@ -192,27 +238,70 @@ def _cut(checkpoint: Path) -> None:
 
 
 def test_records_that_end_a_run_are_in_its_quarantine(project: Path, tmp_path: Path) -> None:
-    write_tar(tmp_path / "bad.tar", [(f"{n}.json", json.dumps({"text": "a shoe", "item": "nowhere" if n else "plain/001"}).encode()) for n in range(20)])
-    settings = (f"runs={tmp_path}", f"data.sets.shoe_pairs.shards={tmp_path}/bad.tar", "+stages.warm.data.shoe_pairs=1000")
+    write_tar(
+        tmp_path / "bad.tar",
+        [
+            (
+                f"{n}.json",
+                json.dumps({"text": "a shoe", "item": "nowhere" if n else "plain/001"}).encode(),
+            )
+            for n in range(20)
+        ],
+    )
+    settings = (
+        f"runs={tmp_path}",
+        f"data.sets.shoe_pairs.shards={tmp_path}/bad.tar",
+        "+stages.warm.data.shoe_pairs=1000",
+    )
     code, _, err = command(project, "train", "experiment=shoes", *settings)
     assert code == 65 and "item nowhere is not in the catalogue" in err, err
-    lines = [json.loads(line) for line in (tmp_path / "shoes" / "quarantine.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "shoes" / "quarantine.jsonl").read_text().splitlines()
+    ]
     assert lines and all(line["step"] == 1 and "item nowhere" in line["reason"] for line in lines)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["embed", "--run-folder", "runs/shoes", "--dataset", "shoes", "--view", "name", "--semantic-ids", "3,x"], ["--semantic-ids 3,x", "64,64,64"]),
-        (["export", "--run-folder", "runs/shoes", "--out", "tokenizer.json"], ["--out tokenizer.json", "cannot be written"]),
-        (["plan", "experiment=shoes", "evaluation.tasks.shoe_photo_to_name.split=later"], ["split=later", "train, held_out"]),
-        (["plan", "experiment=shoes", "+objectives.alignment.powr=2"], ["objectives.alignment.powr", "power"]),
+        (
+            [
+                "embed",
+                "--run-folder",
+                "runs/shoes",
+                "--dataset",
+                "shoes",
+                "--view",
+                "name",
+                "--semantic-ids",
+                "3,x",
+            ],
+            ["--semantic-ids 3,x", "64,64,64"],
+        ),
+        (
+            ["export", "--run-folder", "runs/shoes", "--out", "tokenizer.json"],
+            ["--out tokenizer.json", "cannot be written"],
+        ),
+        (
+            ["plan", "experiment=shoes", "evaluation.tasks.shoe_photo_to_name.split=later"],
+            ["split=later", "train, held_out"],
+        ),
+        (
+            ["plan", "experiment=shoes", "+objectives.alignment.powr=2"],
+            ["objectives.alignment.powr", "power"],
+        ),
         (["plan", "experiment=shoes", "--ranks", "0"], ["--ranks 0", "at least 1"]),
     ],
 )
 def test_mistakes_are_one_line(project: Path, arguments: list[str], words: list[str]) -> None:
     code, _, told = command(project, *arguments)
-    assert code == 64 and told.startswith("sailplan: ") and told.count("\n") == 1 and all(word in told for word in words), told
+    assert (
+        code == 64
+        and told.startswith("sailplan: ")
+        and told.count("\n") == 1
+        and all(word in told for word in words)
+    ), told
 
 
 def test_a_place_that_cannot_be_written_is_told(project: Path) -> None:

@@ -1,4 +1,6 @@
-"""The README's first page tells the truth: its table is the results file's, its commands and files exist."""
+"""The README's first page tells the truth: its table is the results file's, its commands and
+files exist.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_table_is_made_from_the_committed_results(tmp_path: Path) -> None:
     copy = tmp_path / "README.md"
     shutil.copy(ROOT / "README.md", copy)
-    subprocess.run([sys.executable, "benchmarks/quickstart.py", "table", "--readme", str(copy)], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "benchmarks/quickstart.py", "table", "--readme", str(copy)],
+        check=True,
+        cwd=ROOT,
+    )
     assert copy.read_text() == (ROOT / "README.md").read_text()
 
 

@@ -1,11 +1,14 @@
-"""A device that is not the CPU, on a machine that has none: numbers lie in CPU memory, tensors say that they are elsewhere.
+"""A device that is not the CPU, on a machine that has none: numbers lie in CPU memory, tensors
+say that they are elsewhere.
 
-An operation that is given tensors here and there fails, as it would on CUDA; so does a tensor made on the wrong side and then
-used with the others. That finds the mistakes which a run on a CPU alone cannot show. It says nothing about time, CUDA's
-kernels and streams, NCCL, the memory that FSDP2 frees (these tensors have no storage) or checkpoints (whose views are a
+An operation that is given tensors here and there fails, as it would on CUDA; so does a tensor made
+on the wrong side and then used with the others. That finds the mistakes which a run on a CPU alone
+cannot show. It says nothing about time, CUDA's kernels and streams, NCCL, the memory that FSDP2
+frees (these tensors have no storage) or checkpoints (whose views are a
 tensor subclass too).
 
-Importing it registers the device "standin" for the whole process: only for tests in a process of their own.
+Importing it registers the device "standin" for the whole process: only for tests in a process of
+their own.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ DEVICE = torch.device("standin", 0)
 
 
 def _without_set_data(held: Tensor, requires_grad: bool) -> Tensor:
-    """megatron-core's way to forget that a tensor is a view gives another tensor its storage, which these do not have."""
+    """megatron-core's way to forget that a tensor is a view gives another tensor its storage,
+    which these do not have.
+    """
     out = held.detach()
     out.requires_grad = requires_grad
     return out
@@ -69,7 +74,11 @@ _fsdp_param.free_storage = _fsdp_param.alloc_storage = lambda *_: None
 
 aten = torch.ops.aten
 BETWEEN_DEVICES = (aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default)
-INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)  # of a tensor there, indices may be here
+INDEXING = (
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+)  # of a tensor there, indices may be here
 
 
 class There(Tensor):
@@ -79,12 +88,21 @@ class There(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> There:
-        made = Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=DEVICE)
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
+        )
         made.inner = inner
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(function, types, args, kwargs or {})
 
 
@@ -94,18 +112,29 @@ def _run(function: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     there = any(isinstance(x, There) for x in tensors)
     if there and function not in BETWEEN_DEVICES:
-        meeting = tree_leaves((args[0], args[2:])) if function in INDEXING and isinstance(args[0], There) else tensors
+        meeting = (
+            tree_leaves((args[0], args[2:]))
+            if function in INDEXING and isinstance(args[0], There)
+            else tensors
+        )
         if any(isinstance(x, Tensor) and not isinstance(x, There) and x.dim() for x in meeting):
-            raise RuntimeError(f"{function}: found tensors on {DEVICE} and on the CPU, expected all on one device")
+            raise RuntimeError(
+                f"{function}: found tensors on {DEVICE} and on the CPU, expected all on one device"
+            )
     wanted = kwargs.get("device")
-    if function is aten.mm.dtype:  # accumulates and answers in a wider type, which the CPU does not offer
+    if (
+        function is aten.mm.dtype
+    ):  # accumulates and answers in a wider type, which the CPU does not offer
         return There(args[0].inner.to(args[2]) @ args[1].inner.to(args[2]))
     if function is aten.addmm.dtype_out:
         total = kwargs["out"].inner
         wide = [x.inner.to(args[3]) for x in args[:3]]
         total.copy_(torch.addmm(*wide, beta=kwargs.get("beta", 1), alpha=kwargs.get("alpha", 1)))
         return kwargs["out"]
-    result = function(*_here(args), **{**_here(kwargs), **({} if wanted is None else {"device": torch.device("cpu")})})
+    result = function(
+        *_here(args),
+        **{**_here(kwargs), **({} if wanted is None else {"device": torch.device("cpu")})},
+    )
     if function is aten._local_scalar_dense.default:
         return result
     if function is aten.copy_.default:
@@ -115,7 +144,9 @@ def _run(function: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def outer(x: Any) -> Any:
         if not isinstance(x, Tensor) or isinstance(x, There):
             return x
-        same = next((one for one in tensors if isinstance(one, There) and one.inner is x), None)  # changed in place
+        same = next(
+            (one for one in tensors if isinstance(one, There) and one.inner is x), None
+        )  # changed in place
         return same if same is not None else There(x) if goes_there else x
 
     return tree_map(outer, result)
@@ -128,17 +159,26 @@ def _here(values: Any) -> Any:
 class _Operations(TorchDispatchMode):
     """Operations that make tensors have none to dispatch on."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(function, types, args, kwargs or {})
 
 
 class _Python(TorchFunctionMode):
-    """Functions that build tensors from Python's numbers, or the other way, below what an operation sees."""
+    """Functions that build tensors from Python's numbers, or the other way, below what an
+    operation sees.
+    """
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(function, "__name__", "")
-        if function in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == DEVICE.type:
+        if (
+            function in (torch.tensor, torch.as_tensor)
+            and torch.device(kwargs.get("device") or "cpu").type == DEVICE.type
+        ):
             return function(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
         if name == "new_tensor" and isinstance(args[0], There):
             return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(DEVICE)
@@ -149,7 +189,9 @@ class _Python(TorchFunctionMode):
 
 def serve(group: dist.ProcessGroup) -> None:
     """Lets a gloo group exchange the device's tensors by all of torch's ways."""
-    group._register_backend(DEVICE, dist.ProcessGroup.BackendType.GLOO, group._get_backend(torch.device("cpu")))
+    group._register_backend(
+        DEVICE, dist.ProcessGroup.BackendType.GLOO, group._get_backend(torch.device("cpu"))
+    )
 
 
 @contextmanager

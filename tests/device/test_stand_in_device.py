@@ -1,4 +1,6 @@
-"""Nothing of the losses, the step or the recipe assumes that its tensors are on the CPU: see stand_in_device.py."""
+"""Nothing of the losses, the step or the recipe assumes that its tensors are on the CPU: see
+stand_in_device.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("file", ["check_stand_in_device.py", "check_bfloat16.py", "check_loss_stage.py"])
+@pytest.mark.parametrize(
+    "file", ["check_stand_in_device.py", "check_bfloat16.py", "check_loss_stage.py"]
+)
 def test_everything_runs_on_another_device(file: str) -> None:
     """In a process of its own, as the device is registered for a whole process."""
     checks = Path(__file__).with_name(file)

@@ -20,7 +20,9 @@ LIMIT = 6.0  # a busy machine takes seconds from one beat to the next
 
 
 def job(pack: Path, runs: Path, **changes: Any) -> Config:
-    """Two stages of three steps with mining, evaluation and saves, over `write_pack`'s data sets."""
+    """Two stages of three steps with mining, evaluation and saves, over `write_pack`'s data
+    sets.
+    """
     config = pack_config(pack)
     config.runs, config.name, config.resume, config.global_batch = str(runs), "job", "auto", 8
     config.data.sets = {name: config.data.sets[name] for name in ("things", "choices")}
@@ -29,8 +31,16 @@ def job(pack: Path, runs: Path, **changes: Any) -> Config:
     config.evaluation.at_stage_end = True
     config.objectives = {"infonce": {"_target_": compose([]).objectives["infonce"]["_target_"]}}
     mined = HardNegativeConfig(per_query=1, patterns={"things": ["image_to_name"]})
-    common: dict[str, Any] = {"steps": 3, "data": {"things": 1.0}, "objectives": {"infonce": 1.0}, "optimizer": OptimizerConfig(warmup_steps=1)}
-    config.order, config.stages = ["first", "second"], {"first": StageConfig(**common), "second": StageConfig(**common, hard_negatives=mined)}
+    common: dict[str, Any] = {
+        "steps": 3,
+        "data": {"things": 1.0},
+        "objectives": {"infonce": 1.0},
+        "optimizer": OptimizerConfig(warmup_steps=1),
+    }
+    config.order, config.stages = (
+        ["first", "second"],
+        {"first": StageConfig(**common), "second": StageConfig(**common, hard_negatives=mined)},
+    )
     config.loggers, config.step.micro_batch = {}, 4
     config.parallel.timeout_seconds, config.parallel.threads = LIMIT, 1
     for key, value in changes.items():
@@ -63,11 +73,20 @@ def _signal() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-FAULTS: dict[str, Callable[[], None]] = {"stop": _stop, "kill": _kill, "sleep": _sleep, "bad data": _bad_data, "bug": _bug, "signal": _signal}
+FAULTS: dict[str, Callable[[], None]] = {
+    "stop": _stop,
+    "kill": _kill,
+    "sleep": _sleep,
+    "bad data": _bad_data,
+    "bug": _bug,
+    "signal": _signal,
+}
 
 
 def strike(phase: str, fault: str, turn: int = 1) -> None:
-    """From now on, do the fault when this process enters a phase of that name for the `turn`-th time."""
+    """From now on, do the fault when this process enters a phase of that name for the `turn`-th
+    time.
+    """
     former, seen = Watch.phase, [0]
 
     @contextmanager

@@ -1,4 +1,6 @@
-"""Ranks that would train on different data, with other settings or versions, end before they learn anything from it."""
+"""Ranks that would train on different data, with other settings or versions, end before they
+learn anything from it.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +30,32 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         write_pack(root)
     sorted((roots[1] / "things").glob("*.tar"))[-1].unlink()
     for root in roots:
-        open_datasets(write_pack(root) if root == roots[0] else job(root, root / "runs"), names=["things", "choices"])
+        open_datasets(
+            write_pack(root) if root == roots[0] else job(root, root / "runs"),
+            names=["things", "choices"],
+        )
     return roots
 
 
-def test_a_missing_shard_is_named_with_rank_and_host(packs: tuple[Path, Path], tmp_path: Path) -> None:
-    ended = launch(lambda rank: train(job(packs[rank == 2], tmp_path, parallel__timeout_seconds=60.0)) and None, 3)
+def test_a_missing_shard_is_named_with_rank_and_host(
+    packs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    ended = launch(
+        lambda rank: (
+            train(job(packs[rank == 2], tmp_path, parallel__timeout_seconds=60.0)) and None
+        ),
+        3,
+    )
     assert ended.codes == [64] * 3 and len(ended.said) == 1, ended.said
-    assert all(word in ended.said[0] for word in ("data set things", "rank 2 (", ".tar", "instead of")), ended.said
+    assert all(
+        word in ended.said[0] for word in ("data set things", "rank 2 (", ".tar", "instead of")
+    ), ended.said
 
 
 @pytest.mark.parametrize("what", ["setting", "version", "code"])
-def test_other_settings_versions_or_code_are_named(packs: tuple[Path, Path], tmp_path: Path, what: str) -> None:
+def test_other_settings_versions_or_code_are_named(
+    packs: tuple[Path, Path], tmp_path: Path, what: str
+) -> None:
     def work(rank: int) -> None:
         config = job(packs[0], tmp_path, parallel__timeout_seconds=60.0)
         if rank == 1 and what == "setting":
@@ -53,11 +69,17 @@ def test_other_settings_versions_or_code_are_named(packs: tuple[Path, Path], tmp
 
     ended = launch(work, 2)
     assert ended.codes == [64, 64] and len(ended.said) == 1, ended.said
-    named = {"setting": "clip_norm: 7.0", "version": "torch: another", "code": "code of sailplan: another"}
+    named = {
+        "setting": "clip_norm: 7.0",
+        "version": "torch: another",
+        "code": "code of sailplan: another",
+    }
     assert "rank 1 (" in ended.said[0] and named[what] in ended.said[0], ended.said
 
 
-def test_a_rank_that_draws_other_records_ends_the_run_in_that_step(packs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_rank_that_draws_other_records_ends_the_run_in_that_step(
+    packs: tuple[Path, Path], tmp_path: Path
+) -> None:
     def work(rank: int) -> None:
         if rank == 1:
             former = Plan.digest
@@ -66,8 +88,12 @@ def test_a_rank_that_draws_other_records_ends_the_run_in_that_step(packs: tuple[
 
     ended = launch(work, 3)
     assert ended.codes == [65] * 3 and len(ended.said) == 1, ended.said
-    assert "step 2" in ended.said[0] and "rank 1 (" in ended.said[0] and "0" * 16 in ended.said[0], ended.said
-    assert [line["step"] for line in metrics(tmp_path / "job")] == [1], "the step before it counts, it does not"
+    assert (
+        "step 2" in ended.said[0] and "rank 1 (" in ended.said[0] and "0" * 16 in ended.said[0]
+    ), ended.said
+    assert [line["step"] for line in metrics(tmp_path / "job")] == [1], (
+        "the step before it counts, it does not"
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 7, 8192])
@@ -75,6 +101,8 @@ def test_sums_tell_equal_from_unequal_digests_exactly(ranks: int) -> None:
     own, other = moments("first", 3, ["a"]), moments("first", 3, ["b"])
     assert equal([ranks * one for one in own], ranks)
     if ranks > 1:
-        assert not equal([(ranks - 1) * one + two for one, two in zip(own, other, strict=True)], ranks)
+        assert not equal(
+            [(ranks - 1) * one + two for one, two in zip(own, other, strict=True)], ranks
+        )
     largest = [float(2**20 - 1)] * 3 + [float((2**20 - 1) ** 2)] * 3
     assert equal([ranks * one for one in largest], ranks)

@@ -1,4 +1,6 @@
-"""Any number of ranks trains alike, resumes at any other, and opens few connections; the run folder is one job's at a time."""
+"""Any number of ranks trains alike, resumes at any other, and opens few connections; the run
+folder is one job's at a time.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def trained(pack: Path, runs: Path, ranks: int, stop_after: int | None = None) -> list[tuple[str, float]]:
+def trained(
+    pack: Path, runs: Path, ranks: int, stop_after: int | None = None
+) -> list[tuple[str, float]]:
     """Train in float64 on so many ranks, to a step; digests and losses of all steps so far."""
     config = job(pack, runs, parallel__dtype="float64", parallel__timeout_seconds=120.0)
     config.evaluation.tasks, config.order = {}, ["first"]
@@ -61,8 +65,12 @@ def trained(pack: Path, runs: Path, ranks: int, stop_after: int | None = None) -
     return [(str(line["data/digest"]), float(line["loss/total"])) for line in metrics(runs / "job")]
 
 
-def test_any_number_of_ranks_trains_alike_and_a_run_goes_on_at_any_other(pack: Path, tmp_path: Path) -> None:
-    """A step each on 8, 7, 5 and 3 ranks, and all steps on 5, against 4 ranks: digests are equal, losses as sums in another order allow."""
+def test_any_number_of_ranks_trains_alike_and_a_run_goes_on_at_any_other(
+    pack: Path, tmp_path: Path
+) -> None:
+    """A step each on 8, 7, 5 and 3 ranks, and all steps on 5, against 4 ranks: digests are
+    equal, losses as sums in another order allow.
+    """
     expected = trained(pack, tmp_path / "4", 4)
     assert len(expected) == 4
     runs = {"5": trained(pack, tmp_path / "5", 5)}
@@ -71,14 +79,18 @@ def test_any_number_of_ranks_trains_alike_and_a_run_goes_on_at_any_other(pack: P
         assert len(runs["8-7-5-3"]) == (last or 4)
     for name, found in runs.items():
         assert [digest for digest, _ in found] == [digest for digest, _ in expected], name
-        differences = [abs(loss / wanted - 1) for (_, loss), (_, wanted) in zip(found, expected, strict=True)]
+        differences = [
+            abs(loss / wanted - 1) for (_, loss), (_, wanted) in zip(found, expected, strict=True)
+        ]
         print(f"{name}: losses differ by {max(differences):.1e} at most")
         assert max(differences) < 1e-13, name
 
 
 def test_the_full_size_run_can_be_started_at_512_ranks_as_shipped() -> None:
     check(compose(["experiment=sail_1b5"]), 512)
-    with pytest.raises(ConfigurationError, match="global_batch=512: expected at least a row for each of 513"):
+    with pytest.raises(
+        ConfigurationError, match="global_batch=512: expected at least a row for each of 513"
+    ):
         check(compose(["experiment=sail_1b5"]), 513)
 
 
@@ -92,7 +104,11 @@ def test_a_rank_of_1024_forms_few_groups(tensor: int, monkeypatch: pytest.Monkey
         monkeypatch.setattr(dist, "new_group", lambda *a, **k: made.append(a) or former(*a, **k))
         dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=1024)
         place = form_groups(tensor, torch.device("cpu"))
-        assert (place.data_parallel_size, place.data_parallel_rank, place.tensor_parallel_rank) == (1024 // tensor, 5 // tensor, 5 % tensor)
+        assert (place.data_parallel_size, place.data_parallel_rank, place.tensor_parallel_rank) == (
+            1024 // tensor,
+            5 // tensor,
+            5 % tensor,
+        )
         leave_groups()
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         return len(made)
@@ -105,20 +121,38 @@ def test_sockets_of_a_rank_grow_by_three_a_rank_at_most(pack: Path, tmp_path: Pa
     def sockets(rank: int) -> None:
         def count(self: Trainer) -> None:
             dist.barrier()
-            links = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
-            (tmp_path / f"{dist.get_world_size()}-{rank}").write_text(str(sum(link.startswith("socket:") for link in links)))
+            links = [
+                os.readlink(f"/proc/self/fd/{name}")
+                for name in os.listdir("/proc/self/fd")
+                if os.path.exists(f"/proc/self/fd/{name}")
+            ]
+            (tmp_path / f"{dist.get_world_size()}-{rank}").write_text(
+                str(sum(link.startswith("socket:") for link in links))
+            )
             dist.barrier()
 
         Trainer.run = count  # type: ignore[method-assign]
-        train(job(pack, tmp_path, parallel__timeout_seconds=60.0, name=f"sockets-{os.environ['WORLD_SIZE']}"))
+        train(
+            job(
+                pack,
+                tmp_path,
+                parallel__timeout_seconds=60.0,
+                name=f"sockets-{os.environ['WORLD_SIZE']}",
+            )
+        )
 
     for ranks in (2, 4, 8):
         launch(sockets, ranks)
-    most = {ranks: max(int((tmp_path / f"{ranks}-{rank}").read_text()) for rank in range(ranks)) for ranks in (2, 4, 8)}
+    most = {
+        ranks: max(int((tmp_path / f"{ranks}-{rank}").read_text()) for rank in range(ranks))
+        for ranks in (2, 4, 8)
+    }
     assert (most[8] - most[4]) / 4 <= 3 and (most[4] - most[2]) / 2 <= 3, most
 
 
-def test_a_second_job_in_a_run_folder_is_refused_and_a_crash_blocks_nobody(pack: Path, tmp_path: Path) -> None:
+def test_a_second_job_in_a_run_folder_is_refused_and_a_crash_blocks_nobody(
+    pack: Path, tmp_path: Path
+) -> None:
     config = job(pack, tmp_path, parallel__timeout_seconds=60.0)
 
     def slow(rank: int) -> None:
@@ -147,7 +181,9 @@ def test_another_hosts_record_refuses_only_while_it_is_written(tmp_path: Path) -
         beat = 0
         while not done.wait(0.05):
             beat += 1
-            record.write_text(f'{{"host": "elsewhere", "pid": 1, "job": "7", "heartbeat": "{beat}"}}')
+            record.write_text(
+                f'{{"host": "elsewhere", "pid": 1, "job": "7", "heartbeat": "{beat}"}}'
+            )
 
     thread = threading.Thread(target=other)
     thread.start()

@@ -41,7 +41,8 @@ def _make_case(
 ) -> tuple[list[dict], dict]:
     """Arguments of infonce for each rank, and for one process that holds everything.
 
-    Trained-like: a positive key is its query plus noise. ``positives`` gives indices with repetitions and a -1; ``by_id``
+    Trained-like: a positive key is its query plus noise. ``positives`` gives indices with
+    repetitions and a -1; ``by_id``
     wants ids that several keys of any rank, or none, carry.
     """
     g = torch.Generator().manual_seed(seed)
@@ -56,7 +57,9 @@ def _make_case(
         key = torch.randn(m, dim, generator=g, dtype=torch.float64)
         for i in range(n):
             if index[i] >= 0:
-                key[index[i]] = case["queries"][i] + noise * torch.randn(dim, generator=g, dtype=torch.float64)
+                key[index[i]] = case["queries"][i] + noise * torch.randn(
+                    dim, generator=g, dtype=torch.float64
+                )
         case["keys"] = key
         if positives:
             case["positives"] = index
@@ -74,16 +77,22 @@ def _make_case(
             case["query_valid"] = torch.rand(n, generator=g) < 0.8
             case["key_valid"] = torch.rand(m, generator=g) < 0.8
         if sampling:
-            case["key_log_probability"] = torch.rand(m, generator=g, dtype=torch.float64).add(0.01).log()
+            case["key_log_probability"] = (
+                torch.rand(m, generator=g, dtype=torch.float64).add(0.01).log()
+            )
         if per_row_temperature:
-            case["temperature"] = temperature * (0.5 + torch.rand(n, generator=g, dtype=torch.float64))
+            case["temperature"] = temperature * (
+                0.5 + torch.rand(n, generator=g, dtype=torch.float64)
+            )
         if by_id:
             case["key_ids"] = torch.randint(-1, 5, (m,), generator=g)
             case["positive_ids"] = torch.randint(-1, 7, (n,), generator=g)
             if query_ids:
                 case["key_query_ids"] = torch.randint(-1, 6, (m,), generator=g)
         if per_row_threshold:
-            case["max_cosine"] = torch.rand(n, generator=g, dtype=torch.float64) + torch.where(torch.arange(n) % 3 == 1, torch.inf, 0.0)
+            case["max_cosine"] = torch.rand(n, generator=g, dtype=torch.float64) + torch.where(
+                torch.arange(n) % 3 == 1, torch.inf, 0.0
+            )
         case = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.items()}
         ranks.append(case)
     whole = {name: torch.cat([case[name] for case in ranks]) for name in ranks[0]}
@@ -94,7 +103,9 @@ def _make_case(
         return ranks, whole
     offsets = [sum(keys[:r]) for r in range(len(keys))]
     own = [case.get("positives", torch.arange(n)) for case, n in zip(ranks, rows, strict=True)]
-    whole["positives"] = torch.cat([torch.where(p >= 0, p + o, -1) for p, o in zip(own, offsets, strict=True)])
+    whole["positives"] = torch.cat(
+        [torch.where(p >= 0, p + o, -1) for p, o in zip(own, offsets, strict=True)]
+    )
     for case in [*ranks, whole]:
         case.setdefault("temperature", torch.tensor(temperature, dtype=dtype))
         case.update(options)
@@ -115,4 +126,6 @@ def _run(case: dict, backend: str, dtype=torch.float64, upstream=1.0, frozen=(),
             case[name] = case[name].detach().to(dtype).clone().requires_grad_(name not in frozen)
     out = infonce(**grouped(case | more | {"backend": backend}))
     (out.loss * upstream).backward()
-    return out, {name: case[name].grad for name in LEAVES if isinstance(case.get(name), torch.Tensor)}
+    return out, {
+        name: case[name].grad for name in LEAVES if isinstance(case.get(name), torch.Tensor)
+    }

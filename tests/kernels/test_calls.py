@@ -42,7 +42,10 @@ Q, K = torch.randn(4, 8), torch.randn(5, 8)
         ("prefixes", {"prefixes": (4, 8), "prefix_weights": (1.0, -1.0)}),
         ("options.memory_budget", {"memory_budget": 0}),
         ("positives.ids", {"positive_ids": torch.zeros(4, dtype=torch.int64)}),
-        ("positives.ids", {"positive_ids": torch.zeros(4), "key_ids": torch.zeros(5, dtype=torch.int64)}),
+        (
+            "positives.ids",
+            {"positive_ids": torch.zeros(4), "key_ids": torch.zeros(5, dtype=torch.int64)},
+        ),
         ("negatives.max_cosine", {"max_cosine": torch.ones(5)}),
         ("negatives.max_cosine", {"max_cosine": torch.ones(4, dtype=torch.int64)}),
         ("options.score_dtype", {"score_dtype": torch.bfloat16}),
@@ -53,7 +56,10 @@ Q, K = torch.randn(4, 8), torch.randn(5, 8)
 )
 def test_wrong_call(argument, changes):
     case = {"queries": Q, "keys": K, "temperature": 0.1, **changes}
-    with pytest.raises(ValueError, match=rf"^{re.escape(argument)}: found .*, expected [^\n]*$|^{re.escape(argument)}: found .* expected [^\n]*$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{re.escape(argument)}: found .*, expected [^\n]*$|^{re.escape(argument)}: found .* expected [^\n]*$",
+    ):
         infonce(**grouped(case))
 
 

@@ -11,7 +11,9 @@ from sailplan_kernels.testing import grouped
 LEAVES = ("queries", "keys", "hard_negatives", "temperature")
 
 
-@pytest.mark.parametrize("options", [{"symmetric": True, "positives": True}, {"by_id": True, "query_negatives": True}])
+@pytest.mark.parametrize(
+    "options", [{"symmetric": True, "positives": True}, {"by_id": True, "query_negatives": True}]
+)
 def test_chunked_is_bitwise_repeatable(make_case, run, options):
     _, case = make_case(0, (64,), (64,), 16, dtype=torch.float32, hard=2, **options)
     one, other = (run(case, "chunked", torch.float32, memory_budget=10_000) for _ in range(2))
@@ -19,7 +21,9 @@ def test_chunked_is_bitwise_repeatable(make_case, run, options):
     assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
 
 
-@pytest.mark.parametrize("frozen", [("queries",), ("keys",), ("temperature",), ("queries", "temperature"), LEAVES])
+@pytest.mark.parametrize(
+    "frozen", [("queries",), ("keys",), ("temperature",), ("queries", "temperature"), LEAVES]
+)
 def test_frozen_inputs_leave_other_gradients_alone(make_case, run, frozen):
     _, case = make_case(0, hard=2, symmetric=True, query_negatives=True, key_negatives=True)
     _, expected = run(case, "reference")
@@ -50,18 +54,30 @@ def test_a_second_backward_is_an_error(make_case):
     loss = infonce(**grouped({**case, "queries": queries, "backend": "chunked"})).loss
     loss.backward(retain_graph=True)
     first = queries.grad.clone()
-    with pytest.raises(RuntimeError, match="infonce: found a second backward of one call, expected one"):
+    with pytest.raises(
+        RuntimeError, match="infonce: found a second backward of one call, expected one"
+    ):
         loss.backward()
     assert torch.equal(queries.grad, first)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e3, 1e-9, 1e30], ids=["read as it is, short", "long", "copied, vanishing", "overflowing"])
+@pytest.mark.parametrize(
+    "scale",
+    [1e-3, 1e3, 1e-9, 1e30],
+    ids=["read as it is, short", "long", "copied, vanishing", "overflowing"],
+)
 def test_the_vectors_length_does_not_matter(make_case, run, scale):
-    """Whether products read the vectors themselves or, where these might fail, a normalised copy."""
+    """Whether products read the vectors themselves or, where these might fail, a normalised
+    copy.
+    """
     _, case = make_case(4, (6,), (9,), 32, dtype=torch.float32, prefixes=(8, 32), symmetric=True)
     expected, expected_gradients = run(case, "chunked", torch.float32)
     scaled = {**case, "queries": case["queries"] * scale, "keys": case["keys"] * 3}
     out, gradients = run(scaled, "chunked", torch.float32)
     torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradients["queries"] * scale, expected_gradients["queries"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradients["keys"] * 3, expected_gradients["keys"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradients["queries"] * scale, expected_gradients["queries"], rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        gradients["keys"] * 3, expected_gradients["keys"], rtol=1e-4, atol=1e-5
+    )

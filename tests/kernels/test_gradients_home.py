@@ -1,6 +1,8 @@
-"""In what width gradients travel home: float32, also of bfloat16 embeddings, because less would break the promise on their error.
+"""In what width gradients travel home: float32, also of bfloat16 embeddings, because less would
+break the promise on their error.
 
-A key's gradient is a sum over all ranks, in which its positive's pull is most of what stands out. A collective that adds in bfloat16
+A key's gradient is a sum over all ranks, in which its positive's pull is most of what stands out. A
+collective that adds in bfloat16
 rounds the sum at every rank that it passes.
 """
 
@@ -41,7 +43,11 @@ class InHalf(AllGather):
     def reduce_scatter_parts(self, parts: Sequence[Tensor]) -> list[Tensor]:
         found = []
         for x in parts:
-            of_all = self.gather_parts([x]).wait()[0].view(self.world_size, self.world_size, -1, *x.shape[1:])[:, self.rank]
+            of_all = (
+                self.gather_parts([x])
+                .wait()[0]
+                .view(self.world_size, self.world_size, -1, *x.shape[1:])[:, self.rank]
+            )
             total = of_all[(self.rank + 1) % self.world_size].bfloat16()
             for step in range(2, self.world_size + 1):
                 total = total + of_all[(self.rank + step) % self.world_size].bfloat16()
@@ -50,7 +56,9 @@ class InHalf(AllGather):
 
 
 def vectors() -> tuple[Tensor, Tensor]:
-    """bfloat16 [RANKS * ROWS, D] of topics, whose nearest negatives are about as near as the positives."""
+    """bfloat16 [RANKS * ROWS, D] of topics, whose nearest negatives are about as near as the
+    positives.
+    """
     g = torch.Generator().manual_seed(0)
     draw = lambda rows: torch.randn(rows, D, generator=g)  # noqa: E731
     queries = draw(12)[torch.arange(RANKS * ROWS) % 12] + 0.5 * draw(RANKS * ROWS)
@@ -70,7 +78,13 @@ def test_gradients_come_home_in_float32_for_less_breaks_the_bar(temperature):
         found = []
         for exchange in (Noted(), InHalf()):
             queries, keys = (x.split(ROWS)[rank].clone().requires_grad_() for x in vectors())
-            infonce(queries, keys, temperature, exchange=exchange, options=LossOptions(sizes=[(ROWS, ROWS)] * ranks, backend="chunked")).loss.backward()
+            infonce(
+                queries,
+                keys,
+                temperature,
+                exchange=exchange,
+                options=LossOptions(sizes=[(ROWS, ROWS)] * ranks, backend="chunked"),
+            ).loss.backward()
             found.append((keys.grad.float() / ranks, exchange))
         (own, noted), (half, _) = found
         return own, half, noted.out, noted.home
@@ -78,5 +92,8 @@ def test_gradients_come_home_in_float32_for_less_breaks_the_bar(temperature):
     parts = run_ranks(work, RANKS, timeout=60)
     own, half = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     assert error(own, whole[1].grad) <= BAR < error(half, whole[1].grad)
-    out, home = ROWS * D * 4, RANKS * ROWS * D * 4  # one shard leaves; on a CPU in float32, as its products round half precision
+    out, home = (
+        ROWS * D * 4,
+        RANKS * ROWS * D * 4,
+    )  # one shard leaves; on a CPU in float32, as its products round half precision
     assert all((part[2], part[3]) == (out, home) for part in parts)

@@ -1,4 +1,6 @@
-"""Risks: an import circle inside the kernels package, which a move of one file would close, also where only type checkers look."""
+"""Risks: an import circle inside the kernels package, which a move of one file would close, also
+where only type checkers look.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "kernels"
 PACKAGE = "sailplan_kernels"
-# Rooms from low to high; a room imports from lower rooms and from itself. Files beside the rooms are above all of them.
+# Rooms from low to high; a room imports from lower rooms and from itself. Files beside the rooms
+# are above all of them.
 ROOMS = ("arguments", "exchange", "triton_kernels", "tiling", "infonce", "sigmoid", "topk")
 
 
@@ -25,7 +28,9 @@ def modules() -> dict[str, Path]:
 
 
 def used(source: str, known: set[str]) -> Iterator[str]:
-    """Modules of the package that ``source`` names in imports, inside functions and under TYPE_CHECKING too."""
+    """Modules of the package that ``source`` names in imports, inside functions and under
+    TYPE_CHECKING too.
+    """
     for node in ast.walk(ast.parse(source)):
         names = []
         if isinstance(node, ast.Import):

@@ -15,7 +15,9 @@ from sailplan_kernels.tiling.products import WIDENED
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages made inside that are alive together, at their peak; what existed before does not count."""
+    """Bytes of all storages made inside that are alive together, at their peak; what existed
+    before does not count.
+    """
 
     def __init__(self, *before: torch.Tensor) -> None:
         super().__init__()
@@ -45,10 +47,22 @@ class LiveBytes(TorchDispatchMode):
         self.peak, self.largest = max(self.peak, self.now), max(self.largest, size)
 
 
-@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"query_negatives": True, "key_negatives": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"symmetric": True}, {"query_negatives": True, "key_negatives": True}]
+)
 def test_chunked_never_holds_an_n_by_m_matrix(make_case, run, options):
     n, m, d, budget = 1024, 2048, 16, 1 << 20
-    _, case = make_case(0, (n,), (m,), d, dtype=torch.float32, ids=True, query_ids=True, margin_absolute=0.1, **options)
+    _, case = make_case(
+        0,
+        (n,),
+        (m,),
+        d,
+        dtype=torch.float32,
+        ids=True,
+        query_ids=True,
+        margin_absolute=0.1,
+        **options,
+    )
     with LiveBytes() as memory:
         run(case, "chunked", torch.float32, memory_budget=budget)
     assert memory.largest <= budget / 2 < n * m * 4 / 8
@@ -67,7 +81,9 @@ def test_live_bytes_counts_what_is_alive_together():
     assert memory.now == 0 and memory.peak == 6000 and memory.largest == 4000
 
 
-VECTOR = 300  # bytes of a row or key that are no embedding: tags, norms, limits, sums, of three prefixes
+VECTOR = (
+    300  # bytes of a row or key that are no embedding: tags, norms, limits, sums, of three prefixes
+)
 
 
 def peak_of(case: dict, leaves: dict, **more) -> LiveBytes:
@@ -91,10 +107,12 @@ def peak_of(case: dict, leaves: dict, **more) -> LiveBytes:
     ids=["rows", "symmetric", "prefixes", "more negatives"],
 )
 def test_the_peak_is_gradients_and_a_budget(make_case, options, more_vectors, d):
-    """Forward and backward together, from 256 KiB to the N x M matrix's own size: the gradients once, and one budget.
+    """Forward and backward together, from 256 KiB to the N x M matrix's own size: the gradients
+    once, and one budget.
 
-    No normalised copy, no second gradient in the backward pass. ``more_vectors`` of size N x D: key negatives have the positives
-    as anchors and their gradient, query negatives the queries' gradient as candidates.
+    No normalised copy, no second gradient in the backward pass. ``more_vectors`` of size N x D: key
+    negatives have the positives as anchors and their gradient, query negatives the queries'
+    gradient as candidates.
     """
     n, m = 1024, 1024
     _, case = make_case(0, (n,), (m,), d, dtype=torch.float32, **options)
@@ -109,7 +127,11 @@ def test_the_peak_is_gradients_and_a_budget(make_case, options, more_vectors, d)
     assert peaks[2**22] - peaks[2**18] > 2**20, "a larger budget is not used at all"
 
 
-@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"prefixes": (4, 8, 16)}], ids=["rows", "symmetric", "prefixes"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"symmetric": True}, {"prefixes": (4, 8, 16)}],
+    ids=["rows", "symmetric", "prefixes"],
+)
 def test_the_peak_with_scores_in_float64(make_case, options):
     """At a low temperature: gradients stay float32, operands are widened a block at a time."""
     n, m, d = 1024, 1024, 256
@@ -123,16 +145,25 @@ def test_the_peak_with_scores_in_float64(make_case, options):
 @pytest.mark.parametrize("prefixes", [None, (4, 8, 16)])
 def test_the_sigmoid_loss_follows_the_budget(make_case, prefixes):
     n, m, d = 1024, 1024, 16
-    _, case = make_case(0, (n,), (m,), d, dtype=torch.float32, ids=True, query_ids=True, prefixes=prefixes)
+    _, case = make_case(
+        0, (n,), (m,), d, dtype=torch.float32, ids=True, query_ids=True, prefixes=prefixes
+    )
     leaves = {name: case[name].requires_grad_() for name in ("queries", "keys", "temperature")}
     peaks = {}
     for budget in (2**18, 2**20, 2**22):
         with LiveBytes(*(x for x in case.values() if isinstance(x, torch.Tensor))) as memory:
-            sigmoid(**grouped({**case, **leaves, "bias": -3.0, "backend": "chunked", "memory_budget": budget})).loss.backward()
+            sigmoid(
+                **grouped(
+                    {**case, **leaves, "bias": -3.0, "backend": "chunked", "memory_budget": budget}
+                )
+            ).loss.backward()
         for x in leaves.values():
             x.grad = None
         peaks[budget] = memory.peak
-        assert memory.peak <= (n + m) * d * 4 + budget + VECTOR * (n + m) and memory.largest < n * m * 4
+        assert (
+            memory.peak <= (n + m) * d * 4 + budget + VECTOR * (n + m)
+            and memory.largest < n * m * 4
+        )
     assert 2**20 < peaks[2**22] - peaks[2**18] <= 2**22
 
 
@@ -143,7 +174,9 @@ def test_the_peak_without_a_budget_and_of_half_precision(make_case):
     assert peak_of(case, leaves).peak <= (n + m) * d * 4 + 2**24 + VECTOR * (n + m) < n * m * 4 / 2
     halves = {name: x.detach().bfloat16().requires_grad_() for name, x in leaves.items()}
     # Normalised in float32, as a CPU multiplies; the gradient in float32, and what is handed out.
-    assert peak_of({**case, **halves}, halves, memory_budget=2**20).peak <= (n + m) * d * (4 + 4 + 2) + 2**20 + VECTOR * (n + m)
+    assert peak_of({**case, **halves}, halves, memory_budget=2**20).peak <= (n + m) * d * (
+        4 + 4 + 2
+    ) + 2**20 + VECTOR * (n + m)
 
 
 def test_the_reference_holds_more_than_a_matrix(make_case):
@@ -156,7 +189,9 @@ def test_the_reference_holds_more_than_a_matrix(make_case):
 
 
 def test_what_each_exchange_keeps():
-    """A stream's round with gradients on six ranks, in shards: what exchange/grid.py says, gloo's copy, and a message that is under way."""
+    """A stream's round with gradients on six ranks, in shards: what exchange/grid.py says,
+    gloo's copy, and a message that is under way.
+    """
     rows, dim = 256, 64
     shard = rows * dim * 4
 
@@ -175,4 +210,9 @@ def test_what_each_exchange_keeps():
         return peaks
 
     for whole, ring, two, three in run_ranks(work, 6):
-        assert whole >= 6 + 6 and ring <= 2 + 3 and two <= (2 + 2) + (2 + 3) + 2 + 1 and three <= (3 + 2) + (3 + 3) + 3 + 1
+        assert (
+            whole >= 6 + 6
+            and ring <= 2 + 3
+            and two <= (2 + 2) + (2 + 3) + 2 + 1
+            and three <= (3 + 2) + (3 + 3) + 3 + 1
+        )

@@ -15,7 +15,13 @@ def test_a_refused_call_is_its_message():
 
 def test_a_wrong_result_is_seen(monkeypatch):
     def wrong(queries, keys, temperature, *, options, **more):
-        return infonce(queries, keys, temperature * (2 if options.backend == "chunked" else 1), options=options, **more)
+        return infonce(
+            queries,
+            keys,
+            temperature * (2 if options.backend == "chunked" else 1),
+            options=options,
+            **more,
+        )
 
     def alone(queries, keys, temperature, *, options, exchange):
         return infonce(queries, keys, temperature, options=options)

@@ -27,10 +27,30 @@ OPTIONS = [
     {"margin_relative": 0.95, "symmetric": True, "positives": True},
     {"symmetric": True, "positives": True, "per_row_threshold": True},
     {"by_id": True, "masks": True},
-    {"by_id": True, "query_negatives": True, "sampling": True, "prefixes": (3, 7), "margin_absolute": 0.1, "query_ids": True},
-    {"by_id": True, "symmetric": True, "masks": True, "margin_absolute": 0.1, "per_row_threshold": True},
+    {
+        "by_id": True,
+        "query_negatives": True,
+        "sampling": True,
+        "prefixes": (3, 7),
+        "margin_absolute": 0.1,
+        "query_ids": True,
+    },
+    {
+        "by_id": True,
+        "symmetric": True,
+        "masks": True,
+        "margin_absolute": 0.1,
+        "per_row_threshold": True,
+    },
     {"by_id": True, "key_negatives": True, "masks": True, "sampling": True, "hard": 1},
-    {"by_id": True, "key_negatives": True, "symmetric": True, "query_ids": True, "prefixes": (3, 7), "prefix_weights": (0.5, 1.0)},
+    {
+        "by_id": True,
+        "key_negatives": True,
+        "symmetric": True,
+        "query_ids": True,
+        "prefixes": (3, 7),
+        "prefix_weights": (0.5, 1.0),
+    },
     {"symmetric": True},
     {"symmetric": True, "ids": True, "masks": True, "max_cosine": 0.3},
     {"query_negatives": True, "ids": True, "sampling": True},
@@ -38,10 +58,19 @@ OPTIONS = [
     {"key_negatives": True, "masks": True},
     {"prefixes": (3, 7), "prefix_weights": (0.5, 1.0), "symmetric": True},
     {
-        "symmetric": True, "query_negatives": True, "key_negatives": True, "hard": 1, "shared_hard_negatives": True,
-        "ids": True, "query_ids": True, "masks": True, "positives": True, "margin_absolute": 0.05, "prefixes": (2, 6),
+        "symmetric": True,
+        "query_negatives": True,
+        "key_negatives": True,
+        "hard": 1,
+        "shared_hard_negatives": True,
+        "ids": True,
+        "query_ids": True,
+        "masks": True,
+        "positives": True,
+        "margin_absolute": 0.05,
+        "prefixes": (2, 6),
     },
-]  # fmt: skip
+]
 
 
 def call(case: dict, frozen=(), **more):
@@ -56,27 +85,42 @@ def call(case: dict, frozen=(), **more):
 
 
 def check(parts: list, expected) -> None:
-    """``parts``: every rank's (loss, prefix losses, valid rows, accuracy, score, gradients); ``expected``: one process."""
+    """``parts``: every rank's (loss, prefix losses, valid rows, accuracy, score, gradients);
+    ``expected``: one process.
+    """
     out, gradients = expected
     w, close = len(parts), {"rtol": 1e-10, "atol": 1e-11}
-    torch.testing.assert_close(torch.stack([part[0] for part in parts]).mean(), out.loss.detach(), **close)
-    torch.testing.assert_close(torch.stack([part[1] for part in parts]).mean(0), out.prefix_losses, **close)
-    torch.testing.assert_close(torch.stack([part[3] for part in parts]).mean(), out.accuracy, **close)
+    torch.testing.assert_close(
+        torch.stack([part[0] for part in parts]).mean(), out.loss.detach(), **close
+    )
+    torch.testing.assert_close(
+        torch.stack([part[1] for part in parts]).mean(0), out.prefix_losses, **close
+    )
+    torch.testing.assert_close(
+        torch.stack([part[3] for part in parts]).mean(), out.accuracy, **close
+    )
     assert all(part[2] == out.valid_rows for part in parts)
     torch.testing.assert_close(torch.cat([part[4] for part in parts]), out.positive_score, **close)
     for name, gradient in gradients.items():
         mine = [part[5][name] for part in parts]
         together = torch.cat(mine) / w if gradient.dim() else torch.stack(mine).mean(0)
-        torch.testing.assert_close(together, gradient, **close, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            together, gradient, **close, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("backend, exchange_name", [("reference", "all_gather"), *(("chunked", name) for name in EXCHANGES)])
+@pytest.mark.parametrize(
+    "backend, exchange_name",
+    [("reference", "all_gather"), *(("chunked", name) for name in EXCHANGES)],
+)
 def test_ranks_equal_one_process(make_case, world_size, backend, exchange_name):
     cases = []
     for (seed, options), per_row in itertools.product(enumerate(OPTIONS), (False, True)):
         cases.append(make_case(seed, *SHAPES[world_size], per_row_temperature=per_row, **options))
-    cases.append(make_case(1, (4, 0, 3)[:world_size], (4, 0, 4)[:world_size], symmetric=True))  # a rank without rows
+    cases.append(
+        make_case(1, (4, 0, 3)[:world_size], (4, 0, 4)[:world_size], symmetric=True)
+    )  # a rank without rows
     cases.append(make_case(1, (4, 2, 3)[:world_size], (4, 6, 4)[:world_size], masks=True))
     for case in [*cases[-1][0], cases[-1][1]]:
         case["query_valid"] = torch.zeros_like(case["query_valid"])  # no valid row anywhere
@@ -85,8 +129,19 @@ def test_ranks_equal_one_process(make_case, world_size, backend, exchange_name):
         exchange = EXCHANGES[exchange_name]()
         results = []
         for ranks, _ in cases:
-            out, gradients = call(ranks[rank], exchange=exchange, backend=backend, memory_budget=1500)
-            results.append((out.loss.detach(), out.prefix_losses, out.valid_rows, out.accuracy, out.positive_score, gradients))
+            out, gradients = call(
+                ranks[rank], exchange=exchange, backend=backend, memory_budget=1500
+            )
+            results.append(
+                (
+                    out.loss.detach(),
+                    out.prefix_losses,
+                    out.valid_rows,
+                    out.accuracy,
+                    out.positive_score,
+                    gradients,
+                )
+            )
         return results
 
     for i, parts in enumerate(zip(*run_ranks(work, world_size), strict=True)):
@@ -99,9 +154,15 @@ def test_ranks_equal_one_process(make_case, world_size, backend, exchange_name):
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_ranks_may_freeze_different_inputs(make_case, backend):
     """Collectives stay the same on all ranks, so nothing hangs, and what is not frozen is right."""
-    ranks, whole = make_case(0, *SHAPES[2], hard=2, shared_hard_negatives=True, query_negatives=True, symmetric=True)
+    ranks, whole = make_case(
+        0, *SHAPES[2], hard=2, shared_hard_negatives=True, query_negatives=True, symmetric=True
+    )
     frozen = [("queries", "hard_negatives"), ("keys", "temperature")]
-    parts = run_ranks(lambda rank, _: call(ranks[rank], frozen[rank], exchange=AllGather(), backend=backend)[1], 2, timeout=20)
+    parts = run_ranks(
+        lambda rank, _: call(ranks[rank], frozen[rank], exchange=AllGather(), backend=backend)[1],
+        2,
+        timeout=20,
+    )
     _, expected = call(whole, backend="reference")
     for name in ("queries", "keys", "hard_negatives"):
         pieces = expected[name].split([len(case[name]) for case in ranks])
@@ -115,12 +176,37 @@ def test_ranks_may_freeze_different_inputs(make_case, backend):
 @pytest.mark.parametrize("exchange_name", EXCHANGES)
 def test_a_low_temperature_of_one_rank_is_everybodys_float64(make_case, exchange_name):
     """Per-row temperatures differ by rank; all of them must send and add in the same dtypes."""
-    ranks, whole = make_case(0, *SHAPES[2], hard=2, shared_hard_negatives=True, query_negatives=True, symmetric=True, dtype=torch.float32)
-    whole["temperature"] = torch.cat([torch.full((len(case["queries"]),), t) for case, t in zip(ranks, (0.05, 0.005), strict=True)])
+    ranks, whole = make_case(
+        0,
+        *SHAPES[2],
+        hard=2,
+        shared_hard_negatives=True,
+        query_negatives=True,
+        symmetric=True,
+        dtype=torch.float32,
+    )
+    whole["temperature"] = torch.cat(
+        [
+            torch.full((len(case["queries"]),), t)
+            for case, t in zip(ranks, (0.05, 0.005), strict=True)
+        ]
+    )
     for case, t in zip(ranks, (0.05, 0.005), strict=True):
         case["temperature"] = torch.full((len(case["queries"]),), t)
-    parts = run_ranks(lambda rank, _: call(ranks[rank], exchange=EXCHANGES[exchange_name](), memory_budget=1500)[1], 2, timeout=20)
-    _, expected = call({name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in whole.items()}, backend="reference")
+    parts = run_ranks(
+        lambda rank, _: call(ranks[rank], exchange=EXCHANGES[exchange_name](), memory_budget=1500)[
+            1
+        ],
+        2,
+        timeout=20,
+    )
+    _, expected = call(
+        {
+            name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for name, x in whole.items()
+        },
+        backend="reference",
+    )
     for name, gradient in expected.items():
         found = torch.cat([part[name] for part in parts]).double() / 2
         assert float((found - gradient).norm() / gradient.norm()) <= 1e-6, name
@@ -169,7 +255,9 @@ def test_gather_of_uneven_rows_and_its_gradient():
 
 @pytest.mark.parametrize("exchange_name", EXCHANGES)
 def test_exchange_over_a_subgroup(make_case, exchange_name):
-    """Group ranks are not global ranks: ranks 1 and 2 of three share their negatives, rank 0 stays alone."""
+    """Group ranks are not global ranks: ranks 1 and 2 of three share their negatives, rank 0
+    stays alone.
+    """
     ranks, whole = make_case(4, *SHAPES[2], symmetric=True)
 
     def work(rank, _):
@@ -177,23 +265,42 @@ def test_exchange_over_a_subgroup(make_case, exchange_name):
         if rank == 0:
             return None
         out, gradients = call(ranks[rank - 1], exchange=EXCHANGES[exchange_name](group))
-        return out.loss.detach(), out.prefix_losses, out.valid_rows, out.accuracy, out.positive_score, gradients
+        return (
+            out.loss.detach(),
+            out.prefix_losses,
+            out.valid_rows,
+            out.accuracy,
+            out.positive_score,
+            gradients,
+        )
 
     check(run_ranks(work, 3)[1:], call(whole, backend="reference"))
 
 
 def test_exchanges_agree_on_four_uneven_ranks(make_case):
-    """Loss and gradients of every exchange, one rank at a time, to 1e-12 in float64; ranks in an order that is not theirs."""
+    """Loss and gradients of every exchange, one rank at a time, to 1e-12 in float64; ranks in an
+    order that is not theirs.
+    """
     shapes = ((5, 3, 0, 4), (7, 4, 2, 4))
-    cases = [make_case(i, *shapes, **options) for i, options in enumerate(({}, {"symmetric": True, "prefixes": (3, 7)}, {"query_negatives": True}))]
+    cases = [
+        make_case(i, *shapes, **options)
+        for i, options in enumerate(
+            ({}, {"symmetric": True, "prefixes": (3, 7)}, {"query_negatives": True})
+        )
+    ]
 
     def work(rank, _):
         group = dist.new_group([3, 1, 0, 2], sort_ranks=False)
         place = [3, 1, 0, 2].index(rank)
         results = []
         for ranks, _ in cases:
-            found = {name: call(ranks[place], exchange=exchange(group), memory_budget=1500) for name, exchange in EXCHANGES.items()}
-            results.append({name: (out.loss.detach(), gradients) for name, (out, gradients) in found.items()})
+            found = {
+                name: call(ranks[place], exchange=exchange(group), memory_budget=1500)
+                for name, exchange in EXCHANGES.items()
+            }
+            results.append(
+                {name: (out.loss.detach(), gradients) for name, (out, gradients) in found.items()}
+            )
         return results
 
     for results in run_ranks(work, 4):
@@ -202,13 +309,20 @@ def test_exchanges_agree_on_four_uneven_ranks(make_case):
             for other, other_gradients in found.values():
                 torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-13)
                 for name, gradient in gradients.items():
-                    torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-12, atol=1e-13)
+                    torch.testing.assert_close(
+                        other_gradients[name], gradient, rtol=1e-12, atol=1e-13
+                    )
 
 
 def test_grids_of_every_shape_on_six_uneven_ranks(make_case):
-    """1 x 6 to 6 x 1, with a rank and with a whole node that has no rows, against all-gather; groups are made once."""
+    """1 x 6 to 6 x 1, with a rank and with a whole node that has no rows, against all-gather;
+    groups are made once.
+    """
     shapes = ((5, 3, 0, 4, 2, 3), (7, 4, 2, 4, 3, 3)), ((5, 3, 0, 0, 2, 3), (6, 3, 0, 0, 3, 3))
-    cases = [make_case(i, *shape, symmetric=True, prefixes=(3, 7), query_negatives=i == 0)[0] for i, shape in enumerate(shapes)]
+    cases = [
+        make_case(i, *shape, symmetric=True, prefixes=(3, 7), query_negatives=i == 0)[0]
+        for i, shape in enumerate(shapes)
+    ]
 
     def work(rank, _):
         grids = {columns: Grid(columns=columns) for columns in (1, 2, 3, 6)}
@@ -235,14 +349,18 @@ def test_a_row_of_the_grid_is_a_node_or_near_the_root():
     assert width_of_row([5, 3, 5, 3]) == 1  # neighbours in the group are on different nodes
 
     def work(rank, _):
-        with pytest.raises(ValueError, match=r"columns: found 2, expected a divisor of the group's 3 ranks"):
+        with pytest.raises(
+            ValueError, match=r"columns: found 2, expected a divisor of the group's 3 ranks"
+        ):
             Grid(columns=2)
 
     run_ranks(work, 3)
 
 
 def test_bytes_between_nodes(monkeypatch):
-    """What grid.py says: (r-1) shards out and r gradients back over every rank's own link to the next node."""
+    """What grid.py says: (r-1) shards out and r gradients back over every rank's own link to the
+    next node.
+    """
     rows, dim = 4, 8
 
     def work(rank, _):
@@ -250,7 +368,11 @@ def test_bytes_between_nodes(monkeypatch):
         batch = dist.batch_isend_irecv
 
         def counting(messages):
-            sent.extend(message.tensor.nbytes for message in messages if message.op is dist.isend and message.peer // 3 != rank // 3)
+            sent.extend(
+                message.tensor.nbytes
+                for message in messages
+                if message.op is dist.isend and message.peer // 3 != rank // 3
+            )
             return batch(messages)
 
         monkeypatch.setattr(dist, "batch_isend_irecv", counting)
@@ -258,20 +380,26 @@ def test_bytes_between_nodes(monkeypatch):
         for exchange in (Grid(columns=3), EXCHANGES["ring"]()):
             for accumulate in (False, True):
                 sent.clear()
-                for _ in exchange.stream(torch.ones(rows, dim, dtype=torch.bfloat16), [rows] * 6, torch.float32).shards(accumulate):
+                for _ in exchange.stream(
+                    torch.ones(rows, dim, dtype=torch.bfloat16), [rows] * 6, torch.float32
+                ).shards(accumulate):
                     pass
                 found.append(sum(sent) // (rows * dim * 2))
         return found
 
     found = run_ranks(work, 6)
     assert [x[:2] for x in found] == [[1, 1 + 2 * 2]] * 6  # r = 2; a gradient has twice the bytes
-    assert [x[2:] for x in found] == [[5, 5 + 2 * 6] if rank in (2, 5) else [0, 0] for rank in range(6)]
+    assert [x[2:] for x in found] == [
+        [5, 5 + 2 * 6] if rank in (2, 5) else [0, 0] for rank in range(6)
+    ]
 
 
 def test_local_exchange_is_the_default(make_case):
     _, case = make_case(0)
     assert isinstance(Local(), Exchange)
-    assert torch.equal(infonce(**grouped(case)).loss, infonce(**grouped(case), exchange=Local()).loss)
+    assert torch.equal(
+        infonce(**grouped(case)).loss, infonce(**grouped(case), exchange=Local()).loss
+    )
 
 
 def test_run_ranks_returns_in_rank_order_and_reports_the_failing_rank():
@@ -282,7 +410,9 @@ def test_run_ranks_returns_in_rank_order_and_reports_the_failing_rank():
             raise KeyError("the shard of rank one")
         dist.barrier()
 
-    with pytest.raises(RankFailure, match=r"(?s)rank 1 failed.*one_fails.*the shard of rank one") as caught:
+    with pytest.raises(
+        RankFailure, match=r"(?s)rank 1 failed.*one_fails.*the shard of rank one"
+    ) as caught:
         run_ranks(one_fails, 2)
     assert isinstance(caught.value.__cause__, KeyError)
 

@@ -17,7 +17,15 @@ def integers(seed: int, *shape: int) -> torch.Tensor:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 40), st.integers(1, 12), st.integers(1, 17), st.booleans(), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.integers(1, 17),
+    st.booleans(),
+    st.booleans(),
+)
 def test_topk_equals_sorting(seed, n, m, k, tile, threshold, exclude):
     q, keys = integers(seed, n, 3), integers(seed + 1, m, 3)
     scores = q @ keys.T
@@ -64,16 +72,24 @@ def test_rank_equals_position_in_a_stable_sort(seed, n, m, tile):
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     index = torch.randint(0, m, (int(offsets[-1]),), generator=g)
     expected = [
-        min((int(place[i, j]) for j in index[offsets[i] : offsets[i + 1]]), default=-1) for i in range(n)
+        min((int(place[i, j]) for j in index[offsets[i] : offsets[i + 1]]), default=-1)
+        for i in range(n)
     ]
-    assert rank_of(q, keys, index, positive_offsets=offsets, tile=tile, normalize=False).tolist() == expected
+    assert (
+        rank_of(q, keys, index, positive_offsets=offsets, tile=tile, normalize=False).tolist()
+        == expected
+    )
     one = torch.randint(0, m, (n,), generator=g)
-    assert torch.equal(rank_of(q, keys, one, tile=tile, normalize=False), place.gather(1, one[:, None])[:, 0])
+    assert torch.equal(
+        rank_of(q, keys, one, tile=tile, normalize=False), place.gather(1, one[:, None])[:, 0]
+    )
 
 
 @pytest.mark.parametrize("tile", [3, 16, 1000])
 def test_positive_ties_with_itself_only_whatever_the_tile(tile):
-    """The positive's score must come from the same product as the others', or rounding gives rank 1 for rank 0."""
+    """The positive's score must come from the same product as the others', or rounding gives
+    rank 1 for rank 0.
+    """
     g = torch.Generator().manual_seed(0)
     keys = torch.randn(200, 48, generator=g)
     assert (rank_of(keys + 1e-3, keys, torch.arange(200), tile=tile) == 0).all()
@@ -86,27 +102,47 @@ def test_search_in_half_precision_inputs():
     assert torch.equal(index[:, 0], torch.arange(12))
 
 
-SHARDS = {1: ((9,), (40,)), 2: ((5, 4), (33, 7)), 4: ((5, 0, 3, 1), (0, 11, 20, 9)), 3: ((2, 0, 3), (0, 0, 0))}
+SHARDS = {
+    1: ((9,), (40,)),
+    2: ((5, 4), (33, 7)),
+    4: ((5, 0, 3, 1), (0, 11, 20, 9)),
+    3: ((2, 0, 3), (0, 0, 0)),
+}
 
 
 @pytest.mark.parametrize("world_size", SHARDS)
 def test_ranks_find_what_one_process_finds(world_size):
-    """Of any exchange, and the same ones: ties on purpose, and cosines of float64; some ranks have no queries or no keys."""
+    """Of any exchange, and the same ones: ties on purpose, and cosines of float64; some ranks
+    have no queries or no keys.
+    """
     rows, columns = SHARDS[world_size]
     n, m, g = sum(rows), sum(columns), torch.Generator().manual_seed(world_size)
     whole = {"queries": integers(1, n, 3), "keys": integers(2, m, 3)}
-    float64 = {"queries": torch.randn(n, 24, generator=g).double(), "keys": torch.randn(m, 24, generator=g).double()}
-    key_ids, exclude_ids = torch.randint(0, 10, (m,), generator=g), torch.randint(-1, 10, (n, 3), generator=g)
+    float64 = {
+        "queries": torch.randn(n, 24, generator=g).double(),
+        "keys": torch.randn(m, 24, generator=g).double(),
+    }
+    key_ids, exclude_ids = (
+        torch.randint(0, 10, (m,), generator=g),
+        torch.randint(-1, 10, (n, 3), generator=g),
+    )
     by_index = torch.randint(-1, max(m, 1), (n, 2), generator=g)
     calls = [
         (whole, {"normalize": False}),
-        (whole, {"normalize": False, "max_score": 3.0, "key_ids": key_ids, "exclude_ids": exclude_ids}),
+        (
+            whole,
+            {"normalize": False, "max_score": 3.0, "key_ids": key_ids, "exclude_ids": exclude_ids},
+        ),
         (whole, {"normalize": False, "exclude_ids": by_index}),
         (float64, {"max_score": 0.4, "key_ids": key_ids, "exclude_ids": exclude_ids}),
     ]
 
     def cut(name, x, rank):
-        return x.split(columns if name in ("keys", "key_ids") else rows)[rank] if isinstance(x, torch.Tensor) else x
+        return (
+            x.split(columns if name in ("keys", "key_ids") else rows)[rank]
+            if isinstance(x, torch.Tensor)
+            else x
+        )
 
     def work(rank, _):
         found = []
@@ -120,9 +156,13 @@ def test_ranks_find_what_one_process_finds(world_size):
     assert m == 0 or any((index >= 0).any() for _, index in expected)
     for i, parts in enumerate(zip(*run_ranks(work, world_size), strict=True)):
         for found, right in zip(zip(*parts, strict=True), expected[i % len(calls)], strict=True):
-            if right.dtype is torch.int64 or calls[i % len(calls)][0] is whole:  # places, and products of small integers, are exact
+            if (
+                right.dtype is torch.int64 or calls[i % len(calls)][0] is whole
+            ):  # places, and products of small integers, are exact
                 assert torch.equal(torch.cat(found), right)
-            else:  # rounded once to float32, of float64 sums whose last bit may differ with the shape of a tile
+            # Rounded once to float32, of float64 sums whose last bit may differ with the shape of a
+            # tile
+            else:
                 torch.testing.assert_close(torch.cat(found), right, rtol=2**-23, atol=0)
 
 

@@ -1,4 +1,6 @@
-"""The sigmoid loss: reference against a plain loop and differences, chunked against reference, ranks against one."""
+"""The sigmoid loss: reference against a plain loop and differences, chunked against reference,
+ranks against one.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,16 @@ def test_reference_equals_a_loop_over_pairs(make_case):
 
 
 def test_reference_gradient_by_differences(make_case):
-    _, case = make_case(0, (4,), (5,), 4, temperature=0.3, per_row_temperature=True, prefixes=(2, 4))
+    _, case = make_case(
+        0, (4,), (5,), 4, temperature=0.3, per_row_temperature=True, prefixes=(2, 4)
+    )
     case["bias"] = torch.tensor(-1.0, dtype=torch.float64)
     inputs = [case[name].clone().requires_grad_() for name in LEAVES]
-    loss = lambda *tensors: sigmoid(**grouped({**case, **dict(zip(LEAVES, tensors, strict=True)), "backend": "reference"})).loss  # noqa: E731
+
+    def loss(*tensors: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(LEAVES, tensors, strict=True))
+        return sigmoid(**grouped({**case, **given, "backend": "reference"})).loss
+
     assert torch.autograd.gradcheck(loss, inputs, rtol=1e-5, atol=1e-7)
 
 
@@ -56,33 +64,70 @@ def test_chunked_equals_reference(make_case, data):
     names = ("ids", "query_ids", "masks", "positives", "per_row_temperature")
     flags = {name: data.draw(st.booleans()) for name in names}
     rows = data.draw(st.integers(1, 8))
-    _, case = make_case(data.draw(st.integers(0, 10**6)), (rows,), (rows + 2,), prefixes=data.draw(st.sampled_from([None, (3, 7)])), **flags)
+    _, case = make_case(
+        data.draw(st.integers(0, 10**6)),
+        (rows,),
+        (rows + 2,),
+        prefixes=data.draw(st.sampled_from([None, (3, 7)])),
+        **flags,
+    )
     expected, expected_gradients = call(case, backend="reference")
     for dtype, near in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
-        out, gradients = call(case, dtype=dtype, backend="chunked", memory_budget=data.draw(st.sampled_from([1, 1000, None])))
+        out, gradients = call(
+            case,
+            dtype=dtype,
+            backend="chunked",
+            memory_budget=data.draw(st.sampled_from([1, 1000, None])),
+        )
         torch.testing.assert_close(out.loss.double(), expected.loss, rtol=near, atol=near)
         for name, gradient in expected_gradients.items():
-            torch.testing.assert_close(gradients[name].double(), gradient, rtol=near, atol=near * max(1.0, float(gradient.abs().max())))
+            torch.testing.assert_close(
+                gradients[name].double(),
+                gradient,
+                rtol=near,
+                atol=near * max(1.0, float(gradient.abs().max())),
+            )
 
 
-@pytest.mark.parametrize("world_size, backend, kind", [(2, "reference", "all_gather"), *((4, "chunked", kind) for kind in EXCHANGES)])
+@pytest.mark.parametrize(
+    "world_size, backend, kind",
+    [(2, "reference", "all_gather"), *((4, "chunked", kind) for kind in EXCHANGES)],
+)
 def test_ranks_equal_one_process(make_case, world_size, backend, kind):
     shapes = ((5, 3, 2, 0)[:world_size], (7, 3, 4, 1)[:world_size])
-    cases = [make_case(i, *shapes, **flags) for i, flags in enumerate([{}, {"ids": True, "masks": True, "prefixes": (3, 7)}, {"positives": True}])]
+    cases = [
+        make_case(i, *shapes, **flags)
+        for i, flags in enumerate(
+            [{}, {"ids": True, "masks": True, "prefixes": (3, 7)}, {"positives": True}]
+        )
+    ]
 
     def work(rank, _):
         results = []
         for ranks, _ in cases:
             for frozen in ((), ("keys",) if rank == 0 else ("queries",)):
-                out, gradients = call(ranks[rank], frozen, exchange=EXCHANGES[kind](), backend=backend, memory_budget=1500)
+                out, gradients = call(
+                    ranks[rank],
+                    frozen,
+                    exchange=EXCHANGES[kind](),
+                    backend=backend,
+                    memory_budget=1500,
+                )
                 results.append((out.loss.detach(), out.prefix_losses, gradients))
         return results
 
     parts = list(zip(*run_ranks(work, world_size), strict=True))[::2]
     for part, (_, whole) in zip(parts, cases, strict=True):
         expected, gradients = call(whole, backend="reference")
-        torch.testing.assert_close(torch.stack([x[0] for x in part]).mean(), expected.loss.detach(), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(torch.stack([x[1] for x in part]).mean(0), expected.prefix_losses, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            torch.stack([x[0] for x in part]).mean(), expected.loss.detach(), rtol=1e-10, atol=1e-12
+        )
+        torch.testing.assert_close(
+            torch.stack([x[1] for x in part]).mean(0),
+            expected.prefix_losses,
+            rtol=1e-10,
+            atol=1e-12,
+        )
         for name, gradient in gradients.items():
             mine = [x[2][name] for x in part]
             together = torch.cat(mine) / world_size if gradient.dim() else torch.stack(mine).mean(0)
@@ -98,7 +143,15 @@ def test_a_rank_may_want_the_bias_alone(make_case):
     """Then its tiles still give the other ranks' keys their gradient."""
     ranks, whole = make_case(0, (5, 3), (7, 4), prefixes=(3, 7))
     frozen = ("queries", "keys", "temperature")
-    parts = run_ranks(lambda rank, _: call(ranks[rank], frozen if rank else ("bias",), exchange=EXCHANGES["ring"](), backend="chunked")[1], 2)
+    parts = run_ranks(
+        lambda rank, _: call(
+            ranks[rank],
+            frozen if rank else ("bias",),
+            exchange=EXCHANGES["ring"](),
+            backend="chunked",
+        )[1],
+        2,
+    )
     _, expected = call(whole, backend="reference")
     torch.testing.assert_close(parts[0]["keys"] / 2, expected["keys"][:7], rtol=1e-10, atol=1e-11)
     alone = call(whole, frozen, backend="chunked", exchange=Local())[1]

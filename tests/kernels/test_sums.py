@@ -1,4 +1,6 @@
-"""Losses that meet once: several calls over shared tensors, on ranks of uneven and no rows, against one process and one loss at a time."""
+"""Losses that meet once: several calls over shared tensors, on ranks of uneven and no rows,
+against one process and one loss at a time.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +23,66 @@ def leaves_of(rows: slice, dtype: torch.dtype) -> Leaves:
     """Three views, hard negatives of the first, and a temperature, as they are in ``dtype``."""
     g = torch.Generator().manual_seed(3)
     base = torch.randn(sum(ROWS), D, generator=g)
-    drawn = {name: base + 0.6 * torch.randn(sum(ROWS), D, generator=g) for name in "abc"} | {"hard": torch.randn(sum(ROWS), HARD, D, generator=g)}
+    drawn = {name: base + 0.6 * torch.randn(sum(ROWS), D, generator=g) for name in "abc"} | {
+        "hard": torch.randn(sum(ROWS), HARD, D, generator=g)
+    }
     # Rounded to bfloat16, so that all dtypes are given the same numbers.
     found = {name: x[rows].bfloat16().to(dtype).requires_grad_() for name, x in drawn.items()}
-    return found | {"temperature": torch.tensor(0.0625, dtype=torch.float64 if dtype is torch.float64 else torch.float32).requires_grad_()}
+    return found | {
+        "temperature": torch.tensor(
+            0.0625, dtype=torch.float64 if dtype is torch.float64 else torch.float32
+        ).requires_grad_()
+    }
 
 
 def calls_of(leaves: Leaves, rows: slice) -> list[dict[str, Any]]:
-    """What several patterns ask for: views shared in other roles, with other masks, options and prefixes."""
+    """What several patterns ask for: views shared in other roles, with other masks, options and
+    prefixes.
+    """
     a, b, c, hard, temperature = leaves.values()
     g = torch.Generator().manual_seed(4)
     flags = [torch.rand(sum(ROWS), generator=g)[rows] < 0.8 for _ in range(3)]
     ids = torch.randint(0, 5, (sum(ROWS),), generator=g)[rows]
-    masks = {"query_valid": flags[0], "key_valid": flags[1], "query_ids": ids, "key_query_ids": ids, "key_ids": torch.arange(sum(ROWS))[rows] % 6}
+    masks = {
+        "query_valid": flags[0],
+        "key_valid": flags[1],
+        "query_ids": ids,
+        "key_query_ids": ids,
+        "key_ids": torch.arange(sum(ROWS))[rows] % 6,
+    }
     return [
-        {"queries": a, "keys": b, "temperature": temperature, "symmetric": True, "prefixes": (4, D), "hard_negatives": hard, **masks},
-        {"queries": b, "keys": c, "temperature": 0.1, "query_negatives": True, "key_valid": flags[2]},
-        {"queries": c, "keys": a, "temperature": temperature, "symmetric": True, "prefixes": (4, D), "margin_absolute": 0.1},
-        {"queries": a, "keys": b, "temperature": 0.05, "key_negatives": True, "positive_ids": ids, "key_ids": ids},
+        {
+            "queries": a,
+            "keys": b,
+            "temperature": temperature,
+            "symmetric": True,
+            "prefixes": (4, D),
+            "hard_negatives": hard,
+            **masks,
+        },
+        {
+            "queries": b,
+            "keys": c,
+            "temperature": 0.1,
+            "query_negatives": True,
+            "key_valid": flags[2],
+        },
+        {
+            "queries": c,
+            "keys": a,
+            "temperature": temperature,
+            "symmetric": True,
+            "prefixes": (4, D),
+            "margin_absolute": 0.1,
+        },
+        {
+            "queries": a,
+            "keys": b,
+            "temperature": 0.05,
+            "key_negatives": True,
+            "positive_ids": ids,
+            "key_ids": ids,
+        },
     ]
 
 
@@ -50,18 +94,30 @@ def expected() -> tuple[Tensor, Leaves]:
     """The definition, in float64, of one process, one loss at a time."""
     leaves = leaves_of(slice(None), torch.float64)
     calls = calls_of(leaves, slice(None))
-    total = torch.stack([w * infonce(**grouped(call | {"backend": "reference"})).loss for w, call in zip(WEIGHTS, calls, strict=True)]).sum()
+    total = torch.stack(
+        [
+            w * infonce(**grouped(call | {"backend": "reference"})).loss
+            for w, call in zip(WEIGHTS, calls, strict=True)
+        ]
+    ).sum()
     total.backward()
     return total.detach(), {name: x.grad for name, x in leaves.items() if x.grad is not None}
 
 
-def together(rank: int, dtype: torch.dtype, exchange: Exchange, ranks: int, known: bool) -> tuple[Tensor, Leaves]:
+def together(
+    rank: int, dtype: torch.dtype, exchange: Exchange, ranks: int, known: bool
+) -> tuple[Tensor, Leaves]:
     leaves = leaves_of(rows_of(rank), dtype)
     sizes = {"sizes": [(rows, rows) for rows in ROWS[:ranks]]} if known else {}
-    calls = [grouped(call | sizes | {"backend": "chunked"}) for call in calls_of(leaves, rows_of(rank))]
+    calls = [
+        grouped(call | sizes | {"backend": "chunked"}) for call in calls_of(leaves, rows_of(rank))
+    ]
     total, outputs = infonce_sum(calls, WEIGHTS, exchange=exchange)
     total.backward()
-    torch.testing.assert_close(total.detach(), torch.stack([w * one.loss for w, one in zip(WEIGHTS, outputs, strict=True)]).sum())
+    torch.testing.assert_close(
+        total.detach(),
+        torch.stack([w * one.loss for w, one in zip(WEIGHTS, outputs, strict=True)]).sum(),
+    )
     return total.detach(), {name: x.grad for name, x in leaves.items()}
 
 
@@ -101,12 +157,21 @@ def test_tensor_parallel_peers_share_the_rows_of_all_losses(kind, dtype):
 
     found = run_ranks(work, 2 * len(ROWS), timeout=60)
     for one, other in zip(found[::2], found[1::2], strict=True):
-        assert torch.equal(one[0], other[0]) and all(torch.equal(x, other[1][name]) for name, x in one[1].items())
+        assert torch.equal(one[0], other[0]) and all(
+            torch.equal(x, other[1][name]) for name, x in one[1].items()
+        )
     check(found[::2], dtype)
 
 
 def test_one_process_needs_no_exchange():
     leaves = leaves_of(slice(None), torch.float64)
-    total, _ = infonce_sum([grouped(call | {"backend": "chunked"}) for call in calls_of(leaves, slice(None))], WEIGHTS, exchange=Local())
+    total, _ = infonce_sum(
+        [grouped(call | {"backend": "chunked"}) for call in calls_of(leaves, slice(None))],
+        WEIGHTS,
+        exchange=Local(),
+    )
     total.backward()
-    check([(total.detach(), {name: x.grad for name, x in leaves.items() if x.grad is not None})], torch.float64)
+    check(
+        [(total.detach(), {name: x.grad for name, x in leaves.items() if x.grad is not None})],
+        torch.float64,
+    )

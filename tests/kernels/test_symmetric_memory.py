@@ -1,4 +1,6 @@
-"""The exchange over symmetric memory: refused without CUDA; its order of reads and writes over files that ranks share."""
+"""The exchange over symmetric memory: refused without CUDA; its order of reads and writes over
+files that ranks share.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ class Files:
 
     def __init__(self, folder: Path, rank: int, world_size: int, size: int) -> None:
         self.rank = rank
-        self.memory = [torch.from_file(str(folder / f"{size}-{r}"), shared=True, size=size, dtype=torch.uint8) for r in range(world_size)]
+        self.memory = [
+            torch.from_file(str(folder / f"{size}-{r}"), shared=True, size=size, dtype=torch.uint8)
+            for r in range(world_size)
+        ]
 
     def get_buffer(self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if self.rank == 1 and rank != 1:
@@ -54,14 +59,22 @@ def test_without_cuda_it_is_refused_in_one_line():
 
 
 def test_it_gathers_what_all_gather_does(make_case, tmp_path):
-    """The same bits; two streams at a time and one after the other share a window, which then has to grow."""
-    ranks = [make_case(seed, (5, 0, 3), (7, 0, 4), dim, query_negatives=True)[0] for seed, dim in ((0, 6), (1, 6), (2, 9))]
+    """The same bits; two streams at a time and one after the other share a window, which then
+    has to grow.
+    """
+    ranks = [
+        make_case(seed, (5, 0, 3), (7, 0, 4), dim, query_negatives=True)[0]
+        for seed, dim in ((0, 6), (1, 6), (2, 9))
+    ]
 
     def work(rank, _):
         symmetric, found = OverFiles(tmp_path), []
         for case in ranks:
             for exchange in (AllGather(), symmetric):
-                mine = {name: x.clone().requires_grad_() if name in ("queries", "keys") else x for name, x in case[rank].items()}
+                mine = {
+                    name: x.clone().requires_grad_() if name in ("queries", "keys") else x
+                    for name, x in case[rank].items()
+                }
                 out = infonce(**grouped(mine), exchange=exchange)
                 out.loss.backward()
                 found.append((out.loss.detach(), mine["queries"].grad, mine["keys"].grad))

@@ -13,15 +13,24 @@ aten = torch.ops.aten
 FULL, HALF = 4, 2  # bytes
 
 
-def accumulation_bytes(n: int, m: int, dimension: int, tile: tuple[int, int], temporary: bool = False) -> int:
-    """Read and written of both sides' float32 gradients in one round over tiles; a temporary is written, read, and added in an operation of its own."""
+def accumulation_bytes(
+    n: int, m: int, dimension: int, tile: tuple[int, int], temporary: bool = False
+) -> int:
+    """Read and written of both sides' float32 gradients in one round over tiles; a temporary is
+    written, read, and added in an operation of its own.
+    """
     rows, columns = tile
-    of_rows, of_columns = -(-m // columns) * n * dimension * FULL, -(-n // rows) * m * dimension * FULL
+    of_rows, of_columns = (
+        -(-m // columns) * n * dimension * FULL,
+        -(-n // rows) * m * dimension * FULL,
+    )
     return (of_rows + of_columns) * (4 if temporary else 2)
 
 
 def test_square_tiles_in_place_move_an_eighth_of_what_slivers_with_a_temporary_did():
-    """64k x 64k, D = 768, three prefixes in half precision, the default budget: half of the gradients, of which a tile gets half."""
+    """64k x 64k, D = 768, three prefixes in half precision, the default budget: half of the
+    gradients, of which a tile gets half.
+    """
     n, d, prefixes = 65536, 768, 3
     area = 2 * n * d * FULL // 2 // 2 // (HALF * prefixes)
     slivers = (area // n, n)
@@ -53,8 +62,14 @@ class AccumulatedBytes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function is aten.addmm_.default and result.shape[1] == self.dimension:
             self.total += 2 * result.numel() * result.element_size()
-        elif function in (aten.add_.Tensor, aten.mm.default, aten.mm.dtype) and result.dim() == 2 and result.shape[1] == self.dimension:
-            self.total += (1 + 2 * (function is aten.add_.Tensor)) * result.numel() * result.element_size()
+        elif (
+            function in (aten.add_.Tensor, aten.mm.default, aten.mm.dtype)
+            and result.dim() == 2
+            and result.shape[1] == self.dimension
+        ):
+            self.total += (
+                (1 + 2 * (function is aten.add_.Tensor)) * result.numel() * result.element_size()
+            )
         return result
 
 
@@ -62,10 +77,18 @@ def test_a_loss_moves_what_the_arithmetic_says():
     n, d, budget = 2048, 24, 2**20
     g = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(n, d, generator=g, requires_grad=True) for _ in range(2))
-    tile = tile_sides(n, n, budget // 2 // (3 * FULL + 3))  # cosines and both losses' logits, and what masks and exclusions take
+    tile = tile_sides(
+        n, n, budget // 2 // (3 * FULL + 3)
+    )  # cosines and both losses' logits, and what masks and exclusions take
     assert tile == (128, 256)
     with AccumulatedBytes(d) as moved:
-        infonce(queries, keys, 0.05, symmetric=True, options=LossOptions(backend="chunked", memory_budget=budget))
+        infonce(
+            queries,
+            keys,
+            0.05,
+            symmetric=True,
+            options=LossOptions(backend="chunked", memory_budget=budget),
+        )
     assert moved.total == accumulation_bytes(n, n, d, tile)
 
 
@@ -73,4 +96,8 @@ def test_a_product_is_added_in_place():
     target, a, b = torch.ones(4, 30), torch.ones(4, 6), torch.ones(6, 24)
     with AccumulatedBytes(24) as moved:
         add_product(target[:, :24], a, b)
-    assert moved.total == 2 * 4 * 24 * FULL and target[:, :24].eq(7).all() and target[:, 24:].eq(1).all()
+    assert (
+        moved.total == 2 * 4 * 24 * FULL
+        and target[:, :24].eq(7).all()
+        and target[:, 24:].eq(1).all()
+    )

@@ -1,4 +1,6 @@
-"""Risks: a script that does not parse, that starts something else than it says, loses an exit code, or fails late on a missing variable."""
+"""Risks: a script that does not parse, that starts something else than it says, loses an exit
+code, or fails late on a missing variable.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,20 @@ NODE = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-a"}
 
 
 def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("NODE", "MASTER_", "PROCESSES_", "SLURM_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("NODE", "MASTER_", "PROCESSES_", "SLURM_"))
+    }
     environment = {**kept, "PYTHON": sys.executable, "SAILPLAN_DRY_RUN": "1", **variables}
-    return subprocess.run([str(LAUNCH / script), *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [str(LAUNCH / script), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -34,7 +47,9 @@ def test_scripts_parse_and_are_executable(script: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_scripts_pass_shellcheck() -> None:
-    checked = subprocess.run(["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        ["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True, check=False
+    )
     assert checked.returncode == 0, checked.stdout
 
 
@@ -43,19 +58,32 @@ def test_local_starts_n_ranks_with_arguments_untouched() -> None:
     line = shlex.split(result.stdout)
     assert line[:3] == [sys.executable, "-m", "sailplan.runtime.torchrun"]
     assert line[line.index("--nproc-per-node") + 1] == "3" and "--standalone" in line
-    assert line[-6:] == ["-m", "sailplan", "train", "experiment=quickstart", "name=two words", "order=[a,b]"]
+    assert line[-6:] == [
+        "-m",
+        "sailplan",
+        "train",
+        "experiment=quickstart",
+        "name=two words",
+        "order=[a,b]",
+    ]
 
 
 def test_every_node_of_several_gets_its_place() -> None:
     line = shlex.split(run("torchrun.sh", "train", "seed=1", **NODE, PROCESSES_PER_NODE="8").stdout)
     options = dict(itertools.pairwise(line))
-    assert [options[f"--{name}"] for name in ("nnodes", "node-rank", "nproc-per-node", "master-addr", "master-port")] == ["2", "1", "8", "node-a", "29500"]
+    assert [
+        options[f"--{name}"]
+        for name in ("nnodes", "node-rank", "nproc-per-node", "master-addr", "master-port")
+    ] == ["2", "1", "8", "node-a", "29500"]
     assert line[-4:] == ["-m", "sailplan", "train", "seed=1"]
 
 
 def test_preflight_checks_with_the_same_ranks() -> None:
     line = shlex.split(run("preflight.sh", "2", "experiment=quickstart").stdout)
-    assert line[-4:] == ["-m", "sailplan", "check", "experiment=quickstart"] and "--nproc-per-node" in line
+    assert (
+        line[-4:] == ["-m", "sailplan", "check", "experiment=quickstart"]
+        and "--nproc-per-node" in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,7 +102,9 @@ def test_preflight_checks_with_the_same_ranks() -> None:
         ("slurm.sbatch", ["train"], {}, "expected a Slurm job"),
     ],
 )
-def test_wrong_use_is_one_line_and_a_failure(script: str, arguments: list[str], variables: dict[str, str], said: str) -> None:
+def test_wrong_use_is_one_line_and_a_failure(
+    script: str, arguments: list[str], variables: dict[str, str], said: str
+) -> None:
     result = run(script, *arguments, **variables)
     assert result.returncode == 64
     assert result.stdout == "" and said in result.stderr and len(result.stderr.splitlines()) == 1
@@ -88,35 +118,62 @@ def test_an_exit_code_of_the_ranks_comes_through() -> None:
 
 
 def slurm_commands(folder: Path, step: str) -> dict[str, str]:
-    """Small commands in the place of Slurm's: `srun` runs the task here, `scontrol` names the node and notes a requeue."""
+    """Small commands in the place of Slurm's: `srun` runs the task here, `scontrol` names the
+    node and notes a requeue.
+    """
     folder.mkdir()
-    (folder / "scontrol").write_text(f'#!/bin/bash\n[[ $1 == show ]] && echo node-a\n[[ $1 == requeue ]] && echo "$2" > {folder}/requeued\ntrue\n')
+    (folder / "scontrol").write_text(
+        '#!/bin/bash\n[[ $1 == show ]] && echo node-a\n[[ $1 == requeue ]] && echo "$2" > '
+        f"{folder}/requeued\ntrue\n"
+    )
     (folder / "srun").write_text(f"#!/bin/bash\n{step}\n")
     for name in ("scontrol", "srun"):
         (folder / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-a", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0"}
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node-a",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NODEID": "0",
+    }
     return {**job, "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (64, False), (70, False), (75, True)])
-def test_slurm_passes_exit_codes_and_requeues_only_a_stopped_run(tmp_path: Path, code: int, requeued: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(0, False), (1, False), (64, False), (70, False), (75, True)]
+)
+def test_slurm_passes_exit_codes_and_requeues_only_a_stopped_run(
+    tmp_path: Path, code: int, requeued: bool
+) -> None:
     result = run("slurm.sbatch", "train", **slurm_commands(tmp_path / "bin", f"exit {code}"))
     assert result.returncode == code
     assert (tmp_path / "bin" / "requeued").exists() == requeued
 
 
 def test_slurm_starts_each_node_through_torchrun_and_resumes(tmp_path: Path) -> None:
-    line = shlex.split(run("slurm.sbatch", "train", "name=x", **slurm_commands(tmp_path / "bin", 'exec "$@"')).stdout)
+    line = shlex.split(
+        run(
+            "slurm.sbatch", "train", "name=x", **slurm_commands(tmp_path / "bin", 'exec "$@"')
+        ).stdout
+    )
     assert line[-4:] == ["sailplan", "train", "name=x", "resume=auto"]
-    assert line[line.index("--master-addr") + 1] == "node-a" and line[line.index("--master-port") + 1] == "20007"
-    kept = run("slurm.sbatch", "train", "resume=never", **slurm_commands(tmp_path / "two", 'exec "$@"'))
+    assert (
+        line[line.index("--master-addr") + 1] == "node-a"
+        and line[line.index("--master-port") + 1] == "20007"
+    )
+    kept = run(
+        "slurm.sbatch", "train", "resume=never", **slurm_commands(tmp_path / "two", 'exec "$@"')
+    )
     assert shlex.split(kept.stdout)[-1] == "resume=never"
 
 
 def test_slurm_hands_the_early_warning_on_and_waits_for_the_save(tmp_path: Path) -> None:
-    step = f"trap 'sleep 0.5; exit 75' USR1; touch {tmp_path}/ready; while true; do sleep 0.05; done"
+    step = (
+        f"trap 'sleep 0.5; exit 75' USR1; touch {tmp_path}/ready; while true; do sleep 0.05; done"
+    )
     environment = {**os.environ, **slurm_commands(tmp_path / "bin", step)}
-    job = subprocess.Popen([str(LAUNCH / "slurm.sbatch"), "train"], env=environment, stderr=subprocess.PIPE)
+    job = subprocess.Popen(
+        [str(LAUNCH / "slurm.sbatch"), "train"], env=environment, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 30
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.02)

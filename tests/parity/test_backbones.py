@@ -1,4 +1,6 @@
-"""Published models as parts of the encoder: the forward pass is transformers' own, a rank reads its share, what is exported is bit-equal."""
+"""Published models as parts of the encoder: the forward pass is transformers' own, a rank reads
+its share, what is exported is bit-equal.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,16 @@ from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks
 
 SHARED = {
-    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
-    "rope_theta": 5e4, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "rope_theta": 5e4,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
 FAMILIES = ("qwen2", "qwen3")
 
 
@@ -45,7 +54,11 @@ def configured(family: str, folder: Path | None, *, causal: bool = True) -> Mode
     """The small model's configuration with the tower of a family."""
     config = small_config()
     config.vocabulary, config.embedding, config.rope_base = 96, 32, 5e4
-    own = {"query_key_value_bias": True} if family == "qwen2" else {"query_key_norm": True, "head_size": 16}
+    own = (
+        {"query_key_value_bias": True}
+        if family == "qwen2"
+        else {"query_key_norm": True, "head_size": 16}
+    )
     config.tower = TransformerShape(2, 32, 4, 2, 48, norm_epsilon=1e-5, causal=causal, **own)
     config.pooling = "last_token"
     config.weights = WeightsConfig(tower=None if folder is None else str(folder))
@@ -54,9 +67,15 @@ def configured(family: str, folder: Path | None, *, causal: bool = True) -> Mode
 
 def reference(family: str) -> torch.nn.Module:
     torch.manual_seed(3)
-    model = Qwen2ForCausalLM(Qwen2Config(**SHARED)) if family == "qwen2" else Qwen3ForCausalLM(Qwen3Config(**SHARED, head_dim=16))
+    model = (
+        Qwen2ForCausalLM(Qwen2Config(**SHARED))
+        if family == "qwen2"
+        else Qwen3ForCausalLM(Qwen3Config(**SHARED, head_dim=16))
+    )
     with torch.no_grad():
-        for parameter in model.parameters():  # norms start as ones and biases as zeros: a mix-up would not show
+        for (
+            parameter
+        ) in model.parameters():  # norms start as ones and biases as zeros: a mix-up would not show
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             else:
@@ -84,7 +103,11 @@ def hidden_states(encoder, ids, mask):
     with torch.no_grad():
         numbers, places, rows = packed_rows(mask)
         hidden = encoder.tower(encoder.text(ids.flatten()[numbers]), rows, places)
-        return torch.zeros(ids.numel(), hidden.size(1)).index_copy(0, numbers, hidden).unflatten(0, ids.shape)
+        return (
+            torch.zeros(ids.numel(), hidden.size(1))
+            .index_copy(0, numbers, hidden)
+            .unflatten(0, ids.shape)
+        )
 
 
 def loaded(rank, world, family, folder, causal):
@@ -95,7 +118,10 @@ def loaded(rank, world, family, folder, causal):
     (source,) = open_sources(config)
     load(source, encoder, parallel.tensor_parallel_rank, world)
     found = hidden_states(encoder, *inputs())
-    whole = {name: whole_tensor(parameter, parameter, parallel) for name, parameter in encoder.named_parameters()}
+    whole = {
+        name: whole_tensor(parameter, parameter, parallel)
+        for name, parameter in encoder.named_parameters()
+    }
     return found, whole, source.folder.bytes_read, source.folder.largest_read
 
 
@@ -108,7 +134,9 @@ def test_hidden_states_are_those_of_transformers(published, tensor, causal):
         if causal:
             wanted = model.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         else:  # a mask of four dimensions is taken as it is
-            wanted = model.model(input_ids=ids, attention_mask=mask[:, None, None, :].expand(-1, 1, 7, -1)).last_hidden_state
+            wanted = model.model(
+                input_ids=ids, attention_mask=mask[:, None, None, :].expand(-1, 1, 7, -1)
+            ).last_hidden_state
     for found, *_ in run_ranks(loaded, tensor, family, folder, causal):
         torch.testing.assert_close(found[mask], wanted[mask], rtol=0, atol=1e-5)
     assert wanted[mask].std() > 0.5
@@ -131,25 +159,37 @@ def built(rank, world, config):
     drawn = OmniEncoder(configured("qwen3", None), seed=5)
     first = dict(drawn.named_parameters())
     assert not any(parameter.is_meta for parameter in encoder.parameters())
-    return {name: whole_tensor(first[name], parameter, parallel) for name, parameter in encoder.named_parameters()}
+    return {
+        name: whole_tensor(first[name], parameter, parallel)
+        for name, parameter in encoder.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("published", ["qwen3"], indirect=True)
 def test_a_run_starts_from_the_weights_at_any_layout(published):
     family, folder, model = published
-    one, two = run_ranks(built, 1, configured(family, folder))[0], run_ranks(built, 2, configured(family, folder))[0]
+    one, two = (
+        run_ranks(built, 1, configured(family, folder))[0],
+        run_ranks(built, 2, configured(family, folder))[0],
+    )
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert torch.equal(one["text.weight"], model.model.embed_tokens.weight)
 
 
 def test_last_positions():
     values = torch.arange(24.0).view(8, 3)
-    assert torch.equal(last_positions(values, torch.tensor([2, -1])), torch.stack([values[2], torch.zeros(3)]))
+    assert torch.equal(
+        last_positions(values, torch.tensor([2, -1])), torch.stack([values[2], torch.zeros(3)])
+    )
 
 
 def damaged(folder: Path, out: Path, change) -> Path:
     """A copy of the folder as one file, after `change(tensors, config)`."""
-    tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    tensors = {
+        name: value
+        for file in folder.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
     config = json.loads((folder / "config.json").read_text())
     change(tensors, config)
     out.mkdir()
@@ -165,13 +205,22 @@ NORM, QUERY = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
     ("change", "words"),
     [
         (lambda t, c: t.pop(NORM), ["model.weights.tower", NORM, "1 missing"]),
-        (lambda t, c: t.update({"model.layers.7.extra.weight": torch.ones(2)}), ["unknown tensor model.layers.7.extra.weight"]),
+        (
+            lambda t, c: t.update({"model.layers.7.extra.weight": torch.ones(2)}),
+            ["unknown tensor model.layers.7.extra.weight"],
+        ),
         (lambda t, c: t.update({NORM: t[NORM].to(torch.int8)}), [NORM, "type I8", "F32, BF16"]),
         (lambda t, c: t.update({QUERY: t[QUERY][:-1].clone()}), [QUERY, "(63, 32)", "(64, 32)"]),
         (lambda t, c: c.update(hidden_size=64), ["model.tower.hidden is 32", "hidden_size 64"]),
-        (lambda t, c: c.update(num_hidden_layers=3), ["model.tower.layers is 2", "num_hidden_layers 3"]),
+        (
+            lambda t, c: c.update(num_hidden_layers=3),
+            ["model.tower.layers is 2", "num_hidden_layers 3"],
+        ),
         (lambda t, c: c.update(model_type="llama"), ["model_type llama", "qwen2, qwen3"]),
-        (lambda t, c: c.update(rope_parameters={"rope_type": "yarn", "rope_theta": 5e4}), ["rope_type yarn"]),
+        (
+            lambda t, c: c.update(rope_parameters={"rope_type": "yarn", "rope_theta": 5e4}),
+            ["rope_type yarn"],
+        ),
     ],
 )
 @pytest.mark.parametrize("published", ["qwen3"], indirect=True)
@@ -203,8 +252,12 @@ def test_a_missing_file_and_a_missing_folder(published, tmp_path):
 
 def vision_config(folder: Path | None) -> ModelConfig:
     config = small_config()
-    shape = TransformerShape(2, 32, 4, None, 48, norm="layer", activation="gelu_tanh", gated=False, bias=True)
-    config.vision = dataclasses.replace(config.vision, backbone="siglip", patch=4, position_grid=5, encoder=shape)
+    shape = TransformerShape(
+        2, 32, 4, None, 48, norm="layer", activation="gelu_tanh", gated=False, bias=True
+    )
+    config.vision = dataclasses.replace(
+        config.vision, backbone="siglip", patch=4, position_grid=5, encoder=shape
+    )
     config.weights.vision = None if folder is None else str(folder)
     return config
 
@@ -213,10 +266,19 @@ def vision_config(folder: Path | None) -> ModelConfig:
 def siglip(request, tmp_path_factory):
     """(folder, image tower) of a SigLIP of two towers, or of its image tower alone."""
     torch.manual_seed(4)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     vision = SiglipVisionConfig(**sizes, image_size=20, patch_size=4)
     text = SiglipTextConfig(**sizes, vocab_size=20, max_position_embeddings=8)
-    whole = SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())) if request.param else SiglipVisionModel(vision)
+    whole = (
+        SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
+        if request.param
+        else SiglipVisionModel(vision)
+    )
     with torch.no_grad():
         for parameter in whole.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -234,7 +296,14 @@ def seen(rank, world, folder, sizes):
     load(source, encoder, parallel.tensor_parallel_rank, world)
     with torch.no_grad():
         tokens = [encoder.vision(pictures(size)) for size in sizes]
-    return tokens, {name: whole_tensor(parameter, parameter, parallel) for name, parameter in encoder.named_parameters()}, source.folder.bytes_read
+    return (
+        tokens,
+        {
+            name: whole_tensor(parameter, parameter, parallel)
+            for name, parameter in encoder.named_parameters()
+        },
+        source.folder.bytes_read,
+    )
 
 
 def pictures(size):
@@ -257,7 +326,10 @@ def test_siglip_sees_as_transformers_does(siglip, tmp_path, tensor):
 def test_siglip_files_of_another_size_are_one_line(siglip):
     folder, _ = siglip
     check_weights(vision_config(folder))
-    wrong = [({"position_grid": 6}, "model.vision.position_grid is 6.* 5"), ({"backbone": "own"}, "model.vision.backbone is own: expected siglip")]
+    wrong = [
+        ({"position_grid": 6}, "model.vision.position_grid is 6.* 5"),
+        ({"backbone": "own"}, "model.vision.backbone is own: expected siglip"),
+    ]
     for change, words in wrong:
         config = vision_config(folder)
         config.vision = dataclasses.replace(config.vision, **change)
@@ -266,27 +338,70 @@ def test_siglip_files_of_another_size_are_one_line(siglip):
 
 
 def test_siglip2_files_of_any_image_size_are_refused_in_one_line(siglip, tmp_path):
-    folder = damaged(siglip[0], tmp_path / "naflex", lambda _, config: config.update(model_type="siglip2_vision_model"))
-    with pytest.raises(ConfigurationError, match=r"model\.weights\.vision=.*model_type siglip2.*naflex.*choose a fixed size"):
+    folder = damaged(
+        siglip[0],
+        tmp_path / "naflex",
+        lambda _, config: config.update(model_type="siglip2_vision_model"),
+    )
+    with pytest.raises(
+        ConfigurationError,
+        match=r"model\.weights\.vision=.*model_type siglip2.*naflex.*choose a fixed size",
+    ):
         check_weights(vision_config(folder))
 
 
 def audio_config(folder: Path | None) -> ModelConfig:
     config = small_config()
-    shape = TransformerShape(2, 32, 4, None, 48, norm="layer", norm_epsilon=1e-5, activation="gelu", gated=False, bias=True)
-    config.audio = dataclasses.replace(config.audio, backbone="whisper", time_stride=2, mel_bins=6, encoder=shape)
+    shape = TransformerShape(
+        2,
+        32,
+        4,
+        None,
+        48,
+        norm="layer",
+        norm_epsilon=1e-5,
+        activation="gelu",
+        gated=False,
+        bias=True,
+    )
+    config.audio = dataclasses.replace(
+        config.audio, backbone="whisper", time_stride=2, mel_bins=6, encoder=shape
+    )
     config.weights.audio = None if folder is None else str(folder)
     return config
 
 
-@pytest.fixture(scope="module", params=[WhisperForConditionalGeneration, WhisperModel], ids=["with_head", "without_head"])
+@pytest.fixture(
+    scope="module",
+    params=[WhisperForConditionalGeneration, WhisperModel],
+    ids=["with_head", "without_head"],
+)
 def whisper(request, tmp_path_factory):
     """(folder, encoder) of a Whisper that reads 24 frames."""
     torch.manual_seed(4)
-    sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 6, "max_source_positions": 12}
-    decoder = {"decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "max_target_positions": 8, "vocab_size": 20}
-    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)
-    whole = request.param(WhisperConfig(**sizes, **decoder, **tokens, suppress_tokens=None, begin_suppress_tokens=None))
+    sizes = {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "num_mel_bins": 6,
+        "max_source_positions": 12,
+    }
+    decoder = {
+        "decoder_layers": 1,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+        "max_target_positions": 8,
+        "vocab_size": 20,
+    }
+    tokens = dict.fromkeys(
+        ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1
+    )
+    whole = request.param(
+        WhisperConfig(
+            **sizes, **decoder, **tokens, suppress_tokens=None, begin_suppress_tokens=None
+        )
+    )
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
             if "embed_positions" not in name:
@@ -310,7 +425,10 @@ def heard(rank, world, folder):
     with torch.no_grad():
         hidden = encoder.audio["encoder"].tower(sounds())
     # A bias of the keys, which export drops, changes nothing: each query's scores move together.
-    whole = {name: whole_tensor(parameter, parameter, parallel) for name, parameter in encoder.named_parameters()}
+    whole = {
+        name: whole_tensor(parameter, parameter, parallel)
+        for name, parameter in encoder.named_parameters()
+    }
     with torch.no_grad():
         for layer in encoder.audio["encoder"].tower.blocks.block.layers:
             bias = layer.self_attention.linear_qkv.bias.view(-1, 3, 8)
@@ -332,14 +450,19 @@ def test_whisper_hears_as_transformers_does(whisper, tmp_path, tensor):
     torch.testing.assert_close(hidden, wanted, rtol=0, atol=1e-5)
     torch.testing.assert_close(moved, wanted, rtol=0, atol=1e-5)
     assert vector.shape == (3, 12) and bool(vector[:2].any(1).all()) and not vector[2].any()
-    in_the_files = sum(p.nbytes for name, p in model.named_parameters() if "embed_positions" not in name)
+    in_the_files = sum(
+        p.nbytes for name, p in model.named_parameters() if "embed_positions" not in name
+    )
     assert read == in_the_files if tensor == 1 else read < 0.75 * in_the_files
 
 
 def test_whisper_files_of_another_size_are_one_line(whisper):
     folder, _ = whisper
     check_weights(audio_config(folder))
-    wrong = [({"mel_bins": 8}, "model.audio.mel_bins is 8.* 6"), ({"backbone": "own"}, "model.audio.backbone is own: expected whisper")]
+    wrong = [
+        ({"mel_bins": 8}, "model.audio.mel_bins is 8.* 6"),
+        ({"backbone": "own"}, "model.audio.backbone is own: expected whisper"),
+    ]
     for change, words in [*wrong, ({"time_stride": 4}, "model.audio.time_stride is 4: expected 2")]:
         config = audio_config(folder)
         config.audio = dataclasses.replace(config.audio, **change)

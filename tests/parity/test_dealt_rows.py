@@ -1,7 +1,9 @@
-"""Risk: rows that are dealt by length, or cut by a token budget, change the loss or the gradients of the full batch.
+"""Risk: rows that are dealt by length, or cut by a token budget, change the loss or the
+gradients of the full batch.
 
-From shards to gradients in float64: 1, 2 and 4 ranks, each with its own collator, must have the same loss and the same
-full gradients, whatever the number and sizes of the micro-batches; and a resume in the middle sees the same steps.
+From shards to gradients in float64: 1, 2 and 4 ranks, each with its own collator, must have the
+same loss and the same full gradients, whatever the number and sizes of the micro-batches; and a
+resume in the middle sees the same steps.
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ import pytest
 import torch
 
 from sailplan.config.compose import compose
-from sailplan.config.schema import AudioConfig, Config, ModelConfig, ParallelConfig, StageConfig, TransformerShape, VisionConfig
+from sailplan.config.schema import (
+    AudioConfig,
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    StageConfig,
+    TransformerShape,
+    VisionConfig,
+)
 from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
@@ -54,21 +64,36 @@ def configuration(shards: Path, budget: int, dealing: str) -> Config:
     )
     config.parallel = ParallelConfig(dtype="float64")
     config.step.token_budget, config.step.dealing = budget, dealing
-    config.objectives = {name: {"_target_": compose([]).objectives[name]["_target_"]} for name in OBJECTIVES}
+    config.objectives = {
+        name: {"_target_": compose([]).objectives[name]["_target_"]} for name in OBJECTIVES
+    }
     return config
 
 
-def _steps(rank: int, world_size: int, shards: Path, budget: int, dealing: str, first: int) -> list[tuple[float, dict[str, torch.Tensor], str, int]]:
+def _steps(
+    rank: int, world_size: int, shards: Path, budget: int, dealing: str, first: int
+) -> list[tuple[float, dict[str, torch.Tensor], str, int]]:
     parallel = join_layout(1)
     config = configuration(shards, budget, dealing)
     encoder = build_encoder(config.model, config.parallel, parallel, config.seed)
-    objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, allowed_targets=config.allowed_targets, seed=0).double()
+    objectives = build_objectives(
+        config.objectives,
+        config.model.embedding,
+        config.data.sets,
+        allowed_targets=config.allowed_targets,
+        seed=0,
+    ).double()
     temperatures = Temperatures(config.data.sets).double()
     optimizer = torch.optim.SGD([*encoder.parameters(), *temperatures.parameters()], lr=0.0)
-    step = TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, exchange_of(parallel))
+    step = TrainingStep(
+        encoder, objectives, temperatures, optimizer, config, parallel, exchange_of(parallel)
+    )
     stage, readers = StageConfig(steps=6, mixed_fraction=0.5), open_datasets(config, names=WEIGHTS)
     plan, found = Plan(config, "first", stage, WEIGHTS, readers), []
-    ranks: dict[str, Any] = {"data_parallel_rank": parallel.data_parallel_rank, "data_parallel_size": parallel.data_parallel_size}
+    ranks: dict[str, Any] = {
+        "data_parallel_rank": parallel.data_parallel_rank,
+        "data_parallel_size": parallel.data_parallel_size,
+    }
     with StepLoader(plan, readers, config, stage, start_step=first, stop_step=4, **ranks) as loader:
         for number, batches in enumerate(loader, start=first):
             loss, *_ = step.gradients(batches, OBJECTIVES, step=number, stage="first")
@@ -78,8 +103,12 @@ def _steps(rank: int, world_size: int, shards: Path, budget: int, dealing: str, 
                 if p.grad is not None
             }
             optimizer.zero_grad(set_to_none=True)
-            micro_batches = sum(len(view.micro_batches) for batch in batches for view in batch.views.values())
-            found.append((float(loss), gradients, "+".join(batch.digest for batch in batches), micro_batches))
+            micro_batches = sum(
+                len(view.micro_batches) for batch in batches for view in batch.views.values()
+            )
+            found.append(
+                (float(loss), gradients, "+".join(batch.digest for batch in batches), micro_batches)
+            )
     return found
 
 
@@ -90,25 +119,48 @@ def alone(shards: Path) -> list[tuple[float, dict[str, torch.Tensor], str, int]]
 
 @pytest.mark.parametrize(
     ("world_size", "budget", "dealing", "first"),
-    [(1, 50, "length", 0), (2, 0, "length", 0), (4, 50, "length", 0), (4, 50, "length", 2), (4, 25, "lanes", 0), (5, 50, "length", 0), (7, 0, "lanes", 0)],
+    [
+        (1, 50, "length", 0),
+        (2, 0, "length", 0),
+        (4, 50, "length", 0),
+        (4, 50, "length", 2),
+        (4, 25, "lanes", 0),
+        (5, 50, "length", 0),
+        (7, 0, "lanes", 0),
+    ],
 )
-def test_loss_and_gradients_are_the_full_batch_s(world_size: int, budget: int, dealing: str, first: int, shards: Path, alone: Any) -> None:
+def test_loss_and_gradients_are_the_full_batch_s(
+    world_size: int, budget: int, dealing: str, first: int, shards: Path, alone: Any
+) -> None:
     ranks = run_ranks(_steps, world_size, shards, budget, dealing, first)
     assert all(len(own) == 4 - first for own in ranks)
     for own in ranks:
-        for (loss, gradients, digest, _), (expected, full, same, _) in zip(own, alone[first:], strict=True):
+        for (loss, gradients, digest, _), (expected, full, same, _) in zip(
+            own, alone[first:], strict=True
+        ):
             assert digest == same and loss == pytest.approx(expected, rel=EXACT, abs=EXACT)
             assert gradients.keys() == full.keys() and len(full) > 20
             for name, gradient in gradients.items():
-                assert (gradient - full[name]).norm() <= EXACT * max(1.0, float(full[name].norm())), name
-    assert [[step[3] for step in own] for own in ranks] == [[step[3] for step in ranks[0]]] * world_size, "as many micro-batches on all ranks"
+                assert (gradient - full[name]).norm() <= EXACT * max(
+                    1.0, float(full[name].norm())
+                ), name
+    assert [[step[3] for step in own] for own in ranks] == [
+        [step[3] for step in ranks[0]]
+    ] * world_size, "as many micro-batches on all ranks"
 
 
 def _disagreement(rank: int, world_size: int, shards: Path) -> str:
-    parallel, config, stage = join_layout(1), configuration(shards, 0, "length"), StageConfig(steps=6)
+    parallel, config, stage = (
+        join_layout(1),
+        configuration(shards, 0, "length"),
+        StageConfig(steps=6),
+    )
     readers = open_datasets(config, names=["things"])
     plan = Plan(config, "first", stage, {"things": 1.0}, readers)
-    ranks: dict[str, Any] = {"data_parallel_rank": parallel.data_parallel_rank, "data_parallel_size": parallel.data_parallel_size}
+    ranks: dict[str, Any] = {
+        "data_parallel_rank": parallel.data_parallel_rank,
+        "data_parallel_size": parallel.data_parallel_size,
+    }
     shares = StepLoader(plan, readers, config, stage, **ranks).collator.shares
     check_shares(parallel, shares, 0, "first")
     if rank:

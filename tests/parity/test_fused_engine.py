@@ -1,7 +1,8 @@
 """TransformerEngine's norms and core attention in our blocks.
 
-A stand-in with its functions' arguments (as in the sources of 2.18 and of the main branch of August 2026), written in plain
-torch, checks what we hand over and what we make of what comes back; it says nothing about the real kernels. Those are compared
+A stand-in with its functions' arguments (as in the sources of 2.18 and of the main branch of August
+2026), written in plain torch, checks what we hand over and what we make of what comes back; it says
+nothing about the real kernels. Those are compared
 in tests/unit/model/test_fused.py, where they and a GPU are.
 """
 
@@ -31,7 +32,7 @@ from sailplan_kernels.testing import run_ranks
 
 FILES = {
     "transformer_engine/__init__.py": "",
-    "transformer_engine/pytorch/__init__.py": '''
+    "transformer_engine/pytorch/__init__.py": """
 import math
 import torch
 
@@ -83,14 +84,14 @@ class DotProductAttention(torch.nn.Module):
         if causal:
             scores = scores + torch.full(scores.shape[1:], -torch.inf, dtype=scores.dtype).triu(1)
         return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
-''',
-    "transformer_engine/pytorch/constants.py": '''
+""",
+    "transformer_engine/pytorch/constants.py": """
 import torch
 import transformer_engine_torch as tex
 
 TE_DType = {torch.float32: tex.DType.kFloat32, torch.half: tex.DType.kFloat16, torch.bfloat16: tex.DType.kBFloat16}
-''',
-    "transformer_engine_torch.py": '''
+""",
+    "transformer_engine_torch.py": """
 import enum
 import torch
 
@@ -127,12 +128,14 @@ def layernorm_bwd(dz, x, mu, rsigma, gamma, sm_margin, zero_centered_gamma):
     wide = dz_ * gamma.float()
     dx = rsigma[:, None] * (wide - wide.mean(1, keepdim=True) - normal * (wide * normal).mean(1, keepdim=True))
     return [dx.to(x.dtype), (dz_ * normal).sum(0).to(gamma.dtype), dz_.sum(0).to(gamma.dtype)]
-''',
+""",
 }
 
 
 def _write(folder: Path, version: str = "2.18.0") -> Path:
-    metadata = {f"transformer_engine-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: transformer_engine\nVersion: {version}\n"}
+    metadata = {
+        f"transformer_engine-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: transformer_engine\nVersion: {version}\n"
+    }
     for name, text in {**FILES, **metadata}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -152,14 +155,18 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 here = extensions()["TransformerEngine"] is not None
-needs_none_here = pytest.mark.skipif(here, reason="TransformerEngine is installed here: tests/unit/model/test_fused.py compares it")
+needs_none_here = pytest.mark.skipif(
+    here, reason="TransformerEngine is installed here: tests/unit/model/test_fused.py compares it"
+)
 
 
 def _config() -> ModelConfig:
     """Causal with fewer key/value heads, LayerNorm and RMSNorm, norms of heads."""
     config = small_config()
     config.tower.causal = True
-    config.vision.encoder = TransformerShape(1, 16, 4, None, 24, norm="layer", gated=False, activation="gelu", bias=True)
+    config.vision.encoder = TransformerShape(
+        1, 16, 4, None, 24, norm="layer", gated=False, activation="gelu", bias=True
+    )
     return config
 
 
@@ -167,16 +174,22 @@ def _run(encoder: OmniEncoder) -> dict[str, torch.Tensor]:
     """The vectors of rows with gaps and of full ones, and the gradients."""
     found = {}
     for absent in (True, False):
-        inputs = random_inputs(("text", "vision", "audio"), 6, 3, dtype=torch.float32, absent=absent)
+        inputs = random_inputs(
+            ("text", "vision", "audio"), 6, 3, dtype=torch.float32, absent=absent
+        )
         vectors = encoder(inputs, per_modality=True)
         (vectors.fused.square().sum() + vectors.by_modality["text"].pow(3).sum()).backward()
         found[f"vectors, absent={absent}"] = vectors.fused.detach()
     return found | {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
 
 
-def _both_ways(rank: int, world_size: int, folder: Path, tensor_parallel: int, checkpointing: bool) -> tuple[float, Any, Any]:
+def _both_ways(
+    rank: int, world_size: int, folder: Path, tensor_parallel: int, checkpointing: bool
+) -> tuple[float, Any, Any]:
     with _importable(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "ATTENTION_DTYPES", (torch.float32,))  # so that what is compared is exact
+        patch.setattr(
+            fused, "ATTENTION_DTYPES", (torch.float32,)
+        )  # so that what is compared is exact
         join_layout(tensor_parallel)
         found, names = [], []
         for extension in ("none", "transformer_engine"):
@@ -184,27 +197,46 @@ def _both_ways(rank: int, world_size: int, folder: Path, tensor_parallel: int, c
             fuse(encoder, extension)
             if checkpointing:
                 checkpoint_activations(encoder)
-            names.append((list(encoder.state_dict()), [name for name, _ in encoder.named_modules()]))
+            names.append(
+                (list(encoder.state_dict()), [name for name, _ in encoder.named_modules()])
+            )
             found.append(_run(encoder))
         assert names[0] == names[1]
         own, other = found
         assert own.keys() == other.keys()
-        error = max(float((own[name] - other[name]).abs().max() / own[name].abs().max().clamp(min=1e-6)) for name in own)
-        pytorch, kernels = (importlib.import_module(name) for name in ("transformer_engine.pytorch", "transformer_engine_torch"))
+        error = max(
+            float((own[name] - other[name]).abs().max() / own[name].abs().max().clamp(min=1e-6))
+            for name in own
+        )
+        pytorch, kernels = (
+            importlib.import_module(name)
+            for name in ("transformer_engine.pytorch", "transformer_engine_torch")
+        )
         return error, set(pytorch.CALLS), set(kernels.CALLS)
 
 
 @needs_none_here
 @pytest.mark.parametrize(("tensor_parallel", "checkpointing"), [(1, False), (2, True)])
-def test_a_small_model_is_the_same_with_a_stand_in(tmp_path: Path, tensor_parallel: int, checkpointing: bool) -> None:
-    for error, attention, norms in run_ranks(_both_ways, tensor_parallel, _write(tmp_path), tensor_parallel, checkpointing):
+def test_a_small_model_is_the_same_with_a_stand_in(
+    tmp_path: Path, tensor_parallel: int, checkpointing: bool
+) -> None:
+    for error, attention, norms in run_ranks(
+        _both_ways, tensor_parallel, _write(tmp_path), tensor_parallel, checkpointing
+    ):
         assert error <= 2e-5, error
-        assert attention == {("bshd", "no_mask"), ("bshd", "causal"), ("thd", "padding"), ("thd", "padding_causal")}
+        assert attention == {
+            ("bshd", "no_mask"),
+            ("bshd", "causal"),
+            ("thd", "padding"),
+            ("thd", "padding_causal"),
+        }
         assert norms == {"rms", "layer"}
 
 
 def _in_bfloat16(rank: int, world_size: int, folder: Path) -> tuple[float, int]:
-    """Without a change of what goes to the extension: bfloat16 does, also where no gradient is wanted; float64 does not."""
+    """Without a change of what goes to the extension: bfloat16 does, also where no gradient is
+    wanted; float64 does not.
+    """
     with _importable(folder):
         join_layout(1)
         calls = importlib.import_module("transformer_engine.pytorch").CALLS
@@ -213,13 +245,22 @@ def _in_bfloat16(rank: int, world_size: int, folder: Path) -> tuple[float, int]:
             blocks = Blocks(TransformerShape(2, 16, 4, 2, 24), torch.bfloat16, 10000.0)
             with torch.no_grad():
                 for number, parameter in enumerate(blocks.parameters()):
-                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) / 4)
+                    parameter.copy_(
+                        torch.randn(
+                            parameter.shape, generator=torch.Generator().manual_seed(number)
+                        )
+                        / 4
+                    )
             fuse(blocks.eval(), extension)
             keep = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])
             hidden = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(9)).bfloat16()
             with torch.no_grad():
                 numbers, places, rows = packed_rows(keep)
-                outputs.append(blocks(hidden.flatten(0, 1)[numbers], rows, rotary_angles(places, 4, 10000.0)).float())
+                outputs.append(
+                    blocks(
+                        hidden.flatten(0, 1)[numbers], rows, rotary_angles(places, 4, 10000.0)
+                    ).float()
+                )
         seen = len(calls)
         wide = Blocks(TransformerShape(1, 16, 4, 2, 24), torch.float64, 10000.0)
         fuse(wide, "transformer_engine")
@@ -240,20 +281,42 @@ def test_what_is_chosen(tmp_path: Path) -> None:
         return chosen_extension(ParallelConfig(fused=fused, compile=compile), device)
 
     assert extensions()["TransformerEngine"] is None and choose("none") == "none"
-    with pytest.raises(ConfigurationError, match=r"parallel.fused=transformer_engine, but TransformerEngine is not installed.*expected NVIDIA's.*set auto"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"parallel.fused=transformer_engine, but TransformerEngine is not installed.*expected NVIDIA's.*set auto",
+    ):
         choose("transformer_engine")
     with _importable(_write(tmp_path / "new")):
         assert extensions()["TransformerEngine"] == "2.18.0"
-        assert choose("transformer_engine") == "transformer_engine" and choose("auto") == "transformer_engine"
+        assert (
+            choose("transformer_engine") == "transformer_engine"
+            and choose("auto") == "transformer_engine"
+        )
         assert choose("auto", "cpu") == "none" and choose("auto", compile="blocks") == "none"
-        with pytest.raises(ConfigurationError, match=r"parallel.fused=transformer_engine, but the device is a CPU"):
+        with pytest.raises(
+            ConfigurationError, match=r"parallel.fused=transformer_engine, but the device is a CPU"
+        ):
             choose("transformer_engine", "cpu")
     with _importable(_write(tmp_path / "old", "1.13.0")):
         assert choose("auto") == ("none" if extensions()["apex"] is None else "apex")
-        with pytest.raises(ConfigurationError, match=r"found TransformerEngine 1.13.0, older than 2.0"):
+        with pytest.raises(
+            ConfigurationError, match=r"found TransformerEngine 1.13.0, older than 2.0"
+        ):
             choose("transformer_engine")
 
 
 def test_it_is_not_compiled() -> None:
-    with pytest.raises(ConfigurationError, match=r"parallel.fused=transformer_engine beside parallel.compile=blocks"):
-        check(compose(["experiment=quickstart", "parallel.fused=transformer_engine", "parallel.compile=blocks"]), 1)
+    with pytest.raises(
+        ConfigurationError,
+        match=r"parallel.fused=transformer_engine beside parallel.compile=blocks",
+    ):
+        check(
+            compose(
+                [
+                    "experiment=quickstart",
+                    "parallel.fused=transformer_engine",
+                    "parallel.compile=blocks",
+                ]
+            ),
+            1,
+        )

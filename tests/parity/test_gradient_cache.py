@@ -1,6 +1,8 @@
-"""The step's gradients are those of the full batch: at any world, tensor-parallel size, micro-batch count, and for every loss.
+"""The step's gradients are those of the full batch: at any world, tensor-parallel size,
+micro-batch count, and for every loss.
 
-All comparisons are in float64 against plain autograd in one process; the table is `python -m sailplan.parity.matrix`.
+All comparisons are in float64 against plain autograd in one process; the table is `python -m
+sailplan.parity.matrix`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sailplan.data.record import StepBatch
 from sailplan.model.testing import join_layout
-from sailplan.parity.layouts import cached_step, compare, gathered_gradients, reference, relative_errors
+from sailplan.parity.layouts import (
+    cached_step,
+    compare,
+    gathered_gradients,
+    reference,
+    relative_errors,
+)
 from sailplan.parity.testing import THRESHOLDS, WEIGHTS
 from sailplan_kernels.testing import run_ranks
 
@@ -36,7 +44,9 @@ def expected() -> Any:
         (4, 2, ((1, 0), (3, 0))),
     ],
 )
-def test_every_layout_has_the_full_batch_gradient(world_size: int, tensor_parallel: int, cases: Any, expected: Any) -> None:
+def test_every_layout_has_the_full_batch_gradient(
+    world_size: int, tensor_parallel: int, cases: Any, expected: Any
+) -> None:
     for row in compare(world_size, tensor_parallel, cases, expected=expected):
         assert row.error <= EXACT, row
 
@@ -52,10 +62,22 @@ def test_hybrid_sharding_has_the_full_batch_gradient_too(expected: Any) -> None:
         assert row.error <= EXACT, row
 
 
-@pytest.mark.parametrize(("world_size", "tensor_parallel", "sharding"), [(2, 1, "shard"), (2, 2, "shard"), (4, 1, "hybrid")])
-def test_parameters_that_are_gathered_for_one_layer_at_a_time(world_size: int, tensor_parallel: int, sharding: str, expected: Any) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "tensor_parallel", "sharding"),
+    [(2, 1, "shard"), (2, 2, "shard"), (4, 1, "hybrid")],
+)
+def test_parameters_that_are_gathered_for_one_layer_at_a_time(
+    world_size: int, tensor_parallel: int, sharding: str, expected: Any
+) -> None:
     """ZeRO-3, with replays and with all graphs kept."""
-    for row in compare(world_size, tensor_parallel, ((3, 1), (3, -1)), expected=expected, sharding=sharding, reshard_after_forward=True):
+    for row in compare(
+        world_size,
+        tensor_parallel,
+        ((3, 1), (3, -1)),
+        expected=expected,
+        sharding=sharding,
+        reshard_after_forward=True,
+    ):
         assert row.error <= EXACT, row
 
 
@@ -64,16 +86,24 @@ NONE = {"items": (32, 0), "pairs": (5, 11), "sequences": (8, 0)}
 
 
 @pytest.mark.parametrize(
-    ("world_size", "tensor_parallel", "rows"), [(4, 1, FEWER), (2, 1, NONE), (4, 2, NONE)], ids=["fewer on each of four", "none", "none, tensor parallel"]
+    ("world_size", "tensor_parallel", "rows"),
+    [(4, 1, FEWER), (2, 1, NONE), (4, 2, NONE)],
+    ids=["fewer on each of four", "none", "none, tensor parallel"],
 )
-def test_ranks_with_fewer_rows_or_none(world_size: int, tensor_parallel: int, rows: Any, expected: Any) -> None:
-    """Ranks hold different mixes of the data sets: the weight of a data set is its part of all ranks' rows."""
+def test_ranks_with_fewer_rows_or_none(
+    world_size: int, tensor_parallel: int, rows: Any, expected: Any
+) -> None:
+    """Ranks hold different mixes of the data sets: the weight of a data set is its part of all
+    ranks' rows.
+    """
     for row in compare(world_size, tensor_parallel, ((3, 1),), expected=expected, rows=rows):
         assert row.error <= EXACT, row
 
 
 def test_ranks_with_padded_rows_and_with_nothing_but_padding() -> None:
-    """A last batch that was filled up: the last rank has no real pair, no real sequence and few real items."""
+    """A last batch that was filled up: the last rank has no real pair, no real sequence and few
+    real items.
+    """
     real = {"items": 19, "pairs": 6, "sequences": 4}
 
     def padded(batch: StepBatch) -> StepBatch:
@@ -87,7 +117,13 @@ def test_ranks_with_padded_rows_and_with_nothing_but_padding() -> None:
 
 @pytest.mark.parametrize(
     ("objective", "dataset"),
-    [("cosent", "pairs"), ("micl", "items"), ("late_fusion", "pairs"), ("seq2item", "sequences"), ("id2item", "items")],
+    [
+        ("cosent", "pairs"),
+        ("micl", "items"),
+        ("late_fusion", "pairs"),
+        ("seq2item", "sequences"),
+        ("id2item", "items"),
+    ],
 )
 def test_each_loss_alone(objective: str, dataset: str) -> None:
     """In the mixed step one loss's error could hide behind another's larger gradient."""
@@ -127,13 +163,17 @@ class _Collectives(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function.namespace == "c10d":
             self.counts[function.__name__.partition(".")[0]] += 1
         return function(*args, **(kwargs or {}))
 
 
-def _reductions(rank: int, world_size: int, micro_batches: int, kept_graphs: int, layout: dict[str, Any]) -> tuple[dict[str, int], int]:
+def _reductions(
+    rank: int, world_size: int, micro_batches: int, kept_graphs: int, layout: dict[str, Any]
+) -> tuple[dict[str, int], int]:
     from sailplan.step.gradient_cache import GradientCache
 
     parallel = join_layout(1)
@@ -151,10 +191,14 @@ def _reductions(rank: int, world_size: int, micro_batches: int, kept_graphs: int
 
 
 @pytest.mark.parametrize(("micro_batches", "kept_graphs"), [(1, 0), (4, 0), (4, 3)])
-def test_one_reduction_a_step_whatever_the_number_of_micro_batches(micro_batches: int, kept_graphs: int) -> None:
+def test_one_reduction_a_step_whatever_the_number_of_micro_batches(
+    micro_batches: int, kept_graphs: int
+) -> None:
     for counts, units in run_ranks(_reductions, 2, micro_batches, kept_graphs, {}):
         assert units == 6
-        assert counts == {"_reduce_scatter_base_": units}  # and no parameter is gathered a second time
+        assert counts == {
+            "_reduce_scatter_base_": units
+        }  # and no parameter is gathered a second time
 
 
 def test_resharded_parameters_are_gathered_and_reduced_for_every_micro_batch() -> None:
@@ -165,13 +209,18 @@ def test_resharded_parameters_are_gathered_and_reduced_for_every_micro_batch() -
 @pytest.mark.parametrize("micro_batches", [1, 8])
 def test_one_reduction_a_step_in_hybrid_and_replicated_layouts(micro_batches: int) -> None:
     for counts, units in run_ranks(_reductions, 4, micro_batches, 0, {"sharding": "hybrid"}):
-        assert counts == {"_reduce_scatter_base_": units, "allreduce_": units}  # within a copy, then between the copies
+        assert counts == {
+            "_reduce_scatter_base_": units,
+            "allreduce_": units,
+        }  # within a copy, then between the copies
     for counts, units in run_ranks(_reductions, 2, micro_batches, 0, {"sharding": "replicate"}):
         assert counts == {"allreduce_": units}
 
 
 def test_thresholds_matter_in_the_case_under_test() -> None:
-    """The masks by lambda* must be active in the compared step, or their exchange would go untested."""
+    """The masks by lambda* must be active in the compared step, or their exchange would go
+    untested.
+    """
     assert THRESHOLDS
     import sailplan.parity.testing as testing
 
@@ -181,5 +230,7 @@ def test_thresholds_matter_in_the_case_under_test() -> None:
         testing.THRESHOLDS.update(thresholds)
         return testing.full_batch_gradients({"infonce": 1.0}, datasets=("items",))[0]
 
-    with_mask, without = (run_ranks(loss, 1, thresholds)[0] for thresholds in (dict(THRESHOLDS), {}))
+    with_mask, without = (
+        run_ranks(loss, 1, thresholds)[0] for thresholds in (dict(THRESHOLDS), {})
+    )
     assert with_mask < without

@@ -1,4 +1,6 @@
-"""Latent-attention pooling is the formula that it says, and with a Whisper encoder beside it the same at every layout."""
+"""Latent-attention pooling is the formula that it says, and with a Whisper encoder beside it the
+same at every layout.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,21 @@ EVERYTHING = ("vision", "audio", "text")
 def configured():
     config = small_config()
     config.pooling, config.pooling_latents, config.pooling_heads = "latent_attention", 5, 2
-    shape = TransformerShape(1, 16, 4, None, 24, norm="layer", norm_epsilon=1e-5, activation="gelu", gated=False, bias=True)
-    config.audio = dataclasses.replace(config.audio, backbone="whisper", time_stride=2, encoder=shape)
+    shape = TransformerShape(
+        1,
+        16,
+        4,
+        None,
+        24,
+        norm="layer",
+        norm_epsilon=1e-5,
+        activation="gelu",
+        gated=False,
+        bias=True,
+    )
+    config.audio = dataclasses.replace(
+        config.audio, backbone="whisper", time_stride=2, encoder=shape
+    )
     return config
 
 
@@ -36,28 +51,49 @@ def test_it_is_the_formula():
     hidden = torch.randn(2, 4, 8, dtype=torch.float64)
 
     def norm(layer, x):
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
+        return (x - x.mean(-1, keepdim=True)) / (
+            x.var(-1, correction=0, keepdim=True) + 1e-5
+        ).sqrt() * layer.weight + layer.bias
 
-    keys, values = (norm(module.latent_norm, module.latents) @ module.key_value.weight.T).chunk(2, -1)
+    keys, values = (norm(module.latent_norm, module.latents) @ module.key_value.weight.T).chunk(
+        2, -1
+    )
     for row in hidden.flatten(0, 1):
         query = module.query.weight @ norm(module.norm, row)
-        heads = [((keys[:, part] @ query[part]) / 2).softmax(0) @ values[:, part] for part in (slice(0, 4), slice(4, 8))]
+        heads = [
+            ((keys[:, part] @ query[part]) / 2).softmax(0) @ values[:, part]
+            for part in (slice(0, 4), slice(4, 8))
+        ]
         middle = row + module.output.weight @ torch.cat(heads)
-        wanted = middle + module.mlp[2](torch.nn.functional.gelu(module.mlp[0](norm(module.mlp_norm, middle))))
+        wanted = middle + module.mlp[2](
+            torch.nn.functional.gelu(module.mlp[0](norm(module.mlp_norm, middle)))
+        )
         torch.testing.assert_close(module(row[None])[0], wanted, rtol=0, atol=1e-12)
-    torch.testing.assert_close(module(hidden.flatten(0, 1))[6], module(hidden[1, 2:3])[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        module(hidden.flatten(0, 1))[6], module(hidden[1, 2:3])[0], rtol=0, atol=1e-12
+    )
 
 
 def one_step(rank, world, tensor):
     parallel = join_layout(tensor)
-    encoder = parallelize.shard(OmniEncoder(configured(), dtype=torch.float64, seed=1), parallel, shard=True)
+    encoder = parallelize.shard(
+        OmniEncoder(configured(), dtype=torch.float64, seed=1), parallel, shard=True
+    )
     rows = 4 // parallel.data_parallel_size
     start = parallel.data_parallel_rank * rows
     inputs = random_inputs(EVERYTHING, 4, 3)
-    changes = {f.name: getattr(inputs, f.name)[start : start + rows] for f in dataclasses.fields(inputs) if isinstance(getattr(inputs, f.name), torch.Tensor)}
+    changes = {
+        f.name: getattr(inputs, f.name)[start : start + rows]
+        for f in dataclasses.fields(inputs)
+        if isinstance(getattr(inputs, f.name), torch.Tensor)
+    }
     found = encoder(dataclasses.replace(inputs, **changes), per_modality=True)
-    weights = torch.randn(3, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))[:, start : start + rows]
-    loss = (torch.stack([found.fused, found.by_modality["vision"], found.by_modality["text"]]) * weights).sum()
+    weights = torch.randn(
+        3, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9)
+    )[:, start : start + rows]
+    loss = (
+        torch.stack([found.fused, found.by_modality["vision"], found.by_modality["text"]]) * weights
+    ).sum()
     (loss * parallel.data_parallel_size).backward()
     parallelize.finish_gradients(encoder, parallel)
     gradients = {name: whole_tensor(p, p.grad, parallel) for name, p in encoder.named_parameters()}
@@ -73,10 +109,22 @@ def test_vectors_and_gradients_are_the_same_at_every_layout(tensor, data):
         torch.testing.assert_close(part, whole[start : start + len(part)], rtol=0, atol=1e-12)
         assert gradients.keys() == expected.keys()
         for name, wanted in expected.items():
-            torch.testing.assert_close(gradients[name], wanted, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                gradients[name],
+                wanted,
+                rtol=0,
+                atol=1e-10,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [("pooling_heads", 3, "pooling_heads is 3.*hidden=16"), ("pooling_latents", 0, "pooling_latents is 0")])
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("pooling_heads", 3, "pooling_heads is 3.*hidden=16"),
+        ("pooling_latents", 0, "pooling_latents is 0"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_one_line(key, value, words):
     config = configured()
     setattr(config, key, value)

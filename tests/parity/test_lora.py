@@ -1,4 +1,6 @@
-"""Low-rank updates: gradients do not depend on the layout, the frozen matrices stay, and merging gives the same vectors."""
+"""Low-rank updates: gradients do not depend on the layout, the frozen matrices stay, and merging
+gives the same vectors.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,17 @@ def stir(model, parallel):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".lora.b"):
-                whole = torch.randn(whole_tensor(parameter, parameter, parallel).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(name)))
+                whole = torch.randn(
+                    whole_tensor(parameter, parameter, parallel).shape,
+                    dtype=torch.float64,
+                    generator=torch.Generator().manual_seed(len(name)),
+                )
                 if getattr(parameter, "tensor_model_parallel", False):
-                    halves, size, rank = parameter.partition_stride, parallel.tensor_parallel_size, parallel.tensor_parallel_rank
+                    halves, size, rank = (
+                        parameter.partition_stride,
+                        parallel.tensor_parallel_size,
+                        parallel.tensor_parallel_rank,
+                    )
                     whole = torch.cat([half.chunk(size)[rank] for half in whole.chunk(halves)])
                 parameter.copy_(whole)
 
@@ -44,24 +54,42 @@ def trained(rank, world, tensor):
     inputs = random_inputs(MODALITIES, 4, 0)
     each = 4 // parallel.data_parallel_size
     start = parallel.data_parallel_rank * each
-    weights = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))[start : start + each]
+    weights = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))[
+        start : start + each
+    ]
     out = model(rows_of(inputs, start, start + each))
     ((out.fused * weights).sum() * parallel.data_parallel_size).backward()
     parallelize.finish_gradients(model, parallel)
     norm = parallelize.clip_gradient_norm(model.parameters(), 1e9, parallel)
-    return start, out.fused.detach(), {name: None if p.grad is None else whole_tensor(p, p.grad, parallel) for name, p in model.named_parameters()}, norm
+    return (
+        start,
+        out.fused.detach(),
+        {
+            name: None if p.grad is None else whole_tensor(p, p.grad, parallel)
+            for name, p in model.named_parameters()
+        },
+        norm,
+    )
 
 
 @pytest.mark.parametrize(("tensor", "data"), [(2, 1), (1, 2), (2, 2)])
 def test_gradients_are_those_of_one_process(tensor, data):
     [(_, fused, wanted, norm)] = run_ranks(trained, 1, 1)
     factors = [name for name in wanted if is_lora(name)]
-    assert len(factors) == 2 * 4 * 5 and all(wanted[name].abs().max() > 0 for name in factors)  # 5 layers of 4 matrices
+    assert len(factors) == 2 * 4 * 5 and all(
+        wanted[name].abs().max() > 0 for name in factors
+    )  # 5 layers of 4 matrices
     assert all((gradient is None) == (not is_lora(name)) for name, gradient in wanted.items())
     for start, part, gradients, found in run_ranks(trained, tensor * data, tensor):
         torch.testing.assert_close(part, fused[start : start + len(part)], rtol=0, atol=1e-12)
         for name in factors:
-            torch.testing.assert_close(gradients[name], wanted[name], rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                gradients[name],
+                wanted[name],
+                rtol=0,
+                atol=1e-10,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
         assert abs(found - norm) <= 1e-10 * norm
 
 

@@ -1,4 +1,6 @@
-"""The parity check of a loss that is handed over: right ones pass, the usual mistakes are told apart, nothing hangs."""
+"""The parity check of a loss that is handed over: right ones pass, the usual mistakes are told
+apart, nothing hangs.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_the_factor_of_a_scaled_loss_is_found(world_size: int) -> None:
     assert found.scale == pytest.approx(world_size) and found.cosine == pytest.approx(1)
 
 
-@pytest.mark.parametrize("loss", [example_losses.local_only, example_losses.gathered_without_gradient])
+@pytest.mark.parametrize(
+    "loss", [example_losses.local_only, example_losses.gathered_without_gradient]
+)
 def test_a_gradient_in_another_direction_is_found(loss) -> None:
     found = check_loss(loss, 2)
     assert not found.exact and 0.3 < found.cosine < 0.99
@@ -47,7 +51,9 @@ class Unscaled(InfoNCE):
         return ObjectiveOutput(output.loss / context.exchange.world_size)
 
 
-@pytest.mark.parametrize(("objective", "scale"), [(InfoNCE, 1), (CoSENT, 1), (MICL, 1), (Unscaled, 1 / 3)])
+@pytest.mark.parametrize(
+    ("objective", "scale"), [(InfoNCE, 1), (CoSENT, 1), (MICL, 1), (Unscaled, 1 / 3)]
+)
 def test_an_objective_class_is_checked_as_it_is(objective: type[Objective], scale: float) -> None:
     found = check_loss(of_objective(objective), 3)
     assert not found.problem and found.exact == (scale == 1) and found.scale == pytest.approx(scale)
@@ -90,15 +96,27 @@ def test_what_cannot_be_compared_is_named(loss, words: str, timeout: float) -> N
     assert not found.exact and words in str(found)
 
 
-def test_the_command_has_the_documented_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_has_the_documented_exit_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "handed_over.py").write_text(
-        "from sailplan.parity.example_losses import exact, scaled_by_world\ndef mine(queries, keys):\n    return exact(queries, keys)\n"
+        "from sailplan.parity.example_losses import exact, scaled_by_world\ndef mine(queries, "
+        "keys):\n    return exact(queries, keys)\n"
     )
     monkeypatch.chdir(tmp_path)
     assert main(["check", "parity", "--loss", "handed_over:mine", "--world-size", "2"]) == 0
-    assert main(["check", "parity", "--loss", "handed_over:scaled_by_world", "--world-size", "2"]) == 1
+    assert (
+        main(["check", "parity", "--loss", "handed_over:scaled_by_world", "--world-size", "2"]) == 1
+    )
     assert "scale factor 2, cosine 1.0" in capsys.readouterr().out
-    unusable = (["--loss", "handed_over:nope"], ["--loss", "nowhere:loss"], ["--loss", "handed_over"], [], ["--loss", "a:b", "--world-size", "1"], ["seed=1"])
+    unusable = (
+        ["--loss", "handed_over:nope"],
+        ["--loss", "nowhere:loss"],
+        ["--loss", "handed_over"],
+        [],
+        ["--loss", "a:b", "--world-size", "1"],
+        ["seed=1"],
+    )
     for arguments in unusable:
         assert main(["check", "parity", *arguments]) == 64
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
@@ -107,7 +125,10 @@ def test_the_command_has_the_documented_exit_codes(tmp_path: Path, monkeypatch: 
 
 def test_the_batch_is_float64_and_shared_out() -> None:
     def looks(queries, keys):
-        assert queries.dtype == keys.dtype == torch.float64 and len(queries) == len(keys) == 12 // dist.get_world_size()
+        assert (
+            queries.dtype == keys.dtype == torch.float64
+            and len(queries) == len(keys) == 12 // dist.get_world_size()
+        )
         return example_losses.exact(queries, keys)
 
     assert check_loss(looks, 2).exact

@@ -1,4 +1,6 @@
-"""The encoder computes one thing: forward and gradients are the same at every tensor- and data-parallel size."""
+"""The encoder computes one thing: forward and gradients are the same at every tensor- and
+data-parallel size.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,16 @@ from sailplan.model.tower import PARTS, OmniEncoder
 from sailplan_kernels.testing import run_ranks
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # (tensor, data)
-# Vision runs in earlier micro-batches only, the reducing one is text: FSDP2 must still reduce the vision gradients.
+# Vision runs in earlier micro-batches only, the reducing one is text: FSDP2 must still reduce the
+# vision gradients.
 # One row for two ranks: the second one has an empty micro-batch.
 STEP = [(("vision",), 8), (("vision", "audio", "text"), 8), (("vision",), 1), (("text",), 8)]
 
 
 def projections(rows: int, seed: int) -> torch.Tensor:
-    return torch.randn(3, rows, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        3, rows, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def share(rows: int, parallel) -> tuple[int, int]:
@@ -27,13 +32,17 @@ def share(rows: int, parallel) -> tuple[int, int]:
 
 
 def run_step(model, parallel, step=STEP, per_modality=True):
-    """A step of several micro-batches and one gradient reduction; returns the fused vectors of this rank's rows."""
+    """A step of several micro-batches and one gradient reduction; returns the fused vectors of
+    this rank's rows.
+    """
     fused = []
     for index, (modalities, rows) in enumerate(step):
         parallelize.set_gradient_sync(model, index == len(step) - 1)
         start, stop = share(rows, parallel)
         weights = projections(rows, 100 + index)[:, start:stop]
-        out = model(rows_of(random_inputs(modalities, rows, index), start, stop), per_modality=per_modality)
+        out = model(
+            rows_of(random_inputs(modalities, rows, index), start, stop), per_modality=per_modality
+        )
         loss = (out.fused * weights[0]).sum()
         if per_modality:
             loss = loss + (out.by_modality["text"] * weights[1]).sum()
@@ -46,7 +55,10 @@ def run_step(model, parallel, step=STEP, per_modality=True):
 
 
 def whole_gradients(model, parallel):
-    return {name: None if p.grad is None else whole_tensor(p, p.grad, parallel) for name, p in model.named_parameters()}
+    return {
+        name: None if p.grad is None else whole_tensor(p, p.grad, parallel)
+        for name, p in model.named_parameters()
+    }
 
 
 def one_step(rank, world, tensor, sharded):
@@ -56,7 +68,9 @@ def one_step(rank, world, tensor, sharded):
     parallelize.shard(model, parallel, shard=sharded)
     fused = run_step(model, parallel)
     gradients = whole_gradients(model, parallel)
-    temperature = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))  # a plain parameter beside the sharded ones
+    temperature = torch.nn.Parameter(
+        torch.zeros(2, dtype=torch.float64)
+    )  # a plain parameter beside the sharded ones
     temperature.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
     parameters = [*model.parameters(), temperature]
     norms = [parallelize.clip_gradient_norm(parameters, 0.5, parallel) for _ in range(2)]
@@ -72,11 +86,19 @@ def alone():
 @pytest.mark.parametrize(("tensor", "data"), LAYOUTS[1:])
 def test_forward_gradients_and_norm_equal_one_process(alone, tensor, data, sharded):
     for weights, fused, gradients, norms in run_ranks(one_step, tensor * data, tensor, sharded):
-        assert all(torch.equal(weights[name], alone[0][name]) for name in alone[0]), "the seed must give the same weights at every size"
+        assert all(torch.equal(weights[name], alone[0][name]) for name in alone[0]), (
+            "the seed must give the same weights at every size"
+        )
         for (start, part), (_, whole) in zip(fused, alone[1], strict=True):
             torch.testing.assert_close(part, whole[start : start + len(part)], rtol=0, atol=1e-12)
         for name, expected in alone[2].items():
-            torch.testing.assert_close(gradients[name], expected, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                gradients[name],
+                expected,
+                rtol=0,
+                atol=1e-10,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
         assert abs(norms[0] - alone[3][0]) <= 1e-10 * alone[3][0]
         assert norms[1] <= 0.5
 
@@ -87,11 +109,19 @@ def test_norm_counts_every_element_once(alone):
 
 
 def frozen_stages(rank, world, tensor):
-    """Stage 1 trains all with text only; stage 2 the perceiver only, its last micro-batch being text; stage 3 all again."""
+    """Stage 1 trains all with text only; stage 2 the perceiver only, its last micro-batch being
+    text; stage 3 all again.
+    """
     parallel = join_layout(tensor)
-    model = parallelize.shard(OmniEncoder(small_config(), dtype=torch.float64, seed=1), parallel, shard=True)
+    model = parallelize.shard(
+        OmniEncoder(small_config(), dtype=torch.float64, seed=1), parallel, shard=True
+    )
     found = []
-    stages = [(PARTS, [(("text",), 4)]), (("perceiver",), [(("vision",), 4), (("text",), 4)]), (PARTS, STEP)]
+    stages = [
+        (PARTS, [(("text",), 4)]),
+        (("perceiver",), [(("vision",), 4), (("text",), 4)]),
+        (PARTS, STEP),
+    ]
     for names, step in stages:
         with torch.no_grad():  # an evaluation between stages leaves parameters gathered
             model(random_inputs(("vision", "text"), 2, 50))
@@ -108,7 +138,9 @@ def frozen_stages(rank, world, tensor):
 def test_freezing_parts_between_stages():
     expected = run_ranks(frozen_stages, 1, 1)[0]
     assert expected[0]["vision.positions"] is None and expected[0]["text.weight"] is not None
-    assert {name.split(".")[0] for name, gradient in expected[1].items() if gradient is not None} == {"perceiver"}
+    assert {
+        name.split(".")[0] for name, gradient in expected[1].items() if gradient is not None
+    } == {"perceiver"}
     assert all(gradient is not None for gradient in expected[2].values())
     for found in run_ranks(frozen_stages, 2, 1):
         for stage, reference in zip(found, expected, strict=True):
@@ -129,7 +161,9 @@ def test_the_count_is_of_the_whole_model_at_any_layout(alone):
 
 def count_reductions(rank, world):
     parallel = join_layout(1)
-    model = parallelize.shard(OmniEncoder(small_config(), dtype=torch.float64), parallel, shard=True)
+    model = parallelize.shard(
+        OmniEncoder(small_config(), dtype=torch.float64), parallel, shard=True
+    )
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as internals
 
     calls = {"reduce": 0, "gather": 0}
@@ -142,7 +176,10 @@ def count_reductions(rank, world):
 
         return call
 
-    internals.foreach_reduce, internals.foreach_all_gather = counted("reduce", reduce), counted("gather", gather)
+    internals.foreach_reduce, internals.foreach_all_gather = (
+        counted("reduce", reduce),
+        counted("gather", gather),
+    )
     run_step(model, parallel, STEP * 2, per_modality=False)
     return calls
 
@@ -158,7 +195,12 @@ def mixed_precision(rank, world):
     exact = OmniEncoder(small_config(), dtype=torch.float32, seed=1)
     inputs = random_inputs(("vision", "audio", "text"), 4, 3, dtype=torch.float32)
     expected = exact(inputs).fused.detach()
-    model = parallelize.shard(OmniEncoder(small_config(), dtype=torch.float32, seed=1), parallel, shard=True, compute_dtype=torch.bfloat16)
+    model = parallelize.shard(
+        OmniEncoder(small_config(), dtype=torch.float32, seed=1),
+        parallel,
+        shard=True,
+        compute_dtype=torch.bfloat16,
+    )
     out = model(inputs).fused
     out.square().sum().backward()
     return (
@@ -177,7 +219,9 @@ def test_bfloat16_computation_keeps_float32_parameters_and_gradients():
 
 def hybrid_step(rank, world):
     parallel = join_layout(1)
-    model = parallelize.shard(OmniEncoder(small_config(), dtype=torch.float64, seed=1), parallel, shard=True, replicas=2)
+    model = parallelize.shard(
+        OmniEncoder(small_config(), dtype=torch.float64, seed=1), parallel, shard=True, replicas=2
+    )
     held = sum(p.to_local().numel() for p in model.parameters())
     run_step(model, parallel)
     gradients = whole_gradients(model, parallel)
@@ -188,8 +232,16 @@ def test_hybrid_sharding_holds_half_on_each_of_four_ranks_and_has_the_same_gradi
     whole = sum(weight.numel() for weight in alone[0].values())
     norm = sum(float(gradient.square().sum()) for gradient in alone[2].values()) ** 0.5
     found = run_ranks(hybrid_step, 4)
-    assert [held for held, _, _ in found[:2]] == [held for held, _, _ in found[2:]] and found[0][0] + found[1][0] == whole
+    assert [held for held, _, _ in found[:2]] == [held for held, _, _ in found[2:]] and found[0][
+        0
+    ] + found[1][0] == whole
     for _, gradients, found_norm in found:
         assert float(found_norm) == pytest.approx(norm, rel=1e-10)
         for name, expected in alone[2].items():
-            torch.testing.assert_close(gradients[name], expected, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                gradients[name],
+                expected,
+                rtol=0,
+                atol=1e-10,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )

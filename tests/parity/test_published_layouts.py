@@ -1,4 +1,5 @@
-"""CLAP, with fusion and without, and the image towers of Qwen3-VL and SigLIP2 naflex compute one thing at every tensor- and data-parallel size, and a
+"""CLAP, with fusion and without, and the image towers of Qwen3-VL and SigLIP2 naflex compute one
+thing at every tensor- and data-parallel size, and a
 checkpoint keeps CLAP's statistics."""
 
 from __future__ import annotations
@@ -8,14 +9,30 @@ import torch
 
 from sailplan.checkpoint import store
 from sailplan.model import parallelize
-from sailplan.model.testing import join_layout, published_config, published_inputs, rows_of, whole_tensor
+from sailplan.model.testing import (
+    join_layout,
+    published_config,
+    published_inputs,
+    rows_of,
+    whole_tensor,
+)
 from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks
 
 KINDS = ("qwen_clap", "naflex_fusion")
 CHANGED = {  # parameters whose gradients are not near zero
-    "qwen_clap": ("vision.deepstack_mergers.1.mlp.linear_fc2.weight", "vision.positions", "vision.embedding.weight", "audio.encoder.tower.layers.1.bias_table"),
-    "naflex_fusion": ("vision.positions", "vision.embedding.weight", "audio.encoder.tower.crops.weight", "audio.encoder.tower.fusion.everywhere.4.shift"),
+    "qwen_clap": (
+        "vision.deepstack_mergers.1.mlp.linear_fc2.weight",
+        "vision.positions",
+        "vision.embedding.weight",
+        "audio.encoder.tower.layers.1.bias_table",
+    ),
+    "naflex_fusion": (
+        "vision.positions",
+        "vision.embedding.weight",
+        "audio.encoder.tower.crops.weight",
+        "audio.encoder.tower.fusion.everywhere.4.shift",
+    ),
 }
 
 
@@ -34,8 +51,12 @@ def one_step(rank, world, tensor, folder, kind):
     rows = 4 // parallel.data_parallel_size
     start = parallel.data_parallel_rank * rows
     found = encoder(rows_of(published_inputs(kind, 4), start, start + rows), per_modality=True)
-    weights = torch.randn(3, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))[:, start : start + rows]
-    loss = (torch.stack([found.fused, found.by_modality["vision"], found.by_modality["text"]]) * weights).sum()
+    weights = torch.randn(
+        3, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9)
+    )[:, start : start + rows]
+    loss = (
+        torch.stack([found.fused, found.by_modality["vision"], found.by_modality["text"]]) * weights
+    ).sum()
     (loss * parallel.data_parallel_size).backward()
     parallelize.finish_gradients(encoder, parallel)
     gradients = {name: whole_tensor(p, p.grad, parallel) for name, p in encoder.named_parameters()}
@@ -47,16 +68,26 @@ def one_step(rank, world, tensor, folder, kind):
     return start, found.fused.detach(), gradients
 
 
-@pytest.mark.parametrize(("kind", "tensor", "data"), [("qwen_clap", 2, 1), ("qwen_clap", 2, 2), ("naflex_fusion", 2, 2)])
+@pytest.mark.parametrize(
+    ("kind", "tensor", "data"), [("qwen_clap", 2, 1), ("qwen_clap", 2, 2), ("naflex_fusion", 2, 2)]
+)
 def test_vectors_and_gradients_are_the_same_at_every_layout(kind, tensor, data, tmp_path):
     [(_, whole, expected)] = run_ranks(one_step, 1, 1, store.folder_of(tmp_path / "one", 1), kind)
     for name in CHANGED[kind]:
         assert expected[name].abs().max() > 1e-6, name
-    for start, part, gradients in run_ranks(one_step, tensor * data, tensor, store.folder_of(tmp_path / "many", 1), kind):
+    for start, part, gradients in run_ranks(
+        one_step, tensor * data, tensor, store.folder_of(tmp_path / "many", 1), kind
+    ):
         torch.testing.assert_close(part, whole[start : start + len(part)], rtol=0, atol=1e-12)
         assert gradients.keys() == expected.keys()
         for name, wanted in expected.items():
-            torch.testing.assert_close(gradients[name], wanted, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                gradients[name],
+                wanted,
+                rtol=0,
+                atol=1e-10,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
 def in_bfloat16(rank, world, kind, checkpointed):
@@ -71,7 +102,14 @@ def in_bfloat16(rank, world, kind, checkpointed):
     found = encoder(inputs).fused
     found.square().sum().backward()
     assert encoder.audio["encoder"].tower.bin_mean.dtype == torch.float32
-    return wanted, found.detach(), all(bool(parameter.grad.full_tensor().isfinite().all()) for parameter in encoder.parameters())
+    return (
+        wanted,
+        found.detach(),
+        all(
+            bool(parameter.grad.full_tensor().isfinite().all())
+            for parameter in encoder.parameters()
+        ),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,6 @@
-"""Tensor-parallel peers that share out the rows of the vision and audio encoders: exact, any number of rows, 1/T of the work."""
+"""Tensor-parallel peers that share out the rows of the vision and audio encoders: exact, any
+number of rows, 1/T of the work.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ EVERYTHING = ("text", "vision", "audio")
     [
         (2, {"share_encoders": False}),
         (2, {"checkpointing": True}),
-        # Nine rows on one data-parallel rank, odd micro-batches; on the other one none, so that its micro-batches are empty.
+        # Nine rows on one data-parallel rank, odd micro-batches; on the other one none, so that its
+        # micro-batches are empty.
         (4, {"rows": {"pairs": [16, 0], "items": [23, 9]}}),
     ],
     ids=["cut", "checkpointing", "uneven"],
@@ -44,7 +47,9 @@ def _function(rank: int, world_size: int, rows: int) -> list[torch.Tensor]:
     inputs = torch.randn(rows, 3, dtype=torch.float64, generator=generator)
     present = torch.ones(rows, dtype=torch.bool)
     weight = torch.randn(3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
-    target = torch.randn(4, rows, dtype=torch.float64, generator=generator).T  # a gradient that is not contiguous
+    target = torch.randn(
+        4, rows, dtype=torch.float64, generator=generator
+    ).T  # a gradient that is not contiguous
 
     def encode(own: torch.Tensor, own_present: torch.Tensor) -> list[torch.Tensor]:
         return [torch.tanh(own @ weight) * own_present[:, None]]
@@ -68,13 +73,23 @@ def test_any_number_of_rows_on_three_peers(rows: int) -> None:
 def _encoder_flops(rank: int, world_size: int, rows: int, share: bool) -> dict[str, int]:
     """Counted operations of a forward and backward pass on this rank, by part of the encoder."""
     parallel = join_layout(world_size)
-    encoder = build_encoder(small_config(), ParallelConfig(tensor=world_size, encoders="share" if share else "tensor"), parallel, seed=1)
+    encoder = build_encoder(
+        small_config(),
+        ParallelConfig(tensor=world_size, encoders="share" if share else "tensor"),
+        parallel,
+        seed=1,
+    )
     found = {}
-    for modality, parts in (("vision", ("vision", "perceiver", "tower")), ("audio", ("audio.encoder",))):  # the counter mixes up their backwards
+    for modality, parts in (
+        ("vision", ("vision", "perceiver", "tower")),
+        ("audio", ("audio.encoder",)),
+    ):  # the counter mixes up their backwards
         inputs = random_inputs((modality, "text"), rows, 3, dtype=torch.float32, absent=False)
         with FlopCounterMode(display=False) as counter:
             encoder(inputs).fused.sum().backward()
-        counts = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
+        counts = {
+            name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()
+        }
         root = next(name for name in counts if name.endswith("OmniEncoder"))
         found |= {part: counts[f"{root}.{part}"] for part in parts}
     return found
@@ -84,10 +99,20 @@ def _encoder_flops(rank: int, world_size: int, rows: int, share: bool) -> dict[s
 def test_a_peer_counts_its_share_of_the_operations(rows: int) -> None:
     alone = run_ranks(_encoder_flops, 1, rows, True)[0]
     most = (rows + 1) // 2
-    for own, found in zip((most, rows - most), run_ranks(_encoder_flops, 2, rows, True), strict=True):
-        assert found["vision"] == pytest.approx(own / rows * alone["vision"], rel=0.02)  # pictures of rows that fill up are not encoded
-        assert own / rows * alone["perceiver"] * 0.98 <= found["perceiver"] <= most / rows * alone["perceiver"] * 1.02
-        assert found["audio.encoder"] == pytest.approx(most / rows * alone["audio.encoder"], rel=0.02)
+    for own, found in zip(
+        (most, rows - most), run_ranks(_encoder_flops, 2, rows, True), strict=True
+    ):
+        assert found["vision"] == pytest.approx(
+            own / rows * alone["vision"], rel=0.02
+        )  # pictures of rows that fill up are not encoded
+        assert (
+            own / rows * alone["perceiver"] * 0.98
+            <= found["perceiver"]
+            <= most / rows * alone["perceiver"] * 1.02
+        )
+        assert found["audio.encoder"] == pytest.approx(
+            most / rows * alone["audio.encoder"], rel=0.02
+        )
         assert found["tower"] == pytest.approx(alone["tower"] / 2, rel=0.02)
     for found in run_ranks(_encoder_flops, 2, rows, False):  # cut: the stems still run on every row
         assert found["vision"] > 0.6 * alone["vision"]
@@ -106,9 +131,20 @@ def _dropout(rank: int, world_size: int) -> tuple[float, float, torch.Tensor, bo
         setattr(twice, name, getattr(one, name).repeat_interleave(2, 0))
     torch.manual_seed(4)
     packing = pack(twice, encoder.layout)
-    latents = encoder._shared(partial(encoder._see, packing, packing.lists()), twice.images)[0].detach()
-    plain = {name: parameter.tensor_parallel_partial for name, parameter in encoder.named_parameters() if name.startswith(ENCODERS)}
-    return max(relative_errors(gradients[1], gradients[0]).values()), float((latents[0] - latents[1]).abs().max()), torch.rand(2), all(plain.values())
+    latents = encoder._shared(partial(encoder._see, packing, packing.lists()), twice.images)[
+        0
+    ].detach()
+    plain = {
+        name: parameter.tensor_parallel_partial
+        for name, parameter in encoder.named_parameters()
+        if name.startswith(ENCODERS)
+    }
+    return (
+        max(relative_errors(gradients[1], gradients[0]).values()),
+        float((latents[0] - latents[1]).abs().max()),
+        torch.rand(2),
+        all(plain.values()),
+    )
 
 
 def test_dropout_differs_between_peers_is_replayed_and_leaves_the_generators_alike() -> None:

@@ -1,4 +1,6 @@
-"""The same job on one rank, two data-parallel ranks and two tensor-parallel ranks: same samples, same losses."""
+"""The same job on one rank, two data-parallel ranks and two tensor-parallel ranks: same samples,
+same losses.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,16 @@ import pytest
 
 from sailplan.train.testing import SMALL, metrics, run
 
-# One stage with fixed weights: what its start computes from the model would feel the last bits of a float32.
-JOB = [*SMALL, "order=[diverse]", "stages.diverse.balance=null", "stages.diverse.steps=4", "parallel.dtype=float64", "~evaluation.tasks.emoji_image_to_name"]
+# One stage with fixed weights: what its start computes from the model would feel the last bits of a
+# float32.
+JOB = [
+    *SMALL,
+    "order=[diverse]",
+    "stages.diverse.balance=null",
+    "stages.diverse.steps=4",
+    "parallel.dtype=float64",
+    "~evaluation.tasks.emoji_image_to_name",
+]
 LAYOUTS = {
     "one": (1, []),
     "data_parallel": (2, []),

@@ -1,6 +1,8 @@
-"""Two published towers over layouts: the full batch's gradients, with BatchNorm in one tower, whole and with frozen towers.
+"""Two published towers over layouts: the full batch's gradients, with BatchNorm in one tower,
+whole and with frozen towers.
 
-Risks: BatchNorm's statistics of a micro-batch (a gradient that depends on how rows are cut), a part that is frozen with another.
+Risks: BatchNorm's statistics of a micro-batch (a gradient that depends on how rows are cut), a part
+that is frozen with another.
 """
 
 from __future__ import annotations
@@ -22,17 +24,27 @@ from sailplan.parity.published import BOTH, tiny_inputs, tiny_settings
 
 LIMIT = 1e-10
 SHAPE: dict[str, Any] = {
-    "width_coefficient": 0.0125, "depth_coefficient": 1.0, "hidden_dim": 16, "in_channels": [32, 16], "out_channels": [16, 1280],
-    "kernel_sizes": [3, 3], "strides": [1, 2], "num_block_repeats": [1, 2], "expand_ratios": [1, 2], "drop_connect_rate": 0.0,
+    "width_coefficient": 0.0125,
+    "depth_coefficient": 1.0,
+    "hidden_dim": 16,
+    "in_channels": [32, 16],
+    "out_channels": [16, 1280],
+    "kernel_sizes": [3, 3],
+    "strides": [1, 2],
+    "num_block_repeats": [1, 2],
+    "expand_ratios": [1, 2],
+    "drop_connect_rate": 0.0,
     "initializer_range": 0.4,
-}  # fmt: skip
+}
 
 
 def settings() -> TwoTowersConfig:
     folder = tempfile.mkdtemp(prefix="sailplan-towers-")
     transformers.EfficientNetConfig(**SHAPE).save_pretrained(folder)
     vision = TransformersConfig(source=folder, weights="drawn", pooling="mean")
-    return TwoTowersConfig(embedding=16, prefixes=[4, 8, 16], text=tiny_settings("bert"), vision=vision)
+    return TwoTowersConfig(
+        embedding=16, prefixes=[4, 8, 16], text=tiny_settings("bert"), vision=vision
+    )
 
 
 @pytest.fixture
@@ -53,7 +65,9 @@ def test_parts_are_the_towers_and_their_projections() -> None:
     with torch.random.fork_rng():
         encoder = dataclasses.replace(settings()).component().module(torch.float32)
     parts = encoder.parts()
-    assert {name: bool(found) for name, found in parts.items()} == dict.fromkeys(("text", "vision", "text_projection", "vision_projection"), True)
+    assert {name: bool(found) for name, found in parts.items()} == dict.fromkeys(
+        ("text", "vision", "text_projection", "vision_projection"), True
+    )
     assert sum(map(len, parts.values())) == len(list(encoder.parameters()))
     assert encoder.used_parts(["text"]) == {"lora", "text", "text_projection"}
 
@@ -64,7 +78,10 @@ def test_a_rows_vector_does_not_depend_on_its_batch_in_training() -> None:
         encoder = settings().component().module(torch.float64).train()
     inputs = tiny_inputs(["vision"], 6, 1)
     whole = encoder(inputs).fused
-    parts = [encoder(inputs.mapped(lambda tensor, row=row: tensor[row : row + 1])).fused for row in range(6)]
+    parts = [
+        encoder(inputs.mapped(lambda tensor, row=row: tensor[row : row + 1])).fused
+        for row in range(6)
+    ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-12)
     norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and all(int(module.num_batches_tracked) == 0 for module in norms)

@@ -1,4 +1,6 @@
-"""A save in the background keeps the state of its step while training moves on, and its errors and its death are safe."""
+"""A save in the background keeps the state of its step while training moves on, and its errors
+and its death are safe.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def step(model, optimizer):
     optimizer.zero_grad()
     model(torch.ones(2, 3)).square().sum().backward()
     for parameter in model.parameters():
-        torch.distributed.all_reduce(parameter.grad)  # on the default group, at the same time as the writers' messages
+        torch.distributed.all_reduce(
+            parameter.grad
+        )  # on the default group, at the same time as the writers' messages
     optimizer.step()
 
 
@@ -55,7 +59,9 @@ def test_steps_run_during_a_save_and_the_saved_state_is_that_of_its_step(tmp_pat
         go = hold_the_writer()
         wanted = model.weight.detach().clone(), optimizer.state[model.weight]["exp_avg"].clone()
         with Saver(parallel, asynchronous=True, keep=2) as saver:
-            saver.save(store.folder_of(tmp_path, 1), model=model, optimizer=optimizer, extra={"step": 1})
+            saver.save(
+                store.folder_of(tmp_path, 1), model=model, optimizer=optimizer, extra={"step": 1}
+            )
             for _ in range(5):
                 step(model, optimizer)
             assert saver.busy and store.latest(tmp_path) is None
@@ -63,8 +69,14 @@ def test_steps_run_during_a_save_and_the_saved_state_is_that_of_its_step(tmp_pat
             torch.distributed.barrier()
             go.set()
         assert not saver.busy
-        extra = store.load(store.folder_of(tmp_path, 1), model=model, optimizer=optimizer, parallel=parallel)
-        return extra["step"] == 1 and torch.equal(model.weight, wanted[0]) and torch.equal(optimizer.state[model.weight]["exp_avg"], wanted[1])
+        extra = store.load(
+            store.folder_of(tmp_path, 1), model=model, optimizer=optimizer, parallel=parallel
+        )
+        return (
+            extra["step"] == 1
+            and torch.equal(model.weight, wanted[0])
+            and torch.equal(optimizer.state[model.weight]["exp_avg"], wanted[1])
+        )
 
     assert all(run_ranks(work, world, timeout=40))
 
@@ -79,13 +91,20 @@ def test_the_next_save_waits_and_old_checkpoints_go_after_the_new_one_is_complet
         threading.Timer(0.3, go.set).start()
         for number in (2, 3):
             step(model, optimizer)
-            saver.save(store.folder_of(tmp_path, number), model=model, optimizer=optimizer, extra={})
-            seen.append(store.is_complete(store.folder_of(tmp_path, number - 1)) or store.is_complete(store.folder_of(tmp_path, number)))
+            saver.save(
+                store.folder_of(tmp_path, number), model=model, optimizer=optimizer, extra={}
+            )
+            seen.append(
+                store.is_complete(store.folder_of(tmp_path, number - 1))
+                or store.is_complete(store.folder_of(tmp_path, number))
+            )
         saver.wait()
         return seen
 
     assert all(all(seen) for seen in run_ranks(work, 2, timeout=40))
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"] and store.latest(tmp_path) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"] and store.latest(
+        tmp_path
+    ) is not None
 
 
 def test_an_error_in_the_background_reaches_all_ranks_at_the_next_save_and_at_the_end(tmp_path):
@@ -103,7 +122,9 @@ def test_an_error_in_the_background_reaches_all_ranks_at_the_next_save_and_at_th
         saver = Saver(parallel, asynchronous=True, keep=2)
         for number in (1, 2):
             try:
-                saver.save(store.folder_of(tmp_path, number), model=model, optimizer=optimizer, extra={})
+                saver.save(
+                    store.folder_of(tmp_path, number), model=model, optimizer=optimizer, extra={}
+                )
                 step(model, optimizer)
             except SailplanError as error:
                 told.append(str(error))
@@ -115,7 +136,9 @@ def test_an_error_in_the_background_reaches_all_ranks_at_the_next_save_and_at_th
         return told
 
     for told in run_ranks(work, 2, timeout=40):
-        assert len(told) == 2 and all("No space left" in text and "rank 1" in text and "\n" not in text for text in told)
+        assert len(told) == 2 and all(
+            "No space left" in text and "rank 1" in text and "\n" not in text for text in told
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -123,10 +146,14 @@ def test_killed_in_the_middle_of_a_save_the_checkpoint_before_is_the_newest(tmp_
     def work(rank, size):
         parallel, model, optimizer = job(rank)
         saver = Saver(parallel, asynchronous=True, keep=1)
-        saver.save(store.folder_of(tmp_path, 1), model=model, optimizer=optimizer, extra={"step": 1})
+        saver.save(
+            store.folder_of(tmp_path, 1), model=model, optimizer=optimizer, extra={"step": 1}
+        )
         saver.wait()
         hold_the_writer()
-        saver.save(store.folder_of(tmp_path, 2), model=model, optimizer=optimizer, extra={"step": 2})
+        saver.save(
+            store.folder_of(tmp_path, 2), model=model, optimizer=optimizer, extra={"step": 2}
+        )
         while not (tmp_path / "step-00000002.tmp").is_dir():
             pass
         os.kill(os.getpid(), signal.SIGKILL)

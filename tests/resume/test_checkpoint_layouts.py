@@ -1,4 +1,6 @@
-"""A checkpoint saved at one layout loads at any other, bit for bit, and a broken one never loads."""
+"""A checkpoint saved at one layout loads at any other, bit for bit, and a broken one never
+loads.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,16 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]  # (tensor, data)
 
 
 class Bundle(nn.Module):
-    """What a run keeps: the sharded encoder, and small replicated modules with a scalar parameter and a buffer."""
+    """What a run keeps: the sharded encoder, and small replicated modules with a scalar
+    parameter and a buffer.
+    """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.encoder = OmniEncoder(small_config(), dtype=torch.float64, seed=seed)
-        self.temperatures = nn.ParameterDict({"icons/image": nn.Parameter(torch.tensor(0.05, dtype=torch.float64))})
+        self.temperatures = nn.ParameterDict(
+            {"icons/image": nn.Parameter(torch.tensor(0.05, dtype=torch.float64))}
+        )
         self.head = nn.Linear(16, 16, dtype=torch.float64)
         self.register_buffer("seen", torch.zeros(3, dtype=torch.int64))
 
@@ -38,7 +44,9 @@ def build(tensor, seed=1, sharded=True):
     parallelize.shard(bundle.encoder, parallel, shard=sharded)
     encoder = list(bundle.encoder.parameters())
     plain = [p for name, p in bundle.named_parameters() if not name.startswith("encoder.")]
-    optimizer = torch.optim.AdamW([{"params": encoder}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": encoder}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, fused=True
+    )
     return parallel, bundle, optimizer
 
 
@@ -48,8 +56,14 @@ def train(parallel, bundle, optimizer, steps, views=(("vision", "text"), ("audio
         optimizer.zero_grad()
         modalities = views[step % len(views)]
         each = 4 // parallel.data_parallel_size
-        inputs = rows_of(random_inputs(modalities, 4, step), parallel.data_parallel_rank * each, (parallel.data_parallel_rank + 1) * each)
-        loss = (bundle.head(bundle.encoder(inputs).fused) * bundle.temperatures["icons/image"]).square().sum() * parallel.data_parallel_size
+        inputs = rows_of(
+            random_inputs(modalities, 4, step),
+            parallel.data_parallel_rank * each,
+            (parallel.data_parallel_rank + 1) * each,
+        )
+        loss = (
+            bundle.head(bundle.encoder(inputs).fused) * bundle.temperatures["icons/image"]
+        ).square().sum() * parallel.data_parallel_size
         loss.backward()
         parallelize.finish_gradients(bundle.encoder, parallel)
         for parameter in (*bundle.head.parameters(), *bundle.temperatures.values()):
@@ -70,40 +84,67 @@ def everything(parallel, bundle, optimizer):
     for name, parameter in bundle.named_parameters():
         found[name] = whole_tensor(parameter, parameter, parallel)
         for kind, value in optimizer.state.get(parameter, {}).items():
-            found[f"{name}:{kind}"] = value.clone() if kind == "step" else whole_tensor(parameter, value, parallel)
+            found[f"{name}:{kind}"] = (
+                value.clone() if kind == "step" else whole_tensor(parameter, value, parallel)
+            )
     return found
 
 
 def save_run(rank, world, tensor, folder, sharded):
     parallel, bundle, optimizer = build(tensor, sharded=sharded)
-    train(parallel, bundle, optimizer, range(2), views=(("text",), ("vision", "text")))  # the sound tower has no optimizer state
-    extra = {"step": 2, "stages": ["one"], "thresholds": {"icons/image": 0.25}, "centroids": torch.arange(3.0)}
+    train(
+        parallel, bundle, optimizer, range(2), views=(("text",), ("vision", "text"))
+    )  # the sound tower has no optimizer state
+    extra = {
+        "step": 2,
+        "stages": ["one"],
+        "thresholds": {"icons/image": 0.25},
+        "centroids": torch.arange(3.0),
+    }
     store.save(folder, model=bundle, optimizer=optimizer, extra=extra, parallel=parallel)
     state = everything(parallel, bundle, optimizer)
     return state, train(parallel, bundle, optimizer, range(2, 7))
 
 
 def load_runs(rank, world, tensor, folders, sharded):
-    """Loads the folders one after the other into the same model and optimizer, training a little after each."""
+    """Loads the folders one after the other into the same model and optimizer, training a little
+    after each.
+    """
     parallel, bundle, optimizer = build(tensor, seed=7, sharded=sharded)
     train(parallel, bundle, optimizer, range(1))  # other weights and other state, to be replaced
     results = []
     for folder in folders:
         with torch.no_grad():
-            bundle.encoder(random_inputs(("vision", "text"), 2, 50))  # gathered parameters must not be what is filled
+            bundle.encoder(
+                random_inputs(("vision", "text"), 2, 50)
+            )  # gathered parameters must not be what is filled
         extra = store.load(folder, model=bundle, optimizer=optimizer, parallel=parallel)
-        assert extra["step"] == 2 and extra["thresholds"] == {"icons/image": 0.25} and torch.equal(extra["centroids"], torch.arange(3.0))
-        results.append((everything(parallel, bundle, optimizer), train(parallel, bundle, optimizer, range(2, 7))))
+        assert (
+            extra["step"] == 2
+            and extra["thresholds"] == {"icons/image": 0.25}
+            and torch.equal(extra["centroids"], torch.arange(3.0))
+        )
+        results.append(
+            (
+                everything(parallel, bundle, optimizer),
+                train(parallel, bundle, optimizer, range(2, 7)),
+            )
+        )
     return results
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint of each layout, with the state it was made from and the losses of the steps that follow."""
+    """A checkpoint of each layout, with the state it was made from and the losses of the steps
+    that follow.
+    """
     runs = {}
     for layout in LAYOUTS:
         folder = store.folder_of(tmp_path_factory.mktemp("checkpoints"), 2)
-        runs[layout] = folder, *run_ranks(save_run, layout[0] * layout[1], layout[0], folder, True)[0]
+        runs[layout] = (
+            folder,
+            *run_ranks(save_run, layout[0] * layout[1], layout[0], folder, True)[0],
+        )
     return runs
 
 
@@ -113,11 +154,18 @@ def assert_same(found, expected):
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize(("tensor", "data", "sharded"), [*((*layout, True) for layout in LAYOUTS), (1, 2, False)])
+@pytest.mark.parametrize(
+    ("tensor", "data", "sharded"), [*((*layout, True) for layout in LAYOUTS), (1, 2, False)]
+)
 def test_state_is_bit_equal_and_training_goes_on(saved, tensor, data, sharded):
     sources = [saved[layout] for layout in (LAYOUTS if sharded else LAYOUTS[2:3])]
-    assert "encoder.vision.positions:exp_avg" in sources[0][1] and "encoder.audio.encoder.bin_gain:exp_avg" not in sources[0][1]
-    for results in run_ranks(load_runs, tensor * data, tensor, [folder for folder, _, _ in sources], sharded):
+    assert (
+        "encoder.vision.positions:exp_avg" in sources[0][1]
+        and "encoder.audio.encoder.bin_gain:exp_avg" not in sources[0][1]
+    )
+    for results in run_ranks(
+        load_runs, tensor * data, tensor, [folder for folder, _, _ in sources], sharded
+    ):
         for (found, found_losses), (_, state, losses) in zip(results, sources, strict=True):
             assert_same(found, state)
             assert found_losses == pytest.approx(losses, rel=1e-10)
@@ -169,11 +217,15 @@ def test_unfinished_and_damaged_checkpoints_are_passed_over(tmp_path):
     assert store.latest(tmp_path) == folders[0]
     assert store.latest(tmp_path / "none") is None
     assert store.damaged(tmp_path) == folders[1:3]
-    (folders[2] / store.COMPLETE).write_text('{"index_sha')  # killed while it was sealed: unfinished, and no reason to ask for a repair
+    (folders[2] / store.COMPLETE).write_text(
+        '{"index_sha'
+    )  # killed while it was sealed: unfinished, and no reason to ask for a repair
     assert store.damaged(tmp_path) == folders[1:2]
     with pytest.raises(RankFailure) as failure:
         tiny_load(folders[2], nn.Linear(2, 2))
-    assert isinstance(failure.value.__cause__, ConfigurationError) and "incomplete or damaged" in str(failure.value.__cause__)
+    assert isinstance(
+        failure.value.__cause__, ConfigurationError
+    ) and "incomplete or damaged" in str(failure.value.__cause__)
 
 
 def test_saving_again_replaces_and_prune_keeps_the_newest_complete(tmp_path):
@@ -204,7 +256,9 @@ def test_another_model_is_refused_in_one_line(tmp_path, model, message):
 
 
 def test_a_rank_that_cannot_write_stops_all(tmp_path):
-    """Rank 1's disk is full: all ranks raise, nothing is left behind, and the older checkpoint stays."""
+    """Rank 1's disk is full: all ranks raise, nothing is left behind, and the older checkpoint
+    stays.
+    """
     older = tiny_save(store.folder_of(tmp_path, 1))
 
     def work(rank, world):
@@ -217,13 +271,24 @@ def test_a_rank_that_cannot_write_stops_all(tmp_path):
 
             filesystem._write_item = full
         try:
-            store.save(store.folder_of(tmp_path, 2), model=bundle, optimizer=optimizer, extra={}, parallel=parallel)
+            store.save(
+                store.folder_of(tmp_path, 2),
+                model=bundle,
+                optimizer=optimizer,
+                extra={},
+                parallel=parallel,
+            )
         except SailplanError as error:
             return str(error)
         return None
 
     for message in run_ranks(work, 2, timeout=30):
-        assert "could not be written" in message and "No space left" in message and "rank 1" in message and "\n" not in message
+        assert (
+            "could not be written" in message
+            and "No space left" in message
+            and "rank 1" in message
+            and "\n" not in message
+        )
     assert store.latest(tmp_path) == older
     assert [path.name for path in tmp_path.iterdir()] == [older.name]
 

@@ -1,4 +1,6 @@
-"""A checkpoint that changed on the disk is never loaded, and opening one runs nothing that is in it."""
+"""A checkpoint that changed on the disk is never loaded, and opening one runs nothing that is in
+it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ def saved(folder: Path, steps: tuple[int, ...] = (1, 2)) -> None:
         parallel = join_layout(1)
         model = nn.Linear(64, 64)
         for step in steps:
-            store.save(store.folder_of(folder, step), model=model, optimizer=None, extra={"step": step}, parallel=parallel)
+            store.save(
+                store.folder_of(folder, step),
+                model=model,
+                optimizer=None,
+                extra={"step": step},
+                parallel=parallel,
+            )
 
     run_ranks(work, 2)
 
@@ -80,6 +88,10 @@ def test_a_seal_of_before_still_loads(tmp_path: Path) -> None:
     folder = store.folder_of(tmp_path, 1)
     seal = json.loads((folder / store.COMPLETE).read_text())
     sizes = {name: entry["bytes"] for name, entry in seal["files"].items()}
-    (folder / store.COMPLETE).write_text(json.dumps({"index_sha256": seal["files"][".metadata"]["sha256"], "files": sizes}))
+    (folder / store.COMPLETE).write_text(
+        json.dumps({"index_sha256": seal["files"][".metadata"]["sha256"], "files": sizes})
+    )
     assert store.is_complete(folder) and store.first_damage(folder) == ""
-    assert torch.equal(store.WholeCheckpoint(folder).read("weight"), store.WholeCheckpoint(folder).read("weight"))
+    assert torch.equal(
+        store.WholeCheckpoint(folder).read("weight"), store.WholeCheckpoint(folder).read("weight")
+    )

@@ -1,4 +1,6 @@
-"""A fresh run takes another's weights from a checkpoint, a run folder or an exported folder, at any layout; nothing else, and only what fits."""
+"""A fresh run takes another's weights from a checkpoint, a run folder or an exported folder, at
+any layout; nothing else, and only what fits.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def run_folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a checkpoint of seed 5 at tensor-parallel size 2, its temperatures moved."""
+    """A run folder with a checkpoint of seed 5 at tensor-parallel size 2, its temperatures
+    moved.
+    """
     root = tmp_path_factory.mktemp("runs") / "source"
 
     def write(rank: int, world: int) -> None:
@@ -39,13 +43,21 @@ def run_folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
         with torch.no_grad():
             for value in whole.temperatures.parameters():
                 value.add_(0.25)
-        save(folder_of(root / "checkpoints", 4), model=whole.module, optimizer=None, extra={"step": 4}, parallel=parallel)
+        save(
+            folder_of(root / "checkpoints", 4),
+            model=whole.module,
+            optimizer=None,
+            extra={"step": 4},
+            parallel=parallel,
+        )
 
     run_ranks(write, 2)
     return root
 
 
-def weights(config: Config, tensor: int, world: int, source: Path | None, parts: tuple[str, ...] = ALL) -> dict[str, Tensor]:
+def weights(
+    config: Config, tensor: int, world: int, source: Path | None, parts: tuple[str, ...] = ALL
+) -> dict[str, Tensor]:
     """Every parameter, whole, of a run's start."""
 
     def work(rank: int, size: int) -> dict[str, object]:
@@ -53,17 +65,25 @@ def weights(config: Config, tensor: int, world: int, source: Path | None, parts:
         whole = build_bundle(replace(config, parallel=ParallelConfig(tensor=tensor)), parallel)
         if source is not None:
             initialise(whole, source, parts, parallel)
-        return {name: whole_tensor(value, value, parallel).numpy() for name, value in whole.module.named_parameters()}
+        return {
+            name: whole_tensor(value, value, parallel).numpy()
+            for name, value in whole.module.named_parameters()
+        }
 
     return {name: torch.from_numpy(value) for name, value in run_ranks(work, world)[0].items()}
 
 
 @pytest.mark.parametrize(("tensor", "world"), [(1, 1), (1, 2), (2, 2)])
-def test_weights_are_those_of_the_source_at_every_layout(config: Config, run_folder: Path, tmp_path: Path, tensor: int, world: int) -> None:
+def test_weights_are_those_of_the_source_at_every_layout(
+    config: Config, run_folder: Path, tmp_path: Path, tensor: int, world: int
+) -> None:
     checkpoint = initial_source(str(run_folder))
     assert checkpoint == folder_of(run_folder / "checkpoints", 4) == initial_source(str(checkpoint))
     expected = weights(replace(config, seed=5), 1, 1, None)
-    merged = merge([checkpoint, export_weights(checkpoint, tmp_path / "export", config=config)], tmp_path / "merged")
+    merged = merge(
+        [checkpoint, export_weights(checkpoint, tmp_path / "export", config=config)],
+        tmp_path / "merged",
+    )
     assert initial_source(str(merged)) == merged
     for source in (checkpoint, merged):
         found = weights(config, tensor, world, source)
@@ -81,7 +101,9 @@ def test_parts_that_are_not_named_start_afresh(config: Config, run_folder: Path)
         assert torch.equal(value, (source if name.startswith("encoder.") else fresh)[name]), name
 
 
-def test_updates_that_the_source_lacks_start_afresh_and_those_that_the_run_lacks_are_refused(config: Config, run_folder: Path, tmp_path: Path) -> None:
+def test_updates_that_the_source_lacks_start_afresh_and_those_that_the_run_lacks_are_refused(
+    config: Config, run_folder: Path, tmp_path: Path
+) -> None:
     with_updates = replace(config, model=replace(config.model, lora=LoraConfig(rank=2)))
     fresh = weights(with_updates, 1, 1, None)
     found = weights(with_updates, 1, 1, initial_source(str(run_folder)), ("encoder",))
@@ -89,14 +111,25 @@ def test_updates_that_the_source_lacks_start_afresh_and_those_that_the_run_lacks
     updates = [name for name in found if ".lora." in name]
     assert updates
     for name, value in found.items():
-        assert torch.equal(value, (expected if name.startswith("encoder.") and name not in updates else fresh)[name]), name
+        assert torch.equal(
+            value,
+            (expected if name.startswith("encoder.") and name not in updates else fresh)[name],
+        ), name
 
     def write(rank: int, world: int) -> None:
         parallel = join_layout(1)
-        save(folder_of(tmp_path, 1), model=build_bundle(with_updates, parallel).module, optimizer=None, extra={}, parallel=parallel)
+        save(
+            folder_of(tmp_path, 1),
+            model=build_bundle(with_updates, parallel).module,
+            optimizer=None,
+            extra={},
+            parallel=parallel,
+        )
 
     run_ranks(write, 1)
-    with pytest.raises(ConfigurationError, match=r"part encoder: .*\.lora\..*which the model lacks"):
+    with pytest.raises(
+        ConfigurationError, match=r"part encoder: .*\.lora\..*which the model lacks"
+    ):
         refused(config, folder_of(tmp_path, 1))
 
 
@@ -108,16 +141,26 @@ def refused(config: Config, source: Path, parts: tuple[str, ...] = ALL, world: i
 
 
 @pytest.mark.parametrize("exported", [False, True])
-def test_what_does_not_fit_is_named_on_all_ranks(config: Config, run_folder: Path, tmp_path: Path, exported: bool) -> None:
+def test_what_does_not_fit_is_named_on_all_ranks(
+    config: Config, run_folder: Path, tmp_path: Path, exported: bool
+) -> None:
     source = initial_source(str(run_folder))
     if exported:
         source = export_weights(source, tmp_path / "export", config=config)
     larger = replace(config, model=replace(config.model, vocabulary=2 * config.model.vocabulary))
-    with pytest.raises(ConfigurationError, match=r"initialise_from, part encoder: .*text\.weight has the shape .* expects"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"initialise_from, part encoder: .*text\.weight has the shape .* expects",
+    ):
         refused(larger, source, world=2)
     name, dataset = next(iter(config.data.sets.items()))
-    more = replace(config, data=replace(config.data, sets={**config.data.sets, f"{name}_again": dataset}))
-    with pytest.raises(ConfigurationError, match=r"part temperatures: .*lacks the tensor .*leave the part out of initialise_parts"):
+    more = replace(
+        config, data=replace(config.data, sets={**config.data.sets, f"{name}_again": dataset})
+    )
+    with pytest.raises(
+        ConfigurationError,
+        match=r"part temperatures: .*lacks the tensor .*leave the part out of initialise_parts",
+    ):
         refused(more, source, ("temperatures",))
 
 

@@ -1,4 +1,6 @@
-"""The `sailplan` command around weights from elsewhere: `initialise_from`, `export merge`, and a merged folder in a checkpoint's place."""
+"""The `sailplan` command around weights from elsewhere: `initialise_from`, `export merge`, and a
+merged folder in a checkpoint's place.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def write(rank: int, world: int) -> None:
         parallel = join_layout(1)
-        save(folder_of(folder.checkpoints, 0), model=build_bundle(config, parallel).module, optimizer=None, extra={"step": 0}, parallel=parallel)
+        save(
+            folder_of(folder.checkpoints, 0),
+            model=build_bundle(config, parallel).module,
+            optimizer=None,
+            extra={"step": 0},
+            parallel=parallel,
+        )
 
     run_ranks(write, 1)
     return folder.root
@@ -58,13 +66,28 @@ def test_a_fresh_run_starts_from_it_and_its_own_checkpoint_wins_later(source: Pa
     newest = latest(fresh / "checkpoints")
     assert newest is not None
     theirs, own = read_whole(folder_of(source / "checkpoints", 0)), read_whole(newest)
-    assert all(torch.equal(own[name], theirs[name]) for name in theirs if name.startswith("encoder."))
-    assert any(not torch.equal(own[name], theirs[name]) for name in theirs if name.startswith("objectives."))
+    assert all(
+        torch.equal(own[name], theirs[name]) for name in theirs if name.startswith("encoder.")
+    )
+    assert any(
+        not torch.equal(own[name], theirs[name])
+        for name in theirs
+        if name.startswith("objectives.")
+    )
     again = run(*arguments, f"initialise_from={source.with_name('gone')}", "resume=auto")
     assert again.returncode == 0, again.stderr[-3000:]
 
     merged = source.with_name("merged")
-    told = run("export", "merge", "--checkpoint", str(newest), "--checkpoint", str(folder_of(source / "checkpoints", 0)), "--out", str(merged))
+    told = run(
+        "export",
+        "merge",
+        "--checkpoint",
+        str(newest),
+        "--checkpoint",
+        str(folder_of(source / "checkpoints", 0)),
+        "--out",
+        str(merged),
+    )
     assert told.returncode == 0 and told.stdout.strip() == str(merged), told.stderr
     written = fresh / "evaluation" / f"{newest.name}.json"
     written.unlink()
@@ -79,6 +102,15 @@ def test_a_fresh_run_starts_from_it_and_its_own_checkpoint_wins_later(source: Pa
 
 
 def test_what_does_not_fit_ends_the_run_before_its_first_step(source: Path, tmp_path: Path) -> None:
-    refused = run("train", *STILL, "name=other", f"runs={tmp_path}", f"initialise_from={source}", "model.vocabulary=8320")
-    assert refused.returncode == 64 and "initialise_from, part encoder" in refused.stderr, refused.stderr[-3000:]
+    refused = run(
+        "train",
+        *STILL,
+        "name=other",
+        f"runs={tmp_path}",
+        f"initialise_from={source}",
+        "model.vocabulary=8320",
+    )
+    assert refused.returncode == 64 and "initialise_from, part encoder" in refused.stderr, (
+        refused.stderr[-3000:]
+    )
     assert not (tmp_path / "other" / "checkpoints").exists()

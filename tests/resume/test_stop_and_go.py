@@ -1,4 +1,6 @@
-"""Killed and stopped runs continue with the same samples and, on the CPU, bit-equal losses, across stage edges too."""
+"""Killed and stopped runs continue with the same samples and, on the CPU, bit-equal losses,
+across stage edges too.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ IGNORED = ("time", "seconds", "rows_per_second", "data/wait_seconds")
 
 
 def essence(folder: Path) -> list[dict[str, object]]:
-    return [{key: value for key, value in line.items() if not key.startswith(IGNORED)} for line in metrics(folder)]
+    return [
+        {key: value for key, value in line.items() if not key.startswith(IGNORED)}
+        for line in metrics(folder)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +30,17 @@ def uninterrupted(tmp_path_factory) -> Path:
     return runs / "whole"
 
 
-def test_killed_and_stopped_runs_equal_the_uninterrupted_one(uninterrupted: Path, tmp_path: Path) -> None:
+def test_killed_and_stopped_runs_equal_the_uninterrupted_one(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "broken"
     arguments = ("train", *SMALL, "name=broken", f"runs={tmp_path}", "resume=auto")
 
     def reached(step: int):
         return lambda: any(line["step"] >= step for line in metrics(folder))
 
-    # Step 7 is the first of stage III; the newest checkpoint is of step 6, the end of stage II: the edge is done again.
+    # Step 7 is the first of stage III; the newest checkpoint is of step 6, the end of stage II: the
+    # edge is done again.
     assert run_until(reached(7), signal.SIGKILL, *arguments, ranks=2) < 0
     # Step 8 lies in the middle of stage III, which reads back what its start computed.
     assert run_until(reached(8), signal.SIGTERM, *arguments, ranks=2) == EXIT_STOPPED
@@ -61,10 +69,13 @@ def test_the_plan_says_what_then_ran(uninterrupted: Path) -> None:
 
     planned = json.loads(run("plan", *SMALL, "--json", "--ranks", "2").stdout)
     ran = json.loads((uninterrupted / "stages.json").read_text())
-    assert [(one["name"], one["first_step"], one["last_step"], one["objectives"]) for one in planned["stages"]] == [
-        (one["name"], one["first_step"], one["last_step"], one["objectives"]) for one in ran
+    assert [
+        (one["name"], one["first_step"], one["last_step"], one["objectives"])
+        for one in planned["stages"]
+    ] == [(one["name"], one["first_step"], one["last_step"], one["objectives"]) for one in ran]
+    assert [one["learning_rate"]["peak"] for one in planned["stages"]] == [
+        one["learning_rate"][0] for one in ran
     ]
-    assert [one["learning_rate"]["peak"] for one in planned["stages"]] == [one["learning_rate"][0] for one in ran]
     lines = metrics(uninterrupted)
     for stage in planned["stages"]:
         own = [line for line in lines if line["stage"] == stage["name"]]
@@ -81,9 +92,13 @@ def test_commands_work_on_the_run_at_another_layout(uninterrupted: Path, tmp_pat
     assert found.returncode == 0, found.stderr
     again = json.loads(found.stdout)
     assert again.keys() == written.keys()
-    assert json.loads(last.read_text())["stage"] == "id2item"  # the report's table has a column for each stage
+    assert (
+        json.loads(last.read_text())["stage"] == "id2item"
+    )  # the report's table has a column for each stage
     for task, values in written.items():
-        assert again[task] == pytest.approx(values, abs=0.06)  # a tie may fall the other way on another number of ranks
+        assert again[task] == pytest.approx(
+            values, abs=0.06
+        )  # a tie may fall the other way on another number of ranks
     tensor = run("evaluate", "--run-folder", str(uninterrupted), "parallel.tensor=2", ranks=2)
     assert tensor.returncode == 0, tensor.stderr
 
@@ -92,10 +107,20 @@ def test_commands_work_on_the_run_at_another_layout(uninterrupted: Path, tmp_pat
     embedded = run("embed", "--run-folder", str(uninterrupted), *wanted, "--out", str(out), ranks=2)
     assert embedded.returncode == 0, embedded.stderr
     assert any(out.iterdir())
-    mined = run("mine", "--run-folder", str(uninterrupted), "--stage", "hard", "--out", str(tmp_path / "mined.npz"))
+    mined = run(
+        "mine",
+        "--run-folder",
+        str(uninterrupted),
+        "--stage",
+        "hard",
+        "--out",
+        str(tmp_path / "mined.npz"),
+    )
     assert mined.returncode == 0 and (tmp_path / "mined.npz").is_file(), mined.stderr
     balanced = run("balance", "--run-folder", str(uninterrupted), "--stage", "diverse")
-    assert balanced.returncode == 0 and sum(json.loads(balanced.stdout)["weights"].values()) == pytest.approx(1.0), balanced.stderr
+    assert balanced.returncode == 0 and sum(
+        json.loads(balanced.stdout)["weights"].values()
+    ) == pytest.approx(1.0), balanced.stderr
     exported = run("export", "--run-folder", str(uninterrupted), "--out", str(tmp_path / "export"))
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "export" / "model.json").is_file()

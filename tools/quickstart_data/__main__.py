@@ -9,7 +9,14 @@ from pathlib import Path
 
 from sailplan.data.writer import BuildError
 
-PER_SHARD = {"emoji": 500, "icons": 1000, "prompts": 300, "icon_choices": 1000, "icon_histories": 1000, "emoji_pairs": 2000}
+PER_SHARD = {
+    "emoji": 500,
+    "icons": 1000,
+    "prompts": 300,
+    "icon_choices": 1000,
+    "icon_histories": 1000,
+    "emoji_pairs": 2000,
+}
 
 
 def build(out: Path, sources: Path, scratch: Path) -> None:
@@ -27,7 +34,9 @@ def build(out: Path, sources: Path, scratch: Path) -> None:
     images.check_pillow()
     unpacked = unpack_all(sources, scratch)
     emoji, icons, prompts = read_emoji(unpacked), read_icons(unpacked), read_prompts(unpacked)
-    choices, histories = read_choices(unpacked.wheel, {icon.id: icon.body["split"] for icon in icons})
+    choices, histories = read_choices(
+        unpacked.wheel, {icon.id: icon.body["split"] for icon in icons}
+    )
 
     counts = {
         "translations_removed": splits.separate([*emoji, *icons, *choices]),
@@ -49,7 +58,10 @@ def build(out: Path, sources: Path, scratch: Path) -> None:
     for name, records in sets.items():
         shards = write_shards(records, out / name, name, PER_SHARD[name])
         described[name] = describe_set(records, shards, out)
-        print(f"{name}: {len(records)} records, {described[name]['splits']}, {len(shards)} shards", flush=True)
+        print(
+            f"{name}: {len(records)} records, {described[name]['splits']}, {len(shards)} shards",
+            flush=True,
+        )
     train_tokenizer([*emoji, *icons, *prompts, *choices], out / "tokenizer.json")
     write_manifest(out, described, counts, unpacked.described)
 
@@ -57,16 +69,22 @@ def build(out: Path, sources: Path, scratch: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m quickstart_data", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the pack into")
-    parser.add_argument("--sources", type=Path, help="folder that keeps the fetched archives (default: thrown away)")
+    parser.add_argument(
+        "--sources", type=Path, help="folder that keeps the fetched archives (default: thrown away)"
+    )
     chosen = parser.parse_args(arguments)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            build(chosen.out, chosen.sources or Path(scratch) / "archives", Path(scratch) / "unpacked")
+            build(
+                chosen.out, chosen.sources or Path(scratch) / "archives", Path(scratch) / "unpacked"
+            )
     except (BuildError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        print(f"error: the Python package {error.name} is needed to build the pack", file=sys.stderr)
+        print(
+            f"error: the Python package {error.name} is needed to build the pack", file=sys.stderr
+        )
         return 1
     return 0
 

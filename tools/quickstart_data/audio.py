@@ -1,7 +1,8 @@
 """Encode speech as mono Ogg/Opus with the same bytes every time.
 
-libsndfile gives each Ogg stream a random serial number and pads the comment header with about 800 bytes, a tenth of a
-short prompt. Both are rewritten here, page by page, with fresh checksums (RFC 3533); the audio packets stay untouched.
+libsndfile gives each Ogg stream a random serial number and pads the comment header with about 800
+bytes, a tenth of a short prompt. Both are rewritten here, page by page, with fresh checksums (RFC
+3533); the audio packets stay untouched.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from sailplan.data.writer import BuildError
 
 COMPRESSION = 0.97  # libsndfile's scale, about 13 kbit/s for 8 kHz mono
 SERIAL = 1
-HEADER = struct.Struct("<4sBBqIIIB")  # magic, version, flags, granule, serial, sequence, checksum, segments
+HEADER = struct.Struct(
+    "<4sBBqIIIB"
+)  # magic, version, flags, granule, serial, sequence, checksum, segments
 
 
 def _table() -> list[int]:
@@ -52,16 +55,26 @@ def steady(stream: bytes) -> bytes:
             vendor = struct.unpack_from("<I", body, 8)[0]
             body = body[: 12 + vendor] + struct.pack("<I", 0)  # no comments, no padding
             lacing = bytes([len(body)])
-        page = HEADER.pack(magic, version, flags, granule, SERIAL, sequence, 0, len(lacing)) + lacing + body
+        page = (
+            HEADER.pack(magic, version, flags, granule, SERIAL, sequence, 0, len(lacing))
+            + lacing
+            + body
+        )
         out += page[:22] + struct.pack("<I", _checksum(page)) + page[26:]
     return bytes(out)
 
 
 def opus(samples: np.ndarray, rate: int) -> bytes:
-    """Encode mono samples (int16, shape [n]) at their own rate, which must be one that Opus knows (8 or 16 kHz here)."""
+    """Encode mono samples (int16, shape [n]) at their own rate, which must be one that Opus
+    knows (8 or 16 kHz here).
+    """
     out = io.BytesIO()
     try:
-        soundfile.write(out, samples, rate, format="OGG", subtype="OPUS", compression_level=COMPRESSION)
+        soundfile.write(
+            out, samples, rate, format="OGG", subtype="OPUS", compression_level=COMPRESSION
+        )
     except (TypeError, ValueError, soundfile.LibsndfileError) as error:
-        raise BuildError(f"this soundfile cannot write Ogg/Opus ({error}); 0.13 or newer with libsndfile 1.2 can") from None
+        raise BuildError(
+            f"this soundfile cannot write Ogg/Opus ({error}); 0.13 or newer with libsndfile 1.2 can"
+        ) from None
     return steady(out.getvalue())

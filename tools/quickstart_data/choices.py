@@ -1,8 +1,11 @@
-"""`icon_choices` and `icon_histories`: which icon the authors of a Home Assistant integration chose for which text.
+"""`icon_choices` and `icon_histories`: which icon the authors of a Home Assistant integration
+chose for which text.
 
-Every integration names its entities, states and services (in many languages) and gives each an icon: a real choice of
-a picture for a text. The "user" is the authors of an integration, not a consumer, and nothing says in which order they
-chose: the order of a history is the order of the file. Judge it as completing a set, never as the next item.
+Every integration names its entities, states and services (in many languages) and gives each an
+icon: a real choice of a picture for a text. The "user" is the authors of an integration, not a
+consumer, and nothing says in which order they
+chose: the order of a history is the order of the file. Judge it as completing a set, never as the
+next item.
 """
 
 from __future__ import annotations
@@ -18,7 +21,32 @@ from quickstart_data.splits import HELD_OUT, TRAIN, fraction, split_by_name
 from sailplan.data.writer import Record
 
 ROOT = "homeassistant/components"
-LANGUAGES = "en de fr es it nl pl ru ja zh-Hans ko pt-BR sv cs tr da el uk ro ca hu fi nb vi".split()  # noqa: SIM905
+LANGUAGES = [
+    "en",
+    "de",
+    "fr",
+    "es",
+    "it",
+    "nl",
+    "pl",
+    "ru",
+    "ja",
+    "zh-Hans",
+    "ko",
+    "pt-BR",
+    "sv",
+    "cs",
+    "tr",
+    "da",
+    "el",
+    "uk",
+    "ro",
+    "ca",
+    "hu",
+    "fi",
+    "nb",
+    "vi",
+]
 HISTORY_LENGTH, JUDGED_LENGTH, HELD_OUT_USERS = 3, 5, 0.2
 PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 
@@ -39,7 +67,11 @@ def clean(text: Any) -> str | None:
 
 def item_of(icon: Any, known: Container[str]) -> str | None:
     """`mdi:lightbulb` -> `icons/lightbulb`, or None for an icon that the `icons` set has not."""
-    item = "icons/" + icon.removeprefix("mdi:") if isinstance(icon, str) and icon.startswith("mdi:") else None
+    item = (
+        "icons/" + icon.removeprefix("mdi:")
+        if isinstance(icon, str) and icon.startswith("mdi:")
+        else None
+    )
     return item if item in known else None
 
 
@@ -67,7 +99,10 @@ class Integration:
                     yield "entity", f"{platform}/{key}", entry["default"], names
                 for state, icon in (entry.get("state") or {}).items():
                     states = self.texts("entity", platform, key, "state", state)
-                    texts = {one: f"{names[one]}: {text}" if one in names else text for one, text in states.items()}
+                    texts = {
+                        one: f"{names[one]}: {text}" if one in names else text
+                        for one, text in states.items()
+                    }
                     yield "state", f"{platform}/{key}/{state}", icon, texts
         for service, entry in (self.icons.get("services") or {}).items():
             icon = entry.get("service") if isinstance(entry, dict) else entry
@@ -75,7 +110,9 @@ class Integration:
                 yield "service", service, icon, self.texts("services", service, "name")
 
 
-def icons_in_python(wheel: zipfile.ZipFile, names: set[str], known: Container[str]) -> dict[str, set[str]]:
+def icons_in_python(
+    wheel: zipfile.ZipFile, names: set[str], known: Container[str]
+) -> dict[str, set[str]]:
     """Known icons named anywhere in each integration's Python files."""
     found: dict[str, set[str]] = defaultdict(set)
     for name in names:
@@ -86,15 +123,21 @@ def icons_in_python(wheel: zipfile.ZipFile, names: set[str], known: Container[st
     return found
 
 
-def read_choices(wheel: zipfile.ZipFile, known: dict[str, str]) -> tuple[list[Record], list[Record]]:
-    """(icon_choices, icon_histories); `known` maps the ids of the `icons` set to their split, other icons are left out.
+def read_choices(
+    wheel: zipfile.ZipFile, known: dict[str, str]
+) -> tuple[list[Record], list[Record]]:
+    """(icon_choices, icon_histories); `known` maps the ids of the `icons` set to their split,
+    other icons are left out.
 
-    A choice is split by its text; `item_split` repeats the split of its icon, because the two are independent.
+    A choice is split by its text; `item_split` repeats the split of its icon, because the two are
+    independent.
     """
     names = set(wheel.namelist())
     in_python = icons_in_python(wheel, names, known)
     choices, histories = [], []
-    for path in sorted(name for name in names if name.startswith(f"{ROOT}/") and name.endswith("/icons.json")):
+    for path in sorted(
+        name for name in names if name.startswith(f"{ROOT}/") and name.endswith("/icons.json")
+    ):
         integration = Integration(wheel, names, path.split("/")[2])
         user, items = integration.domain, []
         for kind, name, icon, texts in integration.choices():
@@ -103,7 +146,13 @@ def read_choices(wheel: zipfile.ZipFile, known: dict[str, str]) -> tuple[list[Re
                 continue
             items.append(item)
             if "en" in texts:
-                body = {"id": f"icon_choices/{user}/{kind}/{name}", "text": texts, "item": item, "user": user, "kind": kind}
+                body = {
+                    "id": f"icon_choices/{user}/{kind}/{name}",
+                    "text": texts,
+                    "item": item,
+                    "user": user,
+                    "kind": kind,
+                }
                 choices.append(Record(body | {"item_split": known[item]}))
         distinct = list(dict.fromkeys(items))
         if len(distinct) >= HISTORY_LENGTH:
@@ -115,6 +164,8 @@ def read_choices(wheel: zipfile.ZipFile, known: dict[str, str]) -> tuple[list[Re
                 "source_items": sorted(set(distinct) | in_python.get(user, set())),
             }
             histories.append(Record(body))
-    for record, side in zip(choices, split_by_name([r.body["text"]["en"] for r in choices]), strict=True):
+    for record, side in zip(
+        choices, split_by_name([r.body["text"]["en"] for r in choices]), strict=True
+    ):
         record.body["split"] = side
     return choices, histories

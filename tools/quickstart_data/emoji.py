@@ -1,4 +1,6 @@
-"""The `emoji` set: Noto Color Emoji pictures with CLDR names and keywords in 25 languages (through emojibase)."""
+"""The `emoji` set: Noto Color Emoji pictures with CLDR names and keywords in 25 languages
+(through emojibase).
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,18 @@ COMPONENTS = 2  # emojibase's group of skin tones and hair: parts, not pictures
 
 def read_emoji(unpacked: Unpacked) -> list[Record]:
     def load(part: str):
-        return json.loads(unpacked.file("emojibase-data", f"package/{part}.json").read_text(encoding="utf-8"))
+        return json.loads(
+            unpacked.file("emojibase-data", f"package/{part}.json").read_text(encoding="utf-8")
+        )
 
-    tables = {language: {row["hexcode"]: row for row in load(f"{language}/data")} for language in LANGUAGES}
+    tables = {
+        language: {row["hexcode"]: row for row in load(f"{language}/data")}
+        for language in LANGUAGES
+    }
     groups = load("meta/groups")
-    painter = EmojiPainter(unpacked.file("fonts-noto-color-emoji", "usr/share/fonts/truetype/noto/*.ttf"))
+    painter = EmojiPainter(
+        unpacked.file("fonts-noto-color-emoji", "usr/share/fonts/truetype/noto/*.ttf")
+    )
     records, pixels = [], []
     for code, row in tables["en"].items():
         if row.get("group") in (None, COMPONENTS):
@@ -34,8 +43,12 @@ def read_emoji(unpacked: Unpacked) -> list[Record]:
             "group": groups["groups"][str(row["group"])],
             "subgroup": groups["subgroups"][str(row["subgroup"])],
             "fields": {
-                "title": {language: one["label"] for language, one in rows.items() if one.get("label")},
-                "tags": {language: one["tags"] for language, one in rows.items() if one.get("tags")},
+                "title": {
+                    language: one["label"] for language, one in rows.items() if one.get("label")
+                },
+                "tags": {
+                    language: one["tags"] for language, one in rows.items() if one.get("tags")
+                },
             },
         }
         records.append(Record(body, webp=webp(image, lossless=False)))

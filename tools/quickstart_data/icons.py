@@ -1,4 +1,5 @@
-"""The `icons` set: Material Design Icons with their names, aliases and category tags; deprecated icons are left out.
+"""The `icons` set: Material Design Icons with their names, aliases and category tags; deprecated
+icons are left out.
 
 The deprecated ones are the brand logos (242) and 17 others.
 """
@@ -15,7 +16,9 @@ from sailplan.data.writer import Record
 
 def read_icons(unpacked: Unpacked) -> list[Record]:
     meta = json.loads(unpacked.file("@mdi/svg", "package/meta.json").read_text(encoding="utf-8"))
-    painter = IconPainter(unpacked.file("@mdi/font", "package/fonts/materialdesignicons-webfont.ttf"))
+    painter = IconPainter(
+        unpacked.file("@mdi/font", "package/fonts/materialdesignicons-webfont.ttf")
+    )
     records, pixels = [], []
     for row in meta:
         if row["deprecated"]:

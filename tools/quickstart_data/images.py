@@ -15,15 +15,26 @@ EIGHT_GREYS = [round(value / 255 * 7) * 255 // 7 for value in range(256)]
 
 
 def check_pillow() -> None:
-    for feature, why in (("raqm", "emoji sequences cannot be shaped"), ("webp", "images cannot be stored")):
+    for feature, why in (
+        ("raqm", "emoji sequences cannot be shaped"),
+        ("webp", "images cannot be stored"),
+    ):
         if not features.check(feature):
-            raise BuildError(f"this Pillow has no {feature.upper()} support: {why}; install Pillow's own wheel")
+            raise BuildError(
+                f"this Pillow has no {feature.upper()} support: {why}; install Pillow's own wheel"
+            )
 
 
 def webp(image: Image.Image, *, lossless: bool, quality: int = 80) -> bytes:
     out = io.BytesIO()
     # method 6 at quality 100 makes lossless pictures 12 % smaller and takes tens of times as long
-    image.save(out, "WEBP", lossless=lossless, quality=90 if lossless else quality, method=4 if lossless else 6)
+    image.save(
+        out,
+        "WEBP",
+        lossless=lossless,
+        quality=90 if lossless else quality,
+        method=4 if lossless else 6,
+    )
     return out.getvalue()
 
 
@@ -54,12 +65,16 @@ class EmojiPainter:
 
 
 class IconPainter:
-    """Draws one glyph of an icon font, black on white, edges in eight greys (a third smaller than 256 when lossless)."""
+    """Draws one glyph of an icon font, black on white, edges in eight greys (a third smaller
+    than 256 when lossless).
+    """
 
     def __init__(self, font: Path) -> None:
         self.font = ImageFont.truetype(str(font), 60, layout_engine=ImageFont.Layout.BASIC)
 
     def draw(self, codepoint: int) -> Image.Image:
         image = Image.new("L", (SIDE, SIDE), 255)
-        ImageDraw.Draw(image).text((SIDE // 2, SIDE // 2), chr(codepoint), font=self.font, fill=0, anchor="mm")
+        ImageDraw.Draw(image).text(
+            (SIDE // 2, SIDE // 2), chr(codepoint), font=self.font, fill=0, anchor="mm"
+        )
         return image.point(EIGHT_GREYS).convert("RGB")

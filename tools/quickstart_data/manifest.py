@@ -1,4 +1,6 @@
-"""Say what was written: records and bytes a set, sha256 of every shard, sources and encoder versions. No dates."""
+"""Say what was written: records and bytes a set, sha256 of every shard, sources and encoder
+versions. No dates.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def describe_set(records: Sequence[Record], shards: Sequence[Path], root: Path) 
     }
 
 
-def write_manifest(root: Path, sets: dict[str, Any], counts: dict[str, int], sources: list[dict[str, str]]) -> None:
+def write_manifest(
+    root: Path, sets: dict[str, Any], counts: dict[str, int], sources: list[dict[str, str]]
+) -> None:
     versions = {name: importlib.metadata.version(name) for name in ENCODERS}
     manifest = {
         "format": 1,
@@ -44,4 +48,6 @@ def write_manifest(root: Path, sets: dict[str, Any], counts: dict[str, int], sou
         "sources": sources,
         "encoders": versions | {"libsndfile": soundfile.__libsndfile_version__},
     }
-    (root / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    (root / "manifest.json").write_text(
+        json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    )

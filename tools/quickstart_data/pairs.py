@@ -1,8 +1,10 @@
-"""`emoji_pairs`: graded similarity between emoji, from the overlap of their English training keywords.
+"""`emoji_pairs`: graded similarity between emoji, from the overlap of their English training
+keywords.
 
-The score is the Jaccard overlap of two keyword sets. Every emoji proposes its closest relations (same subgroup, or a
-score of at least 0.2), one more of its subgroup, and strangers of its group with a score near zero, so that a ranking
-loss sees the whole scale. Both emoji of a pair are of the same split.
+The score is the Jaccard overlap of two keyword sets. Every emoji proposes its closest relations
+(same subgroup, or a score of at least 0.2), one more of its subgroup, and strangers of its group
+with a score near zero, so that a ranking loss sees the whole scale. Both emoji of a pair are of the
+same split.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from quickstart_data.splits import fraction, normal
 from sailplan.data.writer import Record
 
 CLOSEST, SAME_SUBGROUP, STRANGERS = 3, 1, 1  # proposals of one emoji
-MOST = 10  # pairs that touch one emoji: without it a few emoji with two keywords would be everybody's neighbour
+# Pairs that touch one emoji: without it a few emoji with two keywords would be everybody's
+# neighbour
+MOST = 10
 NEAR, STRANGE = 0.2, 0.05
 
 
@@ -23,7 +27,8 @@ def jaccard(first: set[str], second: set[str]) -> float:
 
 
 def _partners(index: int, records: Sequence[Record], tags: Sequence[set[str]]) -> list[list[int]]:
-    """Candidates in order of preference: the closest, others of the subgroup, strangers of the group.
+    """Candidates in order of preference: the closest, others of the subgroup, strangers of the
+    group.
 
     Ties are broken by a hash of both ids, so that no emoji is a favourite by its place in the list.
     """
@@ -46,12 +51,22 @@ def _partners(index: int, records: Sequence[Record], tags: Sequence[set[str]]) -
             same.append((luck, other))
         elif score < STRANGE:
             strange.append((luck, other))
-    return [[best[2] for best in sorted(near)], [best[1] for best in sorted(same)], [best[1] for best in sorted(strange)]]
+    return [
+        [best[2] for best in sorted(near)],
+        [best[1] for best in sorted(same)],
+        [best[1] for best in sorted(strange)],
+    ]
 
 
 def choose_pairs(records: Sequence[Record], tags: Sequence[set[str]]) -> set[tuple[int, int]]:
-    """Index pairs (first < second): everybody takes one partner in turn, until all have what they propose or are full."""
-    partners = {index: _partners(index, records, tags) for index in range(len(records)) if len(tags[index]) >= 2}
+    """Index pairs (first < second): everybody takes one partner in turn, until all have what
+    they propose or are full.
+    """
+    partners = {
+        index: _partners(index, records, tags)
+        for index in range(len(records))
+        if len(tags[index]) >= 2
+    }
     chosen: set[tuple[int, int]] = set()
     touching = [0] * len(records)
     for kind, count in enumerate((CLOSEST, SAME_SUBGROUP, STRANGERS)):
@@ -68,7 +83,9 @@ def choose_pairs(records: Sequence[Record], tags: Sequence[set[str]]) -> set[tup
 
 
 def emoji_pairs(emoji: Sequence[Record]) -> list[Record]:
-    """Pair records, each unordered pair once; emoji with fewer than two training keywords are left out."""
+    """Pair records, each unordered pair once; emoji with fewer than two training keywords are
+    left out.
+    """
     tags = [set(map(normal, record.body["fields"]["tags"].get("en", []))) for record in emoji]
     records = []
     for first, second in sorted(choose_pairs(emoji, tags)):

@@ -1,7 +1,7 @@
 """The `prompts` set: telephone prompts spoken by Allison Smith, with their written text.
 
-The 17 files without speech (silence, tones, monkeys: their text is in brackets) are left out. A prompt and its text
-are held out together; recordings of the same text are on the same side.
+The 17 files without speech (silence, tones, monkeys: their text is in brackets) are left out. A
+prompt and its text are held out together; recordings of the same text are on the same side.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from sailplan.data.writer import BuildError, Record
 
 def spoken_form(transcript: str) -> str:
     """A transcript without case and punctuation, to find recordings of the same words."""
-    return " ".join("".join(char if char.isalnum() or char == "'" else " " for char in transcript).lower().split())
+    return " ".join(
+        "".join(char if char.isalnum() or char == "'" else " " for char in transcript)
+        .lower()
+        .split()
+    )
 
 
 def read_transcripts(path: Path) -> dict[str, str]:
@@ -36,7 +40,9 @@ def read_prompts(unpacked: Unpacked) -> list[Record]:
     transcripts = read_transcripts(
         unpacked.file("asterisk-core-sounds-en", "usr/share/doc/*/core-sounds-en.txt.gz")
     )
-    folder = unpacked.file("asterisk-core-sounds-en-wav", "usr/share/asterisk/sounds/en_US_f_Allison")
+    folder = unpacked.file(
+        "asterisk-core-sounds-en-wav", "usr/share/asterisk/sounds/en_US_f_Allison"
+    )
     records = []
     for path in sorted(folder.rglob("*.wav")):
         name = str(path.relative_to(folder).with_suffix(""))

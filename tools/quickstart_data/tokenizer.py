@@ -1,7 +1,9 @@
-"""Learn the pack's tokenizer: byte-level BPE, 8,192 entries, NFKC and lower case, from training text only.
+"""Learn the pack's tokenizer: byte-level BPE, 8,192 entries, NFKC and lower case, from training
+text only.
 
-English is counted four times, because the text encoders of the quick start are mostly judged in English; without that
-the 24 other languages of the emoji keywords would take most of the vocabulary.
+English is counted four times, because the text encoders of the quick start are mostly judged in
+English; without that the 24 other languages of the emoji keywords would take most of the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def train_tokenizer(records: Iterable[Record], path: Path) -> None:
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # "sun" and "the sun": one token
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=True
+    )  # "sun" and "the sun": one token
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,

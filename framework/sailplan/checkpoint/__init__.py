@@ -1,1 +1,3 @@
-"""Checkpoints that any number of data-parallel and tensor-parallel ranks can write and any other number can read."""
+"""Checkpoints that any number of data-parallel and tensor-parallel ranks can write and any other
+number can read.
+"""

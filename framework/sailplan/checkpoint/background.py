@@ -1,12 +1,14 @@
 """Saving while the training goes on.
 
-At a save the ranks copy what they hold to the CPU's memory and go on with the next step; a thread of each rank writes
-the copy and agrees with the other ranks' threads over a gloo group of its own, because messages of two threads on one
-group could meet the wrong partner. The seal is written when all ranks' parts are on the disk, so a job that is killed
+At a save the ranks copy what they hold to the CPU's memory and go on with the next step; a thread
+of each rank writes the copy and agrees with the other ranks' threads over a gloo group of its own,
+because messages of two threads on one group could meet the wrong partner. The seal is written when
+all ranks' parts are on the disk, so a job that is killed
 meanwhile goes on from the checkpoint before.
 
-At most one save is under way: the next one waits for it, and so do a stop and the end of the run. There, on all ranks
-alike, an error of the thread is raised. The copies' memory is kept and used again.
+At most one save is under way: the next one waits for it, and so do a stop and the end of the run.
+There, on all ranks alike, an error of the thread is raised. The copies' memory is kept and used
+again.
 """
 
 from __future__ import annotations
@@ -29,29 +31,47 @@ from sailplan.runtime.process import Parallel
 
 
 class Saver:
-    """Saves checkpoints of one model and optimizer, in the background or not; a context manager that waits at its end.
+    """Saves checkpoints of one model and optimizer, in the background or not; a context manager
+    that waits at its end.
 
-    All ranks make one and call its methods alike. keep: newest complete checkpoints that stay in a saved one's folder.
+    All ranks make one and call its methods alike. keep: newest complete checkpoints that stay in a
+    saved one's folder.
     """
 
     def __init__(self, parallel: Parallel, *, asynchronous: bool, keep: int) -> None:
         self.parallel, self.asynchronous, self.keep = parallel, asynchronous, keep
-        self._group = dist.new_group(backend="gloo", timeout=default_timeout()) if asynchronous else None
+        self._group = (
+            dist.new_group(backend="gloo", timeout=default_timeout()) if asynchronous else None
+        )
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: dict[str, Any]) -> None:
-        """Saves the state as it is now; returns when it is copied (asynchronous) or written. Raises as `wait`."""
+    def save(
+        self,
+        folder: Path,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        extra: dict[str, Any],
+    ) -> None:
+        """Saves the state as it is now; returns when it is copied (asynchronous) or written.
+
+        Raises as `wait`.
+        """
         self.wait()
         snapshot = state_of(model, optimizer, extra, self.parallel)
         if not self.asynchronous:
             self._write(folder, snapshot)
             return
-        snapshot = Snapshot({key: self._copied(key, view) for key, view in snapshot.tensors.items()}, snapshot.small)
+        snapshot = Snapshot(
+            {key: self._copied(key, view) for key, view in snapshot.tensors.items()}, snapshot.small
+        )
         if self.parallel.device.type == "cuda":
             torch.cuda.synchronize()
-        self._thread = threading.Thread(target=self._work, args=(folder, snapshot), name="sailplan-checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(folder, snapshot), name="sailplan-checkpoint", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -60,7 +80,10 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Returns when nothing is under way. Raises SailplanError on all ranks if the save before failed on any."""
+        """Returns when nothing is under way.
+
+        Raises SailplanError on all ranks if the save before failed on any.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -71,7 +94,12 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             self.wait()
         except SailplanError as failure:
@@ -84,7 +112,9 @@ class Saver:
         kept = self._copies.get(key)
         if kept is None or kept.shape != view.held.shape or kept.dtype != view.held.dtype:
             on_device = view.held.device.type == "cuda"
-            kept = self._copies[key] = torch.empty(view.held.shape, dtype=view.held.dtype, device="cpu", pin_memory=on_device)
+            kept = self._copies[key] = torch.empty(
+                view.held.shape, dtype=view.held.dtype, device="cpu", pin_memory=on_device
+            )
         kept.copy_(view.held, non_blocking=True)
         return WholeTensorView(kept, view.layout_of_whole)
 

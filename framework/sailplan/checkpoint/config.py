@@ -12,4 +12,6 @@ class CheckpointConfig:
     every_steps: Count = 200
     every_minutes: Positive = 10.0
     keep: Size = 2
-    asynchronous: bool = True  # training goes on while a checkpoint is written, from a copy in the CPU's memory
+    asynchronous: bool = (
+        True  # training goes on while a checkpoint is written, from a copy in the CPU's memory
+    )

@@ -1,4 +1,6 @@
-"""Reading an exported folder (sailplan.export.weights writes it): whole tensors, or a rank's own blocks of them into a model at any layout."""
+"""Reading an exported folder (sailplan.export.weights writes it): whole tensors, or a rank's own
+blocks of them into a model at any layout.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,20 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 Shapes = dict[str, tuple[int, ...]]  # tensor name -> shape
 Entries = dict[str, tuple[tuple[int, ...], torch.dtype]]  # tensor name -> (shape, dtype)
 TYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "BOOL": torch.bool,
+    },
+    **{
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+    },
 }
 
 
@@ -32,7 +46,10 @@ class ExportedFolder:
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path / WEIGHTS, framework="pt")
         slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118  not a dictionary
-        self.entries: Entries = {name: (tuple(part.get_shape()), TYPES[part.get_dtype()]) for name, part in slices.items()}
+        self.entries: Entries = {
+            name: (tuple(part.get_shape()), TYPES[part.get_dtype()])
+            for name, part in slices.items()
+        }
 
     def shapes(self) -> Shapes:
         return {name: shape for name, (shape, _) in self.entries.items()}
@@ -48,5 +65,8 @@ class ExportedFolder:
                 if not chunk.sizes:
                     held.copy_(self.read(name))
                     continue
-                place = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+                place = tuple(
+                    slice(start, start + size)
+                    for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
+                )
                 held.copy_(self._file.get_slice(name)[place])

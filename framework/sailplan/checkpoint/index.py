@@ -1,7 +1,7 @@
 """Reading a checkpoint's index without running what is in it.
 
-torch writes the index of a distributed checkpoint as a pickle, and a pickle may name any function to call. This reader makes the
-classes that an index consists of, and refuses every other name.
+torch writes the index of a distributed checkpoint as a pickle, and a pickle may name any function
+to call. This reader makes the classes that an index consists of, and refuses every other name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ ALLOWED = {
     **{("collections", name): None for name in ("OrderedDict",)},
     **{("pathlib", name): None for name in ("Path", "PosixPath", "PurePosixPath")},
 }
-ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+ALLOWED_MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -53,10 +56,25 @@ class IndexReader(dcp.FileSystemReader):
         try:
             with open(file, "rb") as source:
                 found = _Unpickler(source).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError, ValueError, KeyError) as error:
-            raise ConfigurationError(f"{file}: not the index of a checkpoint ({error}); it is not opened any further: use another checkpoint") from error
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            AttributeError,
+            ImportError,
+            IndexError,
+            TypeError,
+            ValueError,
+            KeyError,
+        ) as error:
+            raise ConfigurationError(
+                f"{file}: not the index of a checkpoint ({error}); it is not opened any further: "
+                "use another checkpoint"
+            ) from error
         if not isinstance(found, Metadata):
-            raise ConfigurationError(f"{file}: found {type(found).__name__}, expected the index of a checkpoint: use another one")
+            raise ConfigurationError(
+                f"{file}: found {type(found).__name__}, expected the index of a checkpoint: use "
+                "another one"
+            )
         storage = getattr(found, "storage_meta", None)
         if storage is not None:
             storage.load_id = self.load_id

@@ -1,6 +1,8 @@
-"""Completion of the command line by argcomplete: commands and flags from the parser, settings from the configuration.
+"""Completion of the command line by argcomplete: commands and flags from the parser, settings
+from the configuration.
 
-`eval "$(register-python-argcomplete sailplan)"` in a shell's start-up file turns it on (bash and zsh).
+`eval "$(register-python-argcomplete sailplan)"` in a shell's start-up file turns it on (bash and
+zsh).
 """
 
 from __future__ import annotations
@@ -11,14 +13,18 @@ from typing import Any, get_type_hints
 
 
 def complete(parser: ArgumentParser) -> None:
-    """Answer a shell that asks for completions, and end the process; return at once in any other process."""
+    """Answer a shell that asks for completions, and end the process; return at once in any other
+    process.
+    """
     import argcomplete
 
     argcomplete.autocomplete(parser, always_complete_options="long")
 
 
 def overrides(prefix: str, **_: Any) -> list[str]:
-    """Return what may follow `prefix`: GROUP=FILE of the configuration groups, and KEY= of the settings one level deeper."""
+    """Return what may follow `prefix`: GROUP=FILE of the configuration groups, and KEY= of the
+    settings one level deeper.
+    """
     from sailplan.config.compose import choices, groups
     from sailplan.config.overrides import hint_at
 

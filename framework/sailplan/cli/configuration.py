@@ -1,4 +1,5 @@
-"""The configuration that a command works with, composed and checked before anything heavy is imported.
+"""The configuration that a command works with, composed and checked before anything heavy is
+imported.
 
 A wrong key so answers in about a second: torch, megatron-core and W&B take ten.
 """
@@ -16,7 +17,9 @@ from sailplan.train.run_folder import RunFolder
 
 
 def of_launch(options: argparse.Namespace) -> Config:
-    """Return the configuration of a run that is to start, checked for the launch's ranks (`plan`: for those asked for)."""
+    """Return the configuration of a run that is to start, checked for the launch's ranks
+    (`plan`: for those asked for).
+    """
     ranks = getattr(options, "ranks", None)
     config = compose(options.overrides)
     check(config, world_size_from_environment() if ranks is None else ranks)
@@ -31,4 +34,7 @@ def of_run(options: argparse.Namespace) -> tuple[Config, RunFolder]:
     config = compose(options.overrides)
     folder = RunFolder(Path(config.runs) / config.name)
     chosen = ("experiment", "name", "runs")  # these say which run
-    return changed(folder.load_config(), [line for line in options.overrides if line.lstrip("+").split("=", 1)[0] not in chosen]), folder
+    return changed(
+        folder.load_config(),
+        [line for line in options.overrides if line.lstrip("+").split("=", 1)[0] not in chosen],
+    ), folder

@@ -28,7 +28,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError(f"--processes {options.processes}: expected at least 1")
     config = compose(options.overrides)
     if not config.data.sets:
-        raise ConfigurationError("no data set is configured: add experiment=NAME or data=[reading,NAME]")
+        raise ConfigurationError(
+            "no data set is configured: add experiment=NAME or data=[reading,NAME]"
+        )
     if options.action == "index":
         return _index(config, options.processes or len(os.sched_getaffinity(0)))
     found = []
@@ -43,7 +45,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 class _Bar(Progress):
-    """A progress bar of shards on the terminal. It is drawn by this thread: another would not survive the fork of helpers."""
+    """A progress bar of shards on the terminal.
+
+    It is drawn by this thread: another would not survive the fork of helpers.
+    """
 
     def __init__(self, bar: rich.progress.Progress) -> None:
         super().__init__()
@@ -60,11 +65,15 @@ class _Bar(Progress):
 
 
 def _index(config: Config, processes: int) -> int:
-    """Index all data sets; every shard is looked at, and every checksum of what is kept compared."""
+    """Index all data sets; every shard is looked at, and every checksum of what is kept
+    compared.
+    """
     from sailplan.data.datasets import open_datasets
 
     columns = [*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn()]
-    with rich.progress.Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+    with rich.progress.Progress(
+        *columns, console=Console(stderr=True), transient=True, auto_refresh=False
+    ) as bar:
         readers = open_datasets(config, progress=_Bar(bar), processes=processes, thorough=True)
     for name, reader in readers.items():
         print(f"{name}: {len(reader)} records, {reader.count('train')} of them train")
@@ -75,22 +84,54 @@ def _tables(found: Sequence[Validation], config: Config) -> str:
     """What the views' rows have, and what else was counted, as text."""
     stream = io.StringIO()
     console = Console(file=stream, width=150)
-    views = _table("data set", "view", "rows", "text", "vision", "audio", "without any", "tokens (mean, longest)", "cut", "a text")
+    views = _table(
+        "data set",
+        "view",
+        "rows",
+        "text",
+        "vision",
+        "audio",
+        "without any",
+        "tokens (mean, longest)",
+        "cut",
+        "a text",
+    )
     others = _table("data set", "counted", "times", "first")
     for one in found:
         for name, numbers in one.findings.views.items():
             mean = numbers["tokens"] / max(numbers.get("text", 0), 1)
-            has = [str(numbers[modality]) if modality in numbers else "-" for modality in ("text", "vision", "audio")]
+            has = [
+                str(numbers[modality]) if modality in numbers else "-"
+                for modality in ("text", "vision", "audio")
+            ]
             lengths = f"{mean:.1f}, {numbers['longest']}" if "text" in numbers else "-"
             views.add_row(
-                one.dataset, name, str(numbers["rows"]), *has, str(numbers["rows"] - numbers["valid"]), lengths, str(numbers["cut"]), numbers["sample"]
-            )  # fmt: skip
+                one.dataset,
+                name,
+                str(numbers["rows"]),
+                *has,
+                str(numbers["rows"] - numbers["valid"]),
+                lengths,
+                str(numbers["cut"]),
+                numbers["sample"],
+            )
         for what, (count, first) in one.findings.counted.items():
             others.add_row(one.dataset, what, str(count), first)
-        used = {"train"} | {task.split for task in config.evaluation.tasks.values() if task.dataset == one.dataset}
-        unused = {split: count for split, count in one.findings.splits.items() if split not in used and "all" not in used}
+        used = {"train"} | {
+            task.split for task in config.evaluation.tasks.values() if task.dataset == one.dataset
+        }
+        unused = {
+            split: count
+            for split, count in one.findings.splits.items()
+            if split not in used and "all" not in used
+        }
         if unused:
-            others.add_row(one.dataset, "records in splits that nobody uses", str(sum(unused.values())), ", ".join(list(unused)[:5]))
+            others.add_row(
+                one.dataset,
+                "records in splits that nobody uses",
+                str(sum(unused.values())),
+                ", ".join(list(unused)[:5]),
+            )
     console.print(views)
     if others.row_count:
         console.print(others)

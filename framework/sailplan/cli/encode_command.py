@@ -14,7 +14,10 @@ def run(options: argparse.Namespace) -> int:
     from sailplan.export.load import load
 
     if options.overrides:
-        raise ConfigurationError(f"encode: found {options.overrides[0]}, expected flags alone (see: sailplan encode --help)")
+        raise ConfigurationError(
+            f"encode: found {options.overrides[0]}, expected flags alone (see: sailplan encode "
+            "--help)"
+        )
     source, output = Path(options.input), Path(options.output)
     check_files(source, output)
     for flag, value in (("--batch", options.batch), ("--shard-rows", options.shard_rows)):

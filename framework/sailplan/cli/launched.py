@@ -1,6 +1,8 @@
-"""Whole commands on forked ranks, as a launcher starts them: for tests of what happens when a rank fails.
+"""Whole commands on forked ranks, as a launcher starts them: for tests of what happens when a
+rank fails.
 
-The ranks inherit every import, so a job takes the seconds that its work takes. The parent holds the store, as torchrun's agent does.
+The ranks inherit every import, so a job takes the seconds that its work takes. The parent holds the
+store, as torchrun's agent does.
 """
 
 from __future__ import annotations
@@ -40,21 +42,33 @@ class Ended:
 
 
 def launch(
-    work: Callable[[int], Any], ranks: int, *, timeout: float = 60.0, killed: Sequence[int] = (), during: Callable[[list[int]], None] | None = None
+    work: Callable[[int], Any],
+    ranks: int,
+    *,
+    timeout: float = 60.0,
+    killed: Sequence[int] = (),
+    during: Callable[[list[int]], None] | None = None,
 ) -> Ended:
-    """Run `work(rank)` as the command of each of so many forked ranks; wait until all have left, but for those in `killed`.
+    """Run `work(rank)` as the command of each of so many forked ranks; wait until all have left,
+    but for those in `killed`.
 
-    during: called with the ranks' process ids while they run. killed: ranks that cannot leave by themselves; they are killed
-    when all others have left. A rank that is not through after `timeout` seconds fails the test.
+    during: called with the ranks' process ids while they run. killed: ranks that cannot leave by
+    themselves; they are killed when all others have left. A rank that is not through after
+    `timeout` seconds fails the test.
     """
     context = multiprocessing.get_context("fork")
     receivers, senders = zip(*(context.Pipe(duplex=False) for _ in range(ranks)), strict=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
-        children = [context.Process(target=_child, args=(work, rank, ranks, receivers[rank], folder)) for rank in range(ranks)]
+        children = [
+            context.Process(target=_child, args=(work, rank, ranks, receivers[rank], folder))
+            for rank in range(ranks)
+        ]
         for child in children:
             child.start()
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # now: its thread would not survive a fork
+        store = TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )  # now: its thread would not survive a fork
         for sender in senders:
             sender.send(store.port)
         try:
@@ -63,7 +77,11 @@ def launch(
             for rank, child in enumerate(children):
                 if rank not in killed:
                     child.join(max(0.0, began + timeout - time.monotonic()))
-            late = [rank for rank, child in enumerate(children) if child.is_alive() and rank not in killed]
+            late = [
+                rank
+                for rank, child in enumerate(children)
+                if child.is_alive() and rank not in killed
+            ]
             seconds = time.monotonic() - began
             for rank in late:
                 os.kill(int(children[rank].pid or 0), signal.SIGABRT)
@@ -77,7 +95,9 @@ def launch(
         return Ended([int(child.exitcode or 0) for child in children], lines, seconds)
 
 
-def _child(work: Callable[[int], Any], rank: int, ranks: int, port: Connection, folder: str) -> None:
+def _child(
+    work: Callable[[int], Any], rank: int, ranks: int, port: Connection, folder: str
+) -> None:
     torch.set_num_threads(1)
     file = open(Path(folder, f"stderr-{rank}"), "w", buffering=1)  # noqa: SIM115  the process's own, to its end
     os.dup2(file.fileno(), 2)

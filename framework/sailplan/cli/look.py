@@ -1,4 +1,6 @@
-"""Looking at the configuration without running anything: `sailplan list`, `--cfg job` and `--info`."""
+"""Looking at the configuration without running anything: `sailplan list`, `--cfg job` and
+`--info`.
+"""
 
 from __future__ import annotations
 
@@ -39,18 +41,26 @@ def list_choices(names: Sequence[str]) -> None:
 
 def summary(path: Path) -> str:
     """Return the first sentence of a YAML file's opening comment, '' if it has none."""
-    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if "@package" not in line)
-    comment = " ".join(line.lstrip("# ").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+    lines = (
+        line for line in path.read_text(encoding="utf-8").splitlines() if "@package" not in line
+    )
+    comment = " ".join(
+        line.lstrip("# ").strip() for line in takewhile(lambda line: line.startswith("#"), lines)
+    )
     return re.split(r"(?<=\.)\s", comment, maxsplit=1)[0]
 
 
 def show_config(overrides: Sequence[str]) -> None:
-    """Print the whole configuration of a run as YAML, every value resolved: what `config.yaml` of its run folder will hold."""
+    """Print the whole configuration of a run as YAML, every value resolved: what `config.yaml`
+    of its run folder will hold.
+    """
     print(to_yaml(compose(overrides)), end="")
 
 
 def show_info(kind: str, overrides: Sequence[str]) -> None:
-    """Print what Hydra knows about the composition: its defaults list, search path, plugins or configuration."""
+    """Print what Hydra knows about the composition: its defaults list, search path, plugins or
+    configuration.
+    """
     compose(overrides)  # says in one line what Hydra would say in many
     with hydra_session() as hydra:
         hydra.show_info(kind, "config", [line for line in overrides if is_file_choice(line)])

@@ -13,7 +13,10 @@ from sailplan.observe.report import write_report
 def run(options: argparse.Namespace) -> int:
     folder = Path(options.run_folder) if options.run_folder else _folder(options.overrides)
     if not (folder / "config.yaml").is_file():
-        raise ConfigurationError(f"{folder}/config.yaml: not found; give --run-folder the folder of a run that was started by `sailplan train`")
+        raise ConfigurationError(
+            f"{folder}/config.yaml: not found; give --run-folder the folder of a run that was "
+            "started by `sailplan train`"
+        )
     print(write_report(folder))
     return 0
 

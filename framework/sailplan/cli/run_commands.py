@@ -1,7 +1,8 @@
 """Commands that work with a run's checkpoint: `evaluate`, `embed`, `mine`, `balance`, `export`.
 
-All but `export` run on all ranks of the launch, at any layout, whatever layout wrote the checkpoint; in its place they
-take an exported folder, such as a merged one. `export` is the work of one process, also for a tensor-parallel run.
+All but `export` run on all ranks of the launch, at any layout, whatever layout wrote the
+checkpoint; in its place they take an exported folder, such as a merged one. `export` is the work of
+one process, also for a tensor-parallel run.
 """
 
 from __future__ import annotations
@@ -45,26 +46,43 @@ class _Run:
 
     @property
     def context(self) -> RunContext:
-        return RunContext(self.config, self.parallel, self.whole.encoder, self.whole.objectives, self.readers)
+        return RunContext(
+            self.config, self.parallel, self.whole.encoder, self.whole.objectives, self.readers
+        )
 
 
 def _check_out(out: str | None, *, file: bool = False) -> None:
-    """Makes the folder of --out. Raises ConfigurationError where nothing can be written: before the work is done, not after it."""
+    """Makes the folder of --out.
+
+    Raises ConfigurationError where nothing can be written: before the work is done, not after it.
+    """
     if out is None or not is_main_by_environment():
         return
     folder = Path(out).parent if file else Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(folder, os.W_OK) and not (file and Path(out).is_dir()) else "expected a file's name" if file else "not writable"
+        reason = (
+            ""
+            if os.access(folder, os.W_OK) and not (file and Path(out).is_dir())
+            else "expected a file's name"
+            if file
+            else "not writable"
+        )
     except OSError as error:
         reason = str(error)
     if reason:
-        raise ConfigurationError(f"--out {out}: cannot be written ({reason}); give a place that can")
+        raise ConfigurationError(
+            f"--out {out}: cannot be written ({reason}); give a place that can"
+        )
 
 
 def _artifacts(folder: RunFolder, config: Config) -> dict[str, Path]:
     """Folders of the data sets that the run's stages made; a later stage's wins."""
-    made = {name: folder.curriculum(stage) / name for stage in config.order for name in config.stages[stage].artifacts}
+    made = {
+        name: folder.curriculum(stage) / name
+        for stage in config.order
+        for name in config.stages[stage].artifacts
+    }
     return {name: path for name, path in made.items() if path.is_dir()}
 
 
@@ -83,7 +101,16 @@ def _opened(options: argparse.Namespace, names: Iterable[str] | None = None) -> 
             whole, extra = load_whole(config, parallel, checkpoint)
         readers = open_agreed(config, parallel, _artifacts(folder, config), names)
         with phase(options.command):
-            yield _Run(config, folder, checkpoint, parallel, whole, extra.get("step"), extra.get("stage", ""), readers)
+            yield _Run(
+                config,
+                folder,
+                checkpoint,
+                parallel,
+                whole,
+                extra.get("step"),
+                extra.get("stage", ""),
+                readers,
+            )
 
 
 def _say(run: _Run, text: str) -> None:
@@ -92,7 +119,9 @@ def _say(run: _Run, text: str) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Prints the tasks' metrics as JSON; those of a checkpoint also go to evaluation/step-XXXXXXXX.json of the run."""
+    """Prints the tasks' metrics as JSON; those of a checkpoint also go to
+    evaluation/step-XXXXXXXX.json of the run.
+    """
     from sailplan.evaluate.runner import evaluate as run_tasks
     from sailplan.observe.run_files import write_json
 
@@ -102,8 +131,13 @@ def evaluate(options: argparse.Namespace) -> int:
         if run.parallel.is_main and run.step is not None:
             path = run.folder.evaluation(run.step)
             record = found.as_dict(run.step, run.stage)
-            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # of training: tasks left out now keep their results
-            write_json(path, record | {key: known.get(key, {}) | record[key] for key in ("tasks", "examples")})
+            known = (
+                json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            )  # of training: tasks left out now keep their results
+            write_json(
+                path,
+                record | {key: known.get(key, {}) | record[key] for key in ("tasks", "examples")},
+            )
         _say(run, json.dumps(found.tasks, indent=1))
     return EXIT_DONE
 
@@ -114,24 +148,43 @@ def embed(options: argparse.Namespace) -> int:
 
     given = options.semantic_ids
     if given is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
-        raise ConfigurationError(f"--semantic-ids {given}: expected sizes of code books, such as 64,64,64")
+        raise ConfigurationError(
+            f"--semantic-ids {given}: expected sizes of code books, such as 64,64,64"
+        )
     _check_out(options.out)
     sizes = [int(size) for size in given.split(",")] if given else []
     if options.dataset not in options.config.data.sets:
-        raise ConfigurationError(f"--dataset {options.dataset}: expected one of {', '.join(options.config.data.sets)}")
+        raise ConfigurationError(
+            f"--dataset {options.dataset}: expected one of {', '.join(options.config.data.sets)}"
+        )
     with _opened(options, [options.dataset]) as run:
         if options.dataset not in run.readers:
-            raise ConfigurationError(f"--dataset {options.dataset}: made at a stage's start and not in {run.folder.root} yet")
-        out = Path(options.out) if options.out else run.folder.root / "embeddings" / options.dataset / options.view
+            raise ConfigurationError(
+                f"--dataset {options.dataset}: made at a stage's start and not in "
+                f"{run.folder.root} yet"
+            )
+        out = (
+            Path(options.out)
+            if options.out
+            else run.folder.root / "embeddings" / options.dataset / options.view
+        )
         told = export_embeddings(
-            run.whole.encoder, run.readers[options.dataset], options.view, out, parallel=run.parallel, config=run.config, semantic_id_sizes=sizes
+            run.whole.encoder,
+            run.readers[options.dataset],
+            options.view,
+            out,
+            parallel=run.parallel,
+            config=run.config,
+            semantic_id_sizes=sizes,
         )
         _say(run, json.dumps(told, indent=1))
     return EXIT_DONE
 
 
 def mine(options: argparse.Namespace) -> int:
-    """Hard negatives of a stage's data sets with the checkpoint's model: an .npz, and the thresholds as JSON."""
+    """Hard negatives of a stage's data sets with the checkpoint's model: an .npz, and the
+    thresholds as JSON.
+    """
     from sailplan.curriculum.hard_negatives import chosen_patterns
     from sailplan.curriculum.hard_negatives import mine as mine_patterns
 
@@ -139,18 +192,37 @@ def mine(options: argparse.Namespace) -> int:
     with _opened(options) as run:
         stage = _stage(run.config, options.stage)
         if stage.hard_negatives is None:
-            raise ConfigurationError(f"stages.{options.stage}.hard_negatives is not set: name a stage that mines")
+            raise ConfigurationError(
+                f"stages.{options.stage}.hard_negatives is not set: name a stage that mines"
+            )
         patterns = chosen_patterns(stage.hard_negatives, stage.data, run.config.data.sets)
         found = mine_patterns(Embedder(run.context), patterns, stage.hard_negatives)
-        out = Path(options.out) if options.out else run.folder.root / f"hard_negatives-{run.checkpoint.name.removeprefix('step-')}.npz"
+        out = (
+            Path(options.out)
+            if options.out
+            else run.folder.root / f"hard_negatives-{run.checkpoint.name.removeprefix('step-')}.npz"
+        )
         if run.parallel.is_main:
             found.store.save(out)
-        _say(run, json.dumps({"file": str(out), "thresholds": {str(key): one.as_dict() for key, one in found.thresholds.items()}}, indent=1))
+        _say(
+            run,
+            json.dumps(
+                {
+                    "file": str(out),
+                    "thresholds": {
+                        str(key): one.as_dict() for key, one in found.thresholds.items()
+                    },
+                },
+                indent=1,
+            ),
+        )
     return EXIT_DONE
 
 
 def balance(options: argparse.Namespace) -> int:
-    """Weights of a stage's data sets from their similarity to the benchmark, with the checkpoint's model."""
+    """Weights of a stage's data sets from their similarity to the benchmark, with the
+    checkpoint's model.
+    """
     from sailplan.curriculum.kinds import summarise_benchmark
     from sailplan.curriculum.stages import balance_sets
 
@@ -160,11 +232,24 @@ def balance(options: argparse.Namespace) -> int:
         settings = stage.balance or BalanceConfig()
         missing = [name for name in stage.data if name not in run.readers]
         if missing:
-            raise ConfigurationError(f"stages.{options.stage}.data.{missing[0]}: made at the stage's start and not in {run.folder.root} yet")
+            raise ConfigurationError(
+                f"stages.{options.stage}.data.{missing[0]}: made at the stage's start and not in "
+                f"{run.folder.root} yet"
+            )
         embedder = Embedder(run.context)
-        benchmark = summarise_benchmark(embedder, settings) if settings.weights == "similarity" else {}
+        benchmark = (
+            summarise_benchmark(embedder, settings) if settings.weights == "similarity" else {}
+        )
         found = balance_sets(embedder, replace(stage, balance=settings), benchmark, settings)
-        text = json.dumps({"weights": found.weights, "scores": found.scores, "errors": found.errors, "pairs": found.pairs}, indent=1)
+        text = json.dumps(
+            {
+                "weights": found.weights,
+                "scores": found.scores,
+                "errors": found.errors,
+                "pairs": found.pairs,
+            },
+            indent=1,
+        )
         if options.out and run.parallel.is_main:
             Path(options.out).write_text(text)
         _say(run, text)
@@ -172,7 +257,9 @@ def balance(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write a folder: of sailplan's own form (weights, model.json, tokenizer), or one that sentence-transformers and transformers open."""
+    """Write a folder: of sailplan's own form (weights, model.json, tokenizer), or one that
+    sentence-transformers and transformers open.
+    """
     from sailplan.export.sentence_transformers import export_sentence_transformers
     from sailplan.export.weights import export_weights
 
@@ -183,15 +270,26 @@ def export(options: argparse.Namespace) -> int:
         return _merge(options)
     if options.weights or options.last is not None or len(options.checkpoint or []) > 1:
         raise ConfigurationError(
-            "export: found several checkpoints, --last or --weights, expected one checkpoint; for an average write: sailplan export merge"
+            "export: found several checkpoints, --last or --weights, expected one checkpoint; for "
+            "an average write: sailplan export merge"
         )
     config, folder = options.config, options.folder
     checkpoint = Path(options.checkpoint[0]) if options.checkpoint else newest_checkpoint(folder)
     if options.to == "sentence-transformers":
         out = Path(options.out) if options.out else folder.root / "sentence-transformers"
-        print(export_sentence_transformers(checkpoint, out, config=config, run=folder.root), flush=True)
+        print(
+            export_sentence_transformers(checkpoint, out, config=config, run=folder.root),
+            flush=True,
+        )
     else:
-        print(export_weights(checkpoint, Path(options.out) if options.out else folder.root / "export", config=config), flush=True)
+        print(
+            export_weights(
+                checkpoint,
+                Path(options.out) if options.out else folder.root / "export",
+                config=config,
+            ),
+            flush=True,
+        )
     return EXIT_DONE
 
 
@@ -205,11 +303,23 @@ def _merge(options: argparse.Namespace) -> int:
         raise ConfigurationError("export merge: --out is missing; give the folder to write")
     sources = [Path(source) for source in options.checkpoint or []]
     try:
-        weights = [float(weight) for weight in options.weights.split(",")] if options.weights else None
+        weights = (
+            [float(weight) for weight in options.weights.split(",")] if options.weights else None
+        )
     except ValueError as error:
-        raise ConfigurationError(f"--weights {options.weights}: expected numbers such as 0.5,0.5") from error
-    folder = Path(options.run_folder) if options.run_folder else next((s.parents[1] for s in sources if s.resolve().parent.name == "checkpoints"), None)
-    config = RunFolder(folder).load_config() if folder and (options.run_folder or (folder / "config.yaml").is_file()) else None
+        raise ConfigurationError(
+            f"--weights {options.weights}: expected numbers such as 0.5,0.5"
+        ) from error
+    folder = (
+        Path(options.run_folder)
+        if options.run_folder
+        else next((s.parents[1] for s in sources if s.resolve().parent.name == "checkpoints"), None)
+    )
+    config = (
+        RunFolder(folder).load_config()
+        if folder and (options.run_folder or (folder / "config.yaml").is_file())
+        else None
+    )
     print(merge(sources, Path(options.out), weights=weights, config=config), flush=True)
     return EXIT_DONE
 
@@ -219,10 +329,21 @@ def _merge_last(options: argparse.Namespace) -> int:
     from sailplan.export.merge import last_checkpoints, merge
 
     if options.checkpoint or options.weights:
-        raise ConfigurationError("export merge --last: found --checkpoint or --weights beside it, expected none; --decay gives unequal weights")
+        raise ConfigurationError(
+            "export merge --last: found --checkpoint or --weights beside it, expected none; "
+            "--decay gives unequal weights"
+        )
     config, folder = of_run(options)
     sources, weights = last_checkpoints(folder.checkpoints, options.last, options.decay)
-    print(merge(sources, Path(options.out) if options.out else folder.root / "merged", weights=weights, config=config), flush=True)
+    print(
+        merge(
+            sources,
+            Path(options.out) if options.out else folder.root / "merged",
+            weights=weights,
+            config=config,
+        ),
+        flush=True,
+    )
     return EXIT_DONE
 
 

@@ -1,8 +1,12 @@
-"""`sailplan train --multirun seed=0,1,2`: one run for each combination of values, started by a launcher of Hydra's.
+"""`sailplan train --multirun seed=0,1,2`: one run for each combination of values, started by a
+launcher of Hydra's.
 
-Hydra's basic sweeper expands the values and its launcher starts the jobs: here one after another, or by
-`hydra/launcher=submitit_local` or `submitit_slurm` with as many ranks as `hydra.launcher.tasks_per_node` and `nodes` say.
-Every job is the command itself in a process of its own, so that it has the exit codes, signals and memory of a single run.
+Hydra's basic sweeper expands the values and its launcher starts the jobs: here one after another,
+or by
+`hydra/launcher=submitit_local` or `submitit_slurm` with as many ranks as
+`hydra.launcher.tasks_per_node` and `nodes` say.
+Every job is the command itself in a process of its own, so that it has the exit codes, signals and
+memory of a single run.
 A job's run is named by its values, so that the same line with resume=auto goes on with all of them.
 """
 
@@ -31,7 +35,12 @@ from sailplan.errors import EXIT_DONE, EXIT_STOPPED, ConfigurationError, StopReq
 from sailplan.runtime.environment import world_size_from_environment
 
 PLUGINS = "pip install 'sailplan[slurm]'"
-LAUNCH = ("hydra.output_subdir=null", "hydra.job.chdir=false", "hydra.job.name=sailplan", "hydra.sweep.subdir=.")
+LAUNCH = (
+    "hydra.output_subdir=null",
+    "hydra.job.chdir=false",
+    "hydra.job.name=sailplan",
+    "hydra.sweep.subdir=.",
+)
 
 
 @dataclass
@@ -52,74 +61,110 @@ def run(lines: Sequence[str]) -> int:
     """
     if world_size_from_environment() > 1:
         raise ConfigurationError(
-            "--multirun: found a launch of several ranks, expected one process: the launcher starts the ranks of each job, "
+            "--multirun: found a launch of several ranks, expected one process: the launcher "
+            "starts the ranks of each job, "
             "as in hydra/launcher=submitit_local hydra.launcher.tasks_per_node=2"
         )
     ours = [line for line in lines if not re.match(r"[+~]*hydra[./]", line)]
     launch = [line for line in lines if line not in ours]
     if any(line.lstrip("+").startswith("hydra/sweeper") for line in launch):
-        raise ConfigurationError("hydra/sweeper: found another sweeper, expected Hydra's basic one, which tries all combinations; leave it out")
+        raise ConfigurationError(
+            "hydra/sweeper: found another sweeper, expected Hydra's basic one, which tries all "
+            "combinations; leave it out"
+        )
     runs = expand(ours)
     configs = [compose(overrides) for overrides in runs]
     codes = _launch(runs, [*LAUNCH, f"hydra.sweep.dir={configs[0].runs}/sweeps", *launch])
     for config, code in zip(configs, codes, strict=True):
-        print(f"{Path(config.runs) / config.name}: {'done' if code == EXIT_DONE else f'exit code {code}'}", flush=True)
+        print(
+            f"{Path(config.runs) / config.name}: "
+            f"{'done' if code == EXIT_DONE else f'exit code {code}'}",
+            flush=True,
+        )
     return next((code for code in codes if code != EXIT_DONE), EXIT_DONE)
 
 
 def expand(lines: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of each run of a sweep: every combination of the values of those that have several.
+    """Return the overrides of each run of a sweep: every combination of the values of those that
+    have several.
 
-    A run is named NAME-KEY=VALUE,KEY=VALUE with the values that it does not share, unless `name` is swept itself. Raises
+    A run is named NAME-KEY=VALUE,KEY=VALUE with the values that it does not share, unless `name` is
+    swept itself. Raises
     ConfigurationError for a line that cannot be read, and one without several values.
     """
     try:
         with hydra_session() as hydra:
-            overrides = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(list(lines))
+            overrides = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(
+                list(lines)
+            )
             [combinations] = BasicSweeper.split_arguments(overrides, None)
     except HydraException as error:
-        raise ConfigurationError(f"--multirun: {str(error).splitlines()[0]}; expected key=A,B, key=range(1,4) or key=choice(A,B)") from error
+        raise ConfigurationError(
+            f"--multirun: {str(error).splitlines()[0]}; expected key=A,B, key=range(1,4) or "
+            "key=choice(A,B)"
+        ) from error
     swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
     if not swept:
-        raise ConfigurationError("--multirun: no setting has several values, expected one as seed=0,1,2; leave out --multirun for one run")
-    shared = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+        raise ConfigurationError(
+            "--multirun: no setting has several values, expected one as seed=0,1,2; leave out "
+            "--multirun for one run"
+        )
+    shared = [
+        str(override.input_line) for override in overrides if not override.is_sweep_override()
+    ]
     found = []
     for combination in combinations:
         values = [line for line in combination if line.partition("=")[0] in swept]
         overrides_of_run = [*shared, *values]
         if "name" not in swept:
             label = ",".join(re.sub(r"[^\w.=+-]", "_", line) for line in values)
-            overrides_of_run.append(f"name={json.dumps(f'{compose(overrides_of_run).name}-{label}')}")
+            overrides_of_run.append(
+                f"name={json.dumps(f'{compose(overrides_of_run).name}-{label}')}"
+            )
         found.append(overrides_of_run)
     return found
 
 
 def _launch(runs: Sequence[list[str]], settings: list[str]) -> list[int]:
-    """Return the exit codes of the runs, which the launcher that the settings choose has started."""
+    """Return the exit codes of the runs, which the launcher that the settings choose has
+    started.
+    """
     ConfigStore.instance().store(name="sailplan_job", node=_Job)
     with hydra_session() as hydra:
         try:
-            config: DictConfig = hydra.compose_config("sailplan_job", settings, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
+            config: DictConfig = hydra.compose_config(
+                "sailplan_job", settings, run_mode=RunMode.MULTIRUN, with_log_configuration=False
+            )
         except HydraException as error:
             reason = str(error).splitlines()[0]
-            raise ConfigurationError(f"--multirun: {reason}; launchers other than Hydra's own come with {PLUGINS}") from error
+            raise ConfigurationError(
+                f"--multirun: {reason}; launchers other than Hydra's own come with {PLUGINS}"
+            ) from error
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
-        launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=job, config=config)
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=job, config=config
+        )
         lines = [[f"overrides={json.dumps(each, ensure_ascii=False)}"] for each in runs]
         try:
             return [int(each.return_value) for each in launcher.launch(lines, initial_job_idx=0)]
         except _Stopped as error:
-            raise StopRequested("sweep stopped: the same line with resume=auto goes on with it") from error
+            raise StopRequested(
+                "sweep stopped: the same line with resume=auto goes on with it"
+            ) from error
 
 
 def job(config: DictConfig) -> int:
-    """Run one job of a sweep and return its exit code: the task function that Hydra's launcher calls, once for each rank."""
+    """Run one job of a sweep and return its exit code: the task function that Hydra's launcher
+    calls, once for each rank.
+    """
     if "SUBMITIT_EXECUTOR" in os.environ:
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    code = subprocess.run([sys.executable, "-m", "sailplan", "train", *config.overrides], env=environment, check=False).returncode
+    code = subprocess.run(
+        [sys.executable, "-m", "sailplan", "train", *config.overrides], env=environment, check=False
+    ).returncode
     if code == EXIT_STOPPED and "SUBMITIT_EXECUTOR" not in os.environ:
         raise _Stopped
     return code

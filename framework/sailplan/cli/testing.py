@@ -1,4 +1,6 @@
-"""Run the command in a forked process, for tests that ask it many things; and a small project to run it in."""
+"""Run the command in a forked process, for tests that ask it many things; and a small project to
+run it in.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from sailplan.curriculum.testing import write_pack
 
 
 def command(folder: Path, *arguments: str, timeout: float = 120) -> tuple[int, str, str]:
-    """Return (exit code, stdout, stderr) of `sailplan ARGUMENTS` in `folder`: a user's, without the seconds of its imports. timeout: seconds."""
+    """Return (exit code, stdout, stderr) of `sailplan ARGUMENTS` in `folder`: a user's, without
+    the seconds of its imports. timeout: seconds.
+    """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -29,7 +33,9 @@ def command(folder: Path, *arguments: str, timeout: float = 120) -> tuple[int, s
             code = main(list(arguments))
         sender.send((code, out.getvalue(), err.getvalue()))
 
-    child = context.Process(target=forked)  # no daemon: `data import` and `data validate` have processes of their own
+    child = context.Process(
+        target=forked
+    )  # no daemon: `data import` and `data validate` have processes of their own
     child.start()
     sender.close()
     try:
@@ -41,21 +47,50 @@ def command(folder: Path, *arguments: str, timeout: float = 120) -> tuple[int, s
         child.join()
 
 
-SMALL_STAGE = {"steps": 2, "data": {"things": 1.0}, "patterns": {"things": ["image_to_name"]}, "objectives": {"infonce": 1.0}}
+SMALL_STAGE = {
+    "steps": 2,
+    "data": {"things": 1.0},
+    "patterns": {"things": ["image_to_name"]},
+    "objectives": {"infonce": 1.0},
+}
 
 
 def write_project(root: Path) -> None:
-    """Write a project with the made-up pack into a folder: `experiment=small`, two steps of one stage, and `texts`, the same of texts."""
+    """Write a project with the made-up pack into a folder: `experiment=small`, two steps of one
+    stage, and `texts`, the same of texts.
+    """
     config = write_pack(root)
-    config.data.root, config.data.tokenizer, config.data.mel_bins = ".", "tokenizer.json", config.model.audio.mel_bins
+    config.data.root, config.data.tokenizer, config.data.mel_bins = (
+        ".",
+        "tokenizer.json",
+        config.model.audio.mel_bins,
+    )
     values = as_dict(config)
     for dataset in values["data"]["sets"].values():
         dataset["shards"] = dataset["shards"].replace(f"{root}/", "")
-    chosen = {"data": values["data"], "model": values["model"], "order": ["only"], "stages": {"only": SMALL_STAGE}}
-    chosen |= {"name": "small", "global_batch": 8, "step": {"micro_batch": 4}, "parallel": {"threads": 1}, "checkpoint": {"every_steps": 1}}
+    chosen = {
+        "data": values["data"],
+        "model": values["model"],
+        "order": ["only"],
+        "stages": {"only": SMALL_STAGE},
+    }
+    chosen |= {
+        "name": "small",
+        "global_batch": 8,
+        "step": {"micro_batch": 4},
+        "parallel": {"threads": 1},
+        "checkpoint": {"every_steps": 1},
+    }
     texts = {"only": SMALL_STAGE | {"patterns": {"things": ["keyword_to_name"]}}}
-    views = {"keyword": {"modalities": ["text"], "fields": ["tags"]}, "name": {"modalities": ["text"], "fields": ["title"]}}
-    things = {"shards": "things", "views": views, "patterns": {"keyword_to_name": {"query": "keyword", "target": "name"}}}
+    views = {
+        "keyword": {"modalities": ["text"], "fields": ["tags"]},
+        "name": {"modalities": ["text"], "fields": ["title"]},
+    }
+    things = {
+        "shards": "things",
+        "views": views,
+        "patterns": {"keyword_to_name": {"query": "keyword", "target": "name"}},
+    }
     reading = {key: value for key, value in values["data"].items() if key != "sets"}
     _write_experiment(root, "small", chosen)
     of_texts = {key: value for key, value in chosen.items() if key != "model"} | {
@@ -68,7 +103,10 @@ def _write_experiment(root: Path, name: str, values: dict[str, Any]) -> None:
     defaults = [{"override /data": ["reading"]}, {"override /logger": ["console"]}, "_self_"]
     path = root / "conf" / "experiment" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("# @package _global_\n" + yaml.safe_dump({"defaults": defaults} | values, sort_keys=False), encoding="utf-8")
+    path.write_text(
+        "# @package _global_\n" + yaml.safe_dump({"defaults": defaults} | values, sort_keys=False),
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

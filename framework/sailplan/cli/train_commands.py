@@ -19,9 +19,18 @@ from sailplan.step.optimizer import check_optimizer
 
 
 def _check(config: Config) -> None:
-    """Raise ConfigurationError for losses, model shapes and published weights that no world could run."""
-    objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, allowed_targets=config.allowed_targets)
-    check_objectives(objectives, {name: config.stages[name] for name in config.order}, config.data.sets)
+    """Raise ConfigurationError for losses, model shapes and published weights that no world
+    could run.
+    """
+    objectives = build_objectives(
+        config.objectives,
+        config.model.embedding,
+        config.data.sets,
+        allowed_targets=config.allowed_targets,
+    )
+    check_objectives(
+        objectives, {name: config.stages[name] for name in config.order}, config.data.sets
+    )
     logger_classes(config.loggers, config.allowed_targets)
     check_optimizer(config)
     component: EncoderComponent = config.model.component()
@@ -55,7 +64,9 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Configuration and model sizes, then every shard's index, then a collective over the ranks; and which optional extensions were found."""
+    """Configuration and model sizes, then every shard's index, then a collective over the ranks;
+    and which optional extensions were found.
+    """
     from sailplan.config.compose import shared_settings
     from sailplan.model.fused import FUSED_OPS, extensions
     from sailplan.runtime.agreement import agree, software
@@ -64,16 +75,32 @@ def check(options: argparse.Namespace) -> int:
     config: Config = options.config
     _check_here(config)
     with started(config.parallel) as parallel:
-        agree(parallel, "settings and versions", {"configuration": shared_settings(config)} | software(), "start the same code with the same line on all nodes")
+        agree(
+            parallel,
+            "settings and versions",
+            {"configuration": shared_settings(config)} | software(),
+            "start the same code with the same line on all nodes",
+        )
         readers = open_agreed(config, parallel)
         check_data(config, readers)
         parallel.barrier()
         if parallel.is_main:
-            print(f"configuration {config_hash(config)}: {len(config.order)} stages, {sum(config.stages[name].steps for name in config.order)} steps")
+            print(
+                f"configuration {config_hash(config)}: {len(config.order)} stages, "
+                f"{sum(config.stages[name].steps for name in config.order)} steps"
+            )
             for name, reader in readers.items():
                 print(f"data set {name}: {len(reader)} records")
             layout = f"data-parallel {parallel.data_parallel_size} x tensor-parallel {parallel.tensor_parallel_size}"
             print(f"ranks: {parallel.world_size} ({layout}), {parallel.device.type}")
-            print("optional: " + ", ".join(f"{name} {version or 'not found'}" for name, version in extensions().items()))
-            print(f"blocks (parallel.fused={config.parallel.fused}): {FUSED_OPS[chosen_extension(config.parallel, parallel.device.type)]}")
+            print(
+                "optional: "
+                + ", ".join(
+                    f"{name} {version or 'not found'}" for name, version in extensions().items()
+                )
+            )
+            print(
+                f"blocks (parallel.fused={config.parallel.fused}): "
+                f"{FUSED_OPS[chosen_extension(config.parallel, parallel.device.type)]}"
+            )
     return 0

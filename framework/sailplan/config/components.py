@@ -1,7 +1,9 @@
-"""Typed configuration of components: Hydra's schema from a dataclass, the dataclass from Hydra's values, and its rules.
+"""Typed configuration of components: Hydra's schema from a dataclass, the dataclass from Hydra's
+values, and its rules.
 
-A component's configuration is a dataclass beside the component. Its annotations say what a setting may hold (`Literal`,
-the ranges of `config.fields`), and a method `validate(path)`, where it has one, says which settings do not fit together.
+A component's configuration is a dataclass beside the component. Its annotations say what a setting
+may hold (`Literal`, the ranges of `config.fields`), and a method `validate(path)`, where it has
+one, says which settings do not fit together.
 Whatever builds a configuration validates it, so that no command can accept what another refuses.
 """
 
@@ -23,10 +25,16 @@ INHERITS = "inherits"  # a field's metadata: the dotted key whose values are thi
 
 @cache
 def schema_of(cls: type) -> type:
-    """Return the dataclass that OmegaConf checks types with: `cls` without Literals and ranges, which it does not know."""
+    """Return the dataclass that OmegaConf checks types with: `cls` without Literals and ranges,
+    which it does not know.
+    """
     hints = get_type_hints(cls, include_extras=True)
     return make_dataclass(
-        cls.__name__, [(one.name, _plain(hints[one.name]), _default(one, hints[one.name])) for one in fields(cls)]
+        cls.__name__,
+        [
+            (one.name, _plain(hints[one.name]), _default(one, hints[one.name]))
+            for one in fields(cls)
+        ],
     )
 
 
@@ -46,7 +54,8 @@ def fill(cls: type[Component], values: Mapping[str, Any]) -> Component:
 def validate(component: Any, path: str = "") -> None:
     """Raise ConfigurationError at the first setting that may not be what it is.
 
-    path: dotted key of the component, with which messages begin. Ranges and Literals of the whole tree come first, so
+    path: dotted key of the component, with which messages begin. Ranges and Literals of the whole
+    tree come first, so
     that rules between settings need not ask for them again.
     """
     _check(type(component), component, path)
@@ -76,7 +85,11 @@ def _default(one: Field[Any], hint: Any) -> Any:
     source = one.metadata.get(INHERITS)
     if source is not None:
         inherited = schema_of(hint)
-        return field(default_factory=lambda: inherited(**{name.name: f"${{{source}.{name.name}}}" for name in fields(hint)}))
+        return field(
+            default_factory=lambda: inherited(
+                **{name.name: f"${{{source}.{name.name}}}" for name in fields(hint)}
+            )
+        )
     if one.default is not MISSING:
         return field(default=one.default)
     factory: Any = one.default_factory
@@ -86,7 +99,9 @@ def _default(one: Field[Any], hint: Any) -> Any:
 def _as_schema(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         of: Any = type(value)
-        return schema_of(of)(**{one.name: _as_schema(getattr(value, one.name)) for one in fields(value)})
+        return schema_of(of)(
+            **{one.name: _as_schema(getattr(value, one.name)) for one in fields(value)}
+        )
     if isinstance(value, dict):
         return {key: _as_schema(entry) for key, entry in value.items()}
     return value
@@ -113,24 +128,45 @@ def _section(hint: Any) -> Any:
 
 
 # ---------------------------------------------------------------- rules
-def _check(hint: Any, value: Any, path: str, ranges: tuple[Range, ...] = (), words: tuple[str, ...] = ()) -> None:
+def _check(
+    hint: Any, value: Any, path: str, ranges: tuple[Range, ...] = (), words: tuple[str, ...] = ()
+) -> None:
     if is_dataclass(value):
         hint = type(value)  # of an encoder, whose settings are below Any
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        _check(arguments[0], value, path, (*ranges, *(one for one in arguments[1:] if isinstance(one, Range))), words)
+        _check(
+            arguments[0],
+            value,
+            path,
+            (*ranges, *(one for one in arguments[1:] if isinstance(one, Range))),
+            words,
+        )
     elif origin in (Union, types.UnionType):
         if value is None and types.NoneType in arguments:
             return
-        allowed = tuple(word for option in arguments if get_origin(option) is Literal for word in get_args(option))
+        allowed = tuple(
+            word
+            for option in arguments
+            if get_origin(option) is Literal
+            for word in get_args(option)
+        )
         if value not in allowed:
-            rest = [option for option in arguments if option is not types.NoneType and get_origin(option) is not Literal]
+            rest = [
+                option
+                for option in arguments
+                if option is not types.NoneType and get_origin(option) is not Literal
+            ]
             if not rest:
-                raise ConfigurationError(f"{path}={value}: expected one of {', '.join(map(str, allowed))}")
+                raise ConfigurationError(
+                    f"{path}={value}: expected one of {', '.join(map(str, allowed))}"
+                )
             _check(rest[0], value, path, ranges, allowed)
     elif origin is Literal:
         if value not in arguments:
-            raise ConfigurationError(f"{path}={value}: expected one of {', '.join(map(str, arguments))}")
+            raise ConfigurationError(
+                f"{path}={value}: expected one of {', '.join(map(str, arguments))}"
+            )
     elif is_dataclass(hint):
         for name, inner in get_type_hints(hint, include_extras=True).items():
             _check(inner, getattr(value, name), join(path, name))

@@ -1,7 +1,8 @@
 """Encoders by name: what `model.encoder` means.
 
-A registered name is a file or folder of `sailplan.model.encoders` that says `@encoder(NAME)` above the dataclass of its
-settings; anything with a dot is the path of such a dataclass elsewhere, below `allowed_targets`. A YAML file may say
+A registered name is a file or folder of `sailplan.model.encoders` that says `@encoder(NAME)` above
+the dataclass of its settings; anything with a dot is the path of such a dataclass elsewhere, below
+`allowed_targets`. A YAML file may say
 `_target_` for it, as objectives do. Nothing else in the program knows which encoders there are.
 """
 
@@ -40,20 +41,31 @@ def encoder_names() -> list[str]:
 
 
 def encoder_config(name: Any, allowed: Sequence[str] | None = None) -> type[EncoderConfig]:
-    """Return the dataclass that a name or a class's path means; allowed: prefixes that a path may have, None: any.
+    """Return the dataclass that a name or a class's path means; allowed: prefixes that a path
+    may have, None: any.
 
-    Raises ConfigurationError for a name that is unknown, and a path that is not allowed, not importable or no EncoderConfig.
+    Raises ConfigurationError for a name that is unknown, and a path that is not allowed, not
+    importable or no EncoderConfig.
     """
     known = encoder_names()
     if not isinstance(name, str) or ("." not in name and name not in known):
-        raise ConfigurationError(f"model.encoder={name}: expected one of {', '.join(known)}, or the path of your own class; choose one")
+        raise ConfigurationError(
+            f"model.encoder={name}: expected one of {', '.join(known)}, or the path of your own "
+            "class; choose one"
+        )
     if "." not in name:
         importlib.import_module(f"{HOME}.{name}")
         return _REGISTERED[name]
     return class_at(f"model.{TARGET}", name, EncoderConfig, allowed)
 
 
-def chosen(model: Mapping[str, Any] | None, allowed: Sequence[str] | None = None) -> tuple[type[EncoderConfig], dict[str, Any]]:
-    """Return the dataclass that the values of `model` are for, and these with `_target_` as `encoder`."""
-    values = {"encoder" if key == TARGET else str(key): value for key, value in (model or {}).items()}
+def chosen(
+    model: Mapping[str, Any] | None, allowed: Sequence[str] | None = None
+) -> tuple[type[EncoderConfig], dict[str, Any]]:
+    """Return the dataclass that the values of `model` are for, and these with `_target_` as
+    `encoder`.
+    """
+    values = {
+        "encoder" if key == TARGET else str(key): value for key, value in (model or {}).items()
+    }
     return encoder_config(values.get("encoder", EncoderConfig.encoder), allowed), values

@@ -1,6 +1,8 @@
-"""What a setting may hold, said once, in its annotation: `workers: Count = 0`, `kind: Literal["items", "pairs"]`.
+"""What a setting may hold, said once, in its annotation: `workers: Count = 0`, `kind:
+Literal["items", "pairs"]`.
 
-`sailplan.config.components` reads the annotations: it derives Hydra's schema from them and refuses what lies outside.
+`sailplan.config.components` reads the annotations: it derives Hydra's schema from them and refuses
+what lies outside.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Single values set on the command line: `key=value`, `+key=value`, `~key`, on top of the files that Hydra composed.
+"""Single values set on the command line: `key=value`, `+key=value`, `~key`, on top of the files
+that Hydra composed.
 
-Which files are composed is Hydra's business (`experiment=quickstart`, `stage@stages.hard=clean`). Any other key is a value
-and is set here, as if it stood in one more file, because Hydra cannot make an entry of a typed mapping (a new stage, a
-section that was null), takes any key behind a `+`, and tells what it does not find in terms of classes.
+Which files are composed is Hydra's business (`experiment=quickstart`, `stage@stages.hard=clean`).
+Any other key is a value and is set here, as if it stood in one more file, because Hydra cannot make
+an entry of a typed mapping (a new stage, a section that was null), takes any key behind a `+`, and
+tells what it does not find in terms of classes.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
-from functools import reduce
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,7 +25,14 @@ from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 
 MODEL = "model"  # whose keys are known when its encoder is (compose.typed)
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list, [A, B]", dict: "entries, {NAME: VALUE}"}
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list, [A, B]",
+    dict: "entries, {NAME: VALUE}",
+}
 
 
 def parse(lines: Sequence[str]) -> list[Override]:
@@ -35,18 +43,31 @@ def parse(lines: Sequence[str]) -> list[Override]:
             override = parser.parse_override(line)
         except HydraException as error:
             reason = str(error).splitlines()[0]
-            raise ConfigurationError(f"{line}: cannot be read ({reason}); expected key=value, with quotes round a value such as 'a: b' or \"x,y\"") from error
+            raise ConfigurationError(
+                f"{line}: cannot be read ({reason}); expected key=value, with quotes round a value "
+                "such as 'a: b' or \"x,y\""
+            ) from error
         if override.is_sweep_override():
             key = line.partition("=")[0]
-            raise ConfigurationError(f"{line}: found several values, expected one; a list is written {key}=[A,B]; train --multirun makes a run for each value")
+            raise ConfigurationError(
+                f"{line}: found several values, expected one; a list is written {key}=[A,B]; train "
+                "--multirun makes a run for each value"
+            )
         found.append(override)
     return found
 
 
 def is_value(override: Override, groups: Collection[str]) -> bool:
-    """Whether it sets a value, rather than choosing a file of one of the groups or a setting of Hydra's own."""
+    """Whether it sets a value, rather than choosing a file of one of the groups or a setting of
+    Hydra's own.
+    """
     key = override.key_or_group
-    return override.package is None and "/" not in key and key not in groups and key.partition(".")[0] != "hydra"
+    return (
+        override.package is None
+        and "/" not in key
+        and key not in groups
+        and key.partition(".")[0] != "hydra"
+    )
 
 
 def apply(config: DictConfig, override: Override) -> None:
@@ -57,24 +78,37 @@ def apply(config: DictConfig, override: Override) -> None:
         if absent is not None:
             raise ConfigurationError(f"{line}: {_unknown(config, path, absent)}")
         if not _is_mapping(hint_at(path[:-1])):
-            raise ConfigurationError(f"{line}: a setting cannot be deleted, only an entry such as ~stages.NAME; set it to another value, or to null")
+            raise ConfigurationError(
+                f"{line}: a setting cannot be deleted, only an entry such as ~stages.NAME; set it "
+                "to another value, or to null"
+            )
         with open_dict(config):
             del OmegaConf.select(config, ".".join(path[:-1]))[path[-1]]
         return
     adds = override.is_add() or override.is_force_add()
     if absent is not None and not adds and path[0] != MODEL and _is_mapping(hint_at(path[:absent])):
-        raise ConfigurationError(f"{line}: {_unknown(config, path, absent)}; or add it with +{line}")
-    OmegaConf.set_struct(config, None)  # Hydra's lock off: mappings take new entries, while dataclasses keep to their keys
+        raise ConfigurationError(
+            f"{line}: {_unknown(config, path, absent)}; or add it with +{line}"
+        )
+    OmegaConf.set_struct(
+        config, None
+    )  # Hydra's lock off: mappings take new entries, while dataclasses keep to their keys
     try:
-        config.merge_with(OmegaConf.create(reduce(lambda inner, name: {name: inner}, reversed(path), override.value())))  # type: ignore[arg-type]
+        value: Any = override.value()
+        for name in reversed(path):
+            value = {name: value}
+        config.merge_with(OmegaConf.create(value))
     except OmegaConfBaseException as error:
         raise ConfigurationError(explain_value(error, line, path)) from error
 
 
-def explain_value(error: OmegaConfBaseException, where: str = "", path: Sequence[str] = (), model: Any = None) -> str:
+def explain_value(
+    error: OmegaConfBaseException, where: str = "", path: Sequence[str] = (), model: Any = None
+) -> str:
     """One line for a key that the schema does not have, or a value of another type than it has.
 
-    where: the setting or the file that it was found in; path: of the setting, for an error that does not tell its key; model: the
+    where: the setting or the file that it was found in; path: of the setting, for an error that
+    does not tell its key; model: the
     dataclass of `model`'s keys.
     """
     key = str(getattr(error, "full_key", None) or "") or ".".join(path)
@@ -89,7 +123,9 @@ def explain_value(error: OmegaConfBaseException, where: str = "", path: Sequence
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """'; did you mean X?' for a name that is nearly a known one, else the list of these, '' where there are none."""
+    """'; did you mean X?' for a name that is nearly a known one, else the list of these, ''
+    where there are none.
+    """
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean '{close[0]}'?"
@@ -100,7 +136,13 @@ def hint_at(path: Sequence[str], model: Any = None) -> Any:
     """The schema's type of a dotted key, without its `| None`; None where it has no such key."""
     hint: Any = Config
     for name in path:
-        keys = get_type_hints(hint) if is_dataclass(hint) else {name: get_args(hint)[1]} if get_origin(hint) is dict else {}
+        keys = (
+            get_type_hints(hint)
+            if is_dataclass(hint)
+            else {name: get_args(hint)[1]}
+            if get_origin(hint) is dict
+            else {}
+        )
         hint = keys.get(name)
         others = [option for option in get_args(hint) if option is not NoneType]
         hint = others[0] if len(others) < len(get_args(hint)) else hint
@@ -114,7 +156,9 @@ def _names(hint: Any) -> list[str]:
 
 
 def _is_mapping(hint: Any) -> bool:
-    """Whether keys below are names of one's own: a mapping, or a value that the schema does not look into."""
+    """Whether keys below are names of one's own: a mapping, or a value that the schema does not
+    look into.
+    """
     return hint in (None, Any) or get_origin(hint) is dict
 
 

@@ -1,7 +1,9 @@
-"""How parameters lie on the ranks when the configuration leaves it open: cut inside a node, copied over nodes.
+"""How parameters lie on the ranks when the configuration leaves it open: cut inside a node,
+copied over nodes.
 
-Gathering parameters and reducing gradients over all ranks crosses the network between nodes with every byte of the model;
-inside a node it does not, and between nodes each rank then sends its part of the gradients alone.
+Gathering parameters and reducing gradients over all ranks crosses the network between nodes with
+every byte of the model; inside a node it does not, and between nodes each rank then sends its part
+of the gradients alone.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from sailplan.config.schema import ParallelConfig
 
 
 def sharding_of(config: ParallelConfig, data_parallel: int, nodes: int) -> tuple[str, int]:
-    """Return (shard, hybrid or replicate; copies of the parameters) for so many data-parallel ranks on so many nodes.
+    """Return (shard, hybrid or replicate; copies of the parameters) for so many data-parallel
+    ranks on so many nodes.
 
-    `parallel.sharding=auto`: hybrid with one copy a node where there are several nodes with several data-parallel ranks each,
+    `parallel.sharding=auto`: hybrid with one copy a node where there are several nodes with several
+    data-parallel ranks each,
     else shard.
     """
     if config.sharding == "hybrid":

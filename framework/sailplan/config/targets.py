@@ -1,7 +1,9 @@
-"""Classes that a configuration names by their path: `_target_` of a loss, an encoder, whatever else may come from outside.
+"""Classes that a configuration names by their path: `_target_` of a loss, an encoder, whatever
+else may come from outside.
 
-Only classes below an allowed module prefix are imported, as a configuration file should not be able to run whatever is
-installed. (Hydra's own instantiate would do, but prints its errors over several lines and turns dataclasses into dicts.)
+Only classes below an allowed module prefix are imported, as a configuration file should not be able
+to run whatever is installed. (Hydra's own instantiate would do, but prints its errors over several
+lines and turns dataclasses into dicts.)
 """
 
 from __future__ import annotations
@@ -20,21 +22,31 @@ Base = TypeVar("Base")
 def class_at(key: str, target: str, base: type[Base], allowed: Sequence[str] | None) -> type[Base]:
     """Return the subclass of `base` that a path means.
 
-    key: of the setting, with which messages begin. allowed: prefixes that the path may have; None: any. Raises
+    key: of the setting, with which messages begin. allowed: prefixes that the path may have; None:
+    any. Raises
     ConfigurationError for a path that is not allowed, not importable or no such class.
     """
     if allowed is not None and not any(target.startswith(prefix) for prefix in allowed):
-        raise ConfigurationError(f"{key}={target}: expected a class below {', '.join(allowed)}; add your module to allowed_targets")
+        raise ConfigurationError(
+            f"{key}={target}: expected a class below {', '.join(allowed)}; add your module to "
+            "allowed_targets"
+        )
     try:
         found = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(f"{key}={target}: expected an importable class; {str(error).splitlines()[0]}") from error
+        raise ConfigurationError(
+            f"{key}={target}: expected an importable class; {str(error).splitlines()[0]}"
+        ) from error
     if not inspect.isclass(found) or not issubclass(found, base):
-        raise ConfigurationError(f"{key}={target}: expected a subclass of {base.__module__}.{base.__name__}")
+        raise ConfigurationError(
+            f"{key}={target}: expected a subclass of {base.__module__}.{base.__name__}"
+        )
     return found
 
 
-def check_options(key: str, cls: type, options: Mapping[str, Any], supplied: Collection[str]) -> None:
+def check_options(
+    key: str, cls: type, options: Mapping[str, Any], supplied: Collection[str]
+) -> None:
     """Raise ConfigurationError for an option that a class's constructor does not take, or misses.
 
     key: dotted key of the options. supplied: arguments that the program gives itself.
@@ -46,8 +58,18 @@ def check_options(key: str, cls: type, options: Mapping[str, Any], supplied: Col
     for option in options:
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"expected one of: {', '.join(known) or 'none'}"
+            hint = (
+                f"did you mean '{close[0]}'?"
+                if close
+                else f"expected one of: {', '.join(known) or 'none'}"
+            )
             raise ConfigurationError(f"{key}.{option}: {cls.__name__} has no such option; {hint}")
-    missing = [parameter for parameter in known if parameter not in options and parameters[parameter].default is inspect.Parameter.empty]
+    missing = [
+        parameter
+        for parameter in known
+        if parameter not in options and parameters[parameter].default is inspect.Parameter.empty
+    ]
     if missing:
-        raise ConfigurationError(f"{key}.{missing[0]}: missing, expected by {cls.__name__}; give it a value")
+        raise ConfigurationError(
+            f"{key}.{missing[0]}: missing, expected by {cls.__name__}; give it a value"
+        )

@@ -1,7 +1,9 @@
-"""YAML's own words, read as a person means them: `no`, `on` and a time of day are text, as in YAML 1.2.
+"""YAML's own words, read as a person means them: `no`, `on` and a time of day are text, as in
+YAML 1.2.
 
-YAML 1.1, which OmegaConf reads, makes a truth value of `no` (Norwegian), 8 of `010` and 750 of `12:30`. A setting that is
-typed as a truth value still takes `yes`, `no`, `on` and `off`: OmegaConf turns their text into one.
+YAML 1.1, which OmegaConf reads, makes a truth value of `no` (Norwegian), 8 of `010` and 750 of
+`12:30`. A setting that is typed as a truth value still takes `yes`, `no`, `on` and `off`: OmegaConf
+turns their text into one.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def plain_words() -> Iterator[None]:
     def loader() -> Any:
         made = before()
         made.yaml_implicit_resolvers = {
-            first: [(tag, PLAIN.get(tag, pattern)) for tag, pattern in resolvers] for first, resolvers in made.yaml_implicit_resolvers.items()
+            first: [(tag, PLAIN.get(tag, pattern)) for tag, pattern in resolvers]
+            for first, resolvers in made.yaml_implicit_resolvers.items()
         }
         return made
 

@@ -1,13 +1,17 @@
-"""Adaptive multi-source balancing: training sets that look like the benchmark get more of the steps (recipe 2.2).
+"""Adaptive multi-source balancing: training sets that look like the benchmark get more of the
+steps (recipe 2.2).
 
-Each set is summarised by k-means centroids with cluster sizes, separately for every kind of vector it has (fused,
-vision, text, audio). Two sets are compared by optimal transport between their centroids: the entropic plan P for
-the cost 1 - cosine, with the cluster sizes as marginals, moves every cluster to those it resembles, and
-score = sum(P * cosine) is the mean similarity of what was matched. A softmax of the scores gives weights.
+Each set is summarised by k-means centroids with cluster sizes, separately for every kind of vector
+it has (fused, vision, text, audio). Two sets are compared by optimal transport between their
+centroids: the entropic plan P for the cost 1 - cosine, with the cluster sizes as marginals, moves
+every cluster to those it resembles, and score = sum(P * cosine) is the mean similarity of what was
+matched. A softmax of the scores gives weights.
 
-A score is known no better than its sample and its k-means, which can end elsewhere on another sample of the same set.
-So each training set is drawn from its sample again and clustered anew several times (bootstrap): the mean is the
-score, the spread its standard error, and the softmax's temperature is counted in standard errors. Otherwise chance
+A score is known no better than its sample and its k-means, which can end elsewhere on another
+sample of the same set.
+So each training set is drawn from its sample again and clustered anew several times (bootstrap):
+the mean is the score, the spread its standard error, and the softmax's temperature is counted in
+standard errors. Otherwise chance
 decides between sets that are alike.
 """
 
@@ -41,11 +45,21 @@ class Balance:
     weights: dict[str, float]  # training set -> probability, sum 1
     scores: dict[str, float]  # training set -> mean similarity over the benchmarks
     pairs: dict[str, dict[str, float]]  # training set -> benchmark -> similarity
-    kinds: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # the same, per kind of vector
-    errors: dict[str, float] = field(default_factory=dict)  # training set -> standard error of its score
+    kinds: dict[str, dict[str, dict[str, float]]] = field(
+        default_factory=dict
+    )  # the same, per kind of vector
+    errors: dict[str, float] = field(
+        default_factory=dict
+    )  # training set -> standard error of its score
 
     def as_dict(self) -> dict[str, Any]:
-        return {"weights": self.weights, "scores": self.scores, "errors": self.errors, "pairs": self.pairs, "kinds": self.kinds}
+        return {
+            "weights": self.weights,
+            "scores": self.scores,
+            "errors": self.errors,
+            "pairs": self.pairs,
+            "kinds": self.kinds,
+        }
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
@@ -55,22 +69,35 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def cluster(vectors: np.ndarray, clusters: int, *seed: int | str) -> Clusters:
-    """k-means of the unit vectors [n, D] into min(clusters, n) clusters; empty clusters are dropped. Same seed, same result."""
+    """k-means of the unit vectors [n, D] into min(clusters, n) clusters; empty clusters are
+    dropped. Same seed, same result.
+    """
     rows = unit_rows(vectors)
     labels, centres = k_means(rows, clusters, *seed)
     sizes = np.bincount(labels, minlength=len(centres))
     return Clusters(unit_rows(centres)[sizes > 0], sizes[sizes > 0] / len(rows))
 
 
-def transport_plan(first: Clusters, second: Clusters, epsilon: float, iterations: int) -> tuple[np.ndarray, np.ndarray]:
-    """(P, C): log-stabilised Sinkhorn plan float64 [k1, k2] for the cost 1 - C, and the centroid cosines C.
+def transport_plan(
+    first: Clusters, second: Clusters, epsilon: float, iterations: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(P, C): log-stabilised Sinkhorn plan float64 [k1, k2] for the cost 1 - C, and the centroid
+    cosines C.
 
-    Its marginals are the cluster sizes, up to what `iterations` reach; it is scaled to sum 1 exactly. Working with
-    logarithms keeps small epsilons from underflowing (Cuturi 2013, the log-domain form of POT).
+    Its marginals are the cluster sizes, up to what `iterations` reach; it is scaled to sum 1
+    exactly. Working with logarithms keeps small epsilons from underflowing (Cuturi 2013, the
+    log-domain form of POT).
     """
     cosines = first.centroids @ second.centroids.T
     plan = ot.sinkhorn(
-        first.shares, second.shares, 1.0 - cosines, reg=epsilon, method="sinkhorn_log", numItermax=iterations, stopThr=1e-9, warn=False
+        first.shares,
+        second.shares,
+        1.0 - cosines,
+        reg=epsilon,
+        method="sinkhorn_log",
+        numItermax=iterations,
+        stopThr=1e-9,
+        warn=False,
     )
     return plan / plan.sum(), cosines
 
@@ -81,13 +108,18 @@ def similarity(first: Clusters, second: Clusters, epsilon: float, iterations: in
     return float((plan * cosines).sum())
 
 
-def compare(training: Summary, benchmark: Summary, config: BalanceConfig) -> tuple[float | None, dict[str, float]]:
-    """(score, score per kind): the fused similarity where both sets have it, else the mean over the other shared kinds.
+def compare(
+    training: Summary, benchmark: Summary, config: BalanceConfig
+) -> tuple[float | None, dict[str, float]]:
+    """(score, score per kind): the fused similarity where both sets have it, else the mean over
+    the other shared kinds.
 
     None where the two sets share no kind of vector: audio cannot be compared with pictures.
     """
     kinds = {
-        kind: similarity(training[kind], benchmark[kind], config.epsilon, config.iterations) for kind in training if kind in benchmark
+        kind: similarity(training[kind], benchmark[kind], config.epsilon, config.iterations)
+        for kind in training
+        if kind in benchmark
     }
     if "fused" in kinds:
         return kinds["fused"], kinds
@@ -95,7 +127,10 @@ def compare(training: Summary, benchmark: Summary, config: BalanceConfig) -> tup
 
 
 def softmax_weights(scores: dict[str, float], temperature: float, unit: float) -> dict[str, float]:
-    """Return the softmax of scores / (temperature * unit). A unit of nothing gives equal scores equal weights."""
+    """Return the softmax of scores / (temperature * unit).
+
+    A unit of nothing gives equal scores equal weights.
+    """
     values = np.array(list(scores.values()))
     exponent = (values - values.max()) / max(temperature * unit, 1e-9)
     shares = np.exp(exponent)
@@ -111,23 +146,36 @@ def unit_of(scores: dict[str, float], errors: dict[str, float], config: BalanceC
     return float(np.sqrt(np.mean(np.square(list(errors.values()))))) if errors else 0.0
 
 
-def with_floor(balanced: dict[str, float], fixed: dict[str, float], floor: float = 0.1) -> dict[str, float]:
-    """(1 - floor) * balanced + floor * fixed shares: no set that the stage lists falls below that part of its fixed share."""
+def with_floor(
+    balanced: dict[str, float], fixed: dict[str, float], floor: float = 0.1
+) -> dict[str, float]:
+    """(1 - floor) * balanced + floor * fixed shares: no set that the stage lists falls below
+    that part of its fixed share.
+    """
     total = sum(fixed.values())
-    return {name: (1 - floor) * weight + floor * fixed[name] / total for name, weight in balanced.items()}
+    return {
+        name: (1 - floor) * weight + floor * fixed[name] / total
+        for name, weight in balanced.items()
+    }
 
 
 def by_size(sizes: dict[str, int], weights: str) -> Balance:
-    """Return weights that look at no vector: uniform, size or sqrt_size, of training sets with so many records."""
+    """Return weights that look at no vector: uniform, size or sqrt_size, of training sets with
+    so many records.
+    """
     power = {"uniform": 0.0, "sqrt_size": 0.5, "size": 1.0}[weights]
     values = {name: float(size) ** power for name, size in sizes.items()}
     return Balance({name: value / sum(values.values()) for name, value in values.items()}, {}, {})
 
 
-def balance(training: Mapping[str, Sequence[Summary]], benchmark: dict[str, Summary], config: BalanceConfig) -> Balance:
-    """Return sampling weights of the training sets, each given by one or more summaries (bootstrap replicates).
+def balance(
+    training: Mapping[str, Sequence[Summary]], benchmark: dict[str, Summary], config: BalanceConfig
+) -> Balance:
+    """Return sampling weights of the training sets, each given by one or more summaries
+    (bootstrap replicates).
 
-    A set comparable with no benchmark gets the lowest score among the others, so that it neither leads nor vanishes; if
+    A set comparable with no benchmark gets the lowest score among the others, so that it neither
+    leads nor vanishes; if
     none is comparable all weights are equal.
     """
     pairs: dict[str, dict[str, float]] = {}
@@ -138,7 +186,10 @@ def balance(training: Mapping[str, Sequence[Summary]], benchmark: dict[str, Summ
         for other, target in benchmark.items():
             found = [compare(summary, target, config) for summary in replicates]
             scores = [score for score, _ in found if score is not None]
-            kinds[name][other] = {kind: float(np.mean([own[kind] for _, own in found if kind in own])) for kind in found[0][1]}
+            kinds[name][other] = {
+                kind: float(np.mean([own[kind] for _, own in found if kind in own]))
+                for kind in found[0][1]
+            }
             if scores:
                 pairs[name][other] = float(np.mean(scores))
                 totals.append(scores)
@@ -147,5 +198,7 @@ def balance(training: Mapping[str, Sequence[Summary]], benchmark: dict[str, Summ
     known = {name: float(np.mean(list(found.values()))) for name, found in pairs.items() if found}
     lowest = min(known.values(), default=0.0)
     means = {name: known.get(name, lowest) for name in training}
-    weights = softmax_weights(means, config.temperature, unit_of(means, errors, config) if known else 1.0)
+    weights = softmax_weights(
+        means, config.temperature, unit_of(means, errors, config) if known else 1.0
+    )
     return Balance(weights, means, pairs, kinds, errors)

@@ -1,4 +1,6 @@
-"""Configuration of a stage: its data, losses and trainable parts, and what it makes for itself at its start."""
+"""Configuration of a stage: its data, losses and trainable parts, and what it makes for itself
+at its start.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sailplan.config.components import INHERITS
-from sailplan.config.fields import Count, NotNegative, Positive, Share, ShareAboveZero, ShareBelowOne, Size
+from sailplan.config.fields import (
+    Count,
+    NotNegative,
+    Positive,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    Size,
+)
 from sailplan.errors import ConfigurationError
 from sailplan.step.config import StageOptimizerConfig
 
@@ -15,15 +25,28 @@ ROOM = "sailplan.curriculum.artifacts"
 
 def built_in_artifacts() -> dict[str, dict[str, Any]]:
     """Return the artifacts that every run can make: name -> {_target_: class}."""
-    return {name: {"_target_": f"{ROOM}.{cls}"} for name, cls in (("interests", "Interests"), ("teachers", "Teachers"), ("co_occurrence", "CoOccurrence"))}
+    return {
+        name: {"_target_": f"{ROOM}.{cls}"}
+        for name, cls in (
+            ("interests", "Interests"),
+            ("teachers", "Teachers"),
+            ("co_occurrence", "CoOccurrence"),
+        )
+    }
 
 
 @dataclass
 class SubsetConfig:
-    """Records that a stage keeps: those nearest to the benchmark sets, and those whose own pair looks clean."""
+    """Records that a stage keeps: those nearest to the benchmark sets, and those whose own pair
+    looks clean.
+    """
 
-    nearest: ShareAboveZero | None = None  # fraction of each data set's records kept by similarity to the benchmark's centroids
-    drop_noisy: ShareBelowOne | None = None  # fraction of pairs with the lowest own score that is dropped
+    nearest: ShareAboveZero | None = (
+        None  # fraction of each data set's records kept by similarity to the benchmark's centroids
+    )
+    drop_noisy: ShareBelowOne | None = (
+        None  # fraction of pairs with the lowest own score that is dropped
+    )
     sets: list[str] = field(default_factory=list)  # empty: every set of the stage
 
 
@@ -34,7 +57,9 @@ class HardNegativeConfig:
     per_query: Size = 4
     sample: Size = 2048  # N at which lambda* is fitted (F1's optimum depends on N)
     refresh_steps: Count = 0  # 0: only at the stage's start
-    patterns: dict[str, list[str]] = field(default_factory=dict)  # data set -> pattern names; empty: first pattern of each set
+    patterns: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # data set -> pattern names; empty: first pattern of each set
     mask_in_batch: bool = True  # drop in-batch negatives at or above lambda*
 
 
@@ -46,33 +71,60 @@ class BalanceConfig:
     clusters: Size = 16
     epsilon: Positive = 0.05
     iterations: Size = 100
-    # How often a set's sample is drawn again from itself and clustered anew: the scores' mean, and their standard error.
+    # How often a set's sample is drawn again from itself and clustered anew: the scores' mean, and
+    # their standard error.
     bootstrap: Size = 16
     temperature: Positive = 8.0  # of the softmax, in units of temperature_unit
-    # standard_error: of a score, so that sets that cannot be told apart get equal weights; cosine: as it is; spread: the scores' own
-    # standard deviation, which makes differences of any size equally strong
+    # standard_error: of a score, so that sets that cannot be told apart get equal weights; cosine:
+    # as it is; spread: the scores' own standard deviation, which makes differences of any size
+    # equally strong
     temperature_unit: Literal["standard_error", "cosine", "spread"] = "standard_error"
-    floor: ShareBelowOne = 0.1  # share of the steps that is dealt by the fixed weights, so that no set vanishes
-    weights: Literal["similarity", "uniform", "size", "sqrt_size"] = "similarity"  # the others look at no vector
+    floor: ShareBelowOne = (
+        0.1  # share of the steps that is dealt by the fixed weights, so that no set vanishes
+    )
+    weights: Literal["similarity", "uniform", "size", "sqrt_size"] = (
+        "similarity"  # the others look at no vector
+    )
 
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for an error that is not measured."""
-        if self.weights == "similarity" and self.temperature_unit == "standard_error" and self.bootstrap < 2:
-            raise ConfigurationError(f"{path}.bootstrap={self.bootstrap}: expected at least 2 with temperature_unit=standard_error")
+        if (
+            self.weights == "similarity"
+            and self.temperature_unit == "standard_error"
+            and self.bootstrap < 2
+        ):
+            raise ConfigurationError(
+                f"{path}.bootstrap={self.bootstrap}: expected at least 2 with "
+                "temperature_unit=standard_error"
+            )
 
 
 @dataclass
 class StageConfig:
     steps: Size = 100
     global_batch: int | None = None  # rows of a step over all data-parallel ranks; None: the run's
-    data: dict[str, Positive] = field(default_factory=dict)  # data set -> weight (fixed weights, or floor shares under `balance`)
-    balance: BalanceConfig | None = None  # weights from the balancing algorithm instead of `data`'s values
-    mixed_fraction: Share = 0.0  # share of steps whose batch mixes data sets in homogeneous sub-batches
-    patterns: dict[str, list[str]] = field(default_factory=dict)  # data set -> patterns used; missing: all
+    data: dict[str, Positive] = field(
+        default_factory=dict
+    )  # data set -> weight (fixed weights, or floor shares under `balance`)
+    balance: BalanceConfig | None = (
+        None  # weights from the balancing algorithm instead of `data`'s values
+    )
+    mixed_fraction: Share = (
+        0.0  # share of steps whose batch mixes data sets in homogeneous sub-batches
+    )
+    patterns: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # data set -> patterns used; missing: all
     objectives: dict[str, NotNegative] = field(default_factory=dict)  # objective name -> weight
-    trainable: list[str] = field(default_factory=lambda: ["all"])  # all | parts of the encoder | objectives | temperatures
+    trainable: list[str] = field(
+        default_factory=lambda: ["all"]
+    )  # all | parts of the encoder | objectives | temperatures
     subset: SubsetConfig | None = None
     hard_negatives: HardNegativeConfig | None = None
-    artifacts: list[str] = field(default_factory=list)  # names of `artifacts` that are made at the stage's start, in this order
+    artifacts: list[str] = field(
+        default_factory=list
+    )  # names of `artifacts` that are made at the stage's start, in this order
     # Settings that a stage does not name are the run's.
-    optimizer: StageOptimizerConfig = field(default_factory=StageOptimizerConfig, metadata={INHERITS: "optimizer"})
+    optimizer: StageOptimizerConfig = field(
+        default_factory=StageOptimizerConfig, metadata={INHERITS: "optimizer"}
+    )

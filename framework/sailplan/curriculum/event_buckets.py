@@ -1,14 +1,17 @@
 """Cut a log of events by user into buckets that fit in memory, with all ranks and through files.
 
-Each rank reads its share of the log and appends the events, sorted by bucket, to one file of its own, a chunk at a
-time. A bucket is read back from the pieces in every rank's file. Which bucket a user is in depends on the user's name
-and the number of buckets alone, and that number on the log alone: any number of ranks gives the same buckets.
+Each rank reads its share of the log and appends the events, sorted by bucket, to one file of its
+own, a chunk at a time. A bucket is read back from the pieces in every rank's file. Which bucket a
+user is in depends on the user's name
+and the number of buckets alone, and that number on the log alone: any number of ranks gives the
+same buckets.
 
     FOLDER/rank-00000.arrow    one record batch a chunk: user, item, id, time, label
     FOLDER/rank-00000.npy      int64 [chunks, buckets + 1] where each bucket begins in a chunk
 
-What it costs: a rank holds one chunk (`CHUNK_ROWS`) or one bucket; the files together hold every event once (some 45
-bytes each); with 1,024 ranks and 10^4 buckets there are 2,048 files, and each is opened once for each bucket.
+What it costs: a rank holds one chunk (`CHUNK_ROWS`) or one bucket; the files together hold every
+event once (some 45 bytes each); with 1,024 ranks and 10^4 buckets there are 2,048 files, and each
+is opened once for each bucket.
 """
 
 from __future__ import annotations
@@ -56,13 +59,22 @@ class EventBuckets:
             offsets = np.load(f"{stem}.npy", mmap_mode="r")[:, bucket : bucket + 2].tolist()
             # Mapped anew each time: what was read for a bucket leaves memory with it.
             reader = pa.ipc.open_file(pa.memory_map(f"{stem}.arrow"))
-            pieces += [reader.get_batch(chunk).slice(start, stop - start) for chunk, (start, stop) in enumerate(offsets) if stop > start]
+            pieces += [
+                reader.get_batch(chunk).slice(start, stop - start)
+                for chunk, (start, stop) in enumerate(offsets)
+                if stop > start
+            ]
         table = pa.Table.from_batches(pieces, schema=_schema())
         codes, names, hashes = _named(table["user"])
         items = table["item"].to_numpy()
         places, first = np.unique(items, return_index=True)
         ids = dict(zip(places.tolist(), table["id"].take(pa.array(first)).to_pylist(), strict=True))
-        return Bucket(Events(codes, items, table["time"].to_numpy(), table["label"].to_numpy()), names, hashes, ids)
+        return Bucket(
+            Events(codes, items, table["time"].to_numpy(), table["label"].to_numpy()),
+            names,
+            hashes,
+            ids,
+        )
 
 
 @dataclass
@@ -86,9 +98,12 @@ def cut_by_user(
     *,
     bucket_events: int = BUCKET_EVENTS,
 ) -> Cut:
-    """Write the log's events below `folder`, cut by user. Collective; every rank reads its share of the log.
+    """Write the log's events below `folder`, cut by user.
 
-    find: catalogue positions int64 [n] of ids (an Arrow text array), -1 where unknown; such events are left out.
+    Collective; every rank reads its share of the log.
+
+    find: catalogue positions int64 [n] of ids (an Arrow text array), -1 where unknown; such events
+    are left out.
     items: size of the catalogue. Memory: a chunk of events, and two bytes an item of the catalogue.
     """
     sizes = _sizes(parallel, files)
@@ -115,14 +130,24 @@ def cut_by_user(
     except OSError as error:
         problem = error
     meet(parallel, "writing events by user", problem)
-    return Cut(EventBuckets(folder, count, parallel.world_size), reader.counts, known, unknown, any_over_ranks(used))
+    return Cut(
+        EventBuckets(folder, count, parallel.world_size),
+        reader.counts,
+        known,
+        unknown,
+        any_over_ranks(used),
+    )
 
 
 def text_hashes(values: Any) -> NDArray[np.uint64]:
-    """Return a hash of each text of an Arrow large_string array, uint64 [n]: FNV-1a with well-mixed bits, the same everywhere."""
+    """Return a hash of each text of an Arrow large_string array, uint64 [n]: FNV-1a with
+    well-mixed bits, the same everywhere.
+    """
     _, offsets, data = values.buffers()
     starts = np.frombuffer(offsets, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
-    content = np.frombuffer(data, dtype=np.uint8) if data is not None else np.empty(0, dtype=np.uint8)
+    content = (
+        np.frombuffer(data, dtype=np.uint8) if data is not None else np.empty(0, dtype=np.uint8)
+    )
     lengths, result = np.diff(starts), np.full(len(values), FNV_START, dtype=np.uint64)
     rows, byte = np.flatnonzero(lengths > 0), 0
     while len(rows):
@@ -145,10 +170,18 @@ class _Writer:
         self.file = pa.ipc.new_file(f"{stem}.arrow", _schema())
 
     def add(
-        self, users: Any, items: NDArray[np.int64], ids: Any, times: NDArray[np.int64], labels: NDArray[np.uint64], kept: NDArray[np.bool_]
+        self,
+        users: Any,
+        items: NDArray[np.int64],
+        ids: Any,
+        times: NDArray[np.int64],
+        labels: NDArray[np.uint64],
+        kept: NDArray[np.bool_],
     ) -> None:
         pa = arrow()
-        batch = pa.RecordBatch.from_arrays([users, pa.array(items), ids, pa.array(times), pa.array(labels)], schema=_schema())
+        batch = pa.RecordBatch.from_arrays(
+            [users, pa.array(items), ids, pa.array(times), pa.array(labels)], schema=_schema()
+        )
         batch = batch if kept.all() else batch.filter(pa.array(kept))
         if len(batch):
             self.waiting.append(batch)
@@ -164,18 +197,30 @@ class _Writer:
         buckets = (text_hashes(batch["user"]) % np.uint64(self.buckets)).astype(np.int64)
         order = np.argsort(buckets, kind="stable")
         self.file.write_batch(batch.take(pa.array(order)))
-        self.offsets.append(np.searchsorted(buckets[order], np.arange(self.buckets + 1)).astype(np.int64))
+        self.offsets.append(
+            np.searchsorted(buckets[order], np.arange(self.buckets + 1)).astype(np.int64)
+        )
         self.waiting, self.rows = [], 0
 
     def close(self) -> None:
         self.flush()
         self.file.close()
-        np.save(f"{self.stem}.npy", np.array(self.offsets, dtype=np.int64).reshape(-1, self.buckets + 1))
+        np.save(
+            f"{self.stem}.npy", np.array(self.offsets, dtype=np.int64).reshape(-1, self.buckets + 1)
+        )
 
 
 def _schema() -> Any:
     pa = arrow()
-    return pa.schema([("user", pa.large_string()), ("item", pa.int64()), ("id", pa.large_string()), ("time", pa.int64()), ("label", pa.uint64())])
+    return pa.schema(
+        [
+            ("user", pa.large_string()),
+            ("item", pa.int64()),
+            ("id", pa.large_string()),
+            ("time", pa.int64()),
+            ("label", pa.uint64()),
+        ]
+    )
 
 
 def _sizes(parallel: Parallel, files: list[Path]) -> NDArray[np.int64]:

@@ -1,8 +1,10 @@
-"""Four views of what a user is interested in, from timed events: which earlier items explain the last one (recipe 4.2).
+"""Four views of what a user is interested in, from timed events: which earlier items explain the
+last one (recipe 4.2).
 
-An event is (user, item, time, set of positive labels). The most recent positive item of a user is the target of all
-views. Only events *before* it can be shown: not those of its own moment, and not the target item itself. Of each
-earlier item a user's labels are put together; its behaviours are the different labels among them.
+An event is (user, item, time, set of positive labels). The most recent positive item of a user is
+the target of all views. Only events *before* it can be shown: not those of its own moment, and not
+the target item itself. Of each earlier item a user's labels are put together; its behaviours are
+the different labels among them.
 
 | view                 | items with | of these                    | at most `length` of them             |
 |----------------------|------------|-----------------------------|--------------------------------------|
@@ -12,9 +14,11 @@ earlier item a user's labels are put together; its behaviours are the different 
 |                      |            |                             | all of the user's earlier items      |
 | collaboration_multi  | 1 or more  | all                         | clusters in proportion to their size |
 
-"With 3 or more" are different behaviours. Labels agree where the Jaccard coefficient of the two sets is above 0.5.
-A label cluster is the items with the same set of labels. Proportions are those of Webster's method: the k-th item of a
-cluster of weight w comes at (k - 1/2) / w. Everything here works on the arrays of many whole users at once, and what a
+"With 3 or more" are different behaviours. Labels agree where the Jaccard coefficient of the two
+sets is above 0.5.
+A label cluster is the items with the same set of labels. Proportions are those of Webster's method:
+the k-th item of a cluster of weight w comes at (k - 1/2) / w. Everything here works on the arrays
+of many whole users at once, and what a
 user gets depends on that user's events alone.
 """
 
@@ -46,7 +50,9 @@ class Events:
 
 @dataclass(frozen=True)
 class History:
-    """The m (user, earlier item) pairs of u users, sorted by user and item, and each user's target."""
+    """The m (user, earlier item) pairs of u users, sorted by user and item, and each user's
+    target.
+    """
 
     users: NDArray[np.int64]  # [m]
     items: NDArray[np.int64]  # [m]
@@ -74,9 +80,17 @@ class Sequences:
 
 
 def history_of(events: Events, users: int, max_events: int) -> History:
-    """Return targets and earlier items of users 0 .. users - 1, from the last `max_events` events of each."""
+    """Return targets and earlier items of users 0 ..
+
+    users - 1, from the last `max_events` events of each.
+    """
     order = np.lexsort((events.items, events.times, events.users))
-    user, item, time, label = events.users[order], events.items[order], events.times[order], events.labels[order]
+    user, item, time, label = (
+        events.users[order],
+        events.items[order],
+        events.times[order],
+        events.labels[order],
+    )
     first = _firsts(user, time, item)
     label = np.bitwise_or.reduceat(label, first) if len(first) else label
     user, item, time = user[first], item[first], time[first]
@@ -84,12 +98,20 @@ def history_of(events: Events, users: int, max_events: int) -> History:
     kept = (ends[user] - np.arange(len(user)) <= max_events) & (label != 0)
     user, item, time, label = user[kept], item[kept], time[kept], label[kept]
 
-    starts, ends = (np.searchsorted(user, np.arange(users), side=side) for side in ("left", "right"))  # type: ignore[call-overload]
+    starts, ends = (
+        np.searchsorted(user, np.arange(users), side=side) for side in ("left", "right")
+    )  # type: ignore[call-overload]
     known = ends > starts
-    targets, target_labels, target_times = np.full(users, -1, dtype=np.int64), np.zeros(users, dtype=np.uint64), np.zeros(users, dtype=np.int64)
+    targets, target_labels, target_times = (
+        np.full(users, -1, dtype=np.int64),
+        np.zeros(users, dtype=np.uint64),
+        np.zeros(users, dtype=np.int64),
+    )
     target_times[known] = time[ends[known] - 1]
     last = np.flatnonzero(time == target_times[user])
-    place = last[np.unique(user[last], return_index=True)[1]]  # of several in the same moment the first in the catalogue
+    place = last[
+        np.unique(user[last], return_index=True)[1]
+    ]  # of several in the same moment the first in the catalogue
     targets[known], target_labels[known] = item[place], label[place]
     earlier = (time < target_times[user]) & (item != targets[user])
     user, item, time, label = user[earlier], item[earlier], time[earlier], label[earlier]
@@ -99,21 +121,32 @@ def history_of(events: Events, users: int, max_events: int) -> History:
     first = _firsts(user, item)
     lasts = np.append(first[1:], len(user))[: len(first)] - 1
     label = np.bitwise_or.reduceat(label, first) if len(first) else label
-    return History(user[first], item[first], time[lasts], label, targets, target_labels, target_times)
+    return History(
+        user[first], item[first], time[lasts], label, targets, target_labels, target_times
+    )
 
 
 def jaccard(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Return |both| / |either| of label sets [n], float64 [n]; 0 for two empty sets."""
-    both, either = np.bitwise_count(first & second).astype(np.float64), np.bitwise_count(first | second)
+    both, either = (
+        np.bitwise_count(first & second).astype(np.float64),
+        np.bitwise_count(first | second),
+    )
     return both / np.maximum(either, 1)
 
 
 def in_proportion(
-    users: NDArray[np.int64], clusters: NDArray[np.int64], weights: NDArray[np.float64] | NDArray[np.int64], places: NDArray[np.int64], length: int
+    users: NDArray[np.int64],
+    clusters: NDArray[np.int64],
+    weights: NDArray[np.float64] | NDArray[np.int64],
+    places: NDArray[np.int64],
+    length: int,
 ) -> NDArray[np.int64]:
-    """Return the rows chosen of each user [k], rising: at most `length`, from the user's clusters in proportion to their weights.
+    """Return the rows chosen of each user [k], rising: at most `length`, from the user's
+    clusters in proportion to their weights.
 
-    All [n]: weights are equal within a user's cluster; places say which of a cluster's rows come first (lowest).
+    All [n]: weights are equal within a user's cluster; places say which of a cluster's rows come
+    first (lowest).
     """
     order = np.lexsort((places, clusters, users))
     numbers = np.empty(len(users), dtype=np.int64)
@@ -125,16 +158,27 @@ def in_proportion(
 
 
 def interest_views(
-    history: History, settings: InterestsConfig, length: int, *, similarity: Similarity, assign: Assign | None = None, seeds: NDArray[np.uint64]
+    history: History,
+    settings: InterestsConfig,
+    length: int,
+    *,
+    similarity: Similarity,
+    assign: Assign | None = None,
+    seeds: NDArray[np.uint64],
 ) -> Sequences:
-    """Return the sequences of the wanted views; a user who lacks what a view needs gives none in it.
+    """Return the sequences of the wanted views; a user who lacks what a view needs gives none in
+    it.
 
-    similarity: in content, for `content_single`; assign: content clusters, for clusters=content; seeds: uint64 [u] of
+    similarity: in content, for `content_single`; assign: content clusters, for clusters=content;
+    seeds: uint64 [u] of
     the users, for draw=random.
     """
     behaviours = np.bitwise_count(history.labels)
     agrees = jaccard(history.labels, history.target_labels[history.users]) > settings.jaccard
-    compact, wide = behaviours >= settings.single_peak_behaviours, behaviours >= settings.multi_peak_behaviours
+    compact, wide = (
+        behaviours >= settings.single_peak_behaviours,
+        behaviours >= settings.multi_peak_behaviours,
+    )
     draws = _draws(history, settings.draw, seeds)
     kinds = np.unique(history.labels, return_inverse=True)[1].astype(np.int64)
     every = np.zeros(len(kinds), dtype=np.int64)
@@ -144,7 +188,10 @@ def interest_views(
             rows = np.flatnonzero(compact)
             near = similarity(history.items[rows], history.targets[history.users[rows]])
             if settings.content_similarity is not None:
-                rows, near = rows[near >= settings.content_similarity], near[near >= settings.content_similarity]
+                rows, near = (
+                    rows[near >= settings.content_similarity],
+                    near[near >= settings.content_similarity],
+                )
             return _choose(history, rows, every, every + 1, _ranked(draws[rows], -near), length)
         if view == "content_multi":
             rows = np.flatnonzero(wide & agrees)
@@ -161,15 +208,27 @@ def interest_views(
         sizes[rows] = _sizes(history.users[rows], clusters[rows])
         return _choose(history, rows, clusters, sizes, draws[rows], length)
 
-    parts = [_sequences(history, chosen(view), INTEREST_VIEWS.index(view)) for view in INTEREST_VIEWS if view in settings.views]
+    parts = [
+        _sequences(history, chosen(view), INTEREST_VIEWS.index(view))
+        for view in INTEREST_VIEWS
+        if view in settings.views
+    ]
     starts = np.cumsum(np.concatenate([[0], *(np.diff(part.starts) for part in parts)]))
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("views", "users", "targets", "items")}
+    joined = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("views", "users", "targets", "items")
+    }
     return Sequences(starts=starts.astype(np.int64), **joined)
 
 
 # ---------------------------------------------------------------- parts
 def _choose(
-    history: History, rows: NDArray[np.int64], clusters: NDArray[np.int64], weights: NDArray[np.int64], places: NDArray[np.int64], length: int
+    history: History,
+    rows: NDArray[np.int64],
+    clusters: NDArray[np.int64],
+    weights: NDArray[np.int64],
+    places: NDArray[np.int64],
+    length: int,
 ) -> NDArray[np.int64]:
     return rows[in_proportion(history.users[rows], clusters[rows], weights[rows], places, length)]
 
@@ -179,14 +238,18 @@ def _sequences(history: History, rows: NDArray[np.int64], view: int) -> Sequence
     first = _firsts(history.users[rows])
     users = history.users[rows][first]
     views = np.full(len(users), view, dtype=np.int8)
-    return Sequences(views, users, history.targets[users], np.append(first, len(rows)), history.items[rows])
+    return Sequences(
+        views, users, history.targets[users], np.append(first, len(rows)), history.items[rows]
+    )
 
 
 def _draws(history: History, draw: str, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return which of a user's items is drawn first (lowest): int64 [m], different for all."""
     if draw == "recent":
         return _ranked(history.items, -history.times)
-    return _ranked(history.items, mixed(seeds[history.users] ^ mixed(history.items.astype(np.uint64))))
+    return _ranked(
+        history.items, mixed(seeds[history.users] ^ mixed(history.items.astype(np.uint64)))
+    )
 
 
 def _ranked(*keys: NDArray[np.generic]) -> NDArray[np.int64]:

@@ -1,8 +1,11 @@
-"""A data set as vectors by kind: fused, vision, text, audio. What balancing and the nearest subset compare.
+"""A data set as vectors by kind: fused, vision, text, audio.
 
-A view of several modalities gives the fused kind, a view of one modality gives that kind. Where no view shows
-pictures or text alone, the vectors that the encoder reads out of the fused view stand in. Each kind comes from the
-first such view, so a set is encoded once per kind and not once per pattern.
+What balancing and the nearest subset compare.
+
+A view of several modalities gives the fused kind, a view of one modality gives that kind. Where no
+view shows pictures or text alone, the vectors that the encoder reads out of the fused view stand
+in. Each kind comes from the first such view, so a set is encoded once per kind and not once per
+pattern.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from sailplan.runtime.turns import from_all_ranks, in_turns
 
 
 def kind_views(reader: RecordReader, views: Sequence[str]) -> dict[str, str]:
-    """Kind -> the first of the views that gives it; history views are left out (their items are the targets of others)."""
+    """Kind -> the first of the views that gives it; history views are left out (their items are
+    the targets of others).
+    """
     found: dict[str, str] = {}
     for name in views:
         view = reader.config.views[name]
@@ -35,15 +40,23 @@ def kind_views(reader: RecordReader, views: Sequence[str]) -> dict[str, str]:
 def pattern_views(reader: RecordReader, patterns: Sequence[str]) -> list[str]:
     """The views that patterns use, each once, in their order."""
     sides = [reader.config.patterns[name] for name in patterns]
-    return list(dict.fromkeys(view for pattern in sides for view in (pattern.query, pattern.target)))
+    return list(
+        dict.fromkeys(view for pattern in sides for view in (pattern.query, pattern.target))
+    )
 
 
 def embed_kinds(
-    embedder: Embedder, reader: RecordReader, views: Sequence[str], positions: NDArray[np.int64], wanted: Collection[str] | None = None
+    embedder: Embedder,
+    reader: RecordReader,
+    views: Sequence[str],
+    positions: NDArray[np.int64],
+    wanted: Collection[str] | None = None,
 ) -> dict[str, EmbeddedRows]:
-    """Kind -> rows at the positions int64 [n], in their order (EmbeddedRows.fused holds the kind's vectors). Collective.
+    """Kind -> rows at the positions int64 [n], in their order (EmbeddedRows.fused holds the
+    kind's vectors). Collective.
 
-    wanted: the only kinds that matter to the caller; fused alone is enough where it is among them and the set has it.
+    wanted: the only kinds that matter to the caller; fused alone is enough where it is among them
+    and the set has it.
     """
     chosen = kind_views(reader, views)
     if wanted is not None:
@@ -61,7 +74,8 @@ def embed_kinds(
 
 
 def sample(reader: RecordReader, split: str, size: int, *seed: int | str) -> NDArray[np.int64]:
-    """Return at most `size` positions of a split, sorted: one at random from each of `size` equal parts of its records.
+    """Return at most `size` positions of a split, sorted: one at random from each of `size`
+    equal parts of its records.
 
     So each shard gives its share, and no more than `size` positions are ever listed.
     """
@@ -73,16 +87,33 @@ def sample(reader: RecordReader, split: str, size: int, *seed: int | str) -> NDA
     return reader.select(split, numbers)
 
 
-def summarise(embedder: Embedder, reader: RecordReader, views: Sequence[str], split: str | None, settings: BalanceConfig, name: str) -> Summary:
-    """Return the clusters of every kind over a sample of a split (None: of all). Collective; the same on all ranks."""
+def summarise(
+    embedder: Embedder,
+    reader: RecordReader,
+    views: Sequence[str],
+    split: str | None,
+    settings: BalanceConfig,
+    name: str,
+) -> Summary:
+    """Return the clusters of every kind over a sample of a split (None: of all).
+
+    Collective; the same on all ranks.
+    """
     return {
         kind: cluster(rows, settings.clusters, embedder.context.config.seed, name, kind)
         for kind, rows in _vectors(embedder, reader, views, split, settings, name).items()
     }
 
 
-def replicates(embedder: Embedder, reader: RecordReader, views: Sequence[str], settings: BalanceConfig, name: str) -> list[Summary]:
-    """Return `bootstrap` summaries of a sample of the train split, each of as many rows drawn from it again. Collective.
+def replicates(
+    embedder: Embedder,
+    reader: RecordReader,
+    views: Sequence[str],
+    settings: BalanceConfig,
+    name: str,
+) -> list[Summary]:
+    """Return `bootstrap` summaries of a sample of the train split, each of as many rows drawn
+    from it again. Collective.
 
     The ranks share the clusterings; the same result on all of them.
     """
@@ -93,35 +124,57 @@ def replicates(embedder: Embedder, reader: RecordReader, views: Sequence[str], s
     def make(number: int) -> None:
         own[number] = {
             kind: cluster(
-                rows[generator("bootstrap", run.config.seed, name, kind, number).integers(len(rows), size=len(rows))],
-                settings.clusters, run.config.seed, name, kind, number,
+                rows[
+                    generator("bootstrap", run.config.seed, name, kind, number).integers(
+                        len(rows), size=len(rows)
+                    )
+                ],
+                settings.clusters,
+                run.config.seed,
+                name,
+                kind,
+                number,
             )
             for kind, rows in vectors.items()
-        }  # fmt: skip
+        }
 
     in_turns(run.parallel, f"balancing {name}", range(settings.bootstrap), make)
-    every = {number: summary for found in from_all_ranks(run.parallel, own) for number, summary in found.items()}
+    every = {
+        number: summary
+        for found in from_all_ranks(run.parallel, own)
+        for number, summary in found.items()
+    }
     return [every[number] for number in range(settings.bootstrap)]
 
 
 def _vectors(
-    embedder: Embedder, reader: RecordReader, views: Sequence[str], split: str | None, settings: BalanceConfig, name: str
+    embedder: Embedder,
+    reader: RecordReader,
+    views: Sequence[str],
+    split: str | None,
+    settings: BalanceConfig,
+    name: str,
 ) -> dict[str, NDArray[np.float32]]:
     """Return the valid vectors of every kind over a sample."""
     seed = embedder.context.config.seed
     if split is None:
-        positions = np.arange(len(reader))[:: max(1, len(reader) // settings.sample)][: settings.sample]
+        positions = np.arange(len(reader))[:: max(1, len(reader) // settings.sample)][
+            : settings.sample
+        ]
     else:
         positions = sample(reader, split, settings.sample, seed, name)
     found = embed_kinds(embedder, reader, views, positions)
-    return {kind: rows.fused.numpy()[rows.valid] for kind, rows in found.items() if rows.valid.any()}
+    return {
+        kind: rows.fused.numpy()[rows.valid] for kind, rows in found.items() if rows.valid.any()
+    }
 
 
 def summarise_benchmark(embedder: Embedder, settings: BalanceConfig) -> dict[str, Summary]:
     """Return the clusters of the tasks in `evaluation.benchmark`. Collective.
 
-    A task is represented by *training* records of its data set where there are any, seen through the task's views, so
-    that held-out records never steer what is trained; a data set without a train split is sampled from the task's own.
+    A task is represented by *training* records of its data set where there are any, seen through
+    the task's views, so that held-out records never steer what is trained; a data set without a
+    train split is sampled from the task's own.
     """
     config, result = embedder.context.config, {}
     for name in config.evaluation.benchmark:

@@ -1,8 +1,9 @@
 """lambda*: the cosine above which a pair counts as a match, fitted by the best F1 (recipe 2.1).
 
-Predict "positive" where score >= lambda. The best F1 is always reached at the score of some positive: between two
-of them a lower threshold only adds false positives. So it is enough to sort the positive scores once and to count
-how many negatives lie at or above each, which needs no N x N matrix and sums over ranks as integers.
+Predict "positive" where score >= lambda. The best F1 is always reached at the score of some
+positive: between two of them a lower threshold only adds false positives. So it is enough to sort
+the positive scores once and to count how many negatives lie at or above each, which needs no N x N
+matrix and sums over ranks as integers.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ class Threshold:
         return asdict(self)
 
 
-def f1_threshold(queries: Tensor, targets: Tensor, positives: Pairs, exchange: Exchange = ALONE) -> Threshold:
-    """argmax over lambda of F1 for `cosine >= lambda` over the Cartesian product of queries [n, D] and targets [m, D].
+def f1_threshold(
+    queries: Tensor, targets: Tensor, positives: Pairs, exchange: Exchange = ALONE
+) -> Threshold:
+    """argmax over lambda of F1 for `cosine >= lambda` over the Cartesian product of queries [n,
+    D] and targets [m, D].
 
-    F1 = 2 TP / (2 TP + FP + FN). Exact; of equal maxima the highest threshold wins (fewer false positives). F1's
-    optimum moves with n * m, so callers keep the sample's size fixed. The same tensors on all ranks; the same result.
+    F1 = 2 TP / (2 TP + FP + FN). Exact; of equal maxima the highest threshold wins (fewer false
+    positives). F1's optimum moves with n * m, so callers keep the sample's size fixed. The same
+    tensors on all ranks; the same result.
     Raises ValueError when there is no positive pair.
     """
     counts = count_negatives(queries, targets, positives, exchange)

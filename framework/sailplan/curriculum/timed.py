@@ -1,14 +1,17 @@
-"""The artifact `interests` from a log of timed events: cut by user, choose, write, on all ranks and larger than memory.
+"""The artifact `interests` from a log of timed events: cut by user, choose, write, on all ranks
+and larger than memory.
 
     FOLDER/interests-000000.tar   one shard a bucket of users, the same bytes at any number of ranks
     FOLDER.work/                  events by user, chosen sequences; removed at the end
 
-Three passes. The log is read once and cut into buckets by user. Each bucket's sequences are chosen and kept as
-arrays, and how often each item is a target is added up over all ranks. Then each bucket is written as a shard. A rank
+Three passes. The log is read once and cut into buckets by user. Each bucket's sequences are chosen
+and kept as arrays, and how often each item is a target is added up over all ranks. Then each bucket
+is written as a shard. A rank
 works on its own buckets, and the ranks meet after each one.
 
-What it costs for n events: n x 45 bytes read and written three times; some five bytes of memory an item of the
-catalogue on every rank; vectors of the items that `content_single` or content clusters look at.
+What it costs for n events: n x 45 bytes read and written three times; some five bytes of memory an
+item of the catalogue on every rank; vectors of the items that `content_single` or content clusters
+look at.
 """
 
 from __future__ import annotations
@@ -70,20 +73,35 @@ def make_timed_interests(
 ) -> dict[str, Any]:
     """Write the shards of data set `name` to `folder` and return what was made. Collective.
 
-    Records: {"id", "split", "history": [ids], "target": id, "target_probability", "views", "user"}, and
-    negatives where the data set wants some. Raises BadDataError where the log gives no sequence at all.
+    Records: {"id", "split", "history": [ids], "target": id, "target_probability", "views", "user"},
+    and negatives where the data set wants some. Raises BadDataError where the log gives no sequence
+    at all.
     """
     settings, work = dataset.interests, folder.with_name(folder.name + ".work")
     assert settings is not None, "only data sets with timed events come here"
     reader = EventReader(settings)
     files = event_files(f"data.sets.{name}.interests.events", settings.events)
     _fresh(parallel, folder, work)
-    cut = cut_by_user(parallel, reader, files, work, lambda ids: find_items(catalogue, ids), len(catalogue), bucket_events=bucket_events)
+    cut = cut_by_user(
+        parallel,
+        reader,
+        files,
+        work,
+        lambda ids: find_items(catalogue, ids),
+        len(catalogue),
+        bucket_events=bucket_events,
+    )
     stats = _checked(parallel, name, settings, cut)
     vectors = None
-    if "content_single" in settings.views or ("collaboration_multi" in settings.views and settings.clusters == "content"):
+    if "content_single" in settings.views or (
+        "collaboration_multi" in settings.views and settings.clusters == "content"
+    ):
         vectors = content(np.flatnonzero(cut.used))
-    held_out = HeldOut(dataset.held_out.fraction, dataset.held_out.by) if dataset.held_out is not None else None
+    held_out = (
+        HeldOut(dataset.held_out.fraction, dataset.held_out.by)
+        if dataset.held_out is not None
+        else None
+    )
     chooser = _Chooser(settings, dataset.history_length, vectors, np.flatnonzero(cut.used), seed)
     targets, views = np.zeros(len(catalogue), dtype=np.int32), Counter[str]()
 
@@ -95,17 +113,33 @@ def make_timed_interests(
         train = first & ~held[found.users] if len(held) else first
         np.add.at(targets, found.targets[train], 1)
         views.update(users=len(loaded.users), sequences=int(first.sum()), train=int(train.sum()))
-        views.update({view: int((found.views == place).sum()) for place, view in enumerate(INTEREST_VIEWS)})
+        views.update(
+            {view: int((found.views == place).sum()) for place, view in enumerate(INTEREST_VIEWS)}
+        )
         np.savez(work / f"sequences-{bucket:06d}.npz", **vars(found))
 
     in_turns(parallel, "choosing sequences", range(cut.buckets.count), choose)
-    counted = sum_over_ranks(np.array([views[key] for key in ("users", "sequences", "train", *INTEREST_VIEWS)], dtype=np.int64)).tolist()
+    counted = sum_over_ranks(
+        np.array(
+            [views[key] for key in ("users", "sequences", "train", *INTEREST_VIEWS)], dtype=np.int64
+        )
+    ).tolist()
     targets = sum_over_ranks(targets)
-    stats |= {"users": counted[0], "sequences": counted[1], "train_sequences": counted[2], "kind": "timed"}
-    stats["views"] = {view: count for view, count in zip(INTEREST_VIEWS, counted[3:], strict=True) if view in settings.views}
+    stats |= {
+        "users": counted[0],
+        "sequences": counted[1],
+        "train_sequences": counted[2],
+        "kind": "timed",
+    }
+    stats["views"] = {
+        view: count
+        for view, count in zip(INTEREST_VIEWS, counted[3:], strict=True)
+        if view in settings.views
+    }
     if not counted[2]:
         raise BadDataError(
-            f"data.sets.{name}.interests: {counted[0]} users give no sequence to train on; expected users with a positive event before "
+            f"data.sets.{name}.interests: {counted[0]} users give no sequence to train on; "
+            "expected users with a positive event before "
             f"their last one; found {stats['labels']} positive labels: check positive and views"
         )
     _say_empty(parallel, name, settings, stats)
@@ -154,26 +188,51 @@ class _Chooser:
     ) -> None:
         self.settings, self.length, self.vectors, self.seed = settings, length, vectors, seed
         self.centres: NDArray[np.float32] | None = None
-        if vectors is not None and settings.clusters == "content" and "collaboration_multi" in settings.views:
-            sample = used if len(used) <= SAMPLE else np.sort(generator("interests", seed, "clusters").permutation(used)[:SAMPLE])
-            self.centres = k_means(vectors(sample), settings.content_clusters, "interests", seed)[1].astype(np.float32)
+        if (
+            vectors is not None
+            and settings.clusters == "content"
+            and "collaboration_multi" in settings.views
+        ):
+            sample = (
+                used
+                if len(used) <= SAMPLE
+                else np.sort(generator("interests", seed, "clusters").permutation(used)[:SAMPLE])
+            )
+            self.centres = k_means(vectors(sample), settings.content_clusters, "interests", seed)[
+                1
+            ].astype(np.float32)
 
     def sequences(self, bucket: Bucket) -> Sequences:
         history = history_of(bucket.events, len(bucket.users), self.settings.max_events)
-        seeds = bucket.hashes ^ np.uint64(generator("interests", self.seed, "draw").integers(0, 2**63))
+        seeds = bucket.hashes ^ np.uint64(
+            generator("interests", self.seed, "draw").integers(0, 2**63)
+        )
         assign = None if self.centres is None else self._assign
-        return interest_views(history, self.settings, self.length, similarity=self._similarity, assign=assign, seeds=seeds)
+        return interest_views(
+            history,
+            self.settings,
+            self.length,
+            similarity=self._similarity,
+            assign=assign,
+            seeds=seeds,
+        )
 
-    def _similarity(self, items: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _similarity(
+        self, items: NDArray[np.int64], targets: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
         assert self.vectors is not None, "content_single has vectors"
         result = np.empty(len(items), dtype=np.float64)
         for start in range(0, len(items), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            result[part] = (self.vectors(items[part]) * self.vectors(targets[part])).sum(1, dtype=np.float64)
+            result[part] = (self.vectors(items[part]) * self.vectors(targets[part])).sum(
+                1, dtype=np.float64
+            )
         return result
 
     def _assign(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
-        assert self.vectors is not None and self.centres is not None, "content clusters have vectors"
+        assert self.vectors is not None and self.centres is not None, (
+            "content clusters have vectors"
+        )
         places, inverse = np.unique(items, return_inverse=True)
         nearest = np.empty(len(places), dtype=np.int64)
         lengths = (self.centres**2).sum(1)
@@ -198,23 +257,42 @@ def _fresh(parallel: Parallel, folder: Path, work: Path) -> None:
 
 
 def _checked(parallel: Parallel, name: str, settings: InterestsConfig, cut: Cut) -> dict[str, Any]:
-    """Return counts of the log; say what its labels do not allow. Raises BadDataError for a log of nothing that counts."""
+    """Return counts of the log; say what its labels do not allow.
+
+    Raises BadDataError for a log of nothing that counts.
+    """
     positive, counts = settings.positive_labels(), cut.counts
     kinds = ("whole numbers", "timestamps", "numbers with a fraction")
-    own = [counts.rows, counts.incomplete, cut.known, cut.unknown, *(int(kind in counts.time_kinds) for kind in kinds)]
-    added = sum_over_ranks(np.array([*own, *(counts.labels[label] for label in positive)], dtype=np.int64)).tolist()
+    own = [
+        counts.rows,
+        counts.incomplete,
+        cut.known,
+        cut.unknown,
+        *(int(kind in counts.time_kinds) for kind in kinds),
+    ]
+    added = sum_over_ranks(
+        np.array([*own, *(counts.labels[label] for label in positive)], dtype=np.int64)
+    ).tolist()
     rows, incomplete, known, unknown = added[:4]
     seen = dict(zip(positive, added[7:], strict=True))
     key = f"data.sets.{name}.interests"
     mixed_times = [kind for kind, ranks in zip(kinds, added[4:7], strict=True) if ranks]
     if len(mixed_times) > 1:
-        raise BadDataError(f"{key}.events={settings.events}: times are {' and '.join(mixed_times)}, which cannot be compared; expected one kind in all files")
+        raise BadDataError(
+            f"{key}.events={settings.events}: times are {' and '.join(mixed_times)}, which cannot "
+            "be compared; expected one kind in all files"
+        )
     if not known or not any(seen.values()):
-        named = sorted({label for own in from_all_ranks(parallel, counts.others) for label in own})[:20]
+        named = sorted({label for own in from_all_ranks(parallel, counts.others) for label in own})[
+            :20
+        ]
         others = f"; other labels: {', '.join(named)}" if named else ""
         raise BadDataError(
-            f"{key}.events={settings.events}: {rows} events, {incomplete} of them without user, item or time, {unknown} of items that the catalogue does not "
-            f"have; positive labels {', '.join(f'{label} {times}' for label, times in seen.items())}{others}: expected some of each; check ids and positive"
+            f"{key}.events={settings.events}: {rows} events, {incomplete} of them without user, "
+            f"item or time, {unknown} of items that the catalogue does not "
+            "have; positive labels "
+            f"{', '.join(f'{label} {times}' for label, times in seen.items())}{others}: expected "
+            "some of each; check ids and positive"
         )
     found = [label for label, times in seen.items() if times]
     if parallel.is_main:
@@ -222,21 +300,38 @@ def _checked(parallel: Parallel, name: str, settings: InterestsConfig, cut: Cut)
             logger.warning("%s.positive: no event has the label '%s'", key, label)
         if len(found) == 1:
             logger.warning(
-                "%s: the log has one kind of positive label (%s), so every Jaccard coefficient is 1 and no item has more than one behaviour: "
+                "%s: the log has one kind of positive label (%s), so every Jaccard coefficient is "
+                "1 and no item has more than one behaviour: "
                 "content_multi is the last items, and views with single_peak_behaviours=%d %s",
-                key, found[0], settings.single_peak_behaviours, "give nothing" if settings.single_peak_behaviours > 1 else "keep every item",
-            )  # fmt: skip
-    return {"events": rows, "incomplete_events": incomplete, "unknown_events": unknown, "labels": seen}
+                key,
+                found[0],
+                settings.single_peak_behaviours,
+                "give nothing" if settings.single_peak_behaviours > 1 else "keep every item",
+            )
+    return {
+        "events": rows,
+        "incomplete_events": incomplete,
+        "unknown_events": unknown,
+        "labels": seen,
+    }
 
 
-def _say_empty(parallel: Parallel, name: str, settings: InterestsConfig, stats: dict[str, Any]) -> None:
+def _say_empty(
+    parallel: Parallel, name: str, settings: InterestsConfig, stats: dict[str, Any]
+) -> None:
     for view, count in stats["views"].items():
         if not count and parallel.is_main:
-            logger.warning("data.sets.%s.interests.views: %s gives no sequence: no user has what it needs", name, view)
+            logger.warning(
+                "data.sets.%s.interests.views: %s gives no sequence: no user has what it needs",
+                name,
+                view,
+            )
 
 
 def _different(found: Sequences) -> NDArray[np.bool_]:
-    """Return which sequences are the first of their user with these items, bool [s]; a user has at most one in a view."""
+    """Return which sequences are the first of their user with these items, bool [s]; a user has
+    at most one in a view.
+    """
     keep, seen = np.ones(len(found.users), dtype=bool), set()
     users, starts, items = found.users.tolist(), found.starts.tolist(), found.items
     for row, user in enumerate(users):
@@ -246,11 +341,15 @@ def _different(found: Sequences) -> NDArray[np.bool_]:
     return keep
 
 
-def _unused(catalogue: RecordReader, used: NDArray[np.uint8], per_record: int, seed: int) -> _Negatives:
+def _unused(
+    catalogue: RecordReader, used: NDArray[np.uint8], per_record: int, seed: int
+) -> _Negatives:
     """Return items of the train split that no event has: at most POOL of them, at random."""
     count = catalogue.count("train")
     random = generator("interests", seed, "unused")
-    numbers = np.arange(count) if count <= 8 * POOL else np.unique(random.integers(0, count, 8 * POOL))
+    numbers = (
+        np.arange(count) if count <= 8 * POOL else np.unique(random.integers(0, count, 8 * POOL))
+    )
     positions = catalogue.select("train", numbers)
     positions = positions[used[positions] == 0]
     return _Negatives(catalogue.ids(np.sort(random.permutation(positions)[:POOL])), per_record)
@@ -266,9 +365,16 @@ def _records(
     negatives: _Negatives | None,
     seed: int,
 ) -> list[Record]:
-    """Return a bucket's records in a shuffled, reproducible order; equal sequences of a user are one with several views."""
+    """Return a bucket's records in a shuffled, reproducible order; equal sequences of a user are
+    one with several views.
+    """
     bodies: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
-    views, users, targeted, starts = found.views.tolist(), found.users.tolist(), found.targets.tolist(), found.starts.tolist()
+    views, users, targeted, starts = (
+        found.views.tolist(),
+        found.users.tolist(),
+        found.targets.tolist(),
+        found.starts.tolist(),
+    )
     names = [loaded.ids[item] for item in found.items.tolist()]
     for row, user in enumerate(users):
         history = names[starts[row] : starts[row + 1]]
@@ -290,6 +396,11 @@ def _records(
     if negatives is not None and negatives.ids:
         drawn = random.integers(0, len(negatives.ids), (len(listed), negatives.per_record)).tolist()
         for body, places in zip(listed, drawn, strict=True):
-            body |= {"negatives": [negatives.ids[place] for place in places], "negative_probability": 1 / len(negatives.ids)}
-    return [Record({"id": f"interests/{bucket:06d}-{number:06d}", **listed[index]}) for number, index in enumerate(order.tolist())]
-
+            body |= {
+                "negatives": [negatives.ids[place] for place in places],
+                "negative_probability": 1 / len(negatives.ids),
+            }
+    return [
+        Record({"id": f"interests/{bucket:06d}-{number:06d}", **listed[index]})
+        for number, index in enumerate(order.tolist())
+    ]

@@ -1,9 +1,12 @@
-"""Training sequences from sets of items without time order: the fifth kind, beside the four views of timed events.
+"""Training sequences from sets of items without time order: the fifth kind, beside the four
+views of timed events.
 
-A source that only says which items belong to a user (the quick start's, whose users are authors of software) has no
-"most recent" item and nothing that comes "before" it. So a seeded random member is the target, and up to `length` other
-members are shown in an order without meaning. This is set completion, not next-item prediction, and records say so:
-their view is `unordered`. Which members are shown is chosen by four rules:
+A source that only says which items belong to a user (the quick start's, whose users are authors of
+software) has no
+"most recent" item and nothing that comes "before" it. So a seeded random member is the target, and
+up to `length` other members are shown in an order without meaning. This is set completion, not
+next-item prediction, and records say so: their view is `unordered`. Which members are shown is
+chosen by four rules:
 
 | rule             | items are alike when                     | chosen                                       |
 |------------------|------------------------------------------|----------------------------------------------|
@@ -12,7 +15,8 @@ their view is `unordered`. Which members are shown is chosen by four rules:
 | content_clusters | k-means of embeddings puts them together | from every cluster in proportion to its size |
 | co_use_clusters  | k-means of co-use vectors does           | from every cluster in proportion to its size |
 
-Small sets look the same by every rule; the same (history, target) is written once. One process holds all sets.
+Small sets look the same by every rule; the same (history, target) is written once. One process
+holds all sets.
 """
 
 from __future__ import annotations
@@ -34,14 +38,17 @@ RULES = ("content_nearest", "co_use_nearest", "content_clusters", "co_use_cluste
 
 
 def jaccard_to(consumers: sparse.csc_matrix, item: int, others: np.ndarray) -> np.ndarray:
-    """|users of both| / |users of either| between one column of the binary user-item matrix and others [k]: float64 [k]."""
+    """|users of both| / |users of either| between one column of the binary user-item matrix and
+    others [k]: float64 [k].
+    """
     both = np.asarray((consumers[:, [item]].T @ consumers[:, others]).todense()).ravel()
     sizes = np.asarray(consumers.sum(0)).ravel()
     return both / (sizes[item] + sizes[others] - both)
 
 
 def in_proportion(labels: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """Indices of `count` of the labelled items [n], each label represented in proportion to its size (largest remainders),
+    """Indices of `count` of the labelled items [n], each label represented in proportion to its
+    size (largest remainders),
     which items of a label at random; sorted. All of them if n <= count."""
     if len(labels) <= count:
         return np.arange(len(labels))
@@ -50,25 +57,38 @@ def in_proportion(labels: np.ndarray, count: int, random: np.random.Generator) -
     take = np.floor(quota).astype(int)
     for place in np.lexsort((names, -(quota - take)))[: count - take.sum()]:
         take[place] += 1
-    chosen = [random.permutation(np.flatnonzero(labels == name))[:number] for name, number in zip(names, take, strict=True)]
+    chosen = [
+        random.permutation(np.flatnonzero(labels == name))[:number]
+        for name, number in zip(names, take, strict=True)
+    ]
     return np.sort(np.concatenate(chosen))
 
 
 def sequences(
-    histories: Histories, used: np.ndarray, content: np.ndarray, *, length: int = 10, targets: int = 8, clusters: int = 32, seed: int = 0
+    histories: Histories,
+    used: np.ndarray,
+    content: np.ndarray,
+    *,
+    length: int = 10,
+    targets: int = 8,
+    clusters: int = 32,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """One dict {"user", "history": [positions], "target": position, "rule"} per different sequence.
 
-    used: sorted catalogue positions int64 [m] (Histories.used); content: the current model's embeddings [m, D] of
-    them; targets: how many members of each history are a target, each by all four rules. Users with fewer than
-    two items give nothing. The order of a history is random: it has no meaning.
+    used: sorted catalogue positions int64 [m] (Histories.used); content: the current model's
+    embeddings [m, D] of them; targets: how many members of each history are a target, each by all
+    four rules. Users with fewer than two items give nothing. The order of a history is random: it
+    has no meaning.
     """
     matrix = histories.matrix(used)
     columns = matrix.tocsc()
     similar = unit_rows(content)
     clustered = {
         "content_clusters": k_means(similar, clusters, "interests", seed, "content")[0],
-        "co_use_clusters": k_means(factorise(matrix, "svd", 32, seed), clusters, "interests", seed, "collaboration")[0],
+        "co_use_clusters": k_means(
+            factorise(matrix, "svd", 32, seed), clusters, "interests", seed, "collaboration"
+        )[0],
     }
     result, seen = [], set()
     for user, items in zip(histories.users, histories.items, strict=True):
@@ -76,24 +96,43 @@ def sequences(
         random = generator("interests", seed, user)
         for target in random.permutation(members)[:targets] if len(members) > 1 else []:
             rest = members[members != target]
-            nearness = {"content_nearest": similar[rest] @ similar[target], "co_use_nearest": jaccard_to(columns, target, rest)}
+            nearness = {
+                "content_nearest": similar[rest] @ similar[target],
+                "co_use_nearest": jaccard_to(columns, target, rest),
+            }
             for rule in RULES:
                 single = rule in nearness
-                picked = np.lexsort((rest, -nearness[rule]))[:length] if single else in_proportion(clustered[rule][rest], length, random)
+                picked = (
+                    np.lexsort((rest, -nearness[rule]))[:length]
+                    if single
+                    else in_proportion(clustered[rule][rest], length, random)
+                )
                 chosen = rest[picked]
                 key = (frozenset(chosen.tolist()), int(target))
                 if key not in seen:
                     seen.add(key)
                     shown = [int(used[place]) for place in random.permutation(chosen)]
-                    result.append({"user": user, "history": shown, "target": int(used[target]), "rule": rule})
+                    result.append(
+                        {"user": user, "history": shown, "target": int(used[target]), "rule": rule}
+                    )
     return result
 
 
-def records(found: list[dict[str, Any]], ids: dict[int, str], *, negatives: int = 0, unused: Sequence[str] = (), seed: int = 0) -> list[dict[str, Any]]:
-    """Sequence records {"id", "split", "history": [ids], "target": id, "target_probability", "view": "unordered", "rule", "user"} in a shuffled,
-    reproducible order; the probability is the target's share of all records (seq2item's sampling correction).
+def records(
+    found: list[dict[str, Any]],
+    ids: dict[int, str],
+    *,
+    negatives: int = 0,
+    unused: Sequence[str] = (),
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Sequence records {"id", "split", "history": [ids], "target": id, "target_probability",
+    "view": "unordered", "rule", "user"} in a shuffled,
+    reproducible order; the probability is the target's share of all records (seq2item's sampling
+    correction).
 
-    negatives: so many of the `unused` ids, drawn at random, come with each record as {"negatives", "negative_probability"}.
+    negatives: so many of the `unused` ids, drawn at random, come with each record as {"negatives",
+    "negative_probability"}.
     """
     targets = Counter(sequence["target"] for sequence in found)
     random = generator("interests", seed, "negatives")
@@ -110,7 +149,14 @@ def records(found: list[dict[str, Any]], ids: dict[int, str], *, negatives: int 
             "rule": found[index]["rule"],
             "user": found[index]["user"],
         }
-        | ({} if drawn is None else {"negatives": [unused[k] for k in drawn[number]], "negative_probability": 1 / len(unused)})
+        | (
+            {}
+            if drawn is None
+            else {
+                "negatives": [unused[k] for k in drawn[number]],
+                "negative_probability": 1 / len(unused),
+            }
+        )
         for number, index in enumerate(order)
     ]
 

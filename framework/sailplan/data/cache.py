@@ -1,4 +1,6 @@
-"""A bounded store of recently used values, counted in bytes, safe for the prefetch thread and the evaluation together."""
+"""A bounded store of recently used values, counted in bytes, safe for the prefetch thread and
+the evaluation together.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ DECODED_BYTES = 128 << 20  # pictures and spectrograms kept between epochs, per 
 
 
 class ByteCache(Generic[Value]):
-    """Least recently used values are dropped once the sizes given to `put` add up to more than `limit` bytes.
+    """Least recently used values are dropped once the sizes given to `put` add up to more than
+    `limit` bytes.
 
     A pickled copy starts empty: workers fill their own.
     """

@@ -1,10 +1,13 @@
-"""From a step's plan to this rank's StepBatch: read, decode every needed view once, sort by length, cut into micro-batches.
+"""From a step's plan to this rank's StepBatch: read, decode every needed view once, sort by
+length, cut into micro-batches.
 
-Which rows are this rank's, and how many micro-batches a view has, `shares` tells. Everything random about a row comes
-from (seed, stage, step, data set, row number) through `row_seeds`, so it is the same on any rank, worker and restart.
-A record that cannot be used (broken bytes or JSON, unknown ids) is replaced by the plan's spare for that row, which
-is equally deterministic, and reported in `quarantined`. An item that merely lacks a declared modality is no error:
-its row is not valid in that view and the pattern's mean leaves it out.
+Which rows are this rank's, and how many micro-batches a view has, `shares` tells. Everything random
+about a row comes from (seed, stage, step, data set, row number) through `row_seeds`, so it is the
+same on any rank, worker and restart.
+A record that cannot be used (broken bytes or JSON, unknown ids) is replaced by the plan's spare for
+that row, which is equally deterministic, and reported in `quarantined`. An item that merely lacks a
+declared modality is no error: its row is not valid in that view and the pattern's mean leaves it
+out.
 """
 
 from __future__ import annotations
@@ -49,7 +52,9 @@ def view_item(record: Record, view: ViewConfig) -> Item | None:
 
 def media_of(views: Sequence[ViewConfig]) -> frozenset[str]:
     """Which bytes the views need to have read."""
-    return frozenset(modality for view in views for modality in view.modalities if modality != "text")
+    return frozenset(
+        modality for view in views for modality in view.modalities if modality != "text"
+    )
 
 
 class Collator:
@@ -73,9 +78,15 @@ class Collator:
         self.shares = StepShares(config, stage, plan, self.readers, self.costs, size, negatives)
 
     def batches(self, step: int) -> list[StepBatch]:
-        """One StepBatch per data set of the step (one, or several in a mixed step). Raises BadDataError when a row finds no usable spare."""
+        """One StepBatch per data set of the step (one, or several in a mixed step).
+
+        Raises BadDataError when a row finds no usable spare.
+        """
         digest = self.plan.digest(step)
-        return [self._batch(step, part, shares, digest) for part, shares in zip(self.plan.step(step).parts, self.shares.step(step), strict=True)]
+        return [
+            self._batch(step, part, shares, digest)
+            for part, shares in zip(self.plan.step(step).parts, self.shares.step(step), strict=True)
+        ]
 
     def _batch(self, step: int, part: PlannedRows, shares: PartShares, digest: str) -> StepBatch:
         reader = self.readers[part.dataset]
@@ -84,26 +95,44 @@ class Collator:
         names, mined = shown.views, self.negatives.positions if self.negatives is not None else {}
         rows = _Rows(views={key: [] for key in shown.keys})
         own = np.flatnonzero(shares.owners == self.rank)
-        of_rows = row_seeds(self.config.seed, self.plan.stage_name, step, part.dataset, part.first_row + own)
-        for row, position, seed in zip((part.first_row + own).tolist(), part.at(own).tolist(), of_rows.tolist(), strict=True):
+        of_rows = row_seeds(
+            self.config.seed, self.plan.stage_name, step, part.dataset, part.first_row + own
+        )
+        for row, position, seed in zip(
+            (part.first_row + own).tolist(), part.at(own).tolist(), of_rows.tolist(), strict=True
+        ):
             used = self._add_row(rows, reader, names, step, row, position, seed)
             for name, (count, of_record) in shown.negatives.items():
                 view = dataset.patterns[name].target
-                places = mined[PatternKey(part.dataset, name)][used] if count else np.empty(0, dtype=np.int64)
+                places = (
+                    mined[PatternKey(part.dataset, name)][used]
+                    if count
+                    else np.empty(0, dtype=np.int64)
+                )
                 rows.views[f"negatives/{name}"] += self._negatives(rows, reader, view, places, seed)
-                rows.views[f"negatives/{name}"] += self._own_negatives(rows.records[-1], of_record, dataset.views[view], dataset, seed)
+                rows.views[f"negatives/{name}"] += self._own_negatives(
+                    rows.records[-1], of_record, dataset.views[view], dataset, seed
+                )
         views = {}
         for key in shown.keys:
             pattern = key.removeprefix("negatives/") if key not in names else None
             show = dataset.views[key if pattern is None else dataset.patterns[pattern].target]
-            group = sum(shown.negatives[pattern]) if pattern is not None else dataset.history_length if show.of == "history" else 1
+            group = (
+                sum(shown.negatives[pattern])
+                if pattern is not None
+                else dataset.history_length
+                if show.of == "history"
+                else 1
+            )
             views[key] = self._view_batch(rows.views[key], show, group, shares.micro_batches[key])
         return StepBatch(
             step=step,
             dataset=part.dataset,
             record_ids=[record.id for record in rows.records],
             views=views,
-            scores=torch.tensor([record.score for record in rows.records], dtype=torch.float32) if reader.scored else None,
+            scores=torch.tensor([record.score for record in rows.records], dtype=torch.float32)
+            if reader.scored
+            else None,
             target_log_probability=_log_probabilities(rows.records, dataset.negatives),
             teachers=self._teachers(rows.records, {name: dataset.views[name] for name in names}),
             patterns=shown.patterns,
@@ -112,17 +141,36 @@ class Collator:
             rank_rows=tuple(np.bincount(shares.owners, minlength=self.size).tolist()),
         )
 
-    def _add_row(self, rows: _Rows, reader: RecordReader, names: list[str], step: int, row: int, position: int, seed: int) -> int:
+    def _add_row(
+        self,
+        rows: _Rows,
+        reader: RecordReader,
+        names: list[str],
+        step: int,
+        row: int,
+        position: int,
+        seed: int,
+    ) -> int:
         """Decode one record in all views; on a bad sample its spare. Returns the position used."""
         dataset = reader.config
         views = {name: dataset.views[name] for name in names}
-        media, needs = media_of(list(views.values())), {view.of for view in views.values()} | {"negatives"}
+        media, needs = (
+            media_of(list(views.values())),
+            {view.of for view in views.values()} | {"negatives"},
+        )
         for attempt in range(SPARES + 1):
             try:
-                record = reader.read(position, seed=keyed_integer(seed, SEQUENCE) >> 1, media=media, needs=needs)
+                record = reader.read(
+                    position, seed=keyed_integer(seed, SEQUENCE) >> 1, media=media, needs=needs
+                )
                 if reader.scored and record.score is None:
-                    raise BadSample(record.id, "has no `score`, but the data set's first pair has one")
-                decoded = {name: self._decode(record, name, view, dataset, seed) for name, view in views.items()}
+                    raise BadSample(
+                        record.id, "has no `score`, but the data set's first pair has one"
+                    )
+                decoded = {
+                    name: self._decode(record, name, view, dataset, seed)
+                    for name, view in views.items()
+                }
             except BadSample as problem:
                 rows.quarantined.append(_named(reader.ids([position])[0], problem))
                 position = self.plan.spare(reader.name, step, row, attempt)
@@ -132,45 +180,89 @@ class Collator:
                 rows.views[name] += decoded[name]
             return position
         raise BadDataError(
-            f"data.sets.{reader.name}: {SPARES + 1} records in a row cannot be used, last {': '.join(rows.quarantined[-1])}; run `sailplan data validate`",
+            f"data.sets.{reader.name}: {SPARES + 1} records in a row cannot be used, last "
+            f"{': '.join(rows.quarantined[-1])}; run `sailplan data validate`",
             rows.quarantined,
         )
 
-    def _decode(self, record: Record, name: str, view: ViewConfig, dataset: DatasetConfig, seed: int) -> list[ViewRow]:
+    def _decode(
+        self, record: Record, name: str, view: ViewConfig, dataset: DatasetConfig, seed: int
+    ) -> list[ViewRow]:
         if view.of != "history":
-            return [self.processor.row(view_item(record, view), view, dataset, keyed_integer(seed, derive("view", name), 0) >> 1)]
+            return [
+                self.processor.row(
+                    view_item(record, view),
+                    view,
+                    dataset,
+                    keyed_integer(seed, derive("view", name), 0) >> 1,
+                )
+            ]
         length, key = dataset.history_length, derive("view", name)
         items: list[Item | None] = [*record.history, *[None] * (length - len(record.history))]
-        return [self.processor.row(item, view, dataset, keyed_integer(seed, key, place) >> 1) for place, item in enumerate(items)]
+        return [
+            self.processor.row(item, view, dataset, keyed_integer(seed, key, place) >> 1)
+            for place, item in enumerate(items)
+        ]
 
-    def _negatives(self, rows: _Rows, reader: RecordReader, view_name: str, positions: np.ndarray, seed: int) -> list[ViewRow]:
+    def _negatives(
+        self, rows: _Rows, reader: RecordReader, view_name: str, positions: np.ndarray, seed: int
+    ) -> list[ViewRow]:
         view, key, result = reader.config.views[view_name], derive("negative", view_name), []
         for place, position in enumerate(positions.tolist()):
             row = ViewRow()
             if position >= 0:
                 try:
                     record = reader.read(position, media=media_of([view]), needs={view.of})
-                    row = self.processor.row(view_item(record, view), view, reader.config, keyed_integer(seed, key, place) >> 1)
+                    row = self.processor.row(
+                        view_item(record, view),
+                        view,
+                        reader.config,
+                        keyed_integer(seed, key, place) >> 1,
+                    )
                 except BadSample as problem:  # one negative less: the row stays not valid
-                    rows.quarantined.append((reader.ids([position])[0], f"as a hard negative: {problem}"))
+                    rows.quarantined.append(
+                        (reader.ids([position])[0], f"as a hard negative: {problem}")
+                    )
             result.append(row)
         return result
 
-    def _own_negatives(self, record: Record, count: int, view: ViewConfig, dataset: DatasetConfig, seed: int) -> list[ViewRow]:
-        items: list[Item | None] = [*record.negatives[:count], *[None] * (count - len(record.negatives))]
-        return [self.processor.row(item, view, dataset, keyed_integer(seed, OWN_NEGATIVES, place) >> 1) for place, item in enumerate(items)]
+    def _own_negatives(
+        self, record: Record, count: int, view: ViewConfig, dataset: DatasetConfig, seed: int
+    ) -> list[ViewRow]:
+        items: list[Item | None] = [
+            *record.negatives[:count],
+            *[None] * (count - len(record.negatives)),
+        ]
+        return [
+            self.processor.row(item, view, dataset, keyed_integer(seed, OWN_NEGATIVES, place) >> 1)
+            for place, item in enumerate(items)
+        ]
 
-    def _view_batch(self, rows: list[ViewRow], view: ViewConfig, group: int, count: int) -> ViewBatch:
+    def _view_batch(
+        self, rows: list[ViewRow], view: ViewConfig, group: int, count: int
+    ) -> ViewBatch:
         """The rows of a view in `count` micro-batches of rows of nearly equal costs."""
         tokens = self.processor.tokens(rows, view)
-        costs = np.array([self.processor.cost(row, len(ids), view) for row, ids in zip(rows, tokens, strict=True)], dtype=np.int64)
+        costs = np.array(
+            [
+                self.processor.cost(row, len(ids), view)
+                for row, ids in zip(rows, tokens, strict=True)
+            ],
+            dtype=np.int64,
+        )
         rising, size = np.argsort(costs, kind="stable"), self.config.step.micro_batch
-        parts = [slice(start, start + size) for start in range(0, count * size, size)]  # the last are empty where other ranks have more rows
+        parts = [
+            slice(start, start + size) for start in range(0, count * size, size)
+        ]  # the last are empty where other ranks have more rows
         if self.config.step.token_budget:
             parts = cut(costs[rising], count, size)
         micro_batches = []
         for part in parts:
-            micro_batches.append(self.processor.batch([rows[row] for row in rising[part]], [tokens[row] for row in rising[part]], view))
+            micro_batches.append(
+                self.processor.batch(
+                    [rows[row] for row in rising[part]], [tokens[row] for row in rising[part]], view
+                )
+            )
         order = torch.empty(len(rows), dtype=torch.int64)
         order[torch.from_numpy(rising)] = torch.arange(len(rows))
         return ViewBatch(
@@ -181,7 +273,9 @@ class Collator:
             group=group,
         )
 
-    def _teachers(self, records: list[Record], views: dict[str, ViewConfig]) -> dict[str, torch.Tensor]:
+    def _teachers(
+        self, records: list[Record], views: dict[str, ViewConfig]
+    ) -> dict[str, torch.Tensor]:
         if self.teachers is None:
             return {}
         result = {}
@@ -189,7 +283,9 @@ class Collator:
             if view.of != "history":
                 items = [view_item(record, view) for record in records]
                 for teacher in self.teachers.names:
-                    result[f"{name}/{teacher}"] = self.teachers.look_up(teacher, [item.id if item is not None else "" for item in items])
+                    result[f"{name}/{teacher}"] = self.teachers.look_up(
+                        teacher, [item.id if item is not None else "" for item in items]
+                    )
         return result
 
 
@@ -201,11 +297,18 @@ def _named(record_id: str, problem: BadSample) -> tuple[str, str]:
 def _log_probabilities(records: list[Record], negatives: int) -> torch.Tensor | None:
     """float32 [r]: log of each record's target_probability; None unless every record has one.
 
-    Of records that bring negatives with a known probability each, the log of the ratio: how often the target is a key of
-    the batch for one time that a given item of the negatives' kind is one of its negatives.
+    Of records that bring negatives with a known probability each, the log of the ratio: how often
+    the target is a key of the batch for one time that a given item of the negatives' kind is one of
+    its negatives.
     """
-    found = [record.target_probability for record in records if record.target_probability is not None]
+    found = [
+        record.target_probability for record in records if record.target_probability is not None
+    ]
     if len(found) != len(records):  # a rank without rows has it, too
         return None
     among = [negatives * (record.negative_probability or 0) or 1.0 for record in records]
-    return (torch.tensor(found, dtype=torch.float64) / torch.tensor(among, dtype=torch.float64)).log().to(torch.float32)
+    return (
+        (torch.tensor(found, dtype=torch.float64) / torch.tensor(among, dtype=torch.float64))
+        .log()
+        .to(torch.float32)
+    )

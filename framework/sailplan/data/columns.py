@@ -1,9 +1,13 @@
-"""Named arrays in one run of bytes, read where they lie: the form of every derived file of a data set.
+"""Named arrays in one run of bytes, read where they lie: the form of every derived file of a
+data set.
 
-    magic, sizes, CRC-32 | head: JSON | one CRC-32 a page of the body | body: the arrays, each aligned
+    magic, sizes, CRC-32 | head: JSON | one CRC-32 a page of the body | body: the arrays, each
+    aligned
 
-A mapped file is read a few bytes at a time, so one checksum of the whole would cost more than the reading. Each page of
-4 KiB has its own, compared when the page is first read. Whatever is cut, flipped or of another version is `Damaged`,
+A mapped file is read a few bytes at a time, so one checksum of the whole would cost more than the
+reading. Each page of
+4 KiB has its own, compared when the page is first read. Whatever is cut, flipped or of another
+version is `Damaged`,
 never another exception: the callers make the file anew, or name it.
 """
 
@@ -25,7 +29,9 @@ from numpy.typing import NDArray
 MAGIC = b"sailcol1"  # the last byte is the version of the form
 PAGE = 4096
 ALIGNMENT = 8
-PREFIX = struct.Struct("<8sIQI4x")  # magic, bytes of the head, bytes of the body, CRC-32 of these sizes, the head and the page sums
+PREFIX = struct.Struct(
+    "<8sIQI4x"
+)  # magic, bytes of the head, bytes of the body, CRC-32 of these sizes, the head and the page sums
 
 Buffer = bytes | mmap.mmap
 
@@ -41,12 +47,18 @@ def pack(arrays: Mapping[str, NDArray[Any]], note: Any) -> bytes:
     for name, (_, _, offset) in extents.items():
         content = np.ascontiguousarray(arrays[name]).tobytes()
         body[offset : offset + len(content)] = content
-    sums = np.array([crc32(body[start : start + PAGE]) for start in range(0, size, PAGE)], dtype="<u4")
+    sums = np.array(
+        [crc32(body[start : start + PAGE]) for start in range(0, size, PAGE)], dtype="<u4"
+    )
     return front(extents, note, sums, size) + body
 
 
-def layout(arrays: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], int]:
-    """Return where arrays of these dtypes and shapes lie in a body, and the body's size in bytes."""
+def layout(
+    arrays: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
+) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], int]:
+    """Return where arrays of these dtypes and shapes lie in a body, and the body's size in
+    bytes.
+    """
     extents, offset = {}, 0
     for name, (dtype, shape) in arrays.items():
         extents[name] = (dtype.str, shape, offset)
@@ -55,7 +67,9 @@ def layout(arrays: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> tuple
 
 
 def front(extents: Mapping[str, Any], note: Any, sums: NDArray[Any], size: int) -> bytes:
-    """Return what lies before a body of `size` bytes; its length does not depend on the values of the sums."""
+    """Return what lies before a body of `size` bytes; its length does not depend on the values
+    of the sums.
+    """
     head = json.dumps({"arrays": extents, "note": note}).encode()
     head += b" " * (-(PREFIX.size + len(head)) % ALIGNMENT)
     rest = head + sums.tobytes().ljust(-(-sums.nbytes // ALIGNMENT) * ALIGNMENT, b"\0")
@@ -67,10 +81,15 @@ def _front_sum(head_bytes: int, body_bytes: int, rest: bytes) -> int:
 
 
 class Columns:
-    """The arrays of a run of bytes: `note`, `part(name, low, high)`, `take(name, rows)`, `whole(name)`."""
+    """The arrays of a run of bytes: `note`, `part(name, low, high)`, `take(name, rows)`,
+    `whole(name)`.
+    """
 
     def __init__(self, buffer: Buffer, start: int = 0, size: int | None = None) -> None:
-        """Read the head of what begins at byte `start`. Raises Damaged unless it is whole and, where given, `size` bytes long."""
+        """Read the head of what begins at byte `start`.
+
+        Raises Damaged unless it is whole and, where given, `size` bytes long.
+        """
         try:
             magic, head_bytes, body_bytes, checksum = PREFIX.unpack_from(buffer, start)
         except struct.error as error:
@@ -113,18 +132,27 @@ class Columns:
         return len(self._arrays[name])
 
     def part(self, name: str, low: int, high: int) -> NDArray[Any]:
-        """Return rows low .. high - 1 of an array, as a view. Raises Damaged where a page of theirs differs from its checksum."""
+        """Return rows low .. high - 1 of an array, as a view.
+
+        Raises Damaged where a page of theirs differs from its checksum.
+        """
         self.ensure(name, low, high)
         return self._arrays[name][low:high]
 
     def ensure(self, name: str, low: int, high: int) -> None:
-        """Raise Damaged where a page of rows low .. high - 1 of an array differs from its checksum."""
+        """Raise Damaged where a page of rows low ..
+
+        high - 1 of an array differs from its checksum.
+        """
         if high > low:
             offset, width = self._offsets[name], self._arrays[name].strides[0]
             self._check((offset + low * width) // PAGE, (offset + high * width - 1) // PAGE + 1)
 
     def take(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Return some rows of an array, int64 [n] -> [n, ...]; reads their pages, no others. Raises Damaged as `part`."""
+        """Return some rows of an array, int64 [n] -> [n, ...]; reads their pages, no others.
+
+        Raises Damaged as `part`.
+        """
         array, width = self._arrays[name], self._arrays[name].strides[0]
         if len(rows):
             first = (self._offsets[name] + rows * width) // PAGE
@@ -156,7 +184,10 @@ class Columns:
 
 
 def mapped(file: Path, size: int | None = None) -> mmap.mmap:
-    """Return the first `size` bytes of a file (None: all), mapped. Raises OSError, Damaged for a file that is shorter or empty."""
+    """Return the first `size` bytes of a file (None: all), mapped.
+
+    Raises OSError, Damaged for a file that is shorter or empty.
+    """
     with open(file, "rb") as source:
         found = os.fstat(source.fileno()).st_size
         wanted = found if size is None else size
@@ -166,8 +197,12 @@ def mapped(file: Path, size: int | None = None) -> mmap.mmap:
 
 
 def packed_strings(strings: list[str]) -> NDArray[np.uint8]:
-    """Return strings as one byte array: numpy's own fixed width would cost four bytes a character of the longest."""
-    return np.frombuffer("\0".join(strings).encode("utf-8", "surrogateescape") if strings else b"", dtype=np.uint8)
+    """Return strings as one byte array: numpy's own fixed width would cost four bytes a
+    character of the longest.
+    """
+    return np.frombuffer(
+        "\0".join(strings).encode("utf-8", "surrogateescape") if strings else b"", dtype=np.uint8
+    )
 
 
 def unpacked_strings(packed: NDArray[np.uint8], count: int) -> list[str]:

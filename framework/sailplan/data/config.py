@@ -6,51 +6,92 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from sailplan.config.components import join
-from sailplan.config.fields import Count, NotNegative, Positive, Share, ShareBelowOne, Size, Temperature
+from sailplan.config.fields import (
+    Count,
+    NotNegative,
+    Positive,
+    Share,
+    ShareBelowOne,
+    Size,
+    Temperature,
+)
 from sailplan.errors import ConfigurationError
 
 MODALITIES = ("text", "vision", "audio")
 Modality = Literal["text", "vision", "audio"]
 Kind = Literal["items", "pairs", "sequences"]
 Part = Literal["item", "query", "target", "history"]  # of a record
-InterestView = Literal["content_single", "content_multi", "collaboration_single", "collaboration_multi"]
-INTEREST_VIEWS: tuple[InterestView, ...] = ("content_single", "content_multi", "collaboration_single", "collaboration_multi")
+InterestView = Literal[
+    "content_single", "content_multi", "collaboration_single", "collaboration_multi"
+]
+INTEREST_VIEWS: tuple[InterestView, ...] = (
+    "content_single",
+    "content_multi",
+    "collaboration_single",
+    "collaboration_multi",
+)
 MOST_LABELS = 64  # positive labels: bits of a number
 ARTIFACT = "artifact:"  # shards of a data set that a stage makes at its start
 # Kind of a data set -> the parts that its records have.
-KINDS: dict[Kind, tuple[Part, ...]] = {"items": ("item",), "pairs": ("query", "target"), "sequences": ("history", "target")}
-RATES = {"whisper": 16000, "clap": 48000, "clap_fusion": 48000}  # Hz, of front ends that published encoders were made for
+KINDS: dict[Kind, tuple[Part, ...]] = {
+    "items": ("item",),
+    "pairs": ("query", "target"),
+    "sequences": ("history", "target"),
+}
+RATES = {
+    "whisper": 16000,
+    "clap": 48000,
+    "clap_fusion": 48000,
+}  # Hz, of front ends that published encoders were made for
 
 
 def _check_name(path: str, name: str) -> None:
-    """Raise ConfigurationError for a name that could be no part of a `PatternKey` or of a parameter's name."""
-    wrong = next((found for character, found in ((".", "a dot"), ("/", "a slash")) if character in name), None)
+    """Raise ConfigurationError for a name that could be no part of a `PatternKey` or of a
+    parameter's name.
+    """
+    wrong = next(
+        (found for character, found in ((".", "a dot"), ("/", "a slash")) if character in name),
+        None,
+    )
     if wrong is not None:
         raise ConfigurationError(f"{path}: found {wrong} in the name, expected none; rename it")
 
 
 @dataclass
 class ViewConfig:
-    """One way to show a record's item to the encoder: which item, which modalities, which text, which prompt."""
+    """One way to show a record's item to the encoder: which item, which modalities, which text,
+    which prompt.
+    """
 
     of: Part = "item"  # which item(s) of the record
     modalities: list[Modality] = field(default_factory=lambda: ["text"])  # type: ignore[arg-type]
-    fields: list[str] = field(default_factory=list)  # text fields, in order; used when "text" is in modalities
+    fields: list[str] = field(
+        default_factory=list
+    )  # text fields, in order; used when "text" is in modalities
     # join: all fields in one text; one: one random entry of the fields (keyword sampling)
     pick: Literal["join", "one"] = "join"
-    # of pictures KEY.N.jpg: the first ones, or frames spread evenly over all (in training, drawn from equal parts); a film's always are
+    # of pictures KEY.N.jpg: the first ones, or frames spread evenly over all (in training, drawn
+    # from equal parts); a film's always are
     frames: Literal["first", "spread"] = "first"
     prompt: str = ""  # task sentence put before the item's fields
 
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for a view that would show nothing."""
         if not self.modalities:
-            raise ConfigurationError(f"{path}.modalities is empty: expected some of text, vision, audio")
+            raise ConfigurationError(
+                f"{path}.modalities is empty: expected some of text, vision, audio"
+            )
         if "text" in self.modalities and not self.fields:
-            raise ConfigurationError(f"{path}.fields is empty: a view with text needs the names of its text fields, such as title")
+            raise ConfigurationError(
+                f"{path}.fields is empty: a view with text needs the names of its text fields, "
+                "such as title"
+            )
         for name in self.fields:
             if name in ("True", "False", "None", "null", "~", ""):
-                raise ConfigurationError(f"{path}.fields has {name!r}, which YAML makes of true, false or null: put the field's name in quotes")
+                raise ConfigurationError(
+                    f"{path}.fields has {name!r}, which YAML makes of true, false or null: put the "
+                    "field's name in quotes"
+                )
 
 
 @dataclass
@@ -81,35 +122,56 @@ class PatternKey(NamedTuple):
 
 @dataclass
 class HeldOutConfig:
-    """Which records are held out of training, where they do not say it themselves: a share of the values of a key, by their hash."""
+    """Which records are held out of training, where they do not say it themselves: a share of
+    the values of a key, by their hash.
+    """
 
     fraction: Share = 0.1
-    by: str = "id"  # key of the record's JSON, such as item or user: records with the same value lie on the same side
+    # Key of the record's JSON, such as item or user: records with the same value lie on the same
+    # side
+    by: str = "id"
 
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for a key without a name."""
         if not self.by:
-            raise ConfigurationError(f"{path}.by is empty: expected id, or a key of the records' JSON")
+            raise ConfigurationError(
+                f"{path}.by is empty: expected id, or a key of the records' JSON"
+            )
 
 
 @dataclass
 class InterestsConfig:
-    """A log of timed events, from which a stage's artifact `interests` is made, and the rules of its views (recipe 4.2)."""
+    """A log of timed events, from which a stage's artifact `interests` is made, and the rules of
+    its views (recipe 4.2).
+    """
 
     events: str = ""  # file or folder of .parquet or .jsonl, a row an event (or one of its labels)
     user: str = "user"  # names of columns
     item: str = "item"  # ids of the catalogue
     time: str = "time"  # numbers, timestamps, or texts such as 2026-11-29T12:00:00Z
-    labels: str | None = "labels"  # a text or a list of texts; null: the log has none, every event is one positive behaviour
-    positive: list[str] = field(default_factory=list)  # labels that are positive behaviours, such as like, share, finish
+    labels: str | None = (
+        # A text or a list of texts; null: the log has none, every event is one positive behaviour
+        "labels"
+    )
+    positive: list[str] = field(
+        default_factory=list
+    )  # labels that are positive behaviours, such as like, share, finish
     views: list[InterestView] = field(default_factory=lambda: list(INTEREST_VIEWS))
-    single_peak_behaviours: Size = 3  # different positive labels of the user that an item needs in a single-peak view
+    single_peak_behaviours: Size = (
+        3  # different positive labels of the user that an item needs in a single-peak view
+    )
     multi_peak_behaviours: Size = 1  # the same in a multi-peak view
     jaccard: ShareBelowOne = 0.5  # label sets that agree have a Jaccard coefficient above this
-    content_similarity: float | None = None  # content_single: lowest cosine to the target; null: the nearest, however near
-    clusters: Literal["labels", "content"] = "labels"  # collaboration_multi: what a user's items are clustered by
+    content_similarity: float | None = (
+        None  # content_single: lowest cosine to the target; null: the nearest, however near
+    )
+    clusters: Literal["labels", "content"] = (
+        "labels"  # collaboration_multi: what a user's items are clustered by
+    )
     content_clusters: Size = 64  # of all items, with clusters: content
-    draw: Literal["recent", "random"] = "recent"  # of items that a rule holds equal: the last ones, or a fixed random choice
+    draw: Literal["recent", "random"] = (
+        "recent"  # of items that a rule holds equal: the last ones, or a fixed random choice
+    )
     max_events: Size = 1000  # of a user, the last ones
 
     def positive_labels(self) -> list[str]:
@@ -117,16 +179,26 @@ class InterestsConfig:
         return ["event"] if self.labels is None else list(self.positive)
 
     def validate(self, path: str) -> None:
-        """Raise ConfigurationError where it is not clear what is read, or what counts as positive."""
+        """Raise ConfigurationError where it is not clear what is read, or what counts as
+        positive.
+        """
         if not self.events:
-            raise ConfigurationError(f"{path}.events is empty: expected a file or a folder of .parquet or .jsonl")
+            raise ConfigurationError(
+                f"{path}.events is empty: expected a file or a folder of .parquet or .jsonl"
+            )
         if not self.views:
-            raise ConfigurationError(f"{path}.views is empty: expected some of {', '.join(INTEREST_VIEWS)}")
+            raise ConfigurationError(
+                f"{path}.views is empty: expected some of {', '.join(INTEREST_VIEWS)}"
+            )
         if self.labels is None and self.positive:
-            raise ConfigurationError(f"{path}.positive={self.positive} beside labels=null: name the column of the labels, or leave positive out")
+            raise ConfigurationError(
+                f"{path}.positive={self.positive} beside labels=null: name the column of the "
+                "labels, or leave positive out"
+            )
         if self.labels is not None and not 1 <= len(set(self.positive)) <= MOST_LABELS:
             raise ConfigurationError(
-                f"{path}.positive={self.positive}: expected 1 to {MOST_LABELS} labels that are positive behaviours, such as like; "
+                f"{path}.positive={self.positive}: expected 1 to {MOST_LABELS} labels that are "
+                "positive behaviours, such as like; "
                 "for a log without labels set labels: null"
             )
 
@@ -135,41 +207,69 @@ class InterestsConfig:
 class DatasetConfig:
     """A data set: where its shards are, what its records hold, and which patterns it trains."""
 
-    shards: str = ""  # folder or brace pattern of webdataset tars; "artifact:NAME" = made by the curriculum at a stage's start
+    # Folder or brace pattern of webdataset tars; "artifact:NAME" = made by the curriculum at a
+    # stage's start
+    shards: str = ""
     kind: Kind = "items"
     held_out: HeldOutConfig | None = None  # a held-out split for data that has none
-    catalogue: str | None = None  # pairs/sequences: the items data set that their ids refer to; null: pairs hold their items themselves
+    catalogue: str | None = (
+        # pairs/sequences: the items data set that their ids refer to; null: pairs hold their items
+        # themselves
+        None
+    )
     views: dict[str, ViewConfig] = field(default_factory=dict)
     patterns: dict[str, PatternConfig] = field(default_factory=dict)
     temperature: Temperature = 0.05  # start value of this data set's learnable temperatures
-    language_weights: dict[str, Share] = field(default_factory=lambda: {"en": 0.5})  # the rest is shared by the other languages
+    language_weights: dict[str, Share] = field(
+        default_factory=lambda: {"en": 0.5}
+    )  # the rest is shared by the other languages
     field_drop: Share = 0.15  # probability that a text field is dropped in training (never all)
     history_length: Size = 10  # sequences: items in a history
-    negatives: int = 0  # pairs/sequences: how many of a record's own `negatives` join the denominators, beside the other rows' targets
+    # pairs/sequences: how many of a record's own `negatives` join the denominators, beside the
+    # other rows' targets
+    negatives: int = 0
     symmetric: bool = True  # InfoNCE in both directions
-    positive_score: float = 0.0  # graded pairs: only pairs above this score are positives of contrastive losses; CoSENT takes all
+    # Graded pairs: only pairs above this score are positives of contrastive losses; CoSENT takes
+    # all
+    positive_score: float = 0.0
     image_augmentation: Share = 0.0  # strength of random crop, flip and colour changes in training
-    # shards artifact:interests: the timed events that they are made from; null: the recorded sets of the same catalogue, without time order
+    # shards artifact:interests: the timed events that they are made from; null: the recorded sets
+    # of the same catalogue, without time order
     interests: InterestsConfig | None = None
 
     def validate(self, path: str) -> None:
-        """Raise ConfigurationError for views, patterns and negatives that no record of this kind has."""
+        """Raise ConfigurationError for views, patterns and negatives that no record of this kind
+        has.
+        """
         if self.interests is not None and self.shards != f"{ARTIFACT}interests":
-            raise ConfigurationError(f"{path}.interests is set beside shards={self.shards}: expected shards: {ARTIFACT}interests")
+            raise ConfigurationError(
+                f"{path}.interests is set beside shards={self.shards}: expected shards: "
+                f"{ARTIFACT}interests"
+            )
         if self.negatives < 0 or (self.negatives and self.kind == "items"):
             raise ConfigurationError(
-                f"{path}.negatives={self.negatives}: expected 0 or more for pairs and sequences, whose records list them, and 0 for items"
+                f"{path}.negatives={self.negatives}: expected 0 or more for pairs and sequences, "
+                "whose records list them, and 0 for items"
             )
         for name, view in self.views.items():
             if view.of not in KINDS[self.kind]:
-                raise ConfigurationError(f"{path}.views.{name}.of={view.of}: a data set of kind '{self.kind}' has {', '.join(KINDS[self.kind])}")
+                raise ConfigurationError(
+                    f"{path}.views.{name}.of={view.of}: a data set of kind '{self.kind}' has "
+                    f"{', '.join(KINDS[self.kind])}"
+                )
         for name, pattern in self.patterns.items():
             _check_name(f"{path}.patterns.{name}", name)
             for side in (pattern.query, pattern.target):
                 if side not in self.views:
-                    raise ConfigurationError(f"{path}.patterns.{name}: no view '{side}'; this data set has: {', '.join(self.views) or 'none'}")
+                    raise ConfigurationError(
+                        f"{path}.patterns.{name}: no view '{side}'; this data set has: "
+                        f"{', '.join(self.views) or 'none'}"
+                    )
         if self.kind == "sequences" and not self.catalogue:
-            raise ConfigurationError(f"{path}.catalogue is missing: sequences refer to the items of another data set by id")
+            raise ConfigurationError(
+                f"{path}.catalogue is missing: sequences refer to the items of another data set by "
+                "id"
+            )
 
 
 @dataclass
@@ -177,14 +277,20 @@ class TeacherConfig:
     """Vectors by item id that a recommender brings."""
 
     path: str = ""  # .npy [rows, dimension], or .parquet
-    ids: str | None = None  # .npy: a text file with the item id of each row, one a line; .parquet: the column of ids, default id
+    ids: str | None = (
+        # .npy: a text file with the item id of each row, one a line; .parquet: the column of ids,
+        # default id
+        None
+    )
     vector: str = "vector"  # .parquet: the column of the vectors
     dimension: int | None = None  # of the vectors; None: the file's
 
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for a file of another kind."""
         if not self.path.endswith((".npy", ".parquet")):
-            raise ConfigurationError(f"{path}.path={self.path}: expected a file that ends in .npy or .parquet")
+            raise ConfigurationError(
+                f"{path}.path={self.path}: expected a file that ends in .npy or .parquet"
+            )
 
 
 @dataclass
@@ -193,15 +299,18 @@ class DataConfig:
 
     root: str = "data/quickstart"
     tokenizer: str = "${data.root}/tokenizer.json"
-    lanes: Size | None = None  # of version 0.1.0: accepted, of no effect; any number of ranks reads one order
+    lanes: Size | None = (
+        None  # of version 0.1.0: accepted, of no effect; any number of ranks reads one order
+    )
     segment: Size = 64  # records read in sequence by a lane
     window: Size = 512  # records shuffled together within a lane
     workers: Count = 0
     prefetch: Size = 2  # steps decoded ahead by each worker
     max_tokens: Size = 48  # prompt + text, longer texts are cut
     image_size: Size = 64
-    # Pictures that keep their sides' ratio, for model.vision.backbone=siglip2: at most so many patches of image_patch x image_patch
-    # pixels, in the place of a square of image_size. None: squares.
+    # Pictures that keep their sides' ratio, for model.vision.backbone=siglip2: at most so many
+    # patches of image_patch x image_patch pixels, in the place of a square of image_size. None:
+    # squares.
     image_patches: int | None = None
     image_patch: int | None = None  # equals model.vision.patch
     frames: Size = 1
@@ -209,18 +318,29 @@ class DataConfig:
     audio_chunk_seconds: Positive = 10.0
     audio_chunks: Size = 1
     mel_bins: Size = 64
-    # whisper: Whisper's front end (16000 Hz; 80 or 128 mel_bins; its files know chunks of 30 s); clap: CLAP's (48000 Hz; 64
-    # mel_bins; chunks of 10 s); clap_fusion: CLAP's with fusion, a whole recording as four spectrograms of 10 s
+    # whisper: Whisper's front end (16000 Hz; 80 or 128 mel_bins; its files know chunks of 30 s);
+    # clap: CLAP's (48000 Hz; 64 mel_bins; chunks of 10 s); clap_fusion: CLAP's with fusion, a whole
+    # recording as four spectrograms of 10 s
     spectrogram: Literal["own", "whisper", "clap", "clap_fusion"] = "own"
-    bad_sample_limit: Share = 0.01  # fraction of samples that may be replaced before the run stops with exit code 65
-    empty_steps: Size = 8  # steps in a row in which a pattern has no row with both sides, or no negative: the run stops with exit code 65
-    cache: str | None = None  # folder for shards that are fetched from a URL, and for indices where the shards' own cannot be written
+    bad_sample_limit: Share = (
+        0.01  # fraction of samples that may be replaced before the run stops with exit code 65
+    )
+    # Steps in a row in which a pattern has no row with both sides, or no negative: the run stops
+    # with exit code 65
+    empty_steps: Size = 8
+    cache: str | None = (
+        # Folder for shards that are fetched from a URL, and for indices where the shards' own
+        # cannot be written
+        None
+    )
     sets: dict[str, DatasetConfig] = field(default_factory=dict)
-    # What id2item distils; empty: the artifact `teachers` factorises the training histories instead.
+    # What id2item distils; empty: the artifact `teachers` factorises the training histories
+    # instead.
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
 
     def validate(self, path: str) -> None:
-        """Raise ConfigurationError for a name that no parameter can have, an item corpus that is none, and sound that its front end
+        """Raise ConfigurationError for a name that no parameter can have, an item corpus that is
+        none, and sound that its front end
         does not take."""
         for name in self.teachers:
             _check_name(f"{path}.teachers.{name}", name)
@@ -230,14 +350,22 @@ class DataConfig:
                 self._check_catalogue(join(path, f"sets.{name}.catalogue"), dataset.catalogue)
         rate = RATES.get(self.spectrogram, self.audio_rate)
         if self.audio_rate != rate:
-            raise ConfigurationError(f"{path}.audio_rate={self.audio_rate}: expected {rate}, the rate of {path}.spectrogram={self.spectrogram}")
+            raise ConfigurationError(
+                f"{path}.audio_rate={self.audio_rate}: expected {rate}, the rate of "
+                f"{path}.spectrogram={self.spectrogram}"
+            )
         if self.spectrogram == "clap_fusion" and self.audio_chunks != 1:
             raise ConfigurationError(
-                f"{path}.audio_chunks={self.audio_chunks}: expected 1 with {path}.spectrogram=clap_fusion, which shows a recording as a whole"
+                f"{path}.audio_chunks={self.audio_chunks}: expected 1 with "
+                f"{path}.spectrogram=clap_fusion, which shows a recording as a whole"
             )
 
     def _check_catalogue(self, key: str, name: str | None) -> None:
         if name not in self.sets:
-            raise ConfigurationError(f"{key}={name}: no such data set; data.sets has: {', '.join(self.sets)}")
+            raise ConfigurationError(
+                f"{key}={name}: no such data set; data.sets has: {', '.join(self.sets)}"
+            )
         if self.sets[name].kind != "items":
-            raise ConfigurationError(f"{key}={name}: is of kind '{self.sets[name].kind}', expected 'items'")
+            raise ConfigurationError(
+                f"{key}={name}: is of kind '{self.sets[name].kind}', expected 'items'"
+            )

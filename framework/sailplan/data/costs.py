@@ -1,27 +1,50 @@
-"""What rows cost the model, in tokens: counted for rows that are here, foreseen for all rows of a step.
+"""What rows cost the model, in tokens: counted for rows that are here, foreseen for all rows of
+a step.
 
-A row's cost is its prompt and text tokens, and what its encoder's processor says of media: the positions that they fill, and
+A row's cost is its prompt and text tokens, and what its encoder's processor says of media: the
+positions that they fill, and
 their own encoders' work in positions that cost as much.
-Foreseen costs come from the shards' length tables and repeat the row's draws of language and dropped fields. They are
-integers throughout, so that ranks on different machines foresee the same.
+Foreseen costs come from the shards' length tables and repeat the row's draws of language and
+dropped fields. They are integers throughout, so that ranks on different machines foresee the same.
 
-Foreseen exactly but for: `pick: one`, whose entries count with their mean; a text that two fields share; tokens that
-a tokenizer merges across fields; a sequence that draws from `items`; and a spare in the place of a broken sample.
+Foreseen exactly but for: `pick: one`, whose entries count with their mean; a text that two fields
+share; tokens that a tokenizer merges across fields; a sequence that draws from `items`; and a spare
+in the place of a broken sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sailplan.config.schema import Config, DatasetConfig, ViewConfig
-from sailplan.data.lengths import MOST_REFERENCES, PICTURES, PICTURES_OF, ROLES, SOUND, SOUND_OF, Integers, LengthIndex, Lengths
+from sailplan.data.lengths import (
+    MOST_REFERENCES,
+    PICTURES,
+    PICTURES_OF,
+    ROLES,
+    SOUND,
+    SOUND_OF,
+    Integers,
+    LengthIndex,
+    Lengths,
+)
 from sailplan.data.order import keyed, seeds
 from sailplan.data.processor import Processor
 from sailplan.data.reader import RecordReader
-from sailplan.data.text import DROP_DRAW, LANGUAGE_DRAW, PREFERRED_LANGUAGE, SEPARATOR, WEIGHT_UNITS, drop_threshold, label, weight_units
+from sailplan.data.text import (
+    DROP_DRAW,
+    LANGUAGE_DRAW,
+    PREFERRED_LANGUAGE,
+    SEPARATOR,
+    WEIGHT_UNITS,
+    drop_threshold,
+    label,
+    weight_units,
+)
 
 RowSeeds = Callable[[int], Integers]  # number of a row's item -> seeds of its draws, int64 [n]
 
@@ -38,53 +61,115 @@ class RowCosts:
         processor = self.processor
         room = processor.max_tokens - processor.overhead(view) if "text" in view.modalities else 0
         pictures = processor.frames if "vision" in view.modalities else 0
-        return processor.counted(room, pictures, processor.chunks if "audio" in view.modalities else 0, view)
+        return processor.counted(
+            room, pictures, processor.chunks if "audio" in view.modalities else 0, view
+        )
 
-    def foreseen(self, reader: RecordReader, view: ViewConfig, positions: Integers, draws: RowSeeds | None) -> Integers:
-        """Return the cost of each item that records show in a view: int64 [n] positions -> [n, g], g as in ViewBatch.
+    def foreseen(
+        self, reader: RecordReader, view: ViewConfig, positions: Integers, draws: RowSeeds | None
+    ) -> Integers:
+        """Return the cost of each item that records show in a view: int64 [n] positions -> [n,
+        g], g as in ViewBatch.
 
-        draws: seeds of the rows' draws; None: evaluation. Without length tables all rows cost the same.
+        draws: seeds of the rows' draws; None: evaluation. Without length tables all rows cost the
+        same.
         """
         group = reader.config.history_length if view.of == "history" else 1
         catalogue = reader.catalogue
         if reader.lengths is None or (catalogue is not None and catalogue.lengths is None):
             return np.full((len(positions), group), self.longest(view), dtype=np.int64)
         lengths = reader.lengths.lengths(positions)
-        if reader.config.kind == "items" or (view.of == "query" and not (lengths.role == ROLES.index("query")).any()):
-            return self._items(reader.lengths, lengths, len(positions), view, reader.config, draws(0) if draws else None)[:, None]
-        if reader.config.kind == "pairs":  # the rows that hold the item themselves, or have a text instead
+        if reader.config.kind == "items" or (
+            view.of == "query" and not (lengths.role == ROLES.index("query")).any()
+        ):
+            return self._items(
+                reader.lengths,
+                lengths,
+                len(positions),
+                view,
+                reader.config,
+                draws(0) if draws else None,
+            )[:, None]
+        if (
+            reader.config.kind == "pairs"
+        ):  # the rows that hold the item themselves, or have a text instead
             part = "target" if view.of == "target" else ""
-            own = self._items(reader.lengths, lengths, len(positions), view, reader.config, draws(0) if draws else None, part)[:, None]
+            own = self._items(
+                reader.lengths,
+                lengths,
+                len(positions),
+                view,
+                reader.config,
+                draws(0) if draws else None,
+                part,
+            )[:, None]
             if catalogue is None:
                 return own
         named = _named(lengths, len(positions), view.of, group)
         costs = self._named_items(reader, lengths, named, view, draws)
         return np.where(named >= 0, costs, own) if reader.config.kind == "pairs" else costs
 
-    def foreseen_mined(self, reader: RecordReader, view: ViewConfig, mined: Integers, draws: RowSeeds) -> Integers:
-        """Return the costs of mined negatives of n rows: int64 [n, k] positions, -1 for none, -> int64 [n, k]."""
+    def foreseen_mined(
+        self, reader: RecordReader, view: ViewConfig, mined: Integers, draws: RowSeeds
+    ) -> Integers:
+        """Return the costs of mined negatives of n rows: int64 [n, k] positions, -1 for none, ->
+        int64 [n, k].
+        """
         costs = np.full(mined.shape, self.processor.overhead(view), dtype=np.int64)
         for number in range(mined.shape[1]):
             there = np.flatnonzero(mined[:, number] >= 0)
-            drawn = draws(number)[there]
-            costs[there, number] = self.foreseen(reader, view, mined[there, number], lambda _, drawn=drawn: drawn)[:, 0]  # type: ignore[misc]
+            drawn = partial(_constant, draws(number)[there])
+            costs[there, number] = self.foreseen(reader, view, mined[there, number], drawn)[:, 0]
         return costs
 
-    def foreseen_own(self, reader: RecordReader, view: ViewConfig, positions: Integers, count: int, draws: RowSeeds) -> Integers:
-        """Return the costs of `count` negatives that each of n records names itself, int64 [n, count]."""
+    def foreseen_own(
+        self,
+        reader: RecordReader,
+        view: ViewConfig,
+        positions: Integers,
+        count: int,
+        draws: RowSeeds,
+    ) -> Integers:
+        """Return the costs of `count` negatives that each of n records names itself, int64 [n,
+        count].
+        """
         if not count or reader.lengths is None:
             return np.full((len(positions), count), self.longest(view), dtype=np.int64)
         lengths = reader.lengths.lengths(positions)
         if reader.catalogue is None:
-            held = [self._items(reader.lengths, lengths, len(positions), view, reader.config, draws(n), f"negatives/{n}") for n in range(count)]
+            held = [
+                self._items(
+                    reader.lengths,
+                    lengths,
+                    len(positions),
+                    view,
+                    reader.config,
+                    draws(n),
+                    f"negatives/{n}",
+                )
+                for n in range(count)
+            ]
             return np.stack(held, axis=1)
-        return self._named_items(reader, lengths, _ranked(lengths, len(positions), "negatives", count), view, draws)
+        return self._named_items(
+            reader, lengths, _ranked(lengths, len(positions), "negatives", count), view, draws
+        )
 
     # ---------------------------------------------------------------- parts
-    def _named_items(self, reader: RecordReader, lengths: Lengths, named: Integers, view: ViewConfig, draws: RowSeeds | None) -> Integers:
-        """Cost of catalogue items that n records name: int64 [n, g] places among the references, -1 for none, -> int64 [n, g]."""
+    def _named_items(
+        self,
+        reader: RecordReader,
+        lengths: Lengths,
+        named: Integers,
+        view: ViewConfig,
+        draws: RowSeeds | None,
+    ) -> Integers:
+        """Cost of catalogue items that n records name: int64 [n, g] places among the references,
+        -1 for none, -> int64 [n, g].
+        """
         catalogue = reader.catalogue
-        assert catalogue is not None and catalogue.lengths is not None, "pairs and sequences have a catalogue"
+        assert catalogue is not None and catalogue.lengths is not None, (
+            "pairs and sequences have a catalogue"
+        )
         costs = np.full(named.shape, self.processor.overhead(view), dtype=np.int64)
         for number in range(named.shape[1]):
             there = np.flatnonzero(named[:, number] >= 0)
@@ -92,18 +177,37 @@ class RowCosts:
             there, places = there[places >= 0], places[places >= 0]
             found = catalogue.lengths.lengths(places)
             drawn = draws(number)[there] if draws else None
-            costs[there, number] = self._items(catalogue.lengths, found, len(there), view, reader.config, drawn)
+            costs[there, number] = self._items(
+                catalogue.lengths, found, len(there), view, reader.config, drawn
+            )
         return costs
 
     def _items(
-        self, index: LengthIndex, lengths: Lengths, count: int, view: ViewConfig, dataset: DatasetConfig, drawn: Integers | None, part: str = ""
+        self,
+        index: LengthIndex,
+        lengths: Lengths,
+        count: int,
+        view: ViewConfig,
+        dataset: DatasetConfig,
+        drawn: Integers | None,
+        part: str = "",
     ) -> Integers:
-        """Cost of n items in a view, int64 [n]. part: of pairs that hold their items, which; "" their query."""
-        pictures_code, sound_code = (index.field(f"{part}:{PICTURES_OF}"), index.field(f"{part}:{SOUND_OF}")) if part else (PICTURES, SOUND)
+        """Cost of n items in a view, int64 [n].
+
+        part: of pairs that hold their items, which; "" their query.
+        """
+        pictures_code, sound_code = (
+            (index.field(f"{part}:{PICTURES_OF}"), index.field(f"{part}:{SOUND_OF}"))
+            if part
+            else (PICTURES, SOUND)
+        )
         prompt, media = self.processor.overhead(view), self.processor.media
         costs = np.full(count, prompt, dtype=np.int64)
         if "text" in view.modalities:
-            costs += np.minimum(self._text(index, lengths, count, view, dataset, drawn, part), self.processor.max_tokens - prompt)
+            costs += np.minimum(
+                self._text(index, lengths, count, view, dataset, drawn, part),
+                self.processor.max_tokens - prompt,
+            )
         if "vision" in view.modalities:
             pictures = np.minimum(_media(lengths, count, pictures_code), self.processor.frames)
             costs += media.first_picture * (pictures > 0) + media.picture * pictures
@@ -112,26 +216,50 @@ class RowCosts:
         return costs
 
     def _text(
-        self, index: LengthIndex, lengths: Lengths, count: int, view: ViewConfig, dataset: DatasetConfig, drawn: Integers | None, part: str
+        self,
+        index: LengthIndex,
+        lengths: Lengths,
+        count: int,
+        view: ViewConfig,
+        dataset: DatasetConfig,
+        drawn: Integers | None,
+        part: str,
     ) -> Integers:
         """Tokens of the text that `text.compose` makes, int64 [n]."""
-        texts, tokens = np.zeros((len(view.fields), count), dtype=np.int64), np.zeros((len(view.fields), count), dtype=np.int64)
+        texts, tokens = (
+            np.zeros((len(view.fields), count), dtype=np.int64),
+            np.zeros((len(view.fields), count), dtype=np.int64),
+        )
         for number, name in enumerate(view.fields):
-            entries = np.flatnonzero(lengths.field == index.field(f"{part}:{name}" if part else name))
+            entries = np.flatnonzero(
+                lengths.field == index.field(f"{part}:{name}" if part else name)
+            )
             words = None if drawn is None else keyed(drawn, LANGUAGE_DRAW, number)
-            chosen = entries[_choose(lengths.record[entries], lengths.language[entries], index, dataset, words)]
-            texts[number, lengths.record[chosen]], tokens[number, lengths.record[chosen]] = lengths.texts[chosen], lengths.tokens[chosen]
+            chosen = entries[
+                _choose(lengths.record[entries], lengths.language[entries], index, dataset, words)
+            ]
+            texts[number, lengths.record[chosen]], tokens[number, lengths.record[chosen]] = (
+                lengths.texts[chosen],
+                lengths.tokens[chosen],
+            )
         kept = texts > 0
         if drawn is not None and view.pick == "one":
             commas = np.maximum(texts - 1, 0).sum(0) * self._label(",")
             return (tokens.sum(0) - commas + texts.sum(0) // 2) // np.maximum(texts.sum(0), 1)
         if drawn is not None and len(view.fields) > 1:
-            draws = np.stack([keyed(drawn, DROP_DRAW, number) >> np.uint64(11) for number in range(len(view.fields))]).astype(np.int64)
+            draws = np.stack(
+                [
+                    keyed(drawn, DROP_DRAW, number) >> np.uint64(11)
+                    for number in range(len(view.fields))
+                ]
+            ).astype(np.int64)
             staying = kept & (draws >= drop_threshold(dataset.field_drop))
             last = np.where(kept, draws, -1).argmax(0)
             staying[last, np.arange(count)] |= kept.any(0) & ~staying.any(0)
             kept = staying
-        labels = np.array([self._label(label(name)) for name in view.fields], dtype=np.int64)[:, None]
+        labels = np.array([self._label(label(name)) for name in view.fields], dtype=np.int64)[
+            :, None
+        ]
         joined = ((labels + self._label(SEPARATOR)) * kept).sum(0) - self._label(SEPARATOR)
         return (tokens * kept).sum(0) + np.where(kept.sum(0) > 1, joined, 0)
 
@@ -141,8 +269,16 @@ class RowCosts:
         return self._labels[text]
 
 
-def _choose(record: Integers, language: Integers, index: LengthIndex, dataset: DatasetConfig, words: NDArray[np.uint64] | None) -> Integers:
-    """Which of the entries [k] of one field, sorted by record, each record shows: `text.choose_language` for all at once."""
+def _choose(
+    record: Integers,
+    language: Integers,
+    index: LengthIndex,
+    dataset: DatasetConfig,
+    words: NDArray[np.uint64] | None,
+) -> Integers:
+    """Which of the entries [k] of one field, sorted by record, each record shows:
+    `text.choose_language` for all at once.
+    """
     if not len(record):
         return record
     first = np.flatnonzero(np.diff(record, prepend=-1))
@@ -164,8 +300,12 @@ def _choose(record: Integers, language: Integers, index: LengthIndex, dataset: D
     upto = np.cumsum(units)
     before = (upto - units)[first]
     total = upto[first + sizes - 1] - before
-    assert total.max() < WEIGHT_UNITS << 8, "a product of 32 bits and a sum of weights must fit into 64"
-    left = ((words[record[first]] >> np.uint64(32)) * total.astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+    assert total.max() < WEIGHT_UNITS << 8, (
+        "a product of 32 bits and a sum of weights must fit into 64"
+    )
+    left = (
+        (words[record[first]] >> np.uint64(32)) * total.astype(np.uint64) >> np.uint64(32)
+    ).astype(np.int64)
     passed = upto - before[run] > left[run]  # from the chosen entry of the run on
     chosen = first + sizes - np.bincount(run, passed).astype(np.int64)
     return np.where(sizes > 1, chosen, preferred)
@@ -179,7 +319,9 @@ def _media(lengths: Lengths, count: int, code: int) -> Integers:
 
 
 def _ranked(lengths: Lengths, count: int, role: str, most: int) -> Integers:
-    """Place among the references of each record's first `most` of a role, int64 [n, most]; -1 where it has fewer."""
+    """Place among the references of each record's first `most` of a role, int64 [n, most]; -1
+    where it has fewer.
+    """
     chosen = np.flatnonzero(lengths.role == ROLES.index(role))
     owner = lengths.owner[chosen]
     first = np.flatnonzero(np.diff(owner, prepend=-1))
@@ -191,9 +333,11 @@ def _ranked(lengths: Lengths, count: int, role: str, most: int) -> Integers:
 
 
 def _named(lengths: Lengths, count: int, of: str, group: int) -> Integers:
-    """Place among the references of the items that a view of records shows, int64 [n, g]; -1 where there is none.
+    """Place among the references of the items that a view of records shows, int64 [n, g]; -1
+    where there is none.
 
-    Of a sequence that draws from its `items`, the first stands for the target and the others for the history.
+    Of a sequence that draws from its `items`, the first stands for the target and the others for
+    the history.
     """
     if of == "query":
         return _ranked(lengths, count, "query", 1)
@@ -204,13 +348,22 @@ def _named(lengths: Lengths, count: int, of: str, group: int) -> Integers:
     history = _ranked(lengths, count, "history", MOST_REFERENCES)
     present = (history >= 0).sum(1)
     places = np.arange(group)[None] + np.maximum(present - group, 0)[:, None]
-    latest = np.take_along_axis(np.pad(history, ((0, 0), (0, group)), constant_values=-1), np.minimum(places, history.shape[1] + group - 1), 1)
+    latest = np.take_along_axis(
+        np.pad(history, ((0, 0), (0, group)), constant_values=-1),
+        np.minimum(places, history.shape[1] + group - 1),
+        1,
+    )
     drawn = _ranked(lengths, count, "items", group + 1)[:, 1:]
     return np.where((present > 0)[:, None], latest, drawn)
 
 
+def _constant(drawn: Integers, _: int) -> Integers:
+    """Return the same seeds for any of a row's items."""
+    return drawn
+
+
 def draw_seeds(row_seeds: Integers, key: int) -> RowSeeds:
-    """Return the seeds of the items of rows: those that `collate` gives the rows' items under the same key."""
+    """Return the seeds of the items of rows: those that `collate` gives the rows' items under
+    the same key.
+    """
     return lambda place: seeds(row_seeds, key, place)
-
-

@@ -1,8 +1,10 @@
-"""Rows for embedding a data set as it is: without augmentation or dropped fields, the same every time.
+"""Rows for embedding a data set as it is: without augmentation or dropped fields, the same every
+time.
 
-Evaluation, mining, balancing and export all read through here. What each row costs is foreseen before anything is
-decoded, so that rows of nearly equal lengths are encoded together, and all ranks know which of them encodes which. Rows of a history
-view come in groups of history_length; `text_from` makes one row per held-out entry of an item's record instead of
+Evaluation, mining, balancing and export all read through here. What each row costs is foreseen
+before anything is decoded, so that rows of nearly equal lengths are encoded together, and all ranks
+know which of them encodes which. Rows of a history view come in groups of history_length;
+`text_from` makes one row per held-out entry of an item's record instead of
 one row per item (unseen keywords as queries).
 """
 
@@ -32,9 +34,10 @@ logger = logging.getLogger("sailplan.data")
 class EvaluationRows:
     """The rows of a view over some records of a data set.
 
-    positions: int64 [len]: the record of each row (a history's rows share one). group: rows per record of a history
-    view, else 1. text_from: a key of the record's JSON that holds language -> list of texts, such as held_out_tags:
-    one row per English entry (or of the first language), with that entry as its text.
+    positions: int64 [len]: the record of each row (a history's rows share one). group: rows per
+    record of a history view, else 1. text_from: a key of the record's JSON that holds language ->
+    list of texts, such as held_out_tags: one row per English entry (or of the first language), with
+    that entry as its text.
     """
 
     def __init__(
@@ -47,7 +50,10 @@ class EvaluationRows:
         processor: Processor | None = None,
     ) -> None:
         if text_from and view.of == "history":
-            raise ConfigurationError(f"query_text={text_from}: a history view of '{reader.name}' cannot take its text from there")
+            raise ConfigurationError(
+                f"query_text={text_from}: a history view of '{reader.name}' cannot take its text "
+                "from there"
+            )
         self.reader, self.view, self.config = reader, view, config
         self.processor = processor or processor_of(config)
         self.group = reader.config.history_length if view.of == "history" else 1
@@ -64,45 +70,72 @@ class EvaluationRows:
         return len(self.positions)
 
     def shares(self, ranks: int) -> list[list[NDArray[np.int64]]]:
-        """Return each rank's batches: arrays of row numbers, of at most `evaluation.batch` rows (or one history) and of
+        """Return each rank's batches: arrays of row numbers, of at most `evaluation.batch` rows
+        (or one history) and of
         `step.token_budget`, every row in one of them."""
         rows = max(1, self.config.evaluation.batch // self.group)
-        batches = sorted_batches(self._costs().reshape(-1, self.group).sum(1), ranks, rows, self.config.step.token_budget)
+        batches = sorted_batches(
+            self._costs().reshape(-1, self.group).sum(1), ranks, rows, self.config.step.token_budget
+        )
         places = np.arange(self.group)
-        return [[(batch[:, None] * self.group + places).reshape(-1) for batch in own] for own in batches]
+        return [
+            [(batch[:, None] * self.group + places).reshape(-1) for batch in own] for own in batches
+        ]
 
     def inputs(self, rows: NDArray[np.int64]) -> tuple[EncoderInputs, Tensor]:
         """Return the inputs of rows int64 [b] and their ids int64 [b]; histories whole.
 
-        ids as in ViewBatch: equal for the same document, for text-only views for the same text; -1 where the row has
-        none of the view's modalities, is past a history's end, or cannot be read (a warning names it).
+        ids as in ViewBatch: equal for the same document, for text-only views for the same text; -1
+        where the row has none of the view's modalities, is past a history's end, or cannot be read
+        (a warning names it).
         """
-        assert (rows[:: self.group] % self.group == 0).all() and len(rows) % self.group == 0, "histories are not cut"
+        assert (rows[:: self.group] % self.group == 0).all() and len(rows) % self.group == 0, (
+            "histories are not cut"
+        )
         decoded = [row for place in rows[:: self.group].tolist() for row in self._rows(place)]
-        return self.processor.batch(decoded, self.processor.tokens(decoded, self.view), self.view), torch.tensor([row.id for row in decoded])
+        return self.processor.batch(
+            decoded, self.processor.tokens(decoded, self.view), self.view
+        ), torch.tensor([row.id for row in decoded])
 
     def _costs(self) -> NDArray[np.int64]:
         """Foreseen cost of each row, int64 [len]."""
         if self._texts is not None:
             tokens = self.processor.tokens([ViewRow(text=text) for text in self._texts], self.view)
-            return np.array([self.processor.counted(len(ids), 0, 0, self.view) for ids in tokens], dtype=np.int64)
-        return RowCosts(self.config, self.processor).foreseen(self.reader, self.view, self.positions[:: self.group], None).reshape(-1)
+            return np.array(
+                [self.processor.counted(len(ids), 0, 0, self.view) for ids in tokens],
+                dtype=np.int64,
+            )
+        return (
+            RowCosts(self.config, self.processor)
+            .foreseen(self.reader, self.view, self.positions[:: self.group], None)
+            .reshape(-1)
+        )
 
     def _rows(self, place: int) -> list[ViewRow]:
         """The `group` rows that start at row `place`."""
         text = self._texts[place] if self._texts is not None else None
         try:
-            record = self.reader.read(int(self.positions[place]), media=media_of([self.view]), needs=(self.view.of,))
-            items: list[Item | None] = list(record.history) if self.view.of == "history" else [view_item(record, self.view)]
+            record = self.reader.read(
+                int(self.positions[place]), media=media_of([self.view]), needs=(self.view.of,)
+            )
+            items: list[Item | None] = (
+                list(record.history)
+                if self.view.of == "history"
+                else [view_item(record, self.view)]
+            )
             items += [None] * (self.group - len(items))
-            return [self.processor.row(item, self.view, self.reader.config, text=text) for item in items]
+            return [
+                self.processor.row(item, self.view, self.reader.config, text=text) for item in items
+            ]
         except BadSample as problem:
             logger.warning("%s: left out of the evaluation: %s", self.reader.name, problem)
             return [ViewRow() for _ in range(self.group)]
 
 
 def entry_texts(body: dict[str, object], key: str) -> list[str]:
-    """Cleaned texts of a record's JSON entry {language: [text, ...]}: the English ones, else of the first language; may be empty."""
+    """Cleaned texts of a record's JSON entry {language: [text, ...]}: the English ones, else of
+    the first language; may be empty.
+    """
     languages = body.get(key)
     if not isinstance(languages, dict) or not languages:
         return []

@@ -1,8 +1,10 @@
-"""Read logs of user events, parquet or JSON lines, in parts that fit in memory: user, item, time and labels.
+"""Read logs of user events, parquet or JSON lines, in parts that fit in memory: user, item, time
+and labels.
 
-A log is one file or a folder of files. It is cut into units of some 64 MB (row groups of a parquet file, a range of
-bytes of a JSON lines file), which the ranks share; a unit is read in batches by Arrow. Whatever the columns' types
-are, a batch has users and items as text, times as integers that rise with time, and labels as bits.
+A log is one file or a folder of files. It is cut into units of some 64 MB (row groups of a parquet
+file, a range of bytes of a JSON lines file), which the ranks share; a unit is read in batches by
+Arrow. Whatever the columns' types are, a batch has users and items as text, times as integers that
+rise with time, and labels as bits.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def arrow(module: str = "pyarrow") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigurationError("events and teachers in parquet need pyarrow: pip install pyarrow") from error
+        raise ConfigurationError(
+            "events and teachers in parquet need pyarrow: pip install pyarrow"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,11 @@ class EventUnit:
 
 @dataclass
 class EventBatch:
-    """n events. users and items: Arrow text arrays; times int64 [n]; labels uint64 [n], bit i: positive label number i."""
+    """n events.
+
+    users and items: Arrow text arrays; times int64 [n]; labels uint64 [n], bit i: positive label
+    number i.
+    """
 
     users: Any
     items: Any
@@ -64,7 +72,9 @@ class EventCounts:
     rows: int = 0
     incomplete: int = 0  # rows without a user, an item or a time, left out
     labels: Counter[str] = field(default_factory=Counter)  # positive label -> times seen
-    others: list[str] = field(default_factory=list)  # a few labels that are not positive, for a message
+    others: list[str] = field(
+        default_factory=list
+    )  # a few labels that are not positive, for a message
     time_kinds: set[str] = field(default_factory=set)
 
 
@@ -74,10 +84,15 @@ def event_files(key: str, events: str) -> list[Path]:
     found = [root] if root.is_file() else []
     if root.is_dir():
         with os.scandir(root) as entries:
-            found = sorted(Path(entry.path) for entry in entries if not entry.name.startswith((".", "_")))
+            found = sorted(
+                Path(entry.path) for entry in entries if not entry.name.startswith((".", "_"))
+            )
     files = [path for path in found if path.suffix in ENDINGS]
     if not files:
-        raise ConfigurationError(f"{key}={events}: found no file that ends in {' or '.join(ENDINGS)}; expected one, or a folder of them")
+        raise ConfigurationError(
+            f"{key}={events}: found no file that ends in {' or '.join(ENDINGS)}; expected one, or "
+            "a folder of them"
+        )
     return files
 
 
@@ -90,10 +105,16 @@ def file_size(path: Path) -> tuple[int, int]:
     return size, size // JSON_ROW_BYTES
 
 
-def event_units(files: Sequence[Path], sizes: NDArray[np.int64], unit_bytes: int = UNIT_BYTES) -> list[EventUnit]:
+def event_units(
+    files: Sequence[Path], sizes: NDArray[np.int64], unit_bytes: int = UNIT_BYTES
+) -> list[EventUnit]:
     """Return the units of files with these sizes in bytes [files]."""
     parts = [max(1, -(-int(size) // unit_bytes)) for size in sizes]
-    return [EventUnit(path, part, count) for path, count in zip(files, parts, strict=True) for part in range(count)]
+    return [
+        EventUnit(path, part, count)
+        for path, count in zip(files, parts, strict=True)
+        for part in range(count)
+    ]
 
 
 class EventReader:
@@ -103,28 +124,44 @@ class EventReader:
         self.settings = settings
         self.counts = EventCounts()
         self.positive = settings.positive_labels()
-        self.columns = [name for name in (settings.user, settings.item, settings.time, settings.labels) if name is not None]
+        self.columns = [
+            name
+            for name in (settings.user, settings.item, settings.time, settings.labels)
+            if name is not None
+        ]
 
     def batches(self, unit: EventUnit) -> Iterator[EventBatch]:
-        """Yield the events of a unit. Raises BadDataError naming the file for columns that are missing or cannot be read."""
+        """Yield the events of a unit.
+
+        Raises BadDataError naming the file for columns that are missing or cannot be read.
+        """
         with _explained(unit.path):
             tables = self._parquet(unit) if unit.path.suffix == ".parquet" else self._json(unit)
             for batch in tables:
                 missing = [name for name in self.columns if name not in batch.schema.names]
                 if missing:
                     raise BadDataError(
-                        f"{unit.path}: found the columns {', '.join(batch.schema.names)}, expected {', '.join(missing)} too; "
+                        f"{unit.path}: found the columns {', '.join(batch.schema.names)}, expected "
+                        f"{', '.join(missing)} too; "
                         "name the log's columns in the data set's `interests`"
                     )
                 yield self._batch(unit.path, batch)
 
     def _parquet(self, unit: EventUnit) -> Iterator[Any]:
         file = arrow("pyarrow.parquet").ParquetFile(unit.path)
-        groups = [group for group in range(file.num_row_groups) if group * unit.parts // file.num_row_groups == unit.part]
+        groups = [
+            group
+            for group in range(file.num_row_groups)
+            if group * unit.parts // file.num_row_groups == unit.part
+        ]
         known = [name for name in self.columns if name in file.schema_arrow.names]
         if len(known) < len(self.columns):
             yield file.schema_arrow.empty_table()
-        yield from file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=known) if groups else ()
+        yield from (
+            file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=known)
+            if groups
+            else ()
+        )
 
     def _json(self, unit: EventUnit) -> Iterator[Any]:
         json, pa = arrow("pyarrow.json"), arrow()
@@ -133,11 +170,21 @@ class EventReader:
         with open(unit.path, "rb") as file:
             head = file.read(1 << 20)
             lines = head[: head.rfind(b"\n") + 1] or head + file.readline()
-            types = {column.name: column.type for column in json.read_json(io.BytesIO(lines)).schema} if lines.strip() else {}
-            kinds = [(name, pa.list_(pa.string()) if pa.types.is_null(types[name]) else types[name]) for name in self.columns if name in types]
+            types = (
+                {column.name: column.type for column in json.read_json(io.BytesIO(lines)).schema}
+                if lines.strip()
+                else {}
+            )
+            kinds = [
+                (name, pa.list_(pa.string()) if pa.types.is_null(types[name]) else types[name])
+                for name in self.columns
+                if name in types
+            ]
             if types and len(kinds) < len(self.columns):
                 yield pa.schema(list(types.items())).empty_table()
-            options = json.ParseOptions(explicit_schema=pa.schema(kinds), unexpected_field_behavior="ignore")
+            options = json.ParseOptions(
+                explicit_schema=pa.schema(kinds), unexpected_field_behavior="ignore"
+            )
             file.seek(max(start - 1, 0))
             if start:
                 file.readline()  # a line belongs to the unit in which it begins
@@ -145,15 +192,24 @@ class EventReader:
                 content = file.read(min(16 << 20, stop - file.tell()))
                 content += b"" if content.endswith(b"\n") else file.readline()
                 if content.strip():
-                    yield from json.read_json(io.BytesIO(content), parse_options=options).to_batches(max_chunksize=BATCH_ROWS)
+                    yield from json.read_json(
+                        io.BytesIO(content), parse_options=options
+                    ).to_batches(max_chunksize=BATCH_ROWS)
 
     def _batch(self, path: Path, batch: Any) -> EventBatch:
         pa, compute = arrow(), arrow("pyarrow.compute")
         settings, columns = self.settings, dict(zip(batch.schema.names, batch.columns, strict=True))
-        columns = {name: column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column for name, column in columns.items()}
+        columns = {
+            name: column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            for name, column in columns.items()
+        }
         users, items = (_text(columns[name]) for name in (settings.user, settings.item))
         times, kind = _times(columns[settings.time])
-        labels = self._labels(columns[settings.labels], path) if settings.labels is not None else np.ones(len(batch), dtype=np.uint64)
+        labels = (
+            self._labels(columns[settings.labels], path)
+            if settings.labels is not None
+            else np.ones(len(batch), dtype=np.uint64)
+        )
         whole = compute.and_(compute.and_(users.is_valid(), items.is_valid()), times.is_valid())
         self.counts.rows += len(batch)
         if len(batch):
@@ -163,19 +219,36 @@ class EventReader:
         if not compute.all(whole).as_py() and len(batch):
             self.counts.incomplete += len(batch) - int(compute.sum(whole).as_py())
             kept = np.asarray(whole.to_numpy(zero_copy_only=False), dtype=bool)
-            users, items, times, labels = users.filter(whole), items.filter(whole), times.filter(whole), labels[kept]
-        return EventBatch(users, items, times.to_numpy(zero_copy_only=False).astype(np.int64), labels)
+            users, items, times, labels = (
+                users.filter(whole),
+                items.filter(whole),
+                times.filter(whole),
+                labels[kept],
+            )
+        return EventBatch(
+            users, items, times.to_numpy(zero_copy_only=False).astype(np.int64), labels
+        )
 
     def _labels(self, column: Any, path: Path) -> NDArray[np.uint64]:
         """Return the bits of the positive labels of each row, uint64 [n]."""
         pa, compute = arrow(), arrow("pyarrow.compute")
         result = np.zeros(len(column), dtype=np.uint64)
-        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
-            values, rows = compute.list_flatten(column), compute.list_parent_indices(column).to_numpy(zero_copy_only=False).astype(np.int64)
+        if (
+            pa.types.is_list(column.type)
+            or pa.types.is_large_list(column.type)
+            or pa.types.is_fixed_size_list(column.type)
+        ):
+            values, rows = (
+                compute.list_flatten(column),
+                compute.list_parent_indices(column).to_numpy(zero_copy_only=False).astype(np.int64),
+            )
         else:
             values, rows = column, np.arange(len(column))
         if pa.types.is_nested(values.type):
-            raise BadDataError(f"{path}: column {self.settings.labels} is {column.type}, expected text or a list of texts")
+            raise BadDataError(
+                f"{path}: column {self.settings.labels} is {column.type}, expected text or a list "
+                "of texts"
+            )
         codes, names = _encoded(values)
         bits = np.zeros(len(names) + 1, dtype=np.uint64)  # the last one: null
         times = np.bincount(codes, minlength=len(names) + 1)
@@ -194,7 +267,9 @@ def _encoded(values: Any) -> tuple[NDArray[np.int64], list[str]]:
     pa = arrow()
     found = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
     names = [str(name) for name in found.dictionary.to_pylist()]
-    return found.indices.fill_null(len(names)).to_numpy(zero_copy_only=False).astype(np.int64), names
+    return found.indices.fill_null(len(names)).to_numpy(zero_copy_only=False).astype(
+        np.int64
+    ), names
 
 
 def _text(column: Any) -> Any:
@@ -222,7 +297,10 @@ def _times(column: Any) -> tuple[Any, str]:
         bits = (values + 0.0).view(np.int64)  # + 0.0: -0.0 equals 0.0
         rising = np.where(bits < 0, bits ^ np.int64(2**63 - 1), bits)
         return pa.array(rising, mask=np.isnan(values)), "numbers with a fraction"
-    raise BadDataError(f"times are {column.type}, expected numbers, timestamps or texts such as 2026-11-29T12:00:00Z")
+    raise BadDataError(
+        f"times are {column.type}, expected numbers, timestamps or texts such as "
+        "2026-11-29T12:00:00Z"
+    )
 
 
 class _explained:
@@ -237,6 +315,11 @@ class _explained:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, BadDataError) and str(self.path) not in str(error):
             raise BadDataError(f"{self.path}: {error}") from error
-        if isinstance(error, OSError | ValueError | KeyError | TypeError) or type(error).__module__.startswith("pyarrow"):
+        if isinstance(error, OSError | ValueError | KeyError | TypeError) or type(
+            error
+        ).__module__.startswith("pyarrow"):
             reason = " ".join(str(error).split())[:300]
-            raise BadDataError(f"{self.path}: cannot be read as events: {reason}; expected a whole file with one type a column") from error
+            raise BadDataError(
+                f"{self.path}: cannot be read as events: {reason}; expected a whole file with one "
+                "type a column"
+            ) from error

@@ -1,4 +1,6 @@
-"""How the report shows a record: its words and its picture, small enough to lie inside a JSON file."""
+"""How the report shows a record: its words and its picture, small enough to lie inside a JSON
+file.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,26 @@ LARGEST = 64_000  # bytes of an image that is shown
 KINDS = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
 
 
-def show(reader: RecordReader, position: int, view: ViewConfig, text: str | None = None) -> dict[str, Any]:
-    """{"text": ..., "image": data URI (if the view shows pictures)} of one record's item in a view. text: what to show
+def show(
+    reader: RecordReader, position: int, view: ViewConfig, text: str | None = None
+) -> dict[str, Any]:
+    """{"text": ..., "image": data URI (if the view shows pictures)} of one record's item in a
+    view. text: what to show
     instead of the item's own words."""
     of = view.of if reader.config.kind != "items" else "item"
     record = reader.read(int(position), needs=(of,))
     item = getattr(record, of)
     assert isinstance(item, Item), f"a view of {of} has no single item"
-    words = text or (compose(item.fields, view, reader.config, None) if len(view.fields) == 1 else "") or _name(item)
+    words = (
+        text
+        or (compose(item.fields, view, reader.config, None) if len(view.fields) == 1 else "")
+        or _name(item)
+    )
     shown: dict[str, Any] = {"text": words[:160]}
     if "vision" in view.modalities and item.images and len(item.images[0]) <= LARGEST:
-        kind = next((kind for start, kind in KINDS.items() if item.images[0].startswith(start)), None)
+        kind = next(
+            (kind for start, kind in KINDS.items() if item.images[0].startswith(start)), None
+        )
         if kind is not None:
             shown["image"] = f"data:{kind};base64,{base64.b64encode(item.images[0]).decode()}"
     return shown

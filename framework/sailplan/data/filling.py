@@ -1,8 +1,10 @@
-"""Tables that are missing, made by as many processes as ask for them: ranks, hosts and workers share one folder, no message.
+"""Tables that are missing, made by as many processes as ask for them: ranks, hosts and workers
+share one folder, no message.
 
-The missing shards are cut into chunks. A process claims a chunk by a lock on one byte of a file, which its end releases however
-it ends; it writes the chunk's tables as a part of their own, so what was done stays when it is killed. Who finds all its chunks
-done takes the parts over into the one file of tables. A process that is late finds a new manifest, and has nothing to do.
+The missing shards are cut into chunks. A process claims a chunk by a lock on one byte of a file,
+which its end releases however it ends; it writes the chunk's tables as a part of their own, so what
+was done stays when it is killed. Who finds all its chunks done takes the parts over into the one
+file of tables. A process that is late finds a new manifest, and has nothing to do.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ MERGING = 0  # the byte that stands for the manifest; chunks have others
 
 
 class Progress:
-    """Is told how much is to be done and what was done; `Progress(beat)` calls `beat` for each shard, and while it waits."""
+    """Is told how much is to be done and what was done; `Progress(beat)` calls `beat` for each
+    shard, and while it waits.
+    """
 
     def __init__(self, beat: Callable[[], None] = lambda: None) -> None:
         self._beat = beat
@@ -49,20 +53,36 @@ class Progress:
 
 
 def fill(
-    place: Path, names: Sequence[str], missing: Sequence[int], make: Callable[[int], Entry], progress: Progress, cache: Path | None, processes: int = 1
+    place: Path,
+    names: Sequence[str],
+    missing: Sequence[int],
+    make: Callable[[int], Entry],
+    progress: Progress,
+    cache: Path | None,
+    processes: int = 1,
 ) -> bool:
-    """Make tables of the shards numbered `missing` and take them over into the manifest at `place`, or come back when others have.
+    """Make tables of the shards numbered `missing` and take them over into the manifest at
+    `place`, or come back when others have.
 
-    Return whether all of them were; False: another process wrote the manifest meanwhile, so look again. Raises what `make` does.
+    Return whether all of them were; False: another process wrote the manifest meanwhile, so look
+    again. Raises what `make` does.
     """
     progress.expect(place.name.partition(".")[0], len(missing))
     work = _Work(place, names, make, cache)
     size = max(1, min(LARGEST_CHUNK, len(missing) // CHUNKS))
-    chunks = {work.key(chunk): chunk for chunk in (list(missing[start : start + size]) for start in range(0, len(missing), size))}
+    chunks = {
+        work.key(chunk): chunk
+        for chunk in (list(missing[start : start + size]) for start in range(0, len(missing), size))
+    }
     context = get_context("fork")
-    helpers = [context.Process(target=_help, args=(work, chunks), daemon=True) for _ in range(min(processes, len(chunks)) - 1)]
+    helpers = [
+        context.Process(target=_help, args=(work, chunks), daemon=True)
+        for _ in range(min(processes, len(chunks)) - 1)
+    ]
     if helpers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads do not survive the fork
+        os.environ.setdefault(
+            "TOKENIZERS_PARALLELISM", "false"
+        )  # the tokenizer's threads do not survive the fork
     try:
         for helper in helpers:
             helper.start()
@@ -79,12 +99,17 @@ def fill(
 
 
 def _help(work: _Work, chunks: dict[str, list[int]]) -> None:
-    with contextlib.suppress(SailplanError), work.opened() as lock:  # the parent meets the error, too, and tells it
+    with (
+        contextlib.suppress(SailplanError),
+        work.opened() as lock,
+    ):  # the parent meets the error, too, and tells it
         work.run(chunks, lock, Progress())
 
 
 class _Work:
-    def __init__(self, place: Path, names: Sequence[str], make: Callable[[int], Entry], cache: Path | None) -> None:
+    def __init__(
+        self, place: Path, names: Sequence[str], make: Callable[[int], Entry], cache: Path | None
+    ) -> None:
         self.place, self.names, self.make, self.cache = place, names, make, cache
         self.parts = place.with_suffix(".parts")
         with explained(self.parts, cache):
@@ -93,19 +118,26 @@ class _Work:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[IO[bytes]]:
-        """The file whose bytes are locked. One descriptor a process: to close any gives up all locks."""
+        """The file whose bytes are locked.
+
+        One descriptor a process: to close any gives up all locks.
+        """
         with explained(self.place, self.cache):
             lock = open(self.place.with_suffix(".lock"), "ab")  # noqa: SIM115
         with lock:
             yield lock
 
     def key(self, chunk: Sequence[int]) -> str:
-        return hashlib.sha256("\0".join(self.names[number] for number in chunk).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+        return hashlib.sha256(
+            "\0".join(self.names[number] for number in chunk).encode("utf-8", "surrogateescape")
+        ).hexdigest()[:12]
 
     def run(self, chunks: dict[str, list[int]], lock: IO[bytes], progress: Progress) -> bool:
         """Make chunks until all are there; False where the manifest changed meanwhile."""
         left = list(chunks)
-        start = random.randrange(len(left))  # ranks that begin together need not race for each chunk
+        start = random.randrange(
+            len(left)
+        )  # ranks that begin together need not race for each chunk
         left, wait = left[start:] + left[:start], POLL_SECONDS[0]
         while left:
             done, worked = self._done(), False
@@ -139,7 +171,9 @@ class _Work:
         for old in self.parts.glob(f"{key}.*.tables"):  # of a process that was killed
             old.unlink(missing_ok=True)
         with explained(self.parts, self.cache):
-            self.parts.mkdir(exist_ok=True)  # a process that took over the last part may have removed it
+            self.parts.mkdir(
+                exist_ok=True
+            )  # a process that took over the last part may have removed it
             file = open(self.parts / blob, "wb")  # noqa: SIM115
         with file:
             for number in chunk:
@@ -151,7 +185,9 @@ class _Work:
             with explained(self.parts, self.cache):
                 file.flush()
         with explained(self.parts, self.cache):
-            Manifest.of_entries(blob, [self.names[number] for number in chunk], entries).save(self._part(key))
+            Manifest.of_entries(blob, [self.names[number] for number in chunk], entries).save(
+                self._part(key)
+            )
 
     def merge(self, lock: IO[bytes], progress: Progress) -> None:
         """Take all parts over into the file of tables, whoever made them."""
@@ -160,13 +196,19 @@ class _Work:
 
     def _merge(self, sure: bool, progress: Progress) -> None:
         parts = {self._part(key): Manifest.load(self._part(key)) for key in sorted(self._done())}
-        found = [(file.with_name(part.blob), part) for file, part in parts.items() if part is not None]
+        found = [
+            (file.with_name(part.blob), part) for file, part in parts.items() if part is not None
+        ]
         old, folder = Manifest.load(self.place), self.place.parent
         if found:
             moved: list[Manifest] = []
             wasted = 0 if old is None else old.end - int(old.rows["bytes"].sum())
             anew = old is None or not sure or wasted > max(WASTED, old.end // 2)
-            blob = f"{self.place.stem}.{secrets.token_hex(4)}.tables" if anew or old is None else old.blob
+            blob = (
+                f"{self.place.stem}.{secrets.token_hex(4)}.tables"
+                if anew or old is None
+                else old.blob
+            )
             with open(folder / blob, "wb" if anew else "r+b") as target:
                 base = Manifest.of_entries(blob, [], [])
                 if old is not None and not anew:
@@ -177,8 +219,21 @@ class _Work:
                         for number, row in enumerate(old.rows):
                             rows["offset"][number] = target.tell()
                             _copy(source, target, int(row["offset"]), int(row["bytes"]), progress)
-                    moved.append(Manifest(blob, 0, old.names, rows, old.tags, old.tag_rows, old.tag_codes, old.tag_counts))
-                target.seek(base.end if not anew else target.tell())  # a merger that was killed may have left bytes there
+                    moved.append(
+                        Manifest(
+                            blob,
+                            0,
+                            old.names,
+                            rows,
+                            old.tags,
+                            old.tag_rows,
+                            old.tag_codes,
+                            old.tag_counts,
+                        )
+                    )
+                target.seek(
+                    base.end if not anew else target.tell()
+                )  # a merger that was killed may have left bytes there
                 for file, part in found:
                     start = target.tell()
                     with open(file, "rb") as source:
@@ -204,7 +259,11 @@ class _Work:
 
     def _done(self) -> set[str]:
         try:
-            return {name.removesuffix(".part") for name in os.listdir(self.parts) if name.endswith(".part") and not name.startswith(".")}
+            return {
+                name.removesuffix(".part")
+                for name in os.listdir(self.parts)
+                if name.endswith(".part") and not name.startswith(".")
+            }
         except FileNotFoundError:  # taken over
             return set()
 
@@ -228,7 +287,9 @@ def _copy(source: IO[bytes], target: IO[bytes], offset: int, size: int, progress
 
 
 def _locked(lock: IO[bytes], byte: int) -> bool | None:
-    """Return whether this process now has the byte; None on a file system without locks, where work is done twice, not wrong."""
+    """Return whether this process now has the byte; None on a file system without locks, where
+    work is done twice, not wrong.
+    """
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
     except OSError as error:
@@ -243,7 +304,9 @@ def _release(lock: IO[bytes], byte: int) -> None:
 
 @contextlib.contextmanager
 def alone(lock: IO[bytes], byte: int, progress: Progress) -> Iterator[bool]:
-    """Wait until no other process has the byte of a file; yields False where the file system has no locks."""
+    """Wait until no other process has the byte of a file; yields False where the file system has
+    no locks.
+    """
     wait = POLL_SECONDS[0]
     while (have := _locked(lock, byte)) is False:
         progress.advance(0)

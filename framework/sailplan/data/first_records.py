@@ -1,8 +1,11 @@
-"""What the views of a run find in its data, looked at before the first step: a wrong name must not train on nothing.
+"""What the views of a run find in its data, looked at before the first step: a wrong name must
+not train on nothing.
 
-Answers come from the length tables (`data.lengths`): their manifest says which fields and media the records of each shard have, so
-that what no record has is known without a look at any table. Whether one record has both sides of a pattern is looked up in the
-tables of shards that have both, of at most SHARDS of them, evenly spread: what is missing there is said with how much was looked at.
+Answers come from the length tables (`data.lengths`): their manifest says which fields and media the
+records of each shard have, so that what no record has is known without a look at any table. Whether
+one record has both sides of a pattern is looked up in the
+tables of shards that have both, of at most SHARDS of them, evenly spread: what is missing there is
+said with how much was looked at.
 """
 
 from __future__ import annotations
@@ -30,18 +33,26 @@ MEDIA = {"vision": ("picture", PICTURES, PICTURES_OF), "audio": ("sound", SOUND,
 
 
 def check_views(config: Config, readers: Mapping[str, RecordReader]) -> None:
-    """Raise for views and patterns of the run's stages that no record fits: training would be at loss 0.
+    """Raise for views and patterns of the run's stages that no record fits: training would be at
+    loss 0.
 
-    Raises ConfigurationError for a text field or a medium that no record has, naming what there is; BadDataError for a pattern
-    of which no record has both sides, or nothing to tell its targets from.
+    Raises ConfigurationError for a text field or a medium that no record has, naming what there is;
+    BadDataError for a pattern of which no record has both sides, or nothing to tell its targets
+    from.
     """
     used: dict[tuple[str, str], None] = {}
     for stage_name in config.order:
         stage = config.stages[stage_name]
         for name in stage.data:
             if name in readers:
-                used |= dict.fromkeys((name, pattern) for pattern in stage_patterns(stage, name, readers[name].config))
-    sides = {(name, side): None for name, pattern in used for side in _sides(readers[name].config, pattern)}
+                used |= dict.fromkeys(
+                    (name, pattern) for pattern in stage_patterns(stage, name, readers[name].config)
+                )
+    sides = {
+        (name, side): None
+        for name, pattern in used
+        for side in _sides(readers[name].config, pattern)
+    }
     for name, _ in used:
         _check_readable(readers[name])
     for name, side in sides:
@@ -57,17 +68,27 @@ def _sides(dataset: DatasetConfig, pattern: str) -> tuple[str, str]:
 
 
 def _check_readable(reader: RecordReader) -> None:
-    """Raise BadDataError where none of the first records can be used: what is wrong is the data set, not a sample."""
+    """Raise BadDataError where none of the first records can be used: what is wrong is the data
+    set, not a sample.
+    """
     first = ""
-    for position in reader.select(SPLIT, np.arange(min(READ, reader.count(SPLIT)), dtype=np.int64)).tolist():
+    for position in reader.select(
+        SPLIT, np.arange(min(READ, reader.count(SPLIT)), dtype=np.int64)
+    ).tolist():
         try:
             reader.read(position, media=frozenset())
             return
         except BadSample as problem:
             first = first or str(problem)
     if first:
-        hint = f"; set data.sets.{reader.name}.catalogue where records name items by id" if reader.config.kind == "pairs" and reader.catalogue is None else ""
-        raise BadDataError(f"data.sets.{reader.name}: none of the first records can be used, {first}{hint}")
+        hint = (
+            f"; set data.sets.{reader.name}.catalogue where records name items by id"
+            if reader.config.kind == "pairs" and reader.catalogue is None
+            else ""
+        )
+        raise BadDataError(
+            f"data.sets.{reader.name}: none of the first records can be used, {first}{hint}"
+        )
 
 
 def _tables(reader: RecordReader) -> list[LengthIndex]:
@@ -84,13 +105,27 @@ def _check_view(reader: RecordReader, name: str) -> None:
     counts = [table.counts() for table in tables]
     for field in view.fields if "text" in view.modalities else ():
         if not any(field in names or f"{view.of}:{field}" in names for names in counts):
-            found = dict.fromkeys(found.rpartition(":")[2] for names in counts for found in names if "*" not in found)
+            found = dict.fromkeys(
+                found.rpartition(":")[2] for names in counts for found in names if "*" not in found
+            )
             listed = ", ".join(list(found)[:20]) or "none"
-            raise ConfigurationError(f"{key}.fields: no record has a field '{field}'; the records have: {listed}")
-    media = [prefix + MEDIA[modality][2] for modality in view.modalities if modality in MEDIA for prefix in ("", f"{view.of}:")]
-    if "text" not in view.modalities and not any(name in names for names in counts for name in media):
+            raise ConfigurationError(
+                f"{key}.fields: no record has a field '{field}'; the records have: {listed}"
+            )
+    media = [
+        prefix + MEDIA[modality][2]
+        for modality in view.modalities
+        if modality in MEDIA
+        for prefix in ("", f"{view.of}:")
+    ]
+    if "text" not in view.modalities and not any(
+        name in names for names in counts for name in media
+    ):
         words = " or ".join(MEDIA[modality][0] for modality in view.modalities)
-        raise ConfigurationError(f"{key}.modalities: no record has a {words}; `sailplan data validate` counts what the records have")
+        raise ConfigurationError(
+            f"{key}.modalities: no record has a {words}; `sailplan data validate` counts what the "
+            "records have"
+        )
 
 
 def _check_pattern(reader: RecordReader, name: str) -> None:
@@ -99,23 +134,39 @@ def _check_pattern(reader: RecordReader, name: str) -> None:
     if table is None:
         return
     looked, complete = _looked_at(table, query, target)
-    both = (_shown(table, lengths, rows, query) & _shown(table, lengths, rows, target) for rows, lengths in _train_parts(reader, table, looked))
+    both = (
+        _shown(table, lengths, rows, query) & _shown(table, lengths, rows, target)
+        for rows, lengths in _train_parts(reader, table, looked)
+    )
     if not any(bool(found.any()) for found in both):
-        of = f"{count} records" if complete else f"the records in {len(looked)} of {len(reader.index.shards)} shards, evenly spread,"
+        of = (
+            f"{count} records"
+            if complete
+            else f"the records in {len(looked)} of {len(reader.index.shards)} shards, evenly spread,"
+        )
         problem = (
-            f"data.sets.{reader.name}.patterns.{name}: not one of {of} has both sides, a {_words(query)} and a {_words(target)}; "
-            "members of a record must lie side by side in the tar, under one name; `sailplan data validate` counts what is there"
+            f"data.sets.{reader.name}.patterns.{name}: not one of {of} has both sides, a "
+            f"{_words(query)} and a {_words(target)}; "
+            "members of a record must lie side by side in the tar, under one name; `sailplan data "
+            "validate` counts what is there"
         )
         if complete:
             raise BadDataError(problem)
         logger.warning("%s", problem)
-    if count == 1 or (list(target.modalities) == ["text"] and count <= READ and _one_text(reader, target)):
+    if count == 1 or (
+        list(target.modalities) == ["text"] and count <= READ and _one_text(reader, target)
+    ):
         what = "the only record" if count == 1 else f"all {count} records have one text as target"
-        raise BadDataError(f"data.sets.{reader.name}.patterns.{name}: {what}; a positive without any negative teaches nothing; add other records")
+        raise BadDataError(
+            f"data.sets.{reader.name}.patterns.{name}: {what}; a positive without any negative "
+            "teaches nothing; add other records"
+        )
 
 
 def _looked_at(table: LengthIndex, query: ViewConfig, target: ViewConfig) -> tuple[list[int], bool]:
-    """Return the shards that may have a record with both sides, the first one and others evenly spread, and whether these are all."""
+    """Return the shards that may have a record with both sides, the first one and others evenly
+    spread, and whether these are all.
+    """
     sides = [set(table.shards_with(_tags(view)).tolist()) for view in (query, target)]
     shards = sorted(sides[0] & sides[1])
     return shards[:: max(1, -(-len(shards) // SHARDS))], len(shards) <= SHARDS
@@ -123,10 +174,14 @@ def _looked_at(table: LengthIndex, query: ViewConfig, target: ViewConfig) -> tup
 
 def _tags(view: ViewConfig) -> list[str]:
     """The names under which the length tables count what a view of an items data set shows."""
-    return [MEDIA[modality][2] for modality in view.modalities if modality in MEDIA] + (view.fields if "text" in view.modalities else [])
+    return [MEDIA[modality][2] for modality in view.modalities if modality in MEDIA] + (
+        view.fields if "text" in view.modalities else []
+    )
 
 
-def _train_parts(reader: RecordReader, table: LengthIndex, shards: list[int]) -> Iterator[tuple[int, Lengths]]:
+def _train_parts(
+    reader: RecordReader, table: LengthIndex, shards: list[int]
+) -> Iterator[tuple[int, Lengths]]:
     """Yield number of records and lengths of FIRST records to train on after the other."""
     for shard in shards:
         first, count = reader.index.numbers_in(SPLIT, shard)
@@ -146,7 +201,10 @@ def _shown(table: LengthIndex, lengths: Lengths, rows: int, view: ViewConfig) ->
 
 def _words(view: ViewConfig) -> str:
     words: dict[str, Callable[[], str]] = {"text": lambda: f"text ({', '.join(view.fields)})"}
-    return " or ".join(words[modality]() if modality in words else MEDIA[modality][0] for modality in view.modalities)
+    return " or ".join(
+        words[modality]() if modality in words else MEDIA[modality][0]
+        for modality in view.modalities
+    )
 
 
 def _one_text(reader: RecordReader, view: ViewConfig) -> bool:
@@ -159,7 +217,10 @@ def _one_text(reader: RecordReader, view: ViewConfig) -> bool:
             continue
         for field in view.fields:
             for value in ((item.fields if item is not None else {}).get(field) or {}).values():
-                texts |= {clean(text).casefold() for text in ([value] if isinstance(value, str) else value)} - {""}
+                texts |= {
+                    clean(text).casefold()
+                    for text in ([value] if isinstance(value, str) else value)
+                } - {""}
         if len(texts) > 1:
             return False
     return len(texts) == 1

@@ -1,9 +1,11 @@
-"""Record id -> position, for sets of any size: a sorted file of hashes, mapped, so that the processes of a node share one copy.
+"""Record id -> position, for sets of any size: a sorted file of hashes, mapped, so that the
+processes of a node share one copy.
 
-Ids are found by 64 bits of hash and 24 bits that tell ids of one hash apart; an id that is not there is taken for another with a
-chance of 10^-19 a record. A directory of buckets of about 512 hashes makes a search a matter of one or two pages, whose
-checksums are compared when they are first read. The file is made from the hashes in the shards' tables, in constant memory:
-spilled by the hashes' first bits, each part sorted on its own.
+Ids are found by 64 bits of hash and 24 bits that tell ids of one hash apart; an id that is not
+there is taken for another with a chance of 10^-19 a record. A directory of buckets of about 512
+hashes makes a search a matter of one or two pages, whose checksums are compared when they are first
+read. The file is made from the hashes in the shards' tables, in constant memory: spilled by the
+hashes' first bits, each part sorted on its own.
 """
 
 from __future__ import annotations
@@ -30,24 +32,34 @@ BUCKET = 512  # hashes of a bucket, about
 SORTED_AT_ONCE = 1 << 22  # records, 16 bytes each
 POSITION_BITS = 64 - CHECK_BITS
 POSITION_MASK = (1 << POSITION_BITS) - 1
-Hashed = Iterable[tuple[NDArray[np.uint64], NDArray[np.uint64]]]  # id_hash and id_check of a shard's records
+Hashed = Iterable[
+    tuple[NDArray[np.uint64], NDArray[np.uint64]]
+]  # id_hash and id_check of a shard's records
 
 
 class IdTable:
     """Positions by id: `find(id)`, `find_hashes(hashes)`."""
 
     def __init__(self, file: Path, count: int) -> None:
-        """Map a file for a set of `count` records. Raises OSError, Damaged where it is no whole file for them."""
+        """Map a file for a set of `count` records.
+
+        Raises OSError, Damaged where it is no whole file for them.
+        """
         columns = Columns(buffer := mapped(file), 0, len(buffer))
         try:
             if columns.note["version"] != VERSION or columns.length("hashes") != count:
                 raise Damaged("another version, or another number of records")
             bits = int(columns.note["bits"])
-            self._directory = columns.whole("directory").copy().data  # plain integers, faster than an array's
+            self._directory = (
+                columns.whole("directory").copy().data
+            )  # plain integers, faster than an array's
         except (KeyError, TypeError, ValueError) as error:
             raise Damaged("a head without what it needs") from error
         self._columns, self._shift, self.file = columns, 64 - bits, file
-        self._hashes, self._values = columns.unchecked("hashes").data, columns.unchecked("values").data
+        self._hashes, self._values = (
+            columns.unchecked("hashes").data,
+            columns.unchecked("values").data,
+        )
 
     def find(self, record_id: str) -> int | None:
         """Return the position of the first record with an id, None where there is none."""
@@ -68,7 +80,9 @@ class IdTable:
         return None
 
     def find_hashes(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Return the positions of the first records of these hashes, -1 where there is none: uint64 [n] -> int64 [n]."""
+        """Return the positions of the first records of these hashes, -1 where there is none:
+        uint64 [n] -> int64 [n].
+        """
         count = self._columns.length("hashes")
         if not count or not len(hashes):
             return np.full(len(hashes), -1, dtype=np.int64)
@@ -83,13 +97,20 @@ class IdTable:
         return np.where(known[places] == hashes, values.astype(np.int64), -1)
 
     def _damaged(self, error: Exception) -> BadDataError:
-        return BadDataError(f"{self.file}: was damaged while the run used it ({error}), expected sorted ids; delete it and start again")
+        return BadDataError(
+            f"{self.file}: was damaged while the run used it ({error}), expected sorted ids; "
+            "delete it and start again"
+        )
 
 
-def open_ids(shard: Path, name: str, cache: Path | None, count: int, hashed: Hashed, progress: Progress) -> IdTable:
-    """Return the table of ids in the file `name` beside a shard or in the cache, made from `hashed` where there is no whole one.
+def open_ids(
+    shard: Path, name: str, cache: Path | None, count: int, hashed: Hashed, progress: Progress
+) -> IdTable:
+    """Return the table of ids in the file `name` beside a shard or in the cache, made from
+    `hashed` where there is no whole one.
 
-    One of the processes that want it makes it. Raises ConfigurationError where it cannot be written.
+    One of the processes that want it makes it. Raises ConfigurationError where it cannot be
+    written.
     """
     for place in kept_places(shard, name, cache):
         if (found := _opened(place, count)) is not None:
@@ -118,23 +139,38 @@ def _opened(place: Path, count: int) -> IdTable | None:
 
 
 def write_ids(file: Path, count: int, hashed: Hashed, progress: Progress) -> None:
-    """Write the sorted table of `count` ids, those of position 0 .. first; at most 200 MB of memory."""
+    """Write the sorted table of `count` ids, those of position 0 ..
+
+    first; at most 200 MB of memory.
+    """
     bits = max(1, (count // BUCKET).bit_length())
     parts = 1 << max(0, (count - 1) // SORTED_AT_ONCE).bit_length()
     directory = np.zeros((1 << bits) + 1, dtype=np.int64)
     eight = np.dtype("<u8")
-    extents, size = layout({"hashes": (eight, (count,)), "values": (eight, (count,)), "directory": (np.dtype("<i8"), directory.shape)})
+    extents, size = layout(
+        {
+            "hashes": (eight, (count,)),
+            "values": (eight, (count,)),
+            "directory": (np.dtype("<i8"), directory.shape),
+        }
+    )
     note = {"version": VERSION, "bits": bits}
     start = len(front(extents, note, np.zeros(-(-size // PAGE), dtype="<u4"), size))
     with ExitStack() as files:
-        spilled = [files.enter_context(open(f"{file}.{part}", "w+b")) for part in range(parts)] if parts > 1 else []
+        spilled = (
+            [files.enter_context(open(f"{file}.{part}", "w+b")) for part in range(parts)]
+            if parts > 1
+            else []
+        )
         for part in range(len(spilled)):
             os.unlink(f"{file}.{part}")  # gone when closed, however this ends
         target = files.enter_context(open(file, "w+b"))
         done = 0
         target.truncate(start + size)
         for records in _sorted_parts(hashed, spilled, progress):
-            directory[1:] += np.bincount((records[:, 0] >> np.uint64(64 - bits)).astype(np.int64), minlength=1 << bits)
+            directory[1:] += np.bincount(
+                (records[:, 0] >> np.uint64(64 - bits)).astype(np.int64), minlength=1 << bits
+            )
             for column, name in enumerate(("hashes", "values")):
                 target.seek(start + extents[name][2] + done * 8)
                 target.write(np.ascontiguousarray(records[:, column]).tobytes())
@@ -150,8 +186,12 @@ def write_ids(file: Path, count: int, hashed: Hashed, progress: Progress) -> Non
         target.write(front(extents, note, sums, size))
 
 
-def _sorted_parts(hashed: Hashed, spilled: Sequence, progress: Progress) -> Iterable[NDArray[np.uint64]]:  # type: ignore[type-arg]
-    """Yield (hash, value) uint64 [n, 2] of all records, sorted, in runs; equal hashes by position."""
+def _sorted_parts(
+    hashed: Hashed, spilled: Sequence, progress: Progress
+) -> Iterable[NDArray[np.uint64]]:  # type: ignore[type-arg]
+    """Yield (hash, value) uint64 [n, 2] of all records, sorted, in runs; equal hashes by
+    position.
+    """
     bits = len(spilled).bit_length() - 1
     waiting: list[NDArray[np.uint64]] = []
     position = held = 0

@@ -1,10 +1,11 @@
 """The shard index: where each record of a data set lies, found once and kept beside the shards.
 
-A data set's records are numbered 0 .. n-1 in the order of its shards (sorted names) and of the records within them:
-these numbers are the *positions* of the plan. What is known of the shards lies in one manifest (`data.tables`), their
-tables in one mapped file. Opening looks at the manifest, and at the sizes and times of up to 1,000 shards, evenly spread: so a
-small set is checked as a whole, and a start costs the same for any large one. Each shard is checked when it is first
-opened. Folders that cannot be written keep their index in the cache folder.
+A data set's records are numbered 0 .. n-1 in the order of its shards (sorted names) and of the
+records within them: these numbers are the *positions* of the plan. What is known of the shards lies
+in one manifest (`data.tables`), their tables in one mapped file. Opening looks at the manifest, and
+at the sizes and times of up to 1,000 shards, evenly spread: so a small set is checked as a whole,
+and a start costs the same for any large one. Each shard is checked when it is first opened. Folders
+that cannot be written keep their index in the cache folder.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ CHECKED = 1000  # shards that are looked at when a set is opened
 class ShardIndex:
     """The records of a data set over all its shards.
 
-    `len(index)` records; `ids(positions)`; `find(id)`; `count(split)` and `select(split, numbers)`; `locate(position)`.
-    Memory: a few numbers a shard and the heads of the 1,024 tables used last, whatever the number of records.
+    `len(index)` records; `ids(positions)`; `find(id)`; `count(split)` and `select(split, numbers)`;
+    `locate(position)`.
+    Memory: a few numbers a shard and the heads of the 1,024 tables used last, whatever the number
+    of records.
     """
 
     def __init__(
@@ -51,11 +54,18 @@ class ShardIndex:
     ) -> None:
         """Open the index; scan the shards that it lacks, together with all other processes that do.
 
-        held_out: splits records that name no split. processes: how many scan. thorough: look at every shard, and
+        held_out: splits records that name no split. processes: how many scan. thorough: look at
+        every shard, and
         compare every checksum. Raises BadDataError for a shard that is not a whole tar."""
-        self.shards = [shard if isinstance(shard, Path) else Path(shard) for shard in shards]  # to parse 10^5 paths again takes a second
+        self.shards = [
+            shard if isinstance(shard, Path) else Path(shard) for shard in shards
+        ]  # to parse 10^5 paths again takes a second
         self._cache, self._thorough = cache, thorough
-        rule = "" if held_out is None else f".held-{hashlib.sha256(repr(held_out).encode()).hexdigest()[:8]}"
+        rule = (
+            ""
+            if held_out is None
+            else f".held-{hashlib.sha256(repr(held_out).encode()).hexdigest()[:8]}"
+        )
         self._kind = f"shards-{VERSION}{rule}"
         told = progress if isinstance(progress, Progress) else Progress(progress)
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
@@ -64,18 +74,33 @@ class ShardIndex:
         self._ids: IdTable | None = None
         self._use(
             open_tables(
-                self.shards, self._kind, cache, lambda shard: scanned(self.shards[shard], held_out), self._stale, told, processes=processes, thorough=thorough
+                self.shards,
+                self._kind,
+                cache,
+                lambda shard: scanned(self.shards[shard], held_out),
+                self._stale,
+                told,
+                processes=processes,
+                thorough=thorough,
             )
         )
 
     def _use(self, tables: Tables) -> None:
         self._tables_of, rows = tables, tables.rows
-        whole = "\0".join(f"{count} {content:016x}" for count, content in zip(rows["records"].tolist(), rows["content"].tolist(), strict=True))
+        whole = "\0".join(
+            f"{count} {content:016x}"
+            for count, content in zip(
+                rows["records"].tolist(), rows["content"].tolist(), strict=True
+            )
+        )
         self.identity = hashlib.sha256(whole.encode()).hexdigest()[:16]
         self.split_names = tables.tags()
         self._records: NDArray[np.int64] = rows["records"].astype(np.int64)
         self.starts = _running(self._records)
-        self._split_counts, self._split_starts = dict[str, NDArray[np.int64]](), dict[str, NDArray[np.int64]]()
+        self._split_counts, self._split_starts = (
+            dict[str, NDArray[np.int64]](),
+            dict[str, NDArray[np.int64]](),
+        )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -87,20 +112,37 @@ class ShardIndex:
         self.__dict__.update(state, _lock=threading.RLock())
 
     def digest(self) -> str:
-        """Return a hash of what `description` says, without making it: names, sizes, records and their splits, in order."""
+        """Return a hash of what `description` says, without making it: names, sizes, records and
+        their splits, in order.
+        """
         found = hashlib.sha256("\0".join(shard.name for shard in self.shards).encode())
-        for values in (self._tables_of.rows["size"], self._records, *map(self._tables_of.counts, sorted(self.split_names))):
+        for values in (
+            self._tables_of.rows["size"],
+            self._records,
+            *map(self._tables_of.counts, sorted(self.split_names)),
+        ):
             found.update(np.ascontiguousarray(values, dtype=np.int64).tobytes())
         return f"{found.hexdigest()[:16]} {self.identity}"
 
     def description(self) -> dict[str, Any]:
-        """Return what another rank's index must equal: shard name -> size in bytes and records by split, and a hash of the ids."""
-        shards: dict[str, Any] = {shard.name: {"bytes": int(size)} for shard, size in zip(self.shards, self._tables_of.rows["size"], strict=True)}
+        """Return what another rank's index must equal: shard name -> size in bytes and records
+        by split, and a hash of the ids.
+        """
+        shards: dict[str, Any] = {
+            shard.name: {"bytes": int(size)}
+            for shard, size in zip(self.shards, self._tables_of.rows["size"], strict=True)
+        }
         for split in self.split_names:
-            for shard, count in zip(self.shards, self._tables_of.counts(split).tolist(), strict=True):
+            for shard, count in zip(
+                self.shards, self._tables_of.counts(split).tolist(), strict=True
+            ):
                 if count:
                     shards[shard.name][split] = count
-        return {"shards": shards, "order": [shard.name for shard in self.shards], "ids": self.identity}
+        return {
+            "shards": shards,
+            "order": [shard.name for shard in self.shards],
+            "ids": self.identity,
+        }
 
     def count(self, split: str) -> int:
         """Number of records of a split."""
@@ -114,21 +156,32 @@ class ShardIndex:
         for shard in np.unique(shards).tolist():
             chosen = shards == shard
             rows = numbers[chosen] - starts[shard]
-            if self._split_counts[split][shard] != self._records[shard]:  # else all of the shard's records are of the split
+            if (
+                self._split_counts[split][shard] != self._records[shard]
+            ):  # else all of the shard's records are of the split
                 rows = self._table(shard).rows(split)[rows]
             result[chosen] = self.starts[shard] + rows
         return result
 
     def numbers_in(self, split: str, shard: int) -> tuple[int, int]:
-        """Return the number of the first of the split's records in a shard, and how many it has there."""
+        """Return the number of the first of the split's records in a shard, and how many it has
+        there.
+        """
         starts = self._starts_of(split)
         return int(starts[shard]), int(starts[shard + 1] - starts[shard])
 
     def positions(self, split: str | None) -> NDArray[np.int64]:
-        """Sorted positions of a split's records (None: of all); int64 [n]. Eight bytes a record: for sets that fit."""
+        """Sorted positions of a split's records (None: of all); int64 [n].
+
+        Eight bytes a record: for sets that fit.
+        """
         if split is None:
             return np.arange(len(self), dtype=np.int64)
-        return self.select(split, np.arange(self.count(split), dtype=np.int64)) if self.count(split) else np.empty(0, dtype=np.int64)
+        return (
+            self.select(split, np.arange(self.count(split), dtype=np.int64))
+            if self.count(split)
+            else np.empty(0, dtype=np.int64)
+        )
 
     def locate(self, position: int) -> tuple[int, ShardTable, int]:
         """Shard number, the shard's table, and the record's row in it."""
@@ -151,17 +204,25 @@ class ShardIndex:
         return self._tables_of
 
     def check_shard(self, shard: int) -> None:
-        """Raise BadDataError where a shard is not what it was when it was indexed. Raises OSError where it cannot be read."""
+        """Raise BadDataError where a shard is not what it was when it was indexed.
+
+        Raises OSError where it cannot be read.
+        """
         if self._changed(self._tables_of, shard):
             path = self.shards[shard]
-            raise BadDataError(f"{path}: changed since it was indexed, expected the same records; run `sailplan data index`, then start again")
+            raise BadDataError(
+                f"{path}: changed since it was indexed, expected the same records; run `sailplan "
+                "data index`, then start again"
+            )
 
     def prepare_ids(self, progress: Callable[[], None] | Progress = lambda: None) -> None:
         """Make the file by which ids are found, where there is none."""
         self._found_ids(progress if isinstance(progress, Progress) else Progress(progress))
 
     def find_hashes(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Positions of the (first) records whose ids have these hashes, -1 where there is none: uint64 [n] -> int64 [n]."""
+        """Positions of the (first) records whose ids have these hashes, -1 where there is none:
+        uint64 [n] -> int64 [n].
+        """
         return self._found_ids().find_hashes(hashes)
 
     def size(self, position: int) -> int:
@@ -174,12 +235,16 @@ class ShardIndex:
         return self._found_ids().find(record_id)
 
     def passed_over(self, shard: int) -> dict[str, tuple[int, str]]:
-        """Return what the shard's scan passed over: what -> how often, and the first (`data.tar.Scan`)."""
+        """Return what the shard's scan passed over: what -> how often, and the first
+        (`data.tar.Scan`).
+        """
         return self._table(shard).passed
 
     # ---------------------------------------------------------------- parts
     def _starts_of(self, split: str) -> NDArray[np.int64]:
-        """Records of the split before each shard; made when first asked for, as a set may have many splits that nobody uses."""
+        """Records of the split before each shard; made when first asked for, as a set may have
+        many splits that nobody uses.
+        """
         if split not in self._split_starts:
             self._split_counts[split] = self._tables_of.counts(split)
             self._split_starts[split] = _running(self._split_counts[split])
@@ -189,7 +254,14 @@ class ShardIndex:
         with self._lock:
             if self._ids is None:
                 name = f"{self._kind}.{self.identity}.ids"
-                self._ids = open_ids(self.shards[0], name, self._cache, len(self), self._hashed(), progress or Progress())
+                self._ids = open_ids(
+                    self.shards[0],
+                    name,
+                    self._cache,
+                    len(self),
+                    self._hashed(),
+                    progress or Progress(),
+                )
             return self._ids
 
     def _hashed(self) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
@@ -214,7 +286,9 @@ class ShardIndex:
             raise tables.damaged(shard, error) from error
 
     def _stale(self, tables: Tables, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which shards are not what the manifest says: of many, some are looked at; where one of them is, all are."""
+        """Which shards are not what the manifest says: of many, some are looked at; where one of
+        them is, all are.
+        """
         result = np.zeros(len(numbers), dtype=np.bool_)
         step = 1 if self._thorough else max(1, -(-len(numbers) // CHECKED))
         for place in range(0, len(numbers), step):
@@ -232,7 +306,13 @@ class ShardIndex:
 
     def _changed(self, tables: Tables, shard: int) -> bool:
         row = tables.rows[shard]
-        return has_changed(self.shards[shard], int(row["size"]), int(row["version"]), int(row["fingerprint"]), lambda: self._opened(tables, shard).headers())
+        return has_changed(
+            self.shards[shard],
+            int(row["size"]),
+            int(row["version"]),
+            int(row["fingerprint"]),
+            lambda: self._opened(tables, shard).headers(),
+        )
 
 
 def _running(counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,4 +1,6 @@
-"""What one shard holds, record by record: problems, what is passed over, and how each view's rows look."""
+"""What one shard holds, record by record: problems, what is passed over, and how each view's
+rows look.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,17 @@ class Findings:
 
     records: int = 0
     problems: list[tuple[str, str]] = field(default_factory=list)  # (record id, reason)
-    passed: Counted = field(default_factory=dict)  # members and bytes that no record shows, texts that needed repair
+    passed: Counted = field(
+        default_factory=dict
+    )  # members and bytes that no record shows, texts that needed repair
     counted: Counted = field(default_factory=dict)  # what may be as it is
     splits: dict[str, int] = field(default_factory=dict)
-    endings: dict[str, dict[str, int]] = field(default_factory=dict)  # picture, sound, video -> ending -> members read
-    views: dict[str, dict[str, Any]] = field(default_factory=dict)  # view -> numbers of its rows, see `_show`
+    endings: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # picture, sound, video -> ending -> members read
+    views: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # view -> numbers of its rows, see `_show`
     patterns: dict[str, int] = field(default_factory=dict)  # pattern -> records with both sides
 
     def add(self, other: Findings) -> None:
@@ -47,7 +55,10 @@ class Findings:
             mine = self.views.setdefault(view, {})
             longest = max(mine.get("longest", 0), numbers.get("longest", 0))
             _add(mine, {key: value for key, value in numbers.items() if isinstance(value, int)})
-            mine["longest"], mine["sample"] = longest, mine.get("sample") or numbers.get("sample", "")
+            mine["longest"], mine["sample"] = (
+                longest,
+                mine.get("sample") or numbers.get("sample", ""),
+            )
 
     def count(self, what: str, first: str, *, where: str = "passed", times: int = 1) -> None:
         """Count something, and keep where it was met first."""
@@ -75,9 +86,15 @@ def inspect(reader: RecordReader, shard: int, processor: Processor) -> Findings:
         try:
             _record(reader, position, processor, found, texts)
         except BadSample as problem:
-            found.problems.append((record_id, problem.reason if problem.record_id == record_id else str(problem)))
+            found.problems.append(
+                (record_id, problem.reason if problem.record_id == record_id else str(problem))
+            )
     for name, view in reader.config.views.items():
-        lengths = [count + processor.overhead(view) for count in processor.tokenizer.counts(texts[name])] if texts[name] else []
+        lengths = (
+            [count + processor.overhead(view) for count in processor.tokenizer.counts(texts[name])]
+            if texts[name]
+            else []
+        )
         numbers = found.views.setdefault(name, _empty(view))
         numbers["tokens"], numbers["longest"] = sum(lengths), max(lengths, default=0)
         numbers["cut"] = sum(length > processor.max_tokens for length in lengths)
@@ -85,24 +102,47 @@ def inspect(reader: RecordReader, shard: int, processor: Processor) -> Findings:
 
 
 def _empty(view: ViewConfig) -> dict[str, Any]:
-    return {"rows": 0, "valid": 0, **dict.fromkeys(view.modalities, 0), "tokens": 0, "longest": 0, "cut": 0, "sample": ""}
+    return {
+        "rows": 0,
+        "valid": 0,
+        **dict.fromkeys(view.modalities, 0),
+        "tokens": 0,
+        "longest": 0,
+        "cut": 0,
+        "sample": "",
+    }
 
 
-def _record(reader: RecordReader, position: int, processor: Processor, found: Findings, texts: dict[str, list[str]]) -> None:
+def _record(
+    reader: RecordReader,
+    position: int,
+    processor: Processor,
+    found: Findings,
+    texts: dict[str, list[str]],
+) -> None:
     record = reader.read(position)
     _add(found.splits, {record.split: 1})
     if reader.scored and record.score is None:
         raise BadSample(record.id, "has no `score`, but the data set's first pair has one")
     shown: dict[str, bool] = {}
     for name, view in reader.config.views.items():
-        numbers, items = found.views.setdefault(name, _empty(view)), record.history if view.of == "history" else [getattr(record, view.of)]
+        numbers, items = (
+            found.views.setdefault(name, _empty(view)),
+            record.history if view.of == "history" else [getattr(record, view.of)],
+        )
         rows = [processor.row(item, view, reader.config) for item in items]
         shown[name] = any([row.valid for row in rows])
         has = {"rows": len(rows), "valid": sum(row.valid for row in rows)}
-        present = {"text": [bool(row.text) for row in rows], "vision": [bool(row.images) for row in rows], "audio": [row.audio is not None for row in rows]}
+        present = {
+            "text": [bool(row.text) for row in rows],
+            "vision": [bool(row.images) for row in rows],
+            "audio": [row.audio is not None for row in rows],
+        }
         _add(numbers, has | {modality: sum(present[modality]) for modality in view.modalities})
         texts[name] += [row.text for row in rows if row.text]
-        numbers["sample"] = numbers["sample"] or next((row.text[:60] for row in rows if row.text), "")
+        numbers["sample"] = numbers["sample"] or next(
+            (row.text[:60] for row in rows if row.text), ""
+        )
     for item in record.negatives:  # their media, too, are shown in training
         for view in (view for view in reader.config.views.values() if view.of == "target"):
             processor.row(item, view, reader.config)
@@ -111,7 +151,9 @@ def _record(reader: RecordReader, position: int, processor: Processor, found: Fi
 
 
 def _members(reader: RecordReader, position: int, found: Findings) -> None:
-    """Count the members that nobody reads, the endings of those that are, and texts that needed repair."""
+    """Count the members that nobody reads, the endings of those that are, and texts that needed
+    repair.
+    """
     shard, table, row = reader.index.locate(position)
     name, parts = table.ids[row], dict[str, list[Place]]()
     for extension, offset, size in table.members(row):
@@ -121,7 +163,11 @@ def _members(reader: RecordReader, position: int, found: Findings) -> None:
     for extension in sorted({extension for one in chosen for extension, *_ in one.unread}):
         found.count(f"records with a member .{extension} that nobody reads", name)
     for one in chosen:
-        media: dict[str, list[Place | None]] = {"picture": [*one.pictures], "sound": [one.sound], "video": [one.video]}
+        media: dict[str, list[Place | None]] = {
+            "picture": [*one.pictures],
+            "sound": [one.sound],
+            "video": [one.video],
+        }
         for kind, places in media.items():
             for read in places:
                 if read is not None:
@@ -130,8 +176,15 @@ def _members(reader: RecordReader, position: int, found: Findings) -> None:
         content = reader.member(shard, place)
         text = decode_text(content)
         is_json = place[0] == "json"
-        halves = is_json and any(sign in content for sign in SURROGATE_SIGNS[:2]) and REPLACEMENT in str(reader.body(position))
+        halves = (
+            is_json
+            and any(sign in content for sign in SURROGATE_SIGNS[:2])
+            and REPLACEMENT in str(reader.body(position))
+        )
         if text.repaired or halves:
-            found.count("records with a text that needed repair (bytes of no encoding, half characters)", name)
+            found.count(
+                "records with a text that needed repair (bytes of no encoding, half characters)",
+                name,
+            )
         if is_json and (b"NaN" in content or b"Infinity" in content):
             found.count("records with a JSON value that is not finite", name, where="counted")

@@ -1,6 +1,7 @@
 """What a record's members are, by their endings, and which of them its item shows.
 
-An ending says which decoder is asked; what the content is, the decoder finds for itself, so a WebP called `.jpg` is read.
+An ending says which decoder is asked; what the content is, the decoder finds for itself, so a WebP
+called `.jpg` is read.
 Members of no kind are passed over and counted by `sailplan data validate`.
 """
 
@@ -20,7 +21,9 @@ ENDINGS: dict[Kind, str] = {
     "text": "txt",
     "json": "json",
 }
-KINDS: dict[str, Kind] = {ending: kind for kind, endings in ENDINGS.items() for ending in endings.split()}
+KINDS: dict[str, Kind] = {
+    ending: kind for kind, endings in ENDINGS.items() for ending in endings.split()
+}
 MANY = 0xFFFF  # pictures that a film counts as: a row shows as many of them as it can
 Place = tuple[str, int, int]  # extension, offset of the content in bytes, size in bytes
 
@@ -37,13 +40,17 @@ def kind_of(extension: str) -> Kind | None:
 
 @dataclass
 class Chosen:
-    """The members of a record that are read, each (extension, offset, size), and those that nobody reads."""
+    """The members of a record that are read, each (extension, offset, size), and those that
+    nobody reads.
+    """
 
     json: Place | None = None
     text: Place | None = None
     pictures: list[Place] = field(default_factory=list)  # plain ones, then frames by number
     sound: Place | None = None
-    video: Place | None = None  # None where there are pictures: a film's preview picture is the record's picture
+    video: Place | None = (
+        None  # None where there are pictures: a film's preview picture is the record's picture
+    )
     unread: list[Place] = field(default_factory=list)
 
     @property
@@ -55,8 +62,9 @@ class Chosen:
 def choose(members: Iterable[Place]) -> Chosen:
     """Return what a record's item shows of its members.
 
-    A plain ending goes before a companion (`KEY.jpg` before `KEY.mask.png`), which is read only where there is nothing plain
-    of its kind. Frames `KEY.N.jpg` are all read, in the order of their numbers.
+    A plain ending goes before a companion (`KEY.jpg` before `KEY.mask.png`), which is read only
+    where there is nothing plain of its kind. Frames `KEY.N.jpg` are all read, in the order of their
+    numbers.
     """
     by_kind: dict[Kind | None, list[Place]] = {}
     for member in members:
@@ -64,7 +72,9 @@ def choose(members: Iterable[Place]) -> Chosen:
     chosen = Chosen(unread=by_kind.pop(None, []))
     for kind, found in by_kind.items():
         assert kind is not None
-        own = [member for member in found if _is_own(member[0])] or (found if kind != "json" else [])
+        own = [member for member in found if _is_own(member[0])] or (
+            found if kind != "json" else []
+        )
         chosen.unread += [member for member in found if member not in own]
         if not own:
             continue

@@ -1,8 +1,9 @@
 """Step batches ready before they are asked for, the same ones for any number of workers.
 
-A torch DataLoader runs over a data set whose index is the step number, so order and resume are the sampler's plain
-range and nothing else. A worker sends a whole step as one shared buffer (a step has hundreds of tensors; each would
-take a file descriptor). Without workers a thread decodes one step ahead. Bad samples are counted here, where all
+A torch DataLoader runs over a data set whose index is the step number, so order and resume are the
+sampler's plain range and nothing else. A worker sends a whole step as one shared buffer (a step has
+hundreds of tensors; each would take a file descriptor). Without workers a thread decodes one step
+ahead. Bad samples are counted here, where all
 steps of the rank come by, over the latest thousand rows.
 """
 
@@ -35,7 +36,10 @@ Packed = tuple[bytes, Tensor]
 
 
 class _Steps(Dataset[Packed | SailplanError]):
-    """Step number -> packed step batches. Errors come back as values: a worker's raise would lose their one-line form."""
+    """Step number -> packed step batches.
+
+    Errors come back as values: a worker's raise would lose their one-line form.
+    """
 
     def __init__(self, collator: Collator) -> None:
         self.collator = collator
@@ -48,11 +52,14 @@ class _Steps(Dataset[Packed | SailplanError]):
 
 
 class StepLoader:
-    """Iterates over the steps start_step .. stop_step - 1 (default: the stage's last) of a data-parallel rank; each is a list[StepBatch]
+    """Iterates over the steps start_step ..
+
+    stop_step - 1 (default: the stage's last) of a data-parallel rank; each is a list[StepBatch]
     (one, or several in a mixed step).
 
-    Raises while iterating: BadDataError when more than data.bad_sample_limit of the latest 1,000 rows had to be
-    replaced, or a row found no spare. Close it (or leave the `with` block) to end workers early.
+    Raises while iterating: BadDataError when more than data.bad_sample_limit of the latest 1,000
+    rows had to be replaced, or a row found no spare. Close it (or leave the `with` block) to end
+    workers early.
     """
 
     def __init__(
@@ -69,8 +76,21 @@ class StepLoader:
         negatives: HardNegativeStore | None = None,
         teachers: Teachers | None = None,
     ) -> None:
-        self.collator = Collator(config, stage, plan, readers, data_parallel_rank, data_parallel_size, negatives, teachers)
-        self.data, self.start_step, self.stop_step = config.data, start_step, plan.steps if stop_step is None else stop_step
+        self.collator = Collator(
+            config,
+            stage,
+            plan,
+            readers,
+            data_parallel_rank,
+            data_parallel_size,
+            negatives,
+            teachers,
+        )
+        self.data, self.start_step, self.stop_step = (
+            config.data,
+            start_step,
+            plan.steps if stop_step is None else stop_step,
+        )
         self._recent: deque[tuple[int, int]] = deque()  # (rows, bad samples) of the latest steps
         self._running: Iterator[list[StepBatch]] | None = None
 
@@ -98,14 +118,19 @@ class StepLoader:
 
     def _from_thread(self) -> Iterator[list[StepBatch]]:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as thread:
-            ahead = deque(thread.submit(self.collator.batches, step) for step in range(self.start_step, self.stop_step)[:1])
+            ahead = deque(
+                thread.submit(self.collator.batches, step)
+                for step in range(self.start_step, self.stop_step)[:1]
+            )
             for step in range(self.start_step, self.stop_step):
                 if step + 1 < self.stop_step:
                     ahead.append(thread.submit(self.collator.batches, step + 1))
                 yield ahead.popleft().result()
 
     def _from_workers(self) -> Iterator[list[StepBatch]]:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads do not survive the fork
+        os.environ.setdefault(
+            "TOKENIZERS_PARALLELISM", "false"
+        )  # the tokenizer's threads do not survive the fork
         loader = DataLoader(
             _Steps(self.collator),
             batch_size=None,
@@ -113,7 +138,8 @@ class StepLoader:
             num_workers=self.data.workers,
             prefetch_factor=self.data.prefetch,
             collate_fn=_unchanged,  # type: ignore[arg-type]
-            pin_memory=torch.cuda.is_available(),  # by a thread of the loader's: uploads start from there (step.upload)
+            # By a thread of the loader's: uploads start from there (step.upload)
+            pin_memory=torch.cuda.is_available(),
             multiprocessing_context="fork",
         )
         for packed in loader:
@@ -122,15 +148,27 @@ class StepLoader:
             yield unpack(packed)
 
     def _count(self, batches: list[StepBatch]) -> None:
-        self._recent.append((sum(len(batch.record_ids) for batch in batches), sum(len(batch.quarantined) for batch in batches)))
-        while len(self._recent) > 1 and sum(rows for rows, _ in self._recent) - self._recent[0][0] >= RECENT_ROWS:
+        self._recent.append(
+            (
+                sum(len(batch.record_ids) for batch in batches),
+                sum(len(batch.quarantined) for batch in batches),
+            )
+        )
+        while (
+            len(self._recent) > 1
+            and sum(rows for rows, _ in self._recent) - self._recent[0][0] >= RECENT_ROWS
+        ):
             self._recent.popleft()
         rows, bad = sum(rows for rows, _ in self._recent), sum(bad for _, bad in self._recent)
-        # never over a base smaller than RECENT_ROWS: one bad sample in the first small batch is no reason to stop
+        # never over a base smaller than RECENT_ROWS: one bad sample in the first small batch is no
+        # reason to stop
         if bad > self.data.bad_sample_limit * max(rows, RECENT_ROWS):
-            name, reason = next(entry for batch in reversed(batches) for entry in reversed(batch.quarantined))
+            name, reason = next(
+                entry for batch in reversed(batches) for entry in reversed(batch.quarantined)
+            )
             raise BadDataError(
-                f"{bad} bad samples in the latest {rows} rows, the limit is data.bad_sample_limit={self.data.bad_sample_limit}; "
+                f"{bad} bad samples in the latest {rows} rows, the limit is "
+                f"data.bad_sample_limit={self.data.bad_sample_limit}; "
                 f"last: {name}: {reason}; run `sailplan data validate`",
                 [entry for batch in batches for entry in batch.quarantined],
             )

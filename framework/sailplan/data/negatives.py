@@ -1,4 +1,6 @@
-"""Mined hard negatives: for every record of a data set's pattern, the records whose targets are its hard negatives."""
+"""Mined hard negatives: for every record of a data set's pattern, the records whose targets are
+its hard negatives.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from sailplan.config.schema import PatternKey
 class HardNegativeStore:
     """Hold positions int64 [n, K] of each pattern and its lambda* (a cosine).
 
-    Row i = negatives of the record at position i (n = records of the set), each the position of a record of the same
+    Row i = negatives of the record at position i (n = records of the set), each the position of a
+    record of the same
     set whose target item is the negative, -1 where absent.
     """
 
@@ -27,8 +30,12 @@ class HardNegativeStore:
     def save(self, path: str | Path) -> None:
         """Write one .npz, complete or not at all."""
         path = Path(path)
-        arrays = {f"positions:{key}": value.astype(np.int64) for key, value in self.positions.items()}
-        thresholds = {f"threshold:{key}": np.float64(value) for key, value in self.thresholds.items()}
+        arrays = {
+            f"positions:{key}": value.astype(np.int64) for key, value in self.positions.items()
+        }
+        thresholds = {
+            f"threshold:{key}": np.float64(value) for key, value in self.thresholds.items()
+        }
         save_arrays(path, {**arrays, **thresholds})
 
     @classmethod
@@ -47,7 +54,9 @@ class HardNegativeStore:
 
 
 def save_arrays(path: Path, arrays: dict[str, NDArray[np.generic] | np.generic]) -> None:
-    """np.savez to a temporary name in the same folder, then renamed: a reader never sees half a file."""
+    """np.savez to a temporary name in the same folder, then renamed: a reader never sees half a
+    file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.npz")
     with open(temporary, "wb") as file:

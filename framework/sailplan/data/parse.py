@@ -1,7 +1,9 @@
-"""Texts and JSON as people save them: byte order marks, UTF-16, Latin-1, halves of surrogate pairs, brackets without end.
+"""Texts and JSON as people save them: byte order marks, UTF-16, Latin-1, halves of surrogate
+pairs, brackets without end.
 
-A text that is no UTF-8 is read as what it most likely is, and said to be repaired, so that `sailplan data validate` can
-count it. JSON that cannot be used raises ValueError with a reason that fits into a line.
+A text that is no UTF-8 is read as what it most likely is, and said to be repaired, so that
+`sailplan data validate` can count it. JSON that cannot be used raises ValueError with a reason that
+fits into a line.
 """
 
 from __future__ import annotations
@@ -21,22 +23,31 @@ MARKS = (
 )
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SURROGATE = re.compile("[\ud800-\udfff]")
-SURROGATE_SIGNS = (b"\\ud", b"\\uD", b"\xed", b"\0")  # an escape, the bytes of UTF-8 that begin one, a wide encoding
+SURROGATE_SIGNS = (
+    b"\\ud",
+    b"\\uD",
+    b"\xed",
+    b"\0",
+)  # an escape, the bytes of UTF-8 that begin one, a wide encoding
 NO_TEXT = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # a text file has none of these
 
 
 @dataclass(frozen=True)
 class Text:
-    """A decoded text; `repaired`: its bytes were no text of the encoding that they seem to be in."""
+    """A decoded text; `repaired`: its bytes were no text of the encoding that they seem to be
+    in.
+    """
 
     text: str
     repaired: bool = False
 
 
 def decode_text(content: bytes) -> Text:
-    """Return the text of bytes in UTF-8, or in UTF-16 and UTF-32 with or without a mark; of other bytes what can be had.
+    """Return the text of bytes in UTF-8, or in UTF-16 and UTF-32 with or without a mark; of
+    other bytes what can be had.
 
-    Bytes that hold characters of UTF-8 beside broken ones keep those (the others become U+FFFD); else they are read as Windows'
+    Bytes that hold characters of UTF-8 beside broken ones keep those (the others become U+FFFD);
+    else they are read as Windows'
     Latin-1, which maps every byte.
     """
     for mark, encoding in MARKS:
@@ -61,7 +72,9 @@ def decode_text(content: bytes) -> Text:
 
 
 def wide_encoding(content: bytes) -> str | None:
-    """Return the encoding of two or four bytes a character that a file's first bytes show, by its mark or its zeros; None for others."""
+    """Return the encoding of two or four bytes a character that a file's first bytes show, by
+    its mark or its zeros; None for others.
+    """
     for mark, encoding in MARKS[1:]:
         if content.startswith(mark):
             return encoding
@@ -69,7 +82,9 @@ def wide_encoding(content: bytes) -> str | None:
 
 
 def _without_mark(content: bytes) -> str | None:
-    """The wide encoding of bytes without a mark, by where their zeros lie: most texts have a character below 256 in each half."""
+    """The wide encoding of bytes without a mark, by where their zeros lie: most texts have a
+    character below 256 in each half.
+    """
     if len(content) < 4 or b"\0" not in content[:64]:
         return None
     parts = [content[start:256:4] for start in range(4)]
@@ -86,8 +101,9 @@ def _without_mark(content: bytes) -> str | None:
 def parse_json(content: bytes) -> dict[str, Any]:
     """Return the JSON object of a record.
 
-    In any encoding that `decode_text` reads; a key that is there twice has its last value; half of a surrogate pair
-    becomes U+FFFD. Raises ValueError for anything else: not JSON, not an object, nested too deeply, numbers of thousands of digits.
+    In any encoding that `decode_text` reads; a key that is there twice has its last value; half of
+    a surrogate pair becomes U+FFFD. Raises ValueError for anything else: not JSON, not an object,
+    nested too deeply, numbers of thousands of digits.
     """
     try:
         try:
@@ -106,7 +122,15 @@ def parse_json(content: bytes) -> dict[str, Any]:
 def whole(value: Any) -> Any:
     """Return a JSON value with halves of surrogate pairs, which are no text, replaced by U+FFFD."""
     if isinstance(value, str):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") if SURROGATE.search(value) else value
+        return (
+            value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            if SURROGATE.search(value)
+            else value
+        )
     if isinstance(value, list):
         return [whole(entry) for entry in value]
-    return {whole(key): whole(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+    return (
+        {whole(key): whole(entry) for key, entry in value.items()}
+        if isinstance(value, dict)
+        else value
+    )

@@ -1,4 +1,6 @@
-"""Where what is derived from a shard is kept: beside it in `.index`, or in the cache where that cannot be written."""
+"""Where what is derived from a shard is kept: beside it in `.index`, or in the cache where that
+cannot be written.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,34 @@ from sailplan.errors import ConfigurationError
 
 
 def cache_root(cache: Path | None) -> Path:
-    """Return the cache's folder: `data.cache`, else ~/.cache/sailplan. Raises ConfigurationError where there is no home."""
+    """Return the cache's folder: `data.cache`, else ~/.cache/sailplan.
+
+    Raises ConfigurationError where there is no home.
+    """
     try:
         return cache or Path("~/.cache/sailplan").expanduser()
     except RuntimeError as error:
-        raise ConfigurationError("data.cache is not set, and this user has no home folder; set data.cache to a folder that can be written") from error
+        raise ConfigurationError(
+            "data.cache is not set, and this user has no home folder; set data.cache to a folder "
+            "that can be written"
+        ) from error
 
 
 def cache_folder(shard: Path, cache: Path | None) -> Path:
     """Return the cache's folder for what is derived from the shards of this one's folder."""
-    return cache_root(cache) / "index" / hashlib.sha256(str(shard.parent.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return (
+        cache_root(cache)
+        / "index"
+        / hashlib.sha256(
+            str(shard.parent.resolve()).encode("utf-8", "surrogateescape")
+        ).hexdigest()[:16]
+    )
 
 
 def kept_places(shard: Path, name: str, cache: Path | None) -> list[Path]:
-    """Return where a file derived from the shard may lie, in the order in which it is looked for."""
+    """Return where a file derived from the shard may lie, in the order in which it is looked
+    for.
+    """
     try:
         return [shard.parent / ".index" / name, cache_folder(shard, cache) / name]
     except ConfigurationError:  # no home: a container's user
@@ -33,9 +49,15 @@ def kept_places(shard: Path, name: str, cache: Path | None) -> list[Path]:
 
 
 def place_to_write(shard: Path, name: str, cache: Path | None) -> Path:
-    """Return where a file derived from the shard is to be written: the first place that can be; its folder is there."""
+    """Return where a file derived from the shard is to be written: the first place that can be;
+    its folder is there.
+    """
     beside = shard.parent / ".index" / name
-    chosen = beside if os.access(beside.parent if beside.parent.exists() else shard.parent, os.W_OK) else cache_folder(shard, cache) / name
+    chosen = (
+        beside
+        if os.access(beside.parent if beside.parent.exists() else shard.parent, os.W_OK)
+        else cache_folder(shard, cache) / name
+    )
     with explained(chosen, cache):
         chosen.parent.mkdir(parents=True, exist_ok=True)
         ignore = chosen.parent / ".gitignore"
@@ -51,5 +73,6 @@ def explained(place: Path, cache: Path | None) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigurationError(
-            f"data.cache={cache or 'null'}: {place} cannot be written ({error.strerror or error}); set data.cache to a folder that can be written"
+            f"data.cache={cache or 'null'}: {place} cannot be written ({error.strerror or error}); "
+            "set data.cache to a folder that can be written"
         ) from error

@@ -1,7 +1,9 @@
-"""The seam between data and encoders: a processor turns items into an encoder's tensors, and says what rows cost it.
+"""The seam between data and encoders: a processor turns items into an encoder's tensors, and
+says what rows cost it.
 
-`data/` reads bytes and structure: which item of a record a view shows, which of its texts in which language, how much of
-its media. What becomes of them (tokens, pixels, spectrograms, templates) is the encoder's own: it hands out a processor,
+`data/` reads bytes and structure: which item of a record a view shows, which of its texts in which
+language, how much of its media. What becomes of them (tokens, pixels, spectrograms, templates) is
+the encoder's own: it hands out a processor,
 and collating, evaluating and embedding ask that alone.
 """
 
@@ -31,7 +33,10 @@ _PROCESSORS: dict[str, Processor] = {}
 
 @dataclass(slots=True)
 class ViewRow:
-    """An item decoded for a view. f frames and c chunks as the item has them, at most the configured numbers."""
+    """An item decoded for a view.
+
+    f frames and c chunks as the item has them, at most the configured numbers.
+    """
 
     id: int = -1  # the same document, or for text-only views the same text; -1: not valid
     text: str = ""
@@ -56,7 +61,9 @@ class TokenCounts(Protocol):
 
 @dataclass(frozen=True)
 class MediaCosts:
-    """What media cost an encoder, in tokens: beside its text a row costs `first_picture` where it has any, and so on."""
+    """What media cost an encoder, in tokens: beside its text a row costs `first_picture` where
+    it has any, and so on.
+    """
 
     first_picture: int = 0
     picture: int = 0  # each
@@ -79,11 +86,18 @@ class Processor(ABC):
         """Pictures and spectrograms by their encoded bytes, kept between epochs."""
         return ByteCache(DECODED_BYTES)
 
-    def row(self, item: Item | None, view: ViewConfig, dataset: DatasetConfig, seed: int | None = None, text: str | None = None) -> ViewRow:
+    def row(
+        self,
+        item: Item | None,
+        view: ViewConfig,
+        dataset: DatasetConfig,
+        seed: int | None = None,
+        text: str | None = None,
+    ) -> ViewRow:
         """Decode an item for a view.
 
-        seed: draws the row's language, fields and augmentation; None: evaluation, nothing is drawn. text: taken
-        instead of the item's fields. Raises BadSample for media that cannot be decoded.
+        seed: draws the row's language, fields and augmentation; None: evaluation, nothing is drawn.
+        text: taken instead of the item's fields. Raises BadSample for media that cannot be decoded.
         """
         if item is None:
             return ViewRow()
@@ -100,7 +114,9 @@ class Processor(ABC):
             row.audio = self.sound(item.id, item.audio, source, strength)
         if row.text or row.images or row.audio is not None:
             text_only = list(view.modalities) == ["text"]
-            row.id = derive("text", row.text.casefold()) if text_only else derive("document", item.id)
+            row.id = (
+                derive("text", row.text.casefold()) if text_only else derive("document", item.id)
+            )
         return row
 
     def picture(self, pixels: Tensor) -> Tensor:
@@ -119,24 +135,39 @@ class Processor(ABC):
         return known
 
     def _pictures(self, item: Item, view: ViewConfig, seed: int | None) -> tuple[Tensor, ...]:
-        """The pictures that a row shows: the first ones, or frames spread over a film; at most `frames`."""
-        source = None if seed is None else random.Random(derive("frames", seed))  # of its own: other draws do not depend on it
+        """The pictures that a row shows: the first ones, or frames spread over a film; at most
+        `frames`.
+        """
+        source = (
+            None if seed is None else random.Random(derive("frames", seed))
+        )  # of its own: other draws do not depend on it
         if item.images:
-            shown = video.chosen(item.images, self.frames, source) if view.frames == "spread" else item.images[: self.frames]
+            shown = (
+                video.chosen(item.images, self.frames, source)
+                if view.frames == "spread"
+                else item.images[: self.frames]
+            )
             return tuple(self.image(item.id, content) for content in shown)
         assert item.video is not None
         try:
-            return tuple(self.picture(pixels) for pixels in video.frames(item.video, self.frames, source))
+            return tuple(
+                self.picture(pixels) for pixels in video.frames(item.video, self.frames, source)
+            )
         except ValueError as error:
             raise BadSample(item.id, str(error)) from error
 
-    def sound(self, item_id: str, content: bytes, source: random.Random | None, strength: float) -> Tensor:
-        """Decode a recording; source: draws where it is cut and what is changed, None in evaluation; raises BadSample."""
+    def sound(
+        self, item_id: str, content: bytes, source: random.Random | None, strength: float
+    ) -> Tensor:
+        """Decode a recording; source: draws where it is cut and what is changed, None in
+        evaluation; raises BadSample.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no sound")
 
     @abstractmethod
     def overhead(self, view: ViewConfig) -> int:
-        """Return the tokens of a view's rows beside their own text: the prompt's, and special ones. Raises ConfigurationError for a
+        """Return the tokens of a view's rows beside their own text: the prompt's, and special
+        ones. Raises ConfigurationError for a
         prompt that leaves no room."""
 
     @abstractmethod
@@ -144,28 +175,55 @@ class Processor(ABC):
         """Return the token ids of each row's own text, cut so that they fit beside `overhead`."""
 
     @abstractmethod
-    def batch(self, rows: Sequence[ViewRow], tokens: Sequence[list[int]], view: ViewConfig) -> EncoderInputs:
+    def batch(
+        self, rows: Sequence[ViewRow], tokens: Sequence[list[int]], view: ViewConfig
+    ) -> EncoderInputs:
         """Stack rows (with their `tokens`) into one micro-batch, ready for the upload."""
 
     @abstractmethod
     def largest(self, modalities: Sequence[str], rows: int) -> EncoderInputs:
-        """Return a micro-batch in which every row has all that the configuration lets it have: what memory must hold."""
+        """Return a micro-batch in which every row has all that the configuration lets it have:
+        what memory must hold.
+        """
 
     def cost(self, row: ViewRow, tokens: int, view: ViewConfig) -> int:
         """Return what a decoded row costs whose own text has so many tokens."""
-        return self.counted(tokens, len(row.images), 0 if row.audio is None else len(row.audio), view)
+        return self.counted(
+            tokens, len(row.images), 0 if row.audio is None else len(row.audio), view
+        )
 
     def counted(self, tokens: int, pictures: int, chunks: int, view: ViewConfig) -> int:
-        """Return the cost of a row with so many tokens of its own text, pictures and chunks of sound."""
+        """Return the cost of a row with so many tokens of its own text, pictures and chunks of
+        sound.
+        """
         media = self.media
-        cost = self.overhead(view) + tokens + media.first_picture * (pictures > 0) + media.picture * pictures
+        cost = (
+            self.overhead(view)
+            + tokens
+            + media.first_picture * (pictures > 0)
+            + media.picture * pictures
+        )
         return cost + media.sound * (chunks > 0) + media.chunk * min(chunks, media.chunks)
 
 
 def processor_of(config: Config) -> Processor:
-    """Return the process's processor for a configuration: stages and evaluations share what is decoded already."""
-    options = {one.name: getattr(config.data, one.name) for one in fields(config.data) if one.name != "sets"}
-    key = repr((config.model.encoder, asdict(config.model), options, config.parallel.tensor, config.parallel.encoders))
+    """Return the process's processor for a configuration: stages and evaluations share what is
+    decoded already.
+    """
+    options = {
+        one.name: getattr(config.data, one.name)
+        for one in fields(config.data)
+        if one.name != "sets"
+    }
+    key = repr(
+        (
+            config.model.encoder,
+            asdict(config.model),
+            options,
+            config.parallel.tensor,
+            config.parallel.encoders,
+        )
+    )
     if key not in _PROCESSORS:
         _PROCESSORS.clear()  # one at a time: its caches are large
         _PROCESSORS[key] = config.model.component().processor(config)

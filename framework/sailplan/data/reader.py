@@ -1,7 +1,8 @@
 """Read record number i of a data set: one positioned read per member, no scan, nothing decoded.
 
-Turns the JSON formats of docs/data.md into Record and Item per kind (items, pairs, sequences), looks up catalogue
-items by id, and draws history and target of a sequence that lists only `items`. A record that cannot be used raises
+Turns the JSON formats of docs/data.md into Record and Item per kind (items, pairs, sequences),
+looks up catalogue items by id, and draws history and target of a sequence that lists only `items`.
+A record that cannot be used raises
 BadSample; what happens then (a spare, a report, a stop) is the caller's decision.
 """
 
@@ -43,16 +44,25 @@ FILES_OPEN = 128
 class RecordReader:
     """Random access to a data set's records by position (0 .. len - 1, the order of the shards).
 
-    `name`: key in data.sets; `config`: its DatasetConfig; `catalogue`: reader of the items that ids refer to, or None.
+    `name`: key in data.sets; `config`: its DatasetConfig; `catalogue`: reader of the items that ids
+    refer to, or None.
     """
 
-    def __init__(self, name: str, config: DatasetConfig, index: ShardIndex, catalogue: RecordReader | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: DatasetConfig,
+        index: ShardIndex,
+        catalogue: RecordReader | None = None,
+    ) -> None:
         self.name, self.config, self.index, self.catalogue = name, config, index, catalogue
         self._files: OrderedDict[int, int] = OrderedDict()
         self._items: ByteCache[Item] = ByteCache(CACHE_BYTES)
         self._scored: bool | None = None
         self.lengths: LengthIndex | None = None  # None: rows count as equally long
-        self._lock = threading.RLock()  # the prefetch thread and an evaluation may read at the same time
+        self._lock = (
+            threading.RLock()
+        )  # the prefetch thread and an evaluation may read at the same time
 
     def __len__(self) -> int:
         return len(self.index)
@@ -93,28 +103,48 @@ class RecordReader:
         """Position of the record with this id, or None."""
         return self.index.find(record_id)
 
-    def read(self, position: int, *, seed: int | None = None, media: frozenset[str] = ALL_MEDIA, needs: Iterable[str] | None = None) -> Record:
+    def read(
+        self,
+        position: int,
+        *,
+        seed: int | None = None,
+        media: frozenset[str] = ALL_MEDIA,
+        needs: Iterable[str] | None = None,
+    ) -> Record:
         """The record at a position.
 
-        seed: draws a sequence's target and history among its `items`; None: a fixed draw that depends on the record's
-        id alone (evaluation). media: which of "vision", "audio" to read. needs: which of item, query, target, history,
-        negatives to look up (default all). Raises BadSample for broken bytes, JSON, unknown ids or a stale index.
+        seed: draws a sequence's target and history among its `items`; None: a fixed draw that
+        depends on the record's id alone (evaluation). media: which of "vision", "audio" to read.
+        needs: which of item, query, target, history, negatives to look up (default all). Raises
+        BadSample for broken bytes, JSON, unknown ids or a stale index.
         """
         if self.config.kind == "items":
             item = self.item(position, media)
             return Record(item.id, self.split(position), item=item)
         body, _ = self._read_body(position)
-        wanted = frozenset(needs) if needs is not None else frozenset({"item", "query", "target", "history", "negatives"})
+        wanted = (
+            frozenset(needs)
+            if needs is not None
+            else frozenset({"item", "query", "target", "history", "negatives"})
+        )
         record_id, split = self.ids([position])[0], self.split(position)
         used = {"id", "split", "negatives"}
-        negatives = self._negatives(record_id, body, position, media, seed) if "negatives" in wanted else ()
+        negatives = (
+            self._negatives(record_id, body, position, media, seed) if "negatives" in wanted else ()
+        )
         if self.config.kind == "pairs":
-            used |= {"text", "query", "item", "score"} | ({"target"} if self.catalogue is None else set())
+            used |= {"text", "query", "item", "score"} | (
+                {"target"} if self.catalogue is None else set()
+            )
             return Record(
                 record_id,
                 split,
-                query=self._side(record_id, body, position, "query", media) if "query" in wanted else None,
-                target=self._side(record_id, body, position, "target", media) if "target" in wanted else None,
+                query=self._side(record_id, body, position, "query", media)
+                if "query" in wanted
+                else None,
+                target=self._side(record_id, body, position, "target", media)
+                if "target" in wanted
+                else None,
                 negatives=negatives,
                 score=score(record_id, body),
                 extra={key: value for key, value in body.items() if key not in used},
@@ -127,17 +157,26 @@ class RecordReader:
             negatives=negatives,
             target_probability=probability(record_id, body, "target_probability"),
             negative_probability=probability(record_id, body, "negative_probability"),
-            history=tuple(self._catalogue_item(record_id, name, media) for name in history) if "history" in wanted else (),
+            history=tuple(self._catalogue_item(record_id, name, media) for name in history)
+            if "history" in wanted
+            else (),
             target=self._catalogue_item(record_id, target, media) if "target" in wanted else None,
-            extra={**{key: value for key, value in body.items() if key not in used}, "history": history, "target": target},
+            extra={
+                **{key: value for key, value in body.items() if key not in used},
+                "history": history,
+                "target": target,
+            },
         )
 
-    def draw(self, record_id: str, body: Mapping[str, Any], seed: int | None) -> tuple[list[str], str]:
+    def draw(
+        self, record_id: str, body: Mapping[str, Any], seed: int | None
+    ) -> tuple[list[str], str]:
         """History ids (at most history_length) and the target id of a sequence.
 
-        `history` + `target` in the JSON are used as they are (a longer history keeps its last, most recent, ids). Of
-        `items` one is the target and a random part of the others the history, in their listed order; of `items` with `times`
-        the history is what came before the target (`data.windows`).
+        `history` + `target` in the JSON are used as they are (a longer history keeps its last, most
+        recent, ids). Of
+        `items` one is the target and a random part of the others the history, in their listed
+        order; of `items` with `times` the history is what came before the target (`data.windows`).
         """
         length = self.config.history_length
         target = given(body.get("target"))
@@ -148,7 +187,11 @@ class RecordReader:
             return window(record_id, found, length, seed)
         items = list(dict.fromkeys(found))
         if len(items) < 2:
-            raise BadSample(record_id, f"a sequence needs `history` and `target`, or at least 2 different `items`; found {len(items)}")
+            raise BadSample(
+                record_id,
+                "a sequence needs `history` and `target`, or at least 2 different `items`; found "
+                f"{len(items)}",
+            )
         source = random.Random(derive("held out target", record_id) if seed is None else seed)
         target = items.pop(int(source.random() * len(items)))
         if len(items) > length:
@@ -162,7 +205,9 @@ class RecordReader:
         return self.draw(record_id, self._read_body(position)[0], seed)
 
     def body(self, position: int) -> dict[str, Any]:
-        """The record's JSON as it is in the shard; {} for a record without JSON, and for a broken one, which a warning names."""
+        """The record's JSON as it is in the shard; {} for a record without JSON, and for a
+        broken one, which a warning names.
+        """
         try:
             return self._read_body(position)[0]
         except BadSample as problem:
@@ -170,12 +215,15 @@ class RecordReader:
             return {}
 
     def item_ids(self, position: int) -> list[str]:
-        """All item ids that a sequence names, in its order: its `items`, else its history, then its target. [] for a broken record,
+        """All item ids that a sequence names, in its order: its `items`, else its history, then
+        its target. [] for a broken record,
         which a warning names."""
         record_id, body = self.ids([position])[0], self.body(position)
         try:
             target = given(body.get("target"))
-            return events(record_id, body) or ids(record_id, body, "history") + ([] if target is None else [target])
+            return events(record_id, body) or ids(record_id, body, "history") + (
+                [] if target is None else [target]
+            )
         except BadSample as problem:
             logger.warning("%s: left out: %s", self.name, problem)
             return []
@@ -190,9 +238,15 @@ class RecordReader:
 
     @property
     def scored(self) -> bool:
-        """Whether the data set's pairs carry graded scores (decided by its first record with JSON, so equal on all ranks)."""
+        """Whether the data set's pairs carry graded scores (decided by its first record with
+        JSON, so equal on all ranks).
+        """
         if self._scored is None:
-            bodies = (self.body(position) for position in range(len(self))) if self.config.kind == "pairs" else ()
+            bodies = (
+                (self.body(position) for position in range(len(self)))
+                if self.config.kind == "pairs"
+                else ()
+            )
             self._scored = "score" in next((body for body in bodies if body), {})
         return self._scored
 
@@ -207,7 +261,8 @@ class RecordReader:
         return item
 
     def outlines(self, shard: int) -> Iterator[tuple[dict[str, Any], int, int]]:
-        """Yield of each record of a shard its texts as `fields`, with the ids under ROLES, and how many pictures and sounds it
+        """Yield of each record of a shard its texts as `fields`, with the ids under ROLES, and
+        how many pictures and sounds it
         has; nothing of a record that cannot be used."""
         for position in range(int(self.index.starts[shard]), int(self.index.starts[shard + 1])):
             try:
@@ -216,16 +271,27 @@ class RecordReader:
             except BadSample:
                 yield {}, 0, 0
 
-    def _outline(self, position: int, body: dict[str, Any], chosen: Chosen) -> tuple[dict[str, Any], int, int]:
+    def _outline(
+        self, position: int, body: dict[str, Any], chosen: Chosen
+    ) -> tuple[dict[str, Any], int, int]:
         if self.config.kind == "items":
             item = self._item("", body, chosen, position, frozenset())
             return {"fields": item.fields}, *media_counts(chosen)
-        named = {role: body[role] for role in ROLES if role in body} if self.catalogue is not None else {}
+        named = (
+            {role: body[role] for role in ROLES if role in body}
+            if self.catalogue is not None
+            else {}
+        )
         if self.config.kind == "sequences":
             return named, 0, 0
         parts, fields = self._parts(position), dict[str, Any]()
-        sides = {"query": self._held(body, "query", parts), "target": self._held(body, "target", parts)}
-        for number, value in enumerate(body["negatives"] if isinstance(body.get("negatives"), list) else []):
+        sides = {
+            "query": self._held(body, "query", parts),
+            "target": self._held(body, "target", parts),
+        }
+        for number, value in enumerate(
+            body["negatives"] if isinstance(body.get("negatives"), list) else []
+        ):
             if self.catalogue is None or isinstance(value, dict):
                 sides[f"negatives/{number}"] = value
         for part, value in sides.items():
@@ -239,8 +305,14 @@ class RecordReader:
         return {"fields": fields, **named}, *media_counts(choose(parts.get("query", [])))
 
     def _held(self, body: Mapping[str, Any], part: str, parts: Mapping[str, Any]) -> Any:
-        """What a pair's JSON holds of a part itself; None where it names an item of the catalogue."""
-        if part == "query" and given(body.get("query")) is None and given(body.get("text")) is not None:
+        """What a pair's JSON holds of a part itself; None where it names an item of the
+        catalogue.
+        """
+        if (
+            part == "query"
+            and given(body.get("query")) is None
+            and given(body.get("text")) is not None
+        ):
             return {"text": body["text"]}
         value = next((body[key] for key in SIDES[part] if given(body.get(key)) is not None), None)
         return value if self.catalogue is None or isinstance(value, dict) else None
@@ -253,52 +325,115 @@ class RecordReader:
             try:
                 body = parse_json(self.member(shard, chosen.json))
             except ValueError as error:
-                reason = f"broken JSON in {self.index.shards[shard]} at byte {chosen.json[1]}: {error}"
+                reason = (
+                    f"broken JSON in {self.index.shards[shard]} at byte {chosen.json[1]}: {error}"
+                )
                 raise BadSample(table.ids[row], " ".join(reason.split())[:300]) from error
         found = given(body.get("id"))
         if found is not None and found != table.ids[row]:
-            raise BadSample(table.ids[row], f"{self.index.shards[shard]} changed while in use: found the record {found} in its place")
+            raise BadSample(
+                table.ids[row],
+                f"{self.index.shards[shard]} changed while in use: found the record {found} in its "
+                "place",
+            )
         return body, chosen
 
-    def _item(self, record_id: str, body: dict[str, Any], chosen: Chosen, position: int, media: frozenset[str]) -> Item:
+    def _item(
+        self,
+        record_id: str,
+        body: dict[str, Any],
+        chosen: Chosen,
+        position: int,
+        media: frozenset[str],
+    ) -> Item:
         """The item of a record; of its media those that are asked for."""
-        return self._content(position, media).item(record_id, fields_of(record_id, body.get("fields")), "title", chosen, body)
+        return self._content(position, media).item(
+            record_id, fields_of(record_id, body.get("fields")), "title", chosen, body
+        )
 
-    def _side(self, record_id: str, body: Mapping[str, Any], position: int, part: str, media: frozenset[str]) -> Item:
-        """Query or target of a pair: an item of the catalogue that the record names, or what the record holds itself."""
+    def _side(
+        self,
+        record_id: str,
+        body: Mapping[str, Any],
+        position: int,
+        part: str,
+        media: frozenset[str],
+    ) -> Item:
+        """Query or target of a pair: an item of the catalogue that the record names, or what the
+        record holds itself.
+        """
         value = next((body[key] for key in SIDES[part] if given(body.get(key)) is not None), None)
         own = self._parts(position).get(part, [])
-        if part == "query" and given(body.get("query")) is None and given(body.get("text")) is not None:
-            return inline_item(f"{record_id}#query", {"text": body["text"]}, choose(own), self._content(position, media))
+        if (
+            part == "query"
+            and given(body.get("query")) is None
+            and given(body.get("text")) is not None
+        ):
+            return inline_item(
+                f"{record_id}#query",
+                {"text": body["text"]},
+                choose(own),
+                self._content(position, media),
+            )
         if self.catalogue is not None and not isinstance(value, dict) and not own:
             if part == "query" and value is None:
                 raise BadSample(record_id, "a pair needs `text` or `query`; found neither")
             return self._catalogue_item(record_id, value, media)
         if value is None and not own:
-            raise BadSample(record_id, f"a pair without a catalogue needs {' or '.join(SIDES[part])}, or members KEY.{part}.*; found none")
-        return inline_item(f"{record_id}#{part}", value, choose(own), self._content(position, media))
+            raise BadSample(
+                record_id,
+                f"a pair without a catalogue needs {' or '.join(SIDES[part])}, or members "
+                f"KEY.{part}.*; found none",
+            )
+        return inline_item(
+            f"{record_id}#{part}", value, choose(own), self._content(position, media)
+        )
 
-    def _negatives(self, record_id: str, body: Mapping[str, Any], position: int, media: frozenset[str], seed: int | None) -> tuple[Item, ...]:
-        """As many of the record's own negatives as the data set takes: all of a short list, a random part of a long one."""
+    def _negatives(
+        self,
+        record_id: str,
+        body: Mapping[str, Any],
+        position: int,
+        media: frozenset[str],
+        seed: int | None,
+    ) -> tuple[Item, ...]:
+        """As many of the record's own negatives as the data set takes: all of a short list, a
+        random part of a long one.
+        """
         count = self.config.negatives
         if not count:
             return ()
         values = dict(enumerate(listed(record_id, body, "negatives")))
-        parts = {int(part.partition("/")[2]): members for part, members in self._parts(position).items() if part.startswith("negatives/")}
+        parts = {
+            int(part.partition("/")[2]): members
+            for part, members in self._parts(position).items()
+            if part.startswith("negatives/")
+        }
         numbers = sorted(values.keys() | parts.keys())
         if len(numbers) > count:
-            numbers = random.Random(derive("negatives", record_id if seed is None else seed)).sample(numbers, count)
+            numbers = random.Random(
+                derive("negatives", record_id if seed is None else seed)
+            ).sample(numbers, count)
         found = []
         for number in numbers:
             value, own = values.get(number), parts.get(number, [])
             if self.catalogue is not None and not isinstance(value, dict) and not own:
                 found.append(self._catalogue_item(record_id, value, media))
             else:
-                found.append(inline_item(f"{record_id}#negatives/{number}", value, choose(own), self._content(position, media)))
+                found.append(
+                    inline_item(
+                        f"{record_id}#negatives/{number}",
+                        value,
+                        choose(own),
+                        self._content(position, media),
+                    )
+                )
         return tuple(found)
 
     def _parts(self, position: int) -> dict[str, list[Place]]:
-        """Members of a pair's parts that it holds itself: part -> (extension within the part, offset, size)."""
+        """Members of a pair's parts that it holds itself: part -> (extension within the part,
+        offset, size).
+        """
         _, table, row = self.index.locate(position)
         parts: dict[str, list[Place]] = {}
         for extension, offset, size in table.members(row):
@@ -312,22 +447,33 @@ class RecordReader:
         return Content(lambda place: self.member(shard, place), media)
 
     def find_item(self, value: Any) -> int | None:
-        """Position in the catalogue of the item with an id as a record gives it; None where there is none, or no catalogue."""
+        """Position in the catalogue of the item with an id as a record gives it; None where
+        there is none, or no catalogue.
+        """
         name = given(value)
         if self.catalogue is None or name is None or isinstance(value, dict | list):
             return None
         position = self.catalogue.find(name)
-        if position is None and isinstance(value, float) and value.is_integer():  # a table's whole numbers beside an empty cell
+        if (
+            position is None and isinstance(value, float) and value.is_integer()
+        ):  # a table's whole numbers beside an empty cell
             position = self.catalogue.find(str(int(value)))
         return position
 
     def _catalogue_item(self, record_id: str, value: Any, media: frozenset[str]) -> Item:
-        assert self.catalogue is not None, "sequences have a catalogue, and pairs without one hold their items"
+        assert self.catalogue is not None, (
+            "sequences have a catalogue, and pairs without one hold their items"
+        )
         if given(value) is None:
-            raise BadSample(record_id, f"names no item of the catalogue '{self.catalogue.name}': its id is {value!r}")
+            raise BadSample(
+                record_id,
+                f"names no item of the catalogue '{self.catalogue.name}': its id is {value!r}",
+            )
         position = self.find_item(value)
         if position is None:
-            raise BadSample(record_id, f"item {given(value)} is not in the catalogue '{self.catalogue.name}'")
+            raise BadSample(
+                record_id, f"item {given(value)} is not in the catalogue '{self.catalogue.name}'"
+            )
         return self.catalogue.item(position, media)
 
     def member(self, shard: int, place: Place) -> bytes:
@@ -339,9 +485,15 @@ class RecordReader:
                 if len(self._files) > FILES_OPEN:
                     os.close(self._files.popitem(last=False)[1])
             self._files.move_to_end(shard)
-            content = os.pread(self._files[shard], size, offset)  # no shared file position: safe in forked workers
+            content = os.pread(
+                self._files[shard], size, offset
+            )  # no shared file position: safe in forked workers
         if len(content) != size:
-            raise BadSample(self.index.shards[shard].name, f"read {len(content)} of {size} bytes at byte {offset}: the shard was cut while in use")
+            raise BadSample(
+                self.index.shards[shard].name,
+                f"read {len(content)} of {size} bytes at byte {offset}: the shard was cut while in "
+                "use",
+            )
         return content
 
     def _opened(self, shard: int) -> int:
@@ -349,4 +501,7 @@ class RecordReader:
             self.index.check_shard(shard)
             return os.open(self.index.shards[shard], os.O_RDONLY)
         except OSError as error:
-            raise BadDataError(f"{self.index.shards[shard]}: cannot be read ({error.strerror or error}): the shard went away while in use") from error
+            raise BadDataError(
+                f"{self.index.shards[shard]}: cannot be read ({error.strerror or error}): the "
+                "shard went away while in use"
+            ) from error

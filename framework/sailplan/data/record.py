@@ -1,10 +1,12 @@
-"""What travels from a tar member to the loss: records, a rank's step batch, and the encoder's inputs.
+"""What travels from a tar member to the loss: records, a rank's step batch, and the encoder's
+inputs.
 
-A *record* is what a shard holds. A *view* (config.schema.ViewConfig) is one way to show a record's item to
-the encoder; every view that a step's patterns need is encoded once, and the patterns share the results.
+A *record* is what a shard holds. A *view* (config.schema.ViewConfig) is one way to show a record's
+item to the encoder; every view that a step's patterns need is encoded once, and the patterns share
+the results.
 
-Shape legend: r rows of this rank in the step, g items per row (history length or hard negatives, else 1),
-b rows of one micro-batch, t tokens, f frames, c audio chunks.
+Shape legend: r rows of this rank in the step, g items per row (history length or hard negatives,
+else 1), b rows of one micro-batch, t tokens, f frames, c audio chunks.
 """
 
 from __future__ import annotations
@@ -24,11 +26,15 @@ class Item:
     """One document: encoded bytes as they lie in the shard, nothing decoded yet."""
 
     id: str
-    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # field -> language -> str | list[str]
+    fields: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # field -> language -> str | list[str]
     images: tuple[bytes, ...] = ()
     audio: bytes | None = None
     video: bytes | None = None  # a film, of which a view of pictures shows some frames
-    extra: Mapping[str, Any] = field(default_factory=dict)  # other JSON keys: group, held_out_tags, ...
+    extra: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # other JSON keys: group, held_out_tags, ...
 
 
 @dataclass(frozen=True)
@@ -42,18 +48,27 @@ class Record:
     target: Item | None = None  # kinds pairs and sequences
     history: tuple[Item, ...] = ()  # kind sequences
     score: float | None = None  # graded pairs, 0..1
-    negatives: tuple[Item, ...] = ()  # pairs and sequences: items that are no answer, the data set's `negatives` of them at most
-    target_probability: float | None = None  # sequences: how often a record of the set has this target, 0..1
-    negative_probability: float | None = None  # sequences: how likely an item was to be drawn as a negative, 0..1
+    negatives: tuple[
+        Item, ...
+        # Pairs and sequences: items that are no answer, the data set's `negatives` of them at most
+    ] = ()
+    target_probability: float | None = (
+        None  # sequences: how often a record of the set has this target, 0..1
+    )
+    negative_probability: float | None = (
+        None  # sequences: how likely an item was to be drawn as a negative, 0..1
+    )
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class EncoderInputs:
-    """One micro-batch of rows of one view, for one encoder: tensors with a row for each item, which its processor made and nobody else looks into.
+    """One micro-batch of rows of one view, for one encoder: tensors with a row for each item,
+    which its processor made and nobody else looks into.
 
-    All rows run the same parts of the encoder: `modalities`, the view's declaration, is equal on all ranks, whatever is
-    really present. An encoder's own class adds its tensors as fields, or keeps them by name (`NamedInputs`).
+    All rows run the same parts of the encoder: `modalities`, the view's declaration, is equal on
+    all ranks, whatever is really present. An encoder's own class adds its tensors as fields, or
+    keeps them by name (`NamedInputs`).
     """
 
     modalities: tuple[str, ...]
@@ -67,8 +82,12 @@ class EncoderInputs:
         return self.mapped(lambda tensor: to_device(tensor, torch.device(device)))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """Return the inputs with every tensor changed; what was derived from them for other rows is left out."""
-        return replace(self, **{name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})  # type: ignore[arg-type]
+        """Return the inputs with every tensor changed; what was derived from them for other rows
+        is left out.
+        """
+        held = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: change(value) for name, value in held.items()}
+        return replace(self, **changed)
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, for counting their memory."""
@@ -94,10 +113,13 @@ class NamedInputs(EncoderInputs):
 
 @dataclass
 class ViewBatch:
-    """This rank's rows of one view in a step, cut into micro-batches (the same number on every rank)."""
+    """This rank's rows of one view in a step, cut into micro-batches (the same number on every
+    rank).
+    """
 
     micro_batches: Sequence[EncoderInputs]
-    order: Tensor  # int64 [r * g]; encoded = cat(micro_batches)[order] puts the rows back into the step's order
+    # int64 [r * g]; encoded = cat(micro_batches)[order] puts the rows back into the step's order
+    order: Tensor
     valid: Tensor  # bool [r * g]; False where the item lacks every declared modality, or is padding
     ids: Tensor  # int64 [r * g]; equal ids = the same document (text-only views: the same text)
     group: int = 1  # g
@@ -110,12 +132,25 @@ class StepBatch:
     step: int
     dataset: str
     record_ids: list[str]  # r, in the step's order
-    views: dict[str, ViewBatch]  # view name -> rows; mined negatives of pattern P and the records' own are under "negatives/P"
+    views: dict[
+        str, ViewBatch
+        # View name -> rows; mined negatives of pattern P and the records' own are under
+        # "negatives/P"
+    ]
     scores: Tensor | None = None  # float32 [r] graded pair scores
-    teachers: dict[str, Tensor] = field(default_factory=dict)  # "VIEW/TEACHER" -> float32 [r, d]; zero rows where unknown
+    teachers: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # "VIEW/TEACHER" -> float32 [r, d]; zero rows where unknown
     patterns: dict[str, float] = field(default_factory=dict)  # pattern name -> weight, of this step
-    quarantined: list[tuple[str, str]] = field(default_factory=list)  # (record id, reason), replaced by spares
-    digest: str = ""  # Plan.digest: 16 hex digits over the records of the whole step's global batch; equal on all ranks
-    # float32 [r] log of the records' target_probability, with negatives of known probability relative to those; None unless all have it
+    quarantined: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # (record id, reason), replaced by spares
+    # Plan.digest: 16 hex digits over the records of the whole step's global batch; equal on all
+    # ranks
+    digest: str = ""
+    # float32 [r] log of the records' target_probability, with negatives of known probability
+    # relative to those; None unless all have it
     target_log_probability: Tensor | None = None
-    rank_rows: tuple[int, ...] | None = None  # rows of every data-parallel rank, in rank order; None: the ranks ask each other
+    rank_rows: tuple[int, ...] | None = (
+        None  # rows of every data-parallel rank, in rank order; None: the ranks ask each other
+    )

@@ -1,4 +1,6 @@
-"""The table of one shard: ids, splits and member places of its records, read from mapped columns a record at a time."""
+"""The table of one shard: ids, splits and member places of its records, read from mapped columns
+a record at a time.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from sailplan.errors import BadDataError
 
 VERSION = 4  # of what the columns mean
 CHECK_BITS = 24
-YOUNG_SECONDS = 2.0  # a file may change again without another time of change, as clocks of file systems are coarse
+# A file may change again without another time of change, as clocks of file systems are coarse
+YOUNG_SECONDS = 2.0
 
 
 def id_hash(record_id: str) -> int:
@@ -34,7 +37,10 @@ def id_check(record_id: str) -> int:
 
 
 class ShardTable:
-    """Of m records: `ids`, `split(row)`, `rows(split)`, `members(row)`, `hashes()`. A damaged page raises what `damaged` makes of it."""
+    """Of m records: `ids`, `split(row)`, `rows(split)`, `members(row)`, `hashes()`.
+
+    A damaged page raises what `damaged` makes of it.
+    """
 
     def __init__(self, columns: Columns, damaged: Callable[[Exception], BadDataError]) -> None:
         self._columns, self._damaged = columns, damaged
@@ -50,7 +56,9 @@ class ShardTable:
     @property
     def passed(self) -> dict[str, tuple[int, str]]:
         """What the scan passed over: what -> how often, and the first (`data.tar.Scan`)."""
-        return {what: (count, first) for what, (count, first) in self._columns.note["passed"].items()}
+        return {
+            what: (count, first) for what, (count, first) in self._columns.note["passed"].items()
+        }
 
     def part(self, name: str, low: int, high: int) -> NDArray[Any]:
         """Return rows low .. high - 1 of a column."""
@@ -67,18 +75,27 @@ class ShardTable:
         """Return the rows of the split's records, rising."""
         if split not in self._rows:
             codes = self.part("splits", 0, len(self))
-            self._rows[split] = np.flatnonzero(codes == self.split_names.index(split)).astype(np.int64)
+            self._rows[split] = np.flatnonzero(codes == self.split_names.index(split)).astype(
+                np.int64
+            )
         return self._rows[split]
 
     def members(self, row: int) -> list[tuple[str, int, int]]:
         """Return (extension, offset, size) of each member of the record."""
         low, high = self.part("member_starts", row, row + 2).tolist()
-        columns = [self.part(name, low, high).tolist() for name in ("extensions", "offsets", "sizes")]
-        return [(self._extensions[code], offset * self._unit, size) for code, offset, size in zip(*columns, strict=True)]
+        columns = [
+            self.part(name, low, high).tolist() for name in ("extensions", "offsets", "sizes")
+        ]
+        return [
+            (self._extensions[code], offset * self._unit, size)
+            for code, offset, size in zip(*columns, strict=True)
+        ]
 
     def hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Return `id_hash` and `id_check` of all records, each uint64 [m]."""
-        return self.part("hashes", 0, len(self)), self.part("checks", 0, len(self)).astype(np.uint64)
+        return self.part("hashes", 0, len(self)), self.part("checks", 0, len(self)).astype(
+            np.uint64
+        )
 
     def headers(self) -> list[int]:
         """Return where up to 32 evenly spread records begin, in bytes."""
@@ -116,14 +133,21 @@ class Ids(Sequence[str]):
 
 
 def scanned(shard: Path, held_out: HeldOut | None) -> Entry:
-    """Return the entry of a shard, read from its tar. Raises BadDataError for one that cannot be read or is no whole tar."""
+    """Return the entry of a shard, read from its tar.
+
+    Raises BadDataError for one that cannot be read or is no whole tar.
+    """
     try:
         status, found = os.stat(shard), scan(shard, held_out)
         records = found.records
-        # the header lies one block before the content (long names add blocks before it, which does not matter here)
+        # the header lies one block before the content (long names add blocks before it, which does
+        # not matter here)
         mark = fingerprint(shard, [record.members[0][1] - BLOCK for record in records])
     except OSError as error:
-        raise BadDataError(f"{shard}: cannot be read ({error.strerror or error}); check its permissions and the disk") from error
+        raise BadDataError(
+            f"{shard}: cannot be read ({error.strerror or error}); check its permissions and the "
+            "disk"
+        ) from error
     members = [member for record in records for member in record.members]
     splits, extensions, counts = dict[str, int](), dict[str, int](), dict[str, int]()
     for record in records:
@@ -139,25 +163,47 @@ def scanned(shard: Path, held_out: HeldOut | None) -> Entry:
         "hashes": np.array([id_hash(name) for name in ids], dtype=np.uint64),
         "checks": np.array([id_check(name) for name in ids], dtype=np.uint32),
         "member_starts": _narrow(np.cumsum([0] + [len(record.members) for record in records])),
-        "extensions": _narrow([extensions.setdefault(extension, len(extensions)) for extension, _, _ in members]),
+        "extensions": _narrow(
+            [extensions.setdefault(extension, len(extensions)) for extension, _, _ in members]
+        ),
         "offsets": _narrow(offsets // unit),
         "sizes": _narrow([size for _, _, size in members]),
     }
-    note = {"version": VERSION, "unit": unit, "splits": list(splits), "extensions": list(extensions), "passed": found.passed}
+    note = {
+        "version": VERSION,
+        "unit": unit,
+        "splits": list(splits),
+        "extensions": list(extensions),
+        "passed": found.passed,
+    }
     version = status.st_mtime_ns if time.time_ns() - status.st_mtime_ns > YOUNG_SECONDS * 1e9 else 0
-    return Entry(status.st_size, version, int(mark, 16), len(records), _content(records), counts, pack(arrays, note))
+    return Entry(
+        status.st_size,
+        version,
+        int(mark, 16),
+        len(records),
+        _content(records),
+        counts,
+        pack(arrays, note),
+    )
 
 
-def has_changed(shard: Path, size: int, version: int, mark: int, headers: Callable[[], list[int]]) -> bool:
-    """Return whether a shard is another than it was when it had this size, version and fingerprint. Raises OSError.
+def has_changed(
+    shard: Path, size: int, version: int, mark: int, headers: Callable[[], list[int]]
+) -> bool:
+    """Return whether a shard is another than it was when it had this size, version and
+    fingerprint. Raises OSError.
 
-    headers: where some of its records began. They are read only where the time of the last change is no proof: a copied file is
+    headers: where some of its records began. They are read only where the time of the last change
+    is no proof: a copied file is
     the same, though younger.
     """
     status = os.stat(shard)
     if status.st_size != size:
         return True
-    return (not version or status.st_mtime_ns != version) and int(fingerprint(shard, headers()), 16) != mark
+    return (not version or status.st_mtime_ns != version) and int(
+        fingerprint(shard, headers()), 16
+    ) != mark
 
 
 def _content(records: Sequence[RecordPlace]) -> int:
@@ -170,6 +216,10 @@ def _narrow(values: Sequence[int] | NDArray[np.int64]) -> NDArray[Any]:
     """Return whole numbers of 0 or more in the fewest bytes that hold all of them."""
     wide = np.asarray(values, dtype=np.int64)
     most = int(wide.max(initial=0))
-    return wide.astype(next(kind for kind in (np.uint8, np.uint16, np.uint32, np.int64) if most <= np.iinfo(kind).max))
-
-
+    return wide.astype(
+        next(
+            kind
+            for kind in (np.uint8, np.uint16, np.uint32, np.int64)
+            if most <= np.iinfo(kind).max
+        )
+    )

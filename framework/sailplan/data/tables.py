@@ -1,7 +1,9 @@
-"""Tables of a data set's shards: found through manifests, made where they are missing, read where they lie.
+"""Tables of a data set's shards: found through manifests, made where they are missing, read
+where they lie.
 
-Opening reads one manifest, whatever the number of records; a shard's table is looked at when a record of it is. Manifests may lie
-beside the shards and in the cache (`data.places`): each shard's row is taken from the first that has a current one.
+Opening reads one manifest, whatever the number of records; a shard's table is looked at when a
+record of it is. Manifests may lie beside the shards and in the cache (`data.places`): each shard's
+row is taken from the first that has a current one.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from sailplan.data.places import kept_places, place_to_write
 from sailplan.errors import BadDataError
 
 ATTEMPTS = 3  # to index shards that are stale again when they have just been indexed
-Stale = Callable[["Tables", NDArray[np.int64]], NDArray[np.bool_]]  # the tables that there are, numbers of shards [k] -> which are old [k]
+Stale = Callable[
+    ["Tables", NDArray[np.int64]], NDArray[np.bool_]
+]  # the tables that there are, numbers of shards [k] -> which are old [k]
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,14 @@ class Source:
 
 
 class Tables:
-    """The rows of s shards, and their tables. `rows`: [s] of manifest.ROW; memory: the manifests, whatever the number of records."""
+    """The rows of s shards, and their tables.
 
-    def __init__(self, sources: list[Source], source: NDArray[np.int64], row: NDArray[np.int64]) -> None:
+    `rows`: [s] of manifest.ROW; memory: the manifests, whatever the number of records.
+    """
+
+    def __init__(
+        self, sources: list[Source], source: NDArray[np.int64], row: NDArray[np.int64]
+    ) -> None:
         """source, row: [s] which of the sources has the shard, and in which row."""
         self._sources, self._source, self._row = sources, source, row
         self.rows: Rows = np.zeros(len(row), dtype=ROW)
@@ -63,7 +72,9 @@ class Tables:
                 shard = int(shards[order[place]])
                 if shard < len(self.rows):
                     name = one.manifest.tags[code]
-                    first[name] = min(first.get(name, (shard, int(order[place]))), (shard, int(order[place])))
+                    first[name] = min(
+                        first.get(name, (shard, int(order[place]))), (shard, int(order[place]))
+                    )
         return sorted(first, key=first.__getitem__)
 
     def counts(self, tag: str) -> NDArray[np.int64]:
@@ -79,12 +90,17 @@ class Tables:
         return result
 
     def table(self, shard: int) -> Columns:
-        """Return a shard's table, mapped. Raises BadDataError where the file of tables went away or is damaged."""
+        """Return a shard's table, mapped.
+
+        Raises BadDataError where the file of tables went away or is damaged.
+        """
         number = int(self._source[shard])
         try:
             if number not in self._blobs:
                 one = self._sources[number]
-                self._blobs[number] = mapped(one.file.with_name(one.manifest.blob), one.manifest.end)
+                self._blobs[number] = mapped(
+                    one.file.with_name(one.manifest.blob), one.manifest.end
+                )
             row = self.rows[shard]
             return Columns(self._blobs[number], int(row["offset"]), int(row["bytes"]))
         except (OSError, Damaged) as error:
@@ -95,7 +111,10 @@ class Tables:
         one = self._sources[int(self._source[shard])]
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         file = one.file.with_name(one.manifest.blob)
-        return BadDataError(f"{file}: vanished or was damaged ({reason}), expected the tables of {one.file.name}; `sailplan data index` makes them anew")
+        return BadDataError(
+            f"{file}: vanished or was damaged ({reason}), expected the tables of {one.file.name}; "
+            "`sailplan data index` makes them anew"
+        )
 
 
 def open_tables(
@@ -109,23 +128,39 @@ def open_tables(
     processes: int = 1,
     thorough: bool = False,
 ) -> Tables:
-    """Return the tables of shards, of which those that are missing or stale are made, together with all other processes that do.
+    """Return the tables of shards, of which those that are missing or stale are made, together
+    with all other processes that do.
 
-    kind: name of the manifest. make: entry of the shard with a number. thorough: compare each checksum of each table.
-    Raises BadDataError for a shard that is damaged or that changes all the time, ConfigurationError where nothing can be written.
+    kind: name of the manifest. make: entry of the shard with a number. thorough: compare each
+    checksum of each table.
+    Raises BadDataError for a shard that is damaged or that changes all the time, ConfigurationError
+    where nothing can be written.
     """
     if not shards:
         return Tables([], np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
     names, before, attempts = relative_names(shards), set[int](), 0
     while True:
-        tables, missing = _look(shards[0], names, f"{kind}.manifest", cache, stale, thorough and not before)
+        tables, missing = _look(
+            shards[0], names, f"{kind}.manifest", cache, stale, thorough and not before
+        )
         if not missing:
             return tables
         if before != set(missing):
             before, attempts = set(missing), 0
         if attempts >= ATTEMPTS:
-            raise BadDataError(f"{shards[missing[0]]}: changes while it is indexed, found it changed {attempts} times; wait until it is written, start again")
-        attempts += fill(place_to_write(shards[0], f"{kind}.manifest", cache), names, missing, make, progress, cache, processes)
+            raise BadDataError(
+                f"{shards[missing[0]]}: changes while it is indexed, found it changed {attempts} "
+                "times; wait until it is written, start again"
+            )
+        attempts += fill(
+            place_to_write(shards[0], f"{kind}.manifest", cache),
+            names,
+            missing,
+            make,
+            progress,
+            cache,
+            processes,
+        )
 
 
 def relative_names(shards: Sequence[Path]) -> list[str]:
@@ -133,10 +168,15 @@ def relative_names(shards: Sequence[Path]) -> list[str]:
     base = str(shards[0].parent)
     start = "" if base == "." else base if base.endswith(os.sep) else base + os.sep
     paths = map(str, shards)
-    return [path[len(start) :] if path.startswith(start) else os.path.relpath(path, base) for path in paths]
+    return [
+        path[len(start) :] if path.startswith(start) else os.path.relpath(path, base)
+        for path in paths
+    ]
 
 
-def _look(first: Path, names: list[str], file: str, cache: Path | None, stale: Stale, thorough: bool) -> tuple[Tables, list[int]]:
+def _look(
+    first: Path, names: list[str], file: str, cache: Path | None, stale: Stale, thorough: bool
+) -> tuple[Tables, list[int]]:
     """Return the tables that there are, and the numbers of the shards without a current one."""
     sources: list[Source] = []
     source, row = np.full(len(names), -1, dtype=np.int64), np.full(len(names), -1, dtype=np.int64)
@@ -146,7 +186,9 @@ def _look(first: Path, names: list[str], file: str, cache: Path | None, stale: S
         if manifest is None:
             continue
         known = {name: number for number, name in enumerate(manifest.names)}
-        found = np.fromiter((known.get(names[shard], -1) for shard in missing.tolist()), np.int64, len(missing))
+        found = np.fromiter(
+            (known.get(names[shard], -1) for shard in missing.tolist()), np.int64, len(missing)
+        )
         there, found = missing[found >= 0], found[found >= 0]
         source[there], row[there] = len(sources), found
         sources.append(Source(place, manifest))

@@ -1,9 +1,11 @@
-"""Where a shard's records lie: one pass over a tar's headers, strict about anything that is not a whole archive.
+"""Where a shard's records lie: one pass over a tar's headers, strict about anything that is not
+a whole archive.
 
-A record is a run of neighbouring members that share a key (`data.names`). Tars are read as people make them: links stand for
-what they point at, archives joined with `cat` are read to their end, sidecars are passed over. What is passed over is
-counted. tarfile stops silently at a damaged header and at a missing end mark; here both are errors that name the
-shard and the byte, because silence would shrink the data set unseen.
+A record is a run of neighbouring members that share a key (`data.names`). Tars are read as people
+make them: links stand for what they point at, archives joined with `cat` are read to their end,
+sidecars are passed over. What is passed over is counted. tarfile stops silently at a damaged header
+and at a missing end mark; here both are errors that name the shard and the byte, because silence
+would shrink the data set unseen.
 """
 
 from __future__ import annotations
@@ -38,12 +40,16 @@ class RecordPlace:
     key: str
     id: str
     split: str = "train"
-    members: list[Place] = field(default_factory=list)  # (extension, offset of the content in bytes, size in bytes)
+    members: list[Place] = field(
+        default_factory=list
+    )  # (extension, offset of the content in bytes, size in bytes)
 
 
 @dataclass
 class Scan:
-    """The records of a shard in the order in which they lie, and what was passed over: what -> how often, and the first."""
+    """The records of a shard in the order in which they lie, and what was passed over: what ->
+    how often, and the first.
+    """
 
     records: list[RecordPlace] = field(default_factory=list)
     passed: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -56,25 +62,34 @@ class Scan:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The rule by which records that name no split are held out: `fraction` of the values of `by`, the same ones wherever they lie."""
+    """The rule by which records that name no split are held out: `fraction` of the values of
+    `by`, the same ones wherever they lie.
+    """
 
     fraction: float
     by: str = "id"
 
     def split(self, record_id: str, body: Mapping[str, Any]) -> str:
-        """Return the split of a record; a larger fraction holds out the same records, and others."""
+        """Return the split of a record; a larger fraction holds out the same records, and
+        others.
+        """
         value = record_id if self.by == "id" else body.get(self.by)
         name = json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else given(value)
-        word = int.from_bytes(hashlib.blake2b((record_id if name is None else name).encode(), digest_size=8).digest(), "little")
+        word = int.from_bytes(
+            hashlib.blake2b((record_id if name is None else name).encode(), digest_size=8).digest(),
+            "little",
+        )
         return "held_out" if word < int(self.fraction * 2**64) else "train"
 
 
 def scan(shard: Path, held_out: HeldOut | None = None) -> Scan:
     """Return all records of a tar. held_out: splits those that name no split.
 
-    A record without a JSON `id` is called SHARD/KEY, so that plain shards with keys 000000.. stay unique. A JSON that
-    cannot be parsed keeps its record (id SHARD/KEY): reading it later is one bad sample, not the end of the run.
-    Raises BadDataError naming shard and offset when the archive is truncated, compressed or damaged.
+    A record without a JSON `id` is called SHARD/KEY, so that plain shards with keys 000000.. stay
+    unique. A JSON that cannot be parsed keeps its record (id SHARD/KEY): reading it later is one
+    bad sample, not the end of the run.
+    Raises BadDataError naming shard and offset when the archive is truncated, compressed or
+    damaged.
     """
     found, stem = Scan(), readable(shard.stem)
     with open(shard, "rb") as file:
@@ -83,14 +98,18 @@ def scan(shard: Path, held_out: HeldOut | None = None) -> Scan:
             own = list(run)
             for key, places in samples([name for name, _, _ in own]):
                 record = RecordPlace(readable(key), f"{stem}/{readable(key)}")
-                record.members = [(readable(extension), *own[number][1:]) for number, extension in places]
+                record.members = [
+                    (readable(extension), *own[number][1:]) for number, extension in places
+                ]
                 _read_identity(file.fileno(), record, held_out)
                 found.records.append(record)
     return found
 
 
 def _members(shard: Path, file: BinaryIO, found: Scan) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Yield name and header of all members that may belong to a record, of all archives that the file joins."""
+    """Yield name and header of all members that may belong to a record, of all archives that the
+    file joins.
+    """
     size = os.fstat(file.fileno()).st_size
     start: int | None = 0
     while start is not None:
@@ -104,13 +123,18 @@ def _members(shard: Path, file: BinaryIO, found: Scan) -> Iterator[tuple[str, ta
                         found.pass_over("sidecars and hidden files", member.name)
                     elif not split_name(member.name)[1]:
                         found.pass_over("members without an ending", member.name)
-                    elif member.issparse() or not (member.isfile() or member.islnk() or member.issym()):
+                    elif member.issparse() or not (
+                        member.isfile() or member.islnk() or member.issym()
+                    ):
                         found.pass_over("members that are no plain files", member.name)
                     else:
                         yield member.name, member
                 end = archive.offset
         except (tarfile.TarError, EOFError, ValueError) as error:
-            raise BadDataError(f"{shard}: not a whole uncompressed tar ({error}); expected a webdataset shard: copy or write it again") from error
+            raise BadDataError(
+                f"{shard}: not a whole uncompressed tar ({error}); expected a webdataset shard: "
+                "copy or write it again"
+            ) from error
         if start and end == start:  # what follows an end mark need not be an archive
             found.pass_over("bytes after an end mark", f"byte {start}", size - start)
             return
@@ -120,9 +144,14 @@ def _members(shard: Path, file: BinaryIO, found: Scan) -> Iterator[tuple[str, ta
 
 def _expect_end_mark(shard: Path, descriptor: int, end: int, size: int) -> None:
     if end >= size:
-        raise BadDataError(f"{shard}: the tar stops at byte {size} without its end mark, it was probably cut off: copy or write it again")
+        raise BadDataError(
+            f"{shard}: the tar stops at byte {size} without its end mark, it was probably cut off: "
+            "copy or write it again"
+        )
     if os.pread(descriptor, BLOCK, end).strip(b"\0"):
-        raise BadDataError(f"{shard}: damaged tar header at byte {end} of {size}: copy or write it again")
+        raise BadDataError(
+            f"{shard}: damaged tar header at byte {end} of {size}: copy or write it again"
+        )
 
 
 def _next_archive(descriptor: int, end: int, size: int) -> int | None:
@@ -135,12 +164,20 @@ def _next_archive(descriptor: int, end: int, size: int) -> int | None:
     return None
 
 
-def _resolved(members: list[tuple[str, tarfile.TarInfo]], found: Scan) -> list[tuple[str, int, int]]:
-    """Return name, offset and size of each member; a link has those of the file of the archive that it points at."""
+def _resolved(
+    members: list[tuple[str, tarfile.TarInfo]], found: Scan
+) -> list[tuple[str, int, int]]:
+    """Return name, offset and size of each member; a link has those of the file of the archive
+    that it points at.
+    """
     if not any(header.islnk() or header.issym() for _, header in members):
         return [(name, header.offset_data, header.size) for name, header in members]
     known = {posixpath.normpath(name): header for name, header in members if header.isfile()}
-    links = {posixpath.normpath(name): _target(name, header) for name, header in members if not header.isfile()}
+    links = {
+        posixpath.normpath(name): _target(name, header)
+        for name, header in members
+        if not header.isfile()
+    }
     result = []
     for name, header in members:
         place = posixpath.normpath(name)
@@ -157,8 +194,14 @@ def _resolved(members: list[tuple[str, tarfile.TarInfo]], found: Scan) -> list[t
 
 
 def _target(name: str, header: tarfile.TarInfo) -> str:
-    """The member that a link points at: a hard link names it from the archive's root, a symbolic one from its own folder."""
-    return posixpath.normpath(header.linkname if header.islnk() else posixpath.join(posixpath.dirname(name), header.linkname))
+    """The member that a link points at: a hard link names it from the archive's root, a symbolic
+    one from its own folder.
+    """
+    return posixpath.normpath(
+        header.linkname
+        if header.islnk()
+        else posixpath.join(posixpath.dirname(name), header.linkname)
+    )
 
 
 def _read_identity(descriptor: int, record: RecordPlace, held_out: HeldOut | None) -> None:
@@ -167,12 +210,16 @@ def _read_identity(descriptor: int, record: RecordPlace, held_out: HeldOut | Non
         with suppress(ValueError):  # reported when the record is read, see RecordReader
             body = parse_json(os.pread(descriptor, place[2], place[1]))
     record.id = given(body.get("id")) or record.id
-    record.split = given(body.get("split")) or (record.split if held_out is None else held_out.split(record.id, body))
+    record.split = given(body.get("split")) or (
+        record.split if held_out is None else held_out.split(record.id, body)
+    )
 
 
 def fingerprint(shard: Path, header_offsets: list[int]) -> str:
-    """A hash of up to 32 evenly spread record starts (header block and the block behind it): equal for a copied file,
-    different for a shard that was written anew with other records. `header_offsets`: first header of each record."""
+    """A hash of up to 32 evenly spread record starts (header block and the block behind it):
+    equal for a copied file,
+    different for a shard that was written anew with other records. `header_offsets`: first header
+    of each record."""
     digest = hashlib.sha256()
     count = min(len(header_offsets), SAMPLED_BLOCKS)
     with open(shard, "rb") as file:

@@ -1,4 +1,6 @@
-"""Teacher vectors by item id, such as the ID embeddings of a recommender that id2item distils (recipe section 3)."""
+"""Teacher vectors by item id, such as the ID embeddings of a recommender that id2item distils
+(recipe section 3).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from sailplan.data.negatives import save_arrays
 
 
 class Teachers(Protocol):
-    """Vectors of items by id, from one table in memory or from mapped files (`data.teacher_files`)."""
+    """Vectors of items by id, from one table in memory or from mapped files
+    (`data.teacher_files`).
+    """
 
     @property
     def names(self) -> list[str]:
@@ -29,14 +33,21 @@ class Teachers(Protocol):
 
 
 class TeacherTable:
-    """For each teacher a float32 matrix [items, d] over one list of item ids; a zero row: unknown to that teacher."""
+    """For each teacher a float32 matrix [items, d] over one list of item ids; a zero row:
+    unknown to that teacher.
+    """
 
     def __init__(self, ids: Sequence[str], vectors: Mapping[str, NDArray[np.float32]]) -> None:
         self.ids = list(ids)
-        self.vectors = {name: np.asarray(matrix, dtype=np.float32) for name, matrix in vectors.items()}
+        self.vectors = {
+            name: np.asarray(matrix, dtype=np.float32) for name, matrix in vectors.items()
+        }
         for name, matrix in self.vectors.items():
             if matrix.ndim != 2 or len(matrix) != len(self.ids):
-                raise ValueError(f"teacher '{name}' has the shape {matrix.shape}, expected [{len(self.ids)}, d]: one row per item id")
+                raise ValueError(
+                    f"teacher '{name}' has the shape {matrix.shape}, expected [{len(self.ids)}, "
+                    "d]: one row per item id"
+                )
         self._rows = {item_id: row for row, item_id in enumerate(self.ids)}
 
     @property
@@ -62,10 +73,19 @@ class TeacherTable:
 
     def save(self, path: str | Path) -> None:
         """Write one .npz, complete or not at all."""
-        save_arrays(Path(path), {"ids": np.array(self.ids), **{f"vectors:{name}": matrix for name, matrix in self.vectors.items()}})
+        save_arrays(
+            Path(path),
+            {
+                "ids": np.array(self.ids),
+                **{f"vectors:{name}": matrix for name, matrix in self.vectors.items()},
+            },
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> TeacherTable:
         """Read what `save` wrote."""
         with np.load(path) as arrays:
-            return cls(arrays["ids"].tolist(), {name.partition(":")[2]: arrays[name] for name in arrays.files if name != "ids"})
+            return cls(
+                arrays["ids"].tolist(),
+                {name.partition(":")[2]: arrays[name] for name in arrays.files if name != "ids"},
+            )

@@ -1,4 +1,6 @@
-"""Made-up shards for tests: an items catalogue with pictures and sounds, pairs, histories, and a tokenizer for them."""
+"""Made-up shards for tests: an items catalogue with pictures and sounds, pairs, histories, and a
+tokenizer for them.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,36 @@ import soundfile
 import tokenizers
 from PIL import Image
 
-from sailplan.config.schema import Config, DataConfig, DatasetConfig, PatternConfig, StepConfig, ViewConfig
+from sailplan.config.schema import (
+    Config,
+    DataConfig,
+    DatasetConfig,
+    PatternConfig,
+    StepConfig,
+    ViewConfig,
+)
 from sailplan.data.index import ShardIndex
 from sailplan.data.manifest import Manifest
 from sailplan.data.tables import Tables
 
-WORDS = ["red", "blue", "green", "round", "flat", "fish", "bird", "tree", "boat", "house", "sun", "moon", "star", "wheel", "apple", "stone"]
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "round",
+    "flat",
+    "fish",
+    "bird",
+    "tree",
+    "boat",
+    "house",
+    "sun",
+    "moon",
+    "star",
+    "wheel",
+    "apple",
+    "stone",
+]
 Member = tuple[str, bytes]
 
 
@@ -42,7 +68,9 @@ def write_set(folder: Path, records: Sequence[Sequence[Member]], per_shard: int 
 
 
 def repeated(index: ShardIndex, copies: int) -> ShardIndex:
-    """Return the index as of so many times its shards, all of them the same files: a set of a size that no test can write out."""
+    """Return the index as of so many times its shards, all of them the same files: a set of a
+    size that no test can write out.
+    """
     known = index.tables
     index.shards = index.shards * copies
     index._use(Tables(known._sources, np.tile(known._source, copies), np.tile(known._row, copies)))
@@ -50,7 +78,9 @@ def repeated(index: ShardIndex, copies: int) -> ShardIndex:
 
 
 def synthetic_set(folder: Path, shards: Sequence[Path], copies: int) -> list[Path]:
-    """Make a folder of many shards, links to a few, with the manifest that indexing all of them would write; return their paths."""
+    """Make a folder of many shards, links to a few, with the manifest that indexing all of them
+    would write; return their paths.
+    """
     folder.mkdir(parents=True)
     linked = [folder / f"s{number:06d}.tar" for number in range(len(shards) * copies)]
     for number, link in enumerate(linked):
@@ -62,14 +92,25 @@ def synthetic_set(folder: Path, shards: Sequence[Path], copies: int) -> list[Pat
 
 
 def repeat_manifest(file: Path, names: Sequence[str]) -> None:
-    """Rewrite a manifest: its shards, in the order of their names, stand for others over and over."""
+    """Rewrite a manifest: its shards, in the order of their names, stand for others over and
+    over.
+    """
     known = Manifest.load(file)
     assert known is not None
     order, count = np.argsort(known.names), len(known.names)
     copies, place = len(names) // count, np.argsort(order)
     tag_rows = np.add.outer(np.arange(copies) * count, place[known.tag_rows]).reshape(-1)
     codes, counts = np.tile(known.tag_codes, copies), np.tile(known.tag_counts, copies)
-    Manifest(known.blob, known.end, list(names), np.tile(known.rows[order], copies), known.tags, tag_rows, codes, counts).save(file)
+    Manifest(
+        known.blob,
+        known.end,
+        list(names),
+        np.tile(known.rows[order], copies),
+        known.tags,
+        tag_rows,
+        codes,
+        counts,
+    ).save(file)
 
 
 def json_member(key: str, body: Any) -> Member:
@@ -85,7 +126,12 @@ def png(number: int, size: int = 16) -> bytes:
 
 def wav(number: int, seconds: float = 0.4, rate: int = 8000) -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, np.random.default_rng(number).standard_normal(int(seconds * rate)).astype(np.float32) * 0.1, rate, format="WAV")
+    soundfile.write(
+        file,
+        np.random.default_rng(number).standard_normal(int(seconds * rate)).astype(np.float32) * 0.1,
+        rate,
+        format="WAV",
+    )
     return file.getvalue()
 
 
@@ -94,7 +140,10 @@ def item_body(number: int) -> dict[str, Any]:
     return {
         "id": f"things/{number}",
         "split": "held_out" if number % 10 == 9 else "train",
-        "fields": {"title": {"en": f"{first} {second} {number}", "de": f"das {first} {number}"}, "tags": {"en": [first, second], "fr": [f"le {first}"]}},
+        "fields": {
+            "title": {"en": f"{first} {second} {number}", "de": f"das {first} {number}"},
+            "tags": {"en": [first, second], "fr": [f"le {first}"]},
+        },
         "held_out_tags": {"en": [f"kept {second}"]} if number % 2 else {},
         "group": number % 3,
     }
@@ -107,23 +156,50 @@ def item_record(number: int) -> list[Member]:
 
 
 def write_shards(root: Path) -> None:
-    """things (64 items), choices (40 text -> item), graded (40 item -> item with score), histories (24), tokenizer.json."""
+    """things (64 items), choices (40 text -> item), graded (40 item -> item with score),
+    histories (24), tokenizer.json.
+    """
     write_set(root / "things", [item_record(number) for number in range(64)])
-    choices = [{"id": f"choices/{n}", "text": {"en": f"choose {WORDS[n % 16]} {n}"}, "item": f"things/{n}", "user": f"u{n % 5}"} for n in range(40)]
+    choices = [
+        {
+            "id": f"choices/{n}",
+            "text": {"en": f"choose {WORDS[n % 16]} {n}"},
+            "item": f"things/{n}",
+            "user": f"u{n % 5}",
+        }
+        for n in range(40)
+    ]
     write_set(root / "choices", [[json_member(f"{n}", body)] for n, body in enumerate(choices)])
-    graded = [{"id": f"graded/{n}", "query": f"things/{n}", "item": f"things/{n + 1}", "score": n / 40} for n in range(40)]
+    graded = [
+        {"id": f"graded/{n}", "query": f"things/{n}", "item": f"things/{n + 1}", "score": n / 40}
+        for n in range(40)
+    ]
     write_set(root / "graded", [[json_member(f"{n}", body)] for n, body in enumerate(graded)])
-    histories = [{"id": f"histories/{n}", "items": [f"things/{(n * 7 + k * 3) % 64}" for k in range(2 + n % 12)]} for n in range(24)]
+    histories = [
+        {
+            "id": f"histories/{n}",
+            "items": [f"things/{(n * 7 + k * 3) % 64}" for k in range(2 + n % 12)],
+        }
+        for n in range(24)
+    ]
     write_set(root / "histories", [[json_member(f"{n}", body)] for n, body in enumerate(histories)])
     model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["<pad>", "?"], show_progress=False)
-    model.train_from_iterator([*WORDS, "title: tags: Find the: | , 0 1 2 3 4 5 6 7 8 9 choose le das kept"], trainer)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=200, special_tokens=["<pad>", "?"], show_progress=False
+    )
+    model.train_from_iterator(
+        [*WORDS, "title: tags: Find the: | , 0 1 2 3 4 5 6 7 8 9 choose le das kept"], trainer
+    )
     model.save(str(root / "tokenizer.json"))
 
 
-def made_up_config(root: Path, global_batch: int = 16, micro_batch: int = 5, seed: int = 3, **data: Any) -> Config:
-    """A configuration over the shards that `write_shards(root)` wrote; keyword arguments replace fields of DataConfig."""
+def made_up_config(
+    root: Path, global_batch: int = 16, micro_batch: int = 5, seed: int = 3, **data: Any
+) -> Config:
+    """A configuration over the shards that `write_shards(root)` wrote; keyword arguments replace
+    fields of DataConfig.
+    """
     text = ViewConfig(fields=["title"], prompt="Find the:")
     item_views = {
         "title": text,
@@ -137,7 +213,10 @@ def made_up_config(root: Path, global_batch: int = 16, micro_batch: int = 5, see
         "things": DatasetConfig(
             shards=str(root / "things"),
             views=item_views,
-            patterns={"image_title": PatternConfig("image", "title"), "keyword_full": PatternConfig("keyword", "full", 0.5)},
+            patterns={
+                "image_title": PatternConfig("image", "title"),
+                "keyword_full": PatternConfig("keyword", "full", 0.5),
+            },
             image_augmentation=0.5,
         ),
         "choices": DatasetConfig(
@@ -158,11 +237,30 @@ def made_up_config(root: Path, global_batch: int = 16, micro_batch: int = 5, see
             shards=str(root / "histories"),
             kind="sequences",
             catalogue="things",
-            views={"history": ViewConfig(of="history", modalities=["vision"]), "target": ViewConfig(of="target", modalities=["vision"])},
+            views={
+                "history": ViewConfig(of="history", modalities=["vision"]),
+                "target": ViewConfig(of="target", modalities=["vision"]),
+            },
             patterns={"next": PatternConfig("history", "target")},
             history_length=4,
         ),
     }
-    options: dict[str, Any] = {"segment": 4, "window": 8, "max_tokens": 24, "image_size": 16, "audio_rate": 8000, "mel_bins": 16}
-    options |= {"audio_chunk_seconds": 1.0, "tokenizer": str(root / "tokenizer.json"), "sets": sets} | data
-    return Config(seed=seed, global_batch=global_batch, step=StepConfig(micro_batch=micro_batch), data=DataConfig(**options))
+    options: dict[str, Any] = {
+        "segment": 4,
+        "window": 8,
+        "max_tokens": 24,
+        "image_size": 16,
+        "audio_rate": 8000,
+        "mel_bins": 16,
+    }
+    options |= {
+        "audio_chunk_seconds": 1.0,
+        "tokenizer": str(root / "tokenizer.json"),
+        "sets": sets,
+    } | data
+    return Config(
+        seed=seed,
+        global_batch=global_batch,
+        step=StepConfig(micro_batch=micro_batch),
+        data=DataConfig(**options),
+    )

@@ -1,9 +1,11 @@
-"""From an item's fields to tokens: clean, choose a language per field, drop, join in one format, cut to length.
+"""From an item's fields to tokens: clean, choose a language per field, drop, join in one format,
+cut to length.
 
-Format (recipe section 1): several fields give `title: grinning face | tags: smile, happy`, one field gives its bare
-text. Training draws from the row's own seed: the language of each field by `language_weights`, the fields
-to drop (never all), and for `pick: one` a single entry, such as one keyword. Without a seed (evaluation) the
-language is English, else the first one, and nothing is dropped.
+Format (recipe section 1): several fields give `title: grinning face | tags: smile, happy`, one
+field gives its bare text. Training draws from the row's own seed: the language of each field by
+`language_weights`, the fields to drop (never all), and for `pick: one` a single entry, such as one
+keyword. Without a seed (evaluation) the language is English, else the first one, and nothing is
+dropped.
 """
 
 from __future__ import annotations
@@ -37,11 +39,17 @@ def clean(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
-def compose(fields: Mapping[str, Mapping[str, Any]], view: ViewConfig, dataset: DatasetConfig, seed: int | None) -> str:
+def compose(
+    fields: Mapping[str, Mapping[str, Any]],
+    view: ViewConfig,
+    dataset: DatasetConfig,
+    seed: int | None,
+) -> str:
     """The text of an item in a view; "" where it has none of the view's fields.
 
-    fields: field -> language -> text or list of texts. seed: of the row's draws in training, None in evaluation. Each
-    draw is a word keyed by the seed, its purpose and the field's number: `data.costs` repeats them for all rows at once.
+    fields: field -> language -> text or list of texts. seed: of the row's draws in training, None
+    in evaluation. Each draw is a word keyed by the seed, its purpose and the field's number:
+    `data.costs` repeats them for all rows at once.
     """
     entries: dict[int, list[str]] = {}
     seen: set[str] = set()
@@ -67,7 +75,9 @@ def compose(fields: Mapping[str, Mapping[str, Any]], view: ViewConfig, dataset: 
         entries = _drop(entries, dataset.field_drop, seed)
     if len(entries) == 1:
         return ", ".join(next(iter(entries.values())))
-    return SEPARATOR.join(label(view.fields[number]) + ", ".join(kept) for number, kept in entries.items())
+    return SEPARATOR.join(
+        label(view.fields[number]) + ", ".join(kept) for number, kept in entries.items()
+    )
 
 
 def label(field: str) -> str:
@@ -75,11 +85,14 @@ def label(field: str) -> str:
     return f"{field}: "
 
 
-def choose_language(languages: Mapping[str, Any], weights: Mapping[str, float], word: int | None) -> str | None:
+def choose_language(
+    languages: Mapping[str, Any], weights: Mapping[str, float], word: int | None
+) -> str | None:
     """One of the field's languages, or None if it has none.
 
-    Listed languages have their weight; what is left of 1 is shared equally by the others that the field has. Weights
-    of languages that it lacks are shared out in proportion. word: 64 random bits. Without them: English, else the first.
+    Listed languages have their weight; what is left of 1 is shared equally by the others that the
+    field has. Weights of languages that it lacks are shared out in proportion. word: 64 random
+    bits. Without them: English, else the first.
     """
     available = [language for language, value in languages.items() if value]
     if not available:
@@ -99,7 +112,9 @@ def choose_language(languages: Mapping[str, Any], weights: Mapping[str, float], 
 
 
 def weight_units(weights: Mapping[str, float]) -> tuple[dict[str, int], int]:
-    """Return weights in whole units of 2**-20, and what they leave of 1: sums of integers are the same on every machine."""
+    """Return weights in whole units of 2**-20, and what they leave of 1: sums of integers are
+    the same on every machine.
+    """
     listed = {language: round(weight * WEIGHT_UNITS) for language, weight in weights.items()}
     return listed, max(0, WEIGHT_UNITS - sum(listed.values()))
 
@@ -112,7 +127,11 @@ def drop_threshold(probability: float) -> int:
 def _drop(entries: dict[int, list[str]], probability: float, seed: int) -> dict[int, list[str]]:
     """Each field dropped with the given probability, but one random field always stays."""
     draws = {number: keyed_integer(seed, DROP_DRAW, number) >> 11 for number in entries}
-    kept = {number: entries[number] for number, draw in draws.items() if draw >= drop_threshold(probability)}
+    kept = {
+        number: entries[number]
+        for number, draw in draws.items()
+        if draw >= drop_threshold(probability)
+    }
     if kept:
         return kept
     last = max(draws, key=draws.__getitem__)
@@ -123,17 +142,26 @@ class Tokenizer:
     """A Hugging Face tokenizer file and the cut to `max_tokens`."""
 
     def __init__(self, path: str, max_tokens: int) -> None:
-        """Raises ConfigurationError naming data.tokenizer when the file is missing or not a tokenizer."""
+        """Raises ConfigurationError naming data.tokenizer when the file is missing or not a
+        tokenizer.
+        """
         if not Path(path).is_file():
-            raise ConfigurationError(f"data.tokenizer={path}: no such file; expected a tokenizer.json of the tokenizers library")
+            raise ConfigurationError(
+                f"data.tokenizer={path}: no such file; expected a tokenizer.json of the tokenizers "
+                "library"
+            )
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises bare Exception
-            raise ConfigurationError(f"data.tokenizer={path}: not a tokenizer.json of the tokenizers library ({error})") from error
+            raise ConfigurationError(
+                f"data.tokenizer={path}: not a tokenizer.json of the tokenizers library ({error})"
+            ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.path, self.max_tokens = path, max_tokens
-        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]  # tells this tokenizer's counts from another's
+        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[
+            :8
+        ]  # tells this tokenizer's counts from another's
         self._prompts: dict[str, list[int]] = {}
         self._known: ByteCache[list[int]] = ByteCache(KNOWN_BYTES)
 
@@ -149,20 +177,30 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt. Raises ConfigurationError if it leaves fewer than 4 tokens to the item's text."""
+        """Token ids of a prompt.
+
+        Raises ConfigurationError if it leaves fewer than 4 tokens to the item's text.
+        """
         if text not in self._prompts:
             ids = self._tokenizer.encode(clean(text), add_special_tokens=False).ids if text else []
             if len(ids) > self.max_tokens - TEXT_TOKENS_LEFT:
-                raise ConfigurationError(f"data.max_tokens={self.max_tokens}: the prompt {text!r} alone takes {len(ids)}; shorten it or raise data.max_tokens")
+                raise ConfigurationError(
+                    f"data.max_tokens={self.max_tokens}: the prompt {text!r} alone takes "
+                    f"{len(ids)}; shorten it or raise data.max_tokens"
+                )
             self._prompts[text] = ids
         return self._prompts[text]
 
     def texts(self, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
-        """Token ids of each text without the prompt, cut so that prompt + text fit into max_tokens; "" gives []."""
+        """Token ids of each text without the prompt, cut so that prompt + text fit into
+        max_tokens; "" gives [].
+        """
         room = self.max_tokens - len(self.prompt(prompt))
         known = [self._known.get(text) for text in texts]
         unknown = [place for place, ids in enumerate(known) if ids is None]
-        encodings = self._tokenizer.encode_batch_fast([texts[place] for place in unknown], add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch_fast(
+            [texts[place] for place in unknown], add_special_tokens=False
+        )
         for place, encoding in zip(unknown, encodings, strict=True):
             known[place] = ids = encoding.ids[: self.max_tokens]
             self._known.put(texts[place], ids, 200 + 2 * len(texts[place]) + 40 * len(ids))
@@ -170,5 +208,12 @@ class Tokenizer:
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each text, neither cut nor kept."""
-        parts = (texts[start : start + COUNTED_AT_ONCE] for start in range(0, len(texts), COUNTED_AT_ONCE))
-        return [len(encoding.ids) for part in parts for encoding in self._tokenizer.encode_batch_fast(part, add_special_tokens=False)]
+        parts = (
+            texts[start : start + COUNTED_AT_ONCE]
+            for start in range(0, len(texts), COUNTED_AT_ONCE)
+        )
+        return [
+            len(encoding.ids)
+            for part in parts
+            for encoding in self._tokenizer.encode_batch_fast(part, add_special_tokens=False)
+        ]

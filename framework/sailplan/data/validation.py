@@ -1,7 +1,9 @@
-"""`sailplan data validate`: every record decoded in every view, every problem named, and all that is passed over counted.
+"""`sailplan data validate`: every record decoded in every view, every problem named, and all
+that is passed over counted.
 
-Work goes shard by shard over several processes. What was found in a shard is kept beside its index and used again as long as the
-shard, its item corpus and the settings are the same, so that a validation which was stopped goes on where it was. Ids that occur
+Work goes shard by shard over several processes. What was found in a shard is kept beside its index
+and used again as long as the shard, its item corpus and the settings are the same, so that a
+validation which was stopped goes on where it was. Ids that occur
 twice are looked for in ranges of their hashes: no process holds the ids of all records.
 """
 
@@ -31,7 +33,9 @@ from sailplan.errors import BadDataError
 
 IDS_AT_ONCE = 1 << 22  # hashes that are compared in one go
 MOST_LISTED = 1000  # problems of a kind that are listed; the others are counted
-_opened: tuple[Config, dict[str, RecordReader]]  # of the process that shares out the shards; its forked workers read it
+_opened: tuple[
+    Config, dict[str, RecordReader]
+]  # of the process that shares out the shards; its forked workers read it
 
 
 @dataclass(frozen=True)
@@ -57,25 +61,38 @@ class Validation:
     @property
     def notes(self) -> list[str]:
         """Lines on members and bytes that no record shows, and on media of several endings."""
-        lines = [f"{what}: {count} (first {first})" for what, (count, first) in self.findings.passed.items()]
+        lines = [
+            f"{what}: {count} (first {first})"
+            for what, (count, first) in self.findings.passed.items()
+        ]
         for kind, endings in self.findings.endings.items():
             if len(endings) > 1:
-                counted = ", ".join(f".{ending} ({count})" for ending, count in sorted(endings.items()))
+                counted = ", ".join(
+                    f".{ending} ({count})" for ending, count in sorted(endings.items())
+                )
                 lines.append(f"{kind}s end in {counted}: all are read, by their content")
         return [f"{self.dataset}: {line}" for line in lines]
 
 
-def validate(config: Config, names: Iterable[str] | None = None, processes: int | None = None) -> list[Problem]:
+def validate(
+    config: Config, names: Iterable[str] | None = None, processes: int | None = None
+) -> list[Problem]:
     """Return all problems of all data sets, [] if there are none (see `validations`)."""
-    return [problem for found in validations(config, names, processes) for problem in found.problems]
+    return [
+        problem for found in validations(config, names, processes) for problem in found.problems
+    ]
 
 
-def validations(config: Config, names: Iterable[str] | None = None, processes: int | None = None) -> Iterator[Validation]:
+def validations(
+    config: Config, names: Iterable[str] | None = None, processes: int | None = None
+) -> Iterator[Validation]:
     """Yield what is found in each data set: records read and decoded in every view.
 
-    Problems are bad samples, damaged shards, ids that occur twice, views in which not one record has any declared modality, and
-    patterns of which no record has both sides. Data sets that a stage makes (`artifact:NAME`) are not there to be read.
-    processes: how many work at it; None: as many as there are CPUs. Raises ConfigurationError as open_datasets.
+    Problems are bad samples, damaged shards, ids that occur twice, views in which not one record
+    has any declared modality, and patterns of which no record has both sides. Data sets that a
+    stage makes (`artifact:NAME`) are not there to be read.
+    processes: how many work at it; None: as many as there are CPUs. Raises ConfigurationError as
+    open_datasets.
     """
     global _opened
     for name in names if names is not None else config.data.sets:
@@ -83,7 +100,12 @@ def validations(config: Config, names: Iterable[str] | None = None, processes: i
             continue
         result = Validation(name)
         try:
-            readers = open_datasets(config, names=[name], processes=processes or len(os.sched_getaffinity(0)), thorough=True)
+            readers = open_datasets(
+                config,
+                names=[name],
+                processes=processes or len(os.sched_getaffinity(0)),
+                thorough=True,
+            )
         except BadDataError as error:
             result.problems.append(Problem(name, "-", str(error)))
             yield result
@@ -94,7 +116,10 @@ def validations(config: Config, names: Iterable[str] | None = None, processes: i
         for _, found in _over(shards, name, processes or len(os.sched_getaffinity(0))):
             result.findings.add(found)
         result.problems += [Problem(name, *problem) for problem in result.findings.problems]
-        result.problems += [Problem(name, record, "this id occurs more than once") for record in duplicates(readers[name], _cache(config))]
+        result.problems += [
+            Problem(name, record, "this id occurs more than once")
+            for record in duplicates(readers[name], _cache(config))
+        ]
         result.problems += _of_whole(readers[name], result.findings)
         yield result
 
@@ -104,8 +129,12 @@ def _over(shards: range, name: str, processes: int) -> Iterator[tuple[int, Findi
     if min(processes, len(shards)) <= 1:
         yield from ((shard, _shard(name, shard)) for shard in shards)
         return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads do not survive the fork
-    with get_context("fork").Pool(min(processes, len(shards)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # the tokenizer's threads do not survive the fork
+    with get_context("fork").Pool(
+        min(processes, len(shards)), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         yield from pool.imap(_numbered, [(name, shard) for shard in shards])
 
 
@@ -132,7 +161,11 @@ def _shard(name: str, shard: int) -> Findings:
         return Findings(problems=[("-", str(error))])
     place = place_to_write(path, f"{path.stem}.{name}.checked", cache)
     with explained(place, cache):
-        hashes = np.sort(np.fromiter((id_hash(one) for one in reader.index.ids(_positions(reader, shard))), np.uint64))
+        hashes = np.sort(
+            np.fromiter(
+                (id_hash(one) for one in reader.index.ids(_positions(reader, shard))), np.uint64
+            )
+        )
         np.save(place.with_suffix(".ids.npy"), hashes)
         temporary = place.with_name(f".{place.name}-{os.getpid()}")
         temporary.write_text(json.dumps({"key": key, "findings": asdict(found)}))
@@ -150,9 +183,24 @@ def _cache(config: Config) -> Path | None:
 
 def _key(config: Config, reader: RecordReader, shard: int) -> str:
     """Hash of all that a shard's findings depend on."""
-    settings = {key: value for key, value in asdict(config.data).items() if key not in ("sets", "cache", "workers", "prefetch")}
-    corpus = [] if reader.catalogue is None else [_state(place) for place in reader.catalogue.index.shards]
-    whole = [VERSION, settings, asdict(reader.config), _state(reader.index.shards[shard]), corpus, processor_of(config).tokenizer.digest]
+    settings = {
+        key: value
+        for key, value in asdict(config.data).items()
+        if key not in ("sets", "cache", "workers", "prefetch")
+    }
+    corpus = (
+        []
+        if reader.catalogue is None
+        else [_state(place) for place in reader.catalogue.index.shards]
+    )
+    whole = [
+        VERSION,
+        settings,
+        asdict(reader.config),
+        _state(reader.index.shards[shard]),
+        corpus,
+        processor_of(config).tokenizer.digest,
+    ]
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -162,10 +210,15 @@ def _state(shard: Path) -> list[Any]:
 
 
 def duplicates(reader: RecordReader, cache: Path | None) -> list[str]:
-    """Return the ids of records of which an earlier one has the same, in the records' order; at most MOST_LISTED."""
+    """Return the ids of records of which an earlier one has the same, in the records' order; at
+    most MOST_LISTED.
+    """
     kept: list[Any] = []
     for shard, path in enumerate(reader.index.shards):
-        places = [place.with_suffix(".ids.npy") for place in kept_places(path, f"{path.stem}.{reader.name}.checked", cache)]
+        places = [
+            place.with_suffix(".ids.npy")
+            for place in kept_places(path, f"{path.stem}.{reader.name}.checked", cache)
+        ]
         place = next((place for place in places if place.is_file()), None)
         if place is not None:
             kept.append((shard, np.load(place, mmap_mode="r")))
@@ -173,7 +226,10 @@ def duplicates(reader: RecordReader, cache: Path | None) -> list[str]:
     found: set[int] = set()
     for part in range(parts):
         low, high = np.uint64(part * 2**64 // parts), np.uint64((part + 1) * 2**64 // parts - 1)
-        cut = [hashes[np.searchsorted(hashes, low) : np.searchsorted(hashes, high, side="right")] for _, hashes in kept]
+        cut = [
+            hashes[np.searchsorted(hashes, low) : np.searchsorted(hashes, high, side="right")]
+            for _, hashes in kept
+        ]
         values = np.sort(np.concatenate(cut)) if cut else np.empty(0, dtype=np.uint64)
         found |= set(values[1:][values[1:] == values[:-1]].tolist()[:MOST_LISTED])
     if not found:
@@ -200,5 +256,7 @@ def _of_whole(reader: RecordReader, findings: Findings) -> list[Problem]:
             problems.append(Problem(reader.name, "-", words))
     for name in reader.config.patterns:
         if not findings.patterns.get(name):
-            problems.append(Problem(reader.name, "-", f"pattern '{name}': no record has both of its sides"))
+            problems.append(
+                Problem(reader.name, "-", f"pattern '{name}': no record has both of its sides")
+            )
     return problems

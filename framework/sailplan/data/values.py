@@ -1,4 +1,5 @@
-"""Values of a record's JSON, checked where they are read: a value that cannot be used is one bad sample, with its reason.
+"""Values of a record's JSON, checked where they are read: a value that cannot be used is one bad
+sample, with its reason.
 
 Null, "" and a table's NaN count as not given, 0 does not.
 """
@@ -37,7 +38,11 @@ def score(record_id: str, body: Mapping[str, Any]) -> float | None:
     """Return the score of a graded pair, from 0 to 1."""
     value = number(record_id, body, "score")
     if value is not None and not 0 <= value <= 1:
-        raise BadSample(record_id, f"score is {value!r}, expected a number from 0 to 1: divide all scores by the highest that there can be")
+        raise BadSample(
+            record_id,
+            f"score is {value!r}, expected a number from 0 to 1: divide all scores by the highest "
+            "that there can be",
+        )
     return value
 
 
@@ -55,7 +60,9 @@ def listed(record_id: str, body: Mapping[str, Any], key: str) -> list[Any]:
     if given(entries) is None:
         return []
     if not isinstance(entries, list):
-        raise BadSample(record_id, f"{key} is a {type(entries).__name__}, expected a list of ids or records")
+        raise BadSample(
+            record_id, f"{key} is a {type(entries).__name__}, expected a list of ids or records"
+        )
     if any(given(entry) is None for entry in entries):
         raise BadSample(record_id, f"{key} has an entry that is null or empty")
     return entries
@@ -67,11 +74,16 @@ def ids(record_id: str, body: Mapping[str, Any], key: str) -> list[str]:
 
 
 def fields_of(record_id: str, fields: Any) -> dict[str, dict[str, Any]]:
-    """Return every field as language -> str | list[str]; a bare value counts as English, one that is null as not there."""
+    """Return every field as language -> str | list[str]; a bare value counts as English, one
+    that is null as not there.
+    """
     if fields is None:
         return {}
     if not isinstance(fields, dict):
-        raise BadSample(record_id, f"fields is a {type(fields).__name__}, expected {{FIELD: {{LANGUAGE: text}}}}")
+        raise BadSample(
+            record_id,
+            f"fields is a {type(fields).__name__}, expected {{FIELD: {{LANGUAGE: text}}}}",
+        )
     result: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         languages = value if isinstance(value, dict) else {"en": value}
@@ -81,8 +93,14 @@ def fields_of(record_id: str, fields: Any) -> dict[str, dict[str, Any]]:
                 entry = [part for part in entry if part is not None]
             if entry is None or (isinstance(entry, float) and math.isnan(entry)):
                 continue
-            if not isinstance(entry, str) and not (isinstance(entry, list) and all(isinstance(part, str) for part in entry)):
-                raise BadSample(record_id, f"field {name}.{language} is a {type(entry).__name__}, expected text or a list of texts")
+            if not isinstance(entry, str) and not (
+                isinstance(entry, list) and all(isinstance(part, str) for part in entry)
+            ):
+                raise BadSample(
+                    record_id,
+                    f"field {name}.{language} is a {type(entry).__name__}, expected text or a list "
+                    "of texts",
+                )
             kept[language] = entry
         if kept or not languages:
             result[name] = kept

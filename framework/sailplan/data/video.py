@@ -1,7 +1,8 @@
 """Films: PyAV decodes some frames of an encoded film, spread evenly over it; jittered in training.
 
-A film of n frames is cut into as many equal parts as a row shows frames. Evaluation takes the middle frame of each part, training
-one that the row's seed draws. Frames are counted from the beginning by decoding, which is exact in every container; a seek is not.
+A film of n frames is cut into as many equal parts as a row shows frames. Evaluation takes the
+middle frame of each part, training one that the row's seed draws. Frames are counted from the
+beginning by decoding, which is exact in every container; a seek is not.
 """
 
 from __future__ import annotations
@@ -23,17 +24,24 @@ Frame = TypeVar("Frame")
 
 
 def spread(total: int, count: int, source: random.Random | None) -> list[int]:
-    """Return `count` of the numbers 0 .. total - 1, rising: the middles of equal parts, or with a source a random place in each.
+    """Return `count` of the numbers 0 ..
+
+    total - 1, rising: the middles of equal parts, or with a source a random place in each.
 
     All numbers where there are no more than `count`.
     """
     if total <= count:
         return list(range(total))
-    return [min(total - 1, int((part + (0.5 if source is None else source.random())) * total / count)) for part in range(count)]
+    return [
+        min(total - 1, int((part + (0.5 if source is None else source.random())) * total / count))
+        for part in range(count)
+    ]
 
 
 def chosen(frames: Sequence[Frame], count: int, source: random.Random | None) -> list[Frame]:
-    """Return `count` of a film's frames, which lie in a record as pictures, as `spread` takes them."""
+    """Return `count` of a film's frames, which lie in a record as pictures, as `spread` takes
+    them.
+    """
     return [frames[number] for number in spread(len(frames), count, source)]
 
 
@@ -57,7 +65,8 @@ def frames(content: bytes, count: int, source: random.Random | None) -> list[Ten
 
 
 def sound(content: bytes) -> tuple[NDArray[np.float32], int]:
-    """Return the sound of containers that libsndfile does not read (M4A, AAC, WMA, AMR): float32 [samples, channels], and its rate in Hz.
+    """Return the sound of containers that libsndfile does not read (M4A, AAC, WMA, AMR): float32
+    [samples, channels], and its rate in Hz.
 
     Raises ValueError with a reason where there is none.
     """
@@ -68,7 +77,11 @@ def sound(content: bytes) -> tuple[NDArray[np.float32], int]:
                 raise ValueError("no sound in it")
             rate = container.streams.audio[0].rate
             resampler = av.AudioResampler(format="fltp", rate=rate)
-            blocks = [out.to_ndarray().T for frame in container.decode(audio=0) for out in resampler.resample(frame)]
+            blocks = [
+                out.to_ndarray().T
+                for frame in container.decode(audio=0)
+                for out in resampler.resample(frame)
+            ]
             blocks += [out.to_ndarray().T for out in resampler.resample(None)]
     except (av.error.FFmpegError, ValueError, OverflowError) as error:
         raise ValueError(f"audio cannot be decoded: {' '.join(str(error).split())}") from error
@@ -79,7 +92,10 @@ def _library() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ConfigurationError("a data set has films or sounds that only PyAV reads, and it is not installed: pip install av") from error
+        raise ConfigurationError(
+            "a data set has films or sounds that only PyAV reads, and it is not installed: pip "
+            "install av"
+        ) from error
     av.logging.set_level(av.logging.PANIC)  # what is wrong is said by exceptions
     return av
 
@@ -91,8 +107,12 @@ def _count(av: Any, content: bytes) -> int:
             raise ValueError("no pictures in it")
         stream = container.streams.video[0]
         if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
-            raise ValueError(f"frames of {stream.codec_context.width} x {stream.codec_context.height} pixels")
-        told = stream.frames or round(float((container.duration or 0) / 1e6 * (stream.average_rate or 0)))
+            raise ValueError(
+                f"frames of {stream.codec_context.width} x {stream.codec_context.height} pixels"
+            )
+        told = stream.frames or round(
+            float((container.duration or 0) / 1e6 * (stream.average_rate or 0))
+        )
         found = sum(packet.size > 0 for packet in container.demux(stream))
         if not found or found < 0.9 * told - 1:
             raise ValueError(f"truncated: {found} of {told} frames are there")

@@ -1,7 +1,8 @@
 """Write records as uncompressed USTAR shards, the same bytes every time.
 
-A record is `KEY.json` first, then `KEY.webp` and `KEY.ogg` where present. Times, owners and modes are fixed, JSON keys
-are sorted. USTAR pads every member to 512 bytes, so the files are several times larger than their content; git (zlib)
+A record is `KEY.json` first, then `KEY.webp` and `KEY.ogg` where present. Times, owners and modes
+are fixed, JSON keys are sorted. USTAR pads every member to 512 bytes, so the files are several
+times larger than their content; git (zlib)
 removes that padding again.
 """
 
@@ -21,7 +22,9 @@ from sailplan.errors import SailplanError
 _MEMBER = tarfile.TarInfo("x")  # mtime, uid and gid are 0 by default
 _MEMBER.mode = 0o644
 TEMPLATE = _MEMBER.tobuf(tarfile.USTAR_FORMAT)
-REST = sum(TEMPLATE[156:]) + 8 * 32  # of a header's sum: what follows it, and the sum itself as blanks
+REST = (
+    sum(TEMPLATE[156:]) + 8 * 32
+)  # of a header's sum: what follows it, and the sum itself as blanks
 KEY_LIMIT = 90  # a USTAR member name holds 100 bytes; the extension needs a few of them
 
 
@@ -43,7 +46,9 @@ class Record:
 
     @property
     def key(self) -> str:
-        """The tar key: the id without its set, with neither dots nor slashes, short enough for USTAR."""
+        """The tar key: the id without its set, with neither dots nor slashes, short enough for
+        USTAR.
+        """
         key = self.id.split("/", 1)[1].replace("/", "__").replace(".", "_")
         if len(key.encode()) > KEY_LIMIT:
             key = key[: KEY_LIMIT - 9] + "-" + hashlib.sha256(key.encode()).hexdigest()[:8]
@@ -57,11 +62,17 @@ def json_bytes(body: object) -> bytes:
 def members(record: Record) -> list[tuple[str, bytes]]:
     """(file name, content) of one record in the order in which they are written."""
     parts = [("json", json_bytes(record.body)), ("webp", record.webp), ("ogg", record.ogg)]
-    return [(f"{record.key}.{extension}", content) for extension, content in parts if content is not None]
+    return [
+        (f"{record.key}.{extension}", content)
+        for extension, content in parts
+        if content is not None
+    ]
 
 
 def write_shards(records: Sequence[Record], folder: Path, name: str, per_shard: int) -> list[Path]:
-    """Write `folder/name-000000.tar`, ... and return their paths. Old shards of this set are removed first.
+    """Write `folder/name-000000.tar`, ... and return their paths.
+
+    Old shards of this set are removed first.
 
     Raises BuildError when two records share a key: a reader would silently merge them.
     """
@@ -95,8 +106,14 @@ def write_tar(records: Iterable[Record], path: Path) -> None:
 
 
 def header(name: str, size: int) -> bytes:
-    """Return a member's USTAR header, 512 bytes: those of tarfile, which takes ten times as long. name: at most 100 bytes."""
-    start = name.encode().ljust(100, b"\0") + TEMPLATE[100:124] + b"%011o\0" % size + TEMPLATE[136:148]
+    """Return a member's USTAR header, 512 bytes: those of tarfile, which takes ten times as
+    long. name: at most 100 bytes.
+    """
+    start = (
+        name.encode().ljust(100, b"\0") + TEMPLATE[100:124] + b"%011o\0" % size + TEMPLATE[136:148]
+    )
     if len(start) != 148 or size > 0o77777777777:
-        raise BuildError(f"{name}: {size} bytes: expected a name of at most 100 bytes and less than 8 GB")
+        raise BuildError(
+            f"{name}: {size} bytes: expected a name of at most 100 bytes and less than 8 GB"
+        )
     return start + b"%06o\0 " % (sum(start) + REST) + TEMPLATE[156:]

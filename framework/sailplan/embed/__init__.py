@@ -1,1 +1,3 @@
-"""Embedding with one state of a model, and exact search over vectors: what curriculum, evaluation and export share."""
+"""Embedding with one state of a model, and exact search over vectors: what curriculum,
+evaluation and export share.
+"""

@@ -1,4 +1,6 @@
-"""What every phase of a run works with: the configuration, this rank's place, the model as it is now, the open data sets."""
+"""What every phase of a run works with: the configuration, this rank's place, the model as it is
+now, the open data sets.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from sailplan.runtime.process import Parallel
 class RunContext:
     """Hold what stage preparation, mining, evaluation and export share.
 
-    objectives: name -> loss; empty where a phase asks for none. readers: data set -> its open records; a stage that
+    objectives: name -> loss; empty where a phase asks for none. readers: data set -> its open
+    records; a stage that
     makes data sets of its own adds them.
     """
 

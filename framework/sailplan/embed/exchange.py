@@ -22,6 +22,12 @@ def exchange_of(parallel: Parallel, kind: str = "all_gather") -> Exchange:
 
 
 def training_exchange(parallel: Parallel, kind: str) -> Exchange:
-    """Return `exchange_of`, with the rows of a loss split among tensor-parallel peers, who hold the same embeddings."""
+    """Return `exchange_of`, with the rows of a loss split among tensor-parallel peers, who hold
+    the same embeddings.
+    """
     exchange = exchange_of(parallel, kind)
-    return exchange if parallel.tensor_parallel_size == 1 else RowSplit(exchange, AllGather(parallel.tensor_parallel_group))
+    return (
+        exchange
+        if parallel.tensor_parallel_size == 1
+        else RowSplit(exchange, AllGather(parallel.tensor_parallel_group))
+    )

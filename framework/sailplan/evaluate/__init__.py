@@ -1,1 +1,3 @@
-"""How good the embeddings are: exact retrieval and similarity metrics, computed by all ranks together."""
+"""How good the embeddings are: exact retrieval and similarity metrics, computed by all ranks
+together.
+"""

@@ -1,9 +1,12 @@
-"""Set completion: which item belongs to a user's others? The collaborative task, with two baselines beside the model.
+"""Set completion: which item belongs to a user's others? The collaborative task, with two
+baselines beside the model.
 
-Members of a held-out user's history are left out one at a time and looked for among the catalogue, without the
-items that the query shows. The model's sequence vector comes from the objective that represents histories where the run has one, else it
-is the mean of the items. `content_mean` is that mean in any case; `popularity` offers everyone what most
-*training* users have. Histories without a time order allow no "next item", so this is not one: records that name their
+Members of a held-out user's history are left out one at a time and looked for among the catalogue,
+without the items that the query shows. The model's sequence vector comes from the objective that
+represents histories where the run has one, else it is the mean of the items. `content_mean` is that
+mean in any case; `popularity` offers everyone what most
+*training* users have. Histories without a time order allow no "next item", so this is not one:
+records that name their
 target are `next_item`'s.
 """
 
@@ -31,8 +34,12 @@ from sailplan.runtime.seeds import generator
 def set_completion_task(
     embedder: Embedder, name: str, task: EvaluationTask, reader: RecordReader
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Metrics recall@k, mean_rank, mrr, the same under content_mean/ and popularity/, and examples. Collective."""
-    assert reader.catalogue is not None, "check_task asks for a data set of sequences, which has one"
+    """Metrics recall@k, mean_rank, mrr, the same under content_mean/ and popularity/, and
+    examples. Collective.
+    """
+    assert reader.catalogue is not None, (
+        "check_task asks for a data set of sequences, which has one"
+    )
     catalogue, config = reader.catalogue, reader.config
     split = read_histories(reader, None if task.split == "all" else task.split)
     pool = split.used() if task.candidates == "split" else np.arange(len(catalogue), dtype=np.int64)
@@ -40,19 +47,28 @@ def set_completion_task(
     candidates = embedder.rows(catalogue, target_view, pool)
     candidates = candidates.where(candidates.valid)
     items = embedder.rows(catalogue, view, pool if view == target_view else split.used())
-    shown, wanted = metrics.set_completion(dict(zip(split.users, split.items, strict=True)), config.history_length)
+    shown, wanted = metrics.set_completion(
+        dict(zip(split.users, split.items, strict=True)), config.history_length
+    )
     if task.limit is not None:
         kept = np.sort(generator("evaluation", name).permutation(len(wanted))[: task.limit])
         shown, wanted = [shown[place] for place in kept], [wanted[place] for place in kept]
     if not shown:
         raise ConfigurationError(
-            f"evaluation.tasks.{name}.split={task.split}: no history of '{task.dataset}' has two known items; choose another split"
+            f"evaluation.tasks.{name}.split={task.split}: no history of '{task.dataset}' has two "
+            "known items; choose another split"
         )
     targets = index_of(candidates.positions, np.array(wanted, dtype=np.int64))
-    left_out = [place[place >= 0] for place in (index_of(candidates.positions, np.array(history, dtype=np.int64)) for history in shown)]
+    left_out = [
+        place[place >= 0]
+        for place in (
+            index_of(candidates.positions, np.array(history, dtype=np.int64)) for history in shown
+        )
+    ]
     device, where = embedder.context.parallel.device, embedder.on_device(candidates)
     excluded = Pairs.of(
-        torch.from_numpy(np.repeat(np.arange(len(shown)), [len(own) for own in left_out])), torch.from_numpy(np.concatenate(left_out))
+        torch.from_numpy(np.repeat(np.arange(len(shown)), [len(own) for own in left_out])),
+        torch.from_numpy(np.concatenate(left_out)),
     ).to(device)
     rows = np.flatnonzero(targets >= 0)
     positives = Pairs(torch.from_numpy(rows), torch.from_numpy(targets[rows])).to(device)
@@ -60,12 +76,24 @@ def set_completion_task(
     result: dict[str, float] = {}
     for prefix, queries in (("", vectors), ("content_mean/", content)):
         ranks = metrics.best_positive_ranks(queries, where, positives, excluded, embedder.exchange)
-        result |= {prefix + key: value for key, value in metrics.recall(ranks, task.recall_at).items() if key != "queries" or not prefix}
+        result |= {
+            prefix + key: value
+            for key, value in metrics.recall(ranks, task.recall_at).items()
+            if key != "queries" or not prefix
+        }
     uses = popularity(embedder, reader)
     if uses is not None:
         hidden = [left_out[row] for row in rows]
-        popular = torch.from_numpy(metrics.popularity_ranks(uses[candidates.positions].astype(float), targets[rows], hidden))
-        result |= {f"popularity/{key}": value for key, value in metrics.recall(popular, task.recall_at).items() if key != "queries"}
+        popular = torch.from_numpy(
+            metrics.popularity_ranks(
+                uses[candidates.positions].astype(float), targets[rows], hidden
+            )
+        )
+        result |= {
+            f"popularity/{key}": value
+            for key, value in metrics.recall(popular, task.recall_at).items()
+            if key != "queries"
+        }
     result["candidates"] = float(len(candidates))
     chosen = spread(rows)
     found = answers(
@@ -79,5 +107,10 @@ def set_completion_task(
     examples = []
     for row, results in zip(chosen.tolist(), found, strict=True):
         history = [show(catalogue, item, view) for item in shown[row]]
-        examples.append({"query": {"text": ", ".join(item["text"] for item in history), "items": history}, "results": results})
+        examples.append(
+            {
+                "query": {"text": ", ".join(item["text"] for item in history), "items": history},
+                "results": results,
+            }
+        )
     return result, examples

@@ -1,4 +1,6 @@
-"""A few queries with what the model finds first, in the report's form: words, pictures, scores, and whether it is right."""
+"""A few queries with what the model finds first, in the report's form: words, pictures, scores,
+and whether it is right.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,18 @@ def answers(
     view: ViewConfig,
     correct: Callable[[int, int], bool],
 ) -> list[list[dict[str, Any]]]:
-    """For each of the vectors [k, D]: its best candidates, without the excluded indices. correct(place, candidate) tells the right ones."""
+    """For each of the vectors [k, D]: its best candidates, without the excluded indices.
+
+    correct(place, candidate) tells the right ones.
+    """
     hidden = torch.full((len(vectors), max([1, *map(len, excluded)])), -1, dtype=torch.int64)
     for place, columns in enumerate(excluded):
         hidden[place, : len(columns)] = torch.tensor(list(columns), dtype=torch.int64)
     scores, found = topk(vectors.float().cpu(), candidates.fused, ANSWERS, exclude_ids=hidden)
     return [
         [
-            show(reader, int(candidates.positions[column]), view) | {"score": round(score, 4), "correct": correct(place, column)}
+            show(reader, int(candidates.positions[column]), view)
+            | {"score": round(score, 4), "correct": correct(place, column)}
             for score, column in zip(scores[place].tolist(), found[place].tolist(), strict=True)
             if column >= 0
         ]
@@ -48,15 +54,21 @@ def answers(
     ]
 
 
-def retrieval_examples(task: EvaluationTask, reader: RecordReader, sides: RetrievalTask) -> list[dict[str, Any]]:
-    """[{"query": {...}, "results": [{..., "score", "correct"}]}] for a retrieval or classification task."""
+def retrieval_examples(
+    task: EvaluationTask, reader: RecordReader, sides: RetrievalTask
+) -> list[dict[str, Any]]:
+    """[{"query": {...}, "results": [{..., "score", "correct"}]}] for a retrieval or
+    classification task.
+    """
     rows = spread(np.flatnonzero(sides.own >= 0))
     if not len(rows):
         return []
     right = set(zip(sides.positives.rows.tolist(), sides.positives.columns.tolist(), strict=True))
     excluded: list[list[int]] = [[] for _ in rows]
     if sides.excluded is not None:
-        excluded = [sides.excluded.columns[sides.excluded.rows == row].tolist() for row in rows.tolist()]
+        excluded = [
+            sides.excluded.columns[sides.excluded.rows == row].tolist() for row in rows.tolist()
+        ]
     found = answers(
         sides.queries.fused[torch.from_numpy(rows)],
         excluded,
@@ -67,16 +79,27 @@ def retrieval_examples(task: EvaluationTask, reader: RecordReader, sides: Retrie
     )
     view = reader.config.views[task.query]
     return [
-        {"query": show(reader, int(sides.queries.positions[row]), view, _asked(reader, task, sides, row)), "results": results}
+        {
+            "query": show(
+                reader, int(sides.queries.positions[row]), view, _asked(reader, task, sides, row)
+            ),
+            "results": results,
+        }
         for row, results in zip(rows.tolist(), found, strict=True)
     ]
 
 
-def _asked(reader: RecordReader, task: EvaluationTask, sides: RetrievalTask, row: int) -> str | None:
-    """The entry of `query_text` that this row asked with: rows of a record come in the order of its entries."""
+def _asked(
+    reader: RecordReader, task: EvaluationTask, sides: RetrievalTask, row: int
+) -> str | None:
+    """The entry of `query_text` that this row asked with: rows of a record come in the order of
+    its entries.
+    """
     if task.query_text is None:
         return None
     body = reader.body(int(sides.queries.positions[row]))
-    entries = (body.get(task.query_text) or body.get("fields", {}).get(task.query_text) or {}).get("en", [])
+    entries = (body.get(task.query_text) or body.get("fields", {}).get(task.query_text) or {}).get(
+        "en", []
+    )
     place = int((sides.queries.positions[:row] == sides.queries.positions[row]).sum())
     return str(entries[place]) if place < len(entries) else None

@@ -1,9 +1,13 @@
-"""Next item: a recorded history asks for its recorded target among the catalogue, with two baselines beside the model.
+"""Next item: a recorded history asks for its recorded target among the catalogue, with two
+baselines beside the model.
 
-`recall@k` is vanilla: every candidate is ranked, those of the history too. `filtered/recall@k` leaves out all items of the
-recorded history, which a recommender would not show again; queries whose target is one of them are counted in
-`repeated_targets` and are not part of it. Only the last `history_length` items make the query's vector. The baselines
-`content_mean/` (the mean of those items' vectors) and `popularity/` (what most training records have) get both, too.
+`recall@k` is vanilla: every candidate is ranked, those of the history too. `filtered/recall@k`
+leaves out all items of the recorded history, which a recommender would not show again; queries
+whose target is one of them are counted in
+`repeated_targets` and are not part of it. Only the last `history_length` items make the query's
+vector. The baselines
+`content_mean/` (the mean of those items' vectors) and `popularity/` (what most training records
+have) get both, too.
 """
 
 from __future__ import annotations
@@ -48,7 +52,9 @@ class Recorded:
 
 
 def recorded(reader: RecordReader, positions: NDArray[np.int64]) -> Recorded | None:
-    """Return histories and targets as the records give them; None where no record names a target (sets without time order)."""
+    """Return histories and targets as the records give them; None where no record names a target
+    (sets without time order).
+    """
     histories, targets, unknown, named = [], [], 0, False
     for position in positions.tolist():
         body = reader.body(position)
@@ -56,11 +62,16 @@ def recorded(reader: RecordReader, positions: NDArray[np.int64]) -> Recorded | N
             continue
         named = True
         try:
-            found = [reader.find_item(name) for name in ids(reader.ids([position])[0], body, "history")]
+            found = [
+                reader.find_item(name) for name in ids(reader.ids([position])[0], body, "history")
+            ]
         except BadSample as problem:
             logger.warning("%s: left out: %s", reader.name, problem)
             continue
-        target, known = reader.find_item(body["target"]), [place for place in found if place is not None]
+        target, known = (
+            reader.find_item(body["target"]),
+            [place for place in found if place is not None],
+        )
         unknown += target is None
         if target is not None and known:
             histories.append(np.array(known, dtype=np.int64))
@@ -71,14 +82,20 @@ def recorded(reader: RecordReader, positions: NDArray[np.int64]) -> Recorded | N
 def next_item_task(
     embedder: Embedder, name: str, task: EvaluationTask, reader: RecordReader
 ) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
-    """Return metrics and examples of recorded sequences; None where the records name no target. Collective."""
-    assert reader.catalogue is not None, "check_task asks for a data set of sequences, which has one"
+    """Return metrics and examples of recorded sequences; None where the records name no target.
+
+    Collective.
+    """
+    assert reader.catalogue is not None, (
+        "check_task asks for a data set of sequences, which has one"
+    )
     asked = recorded(reader, query_positions(reader, task, name))
     if asked is None:
         return None
     if not len(asked.targets):
         raise ConfigurationError(
-            f"evaluation.tasks.{name}.split={task.split}: no record of '{task.dataset}' has a target and a history item that '{reader.catalogue.name}' has; "
+            f"evaluation.tasks.{name}.split={task.split}: no record of '{task.dataset}' has a "
+            f"target and a history item that '{reader.catalogue.name}' has; "
             "check the ids, or choose another split"
         )
     catalogue, config = reader.catalogue, reader.config
@@ -90,14 +107,31 @@ def next_item_task(
     items = embedder.rows(catalogue, view, pool if view == target_view else asked.used())
     vectors, content = represent(embedder, items, shown, config.history_length)
     targets = index_of(candidates.positions, asked.targets)
-    left_out = [place[place >= 0] for place in (index_of(candidates.positions, history) for history in asked.histories)]
-    repeated = np.array([target in history for target, history in zip(asked.targets.tolist(), asked.histories, strict=True)], dtype=bool)
-    result = _ranked(embedder, task, reader, candidates, (vectors, content), targets, left_out, repeated)
-    result |= {"candidates": float(len(candidates)), "repeated_targets": float(repeated.sum()), "unknown_targets": float(asked.unknown_targets)}
+    left_out = [
+        place[place >= 0]
+        for place in (index_of(candidates.positions, history) for history in asked.histories)
+    ]
+    repeated = np.array(
+        [
+            target in history
+            for target, history in zip(asked.targets.tolist(), asked.histories, strict=True)
+        ],
+        dtype=bool,
+    )
+    result = _ranked(
+        embedder, task, reader, candidates, (vectors, content), targets, left_out, repeated
+    )
+    result |= {
+        "candidates": float(len(candidates)),
+        "repeated_targets": float(repeated.sum()),
+        "unknown_targets": float(asked.unknown_targets),
+    }
     rows = np.flatnonzero(targets >= 0)
     if "nmi" in task.metrics and len(rows):
         on_host = vectors.cpu()[torch.from_numpy(rows)].numpy()
-        result |= metrics.pair_agreement(on_host, candidates.fused.numpy()[targets[rows]], task.clusters)
+        result |= metrics.pair_agreement(
+            on_host, candidates.fused.numpy()[targets[rows]], task.clusters
+        )
     chosen = spread(rows)
     found = answers(
         vectors[torch.from_numpy(chosen).to(vectors.device)],
@@ -110,7 +144,12 @@ def next_item_task(
     examples = []
     for row, results in zip(chosen.tolist(), found, strict=True):
         history = [show(catalogue, item, view) for item in shown[row]]
-        examples.append({"query": {"text": ", ".join(item["text"] for item in history), "items": history}, "results": results})
+        examples.append(
+            {
+                "query": {"text": ", ".join(item["text"] for item in history), "items": history},
+                "results": results,
+            }
+        )
     return result, examples
 
 
@@ -127,18 +166,36 @@ def _ranked(
     """Vanilla and filtered recall of the model and of both baselines."""
     device, where = embedder.context.parallel.device, embedder.on_device(candidates)
     excluded = Pairs.of(
-        torch.from_numpy(np.repeat(np.arange(len(left_out)), [len(own) for own in left_out])), torch.from_numpy(np.concatenate(left_out))
+        torch.from_numpy(np.repeat(np.arange(len(left_out)), [len(own) for own in left_out])),
+        torch.from_numpy(np.concatenate(left_out)),
     ).to(device)
     uses = popularity(embedder, reader)
     result: dict[str, float] = {}
-    for way, rows in (("", np.flatnonzero(targets >= 0)), ("filtered/", np.flatnonzero((targets >= 0) & ~repeated))):
+    for way, rows in (
+        ("", np.flatnonzero(targets >= 0)),
+        ("filtered/", np.flatnonzero((targets >= 0) & ~repeated)),
+    ):
         positives = Pairs(torch.from_numpy(rows), torch.from_numpy(targets[rows])).to(device)
         for who, vectors in zip(("", "content_mean/"), queries, strict=True):
-            ranks = metrics.best_positive_ranks(vectors, where, positives, excluded if way else None, embedder.exchange)
+            ranks = metrics.best_positive_ranks(
+                vectors, where, positives, excluded if way else None, embedder.exchange
+            )
             found = metrics.recall(ranks, task.recall_at)
-            result |= {f"{who}{way}{key}": value for key, value in found.items() if key != "queries" or not who}
+            result |= {
+                f"{who}{way}{key}": value
+                for key, value in found.items()
+                if key != "queries" or not who
+            }
         if uses is not None:
             hidden = [left_out[row] if way else left_out[row][:0] for row in rows]
-            ranks = torch.from_numpy(metrics.popularity_ranks(uses[candidates.positions].astype(float), targets[rows], hidden))
-            result |= {f"popularity/{way}{key}": value for key, value in metrics.recall(ranks, task.recall_at).items() if key != "queries"}
+            ranks = torch.from_numpy(
+                metrics.popularity_ranks(
+                    uses[candidates.positions].astype(float), targets[rows], hidden
+                )
+            )
+            result |= {
+                f"popularity/{way}{key}": value
+                for key, value in metrics.recall(ranks, task.recall_at).items()
+                if key != "queries"
+            }
     return result

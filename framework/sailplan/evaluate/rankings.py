@@ -1,7 +1,8 @@
 """Measures of ranked lists against graded judgments, as trec_eval defines them.
 
-A list is ordered by falling score and, where scores tie, by falling document id: trec_eval's order, which the input's order
-never changes. Documents without a judgment are not relevant. A query without a relevant document scores 0.
+A list is ordered by falling score and, where scores tie, by falling document id: trec_eval's order,
+which the input's order never changes. Documents without a judgment are not relevant. A query
+without a relevant document scores 0.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ def ordered(scores: Mapping[str, float]) -> list[str]:
     return sorted(sorted(scores, reverse=True), key=lambda document: -scores[document])
 
 
-def measures(ranking: Sequence[str], judgments: Mapping[str, int], at: Sequence[int]) -> dict[str, float]:
-    """Return the measures of one query: ndcg@k and recall@k for k in `at`, mrr@10, mrr and map over the whole list.
+def measures(
+    ranking: Sequence[str], judgments: Mapping[str, int], at: Sequence[int]
+) -> dict[str, float]:
+    """Return the measures of one query: ndcg@k and recall@k for k in `at`, mrr@10, mrr and map
+    over the whole list.
 
-    ranking: document ids, the best first, none twice. judgments: document id -> grade; 1 and more is relevant. The gain of
-    nDCG is the grade, its discount log2(rank + 1). Sums over queries, divided by their number, are trec_eval's averages.
+    ranking: document ids, the best first, none twice. judgments: document id -> grade; 1 and more
+    is relevant. The gain of nDCG is the grade, its discount log2(rank + 1). Sums over queries,
+    divided by their number, are trec_eval's averages.
     """
     gains = [max(judgments.get(document, 0), 0) for document in ranking]
     ideal = sorted((grade for grade in judgments.values() if grade >= RELEVANT), reverse=True)
@@ -35,7 +40,11 @@ def measures(ranking: Sequence[str], judgments: Mapping[str, int], at: Sequence[
     first = 1.0 / places[0] if places else 0.0
     found[f"mrr@{CUT}"] = first if places and places[0] <= CUT else 0.0
     found["mrr"] = first
-    found["map"] = sum(number / place for number, place in enumerate(places, start=1)) / len(ideal) if ideal else 0.0
+    found["map"] = (
+        sum(number / place for number, place in enumerate(places, start=1)) / len(ideal)
+        if ideal
+        else 0.0
+    )
     return found
 
 

@@ -1,7 +1,9 @@
-"""Who is asked and what can be found: a task's queries, candidates and the relation of right answers, before any metric.
+"""Who is asked and what can be found: a task's queries, candidates and the relation of right
+answers, before any metric.
 
-Right answers are told by ids, not by rows: queries with the same text share all their items, and candidates with
-the same text (or the same document) are all right. So a name that two emoji share is never counted as an error.
+Right answers are told by ids, not by rows: queries with the same text share all their items, and
+candidates with the same text (or the same document) are all right. So a name that two emoji share
+is never counted as an error.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from sailplan.runtime.seeds import generator
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """A retrieval task, embedded. Row i's own candidate is what its record says, or -1 where that is not among the candidates."""
+    """A retrieval task, embedded.
+
+    Row i's own candidate is what its record says, or -1 where that is not among the candidates.
+    """
 
     queries: EmbeddedRows
     candidates: EmbeddedRows
@@ -42,16 +47,27 @@ def item_view(view: ViewConfig) -> ViewConfig:
 
 
 def check_queries(readers: Mapping[str, RecordReader], tasks: Mapping[str, EvaluationTask]) -> None:
-    """Raises ConfigurationError for the first task without query records: said before a run, not after its first stage."""
+    """Raises ConfigurationError for the first task without query records: said before a run, not
+    after its first stage.
+    """
     for name, task in tasks.items():
         reader = readers[task.dataset]
         if not (len(reader) if task.split == "all" else reader.count(task.split)):
-            has = f"has the splits {', '.join(reader.index.split_names)}; choose one of them" if len(reader) else "has no record; check its shards"
-            raise ConfigurationError(f"evaluation.tasks.{name}.split={task.split}: data set '{task.dataset}' {has}")
+            has = (
+                f"has the splits {', '.join(reader.index.split_names)}; choose one of them"
+                if len(reader)
+                else "has no record; check its shards"
+            )
+            raise ConfigurationError(
+                f"evaluation.tasks.{name}.split={task.split}: data set '{task.dataset}' {has}"
+            )
 
 
 def query_positions(reader: RecordReader, task: EvaluationTask, name: str) -> NDArray[np.int64]:
-    """Sorted positions of the task's query records; `limit` takes a fixed random part. Raises ConfigurationError if there is none."""
+    """Sorted positions of the task's query records; `limit` takes a fixed random part.
+
+    Raises ConfigurationError if there is none.
+    """
     check_queries({task.dataset: reader}, {name: task})
     positions = reader.positions(None if task.split == "all" else task.split)
     if task.limit is not None and len(positions) > task.limit:
@@ -59,18 +75,22 @@ def query_positions(reader: RecordReader, task: EvaluationTask, name: str) -> ND
     return positions
 
 
-def prepare(reader: RecordReader, task: EvaluationTask, name: str, embedder: Embedder) -> RetrievalTask:
+def prepare(
+    reader: RecordReader, task: EvaluationTask, name: str, embedder: Embedder
+) -> RetrievalTask:
     """Embeds both sides of a retrieval or classification task. Collective.
 
-    candidates=split: the targets of the query records; all: every record of the data set, for pairs every item of the
-    catalogue. Classification keeps each different label text once.
+    candidates=split: the targets of the query records; all: every record of the data set, for pairs
+    every item of the catalogue. Classification keeps each different label text once.
     """
     positions = query_positions(reader, task, name)
     target_view = reader.config.views[task.target]
     queries = embedder.rows(reader, task.query, positions, text_from=task.query_text)
     queries = queries.where(queries.valid)
     own_query: NDArray[np.int64] | None = None
-    if reader.config.kind == "items" or reader.catalogue is None:  # pairs without a catalogue hold their targets themselves
+    if (
+        reader.config.kind == "items" or reader.catalogue is None
+    ):  # pairs without a catalogue hold their targets themselves
         target_reader, wanted = reader, queries.positions
         pool = np.arange(len(reader)) if task.candidates == "all" else positions
     else:
@@ -78,7 +98,11 @@ def prepare(reader: RecordReader, task: EvaluationTask, name: str, embedder: Emb
         target_reader, target_view = reader.catalogue, item_view(target_view)
         wanted = embedder.catalogue_positions(reader, queries.positions, "item")
         own_query = embedder.catalogue_positions(reader, queries.positions, "query")
-        pool = np.arange(len(target_reader)) if task.candidates == "all" else np.unique(wanted[wanted >= 0])
+        pool = (
+            np.arange(len(target_reader))
+            if task.candidates == "all"
+            else np.unique(wanted[wanted >= 0])
+        )
     candidates = embedder.rows(target_reader, target_view, pool.astype(np.int64))
     candidates = candidates.where(candidates.valid)
     own = index_of(candidates.positions, wanted)
@@ -88,7 +112,11 @@ def prepare(reader: RecordReader, task: EvaluationTask, name: str, embedder: Emb
         candidates = candidates.where(np.isin(np.arange(len(candidates)), first))
         own = np.where(own >= 0, index_of(candidates.ids.numpy(), labels.numpy()), -1)
     known = torch.from_numpy((own >= 0) & matched(reader, queries.positions))
-    positives = labelled_pairs(queries.ids, candidates.ids, torch.unique(torch.stack([queries.ids[known], labels[known]]), dim=1))
+    positives = labelled_pairs(
+        queries.ids,
+        candidates.ids,
+        torch.unique(torch.stack([queries.ids[known], labels[known]]), dim=1),
+    )
     excluded = None
     if own_query is not None and (own_query >= 0).any():
         place = index_of(candidates.positions, own_query)
@@ -98,7 +126,9 @@ def prepare(reader: RecordReader, task: EvaluationTask, name: str, embedder: Emb
 
 
 def index_of(values: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Index of each wanted value in `values` (the first, if it is there twice), -1 where it is not there."""
+    """Index of each wanted value in `values` (the first, if it is there twice), -1 where it is
+    not there.
+    """
     if not len(values):
         return np.full(len(wanted), -1, dtype=np.int64)
     order = np.argsort(values, kind="stable")

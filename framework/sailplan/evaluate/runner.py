@@ -1,7 +1,8 @@
-"""The evaluation of a model: every task of the configuration, on all ranks, to a dictionary of numbers.
+"""The evaluation of a model: every task of the configuration, on all ranks, to a dictionary of
+numbers.
 
-An item is encoded once per view and evaluation, however many tasks ask for it. Held-out numbers only ever come from held-out
-queries; what a task's baselines know comes from the train split.
+An item is encoded once per view and evaluation, however many tasks ask for it. Held-out numbers
+only ever come from held-out queries; what a task's baselines know comes from the train split.
 """
 
 from __future__ import annotations
@@ -47,24 +48,38 @@ class Runner:
         self.context = context
         self.embedder = Embedder(context)
 
-    def run(self, name: str, task: EvaluationTask, reader: RecordReader) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """One task's metrics and examples. Collective. Raises ConfigurationError for a task that cannot be."""
+    def run(
+        self, name: str, task: EvaluationTask, reader: RecordReader
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """One task's metrics and examples. Collective.
+
+        Raises ConfigurationError for a task that cannot be.
+        """
         check_task(self.context.config, name, task)
         if task.kind == "clustering":
             return self._clustering(name, task, reader), []
         if task.kind == "sequence":
-            return next_item_task(self.embedder, name, task, reader) or set_completion_task(self.embedder, name, task, reader)
+            return next_item_task(self.embedder, name, task, reader) or set_completion_task(
+                self.embedder, name, task, reader
+            )
         sides = prepare(reader, task, name, self.embedder)
         return self._retrieval(task, reader, sides), retrieval_examples(task, reader, sides)
 
-    def _retrieval(self, task: EvaluationTask, reader: RecordReader, sides: RetrievalTask) -> dict[str, float]:
+    def _retrieval(
+        self, task: EvaluationTask, reader: RecordReader, sides: RetrievalTask
+    ) -> dict[str, float]:
         device = self.context.parallel.device
-        queries, candidates = self.embedder.on_device(sides.queries), self.embedder.on_device(sides.candidates)
+        queries, candidates = (
+            self.embedder.on_device(sides.queries),
+            self.embedder.on_device(sides.candidates),
+        )
         positives = sides.positives.to(device)
         result: dict[str, float] = {}
         if "recall" in task.metrics:
             excluded = None if sides.excluded is None else sides.excluded.to(device)
-            ranks = metrics.best_positive_ranks(queries, candidates, positives, excluded, self.embedder.exchange)
+            ranks = metrics.best_positive_ranks(
+                queries, candidates, positives, excluded, self.embedder.exchange
+            )
             result |= metrics.recall(ranks, task.recall_at)
             result["candidates"] = float(len(candidates))
         if "prefixes" in task.metrics:
@@ -74,49 +89,95 @@ class Runner:
         if "gap" in task.metrics:
             result |= metrics.gap(queries, candidates, positives, self.embedder.exchange)
         if "bijection" in task.metrics:
-            result["bijection"] = metrics.bijection(queries, candidates, sides.queries.ids.to(device), self.embedder.exchange)
+            result["bijection"] = metrics.bijection(
+                queries, candidates, sides.queries.ids.to(device), self.embedder.exchange
+            )
         if "nmi" in task.metrics:
             rows = np.flatnonzero(sides.own >= 0)
-            pairs = sides.queries.fused.numpy()[rows], sides.candidates.fused.numpy()[sides.own[rows]]
+            pairs = (
+                sides.queries.fused.numpy()[rows],
+                sides.candidates.fused.numpy()[sides.own[rows]],
+            )
             result |= metrics.pair_agreement(*pairs, task.clusters) if len(rows) else {}
         if task.reference is not None:
             found = metrics.ranking_agreement(
-                queries, candidates, self._reference(task, task.reference, reader, sides), task.recall_at, sides.excluded, self.embedder.exchange
+                queries,
+                candidates,
+                self._reference(task, task.reference, reader, sides),
+                task.recall_at,
+                sides.excluded,
+                self.embedder.exchange,
             )
-            result |= {key: value for key, value in found.items() if key.partition("@")[0].removeprefix("reference/") in task.metrics}
+            result |= {
+                key: value
+                for key, value in found.items()
+                if key.partition("@")[0].removeprefix("reference/") in task.metrics
+            }
             result["reference/queries"] = found["reference/queries"]
         elif "kendall" in task.metrics or "overlap" in task.metrics:
             found = self._graded(reader, sides)
-            result |= {metric: found[metric] for metric in ("kendall", "overlap") if metric in task.metrics}
+            result |= {
+                metric: found[metric] for metric in ("kendall", "overlap") if metric in task.metrics
+            }
         return result
 
     def _prefixes(self, task: EvaluationTask, sides: RetrievalTask) -> dict[str, float]:
-        """What cutting the vectors costs, for each shorter Matryoshka prefix: prefix_D/recall@k, and prefix_D/neighbours@10, the share
+        """What cutting the vectors costs, for each shorter Matryoshka prefix: prefix_D/recall@k,
+        and prefix_D/neighbours@10, the share
         of a query's ten nearest other queries that stay its nearest."""
-        excluded = None if sides.excluded is None else sides.excluded.to(self.context.parallel.device)
-        queries, candidates = self.embedder.on_device(sides.queries), self.embedder.on_device(sides.candidates)
+        excluded = (
+            None if sides.excluded is None else sides.excluded.to(self.context.parallel.device)
+        )
+        queries, candidates = (
+            self.embedder.on_device(sides.queries),
+            self.embedder.on_device(sides.candidates),
+        )
         result: dict[str, float] = {}
         for size in self.context.config.model.prefixes:
             if size < queries.shape[1]:
                 positives = sides.positives.to(self.context.parallel.device)
-                ranks = metrics.best_positive_ranks(queries[:, :size], candidates[:, :size], positives, excluded, self.embedder.exchange)
+                ranks = metrics.best_positive_ranks(
+                    queries[:, :size],
+                    candidates[:, :size],
+                    positives,
+                    excluded,
+                    self.embedder.exchange,
+                )
                 found = metrics.recall(ranks, task.recall_at)
-                result |= {f"prefix_{size}/{key}": value for key, value in found.items() if key.startswith("recall")}
+                result |= {
+                    f"prefix_{size}/{key}": value
+                    for key, value in found.items()
+                    if key.startswith("recall")
+                }
                 if len(queries) > 1:
-                    result[f"prefix_{size}/neighbours@10"] = metrics.neighbour_overlap(queries, queries[:, :size], 10)
+                    result[f"prefix_{size}/neighbours@10"] = metrics.neighbour_overlap(
+                        queries, queries[:, :size], 10
+                    )
         return result
 
-    def _reference(self, task: EvaluationTask, key: str, reader: RecordReader, sides: RetrievalTask) -> list[NDArray[np.int64]]:
-        """Candidates of each query in the order that its record's ranking gives, best first; those that are no candidates are left out."""
+    def _reference(
+        self, task: EvaluationTask, key: str, reader: RecordReader, sides: RetrievalTask
+    ) -> list[NDArray[np.int64]]:
+        """Candidates of each query in the order that its record's ranking gives, best first;
+        those that are no candidates are left out.
+        """
         rankings = []
         for position in sides.queries.positions.tolist():
             names = reader.body(position).get(key)
-            found = [self._candidate(reader, name) for name in names] if isinstance(names, list) else []
-            places = index_of(sides.candidates.positions, np.array([-1 if place is None else place for place in found], dtype=np.int64))
-            rankings.append(np.array(list(dict.fromkeys(places[places >= 0].tolist())), dtype=np.int64))
+            found = (
+                [self._candidate(reader, name) for name in names] if isinstance(names, list) else []
+            )
+            places = index_of(
+                sides.candidates.positions,
+                np.array([-1 if place is None else place for place in found], dtype=np.int64),
+            )
+            rankings.append(
+                np.array(list(dict.fromkeys(places[places >= 0].tolist())), dtype=np.int64)
+            )
         if not any(len(ranking) for ranking in rankings):
             raise ConfigurationError(
-                f"evaluation.tasks with reference={key}: no record of '{task.dataset}' has a list of candidates' ids under this key; expected some, best first"
+                f"evaluation.tasks with reference={key}: no record of '{task.dataset}' has a list "
+                "of candidates' ids under this key; expected some, best first"
             )
         return rankings
 
@@ -127,34 +188,48 @@ class Runner:
 
     def _graded(self, reader: RecordReader, sides: RetrievalTask) -> dict[str, float]:
         scores = [reader.score(int(position)) for position in sides.queries.positions]
-        rows = np.array([row for row, score in enumerate(scores) if score is not None and sides.own[row] >= 0], dtype=np.int64)
+        rows = np.array(
+            [row for row, score in enumerate(scores) if score is not None and sides.own[row] >= 0],
+            dtype=np.int64,
+        )
         own = Pairs(torch.from_numpy(rows), torch.from_numpy(sides.own[rows]))
         cosines = pair_scores(unit(sides.queries.fused), unit(sides.candidates.fused), own).numpy()
-        return metrics.graded_order(cosines, np.array([scores[row] for row in rows], dtype=np.float64))
+        return metrics.graded_order(
+            cosines, np.array([scores[row] for row in rows], dtype=np.float64)
+        )
 
-    def _clustering(self, name: str, task: EvaluationTask, reader: RecordReader) -> dict[str, float]:
+    def _clustering(
+        self, name: str, task: EvaluationTask, reader: RecordReader
+    ) -> dict[str, float]:
         assert task.label is not None, "check_task asks for it"
         rows = self.embedder.rows(reader, task.query, query_positions(reader, task, name))
         labels = [reader.body(int(position)).get(task.label) for position in rows.positions]
         keep = rows.valid & np.array([label is not None for label in labels])
         if not keep.any():
             raise ConfigurationError(
-                f"evaluation.tasks.{name}.label={task.label}: no record of '{task.dataset}' has this key; name one that they have"
+                f"evaluation.tasks.{name}.label={task.label}: no record of '{task.dataset}' has "
+                "this key; name one that they have"
             )
-        found = metrics.cluster_agreement(rows.fused.numpy()[keep], [str(labels[row]) for row in np.flatnonzero(keep)])
+        found = metrics.cluster_agreement(
+            rows.fused.numpy()[keep], [str(labels[row]) for row in np.flatnonzero(keep)]
+        )
         return {key: value for key, value in found.items() if key in ("nmi", "clusters")}
 
 
 def evaluate(context: RunContext, only: Sequence[str] | None = None) -> Evaluation:
-    """Run all tasks of `evaluation.tasks`, or those named in `only`; every rank gets the same result. Collective.
+    """Run all tasks of `evaluation.tasks`, or those named in `only`; every rank gets the same
+    result. Collective.
 
-    An objective of the context that represents histories does so here. The encoder's training mode comes back
-    as it was. Raises ConfigurationError for a task that cannot be.
+    An objective of the context that represents histories does so here. The encoder's training mode
+    comes back as it was. Raises ConfigurationError for a task that cannot be.
     """
     config, runner, result = context.config, Runner(context), Evaluation()
     for name in only if only is not None else list(config.evaluation.tasks):
         if name not in config.evaluation.tasks:
-            raise ConfigurationError(f"evaluation.tasks has no '{name}'; expected one of {', '.join(config.evaluation.tasks) or 'none'}")
+            raise ConfigurationError(
+                f"evaluation.tasks has no '{name}'; expected one of "
+                f"{', '.join(config.evaluation.tasks) or 'none'}"
+            )
         task = config.evaluation.tasks[name]
         result.tasks[name], examples = runner.run(name, task, context.readers[task.dataset])
         if examples:

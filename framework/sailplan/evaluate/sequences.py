@@ -1,4 +1,6 @@
-"""What tasks on histories share: the vector of a history by the model and by its mean, and what most training records have."""
+"""What tasks on histories share: the vector of a history by the model and by its mean, and what
+most training records have.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,14 @@ from sailplan.evaluate.retrieval_task import index_of
 from sailplan.objective.protocol import HistoryObjective
 
 
-def represent(embedder: Embedder, items: EmbeddedRows, shown: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
-    """Return (the model's sequence vectors, the means of the unit item vectors), both [n, D] on the device.
+def represent(
+    embedder: Embedder, items: EmbeddedRows, shown: list[list[int]], length: int
+) -> tuple[Tensor, Tensor]:
+    """Return (the model's sequence vectors, the means of the unit item vectors), both [n, D] on
+    the device.
 
-    shown: catalogue positions of each history, at most `length`. The model's are those of the objective that represents
+    shown: catalogue positions of each history, at most `length`. The model's are those of the
+    objective that represents
     histories where the run has one, else the means.
     """
     index = np.full((len(shown), length), -1, dtype=np.int64)
@@ -29,7 +35,14 @@ def represent(embedder: Embedder, items: EmbeddedRows, shown: list[list[int]], l
     valid = torch.from_numpy(index >= 0).to(device)
     fused = embedder.on_device(items)[torch.from_numpy(index.clip(min=0)).to(device)]
     content = (unit(fused) * valid.unsqueeze(-1)).sum(1) / valid.sum(1, keepdim=True).clamp_min(1)
-    learned = next((each for each in embedder.context.objectives.values() if isinstance(each, HistoryObjective)), None)
+    learned = next(
+        (
+            each
+            for each in embedder.context.objectives.values()
+            if isinstance(each, HistoryObjective)
+        ),
+        None,
+    )
     if learned is None:
         return content, content
     with evaluating(learned):
@@ -37,14 +50,18 @@ def represent(embedder: Embedder, items: EmbeddedRows, shown: list[list[int]], l
 
 
 def popularity(embedder: Embedder, reader: RecordReader) -> NDArray[np.int64] | None:
-    """Return how many training records have each catalogue item, int64 [catalogue]; None without a training record.
+    """Return how many training records have each catalogue item, int64 [catalogue]; None without
+    a training record.
 
     Collective: each data-parallel rank reads its share of the records.
     """
     assert reader.catalogue is not None, "sequences have a catalogue"
     exchange, count = embedder.exchange, reader.count("train")
     uses = np.zeros(len(reader.catalogue), dtype=np.int64)
-    share = np.arange(count * exchange.rank // exchange.world_size, count * (exchange.rank + 1) // exchange.world_size)
+    share = np.arange(
+        count * exchange.rank // exchange.world_size,
+        count * (exchange.rank + 1) // exchange.world_size,
+    )
     for position in reader.select("train", share).tolist() if len(share) else []:
         found = map(reader.find_item, reader.item_ids(position))
         uses[list({place for place in found if place is not None})] += 1

@@ -1,9 +1,12 @@
-"""The code inside an exported omni folder: the definitions that a template needs, gathered from the package's own sources.
+"""The code inside an exported omni folder: the definitions that a template needs, gathered from
+the package's own sources.
 
-A template (`export/standalone/`) imports from the package like any module. `bundle` writes it as one file that imports
-nothing of the package: each name that it uses from there comes with its source, and so on from name to name, read from
-the syntax trees; nothing is run. What megatron-core does in training the template defines itself, under the same name, and
-takes the place of the package's. So an export computes with the very lines that trained, and there is no second model.
+A template (`export/standalone/`) imports from the package like any module. `bundle` writes it as
+one file that imports
+nothing of the package: each name that it uses from there comes with its source, and so on from name
+to name, read from the syntax trees; nothing is run. What megatron-core does in training the
+template defines itself, under the same name, and takes the place of the package's. So an export
+computes with the very lines that trained, and there is no second model.
 """
 
 from __future__ import annotations
@@ -16,14 +19,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STANDALONE = "sailplan.export.standalone"
-OMNI = ("configuration", "modeling", "processing", "sentence")  # templates; NAME becomes NAME_sailplan.py
+OMNI = (
+    "configuration",
+    "modeling",
+    "processing",
+    "sentence",
+)  # templates; NAME becomes NAME_sailplan.py
 PUBLISHED = ("published",)
 FILES = (*OMNI, *PUBLISHED)
 OPTIONAL = ("PIL", "soundfile", "scipy")  # needed for pictures and sound alone
 # Methods that a class of a template takes from one of the package.
 GRAFTS = {
-    "OmniTower": ("sailplan.model.tower", "OmniEncoder", ("forward", "_encode", "_read_out", "_see", "_hear")),
-    "Rows": ("sailplan.model.encoders.transformers.processor", "TransformersProcessor", ("_picture_shape", "_stacked", "_texts")),
+    "OmniTower": (
+        "sailplan.model.tower",
+        "OmniEncoder",
+        ("forward", "_encode", "_read_out", "_see", "_hear"),
+    ),
+    "Rows": (
+        "sailplan.model.encoders.transformers.processor",
+        "TransformersProcessor",
+        ("_picture_shape", "_stacked", "_texts"),
+    ),
     "PublishedEncoder": (
         "sailplan.model.encoders.transformers.module",
         "TransformersEncoder",
@@ -40,22 +56,37 @@ class _Module:
     name: str
     source: str = ""
     definitions: dict[str, ast.stmt] = field(default_factory=dict)
-    imports: dict[str, tuple[str, str | None, str]] = field(default_factory=dict)  # name here -> (module, name there, statement)
+    imports: dict[str, tuple[str, str | None, str]] = field(
+        default_factory=dict
+    )  # name here -> (module, name there, statement)
 
 
 @cache
 def _read(name: str) -> _Module:
     path = ROOT.joinpath(*name.split("."))
-    module = _Module(name, (path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py").read_text(encoding="utf-8"))
+    module = _Module(
+        name,
+        (
+            path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+        ).read_text(encoding="utf-8"),
+    )
     for node in ast.parse(module.source).body:
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 shown = alias.name if alias.asname is None else f"{alias.name} as {alias.asname}"
-                module.imports[alias.asname or alias.name] = (str(node.module), alias.name, f"from {node.module} import {shown}")
+                module.imports[alias.asname or alias.name] = (
+                    str(node.module),
+                    alias.name,
+                    f"from {node.module} import {shown}",
+                )
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 shown = alias.name if alias.asname is None else f"{alias.name} as {alias.asname}"
-                module.imports[alias.asname or alias.name.split(".")[0]] = (alias.name, None, f"import {shown}")
+                module.imports[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name,
+                    None,
+                    f"import {shown}",
+                )
         elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             module.definitions[node.name] = node
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -87,7 +118,10 @@ def bundle(template: str) -> str:
         key = (module.name, name)
         if name in taken:
             if taken[name] != key:
-                raise ValueError(f"{template}: {name} is defined in {taken[name][0]} and in {module.name}; rename one of them")
+                raise ValueError(
+                    f"{template}: {name} is defined in {taken[name][0]} and in {module.name}; "
+                    "rename one of them"
+                )
             return
         node = module.definitions[name]
         for other, where in module.definitions.items():
@@ -114,7 +148,10 @@ def bundle(template: str) -> str:
         elif package in OPTIONAL:
             optional[statement] = name
         elif package == "megatron":
-            raise ValueError(f"{template}: {module.name} needs {name} of megatron-core; define it in the template")
+            raise ValueError(
+                f"{template}: {module.name} needs {name} of megatron-core; define it in the "
+                "template"
+            )
         elif package != "__future__":
             imports.add(statement)
 
@@ -129,12 +166,20 @@ def _grafted(name: str) -> list[tuple[_Module, ast.stmt]]:
     origin, owner, methods = GRAFTS[name]
     module = _read(origin)
     body = module.definitions[owner].body  # type: ignore[attr-defined]
-    return [(module, node) for node in body if isinstance(node, ast.FunctionDef) and node.name in methods]
+    return [
+        (module, node)
+        for node in body
+        if isinstance(node, ast.FunctionDef) and node.name in methods
+    ]
 
 
 def _names(node: ast.AST) -> list[str]:
     """Return the names that a definition uses, in order, without the builtin ones."""
-    found = [part.id for part in ast.walk(node) if isinstance(part, ast.Name) and part.id != "_" and not hasattr(builtins, part.id)]
+    found = [
+        part.id
+        for part in ast.walk(node)
+        if isinstance(part, ast.Name) and part.id != "_" and not hasattr(builtins, part.id)
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -148,6 +193,18 @@ def _source(module: _Module, node: ast.stmt) -> str:
 
 def _written(home: _Module, imports: set[str], optional: dict[str, str], texts: list[str]) -> str:
     description = ast.get_docstring(ast.parse(home.source), clean=False)
-    guarded = [f"try:\n    {line}\nexcept ImportError:\n    {name} = None  # needed for pictures or sound alone" for line, name in sorted(optional.items())]
-    head = [f'"""{description}"""\n\n# Written by `sailplan export`; licence of the code: Apache-2.0.\nfrom __future__ import annotations\n']
-    return "\n".join([*head, *sorted(imports), *guarded, *(f"\n\n{text}" for text in dict.fromkeys(texts))]) + "\n"
+    guarded = [
+        f"try:\n    {line}\nexcept ImportError:\n    {name} = None  # needed for pictures or sound "
+        "alone"
+        for line, name in sorted(optional.items())
+    ]
+    head = [
+        f'"""{description}"""\n\n# Written by `sailplan export`; licence of the code: '
+        "Apache-2.0.\nfrom __future__ import annotations\n"
+    ]
+    return (
+        "\n".join(
+            [*head, *sorted(imports), *guarded, *(f"\n\n{text}" for text in dict.fromkeys(texts))]
+        )
+        + "\n"
+    )

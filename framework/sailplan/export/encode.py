@@ -1,7 +1,9 @@
-"""A file of items as vectors: read in order, encoded shard by shard, and put together when all shards are there.
+"""A file of items as vectors: read in order, encoded shard by shard, and put together when all
+shards are there.
 
-A shard that is written is never encoded again: the same command after a stop goes on behind the last whole one. Memory holds one
-shard, whatever the number of items (a faiss index is held whole by its nature).
+A shard that is written is never encoded again: the same command after a stop goes on behind the
+last whole one. Memory holds one shard, whatever the number of items (a faiss index is held whole by
+its nature).
 
     OUTPUT.parts/job.json, 00000.npy, ...   until the end; job.json says what they are of
     OUTPUT            .npy [n, D] | .parquet (id, vector) | .faiss
@@ -45,31 +47,48 @@ def encode_file(
     shard_rows: int = 8192,
     identity: str = "",
 ) -> dict[str, Any]:
-    """Encode the items of `source` into `output`; return rows, dimensions and the shards that were encoded now.
+    """Encode the items of `source` into `output`; return rows, dimensions and the shards that
+    were encoded now.
 
-    source: .jsonl (a text, or {"id", "text", "image", "audio"} a line; paths are relative to the file), .txt (a text a line),
-    .parquet (these columns), or a folder of pictures and sound. precision: int8 is the numbers times one scale, 127 over 1.5 times the
-    largest of the first shard, larger ones cut: inner products then order as cosines, and a faiss index is asked with vectors times the `scale`
-    that is returned; binary: a bit a dimension, 1 above zero, eight a byte. identity: of the model, so that shards of another one are
+    source: .jsonl (a text, or {"id", "text", "image", "audio"} a line; paths are relative to the
+    file), .txt (a text a line),
+    .parquet (these columns), or a folder of pictures and sound. precision: int8 is the numbers
+    times one scale, 127 over 1.5 times the
+    largest of the first shard, larger ones cut: inner products then order as cosines, and a faiss
+    index is asked with vectors times the `scale` that is returned; binary: a bit a dimension, 1
+    above zero, eight a byte. identity: of the model, so that shards of another one are
     not gone on with.
 
-    Raises ConfigurationError for kinds of files that are not known or whose library is missing, and for shards of another job;
+    Raises ConfigurationError for kinds of files that are not known or whose library is missing, and
+    for shards of another job;
     BadDataError for an item that cannot be encoded, with its place.
     """
     check_files(source, output)
     size = model.dimension if dimension is None else dimension
     if precision == "binary" and output.suffix == ".faiss" and size % 8:
-        raise ConfigurationError(f"--dimension {size}: expected a multiple of 8 for a binary faiss index")
+        raise ConfigurationError(
+            f"--dimension {size}: expected a multiple of 8 for a binary faiss index"
+        )
     parts = output.with_name(output.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
     stat = source.stat()
-    job = {"model": identity, "source": str(source.resolve()), "bytes": stat.st_size, "modified": stat.st_mtime_ns, "view": view, "prompt": prompt}
+    job = {
+        "model": identity,
+        "source": str(source.resolve()),
+        "bytes": stat.st_size,
+        "modified": stat.st_mtime_ns,
+        "view": view,
+        "prompt": prompt,
+    }
     job |= {"dimension": size, "precision": precision, "shard_rows": shard_rows}
-    found = json.loads((parts / JOB).read_text(encoding="utf-8")) if (parts / JOB).is_file() else job
+    found = (
+        json.loads((parts / JOB).read_text(encoding="utf-8")) if (parts / JOB).is_file() else job
+    )
     if found != job:
         other = next(name for name in job if found.get(name) != job[name])
         raise ConfigurationError(
-            f"{parts}: holds shards of another job ({other} is {found.get(other)}, now {job[other]}); delete it, or choose another --output"
+            f"{parts}: holds shards of another job ({other} is {found.get(other)}, now "
+            f"{job[other]}); delete it, or choose another --output"
         )
     write_whole(parts / JOB, json.dumps(job))
     encoded = rows = shards = 0
@@ -78,10 +97,18 @@ def encode_file(
         if file.is_file() and file.with_suffix(".txt").is_file():
             continue
         try:
-            vectors = model.encode([item for _, item in items], view=view, prompt=prompt, dimension=size, batch_size=batch_size)
+            vectors = model.encode(
+                [item for _, item in items],
+                view=view,
+                prompt=prompt,
+                dimension=size,
+                batch_size=batch_size,
+            )
         except (ValueError, OSError) as error:
             first, last = number * shard_rows, number * shard_rows + len(items) - 1
-            raise BadDataError(f"{source}: items {first} to {last}: {error}; correct or leave out the item") from error
+            raise BadDataError(
+                f"{source}: items {first} to {last}: {error}; correct or leave out the item"
+            ) from error
         write_whole(file.with_suffix(".txt"), "".join(f"{name}\n" for name, _ in items))
         with open(file.with_suffix(".tmp"), "wb") as opened:
             np.save(opened, quantised(vectors, precision, _scale(parts, vectors, number)))
@@ -90,17 +117,30 @@ def encode_file(
     if not rows:
         raise BadDataError(f"{source}: found no item, expected at least one")
     scale = {"scale": _scale(parts, np.zeros((1, 1), np.float32), 1)} if precision == "int8" else {}
-    _put_together([parts / f"{number:05d}.npy" for number in range(shards)], output, rows, size, precision)
+    _put_together(
+        [parts / f"{number:05d}.npy" for number in range(shards)], output, rows, size, precision
+    )
     shutil.rmtree(parts)
-    return {"output": str(output), "rows": rows, "dimensions": size, "precision": precision, "shards": shards, "encoded_now": encoded} | scale
+    return {
+        "output": str(output),
+        "rows": rows,
+        "dimensions": size,
+        "precision": precision,
+        "shards": shards,
+        "encoded_now": encoded,
+    } | scale
 
 
 def check_files(source: Path, output: Path) -> None:
     """Raise ConfigurationError before any work for files that cannot be read or written."""
     if not source.exists() or (source.is_file() and source.suffix not in INPUTS):
-        raise ConfigurationError(f"--input {source}: expected a folder or a file that ends in {', '.join(INPUTS)}")
+        raise ConfigurationError(
+            f"--input {source}: expected a folder or a file that ends in {', '.join(INPUTS)}"
+        )
     if output.suffix not in OUTPUTS:
-        raise ConfigurationError(f"--output {output}: expected a name that ends in {', '.join(OUTPUTS)}")
+        raise ConfigurationError(
+            f"--output {output}: expected a name that ends in {', '.join(OUTPUTS)}"
+        )
     if output.suffix == ".faiss":
         _library("faiss", "faiss-cpu")
     if ".parquet" in (source.suffix, output.suffix):
@@ -115,8 +155,12 @@ def _scale(parts: Path, vectors: NDArray[np.float32], number: int) -> float:
     return float(json.loads((parts / SCALE).read_text(encoding="utf-8")))
 
 
-def quantised(vectors: NDArray[np.float32], precision: Precision, scale: float = 127.0) -> NDArray[Any]:
-    """Return vectors [n, D] in a smaller type: float16, int8 [n, D] times `scale`, or uint8 [n, ceil(D / 8)] of bits."""
+def quantised(
+    vectors: NDArray[np.float32], precision: Precision, scale: float = 127.0
+) -> NDArray[Any]:
+    """Return vectors [n, D] in a smaller type: float16, int8 [n, D] times `scale`, or uint8 [n,
+    ceil(D / 8)] of bits.
+    """
     if precision == "int8":
         return np.rint(vectors * scale).clip(-127, 127).astype(np.int8)
     if precision == "binary":
@@ -127,7 +171,11 @@ def quantised(vectors: NDArray[np.float32], precision: Precision, scale: float =
 def read_items(source: Path) -> Iterator[tuple[str, Any]]:
     """Yield (id, item) in the file's order; without an id its number."""
     if source.is_dir():
-        for path in sorted(path for path in source.rglob("*") if path.suffix.lower() in {end for ends in SUFFIXES.values() for end in ends}):
+        for path in sorted(
+            path
+            for path in source.rglob("*")
+            if path.suffix.lower() in {end for ends in SUFFIXES.values() for end in ends}
+        ):
             yield str(path.relative_to(source)), path
         return
     for number, row in enumerate(_rows(source)):
@@ -135,8 +183,15 @@ def read_items(source: Path) -> Iterator[tuple[str, Any]]:
             yield str(number), row
             continue
         if not isinstance(row, dict):
-            raise BadDataError(f"{source}: item {number} is a {type(row).__name__}, expected a text or an object with some of {', '.join(KEYS)}")
-        item = {key: row[key] if key == "text" else _beside(source, row[key]) for key in KEYS if row.get(key) is not None}
+            raise BadDataError(
+                f"{source}: item {number} is a {type(row).__name__}, expected a text or an object "
+                f"with some of {', '.join(KEYS)}"
+            )
+        item = {
+            key: row[key] if key == "text" else _beside(source, row[key])
+            for key in KEYS
+            if row.get(key) is not None
+        }
         yield str(row.get("id", number)), item
 
 
@@ -152,7 +207,9 @@ def _rows(source: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line) if source.suffix == ".jsonl" else line.rstrip("\n")
             except ValueError as error:
-                raise BadDataError(f"{source}: line {number + 1} is not JSON ({error}); correct it") from error
+                raise BadDataError(
+                    f"{source}: line {number + 1} is not JSON ({error}); correct it"
+                ) from error
 
 
 def _beside(source: Path, value: Any) -> Any:
@@ -167,7 +224,9 @@ def _shards(items: Iterable[tuple[str, Any]], rows: int) -> Iterator[list[tuple[
         yield shard
 
 
-def _put_together(files: list[Path], output: Path, rows: int, size: int, precision: Precision) -> None:
+def _put_together(
+    files: list[Path], output: Path, rows: int, size: int, precision: Precision
+) -> None:
     temporary = output.with_name(output.name + ".tmp")
     if output.suffix == ".parquet":
         _parquet(files, temporary)
@@ -175,7 +234,9 @@ def _put_together(files: list[Path], output: Path, rows: int, size: int, precisi
         _faiss(files, temporary, size, precision)
     else:
         first = np.load(files[0], mmap_mode="r")
-        whole = np.lib.format.open_memmap(temporary, mode="w+", dtype=first.dtype, shape=(rows, first.shape[1]))
+        whole = np.lib.format.open_memmap(
+            temporary, mode="w+", dtype=first.dtype, shape=(rows, first.shape[1])
+        )
         start = 0
         for file in files:
             part = np.load(file)
@@ -193,8 +254,15 @@ def _parquet(files: list[Path], output: Path) -> None:
     writer = None
     for file in files:
         vectors = np.load(file)
-        column = arrow.FixedSizeListArray.from_arrays(arrow.array(vectors.ravel()), vectors.shape[1])
-        table = arrow.table({"id": file.with_suffix(".txt").read_text(encoding="utf-8").splitlines(), "vector": column})
+        column = arrow.FixedSizeListArray.from_arrays(
+            arrow.array(vectors.ravel()), vectors.shape[1]
+        )
+        table = arrow.table(
+            {
+                "id": file.with_suffix(".txt").read_text(encoding="utf-8").splitlines(),
+                "vector": column,
+            }
+        )
         writer = writer or parquet.ParquetWriter(output, table.schema)
         writer.write_table(table)
     assert writer is not None
@@ -208,7 +276,11 @@ def _faiss(files: list[Path], output: Path, size: int, precision: Precision) -> 
     elif precision == "float32":
         index = faiss.IndexFlatIP(size)
     else:
-        kind = faiss.ScalarQuantizer.QT_fp16 if precision == "float16" else faiss.ScalarQuantizer.QT_8bit_direct_signed
+        kind = (
+            faiss.ScalarQuantizer.QT_fp16
+            if precision == "float16"
+            else faiss.ScalarQuantizer.QT_8bit_direct_signed
+        )
         index = faiss.IndexScalarQuantizer(size, kind, faiss.METRIC_INNER_PRODUCT)
     for file in files:
         part = np.load(file)
@@ -222,4 +294,7 @@ def _library(name: str, package: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigurationError(f"{name.split('.')[0]} is not installed, which this kind of file needs: pip install {package}") from error
+        raise ConfigurationError(
+            f"{name.split('.')[0]} is not installed, which this kind of file needs: pip install "
+            f"{package}"
+        ) from error

@@ -1,7 +1,9 @@
-"""A trained or published model as one object that encodes: no run, no process group, no training data.
+"""A trained or published model as one object that encodes: no run, no process group, no training
+data.
 
-The omni tower runs as the plain PyTorch code of an exported folder (`export.bundle`), so nothing of megatron-core is imported;
-any other encoder runs as its component builds it. Items go through the encoder's own processor, as in an evaluation.
+The omni tower runs as the plain PyTorch code of an exported folder (`export.bundle`), so nothing of
+megatron-core is imported; any other encoder runs as its component builds it. Items go through the
+encoder's own processor, as in an evaluation.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ from torch import Tensor, nn
 
 from sailplan.checkpoint.exported import DESCRIPTION, is_exported
 from sailplan.config.components import fill
-from sailplan.config.schema import Config, DataConfig, DatasetConfig, EncoderConfig, ModelConfig, ViewConfig
+from sailplan.config.schema import (
+    Config,
+    DataConfig,
+    DatasetConfig,
+    EncoderConfig,
+    ModelConfig,
+    ViewConfig,
+)
 from sailplan.data.config import Modality
 from sailplan.data.processor import Processor
 from sailplan.data.record import Item
@@ -45,15 +54,22 @@ FIELD = "text"
 class Model:
     """An encoder with its processor, on one device.
 
-    dimension: D of a whole vector; prefixes: sizes at which it may be cut; prompts: what stands before a text, by name.
+    dimension: D of a whole vector; prefixes: sizes at which it may be cut; prompts: what stands
+    before a text, by name.
     """
 
-    def __init__(self, config: Config, encoder: nn.Module, prompts: Mapping[str, str], device: torch.device) -> None:
+    def __init__(
+        self, config: Config, encoder: nn.Module, prompts: Mapping[str, str], device: torch.device
+    ) -> None:
         self.config, self.prompts, self.device = config, dict(prompts), device
         self.origin = ""  # where it was loaded from
         self.dimension, self.prefixes = int(config.model.embedding), list(config.model.prefixes)
         self.encoder = encoder.to(device).eval()
-        self.processor: Processor = OmniProcessor(config) if isinstance(config.model, ModelConfig) else config.model.component().processor(config)
+        self.processor: Processor = (
+            OmniProcessor(config)
+            if isinstance(config.model, ModelConfig)
+            else config.model.component().processor(config)
+        )
 
     def encode(
         self,
@@ -68,18 +84,23 @@ class Model:
     ) -> Vectors:
         """Return float32 [n, D] of n items in their order, or [D] of a single one.
 
-        An item is a text, a picture (path, Pillow, bytes as uint8 [height, width, 3]), sound (path, float32 samples [s] at the model's
-        rate, {"array", "sampling_rate"}), or a dict with some of text, image and audio; image may be a list of pictures. view: a
-        name in `prompts`; prompt: the text of one. dimension: cut to so many, before the vector is normalised to length 1.
+        An item is a text, a picture (path, Pillow, bytes as uint8 [height, width, 3]), sound (path,
+        float32 samples [s] at the model's rate, {"array", "sampling_rate"}), or a dict with some of
+        text, image and audio; image may be a list of pictures. view: a name in `prompts`; prompt:
+        the text of one. dimension: cut to so many, before the vector is normalised to length 1.
 
-        Raises ConfigurationError for an unknown view or dimension, ValueError for what is no item or cannot be decoded.
+        Raises ConfigurationError for an unknown view or dimension, ValueError for what is no item
+        or cannot be decoded.
         """
         single = not isinstance(items, (list, tuple))
         every = [by_modality(item) for item in ([items] if single else items)]
         said = self._prompt(view, prompt)
         size = self.dimension if dimension is None else dimension
         if not 1 <= size <= self.dimension:
-            raise ConfigurationError(f"dimension={dimension}: expected 1 to {self.dimension}; the model was trained to be cut to {self.prefixes}")
+            raise ConfigurationError(
+                f"dimension={dimension}: expected 1 to {self.dimension}; the model was trained to "
+                f"be cut to {self.prefixes}"
+            )
         result = np.zeros((len(every), size), dtype=np.float32)
         groups: dict[tuple[str, ...], list[int]] = {}
         for row, item in enumerate(every):
@@ -87,15 +108,23 @@ class Model:
         batches = []
         for kind, rows in groups.items():
             rows.sort(key=lambda row: len(every[row].get("text") or ""))
-            batches += [(kind, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+            batches += [
+                (kind, rows[start : start + batch_size])
+                for start in range(0, len(rows), batch_size)
+            ]
         for kind, rows in _shown(batches, progress):
             vectors = self._encoded([every[row] for row in rows], kind, said)[:, :size]
-            result[rows] = (nn.functional.normalize(vectors, dim=-1) if normalize else vectors).cpu().numpy()
+            result[rows] = (
+                (nn.functional.normalize(vectors, dim=-1) if normalize else vectors).cpu().numpy()
+            )
         return result[0] if single else result
 
     def similarity(self, left: Vectors, right: Vectors) -> Vectors:
         """Return the cosines float32 [n, m] of vectors [n, D] and [m, D]."""
-        first, second = (each / np.maximum(np.linalg.norm(each, axis=-1, keepdims=True), 1e-12) for each in (left, right))
+        first, second = (
+            each / np.maximum(np.linalg.norm(each, axis=-1, keepdims=True), 1e-12)
+            for each in (left, right)
+        )
         cosines: Vectors = first @ second.T
         return cosines
 
@@ -103,19 +132,40 @@ class Model:
         if view is None:
             return prompt or ""
         if view not in self.prompts:
-            raise ConfigurationError(f"view={view}: expected one of {', '.join(self.prompts) or 'none, as the model has none'}")
+            raise ConfigurationError(
+                f"view={view}: expected one of "
+                f"{', '.join(self.prompts) or 'none, as the model has none'}"
+            )
         return self.prompts[view]
 
-    def _encoded(self, items: Sequence[Mapping[str, Any]], kind: tuple[str, ...], prompt: str) -> Tensor:
+    def _encoded(
+        self, items: Sequence[Mapping[str, Any]], kind: tuple[str, ...], prompt: str
+    ) -> Tensor:
         modalities: list[Modality] = list(kind)  # type: ignore[arg-type]
         view = ViewConfig(modalities=modalities, fields=[FIELD], prompt=prompt)
         rows = []
         for number, item in enumerate(items):
             pictures = item.get("vision")
-            several = [] if pictures is None else pictures if isinstance(pictures, (list, tuple)) else [pictures]
-            sound = None if item.get("audio") is None else _audio_bytes(item["audio"], self.config.data.audio_rate)
-            held = Item(str(number), images=tuple(_picture_bytes(each) for each in several), audio=sound)
-            rows.append(self.processor.row(held, view, DatasetConfig(), text=self._text(item.get("text") or "")))
+            several = (
+                []
+                if pictures is None
+                else pictures
+                if isinstance(pictures, (list, tuple))
+                else [pictures]
+            )
+            sound = (
+                None
+                if item.get("audio") is None
+                else _audio_bytes(item["audio"], self.config.data.audio_rate)
+            )
+            held = Item(
+                str(number), images=tuple(_picture_bytes(each) for each in several), audio=sound
+            )
+            rows.append(
+                self.processor.row(
+                    held, view, DatasetConfig(), text=self._text(item.get("text") or "")
+                )
+            )
         inputs: Any = self.processor.batch(rows, self.processor.tokens(rows, view), view)
         if hasattr(inputs, "packing"):
             inputs = replace(inputs, packing=None)  # the plain code packs for itself
@@ -124,16 +174,21 @@ class Model:
         return found
 
     def _text(self, text: str) -> str:
-        return clean(text) if isinstance(self.config.model, ModelConfig) else text  # as data sets give it; published models: to the letter
+        return (
+            clean(text) if isinstance(self.config.model, ModelConfig) else text
+        )  # as data sets give it; published models: to the letter
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None, **settings: Any) -> Model:
-    """Return the model of a run folder, a checkpoint, an exported folder, or a published model's folder or hub id.
+    """Return the model of a run folder, a checkpoint, an exported folder, or a published model's
+    folder or hub id.
 
-    device: None: the GPU where there is one. settings: of `model.encoders.transformers.TransformersConfig`, such as pooling="cls",
-    for a published model alone; what a folder of sentence-transformers says is taken from there.
+    device: None: the GPU where there is one. settings: of
+    `model.encoders.transformers.TransformersConfig`, such as pooling="cls", for a published model
+    alone; what a folder of sentence-transformers says is taken from there.
 
-    Raises ConfigurationError for a place that is none of these, and for settings that the model does not have.
+    Raises ConfigurationError for a place that is none of these, and for settings that the model
+    does not have.
     """
     place = Path(path)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -143,12 +198,26 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **settin
 
 
 def _opened(path: str, place: Path, chosen: torch.device, settings: Mapping[str, Any]) -> Model:
-    run = next((folder for folder in (place, *place.parents[1:2]) if (folder / "config.yaml").is_file()), None) if place.is_dir() else None
+    run = (
+        next(
+            (
+                folder
+                for folder in (place, *place.parents[1:2])
+                if (folder / "config.yaml").is_file()
+            ),
+            None,
+        )
+        if place.is_dir()
+        else None
+    )
     saved = is_exported(place) or (place / "config.json").is_file()
     if not saved and run is not None:
         return _of_run(place, run, chosen)
     if settings and saved and (is_exported(place) or _model_type(place) == "sailplan_omni"):
-        raise ConfigurationError(f"load({path}): found {', '.join(settings)} beside a model of sailplan's, expected none; they are in the folder")
+        raise ConfigurationError(
+            f"load({path}): found {', '.join(settings)} beside a model of sailplan's, expected "
+            "none; they are in the folder"
+        )
     if is_exported(place):
         return _of_export(place, chosen)
     if saved and _model_type(place) == "sailplan_omni":
@@ -168,7 +237,9 @@ def _of_run(place: Path, run: Path, device: torch.device) -> Model:
         raise ConfigurationError(f"{folder.checkpoints}: no complete checkpoint; train first")
     model, weights, _ = encoder_weights(checkpoint, config)
     found = _with(config, model, weights, device)
-    found.origin = str(checkpoint.resolve())  # the newest now: shards of a run that is trained on do not mix
+    found.origin = str(
+        checkpoint.resolve()
+    )  # the newest now: shards of a run that is trained on do not mix
     return found
 
 
@@ -178,7 +249,9 @@ def _of_export(folder: Path, device: torch.device) -> Model:
 
     description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     data = fill(DataConfig, description["data"] | {"tokenizer": str(folder / "tokenizer.json")})
-    data.sets = {name: fill(DatasetConfig, {"views": views}) for name, views in description["views"].items()}
+    data.sets = {
+        name: fill(DatasetConfig, {"views": views}) for name, views in description["views"].items()
+    }
     config = Config(model=exported_model(folder), data=data)
     model, weights, _ = encoder_weights(folder, config)
     return _with(config, model, weights, device)
@@ -187,10 +260,19 @@ def _of_export(folder: Path, device: torch.device) -> Model:
 def _of_omni_folder(folder: Path, device: torch.device) -> Model:
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
     inputs = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))["inputs"]
-    prompts = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))["prompts"]
-    model = fill(ModelConfig, {name: value for name, value in settings.items() if value is not None})
-    config = Config(model=model, data=fill(DataConfig, inputs | {"tokenizer": str(folder / "tokenizer.json")}))
-    weights = {name.removeprefix(ENCODER): value for name, value in load_file(folder / "model.safetensors").items()}
+    prompts = json.loads(
+        (folder / "config_sentence_transformers.json").read_text(encoding="utf-8")
+    )["prompts"]
+    model = fill(
+        ModelConfig, {name: value for name, value in settings.items() if value is not None}
+    )
+    config = Config(
+        model=model, data=fill(DataConfig, inputs | {"tokenizer": str(folder / "tokenizer.json")})
+    )
+    weights = {
+        name.removeprefix(ENCODER): value
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
     return Model(config, _module(model, weights), prompts, device)
 
 
@@ -204,7 +286,9 @@ def _published(place: str, device: torch.device, settings: Mapping[str, Any]) ->
     try:
         model = TransformersConfig(source=place, **known)
     except TypeError as error:
-        raise ConfigurationError(f"load({place}): {error}; expected settings of a published model, such as pooling") from error
+        raise ConfigurationError(
+            f"load({place}): {error}; expected settings of a published model, such as pooling"
+        ) from error
     weights = published_model(model)
     model.embedding = vector_size(weights) if projection is None else len(projection)
     model.prefixes, model.projection = [model.embedding], projection is not None
@@ -213,11 +297,18 @@ def _published(place: str, device: torch.device, settings: Mapping[str, Any]) ->
     if encoder.projection is not None and projection is not None:
         encoder.projection.weight.data = projection
     most = longest or getattr(open_config(model).get_text_config(), "max_position_embeddings", 512)
-    config = Config(model=model, data=DataConfig(max_tokens=min(int(most), 512) if longest is None else int(longest), frames=frames))
+    config = Config(
+        model=model,
+        data=DataConfig(
+            max_tokens=min(int(most), 512) if longest is None else int(longest), frames=frames
+        ),
+    )
     return Model(config, encoder, {name: name for name in model.prompts}, device)
 
 
-def _with(config: Config, model: EncoderConfig, weights: dict[str, Tensor], device: torch.device) -> Model:
+def _with(
+    config: Config, model: EncoderConfig, weights: dict[str, Tensor], device: torch.device
+) -> Model:
     prompts = {name: view.prompt for name, view in named_views(config).items()}
     return Model(replace(config, model=model), _module(model, weights), prompts, device)
 
@@ -251,7 +342,9 @@ def _model_type(folder: Path) -> str:
 
 
 def _picture_bytes(picture: Any) -> bytes:
-    """Return a picture's encoded bytes; what is not encoded yet becomes PNG, which loses nothing."""
+    """Return a picture's encoded bytes; what is not encoded yet becomes PNG, which loses
+    nothing.
+    """
     if isinstance(picture, (str, Path)):
         return Path(picture).read_bytes()
     if isinstance(picture, bytes):
@@ -259,7 +352,9 @@ def _picture_bytes(picture: Any) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))).save(file, "PNG")
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))).save(
+        file, "PNG"
+    )
     return file.getvalue()
 
 
@@ -271,10 +366,20 @@ def _audio_bytes(sound: Any, rate: int) -> bytes:
         return sound
     import soundfile
 
-    samples, found = (sound["array"], int(sound["sampling_rate"])) if isinstance(sound, Mapping) else (sound, rate)
+    samples, found = (
+        (sound["array"], int(sound["sampling_rate"]))
+        if isinstance(sound, Mapping)
+        else (sound, rate)
+    )
     values = np.asarray(samples, dtype=np.float32)
     file = io.BytesIO()
-    soundfile.write(file, values.T if values.ndim == 2 and values.shape[0] < values.shape[1] else values, found, format="WAV", subtype="FLOAT")
+    soundfile.write(
+        file,
+        values.T if values.ndim == 2 and values.shape[0] < values.shape[1] else values,
+        found,
+        format="WAV",
+        subtype="FLOAT",
+    )
     return file.getvalue()
 
 
@@ -284,4 +389,3 @@ def _shown(batches: list[Any], progress: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(batches, desc="batches")
-

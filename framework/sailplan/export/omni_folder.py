@@ -1,4 +1,6 @@
-"""The omni tower as a Hugging Face folder with its own code: configuration, model, processor, tokenizer."""
+"""The omni tower as a Hugging Face folder with its own code: configuration, model, processor,
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,12 @@ SPECIAL = {  # what the usual special tokens are called, most usual first
 }
 
 
-def write_omni(config: Config, model: ModelConfig, weights: Mapping[str, Tensor], out: Path) -> Written:
-    """Write the folder's model and processor; return its sentence-transformers modules and prompts."""
+def write_omni(
+    config: Config, model: ModelConfig, weights: Mapping[str, Tensor], out: Path
+) -> Written:
+    """Write the folder's model and processor; return its sentence-transformers modules and
+    prompts.
+    """
     tokenizer_of(Path(config.data.tokenizer)).save_pretrained(out)
     for name in OMNI:
         write_whole(out / f"{name}_sailplan.py", bundle(name))
@@ -44,35 +50,55 @@ def write_omni(config: Config, model: ModelConfig, weights: Mapping[str, Tensor]
         "model_type": "sailplan_omni",
         "architectures": ["SailplanModel"],
         "auto_map": CODE,
-        "dtype": str(next(value.dtype for value in weights.values() if value.is_floating_point())).removeprefix("torch."),
+        "dtype": str(
+            next(value.dtype for value in weights.values() if value.is_floating_point())
+        ).removeprefix("torch."),
         "settings": settings,
         "prefixes": list(model.prefixes),
     }
     write_whole(out / "config.json", json.dumps(described, ensure_ascii=False, indent=2))
     inputs = {key: getattr(config.data, key) for key in INPUT_KEYS}
-    processor = {"processor_class": "SailplanProcessor", "auto_map": {"AutoProcessor": CODE["AutoProcessor"]}, "inputs": inputs}
+    processor = {
+        "processor_class": "SailplanProcessor",
+        "auto_map": {"AutoProcessor": CODE["AutoProcessor"]},
+        "inputs": inputs,
+    }
     write_whole(out / "processor_config.json", json.dumps(processor, indent=2))
     save_weights({ENCODER + name: value for name, value in weights.items()}, out)
-    return own_modules("sentence_sailplan.SailplanEncoder"), {name: view.prompt for name, view in named_views(config).items()}
+    return own_modules("sentence_sailplan.SailplanEncoder"), {
+        name: view.prompt for name, view in named_views(config).items()
+    }
 
 
 def tokenizer_of(file: Path) -> Any:
     """Return a run's tokenizer.json as one of transformers, with special tokens by name.
 
-    They are those that a tokenizer_config.json beside it names, else the usual ones among its added tokens.
+    They are those that a tokenizer_config.json beside it names, else the usual ones among its added
+    tokens.
     """
     if not file.is_file():
-        raise ConfigurationError(f"data.tokenizer={file}: no such file; an export needs the tokenizer that the run was trained with")
+        raise ConfigurationError(
+            f"data.tokenizer={file}: no such file; an export needs the tokenizer that the run was "
+            "trained with"
+        )
     named: dict[str, Any] = {}
     beside = file.with_name("tokenizer_config.json")
     if beside.is_file():
         found = json.loads(beside.read_text(encoding="utf-8"))
-        named = {name: value["content"] if isinstance(value, dict) else value for name in SPECIAL if (value := found.get(name)) is not None}
+        named = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name in SPECIAL
+            if (value := found.get(name)) is not None
+        }
     else:
         content = json.loads(file.read_text(encoding="utf-8"))
-        added = {token["content"] for token in content.get("added_tokens") or []} | set(content["model"].get("vocab") or {})
+        added = {token["content"] for token in content.get("added_tokens") or []} | set(
+            content["model"].get("vocab") or {}
+        )
         for name, usual in SPECIAL.items():
             token = next((each for each in usual if each in added), None)
             if token is not None:
                 named[name] = token
-    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), clean_up_tokenization_spaces=False, **named)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(file), clean_up_tokenization_spaces=False, **named
+    )

@@ -1,4 +1,6 @@
-"""What a folder of sentence-transformers says of its model: pooling, projection, prompts, length."""
+"""What a folder of sentence-transformers says of its model: pooling, projection, prompts,
+length.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,31 @@ from sailplan.errors import ConfigurationError
 from sailplan.model.encoders.transformers.config import PromptTemplate
 
 MODULES = "modules.json"
-POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last_token", "weightedmean_tokens": "weighted_mean"}
+POOLINGS = {
+    "cls_token": "cls",
+    "mean_tokens": "mean",
+    "max_tokens": "max",
+    "lasttoken": "last_token",
+    "weightedmean_tokens": "weighted_mean",
+}
 
 
 def settings_in(folder: Path) -> dict[str, Any]:
-    """Return the settings that a folder of sentence-transformers holds, an exported one's own file first."""
+    """Return the settings that a folder of sentence-transformers holds, an exported one's own
+    file first.
+    """
     own = folder / "sailplan_encoder.json"
     found: dict[str, Any] = {}
     if own.is_file():
         found = json.loads(own.read_text(encoding="utf-8"))
-        found = {name: value for name, value in found.items() if name not in ("source", "embedding", "projection")}
-        found["prompts"] = {name: PromptTemplate(**template) for name, template in found["prompts"].items()}
+        found = {
+            name: value
+            for name, value in found.items()
+            if name not in ("source", "embedding", "projection")
+        }
+        found["prompts"] = {
+            name: PromptTemplate(**template) for name, template in found["prompts"].items()
+        }
         if (folder / "projection.safetensors").is_file():
             found["projection_weight"] = load_file(folder / "projection.safetensors")["weight"]
         return found
@@ -32,17 +48,29 @@ def settings_in(folder: Path) -> dict[str, Any]:
         kind, path = str(module["type"]).rsplit(".", 1)[-1], folder / module["path"]
         if kind == "Pooling":
             values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            mode = values.get("pooling_mode") or next((name for name in POOLINGS if values.get(f"pooling_mode_{name}")), "mean_tokens")
-            found["pooling"] = POOLINGS.get(mode, {"lasttoken": "last_token", "weightedmean": "weighted_mean"}.get(mode, mode))
+            mode = values.get("pooling_mode") or next(
+                (name for name in POOLINGS if values.get(f"pooling_mode_{name}")), "mean_tokens"
+            )
+            found["pooling"] = POOLINGS.get(
+                mode, {"lasttoken": "last_token", "weightedmean": "weighted_mean"}.get(mode, mode)
+            )
         elif kind == "Dense":
             found["projection_weight"] = load_file(path / "model.safetensors")["linear.weight"]
         elif kind not in ("Transformer", "Normalize"):
             raise ConfigurationError(
-                f"{folder}: {MODULES} has {module['type']}: expected Transformer, Pooling, Dense and Normalize; load it with its own library"
+                f"{folder}: {MODULES} has {module['type']}: expected Transformer, Pooling, Dense "
+                "and Normalize; load it with its own library"
             )
     if (folder / "sentence_bert_config.json").is_file():
-        found["max_tokens"] = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8")).get("max_seq_length")
+        found["max_tokens"] = json.loads(
+            (folder / "sentence_bert_config.json").read_text(encoding="utf-8")
+        ).get("max_seq_length")
     if (folder / "config_sentence_transformers.json").is_file():
-        prompts = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8")).get("prompts") or {}
+        prompts = (
+            json.loads(
+                (folder / "config_sentence_transformers.json").read_text(encoding="utf-8")
+            ).get("prompts")
+            or {}
+        )
         found["prompts"] = {name: PromptTemplate(before=text) for name, text in prompts.items()}
     return found

@@ -1,6 +1,8 @@
-"""A trained published model as a folder of sentence-transformers: its own modules where these say all, else one of ours.
+"""A trained published model as a folder of sentence-transformers: its own modules where these
+say all, else one of ours.
 
-The model's files are of the published format either way, so that `AutoModel` opens the folder without any code in it.
+The model's files are of the published format either way, so that `AutoModel` opens the folder
+without any code in it.
 """
 
 from __future__ import annotations
@@ -21,28 +23,52 @@ from sailplan.export.bundle import PUBLISHED, bundle
 from sailplan.export.prompts import Written, named_views, own_modules
 from sailplan.export.weights import save_weights
 from sailplan.model.encoders.transformers.config import PromptTemplate, TransformersConfig
-from sailplan.model.encoders.transformers.files import drawn_model, open_config, open_image_processor, open_tokenizer
+from sailplan.model.encoders.transformers.files import (
+    drawn_model,
+    open_config,
+    open_image_processor,
+    open_tokenizer,
+)
 from sailplan.model.encoders.transformers.module import FEATURES, LORA
 from sailplan.model.encoders.transformers.prompts import PublishedTokenizer
 from sailplan.runtime.files import write_whole
 
 MODEL = "model."
 # Ours -> theirs, as every version of sentence-transformers reads them.
-POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "last_token": "lasttoken", "max": "max_tokens", "weighted_mean": "weightedmean_tokens"}
+POOLINGS = {
+    "mean": "mean_tokens",
+    "cls": "cls_token",
+    "last_token": "lasttoken",
+    "max": "max_tokens",
+    "weighted_mean": "weightedmean_tokens",
+}
 SETTINGS, PROJECTION = "sailplan_encoder.json", "projection.safetensors"
 
 
-def write_transformers(config: Config, model: TransformersConfig, weights: Mapping[str, Tensor], out: Path) -> Written:
+def write_transformers(
+    config: Config, model: TransformersConfig, weights: Mapping[str, Tensor], out: Path
+) -> Written:
     """Write the folder's model and processor; return its sentence-transformers modules and prompts.
 
-    Raises ConfigurationError for the encoder half of a sequence-to-sequence model, which AutoModel would not open alone.
+    Raises ConfigurationError for the encoder half of a sequence-to-sequence model, which AutoModel
+    would not open alone.
     """
     described = open_config(model)
     if getattr(described, "is_encoder_decoder", False):
-        raise ConfigurationError(f"model.source={model.source}: found a sequence-to-sequence model, expected an encoder; its encoder alone has no such form")
+        raise ConfigurationError(
+            f"model.source={model.source}: found a sequence-to-sequence model, expected an "
+            "encoder; its encoder alone has no such form"
+        )
     described.dtype = torch.float32
     described.save_pretrained(out)
-    save_weights({name.removeprefix(MODEL): value for name, value in weights.items() if name.startswith(MODEL)}, out)
+    save_weights(
+        {
+            name.removeprefix(MODEL): value
+            for name, value in weights.items()
+            if name.startswith(MODEL)
+        },
+        out,
+    )
     tokenizer = open_tokenizer(model) if "text" in model.modalities else None
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
@@ -51,63 +77,128 @@ def write_transformers(config: Config, model: TransformersConfig, weights: Mappi
         pictures.save_pretrained(out)
     projection = weights.get("projection.weight")
     if tokenizer is not None and stock(config, model, tokenizer):
-        prompts = {name: template.before + template.middle for name, template in templates(config, model, tokenizer).items()}
-        return _stock_modules(config, model, projection, int(described.get_text_config().hidden_size), out), prompts
-    kept = ("embedding", "modalities", "pooling", "projection", "special_tokens", "padding", "prompts", "chat_template")
+        prompts = {
+            name: template.before + template.middle
+            for name, template in templates(config, model, tokenizer).items()
+        }
+        return _stock_modules(
+            config, model, projection, int(described.get_text_config().hidden_size), out
+        ), prompts
+    kept = (
+        "embedding",
+        "modalities",
+        "pooling",
+        "projection",
+        "special_tokens",
+        "padding",
+        "prompts",
+        "chat_template",
+    )
     settings = {name: value for name, value in asdict(model).items() if name in kept}
-    settings |= {"source": "this folder", "max_tokens": config.data.max_tokens, "frames": config.data.frames}
+    settings |= {
+        "source": "this folder",
+        "max_tokens": config.data.max_tokens,
+        "frames": config.data.frames,
+    }
     settings["image_processor"] = type(pictures).__name__ if pictures is not None else None
     write_whole(out / SETTINGS, json.dumps(settings, ensure_ascii=False, indent=2))
     if projection is not None:
         save_file({"weight": projection.contiguous()}, out / PROJECTION)
     for name in PUBLISHED:
         write_whole(out / f"{name}_sailplan.py", bundle(name))
-    return own_modules("published_sailplan.PublishedEncoder"), {name: view.prompt for name, view in named_views(config).items()}
+    return own_modules("published_sailplan.PublishedEncoder"), {
+        name: view.prompt for name, view in named_views(config).items()
+    }
 
 
 def write_adapter(config: Config, weights: Mapping[str, Tensor], out: Path) -> None:
-    """Write the low-rank updates in peft's format, to be put beside model.source; nothing where the model itself was trained too."""
+    """Write the low-rank updates in peft's format, to be put beside model.source; nothing where
+    the model itself was trained too.
+    """
     beside = {"lora", "projection", "objectives", "temperatures"}
     if any(not set(config.stages[name].trainable) <= beside for name in config.order):
         return
     import peft
 
     lora = config.model.lora
-    factors = {name.removeprefix(MODEL): value.contiguous() for name, value in weights.items() if LORA in name and name.startswith(MODEL)}
+    factors = {
+        name.removeprefix(MODEL): value.contiguous()
+        for name, value in weights.items()
+        if LORA in name and name.startswith(MODEL)
+    }
     modules = sorted({name.split(f".{LORA}")[0] for name in factors})
-    base = str(Path(config.model.source).resolve()) if Path(config.model.source).is_dir() else config.model.source
-    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=modules, inference_mode=True)
+    base = (
+        str(Path(config.model.source).resolve())
+        if Path(config.model.source).is_dir()
+        else config.model.source
+    )
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=modules,
+        inference_mode=True,
+    )
     settings.base_model_name_or_path = base
     settings.save_pretrained(str(out))
-    named = {f"base_model.model.{name.replace('.default.', '.')}": value for name, value in factors.items()}
+    named = {
+        f"base_model.model.{name.replace('.default.', '.')}": value
+        for name, value in factors.items()
+    }
     save_file(named, out / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def stock(config: Config, model: TransformersConfig, tokenizer: Any) -> bool:
-    """Whether sentence-transformers' own modules give the run's vectors: a text model, prompts that stand before the text alone."""
-    if model.modalities != ["text"] or model.pooling not in POOLINGS or not model.special_tokens or model.padding != "longest":
+    """Whether sentence-transformers' own modules give the run's vectors: a text model, prompts
+    that stand before the text alone.
+    """
+    if (
+        model.modalities != ["text"]
+        or model.pooling not in POOLINGS
+        or not model.special_tokens
+        or model.padding != "longest"
+    ):
         return False
     with torch.device("meta"):
         towers = hasattr(drawn_model(model), FEATURES["text"])
-    if towers or tokenizer.padding_side != "right" or "attention_mask" not in tokenizer.model_input_names:
+    if (
+        towers
+        or tokenizer.padding_side != "right"
+        or "attention_mask" not in tokenizer.model_input_names
+    ):
         return False
     return all(not template.after for template in templates(config, model, tokenizer).values())
 
 
-def templates(config: Config, model: TransformersConfig, tokenizer: Any) -> dict[str, PromptTemplate]:
+def templates(
+    config: Config, model: TransformersConfig, tokenizer: Any
+) -> dict[str, PromptTemplate]:
     """Return what stands round the text of each named view."""
     published = PublishedTokenizer(tokenizer, model, config.data.max_tokens)
     return {name: published.template(view.prompt) for name, view in named_views(config).items()}
 
 
-def _stock_modules(config: Config, model: TransformersConfig, projection: Tensor | None, size: int, out: Path) -> list[dict[str, str]]:
-    write_whole(out / "sentence_bert_config.json", json.dumps({"max_seq_length": config.data.max_tokens, "do_lower_case": False}, indent=2))
+def _stock_modules(
+    config: Config, model: TransformersConfig, projection: Tensor | None, size: int, out: Path
+) -> list[dict[str, str]]:
+    write_whole(
+        out / "sentence_bert_config.json",
+        json.dumps({"max_seq_length": config.data.max_tokens, "do_lower_case": False}, indent=2),
+    )
     pooling: dict[str, Any] = {"word_embedding_dimension": size, "include_prompt": True}
-    pooling |= {f"pooling_mode_{theirs}": ours == model.pooling for ours, theirs in POOLINGS.items()}
+    pooling |= {
+        f"pooling_mode_{theirs}": ours == model.pooling for ours, theirs in POOLINGS.items()
+    }
     modules: list[tuple[str, dict[str, Any]]] = [("Transformer", {}), ("Pooling", pooling)]
     if projection is not None:
-        dense = {"in_features": projection.size(1), "out_features": projection.size(0), "bias": False}
-        modules.append(("Dense", dense | {"activation_function": "torch.nn.modules.linear.Identity"}))
+        dense = {
+            "in_features": projection.size(1),
+            "out_features": projection.size(0),
+            "bias": False,
+        }
+        modules.append(
+            ("Dense", dense | {"activation_function": "torch.nn.modules.linear.Identity"})
+        )
     modules.append(("Normalize", {}))
     found = []
     for number, (name, settings) in enumerate(modules):
@@ -116,6 +207,8 @@ def _stock_modules(config: Config, model: TransformersConfig, projection: Tensor
             write_whole(out / folder / "config.json", json.dumps(settings, indent=2))
         if name == "Dense":
             assert projection is not None
-            save_file({"linear.weight": projection.contiguous()}, out / folder / "model.safetensors")
+            save_file(
+                {"linear.weight": projection.contiguous()}, out / folder / "model.safetensors"
+            )
         found.append({"path": folder, "type": f"sentence_transformers.models.{name}"})
     return found

@@ -1,6 +1,9 @@
-"""Parquet files, and Arrow files as Hugging Face's `save_to_disk` writes them. A part says only where its rows lie.
+"""Parquet files, and Arrow files as Hugging Face's `save_to_disk` writes them.
 
-Hugging Face keeps in the schema what columns mean: pictures and sound are structs of `bytes` and `path`, classes are
+A part says only where its rows lie.
+
+Hugging Face keeps in the schema what columns mean: pictures and sound are structs of `bytes` and
+`path`, classes are
 numbers with names.
 """
 
@@ -59,7 +62,10 @@ class ColumnarSource:
 
 
 def count_rows(path: Path) -> int:
-    """Return the number of rows. Raises BadDataError for a file that is no Parquet or Arrow file."""
+    """Return the number of rows.
+
+    Raises BadDataError for a file that is no Parquet or Arrow file.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -69,11 +75,16 @@ def count_rows(path: Path) -> int:
         with pa.memory_map(str(path)) as file:
             return sum(batch.num_rows for batch in _arrow_batches(file))
     except (pa.ArrowException, OSError) as error:
-        raise BadDataError(f"{path}: {_line(error)}; expected a whole Parquet or Arrow file: copy or write it again") from error
+        raise BadDataError(
+            f"{path}: {_line(error)}; expected a whole Parquet or Arrow file: copy or write it "
+            "again"
+        ) from error
 
 
 def _batches(path: Path, first: int, count: int) -> Iterator[tuple[Any, Mapping[str, list[str]]]]:
-    """Yield record batches of at most READ_AT_ONCE rows that cover the rows asked for, with the names of classes."""
+    """Yield record batches of at most READ_AT_ONCE rows that cover the rows asked for, with the
+    names of classes.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -96,7 +107,10 @@ def _batches(path: Path, first: int, count: int) -> Iterator[tuple[Any, Mapping[
             for batch in _cut(_arrow_batches(mapped), first, count):
                 yield batch, class_names(batch.schema.metadata)
     except (pa.ArrowException, OSError) as error:
-        raise BadDataError(f"{path}: {_line(error)}; expected a whole Parquet or Arrow file: copy or write it again") from error
+        raise BadDataError(
+            f"{path}: {_line(error)}; expected a whole Parquet or Arrow file: copy or write it "
+            "again"
+        ) from error
 
 
 def _arrow_batches(file: Any) -> Iterator[Any]:
@@ -117,7 +131,9 @@ def _cut(batches: Iterator[Any], first: int, count: int) -> Iterator[Any]:
     for batch in batches:
         if first < batch.num_rows:
             for start in range(first, min(batch.num_rows, first + count), READ_AT_ONCE):
-                yield batch.slice(start, min(READ_AT_ONCE, batch.num_rows - start, first + count - start))
+                yield batch.slice(
+                    start, min(READ_AT_ONCE, batch.num_rows - start, first + count - start)
+                )
         taken = max(0, min(batch.num_rows, first + count) - first)
         first, count = max(0, first - batch.num_rows), count - taken
         if count <= 0:
@@ -128,7 +144,11 @@ def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
     """Return column -> names of its classes, as Hugging Face keeps them in a schema."""
     try:
         features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return {name: one["names"] for name, one in features.items() if isinstance(one, dict) and one.get("_type") == "ClassLabel" and one.get("names")}
+        return {
+            name: one["names"]
+            for name, one in features.items()
+            if isinstance(one, dict) and one.get("_type") == "ClassLabel" and one.get("names")
+        }
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 

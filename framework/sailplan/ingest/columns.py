@@ -1,6 +1,8 @@
-"""What a table's columns mean: found by their names and a first look at their values, or told by the user.
+"""What a table's columns mean: found by their names and a first look at their values, or told by
+the user.
 
-A role is one of ROLES; every other column is a text field, where any of its first values is text, or else a value that
+A role is one of ROLES; every other column is a text field, where any of its first values is text,
+or else a value that
 records carry along.
 """
 
@@ -39,11 +41,27 @@ ROLES: dict[str, str] = {  # role -> names of columns that have it, as people wr
     "label": "label labels clicked click",
 }
 NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?s?(?:_?\d+)?(?:_text)?", re.IGNORECASE)
-CAPTIONS = ("caption", "title", "name", "text", "description", "txt")  # the first text field of a view, in this order
-CLASSES = {"label", "labels"}  # of items: for tasks of kind clustering; words to learn from where there are no others
+CAPTIONS = (
+    "caption",
+    "title",
+    "name",
+    "text",
+    "description",
+    "txt",
+)  # the first text field of a view, in this order
+CLASSES = {
+    "label",
+    "labels",
+}  # of items: for tasks of kind clustering; words to learn from where there are no others
 # Words that say nothing about what a record shows, by their column or by themselves: URLs, hashes.
-BOOKKEEPING = re.compile(r"(.*_)?(id|ids|url|uri|link|hash|sha256|md5|key|status|license|mime|exif|width|height|split)", re.IGNORECASE)
-NO_WORDS = re.compile(r"[a-z][a-z0-9+.-]*://\S+|[0-9a-f]{16,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+BOOKKEEPING = re.compile(
+    r"(.*_)?(id|ids|url|uri|link|hash|sha256|md5|key|status|license|mime|exif|width|height|split)",
+    re.IGNORECASE,
+)
+NO_WORDS = re.compile(
+    r"[a-z][a-z0-9+.-]*://\S+|[0-9a-f]{16,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+    re.IGNORECASE,
+)
 PER_KIND: dict[Kind, frozenset[str]] = {
     "items": frozenset({"id", "split", "image", "audio", "video"}),
     "pairs": frozenset({"id", "split", "query", "target", "score", "query_image", "target_image"}),
@@ -53,7 +71,9 @@ PER_KIND: dict[Kind, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class Columns:
-    """Role -> column; negatives: columns, in order; fields: text columns, a caption first; the others are carried along."""
+    """Role -> column; negatives: columns, in order; fields: text columns, a caption first; the
+    others are carried along.
+    """
 
     kind: Kind
     roles: Mapping[str, str]
@@ -76,26 +96,38 @@ class _Look:
     kinds: dict[str, Counter[str]] = field(default_factory=dict)  # of files, by their endings
 
 
-def find_columns(rows: Iterable[Row], told: Mapping[str, str], kind: Kind | None, where: str) -> Columns:
+def find_columns(
+    rows: Iterable[Row], told: Mapping[str, str], kind: Kind | None, where: str
+) -> Columns:
     """Return the meaning of a table's columns by its first rows.
 
-    told: role -> column, from the command line. kind: None to find it. where: the table, for messages. Raises ConfigurationError for
-    roles or columns that do not exist, and for a table that fits no kind.
+    told: role -> column, from the command line. kind: None to find it. where: the table, for
+    messages. Raises ConfigurationError for roles or columns that do not exist, and for a table that
+    fits no kind.
     """
     look = _look(rows)
     if not look.names:
         raise ConfigurationError(f"{where}: no row can be read; expected a table with column names")
     for role, column in told.items():
         if role not in ROLES and role != "text":
-            raise ConfigurationError(f"--column {role}={column}: no such role{nearest(role, [*ROLES, 'text'])}")
+            raise ConfigurationError(
+                f"--column {role}={column}: no such role{nearest(role, [*ROLES, 'text'])}"
+            )
         missing = [name for name in column.split("+") if name not in look.names]
         if missing:
-            raise ConfigurationError(f"--column {role}={column}: no column {missing[0]!r}; {where} has: {', '.join(look.names)}")
+            raise ConfigurationError(
+                f"--column {role}={column}: no column {missing[0]!r}; {where} has: "
+                f"{', '.join(look.names)}"
+            )
     roles = {role: column for role, column in told.items() if role != "text"}
-    lower = {name.lower().replace("-", "_").replace(" ", "_"): name for name in reversed(look.names)}
+    lower = {
+        name.lower().replace("-", "_").replace(" ", "_"): name for name in reversed(look.names)
+    }
     for role, names in ROLES.items():
         taken = set(roles.values())
-        found = next((lower[name] for name in names.split() if lower.get(name, "") not in ("", *taken)), None)
+        found = next(
+            (lower[name] for name in names.split() if lower.get(name, "") not in ("", *taken)), None
+        )
         if role not in roles and found is not None:
             roles[role] = found
     if "image" in roles and "image" not in told:
@@ -103,22 +135,43 @@ def find_columns(rows: Iterable[Row], told: Mapping[str, str], kind: Kind | None
     chosen = kind or _kind(roles)
     roles = {role: column for role, column in roles.items() if role in PER_KIND[chosen]}
     _check(chosen, roles, where, look)
-    negatives = [name for name in look.names if NEGATIVE.fullmatch(name)] if chosen == "pairs" else []
+    negatives = (
+        [name for name in look.names if NEGATIVE.fullmatch(name)] if chosen == "pairs" else []
+    )
     if told.get("text"):
         fields = told["text"].split("+")
     else:
-        words = [name for name in look.names if name in look.texts and name not in (*roles.values(), *negatives)]
-        fields = [name for name in words if name.lower() not in CLASSES and not BOOKKEEPING.fullmatch(name)]
+        words = [
+            name
+            for name in look.names
+            if name in look.texts and name not in (*roles.values(), *negatives)
+        ]
+        fields = [
+            name
+            for name in words
+            if name.lower() not in CLASSES and not BOOKKEEPING.fullmatch(name)
+        ]
         fields = fields or [name for name in words if name.lower() in CLASSES]
-        fields.sort(key=lambda name: CAPTIONS.index(name.lower()) if name.lower() in CAPTIONS else len(CAPTIONS))
+        fields.sort(
+            key=lambda name: (
+                CAPTIONS.index(name.lower()) if name.lower() in CAPTIONS else len(CAPTIONS)
+            )
+        )
     if chosen == "items" and not fields and not {"image", "audio", "video"} & roles.keys():
-        raise ConfigurationError(f"{where}: no column of texts, pictures or sound; it has: {', '.join(look.names)}; name one: --column image=NAME")
+        raise ConfigurationError(
+            f"{where}: no column of texts, pictures or sound; it has: {', '.join(look.names)}; "
+            "name one: --column image=NAME"
+        )
     most = sum(look.longest.get(name, 1) for name in negatives)
-    return Columns(chosen, roles, tuple(fields) if chosen == "items" else (), tuple(negatives), most)
+    return Columns(
+        chosen, roles, tuple(fields) if chosen == "items" else (), tuple(negatives), most
+    )
 
 
 def _by_ending(roles: dict[str, str], look: _Look) -> None:
-    """Give a column of files, taken for pictures by its name, the role that the files' endings say."""
+    """Give a column of files, taken for pictures by its name, the role that the files' endings
+    say.
+    """
     kinds = look.kinds.get(roles["image"], Counter())
     role = {"sound": "audio", "video": "video"}.get(kinds.most_common(1)[0][0] if kinds else "")
     if role is not None:
@@ -129,15 +182,24 @@ def _by_ending(roles: dict[str, str], look: _Look) -> None:
 def _kind(roles: Mapping[str, str]) -> Kind:
     if "user" in roles and "item" in roles:
         return "interactions"
-    return "pairs" if {"query", "query_image"} & roles.keys() and {"target", "target_image"} & roles.keys() else "items"
+    return (
+        "pairs"
+        if {"query", "query_image"} & roles.keys() and {"target", "target_image"} & roles.keys()
+        else "items"
+    )
 
 
 def _check(kind: Kind, roles: Mapping[str, str], where: str, look: _Look) -> None:
-    needed = {"pairs": (("query", "query_image"), ("target", "target_image")), "interactions": (("user",), ("item",)), "items": ()}[kind]
+    needed = {
+        "pairs": (("query", "query_image"), ("target", "target_image")),
+        "interactions": (("user",), ("item",)),
+        "items": (),
+    }[kind]
     for some in needed:
         if not set(some) & roles.keys():
             raise ConfigurationError(
-                f"{where}: no column for '{some[0]}' of {kind}; it has: {', '.join(look.names)}; name it with --column {some[0]}=NAME"
+                f"{where}: no column for '{some[0]}' of {kind}; it has: {', '.join(look.names)}; "
+                f"name it with --column {some[0]}=NAME"
             )
 
 
@@ -152,7 +214,11 @@ def _look(rows: Iterable[Row]) -> _Look:
                 continue
             if isinstance(value, list):
                 look.longest[name] = max(look.longest.get(name, 0), len(value))
-            kind = kind_of(value[-8:].lower()) if isinstance(value, str) and "." in value[-8:] else None
+            kind = (
+                kind_of(value[-8:].lower())
+                if isinstance(value, str) and "." in value[-8:]
+                else None
+            )
             if kind is not None:
                 look.kinds.setdefault(name, Counter())[kind] += 1
             if is_text(value):
@@ -161,17 +227,31 @@ def _look(rows: Iterable[Row]) -> _Look:
 
 
 def is_text(value: Any) -> bool:
-    """Return whether a value is words: no number, no date, no bytes, or a list or {LANGUAGE: ...} of such."""
+    """Return whether a value is words: no number, no date, no bytes, or a list or {LANGUAGE:
+    ...} of such.
+    """
     if isinstance(value, list):
         return bool(value) and all(isinstance(entry, str) for entry in value)
     if isinstance(value, dict):
-        return bool(value) and all(isinstance(entry, str) or is_text(entry) for entry in value.values() if entry is not None) and "bytes" not in value
+        return (
+            bool(value)
+            and all(
+                isinstance(entry, str) or is_text(entry)
+                for entry in value.values()
+                if entry is not None
+            )
+            and "bytes" not in value
+        )
     if not isinstance(value, str):
         return False
     try:
         float(value)
     except ValueError:
-        return value.lower() not in ("true", "false") and not NO_WORDS.fullmatch(value) and not re.fullmatch(r"\d{4}-\d\d-\d\d([T ][\d:.+Z-]+)?", value)
+        return (
+            value.lower() not in ("true", "false")
+            and not NO_WORDS.fullmatch(value)
+            and not re.fullmatch(r"\d{4}-\d\d-\d\d([T ][\d:.+Z-]+)?", value)
+        )
     return False
 
 
@@ -187,7 +267,8 @@ def first_rows(parts: Iterable[Any], limit: int = LOOKED_AT) -> list[Row]:
 
 
 def seconds(value: Any) -> float | None:
-    """Return a time in seconds since 1970: numbers as they are, dates of ISO 8601 (UTC where they name no zone).
+    """Return a time in seconds since 1970: numbers as they are, dates of ISO 8601 (UTC where
+    they name no zone).
 
     None where none is given. Raises ValueError for anything else.
     """
@@ -208,7 +289,9 @@ def seconds(value: Any) -> float | None:
 
 
 def number(value: Any) -> Any:
-    """Return a table's value as JSON has it: '3' -> 3, '0.5' -> 0.5, other text, lists and objects as they are, the rest as text."""
+    """Return a table's value as JSON has it: '3' -> 3, '0.5' -> 0.5, other text, lists and
+    objects as they are, the rest as text.
+    """
     if isinstance(value, str):
         for kind in (int, float):
             try:
@@ -221,11 +304,16 @@ def number(value: Any) -> Any:
 
 
 def parse_told(values: Sequence[str]) -> dict[str, str]:
-    """Return role -> column of the command line's ROLE=COLUMN. Raises ConfigurationError for other forms."""
+    """Return role -> column of the command line's ROLE=COLUMN.
+
+    Raises ConfigurationError for other forms.
+    """
     told: dict[str, str] = {}
     for value in values:
         role, equals, column = value.partition("=")
         if not equals or not role or not column:
-            raise ConfigurationError(f"--column {value}: expected ROLE=COLUMN, such as image=photo_file")
+            raise ConfigurationError(
+                f"--column {value}: expected ROLE=COLUMN, such as image=photo_file"
+            )
         told[role] = column
     return told

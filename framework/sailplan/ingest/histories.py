@@ -1,6 +1,8 @@
-"""Interactions (user, item, time, label) become one record a user, and the same rows as Parquet, sorted by user and time.
+"""Interactions (user, item, time, label) become one record a user, and the same rows as Parquet,
+sorted by user and time.
 
-A row whose item the items data set does not have is dropped; a user with fewer than two items stays in the Parquet files only.
+A row whose item the items data set does not have is dropped; a user with fewer than two items stays
+in the Parquet files only.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from sailplan.ingest.shards import write_shard
 from sailplan.ingest.shuffle import Keyed, read_bucket
 from sailplan.ingest.work import STATE, Drops, Outcome
 
-LONGEST = 4096  # events of a record, the most recent ones: a robot's history must not be one record of megabytes
+# Events of a record, the most recent ones: a robot's history must not be one record of megabytes
+LONGEST = 4096
 TABLES = "interactions"
 GROUP_ROWS = 50_000  # of a Parquet row group
 
@@ -43,7 +46,10 @@ class PickInteraction:
         try:
             time = seconds(self.columns.of("time", row))
         except ValueError as error:
-            raise Dropped(f"time: {' '.join(str(error).split())[:200]}; expected seconds or a date such as 2024-05-31T12:00:00") from error
+            raise Dropped(
+                f"time: {' '.join(str(error).split())[:200]}; expected seconds or a date such as "
+                "2024-05-31T12:00:00"
+            ) from error
         if time is None and "time" in self.columns.roles:
             raise Dropped("no time: the cell is empty")
         value = self.columns.of("label", row)
@@ -52,17 +58,27 @@ class PickInteraction:
             if self.numbers:
                 raise Dropped(f"label is {value!r:.60}, expected a number as in the first rows")
             label = str(value)
-        return str(names["user"]), [names["item"], time, float(label) if isinstance(label, int | float) else label]
+        return str(names["user"]), [
+            names["item"],
+            time,
+            float(label) if isinstance(label, int | float) else label,
+        ]
 
 
 def _whole(value: Any) -> Any:
     """A table's whole numbers beside an empty cell are floats: 7.0 is the id 7."""
-    return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
+    return (
+        int(value)
+        if isinstance(value, float) and math.isfinite(value) and value.is_integer()
+        else value
+    )
 
 
 @dataclass(frozen=True)
 class WriteHistories:
-    """Write the users of a bucket: folder/NAME-NUMBER.tar and folder/interactions/part-NUMBER.parquet."""
+    """Write the users of a bucket: folder/NAME-NUMBER.tar and
+    folder/interactions/part-NUMBER.parquet.
+    """
 
     folder: Path
     phase: str
@@ -86,15 +102,23 @@ class WriteHistories:
                         if row.value[0] in known:
                             kept.append(row)
                         else:
-                            note(row.file, row.line, f"item {row.value[0]!r:.100} is not in the items data set")
+                            note(
+                                row.file,
+                                row.line,
+                                f"item {row.value[0]!r:.100} is not in the items data set",
+                            )
                     record = self._record(user, kept, table)
                     if record is None:
-                        outcome.notes["users with fewer than two items"] = outcome.notes.get("users with fewer than two items", 0) + 1
+                        outcome.notes["users with fewer than two items"] = (
+                            outcome.notes.get("users with fewer than two items", 0) + 1
+                        )
                         continue
                     count(record, outcome, self.held_out)
                     yield record.members()
 
-            outcome.files = write_shard(self.folder, f"{self.name}-{part_number:06d}.tar", records())
+            outcome.files = write_shard(
+                self.folder, f"{self.name}-{part_number:06d}.tar", records()
+            )
         outcome.files |= table.close()
         return outcome
 
@@ -116,14 +140,18 @@ class WriteHistories:
 
 
 class _Table:
-    """A Parquet file of interactions, written by row groups; there under its name when it is closed."""
+    """A Parquet file of interactions, written by row groups; there under its name when it is
+    closed.
+    """
 
     def __init__(self, folder: Path, name: str, numbers: bool) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         label = pa.float64() if numbers else pa.string()
-        self._schema = pa.schema([("user", pa.string()), ("item", pa.string()), ("time", pa.float64()), ("label", label)])
+        self._schema = pa.schema(
+            [("user", pa.string()), ("item", pa.string()), ("time", pa.float64()), ("label", label)]
+        )
         self._folder, self._name = folder, name
         (folder / name).parent.mkdir(exist_ok=True)
         self._temporary = folder / f"{name}.{os.getpid()}.tmp"
@@ -140,7 +168,15 @@ class _Table:
         import pyarrow as pa
 
         columns = zip(*self._rows, strict=True) if self._rows else [()] * len(self._schema)
-        self._writer.write_table(pa.table([pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)], self._schema))
+        self._writer.write_table(
+            pa.table(
+                [
+                    pa.array(column, field.type)
+                    for column, field in zip(columns, self._schema, strict=True)
+                ],
+                self._schema,
+            )
+        )
         self._rows = []
 
     def close(self) -> dict[str, int]:

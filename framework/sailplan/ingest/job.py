@@ -1,4 +1,6 @@
-"""One import as a job: what was asked for, whether a folder holds it already or in part, and what came of it."""
+"""One import as a job: what was asked for, whether a folder holds it already or in part, and
+what came of it.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,21 @@ class ImportOptions:
 
     def identity(self, files: Iterable[str]) -> dict[str, Any]:
         """Return what the bytes depend on."""
-        names = ("source", "name", "kind", "items", "media", "held_out", "shard_size", "language", "check", "score_maximum")
-        found: dict[str, Any] = {name: getattr(self, name) for name in names} | {"columns": dict(self.columns)}
+        names = (
+            "source",
+            "name",
+            "kind",
+            "items",
+            "media",
+            "held_out",
+            "shard_size",
+            "language",
+            "check",
+            "score_maximum",
+        )
+        found: dict[str, Any] = {name: getattr(self, name) for name in names} | {
+            "columns": dict(self.columns)
+        }
         for name in files:
             stat = os.stat(name)
             found[f"file {name}"] = [stat.st_size, stat.st_mtime_ns]
@@ -60,10 +75,15 @@ class ImportOptions:
 
 @dataclass
 class Result:
-    """What came of an import: data sets with their counts, and what was dropped. Kept as import.json."""
+    """What came of an import: data sets with their counts, and what was dropped.
+
+    Kept as import.json.
+    """
 
     job: dict[str, Any]
-    sets: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> train, held_out, scored, ... of each data set
+    sets: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # name -> train, held_out, scored, ... of each data set
     rows: int = 0
     dropped: int = 0
     repaired: int = 0
@@ -74,10 +94,18 @@ class Result:
 
 
 class ImportJob:
-    """The folder of an import, with its state. Raises ConfigurationError where it holds something else."""
+    """The folder of an import, with its state.
+
+    Raises ConfigurationError where it holds something else.
+    """
 
     def __init__(
-        self, options: ImportOptions, files: Iterable[str], progress: Callable[[int], None] = lambda rows: None, *, writes: bool = True
+        self,
+        options: ImportOptions,
+        files: Iterable[str],
+        progress: Callable[[int], None] = lambda rows: None,
+        *,
+        writes: bool = True,
     ) -> None:
         """Check and claim the folder. writes: whether the import writes shards into it."""
         self.options, self.folder, self.progress = options, options.folder, progress
@@ -89,11 +117,22 @@ class ImportJob:
             for path in (self.folder / RESULT, state):
                 if path.is_file():
                     self._expect_same(path)
-            if writes and not state.is_file() and not (self.folder / RESULT).is_file() and any(self.folder.glob("*.tar")):
-                raise ConfigurationError(f"{self.folder}: holds tars of something else; expected an empty folder: choose another --name or --out")
+            if (
+                writes
+                and not state.is_file()
+                and not (self.folder / RESULT).is_file()
+                and any(self.folder.glob("*.tar"))
+            ):
+                raise ConfigurationError(
+                    f"{self.folder}: holds tars of something else; expected an empty folder: "
+                    "choose another --name or --out"
+                )
             write_whole(state, json.dumps({"job": self.identity}))
         except OSError as error:
-            raise ConfigurationError(f"{self.folder}: cannot be written ({error.strerror or error}); choose another --out") from error
+            raise ConfigurationError(
+                f"{self.folder}: cannot be written ({error.strerror or error}); choose another "
+                "--out"
+            ) from error
 
     def _expect_same(self, path: Path) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))["job"]
@@ -101,7 +140,8 @@ class ImportJob:
         if found != now:
             other = next(name for name in {**found, **now} if found.get(name) != now.get(name))
             raise ConfigurationError(
-                f"{self.folder}: holds another import ({other} was {found.get(other)}, is {now.get(other)}); delete it, or choose another --name"
+                f"{self.folder}: holds another import ({other} was {found.get(other)}, is "
+                f"{now.get(other)}); delete it, or choose another --name"
             )
 
     def finished(self) -> Result | None:
@@ -110,7 +150,11 @@ class ImportJob:
         if not path.is_file():
             return None
         result = Result(**json.loads(path.read_text(encoding="utf-8")))
-        if any(len(list(Path(one["shards"]).glob("*.tar"))) != one["files"] for one in result.sets.values() if "files" in one):
+        if any(
+            len(list(Path(one["shards"]).glob("*.tar"))) != one["files"]
+            for one in result.sets.values()
+            if "files" in one
+        ):
             return None
         shutil.rmtree(self.folder / STATE, ignore_errors=True)
         result.again = True
@@ -125,18 +169,29 @@ class ImportJob:
         """Count a phase."""
         self.shops.append((shop, phase))
         result = self.result
-        result.rows, result.dropped, result.repaired = result.rows + outcome.rows, result.dropped + outcome.dropped, result.repaired + outcome.repaired
+        result.rows, result.dropped, result.repaired = (
+            result.rows + outcome.rows,
+            result.dropped + outcome.dropped,
+            result.repaired + outcome.repaired,
+        )
         for name, count in outcome.notes.items():
             result.notes[name] = result.notes.get(name, 0) + count
 
     def add_set(self, name: str, shards: Path, outcome: Outcome) -> None:
         """Count a data set. Raises BadDataError for one without records."""
-        self.result.sets[name] = {"shards": str(shards), "files": len(list(shards.glob("*.tar"))), "splits": outcome.splits}
+        self.result.sets[name] = {
+            "shards": str(shards),
+            "files": len(list(shards.glob("*.tar"))),
+            "splits": outcome.splits,
+        }
         if outcome.notes.get("scored"):
             self.result.sets[name]["scored"] = True
 
     def check_dropped(self) -> None:
-        """Put the dropped rows of all parts into one file. Raises BadDataError where they are more than the limit."""
+        """Put the dropped rows of all parts into one file.
+
+        Raises BadDataError where they are more than the limit.
+        """
         result, path = self.result, self.folder / DROPPED
         reasons: list[str] = []
         if result.dropped:
@@ -154,16 +209,23 @@ class ImportJob:
         share = result.dropped / max(1, result.rows)
         if share > self.options.drop_limit:
             raise BadDataError(
-                f"data import {self.options.source}: {result.dropped} of {result.rows} rows dropped ({share:.1%}), expected at most "
-                f"{self.options.drop_limit:.1%}; the first: {'; '.join(reasons)}; all are in {path}; mend them, or allow more with --drop-limit"
+                f"data import {self.options.source}: {result.dropped} of {result.rows} rows "
+                f"dropped ({share:.1%}), expected at most "
+                f"{self.options.drop_limit:.1%}; the first: {'; '.join(reasons)}; all are in "
+                f"{path}; mend them, or allow more with --drop-limit"
             )
         for name, one in result.sets.items():
             if not sum(one["splits"].values()):
-                raise BadDataError(f"data import {self.options.source}: not one record for {name}; expected rows with texts or media")
+                raise BadDataError(
+                    f"data import {self.options.source}: not one record for {name}; expected rows "
+                    "with texts or media"
+                )
 
     def finish(self) -> Result:
         """Keep the result, and clear the state away."""
-        write_whole(self.folder / RESULT, json.dumps(vars(self.result) | {"again": False}, indent=1) + "\n")
+        write_whole(
+            self.folder / RESULT, json.dumps(vars(self.result) | {"again": False}, indent=1) + "\n"
+        )
         for left in self.folder.rglob("*.tmp"):  # of workers that were killed
             left.unlink(missing_ok=True)
         for shop, _ in self.shops:

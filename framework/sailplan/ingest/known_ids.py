@@ -1,4 +1,6 @@
-"""Which ids an items data set has: sorted 64-bit hashes in one mapped file, eight bytes an item, shared by all processes."""
+"""Which ids an items data set has: sorted 64-bit hashes in one mapped file, eight bytes an item,
+shared by all processes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from sailplan.ingest.work import STATE
 
 
 def gather_ids(folder: Path, phase: str) -> tuple[Path, int]:
-    """Merge the hashes that the parts of a phase left; return the file, and how many ids are there more than once."""
+    """Merge the hashes that the parts of a phase left; return the file, and how many ids are
+    there more than once.
+    """
     parts = sorted((folder / STATE / phase).glob("*.ids.npy"))
     counts = [len(np.load(part, mmap_mode="r")) for part in parts]
     path = folder / STATE / f"{phase}.ids.npy"

@@ -1,7 +1,9 @@
-"""Text tables: CSV, TSV, lists of captions in a text file, JSON lines; plain or gzipped, in any encoding.
+"""Text tables: CSV, TSV, lists of captions in a text file, JSON lines; plain or gzipped, in any
+encoding.
 
-One process finds where rows begin, which for CSV needs the whole line of quotes; JSON is parsed by the workers. Files are read
-line by line, each line decoded as `data.parse` decodes a text, so that a file of mixed encodings is read too.
+One process finds where rows begin, which for CSV needs the whole line of quotes; JSON is parsed by
+the workers. Files are read line by line, each line decoded as `data.parse` decodes a text, so that
+a file of mixed encodings is read too.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from sailplan.data.parse import decode_text, parse_json, wide_encoding
 from sailplan.errors import BadDataError, ConfigurationError
 from sailplan.ingest.rows import Part, Row, split_of_file
 
-LONGEST_FIELD = 1 << 24  # characters; a quote that is never closed would else read the rest of the file as one field
+LONGEST_FIELD = (
+    1 << 24
+)  # characters; a quote that is never closed would else read the rest of the file as one field
 LONGEST_LINE = 1 << 28  # bytes
 SNIFFED = 1 << 16  # bytes
 DELIMITERS = {".csv": ",;\t|", ".txt": "\t,;|", ".tsv": "\t"}
@@ -34,11 +38,14 @@ def ending(path: Path) -> str:
 
 
 def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb"))
+    return cast(
+        BinaryIO, gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
+    )
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, bool]]:
-    """Yield each line in UTF-8 or as it is in the file, with its end, and whether it had to be repaired.
+    """Yield each line in UTF-8 or as it is in the file, with its end, and whether it had to be
+    repaired.
 
     Raises BadDataError for a line that does not end, and for a gzip that is cut off.
     """
@@ -49,19 +56,30 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, bool]]:
             if wide is not None:
                 with io.TextIOWrapper(file, wide, errors="replace", newline="\n") as text:
                     for line in text:
-                        yield line.removeprefix("\ufeff").encode("utf-8", "replace"), "\ufffd" in line
+                        yield (
+                            line.removeprefix("\ufeff").encode("utf-8", "replace"),
+                            "\ufffd" in line,
+                        )
                 return
             for number in itertools.count(1):
                 content = file.readline(LONGEST_LINE)
                 if not content:
                     return
                 if len(content) == LONGEST_LINE:
-                    raise BadDataError(f"{path}:{number}: a line of more than {LONGEST_LINE} bytes; expected one row a line")
+                    raise BadDataError(
+                        f"{path}:{number}: a line of more than {LONGEST_LINE} bytes; expected one "
+                        "row a line"
+                    )
                 yield (content.removeprefix(codecs.BOM_UTF8) if number == 1 else content), False
     except (EOFError, gzip.BadGzipFile) as error:
-        raise BadDataError(f"{path}: {error}; the gzip is cut off or damaged: copy or write it again") from error
+        raise BadDataError(
+            f"{path}: {error}; the gzip is cut off or damaged: copy or write it again"
+        ) from error
     except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions") from error
+        raise ConfigurationError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path and its "
+            "permissions"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,14 @@ class TablePart:
             problem = None
             if len(cells) != len(self.header):
                 problem = f"found {len(cells)} cells, expected {len(self.header)}"
-            yield Row(self.file, line, number, dict(zip(self.header, cells, strict=False)), problem, repaired)
+            yield Row(
+                self.file,
+                line,
+                number,
+                dict(zip(self.header, cells, strict=False)),
+                problem,
+                repaired,
+            )
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,11 @@ class LinesSource:
     def parts(self, size: int) -> Iterator[Part]:
         split = self.split or split_of_file(self.path.name.split(".")[0])
         if ending(self.path) in (".jsonl", ".ndjson"):
-            rows = ((line, content, fixed) for line, (content, fixed) in enumerate(read_lines(self.path), 1) if content.strip())
+            rows = (
+                (line, content, fixed)
+                for line, (content, fixed) in enumerate(read_lines(self.path), 1)
+                if content.strip()
+            )
             for first in itertools.count(0, size):
                 taken = list(itertools.islice(rows, size))
                 if not taken:
@@ -136,31 +165,52 @@ class LinesSource:
         rows = _tabbed(self.path) if delimiter == "\t" else _quoted(self.path, delimiter)
         first = next(rows, None)
         if first is None:
-            raise BadDataError(f"{self.path}: the table is empty; expected a line of column names and rows")
+            raise BadDataError(
+                f"{self.path}: the table is empty; expected a line of column names and rows"
+            )
         header = self.header or _header(first[1])
         if header is None:  # pictures from the first line on
-            header = ("image", "title", *(f"column_{number}" for number in range(3, len(first[1]) + 1)))
+            header = (
+                "image",
+                "title",
+                *(f"column_{number}" for number in range(3, len(first[1]) + 1)),
+            )
             rows = itertools.chain([first], rows)
         elif self.header:
             rows = itertools.chain([first], rows)
         names = [name.strip() for name in header]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise BadDataError(f"{self.path}: the column {twice[0]!r} is there twice; expected different names: rename one")
+            raise BadDataError(
+                f"{self.path}: the column {twice[0]!r} is there twice; expected different names: "
+                "rename one"
+            )
         return tuple(names), rows
 
 
 def _header(cells: list[str]) -> tuple[str, ...] | None:
     """Column names; None where the first line is a row already, as it names a picture."""
-    return None if kind_of(cells[0].rpartition("/")[2].partition(".")[2].lower()) in ("picture", "sound") else tuple(cells)
+    return (
+        None
+        if kind_of(cells[0].rpartition("/")[2].partition(".")[2].lower()) in ("picture", "sound")
+        else tuple(cells)
+    )
 
 
 def delimiter_of(path: Path) -> str:
-    """Return what stands between a table's cells: of those that its ending allows, the most frequent in the first line."""
+    """Return what stands between a table's cells: of those that its ending allows, the most
+    frequent in the first line.
+    """
     first = next(read_lines(path), (b"", False))[0]
     text, candidates = decode_text(first).text, DELIMITERS[ending(path)]
     outside = "".join(text.split('"')[::2])  # what is in quotes is no delimiter
-    return max(candidates, key=lambda sign: (outside.count(sign) if sign != "\t" else 2 * outside.count(sign), -candidates.index(sign)))
+    return max(
+        candidates,
+        key=lambda sign: (
+            outside.count(sign) if sign != "\t" else 2 * outside.count(sign),
+            -candidates.index(sign),
+        ),
+    )
 
 
 def _decoded(path: Path, state: dict[str, bool]) -> Iterator[str]:
@@ -171,7 +221,10 @@ def _decoded(path: Path, state: dict[str, bool]) -> Iterator[str]:
 
 
 def _quoted(path: Path, delimiter: str) -> Iterator[tuple[int, list[str], bool]]:
-    """Rows of a CSV: line where each begins, cells, repaired. Raises BadDataError for a quote that is not closed."""
+    """Rows of a CSV: line where each begins, cells, repaired.
+
+    Raises BadDataError for a quote that is not closed.
+    """
     csv.field_size_limit(LONGEST_FIELD)
     state = {"repaired": False}
     reader = csv.reader(_decoded(path, state), delimiter=delimiter)
@@ -182,7 +235,10 @@ def _quoted(path: Path, delimiter: str) -> Iterator[tuple[int, list[str], bool]]
         except StopIteration:
             return
         except csv.Error as error:
-            raise BadDataError(f"{path}:{line}: {error}; is a quote open? expected CSV with quotes doubled inside quotes") from error
+            raise BadDataError(
+                f"{path}:{line}: {error}; is a quote open? expected CSV with quotes doubled inside "
+                "quotes"
+            ) from error
         if cells:
             yield line, cells, state["repaired"]
         state["repaired"] = False

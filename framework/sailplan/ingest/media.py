@@ -1,4 +1,5 @@
-"""Pictures, sound and films that rows name or hold: found, read, and opened once, so that a broken file is a dropped row today
+"""Pictures, sound and films that rows name or hold: found, read, and opened once, so that a
+broken file is a dropped row today
 and not a bad sample in training."""
 
 from __future__ import annotations
@@ -18,13 +19,22 @@ from sailplan.ingest.rows import Dropped
 Check = Literal["decode", "open"]
 KIND = {"image": "picture", "audio": "sound", "video": "video"}
 # First bytes of what is in a table without a name; an ending only says which decoder is asked.
-MAGIC = ((b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"II*", "tiff"), (b"MM\0*", "tiff"), (b"BM", "bmp"))
+MAGIC = (
+    (b"\x89PNG", "png"),
+    (b"RIFF", "webp"),
+    (b"GIF8", "gif"),
+    (b"II*", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"BM", "bmp"),
+)
 DEFAULT_ENDING = {"image": "jpg", "audio": "wav", "video": "mp4"}
 
 
 @dataclass(frozen=True)
 class Media:
-    """Where files that rows name are looked for, and how thoroughly they are tried: `decode` whole, or `open` only."""
+    """Where files that rows name are looked for, and how thoroughly they are tried: `decode`
+    whole, or `open` only.
+    """
 
     root: Path
     check: Check = "decode"
@@ -32,14 +42,18 @@ class Media:
     def read(self, role: str, value: Any) -> tuple[str, bytes] | None:
         """Return ending and content of a row's medium; None where the row has none.
 
-        value: a path below the root, bytes, or Hugging Face's {bytes, path}. Raises Dropped for what cannot be read or opened.
+        value: a path below the root, bytes, or Hugging Face's {bytes, path}. Raises Dropped for
+        what cannot be read or opened.
         """
         name, content = self._content(role, value)
         if content is None:
             return None
         extension = name.rpartition(".")[2].lower()
         if kind_of(extension) != KIND[role]:
-            extension = next((found for start, found in MAGIC if role == "image" and content.startswith(start)), DEFAULT_ENDING[role])
+            extension = next(
+                (found for start, found in MAGIC if role == "image" and content.startswith(start)),
+                DEFAULT_ENDING[role],
+            )
         self._try(role, name or "bytes", content)
         return extension, content
 
@@ -59,7 +73,9 @@ class Media:
         if not name:
             return "", None
         if re.match(r"[a-z0-9+]+://", name, re.IGNORECASE):
-            raise Dropped(f"{role} is a URL: {name[:200]}; fetch the files first, as img2dataset does")
+            raise Dropped(
+                f"{role} is a URL: {name[:200]}; fetch the files first, as img2dataset does"
+            )
         path = self.root / str(value)
         try:
             content = path.read_bytes()
@@ -77,7 +93,9 @@ class Media:
             elif role == "audio":
                 _try_sound(content, whole=self.check == "decode")
         except Exception as error:  # decoders raise of every kind
-            raise Dropped(" ".join(f"{role}: {name[:200]} cannot be opened ({error})".split())[:400]) from error
+            raise Dropped(
+                " ".join(f"{role}: {name[:200]} cannot be opened ({error})".split())[:400]
+            ) from error
 
 
 def _try_picture(content: bytes, whole: bool) -> None:
@@ -106,9 +124,15 @@ def _try_sound(content: bytes, whole: bool) -> None:
 
 
 def find_root(names: Iterable[str], folder: Path) -> Path:
-    """Return the folder that a table's file names are relative to: its own, or one below it; its own where none of them is there."""
+    """Return the folder that a table's file names are relative to: its own, or one below it; its
+    own where none of them is there.
+    """
     known = [name for name in names if name]
-    below = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and not is_sidecar(f"{entry.name}/x"))
+    below = sorted(
+        Path(entry.path)
+        for entry in os.scandir(folder)
+        if entry.is_dir() and not is_sidecar(f"{entry.name}/x")
+    )
     for root in (folder, *below):
         if any((root / name).is_file() for name in known):
             return root

@@ -1,4 +1,6 @@
-"""From a row to a record: KEY.json and its media, in the forms that docs/data.md lists for items and for pairs."""
+"""From a row to a record: KEY.json and its media, in the forms that docs/data.md lists for items
+and for pairs.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,24 @@ class Record:
 
     def members(self) -> dict[str, bytes]:
         """Return extension -> bytes of all members; the same bytes for the same record."""
-        return {"json": json.dumps(whole(self.body), ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str).encode(), **self.media}
+        return {
+            "json": json.dumps(
+                whole(self.body),
+                ensure_ascii=False,
+                sort_keys=True,
+                separators=(",", ":"),
+                default=str,
+            ).encode(),
+            **self.media,
+        }
 
 
 @dataclass(frozen=True)
 class RecordMaker:
     """Make records of rows.
 
-    complete: of items, whether a row without a text, or without a medium, is dropped: it could teach nothing. language: of bare
-    texts. score_maximum: what graded pairs' scores are divided by.
+    complete: of items, whether a row without a text, or without a medium, is dropped: it could
+    teach nothing. language: of bare texts. score_maximum: what graded pairs' scores are divided by.
     """
 
     columns: Columns
@@ -44,7 +55,10 @@ class RecordMaker:
     score_maximum: float = 1.0
 
     def make(self, row: Row, split: str | None) -> Record:
-        """Return the record of a row. split: that of the row's file. Raises Dropped with the reason."""
+        """Return the record of a row. split: that of the row's file.
+
+        Raises Dropped with the reason.
+        """
         if row.problem is not None:
             raise Dropped(row.problem)
         body: dict[str, Any] = {"id": given(self.columns.of("id", row)) or readable(row.id)}
@@ -63,10 +77,14 @@ class RecordMaker:
         if not body.get("source"):
             body.pop("source", None)
         fields = {name: self.text(row.values.get(name)) for name in self.columns.fields}
-        body["fields"] = {readable(name): languages for name, languages in fields.items() if languages}
+        body["fields"] = {
+            readable(name): languages for name, languages in fields.items() if languages
+        }
         wants_media = any(role in self.columns.roles for role in MEDIA_ROLES)
         if self.complete and wants_media and not media:
-            raise Dropped(f"no {' or '.join(role for role in MEDIA_ROLES if role in self.columns.roles)}")
+            raise Dropped(
+                f"no {' or '.join(role for role in MEDIA_ROLES if role in self.columns.roles)}"
+            )
         if self.complete and self.columns.fields and not body["fields"]:
             raise Dropped(f"no text in {', '.join(self.columns.fields)}")
         if not media and not body["fields"]:
@@ -108,18 +126,27 @@ class RecordMaker:
         return Record(body, media)
 
     def _part(self, value: Any, name: str, media: dict[str, bytes]) -> Any:
-        """What the JSON holds of a part of a pair; its media are put into `media`. None for an empty cell."""
+        """What the JSON holds of a part of a pair; its media are put into `media`.
+
+        None for an empty cell.
+        """
         if isinstance(value, Mapping) and ({*MEDIA_ROLES, "fields", "text"} & value.keys()):
             for role in MEDIA_ROLES:
                 found = self.media.read(role, value.get(role))
                 if found is not None:
                     media[f"{name}.{found[0]}"] = found[1]
-            kept = {key: entry for key, entry in value.items() if key not in MEDIA_ROLES and given_any(entry)}
+            kept = {
+                key: entry
+                for key, entry in value.items()
+                if key not in MEDIA_ROLES and given_any(entry)
+            }
             if isinstance(kept.get("text"), str) and self.language != "en":
                 kept["text"] = {self.language: kept["text"]}
             return kept or ({} if any(key.startswith(f"{name}.") for key in media) else None)
         if isinstance(value, list):
-            value = next((entry for entry in value if given_any(entry)), None)  # retrievers write positives as lists
+            value = next(
+                (entry for entry in value if given_any(entry)), None
+            )  # retrievers write positives as lists
         if not given_any(value):
             return None
         if isinstance(value, Mapping):
@@ -135,7 +162,10 @@ class RecordMaker:
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise Dropped(f"score is {value!r:.60}, expected a number")
         if not 0 <= found / self.score_maximum <= 1:
-            raise Dropped(f"score is {found}, expected 0 to {self.score_maximum:g}; give the highest with --score-maximum")
+            raise Dropped(
+                f"score is {found}, expected 0 to {self.score_maximum:g}; give the highest with "
+                "--score-maximum"
+            )
         return found / self.score_maximum
 
     def text(self, value: Any) -> dict[str, Any] | None:
@@ -143,14 +173,24 @@ class RecordMaker:
         if not given_any(value):
             return None
         if isinstance(value, Mapping):
-            return {str(language): entry for language, entry in value.items() if given_any(entry)} or None if is_text(value) else {self.language: str(value)}
+            return (
+                {str(language): entry for language, entry in value.items() if given_any(entry)}
+                or None
+                if is_text(value)
+                else {self.language: str(value)}
+            )
         if isinstance(value, list):
             return {self.language: [str(entry) for entry in value if given_any(entry)]}
         return {self.language: value if isinstance(value, str) else str(number(value))}
 
 
 def given_any(value: Any) -> bool:
-    """Return whether a cell holds anything: not null, NaN, blank text, nor an empty list. 0 is something."""
+    """Return whether a cell holds anything: not null, NaN, blank text, nor an empty list.
+
+    0 is something.
+    """
     if isinstance(value, list | tuple | Mapping):
-        return any(given_any(entry) for entry in (value.values() if isinstance(value, Mapping) else value))
+        return any(
+            given_any(entry) for entry in (value.values() if isinstance(value, Mapping) else value)
+        )
     return given(value.strip() if isinstance(value, str) else value) is not None

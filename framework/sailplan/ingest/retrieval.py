@@ -1,7 +1,9 @@
-"""Retrieval sets in the form of BEIR and MTEB: a corpus, queries, and judgements of which document answers which query.
+"""Retrieval sets in the form of BEIR and MTEB: a corpus, queries, and judgements of which
+document answers which query.
 
-The corpus becomes an items data set; each judgement above 0 a pair of a query's text and a document's id. Documents judged 0 are
-the query's negatives. Queries and judgements meet in buckets, so neither is held whole.
+The corpus becomes an items data set; each judgement above 0 a pair of a query's text and a
+document's id. Documents judged 0 are the query's negatives. Queries and judgements meet in buckets,
+so neither is held whole.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ MOST_NEGATIVES = 64  # of a record
 
 
 def value_of(row: Row, what: str) -> Any:
-    """Return a row's value under the first of the names that such a column has; None where there is none."""
+    """Return a row's value under the first of the names that such a column has; None where there
+    is none.
+    """
     return next((row.values[name] for name in NAMES[what] if name in row.values), None)
 
 
@@ -76,35 +80,54 @@ class WritePairs:
 
     def __call__(self, part_number: int, bucket: int) -> Outcome:
         outcome, known = Outcome(), KnownIds(self.known)
-        with Drops(self.folder / STATE / self.phase / f"{part_number:06d}.dropped").opened(outcome) as note:
+        with Drops(self.folder / STATE / self.phase / f"{part_number:06d}.dropped").opened(
+            outcome
+        ) as note:
 
             def records() -> Iterator[Mapping[str, bytes]]:
                 for query, rows in read_bucket(self.folder, self.joined, bucket):
                     text = next((row.value["text"] for row in rows if "text" in row.value), None)
                     judged = [row for row in rows if "document" in row.value]
                     if not judged:
-                        outcome.notes["queries without a judgement"] = outcome.notes.get("queries without a judgement", 0) + 1
+                        outcome.notes["queries without a judgement"] = (
+                            outcome.notes.get("queries without a judgement", 0) + 1
+                        )
                     kept = []
                     for row in judged:
                         if text is None:
-                            note(row.file, row.line, f"query {query!r:.100} is not among the queries")
+                            note(
+                                row.file, row.line, f"query {query!r:.100} is not among the queries"
+                            )
                         elif row.value["document"] not in known:
-                            note(row.file, row.line, f"document {row.value['document']!r:.100} is not in the corpus")
+                            note(
+                                row.file,
+                                row.line,
+                                f"document {row.value['document']!r:.100} is not in the corpus",
+                            )
                         else:
                             kept.append(row)
                     for record in self._records(query, text or "", kept):
                         count(record, outcome, self.held_out)
                         yield record.members()
 
-            outcome.files = write_shard(self.folder, f"{self.name}-{part_number:06d}.tar", records())
+            outcome.files = write_shard(
+                self.folder, f"{self.name}-{part_number:06d}.tar", records()
+            )
         return outcome
 
     def _records(self, query: str, text: str, judged: list[Keyed]) -> Iterator[Record]:
         for split in dict.fromkeys(row.value["split"] for row in judged):
             own = [row.value for row in judged if row.value["split"] == split]
-            negatives = list(dict.fromkeys(one["document"] for one in own if one["score"] <= 0))[:MOST_NEGATIVES]
+            negatives = list(dict.fromkeys(one["document"] for one in own if one["score"] <= 0))[
+                :MOST_NEGATIVES
+            ]
             for one in {one["document"]: one for one in own if one["score"] > 0}.values():
-                body = {"id": readable(f"{query}/{one['document']}"), "query_id": query, "text": {self.language: text}, "item": one["document"]}
+                body = {
+                    "id": readable(f"{query}/{one['document']}"),
+                    "query_id": query,
+                    "text": {self.language: text},
+                    "item": one["document"],
+                }
                 body["relevance"] = one["score"]
                 if split is not None:
                     body |= {"split": split, "id": f"{split}/{body['id']}"}

@@ -1,6 +1,7 @@
 """What a source gives: rows, each with its place, in parts that are worked at one by one.
 
-A part is small to send to another process: lines of text, or only where rows lie in a Parquet or Arrow file.
+A part is small to send to another process: lines of text, or only where rows lie in a Parquet or
+Arrow file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ class Dropped(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source. `values`: column -> value as the file has it; `problem`: why it cannot be read, else None."""
+    """One row of a source.
+
+    `values`: column -> value as the file has it; `problem`: why it cannot be read, else None.
+    """
 
     file: str  # as it is named in messages and ids: relative to the source
     line: int  # from 1: of a text file the line where the row begins, else the row's number
@@ -54,7 +58,21 @@ class Source(Protocol):
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("test", "testing", "val", "valid", "validation", "dev", "eval", "held_out", "heldout", "holdout"), "held_out"),
+    **dict.fromkeys(
+        (
+            "test",
+            "testing",
+            "val",
+            "valid",
+            "validation",
+            "dev",
+            "eval",
+            "held_out",
+            "heldout",
+            "holdout",
+        ),
+        "held_out",
+    ),
 }
 
 
@@ -64,6 +82,8 @@ def split_name(value: str) -> str:
 
 
 def split_of_file(stem: str) -> str | None:
-    """Return the split that a file's or folder's name begins with: 'test-00000-of-00001' -> 'held_out'; None for other names."""
+    """Return the split that a file's or folder's name begins with: 'test-00000-of-00001' ->
+    'held_out'; None for other names.
+    """
     word = stem.lower().replace(".", "-").replace("_", "-").split("-")[0]
     return SPLITS.get(word)

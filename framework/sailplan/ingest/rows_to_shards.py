@@ -18,7 +18,8 @@ from sailplan.ingest.work import STATE, Drops, Outcome
 
 @dataclass(frozen=True)
 class WriteShard:
-    """Write the records of a part into folder/NAME-NUMBER.tar, its dropped rows and the hashes of its ids beside the state.
+    """Write the records of a part into folder/NAME-NUMBER.tar, its dropped rows and the hashes
+    of its ids beside the state.
 
     by_file: whether a file's name tells the split of its rows.
     """

@@ -1,4 +1,6 @@
-"""Write a part's records as shards by webdataset's own writer: whole files or none, the same bytes for the same records."""
+"""Write a part's records as shards by webdataset's own writer: whole files or none, the same
+bytes for the same records.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Bring rows with one key together without holding them all: parts are sorted into buckets on disk, buckets are worked at one by one.
+"""Bring rows with one key together without holding them all: parts are sorted into buckets on
+disk, buckets are worked at one by one.
 
-Each part becomes one Arrow file with a batch for every bucket, so all parts and all buckets can be worked at in parallel. A
-bucket's rows come in the order of the source, whoever wrote them.
+Each part becomes one Arrow file with a batch for every bucket, so all parts and all buckets can be
+worked at in parallel. A bucket's rows come in the order of the source, whoever wrote them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from sailplan.data.index import id_hash
 from sailplan.ingest.rows import Dropped, Part, Row
 from sailplan.ingest.work import STATE, Drops, Outcome
 
-BUCKET_BYTES = 4 << 20  # of the source; a bucket is in memory, as Arrow has it, while it is worked at
+BUCKET_BYTES = (
+    4 << 20
+)  # of the source; a bucket is in memory, as Arrow has it, while it is worked at
 SPILL_ROWS = 32_768  # of a part that is sorted into buckets: each bucket reads from every such part
 TAKEN_AT_ONCE = 4096  # rows
 
@@ -52,7 +55,9 @@ def buckets_of(files: Iterable[str]) -> int:
 
 @dataclass(frozen=True)
 class Spill:
-    """Sort a part's rows into buckets by `pick`, which returns a row's key and value, or raises Dropped."""
+    """Sort a part's rows into buckets by `pick`, which returns a row's key and value, or raises
+    Dropped.
+    """
 
     folder: Path
     phase: str
@@ -76,19 +81,41 @@ class Spill:
                     note(row.file, row.line, str(problem))
                     continue
                 found[id_hash(key) % self.buckets].append(Keyed(key, value, row.file, row.line))
-        schema = pa.schema([("key", pa.string()), ("value", pa.string()), ("file", pa.string()), ("line", pa.int64())])
+        schema = pa.schema(
+            [
+                ("key", pa.string()),
+                ("value", pa.string()),
+                ("file", pa.string()),
+                ("line", pa.int64()),
+            ]
+        )
         temporary = self.folder / f"{name}.{os.getpid()}.tmp"
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for rows in found:
-                columns = [[one.key for one in rows], [json.dumps(one.value) for one in rows], [one.file for one in rows], [one.line for one in rows]]
-                writer.write_batch(pa.record_batch([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema))
+                columns = [
+                    [one.key for one in rows],
+                    [json.dumps(one.value) for one in rows],
+                    [one.file for one in rows],
+                    [one.line for one in rows],
+                ]
+                writer.write_batch(
+                    pa.record_batch(
+                        [
+                            pa.array(column, field.type)
+                            for column, field in zip(columns, schema, strict=True)
+                        ],
+                        schema,
+                    )
+                )
         outcome.files = {name: temporary.stat().st_size}
         os.replace(temporary, self.folder / name)
         return outcome
 
 
 def read_bucket(folder: Path, phase: str, bucket: int) -> Iterator[tuple[str, list[Keyed]]]:
-    """Yield the bucket's rows by key, keys sorted, rows in the order of the source; only one key's rows are Python objects."""
+    """Yield the bucket's rows by key, keys sorted, rows in the order of the source; only one
+    key's rows are Python objects.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 

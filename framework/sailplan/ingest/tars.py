@@ -1,4 +1,6 @@
-"""Tars as CLIP's tools and img2dataset make them are read where they lie: only what is in them is found out, nothing is copied."""
+"""Tars as CLIP's tools and img2dataset make them are read where they lie: only what is in them
+is found out, nothing is copied.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ LOOKED_AT = 1000  # records
 
 @dataclass
 class TarContents:
-    """What the records of the first shard have: media by role, text fields, and about how many records all shards have."""
+    """What the records of the first shard have: media by role, text fields, and about how many
+    records all shards have.
+    """
 
     shards: list[Path]
     records: int = 0  # of the first shard
@@ -33,9 +37,15 @@ class TarContents:
 
 
 def look_at_tars(shards: str) -> TarContents:
-    """Return what the first of the shards holds. Raises ConfigurationError for no shards, BadDataError for one without records."""
+    """Return what the first of the shards holds.
+
+    Raises ConfigurationError for no shards, BadDataError for one without records.
+    """
     if is_remote(shards):
-        raise ConfigurationError(f"data import {shards}: expected tars on this machine; for URLs write conf/data/NAME.yaml as docs/data.md shows")
+        raise ConfigurationError(
+            f"data import {shards}: expected tars on this machine; for URLs write "
+            "conf/data/NAME.yaml as docs/data.md shows"
+        )
     found = TarContents(resolve("import", shards))
     places = scan(found.shards[0]).records
     found.records = len(places)
@@ -48,7 +58,11 @@ def look_at_tars(shards: str) -> TarContents:
                     body = parse_json(file.read(chosen.json[2]))
                 except ValueError:
                     continue  # a bad sample, which `data validate` names
-            for role, has in (("image", chosen.pictures), ("audio", chosen.sound), ("video", chosen.video)):
+            for role, has in (
+                ("image", chosen.pictures),
+                ("audio", chosen.sound),
+                ("video", chosen.video),
+            ):
                 found.media[role] += bool(has)
             own = body.get("fields") if isinstance(body.get("fields"), dict) else {}
             found.fields.update(own.keys() if own else ())
@@ -58,5 +72,8 @@ def look_at_tars(shards: str) -> TarContents:
                 found.splits[body["split"]] += 1
     found.media, found.fields = +found.media, +found.fields
     if not found.fields and not found.media:
-        raise BadDataError(f"{found.shards[0]}: {len(places)} records, none with a picture, sound or text; expected webdataset: KEY.jpg beside KEY.txt")
+        raise BadDataError(
+            f"{found.shards[0]}: {len(places)} records, none with a picture, sound or text; "
+            "expected webdataset: KEY.jpg beside KEY.txt"
+        )
     return found

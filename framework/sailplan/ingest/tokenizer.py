@@ -1,6 +1,8 @@
-"""A tokenizer for models that have none: byte-level BPE of a bounded number of an imported set's training texts.
+"""A tokenizer for models that have none: byte-level BPE of a bounded number of an imported set's
+training texts.
 
-The texts are the first ones of shards spread evenly over the data set, so the cost does not grow with it. One thread, one
+The texts are the first ones of shards spread evenly over the data set, so the cost does not grow
+with it. One thread, one
 order: the same file for the same shards.
 """
 
@@ -29,10 +31,17 @@ LONGEST = 10_000  # characters of a text
 MARGIN = 8  # tokens of a prompt
 
 
-def training_texts(sets: Sequence[tuple[Sequence[Path], HeldOut | None]], most: int = TEXTS) -> Iterator[str]:
-    """Yield texts of the training records of data sets (shards, rule of its held-out records), about `most` in all."""
+def training_texts(
+    sets: Sequence[tuple[Sequence[Path], HeldOut | None]], most: int = TEXTS
+) -> Iterator[str]:
+    """Yield texts of the training records of data sets (shards, rule of its held-out records),
+    about `most` in all.
+    """
     for shards, held_out in sets:
-        chosen = [shards[place * len(shards) // min(len(shards), SHARDS)] for place in range(min(len(shards), SHARDS))]
+        chosen = [
+            shards[place * len(shards) // min(len(shards), SHARDS)]
+            for place in range(min(len(shards), SHARDS))
+        ]
         share = max(1, most // max(1, len(sets) * len(chosen)))
         for shard in chosen:
             for text in itertools.islice(_texts(shard, held_out), share):
@@ -42,13 +51,20 @@ def training_texts(sets: Sequence[tuple[Sequence[Path], HeldOut | None]], most: 
 def _texts(shard: Path, held_out: HeldOut | None) -> Iterator[str]:
     """Texts of a shard's training records, read from its beginning."""
     key, body, captions = "", dict[str, Any](), list[str]()
-    with open(shard, "rb", buffering=1 << 20) as file, tarfile.open(fileobj=file, mode="r|") as archive:
+    with (
+        open(shard, "rb", buffering=1 << 20) as file,
+        tarfile.open(fileobj=file, mode="r|") as archive,
+    ):
         for member in archive:
             name, extension = split_name(member.name)
             if name != key:
                 yield from _training(shard, key, body, captions, held_out)
                 key, body, captions = name, {}, []
-            opened = archive.extractfile(member) if member.isfile() and kind_of(extension) in ("json", "text") else None
+            opened = (
+                archive.extractfile(member)
+                if member.isfile() and kind_of(extension) in ("json", "text")
+                else None
+            )
             if opened is None:
                 continue
             content = opened.read()
@@ -60,9 +76,13 @@ def _texts(shard: Path, held_out: HeldOut | None) -> Iterator[str]:
     yield from _training(shard, key, body, captions, held_out)
 
 
-def _training(shard: Path, key: str, body: dict[str, Any], captions: list[str], held_out: HeldOut | None) -> Iterator[str]:
+def _training(
+    shard: Path, key: str, body: dict[str, Any], captions: list[str], held_out: HeldOut | None
+) -> Iterator[str]:
     record_id = body.get("id") or f"{shard.stem}/{readable(key)}"
-    split = body.get("split") or ("train" if held_out is None else held_out.split(str(record_id), body))
+    split = body.get("split") or (
+        "train" if held_out is None else held_out.split(str(record_id), body)
+    )
     if split == "train":
         parts = [body.get(part) for part in ("fields", "text", "query", "target", "negatives")]
         yield from (text for text in [*captions, *_strings(parts)] if text.strip())
@@ -81,7 +101,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], path: Path) -> int:
-    """Write a tokenizer.json learned from texts; return how many tokens 95 of 100 texts have at most, and a prompt.
+    """Write a tokenizer.json learned from texts; return how many tokens 95 of 100 texts have at
+    most, and a prompt.
 
     Raises BadDataError without a text.
     """
@@ -104,13 +125,18 @@ def train_tokenizer(texts: Iterable[str], path: Path) -> int:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(noted(), trainer)
     if not count:
-        raise BadDataError(f"{path}: no training text to learn a tokenizer from; give one with --tokenizer FILE")
+        raise BadDataError(
+            f"{path}: no training text to learn a tokenizer from; give one with --tokenizer FILE"
+        )
     write_whole(path, tokenizer.to_str(pretty=False) + "\n")
-    lengths = sorted(len(encoding.ids) for encoding in tokenizer.encode_batch(sample, add_special_tokens=False))
+    lengths = sorted(
+        len(encoding.ids) for encoding in tokenizer.encode_batch(sample, add_special_tokens=False)
+    )
     return lengths[int(0.95 * (len(lengths) - 1))] + MARGIN
-
-

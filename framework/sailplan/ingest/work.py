@@ -1,7 +1,9 @@
-"""Work at the parts of a source in several processes, in order, resumable, with a bounded number of rows alive.
+"""Work at the parts of a source in several processes, in order, resumable, with a bounded number
+of rows alive.
 
-What a part gave is kept in `.import/PHASE/NUMBER.json` once its files are whole. A part whose outcome is there, with its files, is
-not worked at again, so the same command goes on after a kill. At most two parts for each process are in flight.
+What a part gave is kept in `.import/PHASE/NUMBER.json` once its files are whole. A part whose
+outcome is there, with its files, is not worked at again, so the same command goes on after a kill.
+At most two parts for each process are in flight.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ STATE = ".import"
 
 @dataclass
 class Outcome:
-    """What became of a part's rows. files: those written, below the output folder, with their bytes."""
+    """What became of a part's rows.
+
+    files: those written, below the output folder, with their bytes.
+    """
 
     rows: int = 0
     dropped: int = 0
@@ -41,7 +46,11 @@ class Outcome:
 
     def add(self, other: Outcome) -> None:
         """Take another part's counts in; its files are not kept, they may be many."""
-        self.rows, self.dropped, self.repaired = self.rows + other.rows, self.dropped + other.dropped, self.repaired + other.repaired
+        self.rows, self.dropped, self.repaired = (
+            self.rows + other.rows,
+            self.dropped + other.dropped,
+            self.repaired + other.repaired,
+        )
         for mine, theirs in ((self.splits, other.splits), (self.notes, other.notes)):
             for name, count in theirs.items():
                 mine[name] = mine.get(name, 0) + count
@@ -60,14 +69,19 @@ class Drops:
 
     @contextmanager
     def opened(self, outcome: Outcome) -> Iterator[Callable[[str, int, str], None]]:
-        """Yield what notes a dropped row; the file has its name when all are noted, and is not there without any."""
+        """Yield what notes a dropped row; the file has its name when all are noted, and is not
+        there without any.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
 
             def note(name: str, line: int, reason: str) -> None:
                 outcome.dropped += 1
-                file.write(json.dumps({"file": name, "line": line, "reason": reason}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({"file": name, "line": line, "reason": reason}, ensure_ascii=False)
+                    + "\n"
+                )
 
             yield note
         os.replace(temporary, self.path)
@@ -78,7 +92,10 @@ Work = Callable[[int, Any], Outcome]  # number of the part, the part; can be pic
 
 @dataclass
 class Workshop:
-    """Processes for the phases of one import into `folder`. live_parts: most parts that were alive at a time, for counting."""
+    """Processes for the phases of one import into `folder`.
+
+    live_parts: most parts that were alive at a time, for counting.
+    """
 
     folder: Path
     workers: int
@@ -95,7 +112,10 @@ class Workshop:
         return Drops(self.state(phase, number).with_suffix(".dropped"))
 
     def run(self, phase: str, parts: Iterable[Any], work: Work) -> Outcome:
-        """Work at all parts; return the sum of their outcomes. Raises what a worker raises, StopRequested on SIGTERM and SIGINT."""
+        """Work at all parts; return the sum of their outcomes.
+
+        Raises what a worker raises, StopRequested on SIGTERM and SIGINT.
+        """
         total = Outcome()
         (self.folder / STATE / phase).mkdir(parents=True, exist_ok=True)
         for outcome in self._outcomes(phase, parts, work):
@@ -113,13 +133,22 @@ class Workshop:
                     yield done or _worked(work, self.state(phase, number), number, part)
             return
         waiting: deque[Future[Outcome] | Outcome] = deque()
-        pool = ProcessPoolExecutor(self.workers, mp_context=get_context("fork"), initializer=_start_worker, initargs=(os.getpid(),))
+        pool = ProcessPoolExecutor(
+            self.workers,
+            mp_context=get_context("fork"),
+            initializer=_start_worker,
+            initargs=(os.getpid(),),
+        )
         try:
             with stoppable():
                 for number, part, done in todo:
                     self.worked += done is None
-                    waiting.append(done or pool.submit(_worked, work, self.state(phase, number), number, part))
-                    self.live_parts = max(self.live_parts, sum(isinstance(one, Future) for one in waiting))
+                    waiting.append(
+                        done or pool.submit(_worked, work, self.state(phase, number), number, part)
+                    )
+                    self.live_parts = max(
+                        self.live_parts, sum(isinstance(one, Future) for one in waiting)
+                    )
                     while len(waiting) >= IN_FLIGHT * self.workers:
                         yield _result(waiting.popleft())
                 while waiting:
@@ -130,7 +159,9 @@ class Workshop:
     def _done(self, phase: str, number: int) -> Outcome | None:
         try:
             outcome = Outcome(**json.loads(self.state(phase, number).read_text(encoding="utf-8")))
-            if all((self.folder / name).stat().st_size == size for name, size in outcome.files.items()):
+            if all(
+                (self.folder / name).stat().st_size == size for name, size in outcome.files.items()
+            ):
                 return outcome
         except (OSError, ValueError, TypeError):
             pass
@@ -149,7 +180,10 @@ def _result(one: Future[Outcome] | Outcome) -> Outcome:
     try:
         return one.result()
     except BrokenProcessPool as error:
-        raise BadDataError("a worker was killed, probably for its memory; the same command goes on: take fewer --workers or a smaller --shard-size") from error
+        raise BadDataError(
+            "a worker was killed, probably for its memory; the same command goes on: take fewer "
+            "--workers or a smaller --shard-size"
+        ) from error
 
 
 def _start_worker(parent: int) -> None:

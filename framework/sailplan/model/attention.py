@@ -1,13 +1,17 @@
-"""Core attention over packed rows: one long sequence in which every position sees those of its own row alone, without a mask.
+"""Core attention over packed rows: one long sequence in which every position sees those of its
+own row alone, without a mask.
 
-Rows of equal length are neighbours (`data.packing`), so there are three ways, which compute the same:
+Rows of equal length are neighbours (`data.packing`), so there are three ways, which compute the
+same:
 
-    all rows are of one length                 scaled_dot_product_attention of [rows, heads, length, d]
-    on CUDA in half precision, no dropout      torch's varlen_attn (flash kernels by cumulative lengths)
-    else                                       scaled_dot_product_attention once for each length
+    all rows are of one length                 scaled_dot_product_attention of [rows, heads, length,
+    d] on CUDA in half precision, no dropout      torch's varlen_attn (flash kernels by cumulative
+    lengths) else                                       scaled_dot_product_attention once for each
+    length
 
-What attention must know of the rows travels through megatron-core's layers in the place of the mask. Rotary angles are
-by position within the row; their sines and cosines are taken once for all layers.
+What attention must know of the rows travels through megatron-core's layers in the place of the
+mask. Rotary angles are by position within the row; their sines and cosines are taken once for all
+layers.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ from sailplan.data.packing import Runs
 
 HALF = (torch.bfloat16, torch.float16)
 VARLEN_DEVICES = ("cuda",)
-_VARLEN: list[tuple[Callable[..., Any], bool]] = []  # torch's function, and whether it knows groups of query heads (torch 2.12)
+_VARLEN: list[
+    tuple[Callable[..., Any], bool]
+] = []  # torch's function, and whether it knows groups of query heads (torch 2.12)
 
 
 class Sequences(NamedTuple):
@@ -37,8 +43,12 @@ class Sequences(NamedTuple):
     ends: Tensor  # int32 [n + 1], cumulative lengths, on the sequence's device
     longest: int
     equal: bool  # one length only
-    rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of the rotary angles, [p, 1, d]
-    lengths: Tensor | None = None  # `runs` as int64 [k, 2] on the CPU: what a compiled layer hands on
+    rotation: tuple[Tensor, Tensor] | None = (
+        None  # cosines and sines of the rotary angles, [p, 1, d]
+    )
+    lengths: Tensor | None = (
+        None  # `runs` as int64 [k, 2] on the CPU: what a compiled layer hands on
+    )
 
     @classmethod
     def of(cls, runs: Runs, ends: Tensor | None, device: torch.device) -> Sequences:
@@ -48,19 +58,31 @@ class Sequences(NamedTuple):
         if ends is None:
             ((rows, length),) = runs
             ends = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
-        return cls(runs, ends.to(torch.int32), max(length for _, length in runs), len(runs) == 1, lengths=torch.tensor(runs))
+        return cls(
+            runs,
+            ends.to(torch.int32),
+            max(length for _, length in runs),
+            len(runs) == 1,
+            lengths=torch.tensor(runs),
+        )
 
     def filled_up(self, extra: int) -> Sequences:
         """With a row of `extra` positions behind the others."""
         total = sum(rows * length for rows, length in self.runs) + extra
-        rotation = None if self.rotation is None else tuple(F.pad(part, (0, 0, 0, 0, 0, extra)) for part in self.rotation)
+        rotation = (
+            None
+            if self.rotation is None
+            else tuple(F.pad(part, (0, 0, 0, 0, 0, extra)) for part in self.rotation)
+        )
         runs = (*self.runs, (1, extra))
         ends, longest = F.pad(self.ends, (0, 1), value=total), max(self.longest, extra)
         return Sequences(runs, ends, longest, False, rotation, torch.tensor(runs))  # type: ignore[arg-type]
 
     def rotated_by(self, angles: Tensor, dtype: torch.dtype) -> Sequences:
         """angles: float32 [p, d]."""
-        return self._replace(rotation=(angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]))
+        return self._replace(
+            rotation=(angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None])
+        )
 
 
 def rotated(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -70,9 +92,11 @@ def rotated(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class PackedAttention(nn.Module):
-    """Core attention over this rank's heads, behind the constructor and the call of megatron-core's specifications.
+    """Core attention over this rank's heads, behind the constructor and the call of
+    megatron-core's specifications.
 
-    Every position attends to all of its row, or with `attn_mask_type` causal to itself and those before it.
+    Every position attends to all of its row, or with `attn_mask_type` causal to itself and those
+    before it.
     """
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
@@ -82,17 +106,36 @@ class PackedAttention(nn.Module):
         self.grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Sequences, attn_mask_type: AttnMaskType = AttnMaskType.no_mask, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Sequences,
+        attn_mask_type: AttnMaskType = AttnMaskType.no_mask,
+        **_: Any,
     ) -> Tensor:
-        """query [p, 1, heads, d], key and value [p, 1, key_value_heads, d]. Returns [p, 1, heads * d]."""
+        """query [p, 1, heads, d], key and value [p, 1, key_value_heads, d].
+
+        Returns [p, 1, heads * d].
+        """
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if attention_mask.rotation is not None:
-            query, key = rotated(query, attention_mask.rotation), rotated(key, attention_mask.rotation)
-        context = self.attend(query, key, value, attention_mask, attn_mask_type == AttnMaskType.causal)
+            query, key = (
+                rotated(query, attention_mask.rotation),
+                rotated(key, attention_mask.rotation),
+            )
+        context = self.attend(
+            query, key, value, attention_mask, attn_mask_type == AttnMaskType.causal
+        )
         return context.flatten(1)[:, None]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: Sequences, causal: bool) -> Tensor:
-        """query [p, heads, d], key and value [p, key_value_heads, d]. Returns [p, heads, d] or [p, heads * d]."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rows: Sequences, causal: bool
+    ) -> Tensor:
+        """query [p, heads, d], key and value [p, key_value_heads, d].
+
+        Returns [p, heads, d] or [p, heads * d].
+        """
         dropout = self.dropout if self.training else 0.0
         if rows.equal:
             return _equal(query, key, value, rows.longest, causal, dropout)
@@ -106,7 +149,12 @@ class PackedAttention(nn.Module):
 
 def takes_varlen(query: Tensor) -> bool:
     """Whether torch's flash kernels take such heads [.., d] by cumulative lengths."""
-    return query.device.type in VARLEN_DEVICES and query.dtype in HALF and query.size(-1) % 8 == 0 and query.size(-1) <= 256
+    return (
+        query.device.type in VARLEN_DEVICES
+        and query.dtype in HALF
+        and query.size(-1) % 8 == 0
+        and query.size(-1) <= 256
+    )
 
 
 def load_varlen() -> None:
@@ -117,7 +165,9 @@ def load_varlen() -> None:
         _VARLEN.append((varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters))
 
 
-def _by_cumulative_lengths(query: Tensor, key: Tensor, value: Tensor, rows: Sequences, causal: bool) -> Tensor:
+def _by_cumulative_lengths(
+    query: Tensor, key: Tensor, value: Tensor, rows: Sequences, causal: bool
+) -> Tensor:
     ((attend, knows_groups),) = _VARLEN
     groups = query.size(1) // key.size(1)
     options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
@@ -128,24 +178,43 @@ def _by_cumulative_lengths(query: Tensor, key: Tensor, value: Tensor, rows: Sequ
     return attend(query, key, value, rows.ends, rows.ends, rows.longest, rows.longest, **options)
 
 
-def _equal(query: Tensor, key: Tensor, value: Tensor, length: int, causal: bool, dropout: float) -> Tensor:
+def _equal(
+    query: Tensor, key: Tensor, value: Tensor, length: int, causal: bool, dropout: float
+) -> Tensor:
     """Rows of one length."""
     grouped = query.size(1) != key.size(1)
-    query, key, value = (part.unflatten(0, (-1, length)).transpose(1, 2) for part in (query, key, value))
-    context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
+    query, key, value = (
+        part.unflatten(0, (-1, length)).transpose(1, 2) for part in (query, key, value)
+    )
+    context = F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+    )
     return context.transpose(1, 2).flatten(0, 1)
 
 
-def by_length(query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Sequence[int]], causal: bool, dropout: float) -> Tensor:
-    """One call for each length. The cuts are one operation each, so that backward writes every gradient once."""
+def by_length(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Sequence[Sequence[int]],
+    causal: bool,
+    dropout: float,
+) -> Tensor:
+    """One call for each length.
+
+    The cuts are one operation each, so that backward writes every gradient once.
+    """
     sizes = [rows * length for rows, length in runs]
     parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), runs, strict=True)
     return torch.cat([_equal(q, k, v, length, causal, dropout) for q, k, v, (_, length) in parts])
 
 
-# A compiled layer would be compiled anew for every list of lengths: to it the calls are one opaque operation, whose
-# backward repeats the attention. Dropout draws from a seed, so that the repetition drops the same weights.
-def _compiled(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, causal: bool, dropout: float) -> Tensor:
+# A compiled layer would be compiled anew for every list of lengths: to it the calls are one opaque
+# operation, whose backward repeats the attention. Dropout draws from a seed, so that the repetition
+# drops the same weights.
+def _compiled(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, causal: bool, dropout: float
+) -> Tensor:
     seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
     return torch.ops.sailplan.attention_by_length(query, key, value, lengths, seed, causal, dropout)
 
@@ -161,13 +230,28 @@ def _drawing_from(seed: Tensor, dropout: float, device: torch.device) -> Iterato
 
 
 @torch.library.custom_op("sailplan::attention_by_length", mutates_args=())
-def _operation(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, seed: Tensor, causal: bool, dropout: float) -> Tensor:
+def _operation(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    seed: Tensor,
+    causal: bool,
+    dropout: float,
+) -> Tensor:
     with _drawing_from(seed, dropout, query.device):
         return by_length(query, key, value, lengths.tolist(), causal, dropout)
 
 
 def _backward_operation(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, seed: Tensor, causal: bool, dropout: float
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    seed: Tensor,
+    causal: bool,
+    dropout: float,
 ) -> tuple[Tensor, ...]:
     with torch.enable_grad(), _drawing_from(seed, dropout, query.device):
         leaves = [part.detach().requires_grad_() for part in (query, key, value)]
@@ -178,7 +262,8 @@ def _backward_operation(
 # Not a custom_op: what runs inside of one is not differentiated.
 _LIBRARY = torch.library.Library("sailplan", "FRAGMENT")
 _LIBRARY.define(
-    "attention_by_length_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor seed, "
+    "attention_by_length_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor "
+    "lengths, Tensor seed, "
     "bool causal, float dropout) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("attention_by_length_backward", _backward_operation, "CompositeExplicitAutograd")
@@ -190,7 +275,9 @@ def _(query: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.register_fake("sailplan::attention_by_length_backward")
-def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
@@ -200,7 +287,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.sailplan.attention_by_length_backward(gradient, *ctx.saved_tensors, *ctx.options)
+    gradients = torch.ops.sailplan.attention_by_length_backward(
+        gradient, *ctx.saved_tensors, *ctx.options
+    )
     return (*gradients, None, None, None, None)
 
 

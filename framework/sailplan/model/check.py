@@ -1,4 +1,6 @@
-"""Which model shapes can be built, said before anything is built and in terms of configuration keys."""
+"""Which model shapes can be built, said before anything is built and in terms of configuration
+keys.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,24 @@ def _positive(key: str, value: int) -> None:
 
 def _check_shape(key: str, shape: TransformerShape, tensor_parallel: int, *, rotary: bool) -> None:
     key_value_heads = shape.heads if shape.key_value_heads is None else shape.key_value_heads
-    for name, value in (("hidden", shape.hidden), ("heads", shape.heads), ("feed_forward", shape.feed_forward), ("key_value_heads", key_value_heads)):
+    for name, value in (
+        ("hidden", shape.hidden),
+        ("heads", shape.heads),
+        ("feed_forward", shape.feed_forward),
+        ("key_value_heads", key_value_heads),
+    ):
         _positive(f"{key}.{name}", value)
     if shape.layers < 0:
         _fail(f"{key}.layers", shape.layers, "0 or more", "set the number of layers")
     if not 0 <= shape.dropout < 1:
         _fail(f"{key}.dropout", shape.dropout, "a probability below 1", "set 0 for none")
     if shape.head_size is None and shape.hidden % shape.heads:
-        _fail(f"{key}.hidden", shape.hidden, f"a multiple of {key}.heads={shape.heads}", "change one of the two, or set head_size")
+        _fail(
+            f"{key}.hidden",
+            shape.hidden,
+            f"a multiple of {key}.heads={shape.heads}",
+            "change one of the two, or set head_size",
+        )
     if shape.head_size is not None:
         _positive(f"{key}.head_size", shape.head_size)
     _one_of(f"{key}.norm", shape.norm, NORMS)
@@ -43,16 +55,35 @@ def _check_shape(key: str, shape: TransformerShape, tensor_parallel: int, *, rot
     if shape.norm_epsilon <= 0:
         _fail(f"{key}.norm_epsilon", shape.norm_epsilon, "more than 0", "1e-6 is usual")
     if rotary and head_size(shape) % 2:
-        _fail(f"{key}.hidden", shape.hidden, f"an even size of each of the {shape.heads} heads (rotary positions)", "change hidden or heads")
+        _fail(
+            f"{key}.hidden",
+            shape.hidden,
+            f"an even size of each of the {shape.heads} heads (rotary positions)",
+            "change hidden or heads",
+        )
     if shape.heads % key_value_heads:
-        _fail(f"{key}.key_value_heads", key_value_heads, f"a divisor of {key}.heads={shape.heads}", "change one of the two")
+        _fail(
+            f"{key}.key_value_heads",
+            key_value_heads,
+            f"a divisor of {key}.heads={shape.heads}",
+            "change one of the two",
+        )
     if not shape.layers:
         return  # nothing of such a stack is spread over ranks
     common = math.gcd(shape.heads, key_value_heads, shape.feed_forward)
     sizes = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
-    for name, value in (("heads", shape.heads), ("key_value_heads", key_value_heads), ("feed_forward", shape.feed_forward)):
+    for name, value in (
+        ("heads", shape.heads),
+        ("key_value_heads", key_value_heads),
+        ("feed_forward", shape.feed_forward),
+    ):
         if value % tensor_parallel:
-            _fail(f"{key}.{name}", value, f"a multiple of parallel.tensor={tensor_parallel}", f"this stack allows parallel.tensor {sizes}")
+            _fail(
+                f"{key}.{name}",
+                value,
+                f"a multiple of parallel.tensor={tensor_parallel}",
+                f"this stack allows parallel.tensor {sizes}",
+            )
 
 
 def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
@@ -70,20 +101,36 @@ def _check_swin(audio: AudioConfig) -> None:
     for name in ("hidden", "feed_forward", "window", "patch", "image"):
         _positive(f"{key}.{name}", getattr(swin, name))
     if not swin.layers or len(swin.layers) != len(swin.heads):
-        _fail(f"{key}.heads", list(swin.heads), f"as many numbers as {key}.layers={list(swin.layers)}", "give one of each for every stage")
+        _fail(
+            f"{key}.heads",
+            list(swin.heads),
+            f"as many numbers as {key}.layers={list(swin.layers)}",
+            "give one of each for every stage",
+        )
     for stage, (layers, heads) in enumerate(zip(swin.layers, swin.heads, strict=True)):
         _positive(f"{key}.layers", layers)
         _positive(f"{key}.heads", heads)
         if swin.hidden * 2**stage % heads:
-            _fail(f"{key}.heads", list(swin.heads), f"divisors of the stages' widths, here {swin.hidden * 2**stage}", "change heads or hidden")
+            _fail(
+                f"{key}.heads",
+                list(swin.heads),
+                f"divisors of the stages' widths, here {swin.hidden * 2**stage}",
+                "change heads or hidden",
+            )
     if audio.backbone == "clap_fusion" and swin.hidden % REDUCTION:
-        _fail(f"{key}.hidden", swin.hidden, f"a multiple of {REDUCTION} (what fuses the spectrograms is so much narrower)", "96 is usual")
+        _fail(
+            f"{key}.hidden",
+            swin.hidden,
+            f"a multiple of {REDUCTION} (what fuses the spectrograms is so much narrower)",
+            "96 is usual",
+        )
     smallest = swin.patch * 2 ** (len(swin.layers) - 1) * swin.window
     if swin.image % smallest or swin.image % audio.mel_bins:
         _fail(
             f"{key}.image",
             swin.image,
-            f"a multiple of {smallest} (patch x window x 2 for every stage but the first) and of model.audio.mel_bins={audio.mel_bins}",
+            f"a multiple of {smallest} (patch x window x 2 for every stage but the first) and of "
+            f"model.audio.mel_bins={audio.mel_bins}",
             "256 is usual",
         )
 
@@ -92,22 +139,53 @@ def _check_qwen_vision(config: ModelConfig, tensor_parallel: int) -> None:
     vision, encoder = config.vision, config.vision.encoder
     _positive("model.vision.merge", vision.merge)
     if head_size(encoder) % 4:
-        _fail("model.vision.encoder.hidden", encoder.hidden, f"heads of a multiple of 4 (here {encoder.heads} heads): rows and columns", "change one")
+        _fail(
+            "model.vision.encoder.hidden",
+            encoder.hidden,
+            f"heads of a multiple of 4 (here {encoder.heads} heads): rows and columns",
+            "change one",
+        )
     if encoder.hidden * vision.merge**2 % tensor_parallel:
-        _fail("model.vision.encoder.hidden", encoder.hidden, f"times merge squared a multiple of parallel.tensor={tensor_parallel}", "change one")
-    if vision.marks and (len(vision.marks) != 2 or not all(0 <= mark < config.vocabulary for mark in vision.marks)):
-        _fail("model.vision.marks", list(vision.marks), f"two tokens below model.vocabulary={config.vocabulary}", "or [] for none")
+        _fail(
+            "model.vision.encoder.hidden",
+            encoder.hidden,
+            f"times merge squared a multiple of parallel.tensor={tensor_parallel}",
+            "change one",
+        )
+    if vision.marks and (
+        len(vision.marks) != 2 or not all(0 <= mark < config.vocabulary for mark in vision.marks)
+    ):
+        _fail(
+            "model.vision.marks",
+            list(vision.marks),
+            f"two tokens below model.vocabulary={config.vocabulary}",
+            "or [] for none",
+        )
     layers = list(vision.deepstack)
-    if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < encoder.layers):
-        _fail("model.vision.deepstack", layers, f"rising numbers of layers below model.vision.encoder.layers={encoder.layers}", "count from 0")
+    if layers != sorted(set(layers)) or (
+        layers and not 0 <= layers[0] <= layers[-1] < encoder.layers
+    ):
+        _fail(
+            "model.vision.deepstack",
+            layers,
+            f"rising numbers of layers below model.vision.encoder.layers={encoder.layers}",
+            "count from 0",
+        )
     if len(layers) > config.tower.layers:
-        _fail("model.vision.deepstack", layers, f"at most model.tower.layers={config.tower.layers} numbers", "name fewer layers")
+        _fail(
+            "model.vision.deepstack",
+            layers,
+            f"at most model.tower.layers={config.tower.layers} numbers",
+            "name fewer layers",
+        )
 
 
 def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bool = True) -> None:
-    """Raises ConfigurationError, naming the key, where `config` cannot be built at this tensor-parallel size.
+    """Raises ConfigurationError, naming the key, where `config` cannot be built at this
+    tensor-parallel size.
 
-    share_encoders: the vision and audio encoders and the perceiver are whole on every rank (parallel.encoders=share).
+    share_encoders: the vision and audio encoders and the perceiver are whole on every rank
+    (parallel.encoders=share).
     """
     vision, audio = config.vision, config.audio
     cut = 1 if share_encoders else tensor_parallel
@@ -123,40 +201,77 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
         _check_shape("model.audio.encoder", audio.encoder, cut, rotary=audio.backbone == "own")
     _positive("model.vocabulary", config.vocabulary)
     if config.vocabulary % tensor_parallel:
-        _fail("model.vocabulary", config.vocabulary, f"a multiple of parallel.tensor={tensor_parallel}", "round it up; unused entries cost little")
+        _fail(
+            "model.vocabulary",
+            config.vocabulary,
+            f"a multiple of parallel.tensor={tensor_parallel}",
+            "round it up; unused entries cost little",
+        )
     if config.embedding != config.tower.hidden:
-        _fail("model.embedding", config.embedding, f"model.tower.hidden={config.tower.hidden} (there is no output projection)", "make them equal")
+        _fail(
+            "model.embedding",
+            config.embedding,
+            f"model.tower.hidden={config.tower.hidden} (there is no output projection)",
+            "make them equal",
+        )
     validate(config, "model")
     _one_of("model.pooling", config.pooling, POOLINGS)
     _positive("model.pooling_latents", config.pooling_latents)
     _positive("model.pooling_heads", config.pooling_heads)
     if config.pooling == "latent_attention" and config.tower.hidden % config.pooling_heads:
-        _fail("model.pooling_heads", config.pooling_heads, f"a divisor of model.tower.hidden={config.tower.hidden}", "change one of the two")
+        _fail(
+            "model.pooling_heads",
+            config.pooling_heads,
+            f"a divisor of model.tower.hidden={config.tower.hidden}",
+            "change one of the two",
+        )
     if vision.stem not in ("convolutional", "patch"):
         _fail("model.vision.stem", repr(vision.stem), "convolutional or patch", "choose one")
     _one_of("model.vision.backbone", vision.backbone, ("own", "siglip", "siglip2", "qwen3_vl"))
     _positive("model.vision.position_grid", vision.position_grid)
     _positive("model.vision.patch", vision.patch)
     if vision.backbone == "own" and vision.stem == "convolutional":
-        _check_halvings("model.vision.patch", vision.patch, "each convolution of the stem halves the image")
+        _check_halvings(
+            "model.vision.patch", vision.patch, "each convolution of the stem halves the image"
+        )
     _positive("model.vision.stem_width", vision.stem_width)
     _positive("model.vision.latents", vision.latents)
     _positive("model.audio.stem_width", audio.stem_width)
     _positive("model.audio.output", audio.output)
     _positive("model.audio.mel_bins", audio.mel_bins)
-    _check_halvings("model.audio.time_stride", audio.time_stride, "each convolution of the stem halves the time axis")
+    _check_halvings(
+        "model.audio.time_stride",
+        audio.time_stride,
+        "each convolution of the stem halves the time axis",
+    )
     _one_of("model.audio.backbone", audio.backbone, ("own", "whisper", *CLAP))
     if audio.backbone == "whisper":
         if audio.time_stride != 2:
-            _fail("model.audio.time_stride", audio.time_stride, "2 with model.audio.backbone=whisper", "set 2")
+            _fail(
+                "model.audio.time_stride",
+                audio.time_stride,
+                "2 with model.audio.backbone=whisper",
+                "set 2",
+            )
         if audio.encoder.hidden % 2 or audio.encoder.hidden < 4:
-            _fail("model.audio.encoder.hidden", audio.encoder.hidden, "an even number from 4 on (sine and cosine positions)", "change it")
+            _fail(
+                "model.audio.encoder.hidden",
+                audio.encoder.hidden,
+                "an even number from 4 on (sine and cosine positions)",
+                "change it",
+            )
     sections, frequencies = list(config.rope_sections), head_size(config.tower) // 2
-    if sections and (len(sections) != 3 or min(sections) < 0 or sum(sections) != frequencies or max(sections[1:]) * 3 > frequencies + 2):
+    if sections and (
+        len(sections) != 3
+        or min(sections) < 0
+        or sum(sections) != frequencies
+        or max(sections[1:]) * 3 > frequencies + 2
+    ):
         _fail(
             "model.rope_sections",
             sections,
-            f"three numbers that add up to {frequencies}, half of a head of the tower, the last two at most a third of it",
+            f"three numbers that add up to {frequencies}, half of a head of the tower, the last "
+            "two at most a third of it",
             "[24, 20, 20] for heads of 128, or [] for none",
         )
     lora = config.lora
@@ -166,8 +281,16 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
         _one_of("model.lora.targets", target, (*TARGETS, "all"))
     for part in lora.parts:
         _one_of("model.lora.parts", part, LORA_PARTS)
-    for part, without in (("audio", audio.backbone in CLAP), ("perceiver", vision.backbone == "qwen3_vl")):
+    for part, without in (
+        ("audio", audio.backbone in CLAP),
+        ("perceiver", vision.backbone == "qwen3_vl"),
+    ):
         if lora.rank and part in lora.parts and without:
-            _fail("model.lora.parts", list(lora.parts), f"parts with blocks of ours, which {part} has none of here", f"leave out {part}")
+            _fail(
+                "model.lora.parts",
+                list(lora.parts),
+                f"parts with blocks of ours, which {part} has none of here",
+                f"leave out {part}",
+            )
     if config.rope_base <= 1:
         _fail("model.rope_base", config.rope_base, "more than 1", "10000 is usual")

@@ -1,7 +1,10 @@
-"""An encoder as one component: its configuration, its processor, its module, and how these are checked and built.
+"""An encoder as one component: its configuration, its processor, its module, and how these are
+checked and built.
 
-A new one is one file: a dataclass of its settings below `model.config.EncoderConfig`, whose `component` gives a subclass of
-`EncoderComponent`, which makes a `Processor` and an `Encoder`. `_target_` in a YAML file of conf/model chooses the dataclass.
+A new one is one file: a dataclass of its settings below `model.config.EncoderConfig`, whose
+`component` gives a subclass of
+`EncoderComponent`, which makes a `Processor` and an `Encoder`. `_target_` in a YAML file of
+conf/model chooses the dataclass.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ class EncoderComponent(ABC):
 
     @abstractmethod
     def module(self, dtype: torch.dtype) -> Encoder:
-        """Return the encoder with drawn weights; called under the run's seed, or on the meta device."""
+        """Return the encoder with drawn weights; called under the run's seed, or on the meta
+        device.
+        """
 
     def largest(self, config: Config, modalities: Sequence[str], rows: int) -> EncoderInputs:
         """Return the largest micro-batch of a view, on the CPU (see `Processor.largest`)."""
@@ -43,28 +48,40 @@ class EncoderComponent(ABC):
         """Raise ConfigurationError for shapes that cannot be built; reads no file."""
 
     def check_files(self) -> None:  # noqa: B027
-        """Raise ConfigurationError where published weights are missing or of another shape; needs no process group."""
+        """Raise ConfigurationError where published weights are missing or of another shape;
+        needs no process group.
+        """
 
     def check_processor(self, config: Config, processor: Processor) -> None:  # noqa: B027
         """Raise ConfigurationError where the processor does not fit the model."""
 
-    def skeleton(self, parallel_config: ParallelConfig, dtype: torch.dtype = torch.float32) -> Encoder:
+    def skeleton(
+        self, parallel_config: ParallelConfig, dtype: torch.dtype = torch.float32
+    ) -> Encoder:
         """Return the module's shapes without its numbers, on the meta device."""
         with torch.device("meta"):
             return self.module(dtype)
 
     def build(self, parallel_config: ParallelConfig, parallel: Parallel, seed: int) -> Encoder:
-        """Return the encoder on the CPU, not yet sharded; its weights are a function of the configuration and the seed."""
+        """Return the encoder on the CPU, not yet sharded; its weights are a function of the
+        configuration and the seed.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.module(torch.float64 if parallel_config.dtype == "float64" else torch.float32)
+            return self.module(
+                torch.float64 if parallel_config.dtype == "float64" else torch.float32
+            )
 
     def exported(self, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """Return the settings and the encoder's whole tensors of a folder that stands alone: low-rank updates merged."""
+        """Return the settings and the encoder's whole tensors of a folder that stands alone:
+        low-rank updates merged.
+        """
         return self.model, weights
 
     def write_files(self, config: Config, weights: dict[str, Tensor], out: Path) -> None:  # noqa: B027
-        """Write beside an export's weights what its processor needs, the tokenizer included. weights: those that are exported.
+        """Write beside an export's weights what its processor needs, the tokenizer included.
+
+        weights: those that are exported.
 
         Raises ConfigurationError for a missing file.
         """

@@ -1,4 +1,6 @@
-"""Configuration of encoders: what all have, and the omni tower's shapes, encoders of pictures and sound, and published weights."""
+"""Configuration of encoders: what all have, and the omni tower's shapes, encoders of pictures
+and sound, and published weights.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,27 @@ from sailplan.errors import ConfigurationError
 
 @dataclass
 class EncoderConfig:
-    """What every encoder's settings have; `config` in methods is the run's whole `config.schema.Config`.
+    """What every encoder's settings have; `config` in methods is the run's whole
+    `config.schema.Config`.
 
-    A subclass may be frozen. It names its component's class (`model.component.EncoderComponent`), or overrides `component`.
+    A subclass may be frozen. It names its component's class (`model.component.EncoderComponent`),
+    or overrides `component`.
     """
 
-    encoder: str = "omni"  # the name of one that comes with the package, or the path of your own dataclass below this one
+    # The name of one that comes with the package, or the path of your own dataclass below this one
+    encoder: str = "omni"
     embedding: int = 192  # D of the fused vector
-    prefixes: list[int] = field(default_factory=lambda: [48, 96, 192])  # Matryoshka; the objectives are summed over these sizes
+    prefixes: list[int] = field(
+        default_factory=lambda: [48, 96, 192]
+    )  # Matryoshka; the objectives are summed over these sizes
 
     component_path: ClassVar[str] = ""
 
     def component(self) -> Any:
-        """Return the encoder's component. It is looked up when it is asked for: reading a configuration needs no torch."""
+        """Return the encoder's component.
+
+        It is looked up when it is asked for: reading a configuration needs no torch.
+        """
         return pkgutil.resolve_name(self.component_path)(self)
 
     def part_names(self) -> tuple[str, ...]:
@@ -33,21 +43,37 @@ class EncoderConfig:
 
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for Matryoshka sizes that the vector does not have."""
-        if not self.prefixes or sorted(set(self.prefixes)) != list(self.prefixes) or self.prefixes[0] < 1:
-            raise ConfigurationError(f"{path}.prefixes is {list(self.prefixes)}: expected sizes in increasing order; for example [64, 128, 256]")
+        if (
+            not self.prefixes
+            or sorted(set(self.prefixes)) != list(self.prefixes)
+            or self.prefixes[0] < 1
+        ):
+            raise ConfigurationError(
+                f"{path}.prefixes is {list(self.prefixes)}: expected sizes in increasing order; "
+                "for example [64, 128, 256]"
+            )
         if self.prefixes[-1] > self.embedding:
             raise ConfigurationError(
-                f"{path}.prefixes is {list(self.prefixes)}: expected sizes up to {path}.embedding={self.embedding}; end the list with the full size"
+                f"{path}.prefixes is {list(self.prefixes)}: expected sizes up to "
+                f"{path}.embedding={self.embedding}; end the list with the full size"
             )
 
     def check_run(self, config: Any) -> None:
-        """Raise ConfigurationError for what the rest of a run's configuration asks for and this encoder cannot do."""
+        """Raise ConfigurationError for what the rest of a run's configuration asks for and this
+        encoder cannot do.
+        """
         parallel = config.parallel
         if parallel.tensor > 1:
-            raise ConfigurationError(f"parallel.tensor={parallel.tensor}: expected 1 with model.encoder={self.encoder}; the omni tower is tensor parallel")
+            raise ConfigurationError(
+                f"parallel.tensor={parallel.tensor}: expected 1 with model.encoder={self.encoder}; "
+                "the omni tower is tensor parallel"
+            )
         for key, found in (("compile", parallel.compile), ("fused", parallel.fused)):
             if found not in ("none", "auto"):
-                raise ConfigurationError(f"parallel.{key}={found}: expected none with model.encoder={self.encoder}; leave it off")
+                raise ConfigurationError(
+                    f"parallel.{key}={found}: expected none with model.encoder={self.encoder}; "
+                    "leave it off"
+                )
 
 
 @dataclass
@@ -64,7 +90,8 @@ class TransformerShape:
     norm: str = "rms"  # rms | layer
     norm_epsilon: float = 1e-6
     activation: str = "silu"  # silu | gelu | gelu_tanh
-    gated: bool = True  # feed-forward of two halves, activation(gate) * up; False: one matrix and the activation
+    # feed-forward of two halves, activation(gate) * up; False: one matrix and the activation
+    gated: bool = True
     bias: bool = False  # of every linear layer
     query_key_value_bias: bool = False  # of the query, key and value projections alone (Qwen2)
     head_size: int | None = None  # None: hidden / heads
@@ -76,23 +103,35 @@ class VisionConfig:
     """Frame encoder and the perceiver that condenses its tokens."""
 
     patch: int = 8  # pixels
-    stem: str = "convolutional"  # convolutional: strided 3x3 convolutions down to the patch grid; patch: one linear patch embedding
+    # convolutional: strided 3x3 convolutions down to the patch grid; patch: one linear patch
+    # embedding
+    stem: str = "convolutional"
     stem_width: int = 64
     encoder: TransformerShape = field(default_factory=TransformerShape)
     perceiver: TransformerShape = field(default_factory=TransformerShape)
     latents: int = 16
-    # own | siglip (SigLIP, and SigLIP2 of a fixed image size) | siglip2 (SigLIP2 naflex: pictures keep their sides' ratio, needs
-    # data.image_patches) | qwen3_vl (Qwen3-VL's image tower: no perceiver, its tokens are the tower's)
+    # own | siglip (SigLIP, and SigLIP2 of a fixed image size) | siglip2 (SigLIP2 naflex: pictures
+    # keep their sides' ratio, needs data.image_patches) | qwen3_vl (Qwen3-VL's image tower: no
+    # perceiver, its tokens are the tower's)
     backbone: str = "own"
-    position_grid: int = 16  # siglip, siglip2, qwen3_vl: side of the square grid of learned positions
+    position_grid: int = (
+        16  # siglip, siglip2, qwen3_vl: side of the square grid of learned positions
+    )
     merge: int = 2  # qwen3_vl: side of the square of patches that become one token
-    marks: list[int] = field(default_factory=list)  # qwen3_vl: tokens that stand before and behind each picture; empty: none
-    deepstack: list[int] = field(default_factory=list)  # qwen3_vl: layers whose output is also added behind the tower's first layers
+    marks: list[int] = field(
+        default_factory=list
+    )  # qwen3_vl: tokens that stand before and behind each picture; empty: none
+    deepstack: list[int] = field(
+        default_factory=list
+    )  # qwen3_vl: layers whose output is also added behind the tower's first layers
 
 
 @dataclass
 class SwinShape:
-    """Shape of CLAP's audio encoder; a stage halves the grid's sides and doubles the width. The defaults are laion/clap-htsat-unfused's."""
+    """Shape of CLAP's audio encoder; a stage halves the grid's sides and doubles the width.
+
+    The defaults are laion/clap-htsat-unfused's.
+    """
 
     layers: list[int] = field(default_factory=lambda: [2, 2, 6, 2])  # of each stage
     heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
@@ -105,36 +144,50 @@ class SwinShape:
 
 @dataclass
 class AudioConfig:
-    """Log-mel encoder (one vector per chunk, mean over chunks) whose vector an adapter turns into one token."""
+    """Log-mel encoder (one vector per chunk, mean over chunks) whose vector an adapter turns
+    into one token.
+    """
 
     encoder: TransformerShape = field(default_factory=TransformerShape)
     stem_width: int = 64
     time_stride: int = 8  # log-mel frames per encoder position
     mel_bins: int = 64  # equals data.mel_bins
     output: int = 512
-    # own | whisper (its encoder) | clap (its audio encoder, of the shape `swin`) | clap_fusion (the same, with feature fusion of long
-    # recordings); each needs its own data.spectrogram
+    # own | whisper (its encoder) | clap (its audio encoder, of the shape `swin`) | clap_fusion (the
+    # same, with feature fusion of long recordings); each needs its own data.spectrogram
     backbone: str = "own"
     swin: SwinShape = field(default_factory=SwinShape)  # clap and clap_fusion, instead of `encoder`
 
 
 @dataclass
 class WeightsConfig:
-    """Where parts start from: a folder in Hugging Face's safetensors format, or a model id of its hub. None: drawn from the seed."""
+    """Where parts start from: a folder in Hugging Face's safetensors format, or a model id of
+    its hub. None: drawn from the seed.
+    """
 
-    tower: str | None = None  # text embedding and blocks: Qwen2, Qwen2.5, Qwen3 (dense) or Qwen3-VL (dense)
+    tower: str | None = (
+        None  # text embedding and blocks: Qwen2, Qwen2.5, Qwen3 (dense) or Qwen3-VL (dense)
+    )
     vision: str | None = None  # model.vision.backbone=siglip, siglip2 or qwen3_vl: the image tower
-    audio: str | None = None  # model.audio.backbone=whisper: the encoder; clap, clap_fusion: the audio encoder and, where the files have it, its projection
+    audio: str | None = (
+        # model.audio.backbone=whisper: the encoder; clap, clap_fusion: the audio encoder and, where
+        # the files have it, its projection
+        None
+    )
 
 
 @dataclass
 class LoraConfig:
-    """Low-rank updates beside matrices that may stay frozen; stages train them as the part `lora`."""
+    """Low-rank updates beside matrices that may stay frozen; stages train them as the part
+    `lora`.
+    """
 
     rank: int = 0  # 0: none
     alpha: float = 16.0  # the update is alpha / rank times the product of the two factors
     targets: list[str] = field(default_factory=lambda: ["all"])  # attention | mlp | all
-    parts: list[str] = field(default_factory=lambda: ["tower"])  # tower | vision | perceiver | audio
+    parts: list[str] = field(
+        default_factory=lambda: ["tower"]
+    )  # tower | vision | perceiver | audio
 
 
 @dataclass
@@ -149,7 +202,8 @@ class ModelConfig(EncoderConfig):
     pooling_latents: int = 512  # latent_attention: entries of the learned dictionary
     pooling_heads: int = 8  # latent_attention
     rope_base: float = 10000.0
-    # Qwen3-VL: of a head's rotary frequencies, how many follow frame, row and column of a visual token, interleaved; empty: one number tells the place
+    # Qwen3-VL: of a head's rotary frequencies, how many follow frame, row and column of a visual
+    # token, interleaved; empty: one number tells the place
     rope_sections: list[int] = field(default_factory=list)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -165,16 +219,23 @@ class ModelConfig(EncoderConfig):
         for name in config.order:
             self._check_trainable(f"stages.{name}", config.stages[name].trainable)
         if self.audio.mel_bins != config.data.mel_bins:
-            raise ConfigurationError(f"model.audio.mel_bins={self.audio.mel_bins}: expected data.mel_bins={config.data.mel_bins}, what the decoder makes")
+            raise ConfigurationError(
+                f"model.audio.mel_bins={self.audio.mel_bins}: expected "
+                f"data.mel_bins={config.data.mel_bins}, what the decoder makes"
+            )
         self._check_sound(config.data)
         self._check_pictures(config.data)
 
     def _check_trainable(self, key: str, trainable: list[str]) -> None:
         if "lora" in trainable and not self.lora.rank:
-            raise ConfigurationError(f"{key}.trainable names lora, but model.lora.rank is 0: set a rank, 8 to 32 are usual")
+            raise ConfigurationError(
+                f"{key}.trainable names lora, but model.lora.rank is 0: set a rank, 8 to 32 are "
+                "usual"
+            )
         if set(trainable) == {"perceiver"} and self.vision.backbone == "qwen3_vl":
             raise ConfigurationError(
-                f"{key}.trainable names the perceiver alone, which model.vision.backbone=qwen3_vl does not have: nothing would be trained; "
+                f"{key}.trainable names the perceiver alone, which model.vision.backbone=qwen3_vl "
+                "does not have: nothing would be trained; "
                 "expected a part with parameters, such as vision or tower"
             )
 
@@ -182,13 +243,31 @@ class ModelConfig(EncoderConfig):
         lora = self.lora
         for key, found, expected, fits in (
             ("parallel.tensor", config.parallel.tensor, "2 or more", config.parallel.tensor > 1),
-            ("parallel.compile", config.parallel.compile, "none", config.parallel.compile == "none"),
+            (
+                "parallel.compile",
+                config.parallel.compile,
+                "none",
+                config.parallel.compile == "none",
+            ),
             ("model.tower.dropout", self.tower.dropout, "0", self.tower.dropout == 0),
-            ("model.lora.rank", lora.rank, "0, or model.lora.parts without tower", not lora.rank or "tower" not in lora.parts),
-            ("model.vision.deepstack", list(self.vision.deepstack), "[]: its features are added to whole sequences", not self.vision.deepstack),
+            (
+                "model.lora.rank",
+                lora.rank,
+                "0, or model.lora.parts without tower",
+                not lora.rank or "tower" not in lora.parts,
+            ),
+            (
+                "model.vision.deepstack",
+                list(self.vision.deepstack),
+                "[]: its features are added to whole sequences",
+                not self.vision.deepstack,
+            ),
         ):
             if not fits:
-                raise ConfigurationError(f"parallel.sequence is on, but {key} is {found}: expected {expected}; leave parallel.sequence off")
+                raise ConfigurationError(
+                    f"parallel.sequence is on, but {key} is {found}: expected {expected}; leave "
+                    "parallel.sequence off"
+                )
 
     def _check_pictures(self, data: Any) -> None:
         vision = self.vision
@@ -196,27 +275,40 @@ class ModelConfig(EncoderConfig):
         if vision.backbone == "siglip2":
             if data.image_patches is None or data.image_patches < 1:
                 raise ConfigurationError(
-                    f"data.image_patches={data.image_patches}: expected a number of patches with model.vision.backbone=siglip2; 256 is what its files know"
+                    f"data.image_patches={data.image_patches}: expected a number of patches with "
+                    "model.vision.backbone=siglip2; 256 is what its files know"
                 )
             if data.image_patch != vision.patch:
-                raise ConfigurationError(f"data.image_patch={data.image_patch}: expected model.vision.patch={vision.patch}")
+                raise ConfigurationError(
+                    f"data.image_patch={data.image_patch}: expected "
+                    f"model.vision.patch={vision.patch}"
+                )
         elif data.image_patches is not None:
             raise ConfigurationError(
-                f"data.image_patches={data.image_patches}: expected null with model.vision.backbone={vision.backbone}, which sees squares of data.image_size"
+                f"data.image_patches={data.image_patches}: expected null with "
+                f"model.vision.backbone={vision.backbone}, which sees squares of data.image_size"
             )
         elif pixels > 0 and data.image_size % pixels:
-            raise ConfigurationError(f"data.image_size={data.image_size}: expected a multiple of {pixels}, the side of model.vision's tokens in pixels")
+            raise ConfigurationError(
+                f"data.image_size={data.image_size}: expected a multiple of {pixels}, the side of "
+                "model.vision's tokens in pixels"
+            )
 
     def _check_sound(self, data: Any) -> None:
         audio = self.audio
         if audio.backbone in RATES and data.spectrogram != audio.backbone:
             raise ConfigurationError(
-                f"data.spectrogram={data.spectrogram}: expected {audio.backbone}, what model.audio.backbone={audio.backbone} was made for; "
+                f"data.spectrogram={data.spectrogram}: expected {audio.backbone}, what "
+                f"model.audio.backbone={audio.backbone} was made for; "
                 f"data.audio_rate is then {RATES[audio.backbone]}"
             )
-        if audio.backbone in ("clap", "clap_fusion") and data.audio_chunk_seconds * 100 + 1 > audio.swin.image**2 // audio.mel_bins:
+        if (
+            audio.backbone in ("clap", "clap_fusion")
+            and data.audio_chunk_seconds * 100 + 1 > audio.swin.image**2 // audio.mel_bins
+        ):
             longest = (audio.swin.image**2 // audio.mel_bins - 1) / 100
             raise ConfigurationError(
-                f"data.audio_chunk_seconds={data.audio_chunk_seconds}: expected at most {longest:g} with model.audio.backbone={audio.backbone}, "
+                f"data.audio_chunk_seconds={data.audio_chunk_seconds}: expected at most "
+                f"{longest:g} with model.audio.backbone={audio.backbone}, "
                 "whose files know chunks of 10 s"
             )

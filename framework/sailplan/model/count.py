@@ -1,6 +1,7 @@
 """How large a model is before it is built: the parameters of each part.
 
-The model is laid out on the meta device, so a billion parameters cost no memory and a second of time.
+The model is laid out on the meta device, so a billion parameters cost no memory and a second of
+time.
 """
 
 from __future__ import annotations
@@ -16,23 +17,30 @@ from sailplan.model.protocol import Encoder
 BYTES = {torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
 
 
-def build_on_meta(config: EncoderConfig, *, dtype: torch.dtype = torch.float32, share_encoders: bool = True) -> Encoder:
+def build_on_meta(
+    config: EncoderConfig, *, dtype: torch.dtype = torch.float32, share_encoders: bool = True
+) -> Encoder:
     """Return the model's shapes without its numbers; share_encoders: as parallel.encoders."""
     component: EncoderComponent = config.component()
-    return component.skeleton(ParallelConfig(encoders="share" if share_encoders else "tensor"), dtype)
+    return component.skeleton(
+        ParallelConfig(encoders="share" if share_encoders else "tensor"), dtype
+    )
 
 
 def check_weights(config: EncoderConfig) -> None:
     """Raise ConfigurationError where published weights do not fit the configured model.
 
-    Reads headers only and needs no process group, so that every rank can refuse before any group is formed.
+    Reads headers only and needs no process group, so that every rank can refuse before any group is
+    formed.
     """
     component: EncoderComponent = config.component()
     component.check_files()
 
 
 def _split_sizes(model: Encoder, part: str) -> tuple[int, int]:
-    """(elements that tensor parallelism cuts, elements that every tensor-parallel rank holds whole), of the whole model."""
+    """(elements that tensor parallelism cuts, elements that every tensor-parallel rank holds
+    whole), of the whole model.
+    """
     groups = process_groups()
     size = groups.tp.size() if groups.tp is not None else 1
 

@@ -1,20 +1,27 @@
-"""Kernels of NVIDIA's extensions in the place of torch's, where they are installed; nothing needs them.
+"""Kernels of NVIDIA's extensions in the place of torch's, where they are installed; nothing
+needs them.
 
-What is taken from them reads our own weights or has none, so that names, checkpoints and exports stay what they are:
+What is taken from them reads our own weights or has none, so that names, checkpoints and exports
+stay what they are:
 
     apex                the blocks' norms (fused_rms_norm_affine, fused_layer_norm_affine)
-    TransformerEngine   the blocks' norms (rmsnorm_fwd, layernorm_fwd and their backwards, which its own layers call)
-                        and core attention in bfloat16 (DotProductAttention, which has no parameters)
+    TransformerEngine   the blocks' norms (rmsnorm_fwd, layernorm_fwd and their backwards, which its
+    own layers call)
+                        and core attention in bfloat16 (DotProductAttention, which has no
+                        parameters)
 
-TransformerEngine's linear layers are not used: they keep weights under other names, with a state of their own beside them.
-Packed rows of several lengths go through its attention in its format "thd", by cumulative lengths, and those of one length in
+TransformerEngine's linear layers are not used: they keep weights under other names, with a state of
+their own beside them.
+Packed rows of several lengths go through its attention in its format "thd", by cumulative lengths,
+and those of one length in
 "bshd". Its fused attention takes the former from sm_90 on; an older GPU needs flash-attn beside it.
 
-The arguments are those of TransformerEngine 2.0 to 2.18, and of its main branch of August 2026 (2.20.0.dev0), as their sources
+The arguments are those of TransformerEngine 2.0 to 2.18, and of its main branch of August 2026
+(2.20.0.dev0), as their sources
 have them. No GPU has run any of this yet.
 
-The package that the public index calls `apex` is another program. NVIDIA's is known by its compiled extensions, which are
-looked for first, and the package is imported only where they are there.
+The package that the public index calls `apex` is another program. NVIDIA's is known by its compiled
+extensions, which are looked for first, and the package is imported only where they are there.
 """
 
 from __future__ import annotations
@@ -47,15 +54,22 @@ ATTENTION_DTYPES = (torch.bfloat16, torch.float16)  # its fused attention knows 
 def extensions() -> dict[str, str | None]:
     """Version of apex and TransformerEngine, None where one is missing or cannot be imported."""
     return {
-        "apex": _version("apex") if importlib.util.find_spec("fused_layer_norm_cuda") and _imports("apex.normalization.fused_layer_norm") else None,
-        "TransformerEngine": _version("transformer_engine") if _imports("transformer_engine.pytorch") else None,
+        "apex": _version("apex")
+        if importlib.util.find_spec("fused_layer_norm_cuda")
+        and _imports("apex.normalization.fused_layer_norm")
+        else None,
+        "TransformerEngine": _version("transformer_engine")
+        if _imports("transformer_engine.pytorch")
+        else None,
     }
 
 
 def _imports(name: str) -> bool:
     try:
         importlib.import_module(name)
-    except Exception:  # an extension built for another torch fails in many ways; all mean that it cannot be used
+    except (
+        Exception
+    ):  # an extension built for another torch fails in many ways; all mean that it cannot be used
         return False
     return True
 
@@ -68,19 +82,30 @@ def _version(package: str) -> str:
 
 
 def chosen_extension(config: ParallelConfig, device_type: str) -> str:
-    """Which of FUSED_OPS the blocks run on such a device: what `parallel.fused` asks for, or with auto the most that is there.
+    """Which of FUSED_OPS the blocks run on such a device: what `parallel.fused` asks for, or
+    with auto the most that is there.
 
     Raises ConfigurationError where the one that is asked for cannot be used.
     """
-    if config.fused == "none" or (config.fused == "auto" and (device_type != "cuda" or config.compile != "none")):
+    if config.fused == "none" or (
+        config.fused == "auto" and (device_type != "cuda" or config.compile != "none")
+    ):
         return "none"
     versions = extensions()
     if config.fused == "auto":
-        return next((name for name in ("transformer_engine", "apex") if _obstacle(name, versions) is None), "none")
-    obstacle = "the device is a CPU, and its kernels need a GPU" if device_type != "cuda" else _obstacle(config.fused, versions)
+        return next(
+            (name for name in ("transformer_engine", "apex") if _obstacle(name, versions) is None),
+            "none",
+        )
+    obstacle = (
+        "the device is a CPU, and its kernels need a GPU"
+        if device_type != "cuda"
+        else _obstacle(config.fused, versions)
+    )
     if obstacle is not None:
         raise ConfigurationError(
-            f"parallel.fused={config.fused}, but {obstacle}: expected NVIDIA's {NAMES[config.fused]}, which its PyTorch image has; "
+            f"parallel.fused={config.fused}, but {obstacle}: expected NVIDIA's "
+            f"{NAMES[config.fused]}, which its PyTorch image has; "
             "use that image, or set auto (what is there) or none"
         )
     return config.fused
@@ -97,7 +122,9 @@ def _obstacle(name: str, versions: dict[str, str | None]) -> str | None:
 
 
 def fuse(model: nn.Module, extension: str) -> None:
-    """Lets the blocks run the kernels of `extension` (one of FUSED_OPS, and installed), in place; names and parameters stay."""
+    """Lets the blocks run the kernels of `extension` (one of FUSED_OPS, and installed), in
+    place; names and parameters stay.
+    """
     if extension == "apex":
         fuse_norms(model)
     elif extension == "transformer_engine":
@@ -111,7 +138,9 @@ def fuse(model: nn.Module, extension: str) -> None:
 
 
 def fuse_norms(model: nn.Module) -> bool:
-    """Lets the blocks' norms run apex's kernels, in place; False, and nothing changed, where apex is not installed."""
+    """Lets the blocks' norms run apex's kernels, in place; False, and nothing changed, where
+    apex is not installed.
+    """
     if extensions()["apex"] is None:
         return False
     apex: Any = importlib.import_module("apex.normalization.fused_layer_norm")
@@ -128,7 +157,9 @@ def _apex_rms(apex: Any, norm: nn.RMSNorm, hidden: Tensor) -> Tensor:
 
 
 def _apex_layer(apex: Any, norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
-    return apex.fused_layer_norm_affine(hidden, norm.weight, norm.bias, norm.normalized_shape, norm.eps)
+    return apex.fused_layer_norm_affine(
+        hidden, norm.weight, norm.bias, norm.normalized_shape, norm.eps
+    )
 
 
 class Engine(NamedTuple):
@@ -140,9 +171,15 @@ class Engine(NamedTuple):
 
     @classmethod
     def load(cls) -> Engine:
-        pytorch: Any = importlib.import_module("transformer_engine.pytorch")  # first: it loads the compiled functions
+        pytorch: Any = importlib.import_module(
+            "transformer_engine.pytorch"
+        )  # first: it loads the compiled functions
         constants: Any = importlib.import_module("transformer_engine.pytorch.constants")
-        return cls(pytorch.DotProductAttention, importlib.import_module("transformer_engine_torch"), constants.TE_DType)
+        return cls(
+            pytorch.DotProductAttention,
+            importlib.import_module("transformer_engine_torch"),
+            constants.TE_DType,
+        )
 
     def attention_of(self, module: PackedAttention) -> Any:
         """Its core attention over the heads that this tensor-parallel rank has."""
@@ -162,14 +199,26 @@ class _EngineNorm(torch.autograd.Function):
     """RMSNorm, or with a bias LayerNorm, of [n, h] by TransformerEngine's kernels."""
 
     @staticmethod
-    def forward(ctx: Any, engine: Engine, hidden: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-        # The arguments that are None or 0 or False: where to write, a quantizer, multiprocessors to leave free, a gain that counts from 0.
+    def forward(
+        ctx: Any,
+        engine: Engine,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        epsilon: float,
+    ) -> Tensor:
+        # The arguments that are None or 0 or False: where to write, a quantizer, multiprocessors to
+        # leave free, a gain that counts from 0.
         kind = engine.dtypes[hidden.dtype]
         if bias is None:
-            output, _, factor = engine.kernels.rmsnorm_fwd(hidden, weight, epsilon, None, None, kind, 0, False)
+            output, _, factor = engine.kernels.rmsnorm_fwd(
+                hidden, weight, epsilon, None, None, kind, 0, False
+            )
             ctx.save_for_backward(hidden, weight, factor)
         else:
-            output, mean, factor = engine.kernels.layernorm_fwd(hidden, weight, bias, epsilon, None, None, kind, 0, False)
+            output, mean, factor = engine.kernels.layernorm_fwd(
+                hidden, weight, bias, epsilon, None, None, kind, 0, False
+            )
             ctx.save_for_backward(hidden, weight, factor, mean)
         ctx.kernels = engine.kernels
         return output
@@ -179,9 +228,13 @@ class _EngineNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, factor, *mean = ctx.saved_tensors
         if not mean:
-            of_hidden, of_weight = ctx.kernels.rmsnorm_bwd(gradient.contiguous(), hidden, factor, weight, 0, False)
+            of_hidden, of_weight = ctx.kernels.rmsnorm_bwd(
+                gradient.contiguous(), hidden, factor, weight, 0, False
+            )
             return None, of_hidden, of_weight, None, None
-        of_hidden, of_weight, of_bias = ctx.kernels.layernorm_bwd(gradient.contiguous(), hidden, mean[0], factor, weight, 0, False)
+        of_hidden, of_weight, of_bias = ctx.kernels.layernorm_bwd(
+            gradient.contiguous(), hidden, mean[0], factor, weight, 0, False
+        )
         return None, of_hidden, of_weight, of_bias, None
 
 
@@ -194,7 +247,13 @@ def _engine_norm(engine: Engine, norm: Norm | CenteredNorm, hidden: Tensor) -> T
 
 
 def _engine_attention(
-    attention: Any, module: PackedAttention, query: Tensor, key: Tensor, value: Tensor, rows: Sequences, causal: bool
+    attention: Any,
+    module: PackedAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Sequences,
+    causal: bool,
 ) -> Tensor:
     """`PackedAttention.attend`, [p, heads * d]."""
     if query.dtype not in ATTENTION_DTYPES:
@@ -203,7 +262,9 @@ def _engine_attention(
     attention.train(module.training or (torch.is_grad_enabled() and not module.dropout))
     if rows.equal:
         query, key, value = (part.unflatten(0, (-1, rows.longest)) for part in (query, key, value))
-        return attention(query, key, value, qkv_format="bshd", attn_mask_type="causal" if causal else "no_mask").flatten(0, 1)
+        return attention(
+            query, key, value, qkv_format="bshd", attn_mask_type="causal" if causal else "no_mask"
+        ).flatten(0, 1)
     return attention(
         query,
         key,

@@ -1,11 +1,15 @@
-"""Low-rank updates beside a matrix that may stay frozen: y = W x + alpha / rank * B (A x) (Hu et al., arXiv 2106.09685).
+"""Low-rank updates beside a matrix that may stay frozen: y = W x + alpha / rank * B (A x) (Hu et
+al., arXiv 2106.09685).
 
-B starts as zeros, so a fresh update changes nothing. Tensor parallelism follows the matrix that it stands beside:
+B starts as zeros, so a fresh update changes nothing. Tensor parallelism follows the matrix that it
+stands beside:
 
-    column-parallel W (its rows cut)     A whole on every rank, B's rows cut; the gradient of A x is summed over ranks
-    row-parallel W (its columns cut)     A's columns cut, B whole; A x is summed over ranks before B
+    column-parallel W (its rows cut)     A whole on every rank, B's rows cut; the gradient of A x is
+    summed over ranks row-parallel W (its columns cut)     A's columns cut, B whole; A x is summed
+    over ranks before B
 
-so that whole factors have whole gradients on every rank and cut ones those of their part, as everywhere in the tower.
+so that whole factors have whole gradients on every rank and cut ones those of their part, as
+everywhere in the tower.
 """
 
 from __future__ import annotations
@@ -17,7 +21,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor, nn
 
 from sailplan.config.schema import LoraConfig
@@ -27,9 +34,13 @@ PARTS = ("tower", "vision", "perceiver", "audio")
 
 
 class LowRankUpdate(nn.Module):
-    """The factors beside one parallel linear layer; A is drawn whole and then cut, as the layer's own weight."""
+    """The factors beside one parallel linear layer; A is drawn whole and then cut, as the
+    layer's own weight.
+    """
 
-    def __init__(self, linear: ColumnParallelLinear | RowParallelLinear, rank: int, scale: float) -> None:
+    def __init__(
+        self, linear: ColumnParallelLinear | RowParallelLinear, rank: int, scale: float
+    ) -> None:
         super().__init__()
         weight, self.scale, self.group = linear.weight, scale, linear.tp_group
         self.by_rows = isinstance(linear, ColumnParallelLinear)
@@ -47,21 +58,37 @@ class LowRankUpdate(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs as the layer's own, [..., in]; returns what to add to its output."""
         inner = F.linear(inputs, self.a)
-        inner = copy_to_tensor_model_parallel_region(inner, self.group) if self.by_rows else reduce_from_tensor_model_parallel_region(inner, self.group)
+        inner = (
+            copy_to_tensor_model_parallel_region(inner, self.group)
+            if self.by_rows
+            else reduce_from_tensor_model_parallel_region(inner, self.group)
+        )
         return F.linear(inner, self.b) * self.scale
 
 
-def _add_update(linear: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+def _add_update(
+    linear: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Any]
+) -> tuple[Tensor, Any]:
     return output[0] + linear.lora(inputs[0]), output[1]  # type: ignore[operator]
 
 
 def add_lora(parts: Mapping[str, nn.Module], config: LoraConfig) -> None:
     """Puts updates beside the targeted layers of the named parts, as their child `lora`."""
-    names = [name for target, names in TARGETS.items() if target in config.targets or "all" in config.targets for name in names]
+    names = [
+        name
+        for target, names in TARGETS.items()
+        if target in config.targets or "all" in config.targets
+        for name in names
+    ]
     for part in config.parts:
         for name, module in list(parts[part].named_modules()):
-            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and name.rsplit(".", 1)[-1] in names:
-                module.add_module("lora", LowRankUpdate(module, config.rank, config.alpha / config.rank))
+            if (
+                isinstance(module, (ColumnParallelLinear, RowParallelLinear))
+                and name.rsplit(".", 1)[-1] in names
+            ):
+                module.add_module(
+                    "lora", LowRankUpdate(module, config.rank, config.alpha / config.rank)
+                )
                 module.register_forward_hook(_add_update)
 
 
@@ -71,11 +98,19 @@ def is_lora(name: str) -> bool:
 
 
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """Whole weights with the updates added to their matrices and the factors gone; the same mapping where there are none."""
+    """Whole weights with the updates added to their matrices and the factors gone; the same
+    mapping where there are none.
+    """
     result = {name: value for name, value in weights.items() if not is_lora(name)}
     for name in _bases(weights):
-        update = weights[f"{name}.lora.b"].double() @ weights[f"{name}.lora.a"].double() * (config.alpha / config.rank)
-        result[f"{name}.weight"] = (result[f"{name}.weight"].double() + update).to(result[f"{name}.weight"].dtype)
+        update = (
+            weights[f"{name}.lora.b"].double()
+            @ weights[f"{name}.lora.a"].double()
+            * (config.alpha / config.rank)
+        )
+        result[f"{name}.weight"] = (result[f"{name}.weight"].double() + update).to(
+            result[f"{name}.weight"].dtype
+        )
     return result
 
 

@@ -17,10 +17,14 @@ FUSED = "fused"
 
 @dataclass
 class Embeddings:
-    """Vectors of b rows; float32 (float64 in exactness tests), not normalised: the objectives normalise each prefix."""
+    """Vectors of b rows; float32 (float64 in exactness tests), not normalised: the objectives
+    normalise each prefix.
+    """
 
     fused: Tensor  # [b, D]
-    by_modality: dict[str, Tensor] = field(default_factory=dict)  # modality -> [b, D], zero rows where absent; only when asked for
+    by_modality: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # modality -> [b, D], zero rows where absent; only when asked for
 
     def named(self) -> dict[str, Tensor]:
         """Return all vectors by name: `fused`, and the modalities'."""
@@ -32,19 +36,25 @@ _pytree.register_dataclass(Embeddings)
 
 
 class Encoder(nn.Module, ABC):
-    """A module from a processor's inputs to vectors; called through __call__, so that FSDP2's hooks run.
+    """A module from a processor's inputs to vectors; called through __call__, so that FSDP2's
+    hooks run.
 
-    All ranks run the same parts for a view: which ones follows from its declared modalities alone. A micro-batch of 0 rows
+    All ranks run the same parts for a view: which ones follows from its declared modalities alone.
+    A micro-batch of 0 rows
     runs them too, as the ranks meet in their collectives.
     """
 
     modalities: tuple[str, ...]  # that it can encode
     dimension: int  # D
-    compute_dtype: torch.dtype | None = None  # of the computation, where it is not the parameters'; `parallelize.shard` says so
+    compute_dtype: torch.dtype | None = (
+        None  # of the computation, where it is not the parameters'; `parallelize.shard` says so
+    )
 
     @abstractmethod
     def forward(self, inputs: Any, *, per_modality: bool = False) -> Embeddings:
-        """Encode one micro-batch, EncoderInputs of the processor's own kind; per_modality adds a vector for each modality that the view declares."""
+        """Encode one micro-batch, EncoderInputs of the processor's own kind; per_modality adds a
+        vector for each modality that the view declares.
+        """
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters by the names that a stage's `trainable` list uses."""
@@ -59,7 +69,9 @@ class Encoder(nn.Module, ABC):
         return repeated_layers(self)
 
     def checkpoint_activations(self) -> None:
-        """Let every layer keep its input alone and run again in the backward pass, with the random numbers it had."""
+        """Let every layer keep its input alone and run again in the backward pass, with the
+        random numbers it had.
+        """
         units = self.shard_units()
         for unit in units:
             if not any(other is not unit and other in set(unit.modules()) for other in units):
@@ -67,17 +79,22 @@ class Encoder(nn.Module, ABC):
 
 
 def repeated_layers(module: nn.Module) -> list[nn.Module]:
-    """Return the entries of every nn.ModuleList that have a forward and parameters, inner ones first: the layers of a model of any kind."""
+    """Return the entries of every nn.ModuleList that have a forward and parameters, inner ones
+    first: the layers of a model of any kind.
+    """
     found: dict[nn.Module, None] = {}
     for entries in reversed([each for each in module.modules() if isinstance(each, nn.ModuleList)]):
         for layer in entries:
-            if not isinstance(layer, (nn.ModuleList, nn.ModuleDict)) and any(True for _ in layer.parameters()):
+            if not isinstance(layer, (nn.ModuleList, nn.ModuleDict)) and any(
+                True for _ in layer.parameters()
+            ):
                 found.setdefault(layer)
     return list(found)
 
 
 def reach_backward(fused: Tensor) -> Tensor:
-    """Return `fused` such that a backward goes through it also where nothing that ran is trainable: gradients of earlier
+    """Return `fused` such that a backward goes through it also where nothing that ran is
+    trainable: gradients of earlier
     micro-batches are reduced by FSDP2's hooks in a step's last backward."""
     if torch.is_grad_enabled() and not fused.requires_grad:
         return fused + torch.zeros((), dtype=fused.dtype, device=fused.device, requires_grad=True)

@@ -1,14 +1,17 @@
 """Rows shared out over tensor-parallel peers: each encodes a part of them, and all get the whole.
 
-Tensor-parallel peers hold the same rows. A part of the model that each of T peers holds whole need not run on all rows
-on each of them: a peer encodes 1/T of the rows, and one gather of the part's output (a few tokens a row) replaces the
-two all-reduces a layer, forward and backward, that cutting its matrices costs.
+Tensor-parallel peers hold the same rows. A part of the model that each of T peers holds whole need
+not run on all rows
+on each of them: a peer encodes 1/T of the rows, and one gather of the part's output (a few tokens a
+row) replaces the two all-reduces a layer, forward and backward, that cutting its matrices costs.
 
-What follows the gather is the same on all peers, and so is the gradient that comes back (megatron-core sums it where the
-tower's matrices are cut): a peer takes its own rows' slice of it, without a message. Its gradient of the part's parameters
-is then that of its rows alone, a part of the sum, which `parallelize.finish_gradients` forms once a step.
+What follows the gather is the same on all peers, and so is the gradient that comes back
+(megatron-core sums it where the tower's matrices are cut): a peer takes its own rows' slice of it,
+without a message. Its gradient of the part's parameters is then that of its rows alone, a part of
+the sum, which `parallelize.finish_gradients` forms once a step.
 
-The rows are filled up to a multiple of T with absent ones, so that peers make the same calls whatever the rows hold.
+The rows are filled up to a multiple of T with absent ones, so that peers make the same calls
+whatever the rows hold.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from torch import Tensor, nn
 
 
 class _GatherRows(torch.autograd.Function):
-    """Equal numbers of rows of every peer, in peers' order; backward: the own rows' slice of a gradient that all peers have."""
+    """Equal numbers of rows of every peer, in peers' order; backward: the own rows' slice of a
+    gradient that all peers have.
+    """
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -37,20 +42,26 @@ class _GatherRows(torch.autograd.Function):
 
 
 def mark_shared(module: nn.Module) -> None:
-    """Notes on the parameters of a part that peers hold whole and run on their own rows: not cut, gradients to be summed."""
+    """Notes on the parameters of a part that peers hold whole and run on their own rows: not
+    cut, gradients to be summed.
+    """
     for parameter in module.parameters():
         parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
         parameter.tensor_parallel_partial = True  # type: ignore[attr-defined]
 
 
 def encode_own_rows(
-    encode: Callable[..., Sequence[Tensor]], group: dist.ProcessGroup | None, *inputs: Tensor, dropout: bool = False
+    encode: Callable[..., Sequence[Tensor]],
+    group: dist.ProcessGroup | None,
+    *inputs: Tensor,
+    dropout: bool = False,
 ) -> Sequence[Tensor]:
     """`encode(*inputs)`, each peer of `group` running its part of the rows; None: the whole, here.
 
-    inputs: [b, ...] with b at least 1, the same on all peers. encode: whole on every peer and row by row; a row of zeros
-    must be absent to it. dropout: whether it draws random numbers: then each peer draws its own, and afterwards all peers'
-    generators are again alike. Returns what `encode` does, each [b, ...] and the same on all peers.
+    inputs: [b, ...] with b at least 1, the same on all peers. encode: whole on every peer and row
+    by row; a row of zeros must be absent to it. dropout: whether it draws random numbers: then each
+    peer draws its own, and afterwards all peers' generators are again alike. Returns what `encode`
+    does, each [b, ...] and the same on all peers.
     """
     if group is None or group.size() == 1:
         return encode(*inputs)
@@ -69,4 +80,8 @@ def encode_own_rows(
 def _padded_rows(tensor: Tensor, first: int, count: int) -> Tensor:
     """Rows first..first+count, those past the end zeros."""
     mine = tensor[first : first + count]
-    return mine if len(mine) == count else torch.cat([mine, mine.new_zeros((count - len(mine), *mine.shape[1:]))])
+    return (
+        mine
+        if len(mine) == count
+        else torch.cat([mine, mine.new_zeros((count - len(mine), *mine.shape[1:]))])
+    )

@@ -1,9 +1,11 @@
 """Pictures and video frames in, a few latent tokens out.
 
-A frame becomes a grid of patch tokens, through strided convolutions (learns fast from scratch) or one
-linear patch embedding (as in a ViT), plus a learned position; blocks then look at each frame alone. The
-perceiver joins the tokens of all frames of an item with a few learned latents, lets all attend to all, and
-keeps the latents only: the tower sees the same small number of visual tokens for one frame or fifty.
+A frame becomes a grid of patch tokens, through strided convolutions (learns fast from scratch) or
+one linear patch embedding (as in a ViT), plus a learned position; blocks then look at each frame
+alone. The perceiver joins the tokens of all frames of an item with a few learned latents, lets all
+attend to all, and
+keeps the latents only: the tower sees the same small number of visual tokens for one frame or
+fifty.
 
 Shape legend: n frames in all, b rows, f frames a row, p patches a frame, h hidden.
 """
@@ -21,13 +23,19 @@ from sailplan.config.schema import VisionConfig
 from sailplan.model.attention import Sequences
 from sailplan.model.blocks import Blocks, initial_deviation
 
-POSITION_GRID = 16  # learned positions lie on a 16 x 16 grid and are interpolated to the image's own grid
+POSITION_GRID = (
+    16  # learned positions lie on a 16 x 16 grid and are interpolated to the image's own grid
+)
 
 
-def convolutional_stem(inputs: int, width: int, output: int, halvings: int, dimensions: int) -> nn.Sequential:
-    """Strided 3-wide convolutions, each halving every axis and doubling the width, with norm and ReLU between.
+def convolutional_stem(
+    inputs: int, width: int, output: int, halvings: int, dimensions: int
+) -> nn.Sequential:
+    """Strided 3-wide convolutions, each halving every axis and doubling the width, with norm and
+    ReLU between.
 
-    The last one ends at `output` channels with a norm and no ReLU. Zero halvings: one convolution of stride 1.
+    The last one ends at `output` channels with a norm and no ReLU. Zero halvings: one convolution
+    of stride 1.
     """
     convolution = nn.Conv2d if dimensions == 2 else nn.Conv1d
     layers: list[nn.Module] = []
@@ -65,7 +73,9 @@ class VisionEncoder(nn.Module):
         hidden = config.encoder.hidden
         self.patch = config.patch
         if config.stem == "convolutional":
-            self.stem: nn.Module = convolutional_stem(3, config.stem_width, hidden, int(math.log2(config.patch)), 2)
+            self.stem: nn.Module = convolutional_stem(
+                3, config.stem_width, hidden, int(math.log2(config.patch)), 2
+            )
         else:
             self.stem = PatchStem(config.patch, hidden)
         self.positions = nn.Parameter(torch.empty(hidden, POSITION_GRID, POSITION_GRID))
@@ -76,14 +86,21 @@ class VisionEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Raises ValueError where the image's sides are not multiples of the patch."""
         if images.size(-1) % self.patch or images.size(-2) % self.patch:
-            raise ValueError(f"image of {tuple(images.shape[-2:])} pixels: both sides must be multiples of model.vision.patch={self.patch}")
+            raise ValueError(
+                f"image of {tuple(images.shape[-2:])} pixels: both sides must be multiples of "
+                f"model.vision.patch={self.patch}"
+            )
         grid = self.stem(images.to(self.positions.dtype))
-        positions = F.interpolate(self.positions[None], size=grid.shape[-2:], mode="bilinear", align_corners=False)
+        positions = F.interpolate(
+            self.positions[None], size=grid.shape[-2:], mode="bilinear", align_corners=False
+        )
         return self.blocks((grid + positions).flatten(2).transpose(1, 2))
 
 
 def frame_positions(frames: int, hidden: int, like: Tensor) -> Tensor:
-    """Sine and cosine of the frame's number, [frames, hidden] (Vaswani et al., 2017): any number of frames."""
+    """Sine and cosine of the frame's number, [frames, hidden] (Vaswani et al., 2017): any number
+    of frames.
+    """
     rates = 10000 ** (-torch.arange(0, hidden, 2, device=like.device) / hidden)
     angles = torch.outer(torch.arange(frames, device=like.device), rates)
     return torch.cat([angles.sin(), angles.cos()], -1)[:, :hidden].to(like.dtype)
@@ -99,7 +116,9 @@ class PackedRows(NamedTuple):
 
 
 class Perceiver(nn.Module):
-    """Learned latents that read the visual tokens of all frames of an item, in the tower's width."""
+    """Learned latents that read the visual tokens of all frames of an item, in the tower's
+    width.
+    """
 
     def __init__(self, config: VisionConfig, output: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -114,8 +133,11 @@ class Perceiver(nn.Module):
         self.to(dtype)
         self.blocks = Blocks(config.perceiver, dtype)
 
-    def forward(self, tokens: Tensor, rows: int, frames: int, packed: PackedRows | None = None) -> Tensor:
-        """tokens [n, p, h] of the n = rows * frames pictures, or with `packed` those of present ones, [n, p, h] or [k, h].
+    def forward(
+        self, tokens: Tensor, rows: int, frames: int, packed: PackedRows | None = None
+    ) -> Tensor:
+        """tokens [n, p, h] of the n = rows * frames pictures, or with `packed` those of present
+        ones, [n, p, h] or [k, h].
 
         Returns [rows, latents, tower hidden]; absent frames and patches have no influence.
         """
@@ -128,6 +150,8 @@ class Perceiver(nn.Module):
             return self.output(hidden[:, : latents.size(1)])
         numbered = numbered.index_select(0, packed.frame)
         visual = visual + (numbered[:, None] if visual.dim() == 3 else numbered)
-        joint = torch.cat([latents.flatten(0, 1), visual.flatten(0, -2)]).index_select(0, packed.source)
+        joint = torch.cat([latents.flatten(0, 1), visual.flatten(0, -2)]).index_select(
+            0, packed.source
+        )
         hidden = self.blocks(joint, packed.rows)
         return self.output(hidden.index_select(0, packed.latents)).unflatten(0, (rows, -1))

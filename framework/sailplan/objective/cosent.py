@@ -2,9 +2,11 @@
 
     L = log(1 + sum over pairs (i, k) with score_i > score_k of e^{(cos_k - cos_i)/t})
 
-over the graded pairs of all ranks (Su, "CoSENT", 2022; AnglE, arXiv 2309.12871, equation 1). The sum has N^2 terms but
-factors once the pairs are sorted by score: for each i the inner sum is e^{-cos_i/t} times a running sum of
-e^{cos_k/t} over the lower scores. So a sort and one running logsumexp give the exact value in O(N log N) time and
+over the graded pairs of all ranks (Su, "CoSENT", 2022; AnglE, arXiv 2309.12871, equation 1). The
+sum has N^2 terms but
+factors once the pairs are sorted by score: for each i the inner sum is e^{-cos_i/t} times a running
+sum of e^{cos_k/t} over the lower scores. So a sort and one running logsumexp give the exact value
+in O(N log N) time and
 O(N) memory, and no tiling is needed at any batch size.
 """
 
@@ -22,7 +24,10 @@ from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext
 
 
 def cosent(cosines: Tensor, scores: Tensor, temperature: float | Tensor) -> Tensor:
-    """CoSENT of N graded pairs; cosines and scores [N], any order. 0-d; 0 where no two scores differ."""
+    """CoSENT of N graded pairs; cosines and scores [N], any order.
+
+    0-d; 0 where no two scores differ.
+    """
     ordered, order = scores.sort()
     scaled = cosines[order] / temperature
     lower = torch.searchsorted(ordered, ordered, right=False)  # how many scores are strictly lower
@@ -35,16 +40,23 @@ def cosent(cosines: Tensor, scores: Tensor, temperature: float | Tensor) -> Tens
 class CoSENT(Objective):
     """CoSENT over the graded pairs of all ranks, weighted by the patterns' weights.
 
-    temperature: of this loss, fixed; the patterns' learnable temperatures belong to InfoNCE and would shrink without
+    temperature: of this loss, fixed; the patterns' learnable temperatures belong to InfoNCE and
+    would shrink without
     end here once all pairs are in order.
     matryoshka: the loss at every prefix, summed; False: at the full size.
 
-    Rows without a score (`scores` missing or NaN) or without a side do not count. Raises ConfigurationError for a
+    Rows without a score (`scores` missing or NaN) or without a side do not count. Raises
+    ConfigurationError for a
     temperature that is not above 0.
     """
 
     def __init__(
-        self, *, embedding: int, datasets: Mapping[str, DatasetConfig], temperature: float = 0.05, matryoshka: bool = False
+        self,
+        *,
+        embedding: int,
+        datasets: Mapping[str, DatasetConfig],
+        temperature: float = 0.05,
+        matryoshka: bool = False,
     ) -> None:
         super().__init__()
         check_positive("cosent.temperature", temperature)
@@ -52,7 +64,9 @@ class CoSENT(Objective):
         self.matryoshka = matryoshka
 
     def applies(self, dataset: DatasetConfig) -> bool:
-        return dataset.kind == "pairs" and any(not has_history(dataset, pattern) for pattern in dataset.patterns)
+        return dataset.kind == "pairs" and any(
+            not has_history(dataset, pattern) for pattern in dataset.patterns
+        )
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         """Sum over patterns of weight times CoSENT; metrics: graded pairs in use, per pattern."""
@@ -60,12 +74,20 @@ class CoSENT(Objective):
         metrics: dict[str, Tensor] = {}
         for pattern in patterns_of(encoded, context, histories=False):
             query, target = pattern.query, pattern.target
-            scores = query.fused.new_full((len(query.ids),), torch.nan) if encoded.scores is None else encoded.scores.to(query.fused)
+            scores = (
+                query.fused.new_full((len(query.ids),), torch.nan)
+                if encoded.scores is None
+                else encoded.scores.to(query.fused)
+            )
             scores = torch.where(query.valid & target.valid, scores, torch.nan)
             scores = context.exchange.gather(scores)
             graded = ~scores.isnan()
             for prefix in context.prefixes if self.matryoshka else (query.fused.shape[1],):
-                cosines = context.exchange.gather(cosine_similarity(query.fused[:, :prefix], target.fused[:, :prefix], dim=1))
-                total = total + pattern.weight * cosent(cosines[graded], scores[graded], self.temperature)
+                cosines = context.exchange.gather(
+                    cosine_similarity(query.fused[:, :prefix], target.fused[:, :prefix], dim=1)
+                )
+                total = total + pattern.weight * cosent(
+                    cosines[graded], scores[graded], self.temperature
+                )
             metrics[f"{pattern.name}/graded_pairs"] = graded.sum().to(total.dtype)
         return ObjectiveOutput(total, metrics)

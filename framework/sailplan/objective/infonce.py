@@ -1,14 +1,18 @@
-"""InfoNCE over every pattern of the step, at every Matryoshka prefix, with mined hard negatives and three kinds of
+"""InfoNCE over every pattern of the step, at every Matryoshka prefix, with mined hard negatives
+and three kinds of
 masks against false negatives.
 
     L = sum over patterns of weight * sum over prefixes d of mean over valid rows i of
-        -log e^{s_ii/t} / (e^{s_ii/t} + sum over hard negatives e^{s_ih/t} + sum over in-batch negatives e^{s_ij/t})
+        -log e^{s_ii/t} / (e^{s_ii/t} + sum over hard negatives e^{s_ih/t} + sum over in-batch
+        negatives e^{s_ij/t})
 
-with s the cosine of the first d dimensions, each prefix normalised anew (Kusupati et al., "Matryoshka
-Representation Learning", arXiv 2205.13147), and t the pattern's learnable temperature. In-batch negatives are the
-keys of all data-parallel ranks. Not negatives of a row: keys with the id of its positive, keys of the same query,
-keys whose cosine reaches the data set's lambda* (recipe 2.1), and, by option, keys above a margin over the
-positive (Qwen3-Embedding: s_ij > s_ii + 0.1; NV-Retriever: s_ij > 0.95 s_ii).
+with s the cosine of the first d dimensions, each prefix normalised anew (Kusupati et al.,
+"Matryoshka
+Representation Learning", arXiv 2205.13147), and t the pattern's learnable temperature. In-batch
+negatives are the keys of all data-parallel ranks. Not negatives of a row: keys with the id of its
+positive, keys of the same query, keys whose cosine reaches the data set's lambda* (recipe 2.1),
+and, by option, keys above a margin over the positive (Qwen3-Embedding: s_ij > s_ii + 0.1;
+NV-Retriever: s_ij > 0.95 s_ii).
 """
 
 from __future__ import annotations
@@ -18,7 +22,15 @@ from dataclasses import replace
 
 from sailplan.config.schema import DatasetConfig, PatternKey
 from sailplan.errors import ConfigurationError
-from sailplan.objective.patterns import Pattern, check_margins, contrast, contrast_sum, has_history, negatives_of, patterns_of
+from sailplan.objective.patterns import (
+    Pattern,
+    check_margins,
+    contrast,
+    contrast_sum,
+    has_history,
+    negatives_of,
+    patterns_of,
+)
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 from sailplan_kernels import Masks, Negatives, Prefixes
 
@@ -29,8 +41,10 @@ class InfoNCE(Objective):
     matryoshka: a loss at every prefix of `model.prefixes`; False: at the full size only.
     prefix_weights: prefix -> weight (default 1 each, the plain sum of the recipe).
     symmetric: True, False, or None for each data set's own switch.
-    mask_same_ids: keys that are the same document as the positive, or belong to the same query, are no negatives.
-    margin_absolute, margin_relative: drop negatives above s_ii + margin, above s_ii * margin; None: off.
+    mask_same_ids: keys that are the same document as the positive, or belong to the same query, are
+    no negatives.
+    margin_absolute, margin_relative: drop negatives above s_ii + margin, above s_ii * margin; None:
+    off.
     shared_hard_negatives: a row's mined negatives serve every row of its rank's exchange.
     query_negatives, key_negatives: query-query and key-key similarities join the denominator.
 
@@ -58,21 +72,40 @@ class InfoNCE(Objective):
         check_margins("infonce", margin_absolute, margin_relative)
         if prefix_weights is not None:
             if not matryoshka:
-                raise ConfigurationError("objectives.infonce.prefix_weights: found beside matryoshka=false, expected one of them")
-            if any(weight < 0 for weight in prefix_weights.values()) or not any(prefix_weights.values()):
-                raise ConfigurationError(f"objectives.infonce.prefix_weights={dict(prefix_weights)}: expected at least 0, one above 0")
+                raise ConfigurationError(
+                    "objectives.infonce.prefix_weights: found beside matryoshka=false, expected "
+                    "one of them"
+                )
+            if any(weight < 0 for weight in prefix_weights.values()) or not any(
+                prefix_weights.values()
+            ):
+                raise ConfigurationError(
+                    f"objectives.infonce.prefix_weights={dict(prefix_weights)}: expected at least "
+                    "0, one above 0"
+                )
         self.matryoshka = matryoshka
-        self.prefix_weights = None if prefix_weights is None else {int(size): float(weight) for size, weight in prefix_weights.items()}
+        self.prefix_weights = (
+            None
+            if prefix_weights is None
+            else {int(size): float(weight) for size, weight in prefix_weights.items()}
+        )
         self.symmetric = symmetric
         self.mask_same_ids = mask_same_ids
         self.shared_hard_negatives = shared_hard_negatives
-        self.negatives = Negatives(queries=query_negatives, keys=key_negatives, margin_absolute=margin_absolute, margin_relative=margin_relative)
+        self.negatives = Negatives(
+            queries=query_negatives,
+            keys=key_negatives,
+            margin_absolute=margin_absolute,
+            margin_relative=margin_relative,
+        )
 
     def applies(self, dataset: DatasetConfig) -> bool:
         return any(not has_history(dataset, pattern) for pattern in dataset.patterns)
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
-        """Sum over patterns of weight times InfoNCE; per pattern: accuracy, mean cosine of the positives, loss of each prefix."""
+        """Sum over patterns of weight times InfoNCE; per pattern: accuracy, mean cosine of the
+        positives, loss of each prefix.
+        """
         contrasts = [
             contrast(
                 encoded,
@@ -90,12 +123,15 @@ class InfoNCE(Objective):
         return contrast_sum(contrasts, encoded, context)
 
     def _prefixes(self, prefixes: tuple[int, ...]) -> Prefixes | None:
-        """The lengths at which the loss is paid, with their weights where there are any; None: the full size alone."""
+        """The lengths at which the loss is paid, with their weights where there are any; None:
+        the full size alone.
+        """
         if not self.matryoshka or self.prefix_weights is None:
             return prefixes if self.matryoshka else None
         if set(self.prefix_weights) != set(prefixes):
             raise ConfigurationError(
-                f"objectives.infonce.prefix_weights: found sizes {sorted(self.prefix_weights)}, expected model.prefixes {sorted(prefixes)}"
+                f"objectives.infonce.prefix_weights: found sizes {sorted(self.prefix_weights)}, "
+                f"expected model.prefixes {sorted(prefixes)}"
             )
         return {prefix: self.prefix_weights[prefix] for prefix in prefixes}
 
@@ -104,15 +140,28 @@ class InfoNCE(Objective):
         valid = {"query_valid": query.known_valid, "key_valid": target.known_valid}
         if not self.mask_same_ids:
             return Masks(**valid)
-        return Masks(query_ids=query.known_ids, key_ids=target.known_ids, key_query_ids=query.known_ids, **valid)
+        return Masks(
+            query_ids=query.known_ids,
+            key_ids=target.known_ids,
+            key_query_ids=query.known_ids,
+            **valid,
+        )
 
-    def _negatives(self, encoded: EncodedStep, pattern: Pattern, context: ObjectiveContext) -> Negatives:
+    def _negatives(
+        self, encoded: EncodedStep, pattern: Pattern, context: ObjectiveContext
+    ) -> Negatives:
         found = negatives_of(encoded, pattern, context)
         valid, shared = found.hard_valid, found.hard is not None and self.shared_hard_negatives
         if valid is not None and self.mask_same_ids:
-            # The kernel's masks know ids of keys only; a mined negative may be the positive under another record,
-            # and in item-to-item patterns the query's own item.
+            # The kernel's masks know ids of keys only; a mined negative may be the positive under
+            # another record, and in item-to-item patterns the query's own item.
             ids = encoded.views[f"negatives/{pattern.name}"].known_ids.view_as(valid)
-            valid = valid & (ids != pattern.target.known_ids[:, None]) & (ids != pattern.query.known_ids[:, None])
+            valid = (
+                valid
+                & (ids != pattern.target.known_ids[:, None])
+                & (ids != pattern.query.known_ids[:, None])
+            )
         highest = context.thresholds.get(PatternKey(encoded.dataset, pattern.name))
-        return replace(self.negatives, hard=found.hard, hard_valid=valid, shared=shared, max_cosine=highest)
+        return replace(
+            self.negatives, hard=found.hard, hard_valid=valid, shared=shared, max_cosine=highest
+        )

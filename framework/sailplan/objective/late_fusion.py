@@ -2,9 +2,10 @@
 
     g = sigmoid(W [v, n_m] + b)     n = g * v + (1 - g) * n_m     L = InfoNCE over n
 
-v is the vision vector and n_m the fused one (NoteLLM-2, arXiv 2405.16789, section 4.3). It gives the picture a short way
-to the loss; what is exported and evaluated is n_m. A row or side without a picture keeps n = n_m. It applies to
-patterns in which a side has pictures beside another modality; pictures alone have nothing to be fused with.
+v is the vision vector and n_m the fused one (NoteLLM-2, arXiv 2405.16789, section 4.3). It gives
+the picture a short way to the loss; what is exported and evaluated is n_m. A row or side without a
+picture keeps n = n_m. It applies to patterns in which a side has pictures beside another modality;
+pictures alone have nothing to be fused with.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from sailplan.config.schema import DatasetConfig, ViewConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.micl import present
 from sailplan.objective.patterns import contrast, contrast_sum, has_history, patterns_of
-from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext, ObjectiveOutput
+from sailplan.objective.protocol import (
+    EncodedStep,
+    EncodedView,
+    Objective,
+    ObjectiveContext,
+    ObjectiveOutput,
+)
 from sailplan_kernels import Masks
 
 
@@ -38,7 +45,12 @@ class LateFusion(Objective):
     calls_kernels = True
 
     def __init__(
-        self, *, embedding: int, datasets: Mapping[str, DatasetConfig], symmetric: bool | None = None, matryoshka: bool = False
+        self,
+        *,
+        embedding: int,
+        datasets: Mapping[str, DatasetConfig],
+        symmetric: bool | None = None,
+        matryoshka: bool = False,
     ) -> None:
         super().__init__()
         self.gate = nn.Linear(2 * embedding, embedding)
@@ -59,7 +71,10 @@ class LateFusion(Objective):
         for pattern in patterns_of(encoded, context, histories=False):
             if not (is_fused(pattern.query_view) or is_fused(pattern.target_view)):
                 continue
-            for view, declared in ((pattern.query, pattern.query_view), (pattern.target, pattern.target_view)):
+            for view, declared in (
+                (pattern.query, pattern.query_view),
+                (pattern.target, pattern.target_view),
+            ):
                 if id(view) not in fused:
                     fused[id(view)] = self.fuse(view, declared)
             found = contrast(
@@ -81,12 +96,17 @@ class LateFusion(Objective):
         return contrast_sum(contrasts, encoded, context)
 
     def fuse(self, view: EncodedView, declared: ViewConfig) -> Tensor:
-        """n [r, D] of a view; its fused vectors themselves where it is not declared with pictures beside something else."""
+        """n [r, D] of a view; its fused vectors themselves where it is not declared with
+        pictures beside something else.
+        """
         if not is_fused(declared):
             return view.fused
         vision = view.by_modality.get("vision")
         if vision is None:
-            raise ConfigurationError("objectives.late_fusion: found no vision vectors, expected an encoder that honours per_modality")
+            raise ConfigurationError(
+                "objectives.late_fusion: found no vision vectors, expected an encoder that honours "
+                "per_modality"
+            )
         gate = torch.sigmoid(self.gate(torch.cat([vision, view.fused], 1)))
         mixed = gate * vision + (1 - gate) * view.fused
         return torch.where(present(vision)[:, None], mixed, view.fused)

@@ -1,10 +1,13 @@
-"""mICL: InfoNCE on each modality's own vectors, so that the fused vector cannot let one modality go lazy.
+"""mICL: InfoNCE on each modality's own vectors, so that the fused vector cannot let one modality
+go lazy.
 
     L = w_vision * InfoNCE(n_v, n_v+) + w_text * InfoNCE(n_t, n_t+)
 
-n_v and n_t are the read-outs of the vision and text positions (NoteLLM-2, arXiv 2405.16789, section 4.2, which weighs
-text to vision 9:1). A modality counts in a pattern where both sides were declared with it and at least one side has
-another modality too; where both are unimodal the fused vector is that modality already. Same temperature as the
+n_v and n_t are the read-outs of the vision and text positions (NoteLLM-2, arXiv 2405.16789, section
+4.2, which weighs
+text to vision 9:1). A modality counts in a pattern where both sides were declared with it and at
+least one side has another modality too; where both are unimodal the fused vector is that modality
+already. Same temperature as the
 pattern's InfoNCE, full size only.
 """
 
@@ -27,7 +30,11 @@ def shared_modalities(query: ViewConfig, target: ViewConfig) -> list[str]:
     """The modalities that both sides have, where their own vectors say more than the fused ones."""
     if len(query.modalities) == 1 and len(target.modalities) == 1:
         return []
-    return [modality for modality in MODALITIES if modality in query.modalities and modality in target.modalities]
+    return [
+        modality
+        for modality in MODALITIES
+        if modality in query.modalities and modality in target.modalities
+    ]
 
 
 class MICL(Objective):
@@ -54,7 +61,9 @@ class MICL(Objective):
         super().__init__()
         if min(text_weight, vision_weight) < 0 or text_weight + vision_weight == 0:
             found = f"text_weight={text_weight}, vision_weight={vision_weight}"
-            raise ConfigurationError(f"objectives.micl: found {found}, expected at least 0, not both 0")
+            raise ConfigurationError(
+                f"objectives.micl: found {found}, expected at least 0, not both 0"
+            )
         self.weights = {"text": text_weight, "vision": vision_weight}
         self.symmetric = symmetric
 
@@ -66,7 +75,9 @@ class MICL(Objective):
         )
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
-        """Sum over patterns and shared modalities of pattern weight times modality weight times InfoNCE."""
+        """Sum over patterns and shared modalities of pattern weight times modality weight times
+        InfoNCE.
+        """
         contrasts = []
         for pattern in patterns_of(encoded, context, histories=False):
             for modality in shared_modalities(pattern.query_view, pattern.target_view):
@@ -75,7 +86,10 @@ class MICL(Objective):
                 queries = pattern.query.by_modality.get(modality)
                 keys = pattern.target.by_modality.get(modality)
                 if queries is None or keys is None:
-                    raise ConfigurationError(f"objectives.micl: found no {modality} vectors, expected an encoder that honours per_modality")
+                    raise ConfigurationError(
+                        f"objectives.micl: found no {modality} vectors, expected an encoder that "
+                        "honours per_modality"
+                    )
                 found = contrast(
                     encoded,
                     context,
@@ -98,5 +112,7 @@ class MICL(Objective):
 
 
 def present(vectors: Tensor) -> Tensor:
-    """bool [n]: rows whose item has the modality; the encoder gives a zero vector where it is absent."""
+    """bool [n]: rows whose item has the modality; the encoder gives a zero vector where it is
+    absent.
+    """
     return (vectors.detach() != 0).any(1)

@@ -1,7 +1,9 @@
-"""The patterns of a step, resolved to their encoded sides, and the one contrastive call that several losses share.
+"""The patterns of a step, resolved to their encoded sides, and the one contrastive call that
+several losses share.
 
-A pattern is a pair of views that the data set wants matched, with a weight. The views were encoded once; every
-pattern reads them from there. A row that lacks a side is masked, and each pattern's mean is over its valid rows
+A pattern is a pair of views that the data set wants matched, with a weight. The views were encoded
+once; every pattern reads them from there. A row that lacks a side is masked, and each pattern's
+mean is over its valid rows
 on all ranks (recipe: data-set-driven pattern matching).
 """
 
@@ -22,7 +24,9 @@ from sailplan_kernels import LossOptions, Masks, Negatives, Prefixes, infonce_su
 
 @dataclass(frozen=True)
 class Pattern:
-    """One pattern of this step: its weight, both sides' encodings, and what the sides were declared as."""
+    """One pattern of this step: its weight, both sides' encodings, and what the sides were
+    declared as.
+    """
 
     name: str
     weight: float
@@ -37,8 +41,11 @@ def has_history(dataset: DatasetConfig, pattern: str) -> bool:
     return dataset.views[dataset.patterns[pattern].query].of == "history"
 
 
-def patterns_of(encoded: EncodedStep, context: ObjectiveContext, *, histories: bool) -> list[Pattern]:
-    """The step's patterns whose query is (`histories`) or is not a sequence, by name: the same order on all ranks.
+def patterns_of(
+    encoded: EncodedStep, context: ObjectiveContext, *, histories: bool
+) -> list[Pattern]:
+    """The step's patterns whose query is (`histories`) or is not a sequence, by name: the same
+    order on all ranks.
 
     Raises ConfigurationError for a pattern or view that the data set or the step does not have.
     """
@@ -47,7 +54,8 @@ def patterns_of(encoded: EncodedStep, context: ObjectiveContext, *, histories: b
     for name, weight in sorted(encoded.patterns.items()):
         if name not in dataset.patterns:
             raise ConfigurationError(
-                f"stages.*.patterns.{encoded.dataset}: found '{name}', expected one of {', '.join(dataset.patterns)}; correct the name"
+                f"stages.*.patterns.{encoded.dataset}: found '{name}', expected one of "
+                f"{', '.join(dataset.patterns)}; correct the name"
             )
         if has_history(dataset, name) != histories:
             continue
@@ -55,11 +63,21 @@ def patterns_of(encoded: EncodedStep, context: ObjectiveContext, *, histories: b
         for side in (pattern.query, pattern.target):
             if side not in encoded.views:
                 raise ConfigurationError(
-                    f"data.sets.{encoded.dataset}.patterns.{name}: view '{side}' is not in the step, expected it beside "
+                    f"data.sets.{encoded.dataset}.patterns.{name}: view '{side}' is not in the "
+                    "step, expected it beside "
                     f"{', '.join(encoded.views)}; list the pattern in the stage's patterns"
                 )
         query, target = encoded.views[pattern.query], encoded.views[pattern.target]
-        found.append(Pattern(name, weight, query, target, dataset.views[pattern.query], dataset.views[pattern.target]))
+        found.append(
+            Pattern(
+                name,
+                weight,
+                query,
+                target,
+                dataset.views[pattern.query],
+                dataset.views[pattern.target],
+            )
+        )
     return found
 
 
@@ -70,7 +88,9 @@ def zero_loss(encoded: EncodedStep) -> Tensor:
 
 @dataclass(frozen=True)
 class Contrast:
-    """InfoNCE of row i's query with row i's key, to be summed with others: its arguments, and what its metrics are called."""
+    """InfoNCE of row i's query with row i's key, to be summed with others: its arguments, and
+    what its metrics are called.
+    """
 
     weight: float
     label: str
@@ -92,16 +112,29 @@ def contrast(
     name: str = "",
     weight: float = 1.0,
 ) -> Contrast:
-    """InfoNCE of row i's query [r, D] with row i's key [r, D] at the pattern's temperature, times the pattern's weight and `weight`.
+    """InfoNCE of row i's query [r, D] with row i's key [r, D] at the pattern's temperature,
+    times the pattern's weight and `weight`.
 
-    `symmetric` None: as the data set says. `name` goes into the metrics' names. The rest is as of `sailplan_kernels.infonce`; ids
-    and masks may lie on the CPU. A graded pair whose score is not above the data set's `positive_score` is no positive: its row
+    `symmetric` None: as the data set says. `name` goes into the metrics' names. The rest is as of
+    `sailplan_kernels.infonce`; ids and masks may lie on the CPU. A graded pair whose score is not
+    above the data set's `positive_score` is no positive: its row
     does not count, its key is still a negative of others.
     """
     scores = encoded.scores if encoded.host_scores is None else encoded.host_scores
     if scores is not None and masks.query_valid is not None:
-        graded, valid = ~(scores <= context.datasets[encoded.dataset].positive_score), masks.query_valid
-        masks = replace(masks, query_valid=valid & (graded if graded.device == valid.device else graded.to(valid.device, non_blocking=True)))
+        graded, valid = (
+            ~(scores <= context.datasets[encoded.dataset].positive_score),
+            masks.query_valid,
+        )
+        masks = replace(
+            masks,
+            query_valid=valid
+            & (
+                graded
+                if graded.device == valid.device
+                else graded.to(valid.device, non_blocking=True)
+            ),
+        )
     sizes = None if encoded.rank_rows is None else [(rows, rows) for rows in encoded.rank_rows]
     arguments = {
         "queries": queries,
@@ -110,18 +143,26 @@ def contrast(
         "masks": masks,
         "negatives": negatives,
         "key_log_probability": key_log_probability,
-        "symmetric": context.datasets[encoded.dataset].symmetric if symmetric is None else symmetric,
+        "symmetric": context.datasets[encoded.dataset].symmetric
+        if symmetric is None
+        else symmetric,
         "prefixes": prefixes,
         "options": LossOptions(backend=context.backend, sizes=sizes),
     }
-    return Contrast(pattern.weight * weight, f"{pattern.name}/{name}" if name else pattern.name, arguments)
+    return Contrast(
+        pattern.weight * weight, f"{pattern.name}/{name}" if name else pattern.name, arguments
+    )
 
 
-def contrast_sum(contrasts: Sequence[Contrast], encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
-    """The weighted sum of an objective's contrasts of one data set, whose ranks meet once for all of them, and their metrics.
+def contrast_sum(
+    contrasts: Sequence[Contrast], encoded: EncodedStep, context: ObjectiveContext
+) -> ObjectiveOutput:
+    """The weighted sum of an objective's contrasts of one data set, whose ranks meet once for
+    all of them, and their metrics.
 
-    The kernels read all vectors as `ObjectiveContext.operands` gives them, a view's once however many contrasts look at it. Loss
-    and metrics are this rank's shares: their mean over ranks is the value over all valid rows.
+    The kernels read all vectors as `ObjectiveContext.operands` gives them, a view's once however
+    many contrasts look at it. Loss and metrics are this rank's shares: their mean over ranks is the
+    value over all valid rows.
     """
     if not contrasts:
         return ObjectiveOutput(zero_loss(encoded))
@@ -132,35 +173,55 @@ def contrast_sum(contrasts: Sequence[Contrast], encoded: EncodedStep, context: O
             read[id(vectors)] = context.operands(vectors)
         return read[id(vectors)]
 
-    calls = [each.arguments | {name: operand(each.arguments[name]) for name in ("queries", "keys")} for each in contrasts]
-    total, outputs = infonce_sum(calls, [each.weight for each in contrasts], exchange=context.exchange)
+    calls = [
+        each.arguments | {name: operand(each.arguments[name]) for name in ("queries", "keys")}
+        for each in contrasts
+    ]
+    total, outputs = infonce_sum(
+        calls, [each.weight for each in contrasts], exchange=context.exchange
+    )
     metrics: dict[str, Tensor] = {}
     for each, call, output in zip(contrasts, calls, outputs, strict=True):
-        context.ran.update(described(backend, call["queries"].dtype) for backend in output.backend.split(" + "))
+        context.ran.update(
+            described(backend, call["queries"].dtype) for backend in output.backend.split(" + ")
+        )
         share = context.exchange.world_size / output.valid_rows.clamp_min(1).to(output.loss.dtype)
         metrics[f"{each.label}/accuracy"] = output.accuracy
         metrics[f"{each.label}/positive_score"] = output.positive_score.sum() * share
         prefixes = call["prefixes"]
         if prefixes is not None and len(prefixes) > 1:
-            metrics |= {f"{each.label}/loss@{prefix}": loss for prefix, loss in zip(prefixes, output.prefix_losses, strict=True)}
+            metrics |= {
+                f"{each.label}/loss@{prefix}": loss
+                for prefix, loss in zip(prefixes, output.prefix_losses, strict=True)
+            }
     return ObjectiveOutput(total, metrics)
 
 
 def negatives_of(encoded: EncodedStep, pattern: Pattern, context: ObjectiveContext) -> Negatives:
-    """Hard negatives [r, g, D] with their validity [r, g]: those mined for the pattern and the records' own; empty without any."""
+    """Hard negatives [r, g, D] with their validity [r, g]: those mined for the pattern and the
+    records' own; empty without any.
+    """
     view = encoded.views.get(f"negatives/{pattern.name}")
     if view is None:
         return Negatives()
     rows = (len(view.ids) // view.group, view.group)
-    return Negatives(hard=context.operands(view.fused).unflatten(0, rows), hard_valid=view.known_valid.view(rows))
+    return Negatives(
+        hard=context.operands(view.fused).unflatten(0, rows), hard_valid=view.known_valid.view(rows)
+    )
 
 
 def check_margins(name: str, margin_absolute: float | None, margin_relative: float | None) -> None:
     """Raises ConfigurationError for margins that would drop every negative or none."""
     if margin_absolute is not None and not 0 <= margin_absolute < 2:
-        raise ConfigurationError(f"objectives.{name}.margin_absolute={margin_absolute}: expected 0 to 2 (a difference of cosines) or null")
+        raise ConfigurationError(
+            f"objectives.{name}.margin_absolute={margin_absolute}: expected 0 to 2 (a difference "
+            "of cosines) or null"
+        )
     if margin_relative is not None and not 0 < margin_relative <= 2:
-        raise ConfigurationError(f"objectives.{name}.margin_relative={margin_relative}: expected a factor above 0, at most 2, or null")
+        raise ConfigurationError(
+            f"objectives.{name}.margin_relative={margin_relative}: expected a factor above 0, at "
+            "most 2, or null"
+        )
 
 
 def check_positive(key: str, value: float) -> None:

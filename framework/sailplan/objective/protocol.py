@@ -1,8 +1,10 @@
-"""What a loss gets and gives. A new loss is one file beside this one, one YAML in conf/objective and one test.
+"""What a loss gets and gives.
 
-Convention across ranks (docs/exactness.md): the mean over data-parallel ranks of the returned losses is the
-full-batch loss, and gradients flow through `exchange.gather` so that the mean over ranks of the parameter
-gradients is the full-batch gradient. No objective imports torch.distributed.
+A new loss is one file beside this one, one YAML in conf/objective and one test.
+
+Convention across ranks (docs/exactness.md): the mean over data-parallel ranks of the returned
+losses is the full-batch loss, and gradients flow through `exchange.gather` so that the mean over
+ranks of the parameter gradients is the full-batch gradient. No objective imports torch.distributed.
 """
 
 from __future__ import annotations
@@ -26,13 +28,17 @@ class EncodedView:
     valid: Tensor  # bool [r * g]
     ids: Tensor  # int64 [r * g]
     group: int = 1
-    by_modality: dict[str, Tensor] = field(default_factory=dict)  # modality -> [r * g, D], where an objective asked for them
+    by_modality: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # modality -> [r * g, D], where an objective asked for them
     host_valid: Tensor | None = None  # `valid` on the CPU, where the loader made it
     host_ids: Tensor | None = None
 
     @property
     def known_valid(self) -> Tensor:
-        """bool [r * g] for the kernels: on the CPU where it is known there, which saves the device the work."""
+        """bool [r * g] for the kernels: on the CPU where it is known there, which saves the
+        device the work.
+        """
         return self.valid if self.host_valid is None else self.host_valid
 
     @property
@@ -52,12 +58,20 @@ class EncodedStep:
     teachers: dict[str, Tensor] = field(default_factory=dict)
     target_log_probability: Tensor | None = None  # [r], see data.record.StepBatch
     host_scores: Tensor | None = None  # `scores` on the CPU
-    rank_rows: tuple[int, ...] | None = None  # of every data-parallel rank, see data.record.StepBatch
+    rank_rows: tuple[int, ...] | None = (
+        None  # of every data-parallel rank, see data.record.StepBatch
+    )
 
     def detach(self) -> EncodedStep:
         """The same numbers without a graph."""
         views = {
-            name: replace(view, fused=view.fused.detach(), by_modality={modality: each.detach() for modality, each in view.by_modality.items()})
+            name: replace(
+                view,
+                fused=view.fused.detach(),
+                by_modality={
+                    modality: each.detach() for modality, each in view.by_modality.items()
+                },
+            )
             for name, view in self.views.items()
         }
         return replace(self, views=views)
@@ -72,37 +86,58 @@ class ObjectiveContext:
     temperatures: Temperatures
     prefixes: tuple[int, ...]
     backend: str = "auto"
-    thresholds: dict[PatternKey, float] = field(default_factory=dict)  # lambda*, while in-batch masking is on
-    compute_dtype: torch.dtype = torch.float32  # what the encoder computed in; the encodings are float32 also where it is half precision
-    rounded: dict[int, Rounded] = field(default_factory=dict, init=False, repr=False)  # by the vectors' identity
-    ran: set[str] = field(default_factory=set, init=False)  # "BACKEND DTYPE" of the calls of kernels so far, see objective.backends
+    thresholds: dict[PatternKey, float] = field(
+        default_factory=dict
+    )  # lambda*, while in-batch masking is on
+    compute_dtype: torch.dtype = (
+        torch.float32
+    )  # what the encoder computed in; the encodings are float32 also where it is half precision
+    rounded: dict[int, Rounded] = field(
+        default_factory=dict, init=False, repr=False
+    )  # by the vectors' identity
+    ran: set[str] = field(
+        default_factory=set, init=False
+    )  # "BACKEND DTYPE" of the calls of kernels so far, see objective.backends
 
     def operands(self, vectors: Tensor) -> Tensor:
-        """Vectors [..., D] as a loss's kernels should read and exchange them: normalised and rounded where half precision computes.
+        """Vectors [..., D] as a loss's kernels should read and exchange them: normalised and
+        rounded where half precision computes.
 
-        Else, and where they are in that precision already, the vectors themselves. Vectors are rounded once, however often
+        Else, and where they are in that precision already, the vectors themselves. Vectors are
+        rounded once, however often
         they are asked for: ask for a view's own tensor, not for a slice made anew.
         """
         if self.compute_dtype not in HALF or vectors.dtype is self.compute_dtype:
             return vectors
         if id(vectors) not in self.rounded:
-            self.rounded[id(vectors)] = Rounded(vectors, self.compute_dtype)  # it keeps them, so their identity stays theirs
+            self.rounded[id(vectors)] = Rounded(
+                vectors, self.compute_dtype
+            )  # it keeps them, so their identity stays theirs
         return self.rounded[id(vectors)].read()
 
 
 @dataclass
 class ObjectiveOutput:
     loss: Tensor  # 0-d
-    metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> 0-d detached, this rank's share: averaged over ranks when logged
+    metrics: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # name -> 0-d detached, this rank's share: averaged over ranks when logged
 
 
 class Objective(nn.Module):
-    """Base of all losses. Constructor keyword arguments are the options of conf/objective/NAME.yaml,
+    """Base of all losses.
+
+    Constructor keyword arguments are the options of conf/objective/NAME.yaml,
     plus `embedding` (D), `datasets` (dict[str, DatasetConfig])."""
 
     per_modality = False  # True: the encoder must return the modalities' own vectors too
-    calls_kernels = False  # True: it scores rows in sailplan_kernels (patterns.contrast); else in torch alone, in float32 or float64
-    artifact: str | None = None  # what a stage must list in its `artifacts` for this loss to have anything to learn from
+    # True: it scores rows in sailplan_kernels (patterns.contrast); else in torch alone, in float32
+    # or float64
+    calls_kernels = False
+    artifact: str | None = (
+        # What a stage must list in its `artifacts` for this loss to have anything to learn from
+        None
+    )
 
     def applies(self, dataset: DatasetConfig) -> bool:
         """Whether this loss has a meaning for the data set."""
@@ -113,8 +148,12 @@ class Objective(nn.Module):
 
 
 class HistoryObjective(Objective):
-    """Base of losses that learn one vector for a history of items: evaluation represents histories by it."""
+    """Base of losses that learn one vector for a history of items: evaluation represents
+    histories by it.
+    """
 
     def represent(self, history: Tensor, valid: Tensor, group: int) -> Tensor:
-        """Return a vector [n, D] for each history, of its items' vectors [n * group, D]; valid: bool [n * group]."""
+        """Return a vector [n, D] for each history, of its items' vectors [n * group, D]; valid:
+        bool [n * group].
+        """
         raise NotImplementedError

@@ -27,15 +27,20 @@ def build_objectives(
     allowed_targets: Sequence[str] = ("sailplan.",),
     seed: int = 0,
 ) -> nn.ModuleDict:
-    """Objective name -> module. Initial weights depend on `seed` and the name alone: equal on all ranks.
+    """Objective name -> module.
 
-    Raises ConfigurationError, one line, for a target that is missing, not allowed, not importable or no Objective,
+    Initial weights depend on `seed` and the name alone: equal on all ranks.
+
+    Raises ConfigurationError, one line, for a target that is missing, not allowed, not importable
+    or no Objective,
     and for an option that it does not have or refuses.
     """
     built = nn.ModuleDict()
     for name, options in objectives.items():
         if "." in name:
-            raise ConfigurationError(f"objectives.{name}: found a dot in the name, expected none; rename it")
+            raise ConfigurationError(
+                f"objectives.{name}: found a dot in the name, expected none; rename it"
+            )
         cls = objective_class(name, options.get("_target_"), allowed_targets)
         arguments = {key: value for key, value in options.items() if key != "_target_"}
         check_options(f"objectives.{name}", cls, arguments, ("embedding", "datasets"))
@@ -45,29 +50,46 @@ def build_objectives(
     return built
 
 
-def check_objectives(objectives: nn.ModuleDict, stages: Mapping[str, StageConfig], datasets: Mapping[str, DatasetConfig]) -> None:
-    """Raises ConfigurationError where a stage names an objective that was not built, or draws a data set that none of its
-    objectives has a meaning for: said before the first step, not in the stage's first step with that set."""
+def check_objectives(
+    objectives: nn.ModuleDict,
+    stages: Mapping[str, StageConfig],
+    datasets: Mapping[str, DatasetConfig],
+) -> None:
+    """Raises ConfigurationError where a stage names an objective that was not built, or draws a
+    data set that none of its
+    objectives has a meaning for: said before the first step, not in the stage's first step with
+    that set."""
     for stage_name, stage in stages.items():
         key = f"stages.{stage_name}.objectives"
         unknown = [name for name in stage.objectives if name not in objectives]
         if unknown:
-            raise ConfigurationError(f"{key}: found {', '.join(unknown)}, expected some of {', '.join(objectives)}")
+            raise ConfigurationError(
+                f"{key}: found {', '.join(unknown)}, expected some of {', '.join(objectives)}"
+            )
         used: list[Any] = [objectives[name] for name, weight in stage.objectives.items() if weight]
         for objective in used:
             if objective.artifact is not None and objective.artifact not in stage.artifacts:
                 raise ConfigurationError(
-                    f"{key}: {type(objective).__name__} learns from the artifact {objective.artifact}: list it in stages.{stage_name}.artifacts"
+                    f"{key}: {type(objective).__name__} learns from the artifact "
+                    f"{objective.artifact}: list it in stages.{stage_name}.artifacts"
                 )
         for dataset in stage.data:
             if not any(objective.applies(datasets[dataset]) for objective in used):
                 kind = datasets[dataset].kind
-                raise ConfigurationError(f"{key}: none of {', '.join(stage.objectives)} applies to '{dataset}' ({kind}), expected one that does; add it")
+                raise ConfigurationError(
+                    f"{key}: none of {', '.join(stage.objectives)} applies to '{dataset}' "
+                    f"({kind}), expected one that does; add it"
+                )
 
 
 def objective_class(name: str, target: Any, allowed: Sequence[str]) -> type[Objective]:
-    """The class that `objectives.NAME._target_` names. Raises ConfigurationError where it is none, or not allowed."""
+    """The class that `objectives.NAME._target_` names.
+
+    Raises ConfigurationError where it is none, or not allowed.
+    """
     key = f"objectives.{name}._target_"
     if not isinstance(target, str) or not target:
-        raise ConfigurationError(f"{key}: found {target!r}, expected a class, such as sailplan.objective.infonce.InfoNCE")
+        raise ConfigurationError(
+            f"{key}: found {target!r}, expected a class, such as sailplan.objective.infonce.InfoNCE"
+        )
     return class_at(key, target, Objective, allowed)

@@ -2,19 +2,25 @@
 
     L = InfoNCE(representation of the history, target item)
 
-The history's items are encoded like any item; their vectors, each L2-normalised so that no item outweighs the
-others, become one: their mean (default), or a small transformer over them with a special token. The transformer's
-output is added to the mean through a projection that starts at zero, so training starts from mean pooling.
+The history's items are encoded like any item; their vectors, each L2-normalised so that no item
+outweighs the
+others, become one: their mean (default), or a small transformer over them with a special token. The
+transformer's output is added to the mean through a projection that starts at zero, so training
+starts from mean pooling.
 
-Targets are drawn as often as users use them, so the other rows' targets are popular items, and plain InfoNCE learns
-association net of popularity. The sampling correction takes that back (Yi et al., "Sampling-Bias-Corrected Neural
-Modeling for Large Corpus Item Recommendations", RecSys 2019, section 3): logit s_ij / t - gamma * log p_j, with p_j the
+Targets are drawn as often as users use them, so the other rows' targets are popular items, and
+plain InfoNCE learns association net of popularity. The sampling correction takes that back (Yi et
+al., "Sampling-Bias-Corrected Neural
+Modeling for Large Corpus Item Recommendations", RecSys 2019, section 3): logit s_ij / t - gamma *
+log p_j, with p_j the
 probability that a record has target j.
 
-Items that are nobody's target never are a negative that way, and fill the answers of a search in the whole catalogue.
-Records may bring such items as `negatives`, drawn at random; every row then has all rows' negatives beside the targets
-(Yang et al., "Mixed Negative Sampling for Learning Two-tower Neural Networks in Recommendations", WWW 2020). p_j is then
-relative to a negative's own probability, and both kinds together stand for the whole catalogue.
+Items that are nobody's target never are a negative that way, and fill the answers of a search in
+the whole catalogue.
+Records may bring such items as `negatives`, drawn at random; every row then has all rows' negatives
+beside the targets (Yang et al., "Mixed Negative Sampling for Learning Two-tower Neural Networks in
+Recommendations", WWW 2020). p_j is then relative to a negative's own probability, and both kinds
+together stand for the whole catalogue.
 """
 
 from __future__ import annotations
@@ -28,8 +34,19 @@ from torch.nn.functional import normalize
 
 from sailplan.config.schema import DatasetConfig, PatternKey
 from sailplan.errors import ConfigurationError
-from sailplan.objective.patterns import contrast, contrast_sum, has_history, negatives_of, patterns_of
-from sailplan.objective.protocol import EncodedStep, HistoryObjective, ObjectiveContext, ObjectiveOutput
+from sailplan.objective.patterns import (
+    contrast,
+    contrast_sum,
+    has_history,
+    negatives_of,
+    patterns_of,
+)
+from sailplan.objective.protocol import (
+    EncodedStep,
+    HistoryObjective,
+    ObjectiveContext,
+    ObjectiveOutput,
+)
 from sailplan_kernels import Masks
 
 POOLINGS = ("mean", "encoder")
@@ -38,12 +55,15 @@ POOLINGS = ("mean", "encoder")
 class Seq2Item(HistoryObjective):
     """InfoNCE from a history of items to a target item.
 
-    pooling: mean, or encoder: `layers` pre-norm transformer layers of `heads` heads with a special token.
-    positions: learned positions of the history's items (encoder only); leave off where histories have no time order.
+    pooling: mean, or encoder: `layers` pre-norm transformer layers of `heads` heads with a special
+    token.
+    positions: learned positions of the history's items (encoder only); leave off where histories
+    have no time order.
     dropout: of the encoder.
     symmetric: True, False, or None for each data set's own switch.
     matryoshka: the loss at every prefix, summed.
-    sampling_correction: gamma, 0 (none) to 1 (full); needs records with `target_probability`, as the artifact `interests` has.
+    sampling_correction: gamma, 0 (none) to 1 (full); needs records with `target_probability`, as
+    the artifact `interests` has.
 
     Raises ConfigurationError for options that mean nothing together.
     """
@@ -66,17 +86,28 @@ class Seq2Item(HistoryObjective):
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
-            raise ConfigurationError(f"objectives.seq2item.pooling={pooling}: expected one of {', '.join(POOLINGS)}")
+            raise ConfigurationError(
+                f"objectives.seq2item.pooling={pooling}: expected one of {', '.join(POOLINGS)}"
+            )
         if pooling == "mean" and (positions or dropout):
-            raise ConfigurationError("objectives.seq2item: found positions or dropout with pooling=mean, expected pooling=encoder")
+            raise ConfigurationError(
+                "objectives.seq2item: found positions or dropout with pooling=mean, expected "
+                "pooling=encoder"
+            )
         if pooling == "encoder" and (layers < 1 or embedding % heads):
             raise ConfigurationError(
-                f"objectives.seq2item: found layers={layers}, heads={heads}, expected at least 1, and a divisor of {embedding} (embedding)"
+                f"objectives.seq2item: found layers={layers}, heads={heads}, expected at least 1, "
+                f"and a divisor of {embedding} (embedding)"
             )
         if not 0 <= dropout < 1:
-            raise ConfigurationError(f"objectives.seq2item.dropout={dropout}: expected at least 0 and below 1")
+            raise ConfigurationError(
+                f"objectives.seq2item.dropout={dropout}: expected at least 0 and below 1"
+            )
         if not 0 <= sampling_correction <= 1:
-            raise ConfigurationError(f"objectives.seq2item.sampling_correction={sampling_correction}: expected 0 (none) to 1 (full)")
+            raise ConfigurationError(
+                f"objectives.seq2item.sampling_correction={sampling_correction}: expected 0 (none) "
+                "to 1 (full)"
+            )
         self.sampling_correction = sampling_correction
         self.symmetric = symmetric
         self.matryoshka = matryoshka
@@ -84,26 +115,44 @@ class Seq2Item(HistoryObjective):
         self.positions: nn.Parameter | None = None
         if pooling == "encoder":
             layer = nn.TransformerEncoderLayer(
-                embedding, heads, 4 * embedding, dropout=dropout, activation="gelu", batch_first=True, norm_first=True
+                embedding,
+                heads,
+                4 * embedding,
+                dropout=dropout,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
             )
-            self.encoder = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(embedding), enable_nested_tensor=False)
+            self.encoder = nn.TransformerEncoder(
+                layer, layers, norm=nn.LayerNorm(embedding), enable_nested_tensor=False
+            )
             self.token = nn.Parameter(torch.randn(embedding) * 0.02)
             self.projection = nn.Linear(embedding, embedding, bias=False)
             nn.init.zeros_(self.projection.weight)
             if positions:
-                longest = max((config.history_length for config in datasets.values() if config.kind == "sequences"), default=10)
+                longest = max(
+                    (
+                        config.history_length
+                        for config in datasets.values()
+                        if config.kind == "sequences"
+                    ),
+                    default=10,
+                )
                 self.positions = nn.Parameter(torch.randn(longest, embedding) * 0.02)
 
     def applies(self, dataset: DatasetConfig) -> bool:
         return any(has_history(dataset, pattern) for pattern in dataset.patterns)
 
     def represent(self, history: Tensor, valid: Tensor, group: int) -> Tensor:
-        """Return sequence vectors [n, D] of fused item vectors `history` [n * group, D] with `valid` bool [n * group].
+        """Return sequence vectors [n, D] of fused item vectors `history` [n * group, D] with
+        `valid` bool [n * group].
 
-        Not normalised; zero for a history without any valid item under mean pooling. Also used by evaluation.
+        Not normalised; zero for a history without any valid item under mean pooling. Also used by
+        evaluation.
         """
         if self.encoder is not None and not len(valid):
-            # torch's attention refuses no rows: one absent history, cut away again, keeps the graph as other ranks have it.
+            # torch's attention refuses no rows: one absent history, cut away again, keeps the graph
+            # as other ranks have it.
             one = torch.cat([history, history.new_zeros(group, history.shape[1])])
             return self.represent(one, valid.new_zeros(group), group)[:0]
         mask = valid.view(-1, group, 1)
@@ -117,7 +166,8 @@ class Seq2Item(HistoryObjective):
         if self.positions is not None:
             if group > len(self.positions):
                 raise ConfigurationError(
-                    f"objectives.seq2item.positions: found {group} items, expected at most {len(self.positions)}; raise history_length"
+                    f"objectives.seq2item.positions: found {group} items, expected at most "
+                    f"{len(self.positions)}; raise history_length"
                 )
             tokens = tokens + self.positions[:group]
         tokens = torch.cat([self.token.expand(len(tokens), 1, -1), tokens], 1)
@@ -125,7 +175,9 @@ class Seq2Item(HistoryObjective):
         return mean + self.projection(self.encoder(tokens, src_key_padding_mask=absent)[:, 0])
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
-        """Sum over the patterns from a history of weight times InfoNCE; absent history items are masked."""
+        """Sum over the patterns from a history of weight times InfoNCE; absent history items are
+        masked.
+        """
         contrasts = []
         for pattern in patterns_of(encoded, context, histories=True):
             history, target = pattern.query, pattern.target
@@ -159,7 +211,9 @@ class Seq2Item(HistoryObjective):
             return None
         if encoded.target_log_probability is None:
             raise ConfigurationError(
-                f"objectives.seq2item.sampling_correction={self.sampling_correction}: records of '{encoded.dataset}' have no "
-                "`target_probability`, expected it in all of them; add it, or set the correction to 0"
+                f"objectives.seq2item.sampling_correction={self.sampling_correction}: records of "
+                f"'{encoded.dataset}' have no "
+                "`target_probability`, expected it in all of them; add it, or set the correction "
+                "to 0"
             )
         return self.sampling_correction * encoded.target_log_probability

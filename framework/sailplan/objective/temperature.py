@@ -1,8 +1,9 @@
 """Learnable temperatures: one for every pattern of every data set.
 
-Each starts from its data set's `temperature` (0.05 unless configured) and is learned as a logarithm, so that steps
-are relative. It is used clamped to [0.005, 1]; `clamp_` brings the parameter itself back after an optimizer step,
-because a parameter beyond the bound would get no gradient and never return.
+Each starts from its data set's `temperature` (0.05 unless configured) and is learned as a
+logarithm, so that steps are relative. It is used clamped to [0.005, 1]; `clamp_` brings the
+parameter itself back after an optimizer step, because a parameter beyond the bound would get no
+gradient and never return.
 """
 
 from __future__ import annotations
@@ -26,14 +27,26 @@ class Temperatures(nn.Module):
         self.logarithms = nn.ParameterDict()
         for dataset, config in datasets.items():
             for pattern in config.patterns:
-                self.logarithms[str(PatternKey(dataset, pattern))] = nn.Parameter(torch.tensor(math.log(config.temperature)))
+                self.logarithms[str(PatternKey(dataset, pattern))] = nn.Parameter(
+                    torch.tensor(math.log(config.temperature))
+                )
 
     def get(self, key: PatternKey) -> Tensor:
-        """Return the temperature in use, a 0-d tensor with gradient. Raises ConfigurationError for an unknown pattern."""
+        """Return the temperature in use, a 0-d tensor with gradient.
+
+        Raises ConfigurationError for an unknown pattern.
+        """
         name = str(key)
         if name not in self.logarithms:
-            raise ConfigurationError(f"temperature of '{name}': no such data set and pattern, expected one of {', '.join(self.logarithms)}")
-        return self.logarithms[name].clamp(math.log(LOWEST_TEMPERATURE), math.log(HIGHEST_TEMPERATURE)).exp()
+            raise ConfigurationError(
+                f"temperature of '{name}': no such data set and pattern, expected one of "
+                f"{', '.join(self.logarithms)}"
+            )
+        return (
+            self.logarithms[name]
+            .clamp(math.log(LOWEST_TEMPERATURE), math.log(HIGHEST_TEMPERATURE))
+            .exp()
+        )
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -50,7 +63,12 @@ class Temperatures(nn.Module):
         """The temperatures in use, float64 [n] on the device, in the order of `keys`."""
         if not self.logarithms:
             return torch.zeros(0, dtype=torch.float64)
-        return torch.stack(list(self.logarithms.values())).double().exp().clamp(LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)
+        return (
+            torch.stack(list(self.logarithms.values()))
+            .double()
+            .exp()
+            .clamp(LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)
+        )
 
     @property
     def keys(self) -> list[PatternKey]:

@@ -1,4 +1,6 @@
-"""Configuration of what a run shows while it works, as version 0.1.0 wrote it: `loggers` says it now, and more."""
+"""Configuration of what a run shows while it works, as version 0.1.0 wrote it: `loggers` says it
+now, and more.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,11 @@ class TrackingConfig:
         if self.wandb == "disabled":
             found.pop("wandb", None)
         for name, key, value in (
-            ("wandb", "mode", self.wandb), ("wandb", "project", self.project), ("wandb", "every", self.log_every), ("console", "every", self.log_every),
-        ):  # fmt: skip
+            ("wandb", "mode", self.wandb),
+            ("wandb", "project", self.project),
+            ("wandb", "every", self.log_every),
+            ("console", "every", self.log_every),
+        ):
             if value is not None and name in found:
                 found[name][key] = value
         return found

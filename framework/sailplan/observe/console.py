@@ -1,6 +1,8 @@
-"""The run on a screen: one progress bar per stage on a terminal, one plain line every few steps in a log file.
+"""The run on a screen: one progress bar per stage on a terminal, one plain line every few steps
+in a log file.
 
-A table of the tasks' headline metrics follows each evaluation, and one over all stages ends the run.
+A table of the tasks' headline metrics follows each evaluation, and one over all stages ends the
+run.
 """
 
 from __future__ import annotations
@@ -10,7 +12,14 @@ import time
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -40,7 +49,9 @@ class ConsoleLogger(Logger):
 
     def __init__(self, run: RunInfo, *, every: int = 10, console: Console | None = None) -> None:
         super().__init__(run)
-        self.console = console or Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+        self.console = console or Console(
+            soft_wrap=True, width=None if sys.stdout.isatty() else 120
+        )
         self.every = max(1, every)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
@@ -57,9 +68,15 @@ class ConsoleLogger(Logger):
         self.stage, self.last = stage, None
         steps = stage.last_step - stage.first_step + 1
         mixture = ", ".join(f"{name} {weight:.2f}" for name, weight in stage.data.items())
-        self._say(f"stage {stage.index}/{stage.count} {stage.name}: steps {stage.first_step}-{stage.last_step}" + (f"; {mixture}" if mixture else ""))
+        self._say(
+            f"stage {stage.index}/{stage.count} {stage.name}: steps "
+            f"{stage.first_step}-{stage.last_step}" + (f"; {mixture}" if mixture else "")
+        )
         if stage.backends:
-            self._say("losses: " + ", ".join(f"{name} {backend}" for name, backend in stage.backends.items()))
+            self._say(
+                "losses: "
+                + ", ".join(f"{name} {backend}" for name, backend in stage.backends.items())
+            )
         if self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("{task.description}", markup=False),
@@ -69,7 +86,9 @@ class ConsoleLogger(Logger):
                 TimeElapsedColumn(),
                 console=self.console,
             )
-            self.task = self.progress.add_task(f"{stage.index}/{stage.count} {stage.name}", total=steps, text="")
+            self.task = self.progress.add_task(
+                f"{stage.index}/{stage.count} {stage.name}", total=steps, text=""
+            )
             self.progress.start()
 
     def _remaining(self, step: int) -> str:
@@ -77,7 +96,11 @@ class ConsoleLogger(Logger):
         now = time.monotonic()
         if self.last is not None and step > self.last[0]:
             current = (now - self.last[1]) / (step - self.last[0])
-            self.seconds_per_step = current if self.seconds_per_step is None else 0.9 * self.seconds_per_step + 0.1 * current
+            self.seconds_per_step = (
+                current
+                if self.seconds_per_step is None
+                else 0.9 * self.seconds_per_step + 0.1 * current
+            )
         self.last = (step, now)
         if self.seconds_per_step is None or self.stage is None:
             return "-"
@@ -88,16 +111,22 @@ class ConsoleLogger(Logger):
         if self.stage is None:
             return
         text = (
-            f"loss {number(values.get('loss/total'))}  accuracy {number(values.get('accuracy'), 3)}  "
+            f"loss {number(values.get('loss/total'))}  accuracy "
+            f"{number(values.get('accuracy'), 3)}  "
             f"{number(values.get('rows_per_second'), 3)} rows/s  left {remaining}"
         )
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=step - self.stage.first_step + 1, text=text)
         elif step % self.every == 0 or step in (self.stage.first_step, self.stage.last_step):
-            self._say(f"[{self.stage.index}/{self.stage.count} {stage}] step {step}/{self.stage.last_step}  {text}")
+            self._say(
+                f"[{self.stage.index}/{self.stage.count} {stage}] step "
+                f"{step}/{self.stage.last_step}  {text}"
+            )
 
     def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
-        """One row a task: its headline metric and the change since the evaluation before; the files have all metrics."""
+        """One row a task: its headline metric and the change since the evaluation before; the
+        files have all metrics.
+        """
         table = Table("task", "metric", title=f"after {stage}, step {step}", title_justify="left")
         table.add_column("value", justify="right")
         table.add_column("change", justify="right")
@@ -106,20 +135,33 @@ class ConsoleLogger(Logger):
             name = headline_metric(metrics)
             if name is not None:
                 old = before.get(task, {}).get(name)
-                table.add_row(Text(task), Text(name), f"{metrics[name]:.4f}", "" if old is None else f"{metrics[name] - old:+.4f}")
+                table.add_row(
+                    Text(task),
+                    Text(name),
+                    f"{metrics[name]:.4f}",
+                    "" if old is None else f"{metrics[name] - old:+.4f}",
+                )
         self.console.print(table)
         self.evaluations.append((stage, results))
 
     def _final_table(self) -> Table:
-        """One row a task, one column a stage: the headline metric after each stage's last evaluation."""
+        """One row a task, one column a stage: the headline metric after each stage's last
+        evaluation.
+        """
         stages = dict(self.evaluations)
         table = Table("task", "metric", title="results after each stage", title_justify="left")
         for stage in stages:
             table.add_column(Text(stage), justify="right")
         for task in dict.fromkeys(task for results in stages.values() for task in results):
-            name = headline_metric(next(results[task] for results in stages.values() if task in results))
+            name = headline_metric(
+                next(results[task] for results in stages.values() if task in results)
+            )
             values = [results.get(task, {}).get(name or "") for results in stages.values()]
-            table.add_row(Text(task), Text(name or "-"), *("-" if value is None else f"{value:.4f}" for value in values))
+            table.add_row(
+                Text(task),
+                Text(name or "-"),
+                *("-" if value is None else f"{value:.4f}" for value in values),
+            )
         return table
 
     def _stop_progress(self) -> None:
@@ -134,4 +176,7 @@ class ConsoleLogger(Logger):
         self._stop_progress()
         if finished and len(self.evaluations) > 1:
             self.console.print(self._final_table())
-        self._say(f"{'finished' if finished else 'stopped'} after {duration(time.monotonic() - self.begin)}")
+        self._say(
+            f"{'finished' if finished else 'stopped'} after "
+            f"{duration(time.monotonic() - self.begin)}"
+        )

@@ -1,7 +1,8 @@
 """What every receiver of a run's numbers understands: a logger.
 
-A logger ignores whatever it does not override, so a console without tables or a tracker without stages needs no special
-case in the training loop. Only rank 0 has loggers. A new one is one file with a subclass of `Logger` and one YAML in
+A logger ignores whatever it does not override, so a console without tables or a tracker without
+stages needs no special case in the training loop. Only rank 0 has loggers. A new one is one file
+with a subclass of `Logger` and one YAML in
 conf/logger that names it as `_target_`.
 """
 
@@ -12,14 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Value = float | int | str  # one measured value; strings for names and digests ("data/set", "data/digest")
+Value = (
+    float | int | str
+)  # one measured value; strings for names and digests ("data/set", "data/digest")
 Results = Mapping[str, Mapping[str, float]]  # task -> metric -> value
-Examples = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> [{"query": item, "results": [item with "score", "correct"]}]
+Examples = Mapping[
+    str, Sequence[Mapping[str, Any]]
+]  # task -> [{"query": item, "results": [item with "score", "correct"]}]
 
 
 @dataclass(frozen=True)
 class StageInfo:
-    """A stage as the run's records show it. Steps count from 1; `first_step` and `last_step` belong to the stage."""
+    """A stage as the run's records show it.
+
+    Steps count from 1; `first_step` and `last_step` belong to the stage.
+    """
 
     name: str
     index: int  # 1-based place in the schedule
@@ -29,7 +37,9 @@ class StageInfo:
     data: Mapping[str, float] = field(default_factory=dict)  # data set -> sampling weight in use
     objectives: Mapping[str, float] = field(default_factory=dict)  # objective -> weight
     learning_rate: tuple[float, float] | None = None  # peak, final
-    backends: Mapping[str, str] = field(default_factory=dict)  # objective -> "BACKEND DTYPE" that its scores will go through
+    backends: Mapping[str, str] = field(
+        default_factory=dict
+    )  # objective -> "BACKEND DTYPE" that its scores will go through
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,9 @@ class RunInfo:
 
     folder: Path  # runs/NAME
     settings: Mapping[str, Any] = field(default_factory=dict)  # the resolved configuration
-    resumed_step: int | None = None  # the checkpoint's step when a run is continued; None for a fresh start
+    resumed_step: int | None = (
+        None  # the checkpoint's step when a run is continued; None for a fresh start
+    )
 
     @property
     def name(self) -> str:

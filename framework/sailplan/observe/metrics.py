@@ -1,8 +1,9 @@
 """The one object through which a run is watched: values go in, every logger gets them.
 
-On ranks other than 0 the list of loggers is empty, so the training loop calls the same methods everywhere and never asks
-for its rank. The run folder's own files are always written, as resuming and the report rest on them; the other loggers
-are the configuration's, and one that fails is left out from then on: training goes on.
+On ranks other than 0 the list of loggers is empty, so the training loop calls the same methods
+everywhere and never asks for its rank. The run folder's own files are always written, as resuming
+and the report rest on them; the other loggers are the configuration's, and one that fails is left
+out from then on: training goes on.
 """
 
 from __future__ import annotations
@@ -21,21 +22,30 @@ from sailplan.observe.run_files import RunFiles
 __all__ = ["MetricWriter", "RunInfo", "StageInfo"]
 
 
-def logger_classes(loggers: Mapping[str, Mapping[str, Any]], allowed: Sequence[str]) -> dict[str, type[Logger]]:
+def logger_classes(
+    loggers: Mapping[str, Mapping[str, Any]], allowed: Sequence[str]
+) -> dict[str, type[Logger]]:
     """Return the class of each logger of the configuration.
 
-    Raises ConfigurationError for a target that is missing or no Logger, an option that it does not have, and a package
+    Raises ConfigurationError for a target that is missing or no Logger, an option that it does not
+    have, and a package
     that is not installed: on every rank, before the run.
     """
     found = {}
     for name, options in loggers.items():
         key, target = f"loggers.{name}", options.get("_target_")
         if not isinstance(target, str) or not target:
-            raise ConfigurationError(f"{key}._target_: found {target!r}, expected a class, such as sailplan.observe.console.ConsoleLogger")
+            raise ConfigurationError(
+                f"{key}._target_: found {target!r}, expected a class, such as "
+                "sailplan.observe.console.ConsoleLogger"
+            )
         cls = class_at(f"{key}._target_", target, Logger, allowed)
         check_options(key, cls, _options(options), ("run",))
         if cls.package is not None and importlib.util.find_spec(cls.package) is None:
-            raise ConfigurationError(f"{key}: {cls.__name__} needs the package {cls.package}, which is not installed: pip install {cls.package}")
+            raise ConfigurationError(
+                f"{key}: {cls.__name__} needs the package {cls.package}, which is not installed: "
+                f"pip install {cls.package}"
+            )
         found[name] = cls
     return found
 
@@ -45,12 +55,21 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class MetricWriter:
-    """Fan metrics out to the run folder and the configuration's loggers; do nothing on ranks other than 0.
+    """Fan metrics out to the run folder and the configuration's loggers; do nothing on ranks
+    other than 0.
 
-    loggers: name -> `_target_` and options. Usable as a context manager, so that the terminal is restored on any exit.
+    loggers: name -> `_target_` and options. Usable as a context manager, so that the terminal is
+    restored on any exit.
     """
 
-    def __init__(self, run: RunInfo, loggers: Mapping[str, Mapping[str, Any]], rank: int, *, allowed_targets: Sequence[str] = ("sailplan.",)) -> None:
+    def __init__(
+        self,
+        run: RunInfo,
+        loggers: Mapping[str, Mapping[str, Any]],
+        rank: int,
+        *,
+        allowed_targets: Sequence[str] = ("sailplan.",),
+    ) -> None:
         self.stage: StageInfo | None = None
         self.finished = False
         self.files: RunFiles | None = None
@@ -86,11 +105,17 @@ class MetricWriter:
         self._each(lambda logger: logger.start_stage(stage))
 
     def log_step(self, step: int, stage: str, values: Mapping[str, Value]) -> None:
-        """Log values of step `step` (counted from 1): "loss/total", "accuracy", "rows_per_second", "data/set" ..."""
+        """Log values of step `step` (counted from 1): "loss/total", "accuracy",
+        "rows_per_second", "data/set" ...
+        """
         self._each(lambda logger: logger.log_step(step, stage, values))
 
-    def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples | None = None) -> None:
-        """Log all tasks' results after step `step`; `examples` are nearest neighbours for the report."""
+    def log_evaluation(
+        self, step: int, stage: str, results: Results, examples: Examples | None = None
+    ) -> None:
+        """Log all tasks' results after step `step`; `examples` are nearest neighbours for the
+        report.
+        """
         self._each(lambda logger: logger.log_evaluation(step, stage, results, examples or {}))
 
     def finish_stage(self) -> None:
@@ -109,11 +134,18 @@ class MetricWriter:
     def __enter__(self) -> MetricWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 def _warn(name: str, error: Exception) -> None:
     reason = " ".join(str(error).split()) or type(error).__name__
     message = f"sailplan: warning: loggers.{name}: {reason}; the run goes on without it (metrics.jsonl has every step)"
-    print(message, file=sys.stderr, flush=True)  # not warnings.warn: the command line silences those of all dependencies
+    print(
+        message, file=sys.stderr, flush=True
+    )  # not warnings.warn: the command line silences those of all dependencies

@@ -1,8 +1,10 @@
 """`report.html` of a run: one file that needs nothing else, made from the run folder alone.
 
-This module arranges what `report_data` read into the sections of the page; `report_pictures` draws the curves and
-`templates/report.html.j2` holds all of the HTML and CSS. Every string is escaped by the template engine; the only markup that is
-let through is the SVG drawn here. A part that the run does not have is shown as "not in this run".
+This module arranges what `report_data` read into the sections of the page; `report_pictures` draws
+the curves and
+`templates/report.html.j2` holds all of the HTML and CSS. Every string is escaped by the template
+engine; the only markup that is let through is the SVG drawn here. A part that the run does not have
+is shown as "not in this run".
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from sailplan.observe.console import duration
-from sailplan.observe.report_data import BASELINES, COUNTS, RunData, Series, headline_metric, is_baseline, read_run
+from sailplan.observe.report_data import (
+    BASELINES,
+    COUNTS,
+    RunData,
+    Series,
+    headline_metric,
+    is_baseline,
+    read_run,
+)
 from sailplan.observe.report_pictures import SERIES_COLOURS, curves, smooth
 from sailplan.runtime.files import write_whole
 
@@ -31,7 +41,9 @@ def _number(value: Any, digits: int = 4) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
 
 
-def _picture(name: str, label: str, lines: dict[str, Series], data: RunData, **options: bool) -> Markup:
+def _picture(
+    name: str, label: str, lines: dict[str, Series], data: RunData, **options: bool
+) -> Markup:
     return Markup(curves(name, label, lines, data.spans, **options))
 
 
@@ -41,7 +53,15 @@ def _summary(data: RunData) -> list[dict[str, Any]]:
     for task in data.tasks:
         metric, series = data.headline(task)
         if metric and series:
-            rows.append({"task": task, "metric": metric, "first": series[0][1], "last": series[-1][1], "count": len(series)})
+            rows.append(
+                {
+                    "task": task,
+                    "metric": metric,
+                    "first": series[0][1],
+                    "last": series[-1][1],
+                    "count": len(series),
+                }
+            )
     return rows
 
 
@@ -53,7 +73,10 @@ def _stages(data: RunData) -> list[dict[str, Any]]:
         seconds = float(stage.get("seconds") or 0.0) + preparing
         rate = stage.get("learning_rate")
         weights = stage.get("weights") or dict.fromkeys(stage.get("data") or [], None)
-        done = min(max(data.steps - stage["first_step"] + 1, 0), stage["last_step"] - stage["first_step"] + 1)
+        done = min(
+            max(data.steps - stage["first_step"] + 1, 0),
+            stage["last_step"] - stage["first_step"] + 1,
+        )
         rows.append(
             {
                 "name": stage["name"],
@@ -67,69 +90,152 @@ def _stages(data: RunData) -> list[dict[str, Any]]:
                 "share": 100.0 * seconds / total,
                 "data": weights,
                 "objectives": stage.get("objectives") or {},
-                "learning_rate": " → ".join(_number(value, 3) for value in rate) if isinstance(rate, list) else _number(rate, 3),
+                "learning_rate": " → ".join(_number(value, 3) for value in rate)
+                if isinstance(rate, list)
+                else _number(rate, 3),
             }
         )
     return rows
 
 
 def _curves(data: RunData) -> dict[str, Any]:
-    by_set = {name: data.series("loss/total", name) for name in data.datasets} or {"loss": data.series("loss/total")}
-    heads = {f"{task} ({metric})": series for task in data.tasks for metric, series in [data.headline(task)] if series}
+    by_set = {name: data.series("loss/total", name) for name in data.datasets} or {
+        "loss": data.series("loss/total")
+    }
+    heads = {
+        f"{task} ({metric})": series
+        for task in data.tasks
+        for metric, series in [data.headline(task)]
+        if series
+    }
     small: list[tuple[str, Markup]] = []
     singles = [name for name in data.names if name.startswith("loss/") and name != "loss/total"]
-    for number, name in enumerate([*singles, "accuracy", "grad_norm", "learning_rate", "rows_per_second"]):
-        small.append((name, _picture(f"small{number}", name, {name: data.series(name)}, data, smoothed=name != "learning_rate")))
-    temperatures = {name.removeprefix("temperature/"): data.series(name) for name in data.names if name.startswith("temperature/")}
+    for number, name in enumerate(
+        [*singles, "accuracy", "grad_norm", "learning_rate", "rows_per_second"]
+    ):
+        small.append(
+            (
+                name,
+                _picture(
+                    f"small{number}",
+                    name,
+                    {name: data.series(name)},
+                    data,
+                    smoothed=name != "learning_rate",
+                ),
+            )
+        )
+    temperatures = {
+        name.removeprefix("temperature/"): data.series(name)
+        for name in data.names
+        if name.startswith("temperature/")
+    }
     by_prefix = {f"{size} dimensions": series for size, series in data.prefix_losses.items()}
     return {
-        "loss": _picture("loss", "loss per step and data set", by_set, data, wide=True, smoothed=True),
+        "loss": _picture(
+            "loss", "loss per step and data set", by_set, data, wide=True, smoothed=True
+        ),
         "recall": _picture("recall", "evaluation results", heads, data, wide=True, markers=True),
-        "temperature": _picture("temperature", "learned temperatures", temperatures, data, wide=True),
+        "temperature": _picture(
+            "temperature", "learned temperatures", temperatures, data, wide=True
+        ),
         "small": [(name, picture) for name, picture in small if picture],
-        "prefixes": _picture("prefixes", "loss of each prefix", by_prefix, data, wide=True, smoothed=True),
-        "prefix_last": {size: smooth(series)[-1][1] for size, series in data.prefix_losses.items() if series},
+        "prefixes": _picture(
+            "prefixes", "loss of each prefix", by_prefix, data, wide=True, smoothed=True
+        ),
+        "prefix_last": {
+            size: smooth(series)[-1][1] for size, series in data.prefix_losses.items() if series
+        },
     }
 
 
 def _time(data: RunData) -> list[dict[str, Any]]:
     """Mean seconds of a step's phases, the longest first, and the wait for data."""
-    named = {name.removeprefix("seconds/"): name for name in data.names if name.startswith("seconds/")}
+    named = {
+        name.removeprefix("seconds/"): name for name in data.names if name.startswith("seconds/")
+    }
     phases = {**named, "wait for data": "data/wait_seconds"}
-    means = {phase: sum(value for _, value in series) / len(series) for phase, name in phases.items() if (series := data.series(name))}
+    means = {
+        phase: sum(value for _, value in series) / len(series)
+        for phase, name in phases.items()
+        if (series := data.series(name))
+    }
     total = sum(means.values()) or 1.0
-    return [{"name": phase, "seconds": mean, "share": mean / total} for phase, mean in sorted(means.items(), key=lambda item: -item[1])]
+    return [
+        {"name": phase, "seconds": mean, "share": mean / total}
+        for phase, mean in sorted(means.items(), key=lambda item: -item[1])
+    ]
 
 
 def _numbers(value: Any) -> dict[str, float]:
     """The numeric entries of a mapping."""
     entries = value.items() if isinstance(value, dict) else ()
-    return {str(key): float(number) for key, number in entries if isinstance(number, (int, float)) and not isinstance(number, bool)}
+    return {
+        str(key): float(number)
+        for key, number in entries
+        if isinstance(number, (int, float)) and not isinstance(number, bool)
+    }
 
 
 def _balance(similarities: Any) -> dict[str, Any]:
-    """{training set: {benchmark: similarity, "mean": mean}} as a table: a column per benchmark, a row per training set."""
-    pairs = {str(name): _numbers(row) for name, row in similarities.items()} if isinstance(similarities, dict) else {}
-    columns = [column for column in dict.fromkeys(name for row in pairs.values() for name in row) if column not in ("mean", "error")]
+    """{training set: {benchmark: similarity, "mean": mean}} as a table: a column per benchmark,
+    a row per training set.
+    """
+    pairs = (
+        {str(name): _numbers(row) for name, row in similarities.items()}
+        if isinstance(similarities, dict)
+        else {}
+    )
+    columns = [
+        column
+        for column in dict.fromkeys(name for row in pairs.values() for name in row)
+        if column not in ("mean", "error")
+    ]
     rows = [
-        {"name": name, "mean": row.get("mean"), "error": row.get("error"), "values": [row.get(column) for column in columns]}
+        {
+            "name": name,
+            "mean": row.get("mean"),
+            "error": row.get("error"),
+            "values": [row.get(column) for column in columns],
+        }
         for name, row in pairs.items()
     ]
     return {"columns": columns, "rows": rows}
 
 
 def _weights(data: RunData) -> list[dict[str, Any]]:
-    """Data weights per stage as shares of 1, with the balancing's scores where it ran, and the subsets' sizes."""
+    """Data weights per stage as shares of 1, with the balancing's scores where it ran, and the
+    subsets' sizes.
+    """
     stages = {stage["name"]: _numbers(stage.get("weights")) for stage in data.stages}
-    stages.update({name: _numbers(state["weights"]) for name, state in data.curriculum.items() if state.get("weights")})
+    stages.update(
+        {
+            name: _numbers(state["weights"])
+            for name, state in data.curriculum.items()
+            if state.get("weights")
+        }
+    )
     rows = []
     for name, weights in stages.items():
         state = data.curriculum.get(name, {})
         total = sum(weights.values()) or 1.0
-        bars = [{"name": dataset, "share": value / total} for dataset, value in sorted(weights.items(), key=lambda item: -item[1])]
+        bars = [
+            {"name": dataset, "share": value / total}
+            for dataset, value in sorted(weights.items(), key=lambda item: -item[1])
+        ]
         kept, whole = _numbers(state.get("subsets")), _numbers(state.get("subsets_of"))
-        subsets = [{"name": dataset, "kept": int(count), "whole": int(whole.get(dataset, 0))} for dataset, count in kept.items()]
-        rows.append({"stage": name, "bars": bars, "balance": _balance(state.get("balance")), "subsets": subsets})
+        subsets = [
+            {"name": dataset, "kept": int(count), "whole": int(whole.get(dataset, 0))}
+            for dataset, count in kept.items()
+        ]
+        rows.append(
+            {
+                "stage": name,
+                "bars": bars,
+                "balance": _balance(state.get("balance")),
+                "subsets": subsets,
+            }
+        )
     return [row for row in rows if row["bars"]]
 
 
@@ -137,25 +243,62 @@ def _evaluation_table(data: RunData) -> dict[str, Any]:
     columns = data.last_evaluations
     rows = []
     for task in data.tasks:
-        metrics = dict.fromkeys(metric for column in columns for metric in column["tasks"].get(task, {}) if not is_baseline(metric))
+        metrics = dict.fromkeys(
+            metric
+            for column in columns
+            for metric in column["tasks"].get(task, {})
+            if not is_baseline(metric)
+        )
         head = headline_metric({name: 0.0 for name in metrics})
         for metric in metrics:
             values = [column["tasks"].get(task, {}).get(metric) for column in columns]
             before = [None, *values[:-1]]
-            cells = [{"value": value, "change": None if None in (value, old) else value - old} for value, old in zip(values, before, strict=True)]
-            rows.append({"task": task, "metric": metric, "head": metric == head, "count": metric in COUNTS, "cells": cells})
-    return {"columns": [{"stage": column["stage"], "step": column["step"]} for column in columns], "rows": rows}
+            cells = [
+                {"value": value, "change": None if None in (value, old) else value - old}
+                for value, old in zip(values, before, strict=True)
+            ]
+            rows.append(
+                {
+                    "task": task,
+                    "metric": metric,
+                    "head": metric == head,
+                    "count": metric in COUNTS,
+                    "cells": cells,
+                }
+            )
+    return {
+        "columns": [{"stage": column["stage"], "step": column["step"]} for column in columns],
+        "rows": rows,
+    }
 
 
 def _baselines(data: RunData) -> list[dict[str, Any]]:
-    """Tasks whose results carry simple methods beside the model: one row per metric of the last evaluation."""
+    """Tasks whose results carry simple methods beside the model: one row per metric of the last
+    evaluation.
+    """
     rows = []
     for task in data.tasks:
-        metrics = [evaluation["tasks"][task] for evaluation in data.evaluations if task in evaluation["tasks"]][-1]
+        metrics = [
+            evaluation["tasks"][task]
+            for evaluation in data.evaluations
+            if task in evaluation["tasks"]
+        ][-1]
         for metric, value in metrics.items():
-            simple = {name: [v for m, v in metrics.items() if name in m and metric in re.split(r"[/:]", m)] for name in BASELINES}
+            simple = {
+                name: [
+                    v for m, v in metrics.items() if name in m and metric in re.split(r"[/:]", m)
+                ]
+                for name in BASELINES
+            }
             if not is_baseline(metric) and any(simple.values()):
-                rows.append({"task": task, "metric": metric, "model": value, **{name: values[0] if values else None for name, values in simple.items()}})
+                rows.append(
+                    {
+                        "task": task,
+                        "metric": metric,
+                        "model": value,
+                        **{name: values[0] if values else None for name, values in simple.items()},
+                    }
+                )
     return rows
 
 
@@ -167,7 +310,13 @@ def _item(item: Any) -> dict[str, Any]:
     shown = isinstance(picture, str) and _PICTURE.fullmatch(picture) is not None
     text = item.get("text") or ("" if shown else str(picture or item.get("id") or "(no text)"))
     parts = [_item(part) for part in item.get("items") or []]  # a history
-    return {"text": str(text), "image": picture if shown else None, "score": item.get("score"), "correct": bool(item.get("correct")), "items": parts}
+    return {
+        "text": str(text),
+        "image": picture if shown else None,
+        "score": item.get("score"),
+        "correct": bool(item.get("correct")),
+        "items": parts,
+    }
 
 
 def _neighbours(data: RunData) -> dict[str, list[dict[str, Any]]]:
@@ -177,7 +326,10 @@ def _neighbours(data: RunData) -> dict[str, list[dict[str, Any]]]:
         for task, examples in (evaluation.get("examples") or {}).items():
             if examples:
                 found[task] = [
-                    {"query": _item(example.get("query")), "results": [_item(result) for result in example.get("results", [])[:5]]}
+                    {
+                        "query": _item(example.get("query")),
+                        "results": [_item(result) for result in example.get("results", [])[:5]],
+                    }
                     for example in examples[:SHOWN_EXAMPLES]
                 ]
     return found
@@ -206,15 +358,29 @@ def _thresholds(data: RunData) -> list[dict[str, Any]]:
         for pattern, threshold in (state.get("thresholds") or {}).items():
             values = threshold if isinstance(threshold, dict) else {"value": threshold}
             rows.append(
-                {"stage": stage, "pattern": pattern, **{key: values.get(key) for key in ("value", "f1", "precision", "recall", "tp", "fp", "fn", "tn")}}
+                {
+                    "stage": stage,
+                    "pattern": pattern,
+                    **{
+                        key: values.get(key)
+                        for key in ("value", "f1", "precision", "recall", "tp", "fp", "fn", "tn")
+                    },
+                }
             )
     return rows
 
 
 def _quarantine(data: RunData) -> dict[str, Any]:
     reasons = Counter(str(record.get("reason", "no reason given")) for record in data.quarantine)
-    columns = list(dict.fromkeys(key for record in data.quarantine[:SHOWN_QUARANTINED] for key in record))
-    return {"total": len(data.quarantine), "reasons": reasons.most_common(), "columns": columns, "rows": data.quarantine[:SHOWN_QUARANTINED]}
+    columns = list(
+        dict.fromkeys(key for record in data.quarantine[:SHOWN_QUARANTINED] for key in record)
+    )
+    return {
+        "total": len(data.quarantine),
+        "reasons": reasons.most_common(),
+        "columns": columns,
+        "rows": data.quarantine[:SHOWN_QUARANTINED],
+    }
 
 
 def render(data: RunData) -> str:

@@ -1,8 +1,9 @@
 """The run folder's own records: metrics.jsonl, evaluation/*.json and stages.json.
 
-metrics.jsonl has one object a line, `{"step", "stage", "time", name: value ...}`, and never a step twice: a resumed run
-first drops the lines of steps that will be done again. Every rewrite goes through a temporary file and a rename, so that
-a kill leaves the old file or the new one. JSON has no NaN, so a value that is not finite is written as null.
+metrics.jsonl has one object a line, `{"step", "stage", "time", name: value ...}`, and never a step
+twice: a resumed run first drops the lines of steps that will be done again. Every rewrite goes
+through a temporary file and a rename, so that a kill leaves the old file or the new one. JSON has
+no NaN, so a value that is not finite is written as null.
 """
 
 from __future__ import annotations
@@ -20,11 +21,19 @@ from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInf
 from sailplan.runtime.environment import world_size_from_environment
 from sailplan.runtime.files import write_whole
 
-METRICS, PREVIOUS, STAGES, EVALUATION, QUARANTINE = "metrics.jsonl", "metrics.previous.jsonl", "stages.json", "evaluation", "quarantine.jsonl"
+METRICS, PREVIOUS, STAGES, EVALUATION, QUARANTINE = (
+    "metrics.jsonl",
+    "metrics.previous.jsonl",
+    "stages.json",
+    "evaluation",
+    "quarantine.jsonl",
+)
 
 
 def finite(value: Any) -> Any:
-    """`value` with every float that is not finite replaced by None, inside mappings and lists too."""
+    """`value` with every float that is not finite replaced by None, inside mappings and lists
+    too.
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -35,7 +44,9 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON to `path` atomically (temporary file in the same folder, then rename)."""
+    """Writes `value` as JSON to `path` atomically (temporary file in the same folder, then
+    rename).
+    """
     write_whole(path, json.dumps(finite(value), ensure_ascii=False, indent=1, allow_nan=False))
 
 
@@ -53,15 +64,23 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 value = json.loads(line)
             except ValueError as error:
                 if complete:
-                    raise ValueError(f"{path}: line {number} is not JSON ({error}); remove the line or restore the file") from error
+                    raise ValueError(
+                        f"{path}: line {number} is not JSON ({error}); remove the line or restore "
+                        "the file"
+                    ) from error
                 return
             if not isinstance(value, dict):
-                raise ValueError(f"{path}: line {number} is not a JSON object; remove the line or restore the file")
+                raise ValueError(
+                    f"{path}: line {number} is not a JSON object; remove the line or restore the "
+                    "file"
+                )
             yield value
 
 
 def drop_after(path: Path, step: int) -> int:
-    """Rewrites a metrics file without the lines of steps after `step` (and without a broken last line); returns lines kept."""
+    """Rewrites a metrics file without the lines of steps after `step` (and without a broken last
+    line); returns lines kept.
+    """
     kept = 0
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -78,9 +97,11 @@ def drop_after(path: Path, step: int) -> int:
 class RunFiles(Logger):
     """Writes the records of a run into its folder.
 
-    A run that is not resumed starts afresh (an older metrics.jsonl is kept once as metrics.previous.jsonl); a resumed one continues
-    after its step. `stages.json` holds a stage's wall seconds, including steps that were repeated after a stop, and the
-    backends of its losses: those foretold until a step has been made, then all that its steps have gone through.
+    A run that is not resumed starts afresh (an older metrics.jsonl is kept once as
+    metrics.previous.jsonl); a resumed one continues after its step. `stages.json` holds a stage's
+    wall seconds, including steps that were repeated after a stop, and the
+    backends of its losses: those foretold until a step has been made, then all that its steps have
+    gone through.
     """
 
     def __init__(self, run: RunInfo) -> None:
@@ -103,7 +124,9 @@ class RunFiles(Logger):
         if (folder / QUARANTINE).exists():
             drop_after(folder / QUARANTINE, resumed_step or 0)
         self._drop_evaluations(-1 if resumed_step is None else resumed_step)
-        self.file: TextIO = metrics.open("a", encoding="utf-8", buffering=1)  # line buffered: a crash loses no finished step
+        self.file: TextIO = metrics.open(
+            "a", encoding="utf-8", buffering=1
+        )  # line buffered: a crash loses no finished step
 
     def _drop_evaluations(self, step: int) -> None:
         for path in (self.folder / EVALUATION).glob("step-*.json"):
@@ -146,12 +169,16 @@ class RunFiles(Logger):
         self._note_backends(values)
 
     def _note_backends(self, values: Mapping[str, Value]) -> None:
-        """A kernel that the device refuses goes another way in the middle of a run: the stage names all ways that were taken."""
+        """A kernel that the device refuses goes another way in the middle of a run: the stage
+        names all ways that were taken.
+        """
         if not self.stages:
             return
         for key, backend in values.items():
             if key.startswith("backend/"):
-                self.ran.setdefault(key.removeprefix("backend/"), set()).update(str(backend).split(" + "))
+                self.ran.setdefault(key.removeprefix("backend/"), set()).update(
+                    str(backend).split(" + ")
+                )
         known = self.stages[-1]["backends"]
         found = known | {name: " + ".join(sorted(ran)) for name, ran in self.ran.items()}
         if found != known:

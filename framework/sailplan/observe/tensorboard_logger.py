@@ -1,6 +1,7 @@
 """The run's numbers as TensorBoard event files in the run folder: `tensorboard --logdir runs`.
 
-Everything is drawn over the global step. A resumed run says from which step it goes on, so that TensorBoard hides the
+Everything is drawn over the global step. A resumed run says from which step it goes on, so that
+TensorBoard hides the
 steps that are done again.
 """
 
@@ -28,7 +29,9 @@ class TensorBoardLogger(Logger):
     def start_stage(self, stage: StageInfo) -> None:
         self.stage = stage
         weights = ", ".join(f"{name} {weight:.3g}" for name, weight in stage.data.items())
-        self.writer.add_text("stage", f"{stage.index}/{stage.count} {stage.name}: {weights}", stage.first_step)
+        self.writer.add_text(
+            "stage", f"{stage.index}/{stage.count} {stage.name}: {weights}", stage.first_step
+        )
 
     def log_step(self, step: int, stage: str, values: Mapping[str, Value]) -> None:
         last = self.stage is not None and step == self.stage.last_step

@@ -1,7 +1,8 @@
-"""Weights & Biases as one more reader of the run: offline by default, and never a reason to stop training.
+"""Weights & Biases as one more reader of the run: offline by default, and never a reason to stop
+training.
 
-The run's id follows from its name, so a resumed run continues the same charts. Everything it writes lies in the run
-folder. `MetricWriter` leaves it out from its first failure on.
+The run's id follows from its name, so a resumed run continues the same charts. Everything it writes
+lies in the run folder. `MetricWriter` leaves it out from its first failure on.
 """
 
 from __future__ import annotations
@@ -17,22 +18,38 @@ from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInf
 
 
 def run_id(project: str, name: str) -> str:
-    """The tracker's id of a run: readable name plus a short hash of project and name; stable over restarts."""
+    """The tracker's id of a run: readable name plus a short hash of project and name; stable
+    over restarts.
+    """
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:40] or "run"
     return f"{readable}-{hashlib.sha256(f'{project}/{name}'.encode()).hexdigest()[:8]}"
 
 
 class WandbLogger(Logger):
-    """Log to the run `run_id(project, folder name)`. mode: offline or online. every: steps between values.
+    """Log to the run `run_id(project, folder name)`. mode: offline or online.
 
-    Charts: every value over the global step; losses and accuracy once more per stage over the stage's own step;
-    `progress/*`; `evaluation/TASK/METRIC`; tables of the stages' data-set and objective weights and of the results.
+    every: steps between values.
+
+    Charts: every value over the global step; losses and accuracy once more per stage over the
+    stage's own step;
+    `progress/*`; `evaluation/TASK/METRIC`; tables of the stages' data-set and objective weights and
+    of the results.
     """
 
-    def __init__(self, run: RunInfo, *, mode: Literal["offline", "online"] = "offline", project: str = "sailplan", every: int = 10) -> None:
+    def __init__(
+        self,
+        run: RunInfo,
+        *,
+        mode: Literal["offline", "online"] = "offline",
+        project: str = "sailplan",
+        every: int = 10,
+    ) -> None:
         super().__init__(run)
         if mode not in ("offline", "online"):
-            raise ConfigurationError(f"loggers.wandb.mode={mode}: expected offline or online; for a run without W&B: logger=[console]")
+            raise ConfigurationError(
+                f"loggers.wandb.mode={mode}: expected offline or online; for a run without W&B: "
+                "logger=[console]"
+            )
         self.folder, self.mode, self.project = run.folder, mode, project
         self.every = max(1, every)
         self.stage: StageInfo | None = None
@@ -42,14 +59,21 @@ class WandbLogger(Logger):
 
     def _open(self) -> Any:
         (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
-        # staging and cache would otherwise go to the home folder, which is read-only on many clusters
+        # staging and cache would otherwise go to the home folder, which is read-only on many
+        # clusters
         for variable in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
-            os.environ[variable] = str(self.folder / "wandb") if variable != "WANDB_DIR" else str(self.folder)
-        import wandb  # after the variables are set, and only when asked for: the import takes seconds
+            os.environ[variable] = (
+                str(self.folder / "wandb") if variable != "WANDB_DIR" else str(self.folder)
+            )
+        # After the variables are set, and only when asked for: the import takes seconds
+        import wandb
 
         mode: Any = self.mode
         if mode == "online" and not wandb.api.api_key:
-            raise RuntimeError("no API key found, expected WANDB_API_KEY or a stored login; set it, or use loggers.wandb.mode=offline")
+            raise RuntimeError(
+                "no API key found, expected WANDB_API_KEY or a stored login; set it, or use "
+                "loggers.wandb.mode=offline"
+            )
         run = wandb.init(
             project=self.project,
             name=self.folder.name,
@@ -57,7 +81,9 @@ class WandbLogger(Logger):
             dir=str(self.folder),
             config=dict(self.run_info.settings),
             mode=mode,
-            resume="allow" if mode == "online" else None,  # offline runs of one id are joined when they are synced
+            resume="allow"
+            if mode == "online"
+            else None,  # offline runs of one id are joined when they are synced
             settings=wandb.Settings(silent=True, console="off", finish_timeout=300.0),
         )
         run.define_metric("step", hidden=True)
@@ -67,8 +93,13 @@ class WandbLogger(Logger):
 
     def start_stage(self, stage: StageInfo) -> None:
         self.stage = stage
-        self.weights += [[stage.name, "data set", name, float(weight)] for name, weight in stage.data.items()]
-        self.weights += [[stage.name, "objective", name, float(weight)] for name, weight in stage.objectives.items()]
+        self.weights += [
+            [stage.name, "data set", name, float(weight)] for name, weight in stage.data.items()
+        ]
+        self.weights += [
+            [stage.name, "objective", name, float(weight)]
+            for name, weight in stage.objectives.items()
+        ]
         self.run.define_metric(f"stage-{stage.name}/step", hidden=True)
         self.run.define_metric(f"stage-{stage.name}/*", step_metric=f"stage-{stage.name}/step")
         self.run.log(
@@ -96,12 +127,26 @@ class WandbLogger(Logger):
         line: dict[str, Any] = {"step": step, f"stage-{stage.name}/step": done, **values}
         line["progress/stage"] = stage.index
         line["progress/stage_fraction"] = done / (stage.last_step - stage.first_step + 1)
-        line.update({f"stage-{stage.name}/{name}": value for name, value in values.items() if name == "accuracy" or name.startswith("loss/")})
+        line.update(
+            {
+                f"stage-{stage.name}/{name}": value
+                for name, value in values.items()
+                if name == "accuracy" or name.startswith("loss/")
+            }
+        )
         self.run.log(line)
 
     def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
-        self.results += [[stage, step, task, metric, value] for task, metrics in results.items() for metric, value in metrics.items()]
-        line: dict[str, Any] = {f"evaluation/{task}/{metric}": value for task, metrics in results.items() for metric, value in metrics.items()}
+        self.results += [
+            [stage, step, task, metric, value]
+            for task, metrics in results.items()
+            for metric, value in metrics.items()
+        ]
+        line: dict[str, Any] = {
+            f"evaluation/{task}/{metric}": value
+            for task, metrics in results.items()
+            for metric, value in metrics.items()
+        }
         table = self._table(["stage", "step", "task", "metric", "value"], self.results)
         self.run.log({"step": step, "evaluations": table, **line})
 

@@ -1,9 +1,12 @@
-"""Is a contrastive loss exact across ranks? The test that `sailplan check parity --loss module:function` runs on a loss it is handed.
+"""Is a contrastive loss exact across ranks? The test that `sailplan check parity --loss
+module:function` runs on a loss it is handed.
 
-Every row of a batch is a parameter of its own here, so that no encoder can hide a wrong gradient. The loss is called once by
-a world of one on all rows: that is the reference. Then several forked gloo ranks call it on their rows each. A data-parallel
-trainer takes the mean over ranks of the parameters' gradients; a rank's rows have a gradient on that rank only, so the mean is
-the concatenation of the ranks' gradients divided by their number. It must be the reference (docs/exactness.md).
+Every row of a batch is a parameter of its own here, so that no encoder can hide a wrong gradient.
+The loss is called once by
+a world of one on all rows: that is the reference. Then several forked gloo ranks call it on their
+rows each. A data-parallel trainer takes the mean over ranks of the parameters' gradients; a rank's
+rows have a gradient on that rank only, so the mean is the concatenation of the ranks' gradients
+divided by their number. It must be the reference (docs/exactness.md).
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ class LossParity:
 
 
 def _batch(rows: int) -> list[Tensor]:
-    """Queries and keys [rows, SIZE], float64, of length one; a key resembles its query, as after some training."""
+    """Queries and keys [rows, SIZE], float64, of length one; a key resembles its query, as after
+    some training.
+    """
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(rows, SIZE, dtype=torch.float64, generator=generator)
     keys = queries + torch.randn(rows, SIZE, dtype=torch.float64, generator=generator)
@@ -56,11 +61,17 @@ def _batch(rows: int) -> list[Tensor]:
 
 
 def _gradients(rank: int, world_size: int, function: Loss, rows: int) -> tuple[float, list[Any]]:
-    """The loss and the gradients of this rank's rows, as lists of numpy arrays; None where there is none."""
+    """The loss and the gradients of this rank's rows, as lists of numpy arrays; None where there
+    is none.
+    """
     sides = [side.chunk(world_size)[rank].clone().requires_grad_() for side in _batch(rows)]
     loss = function(*sides)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        found = (
+            f"a tensor of shape {tuple(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else type(loss).__name__
+        )
         raise TypeError(f"the loss returned {found}, expected a tensor of one element")
     if loss.requires_grad:
         loss.backward()
@@ -70,8 +81,10 @@ def _gradients(rank: int, world_size: int, function: Loss, rows: int) -> tuple[f
 def check_loss(function: Loss, world_size: int = 4, timeout: float = 60.0) -> LossParity:
     """Compares `function(queries, keys)` on `world_size` ranks with the same function on one.
 
-    The function gets the rank's rows [6, 16], float64, inside an initialised default group (gloo), and returns the rank's loss.
-    A rank that raises, returns no finite gradient or does not finish within `timeout` seconds is a finding, not an error.
+    The function gets the rank's rows [6, 16], float64, inside an initialised default group (gloo),
+    and returns the rank's loss.
+    A rank that raises, returns no finite gradient or does not finish within `timeout` seconds is a
+    finding, not an error.
     """
     rows = ROWS * world_size
     try:
@@ -82,16 +95,29 @@ def check_loss(function: Loss, world_size: int = 4, timeout: float = 60.0) -> Lo
         found = run_ranks(_gradients, world_size, function, rows, timeout=timeout)
     except RankFailure as failure:
         return LossParity(False, problem=_last_line(failure))
-    for name, (loss, sides) in [("the full batch on one rank", (full_loss, reference)), *((f"rank {rank}", one) for rank, one in enumerate(found))]:
+    for name, (loss, sides) in [
+        ("the full batch on one rank", (full_loss, reference)),
+        *((f"rank {rank}", one) for rank, one in enumerate(found)),
+    ]:
         for side, gradient in zip(("queries", "keys"), sides, strict=True):
             if gradient is None:
                 return LossParity(False, problem=f"{name}: {side} get no gradient")
             if not torch.from_numpy(gradient).isfinite().all() or loss != loss:
-                return LossParity(False, problem=f"{name}: the loss or the gradient of {side} is not finite")
+                return LossParity(
+                    False, problem=f"{name}: the loss or the gradient of {side} is not finite"
+                )
     true = torch.cat([torch.from_numpy(side) for side in reference]).flatten()
-    mean = torch.cat([torch.from_numpy(sides[side]) for side in (0, 1) for _, sides in found]).flatten() / world_size
+    mean = (
+        torch.cat(
+            [torch.from_numpy(sides[side]) for side in (0, 1) for _, sides in found]
+        ).flatten()
+        / world_size
+    )
     if not true.any():
-        return LossParity(False, problem="the full batch on one rank: the gradient is zero everywhere, nothing can be compared")
+        return LossParity(
+            False,
+            problem="the full batch on one rank: the gradient is zero everywhere, nothing can be compared",
+        )
     error = float((mean - true).abs().max() / true.abs().max())
     return LossParity(
         exact=error <= TOLERANCE,
@@ -104,14 +130,22 @@ def check_loss(function: Loss, world_size: int = 4, timeout: float = 60.0) -> Lo
 
 
 def of_objective(objective: type[Objective]) -> Loss:
-    """An Objective class, with its options' defaults, as a function of queries and keys: the two views of one pattern, in a data
-    set of items or, where the loss does not apply to these, of graded pairs. Raises ConfigurationError where it applies to neither.
+    """An Objective class, with its options' defaults, as a function of queries and keys: the two
+    views of one pattern, in a data
+    set of items or, where the loss does not apply to these, of graded pairs. Raises
+    ConfigurationError where it applies to neither.
     """
-    parts: dict[Kind, tuple[Part, Part]] = {"items": ("item", "item"), "pairs": ("query", "target")}  # what the two views show of a record of each kind
+    parts: dict[Kind, tuple[Part, Part]] = {
+        "items": ("item", "item"),
+        "pairs": ("query", "target"),
+    }  # what the two views show of a record of each kind
     sets: dict[str, DatasetConfig] = {
         kind: DatasetConfig(
             kind=kind,
-            views={name: ViewConfig(part, ["vision", "text"]) for name, part in zip(("query", "target"), shown, strict=True)},
+            views={
+                name: ViewConfig(part, ["vision", "text"])
+                for name, part in zip(("query", "target"), shown, strict=True)
+            },
             patterns={"checked": PatternConfig("query", "target")},
         )
         for kind, shown in parts.items()
@@ -119,15 +153,26 @@ def of_objective(objective: type[Objective]) -> Loss:
     built = objective(embedding=SIZE, datasets=sets)
     kind = next((name for name, dataset in sets.items() if built.applies(dataset)), None)
     if kind is None:
-        raise ConfigurationError(f"{objective.__name__} applies neither to items nor to pairs: check the function of queries and keys that it calls")
+        raise ConfigurationError(
+            f"{objective.__name__} applies neither to items nor to pairs: check the function of "
+            "queries and keys that it calls"
+        )
 
     def loss(queries: Tensor, keys: Tensor) -> Tensor:
         exchange = AllGather() if dist.get_world_size() > 1 else Local()
         first, rows = dist.get_rank() * len(queries), len(queries)
         ids = torch.arange(first, first + rows)
         views = {
-            name: EncodedView(fused=side, valid=torch.ones(rows, dtype=torch.bool), ids=ids + offset, by_modality={"vision": side, "text": side})
-            for name, side, offset in (("query", queries, 0), ("target", keys, ROWS * dist.get_world_size()))
+            name: EncodedView(
+                fused=side,
+                valid=torch.ones(rows, dtype=torch.bool),
+                ids=ids + offset,
+                by_modality={"vision": side, "text": side},
+            )
+            for name, side, offset in (
+                ("query", queries, 0),
+                ("target", keys, ROWS * dist.get_world_size()),
+            )
         }
         scores = ((ids * 7) % 5 + 1) / 5.0 if kind == "pairs" else None
         context = ObjectiveContext(sets, exchange, Temperatures(sets).double(), (SIZE // 2, SIZE))

@@ -1,9 +1,11 @@
-"""The proof of exactness as a table: `python -m sailplan.parity.matrix [--world N ...] [--markdown FILE]`.
+"""The proof of exactness as a table: `python -m sailplan.parity.matrix [--world N ...]
+[--markdown FILE]`.
 
-Four parts. The mixed step of all losses at every layout: worlds of 1, 2 and 4 ranks, tensor-parallel sizes 1 and 2, every
-sharding, every exchange, several micro-batch counts and numbers of kept graphs. The same in float32, whose rounding is
-larger. Each loss alone, because in the mixed step one loss's error could hide behind another's larger gradient. And twenty
-optimizer steps, whose losses and parameters must stay together.
+Four parts. The mixed step of all losses at every layout: worlds of 1, 2 and 4 ranks,
+tensor-parallel sizes 1 and 2, every sharding, every exchange, several micro-batch counts and
+numbers of kept graphs. The same in float32, whose rounding is larger. Each loss alone, because in
+the mixed step one loss's error could hide behind another's larger gradient. And twenty optimizer
+steps, whose losses and parameters must stay together.
 """
 
 from __future__ import annotations
@@ -27,10 +29,30 @@ from sailplan_kernels.exchange import EXCHANGES
 LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2))  # (world, tensor parallel)
 MICRO_BATCHES = ((1, 0), (3, 0), (8, 0))  # (micro-batches a view, kept graphs)
 KEPT = ((3, 2), (3, -1))
-ALONE = {"infonce": "items", "cosent": "pairs", "micl": "items", "late_fusion": "pairs", "seq2item": "sequences", "id2item": "items"}
+ALONE = {
+    "infonce": "items",
+    "cosent": "pairs",
+    "micl": "items",
+    "late_fusion": "pairs",
+    "seq2item": "sequences",
+    "id2item": "items",
+}
 STEPS = 20
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
-COLUMNS = ("losses", "dtype", "world", "TP", "DP", "sharding", "exchange", "micro-batches", "kept graphs", "encoder calls", "error", "where")
+COLUMNS = (
+    "losses",
+    "dtype",
+    "world",
+    "TP",
+    "DP",
+    "sharding",
+    "exchange",
+    "micro-batches",
+    "kept graphs",
+    "encoder calls",
+    "error",
+    "where",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +79,15 @@ class Group:
         losses = self.loss or (f"all, {self.steps} steps" if self.steps else "all")
         losses += "" if self.encoder == OMNI else f", {self.encoder}"
         dtype = str(self.dtype).removeprefix("torch.")
-        return losses, dtype, self.world, self.tensor_parallel, self.data_parallel, self.sharding, self.exchange
+        return (
+            losses,
+            dtype,
+            self.world,
+            self.tensor_parallel,
+            self.data_parallel,
+            self.sharding,
+            self.exchange,
+        )
 
 
 @dataclass
@@ -68,7 +98,11 @@ class References:
 
     def gradients(self, loss: str | None, encoder: str = OMNI) -> Any:
         if (loss, encoder) not in self.found:
-            self.found[loss, encoder] = reference(encoder=encoder) if loss is None else reference({loss: 1.0}, (ALONE[loss],))
+            self.found[loss, encoder] = (
+                reference(encoder=encoder)
+                if loss is None
+                else reference({loss: 1.0}, (ALONE[loss],))
+            )
         return self.found[loss, encoder]
 
     def trajectory(self, steps: int) -> Any:
@@ -83,11 +117,21 @@ def groups(worlds: Sequence[int] = (1, 2, 4)) -> Iterator[Group]:
         if world not in worlds:
             continue
         size = world // tensor
-        for exchange in EXCHANGES if size > 1 else ("all_gather",):  # alone, there is nobody to exchange with
+        for exchange in (
+            EXCHANGES if size > 1 else ("all_gather",)
+        ):  # alone, there is nobody to exchange with
             for sharding in ("shard", "replicate", "hybrid"):
-                if sharding != "hybrid" or size >= 4:  # two copies, each cut over two ranks at least
+                if (
+                    sharding != "hybrid" or size >= 4
+                ):  # two copies, each cut over two ranks at least
                     plain = sharding == "shard" and exchange == "all_gather"
-                    yield Group(world, tensor, (*MICRO_BATCHES, *KEPT) if plain else MICRO_BATCHES, sharding, exchange)
+                    yield Group(
+                        world,
+                        tensor,
+                        (*MICRO_BATCHES, *KEPT) if plain else MICRO_BATCHES,
+                        sharding,
+                        exchange,
+                    )
     for world, tensor in ((1, 1), (2, 1), (4, 2)):
         if world in worlds:
             yield Group(world, tensor, ((3, 0),), dtype=torch.float32)
@@ -102,48 +146,93 @@ def groups(worlds: Sequence[int] = (1, 2, 4)) -> Iterator[Group]:
         if group.world in worlds:
             yield group
     for encoder in TINY:
-        yield from (Group(world, 1, MICRO_BATCHES, encoder=encoder) for world in (1, 2, 4) if world in worlds)
+        yield from (
+            Group(world, 1, MICRO_BATCHES, encoder=encoder)
+            for world in (1, 2, 4)
+            if world in worlds
+        )
 
 
 def lines(group: Group, references: References) -> list[tuple[Any, ...]]:
     """A group's comparisons as lines of the table: one value for each of COLUMNS."""
-    options = {"sharding": group.sharding, "exchange": group.exchange, "dtype": group.dtype, "encoder": group.encoder}
+    options = {
+        "sharding": group.sharding,
+        "exchange": group.exchange,
+        "dtype": group.dtype,
+        "encoder": group.encoder,
+    }
     if group.steps:
-        return [(*group.place, micro_batches, kept, "", *_apart(group, micro_batches, references, options)) for micro_batches, kept in group.cases]
+        return [
+            (
+                *group.place,
+                micro_batches,
+                kept,
+                "",
+                *_apart(group, micro_batches, references, options),
+            )
+            for micro_batches, kept in group.cases
+        ]
     weights = WEIGHTS if group.loss is None else {group.loss: 1.0}
     if group.loss is not None:
         options["datasets"] = (ALONE[group.loss],)
     expected = references.gradients(group.loss, group.encoder)
-    rows = compare(group.world, group.tensor_parallel, group.cases, weights=weights, expected=expected, **options)
-    return [(*group.place, row.micro_batches, row.kept_graphs, row.encoder_calls, row.error, row.worst) for row in rows]
+    rows = compare(
+        group.world,
+        group.tensor_parallel,
+        group.cases,
+        weights=weights,
+        expected=expected,
+        **options,
+    )
+    return [
+        (*group.place, row.micro_batches, row.kept_graphs, row.encoder_calls, row.error, row.worst)
+        for row in rows
+    ]
 
 
-def _apart(group: Group, micro_batches: int, references: References, options: dict[str, Any]) -> tuple[float, str]:
+def _apart(
+    group: Group, micro_batches: int, references: References, options: dict[str, Any]
+) -> tuple[float, str]:
     """How far losses and final parameters are from those of one rank, and where most."""
-    losses, parameters = trajectory(group.world, group.tensor_parallel, micro_batches, group.steps, **options)
+    losses, parameters = trajectory(
+        group.world, group.tensor_parallel, micro_batches, group.steps, **options
+    )
     alone, expected = references.trajectory(group.steps)
     errors = relative_errors(parameters, expected)
-    errors |= {f"loss of step {number}": abs(loss - true) / abs(true) for number, (loss, true) in enumerate(zip(losses, alone, strict=True), 1)}
+    errors |= {
+        f"loss of step {number}": abs(loss - true) / abs(true)
+        for number, (loss, true) in enumerate(zip(losses, alone, strict=True), 1)
+    }
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst
 
 
 def markdown(found: Sequence[tuple[Any, ...]]) -> str:
     """The document: what was compared, on what, and the table."""
-    largest = {kind: max((line[-2] for line in found if line[1] == kind), default=0.0) for kind in ("float64", "float32")}
+    largest = {
+        kind: max((line[-2] for line in found if line[1] == kind), default=0.0)
+        for kind in ("float64", "float32")
+    }
     head = "\n".join(
         [
             "# Parity: every layout against the full batch",
             "",
-            "Made by `python -m sailplan.parity.matrix --markdown docs/parity.md`; the words are in [exactness](exactness.md). Each line is a",
-            "step of `sailplan.parity.testing`: one, whose gradients are compared with those of the full batch by plain autograd in one process;",
-            "or, where it says so, twenty optimizer steps, whose losses and final parameters are compared with those of one rank.",
-            "Error: the largest difference of any parameter's gradient, relative to that gradient's largest element.",
-            "Encoder calls: micro-batches that a rank ran backward. Kept graphs: micro-batches that were not encoded a second time.",
+            "Made by `python -m sailplan.parity.matrix --markdown docs/parity.md`; the words are "
+            "in [exactness](exactness.md). Each line is a",
+            "step of `sailplan.parity.testing`: one, whose gradients are compared with those of "
+            "the full batch by plain autograd in one process;",
+            "or, where it says so, twenty optimizer steps, whose losses and final parameters are "
+            "compared with those of one rank.",
+            "Error: the largest difference of any parameter's gradient, relative to that "
+            "gradient's largest element.",
+            "Encoder calls: micro-batches that a rank ran backward. Kept graphs: micro-batches "
+            "that were not encoded a second time.",
             "",
-            f"- Device: CPU ({platform.machine()}), gloo; torch {torch.__version__}, megatron-core {version('megatron-core')},"
+            f"- Device: CPU ({platform.machine()}), gloo; torch {torch.__version__}, megatron-core "
+            f"{version('megatron-core')},"
             f" Python {platform.python_version()}. No GPU was used.",
-            f"- Comparisons: {len(found)}. Largest error in float64: {largest['float64']:.1e} (limit {LIMITS[torch.float64]:.0e});"
+            f"- Comparisons: {len(found)}. Largest error in float64: {largest['float64']:.1e} "
+            f"(limit {LIMITS[torch.float64]:.0e});"
             f" in float32: {largest['float32']:.1e} (limit {LIMITS[torch.float32]:.0e}).",
             "",
             f"| {' | '.join(COLUMNS)} |",
@@ -163,9 +252,20 @@ def written(line: tuple[Any, ...]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table line by line; 1 if an error is above its limit."""
-    parser = argparse.ArgumentParser(prog="python -m sailplan.parity.matrix", description="compare every layout's gradients with the full batch's")
-    parser.add_argument("--world", type=int, action="append", choices=(1, 2, 4), help="this world size only; may be repeated (default: all)")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to a file")
+    parser = argparse.ArgumentParser(
+        prog="python -m sailplan.parity.matrix",
+        description="compare every layout's gradients with the full batch's",
+    )
+    parser.add_argument(
+        "--world",
+        type=int,
+        action="append",
+        choices=(1, 2, 4),
+        help="this world size only; may be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="also write the table to a file"
+    )
     options = parser.parse_args(arguments)
     references, found, exact = References(), [], True
     print(" | ".join(COLUMNS))

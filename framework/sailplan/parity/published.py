@@ -1,6 +1,8 @@
-"""Tiny models of published families with random weights, and random inputs for them: their rows of the parity matrix.
+"""Tiny models of published families with random weights, and random inputs for them: their rows
+of the parity matrix.
 
-A folder with a config.json is all that such a model needs here: its inputs are made as tensors, so there is no tokenizer.
+A folder with a config.json is all that such a model needs here: its inputs are made as tensors, so
+there is no tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from sailplan.model.encoders.transformers import TransformersConfig
 from sailplan.model.encoders.transformers.processor import PRESENT
 
 VOCABULARY, TOKENS, FRAMES, SIDE = 40, 5, 2, 8
-_STACK = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+_STACK = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TEXT, BOTH = ["text"], ["text", "vision"]
 TINY: dict[str, tuple[list[str], dict[str, Any]]] = {  # model type -> modalities, its configuration
@@ -26,7 +33,12 @@ TINY: dict[str, tuple[list[str], dict[str, Any]]] = {  # model type -> modalitie
     "clip": (
         BOTH,
         {
-            "text_config": {"vocab_size": VOCABULARY, **_STACK, "eos_token_id": 2, "max_position_embeddings": 16},
+            "text_config": {
+                "vocab_size": VOCABULARY,
+                **_STACK,
+                "eos_token_id": 2,
+                "max_position_embeddings": 16,
+            },
             "vision_config": {**_STACK, "image_size": SIDE, "patch_size": 4},
             "projection_dim": 16,
         },
@@ -46,11 +58,19 @@ def _folder(kind: str) -> str:
 def tiny_settings(kind: str) -> TransformersConfig:
     """Return the settings of one of TINY, of model.testing.small_config's vector sizes."""
     modalities: list[Any] = list(TINY[kind][0])
-    return TransformersConfig(source=_folder(kind), embedding=16, prefixes=[4, 8, 16], weights="drawn", modalities=modalities)
+    return TransformersConfig(
+        source=_folder(kind),
+        embedding=16,
+        prefixes=[4, 8, 16],
+        weights="drawn",
+        modalities=modalities,
+    )
 
 
 def tiny_inputs(modalities: Sequence[str], rows: int, seed: int) -> NamedInputs:
-    """Return inputs for one of TINY: rows of 1 to 5 tokens, some of them without a picture, pictures float64."""
+    """Return inputs for one of TINY: rows of 1 to 5 tokens, some of them without a picture,
+    pictures float64.
+    """
     generator = torch.Generator().manual_seed(seed)
     named: dict[str, torch.Tensor] = {}
     if "text" in modalities:
@@ -60,6 +80,8 @@ def tiny_inputs(modalities: Sequence[str], rows: int, seed: int) -> NamedInputs:
         if "vision" in modalities:
             named[PRESENT["text"]] = torch.rand(rows, generator=generator) < 0.8
     if "vision" in modalities:
-        named["pixel_values"] = torch.randn(rows, FRAMES, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
+        named["pixel_values"] = torch.randn(
+            rows, FRAMES, 3, SIDE, SIDE, generator=generator, dtype=torch.float64
+        )
         named[PRESENT["vision"]] = torch.rand(rows, FRAMES, generator=generator) < 0.6
     return NamedInputs(tuple(modalities), named)

@@ -1,8 +1,10 @@
-"""A mixed step that uses every loss at once, in miniature, and the same step's gradients by plain autograd.
+"""A mixed step that uses every loss at once, in miniature, and the same step's gradients by
+plain autograd.
 
-Three data sets: items with pictures, names and speech (InfoNCE over patterns that share views, mined hard negatives,
-mICL, late fusion, id2item), graded pairs (CoSENT) and histories (seq2item). Rows lack modalities, ids repeat, some
-rows are not valid. `global_batches` makes the whole batch; `share` cuts a rank's rows and micro-batches out of it.
+Three data sets: items with pictures, names and speech (InfoNCE over patterns that share views,
+mined hard negatives, mICL, late fusion, id2item), graded pairs (CoSENT) and histories (seq2item).
+Rows lack modalities, ids repeat, some rows are not valid. `global_batches` makes the whole batch;
+`share` cuts a rank's rows and micro-batches out of it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sailplan.config.schema import Config, DataConfig, DatasetConfig, ModelConfig, PatternConfig, PatternKey, StepConfig, ViewConfig
+from sailplan.config.schema import (
+    Config,
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
+    PatternConfig,
+    PatternKey,
+    StepConfig,
+    ViewConfig,
+)
 from sailplan.data.config import Modality
 from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
 from sailplan.model.component import EncoderComponent
@@ -32,15 +43,30 @@ from sailplan.step.config import Backend
 from sailplan_kernels.exchange import Local
 
 OMNI = "omni"
-WEIGHTS = {"infonce": 1.0, "cosent": 0.3, "micl": 0.4, "late_fusion": 0.5, "seq2item": 0.7, "id2item": 0.6}
+WEIGHTS = {
+    "infonce": 1.0,
+    "cosent": 0.3,
+    "micl": 0.4,
+    "late_fusion": 0.5,
+    "seq2item": 0.7,
+    "id2item": 0.6,
+}
 THRESHOLDS = {PatternKey("items", "name_to_item"): 0.6}
 ROWS = {"items": 32, "pairs": 16, "sequences": 8}
 HISTORY, HARD_NEGATIVES = 3, 2
 TEACHERS = {"svd": 3, "nmf": 5}
 
 
-def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: Backend = "chunked", vision: str = "own", encoder: str = OMNI) -> Config:
-    """A configuration with three data sets and all objectives over model.testing's small encoder; vision: as there.
+def step_config(
+    *,
+    kept_graphs: int = 0,
+    dropout: float = 0.0,
+    backend: Backend = "chunked",
+    vision: str = "own",
+    encoder: str = OMNI,
+) -> Config:
+    """A configuration with three data sets and all objectives over model.testing's small
+    encoder; vision: as there.
 
     encoder: omni, or one of parity.published, without the views that it cannot encode.
     """
@@ -95,41 +121,69 @@ def step_config(*, kept_graphs: int = 0, dropout: float = 0.0, backend: Backend 
                 "heads": 2,
                 "positions": True,
             },
-            "id2item": {"_target_": "sailplan.objective.id2item.ID2Item", "teachers": TEACHERS, "form": "relational"},
+            "id2item": {
+                "_target_": "sailplan.objective.id2item.ID2Item",
+                "teachers": TEACHERS,
+                "form": "relational",
+            },
         },
     )
 
 
 def _show_only(dataset: DatasetConfig, modalities: Sequence[str]) -> None:
-    """Leave out what an encoder has not: modalities of views, in the end whole views, and their patterns."""
+    """Leave out what an encoder has not: modalities of views, in the end whole views, and their
+    patterns.
+    """
     for view in dataset.views.values():
         view.modalities = [modality for modality in view.modalities if modality in modalities]
     dataset.views = {name: view for name, view in dataset.views.items() if view.modalities}
-    dataset.patterns = {name: one for name, one in dataset.patterns.items() if {one.query, one.target} <= dataset.views.keys()}
+    dataset.patterns = {
+        name: one
+        for name, one in dataset.patterns.items()
+        if {one.query, one.target} <= dataset.views.keys()
+    }
 
 
 def build_modules(
-    config: Config, dtype: torch.dtype = torch.float64, *, share_encoders: bool = True, sequence_parallel: bool = False
+    config: Config,
+    dtype: torch.dtype = torch.float64,
+    *,
+    share_encoders: bool = True,
+    sequence_parallel: bool = False,
 ) -> tuple[Encoder, nn.ModuleDict, Temperatures]:
-    """Encoder, objectives and temperatures; the parameters that start at zero are moved away from it. Equal in all dtypes up to rounding."""
+    """Encoder, objectives and temperatures; the parameters that start at zero are moved away
+    from it. Equal in all dtypes up to rounding.
+    """
     encoder: Encoder
     if isinstance(config.model, ModelConfig):
-        encoder = OmniEncoder(config.model, dtype=dtype, seed=config.seed, share_encoders=share_encoders, sequence_parallel=sequence_parallel)
+        encoder = OmniEncoder(
+            config.model,
+            dtype=dtype,
+            seed=config.seed,
+            share_encoders=share_encoders,
+            sequence_parallel=sequence_parallel,
+        )
     else:
         component: EncoderComponent = config.model.component()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             encoder = component.module(dtype)
-    objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets, seed=config.seed).double()
+    objectives = build_objectives(
+        config.objectives, config.model.embedding, config.data.sets, seed=config.seed
+    ).double()
     temperatures = Temperatures(config.data.sets).double()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in objectives.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            )
     return encoder, objectives.to(dtype), temperatures.to(dtype)
 
 
-def _view(modalities: Sequence[str], rows: int, group: int, seed: int, vision: str | None) -> ViewBatch:
+def _view(
+    modalities: Sequence[str], rows: int, group: int, seed: int, vision: str | None
+) -> ViewBatch:
     """vision: None: for a published encoder."""
     generator = torch.Generator().manual_seed(seed)
     inputs: EncoderInputs
@@ -142,7 +196,11 @@ def _view(modalities: Sequence[str], rows: int, group: int, seed: int, vision: s
                 present |= inputs.named[PRESENT[modality]].view(rows * group, -1).any(1)
     else:
         inputs = random_inputs(tuple(modalities), rows * group, seed, vision=vision)
-        for modality, mask in (("text", inputs.text_mask), ("vision", inputs.image_mask), ("audio", inputs.audio_mask)):
+        for modality, mask in (
+            ("text", inputs.text_mask),
+            ("vision", inputs.image_mask),
+            ("audio", inputs.audio_mask),
+        ):
             if modality in modalities and mask is not None:
                 present |= mask.any(1)
     valid = present & (torch.rand(rows * group, generator=generator) < 0.9)
@@ -152,19 +210,33 @@ def _view(modalities: Sequence[str], rows: int, group: int, seed: int, vision: s
 
 def global_batches(config: Config, step: int) -> list[StepBatch]:
     """The whole batch of a step: one StepBatch for each data set, each view in one micro-batch."""
-    batches, vision = [], config.model.vision.backbone if isinstance(config.model, ModelConfig) else None
+    batches, vision = (
+        [],
+        config.model.vision.backbone if isinstance(config.model, ModelConfig) else None,
+    )
     for number, (name, dataset) in enumerate(config.data.sets.items()):
         rows, seed = ROWS[name], 1000 * step + 100 * number
         views = {
-            view: _view(declared.modalities, rows, HISTORY if declared.of == "history" else 1, seed + place, vision)
+            view: _view(
+                declared.modalities,
+                rows,
+                HISTORY if declared.of == "history" else 1,
+                seed + place,
+                vision,
+            )
             for place, (view, declared) in enumerate(dataset.views.items())
         }
         if "image_to_name" in dataset.patterns:
-            views["negatives/image_to_name"] = _view(["text"], rows, HARD_NEGATIVES, seed + 50, vision)
+            views["negatives/image_to_name"] = _view(
+                ["text"], rows, HARD_NEGATIVES, seed + 50, vision
+            )
         generator = torch.Generator().manual_seed(seed + 60)
         unknown = torch.rand(rows, 1, generator=generator) < 0.2
         teachers = {
-            f"item/{teacher}": torch.randn(rows, size, generator=generator).masked_fill(unknown, 0.0) for teacher, size in TEACHERS.items()
+            f"item/{teacher}": torch.randn(rows, size, generator=generator).masked_fill(
+                unknown, 0.0
+            )
+            for teacher, size in TEACHERS.items()
         }
         batches.append(
             StepBatch(
@@ -172,25 +244,37 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
                 dataset=name,
                 record_ids=[f"{name}/{row}" for row in range(rows)],
                 views=views,
-                scores=torch.randint(0, 4, (rows,), generator=generator) / 4 if name == "pairs" else None,
+                scores=torch.randint(0, 4, (rows,), generator=generator) / 4
+                if name == "pairs"
+                else None,
                 teachers=teachers if name == "items" else {},
-                patterns={pattern: declared.weight for pattern, declared in dataset.patterns.items()},
+                patterns={
+                    pattern: declared.weight for pattern, declared in dataset.patterns.items()
+                },
             )
         )
     return batches
 
 
 def _rows(inputs: EncoderInputs, chosen: Tensor, dtype: torch.dtype) -> EncoderInputs:
-    return inputs.mapped(lambda tensor: tensor[chosen].to(dtype if tensor.is_floating_point() else tensor.dtype))
+    return inputs.mapped(
+        lambda tensor: tensor[chosen].to(dtype if tensor.is_floating_point() else tensor.dtype)
+    )
 
 
 def share(
-    batch: StepBatch, rank: int, size: int, micro_batches: int, rows: Sequence[int] | None = None, dtype: torch.dtype = torch.float64
+    batch: StepBatch,
+    rank: int,
+    size: int,
+    micro_batches: int,
+    rows: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> StepBatch:
-    """A data-parallel rank's rows of a whole batch, in shuffled order, cut into micro-batches of rows / `micro_batches`.
+    """A data-parallel rank's rows of a whole batch, in shuffled order, cut into micro-batches of
+    rows / `micro_batches`.
 
-    rows: of each rank, in rank order (default: equal parts). As in a real step, all ranks have as many micro-batches as
-    the one with most rows; those that others have no rows for are empty.
+    rows: of each rank, in rank order (default: equal parts). As in a real step, all ranks have as
+    many micro-batches as the one with most rows; those that others have no rows for are empty.
     """
     rows = [len(batch.record_ids) // size] * size if rows is None else rows
     assert len(rows) == size and sum(rows) == len(batch.record_ids)
@@ -199,11 +283,17 @@ def share(
     views = {}
     for name, view in batch.views.items():
         mine = slice(start * view.group, stop * view.group)
-        shuffled = torch.randperm(mine.stop - mine.start, generator=torch.Generator().manual_seed(rank))
+        shuffled = torch.randperm(
+            mine.stop - mine.start, generator=torch.Generator().manual_seed(rank)
+        )
         count = -(-max(rows) * view.group // micro_batch)
-        parts = [shuffled[number * micro_batch : (number + 1) * micro_batch] for number in range(count)]
+        parts = [
+            shuffled[number * micro_batch : (number + 1) * micro_batch] for number in range(count)
+        ]
         inputs = [_rows(view.micro_batches[0], mine.start + chosen, dtype) for chosen in parts]
-        views[name] = ViewBatch(inputs, shuffled.argsort(), view.valid[mine], view.ids[mine], view.group)
+        views[name] = ViewBatch(
+            inputs, shuffled.argsort(), view.valid[mine], view.ids[mine], view.group
+        )
     own = slice(start, stop)
     return dataclasses.replace(
         batch,
@@ -211,7 +301,9 @@ def share(
         views=views,
         scores=None if batch.scores is None else batch.scores[own],
         teachers={name: vectors[own] for name, vectors in batch.teachers.items()},
-        target_log_probability=None if batch.target_log_probability is None else batch.target_log_probability[own],
+        target_log_probability=None
+        if batch.target_log_probability is None
+        else batch.target_log_probability[own],
         rank_rows=tuple(rows),
     )
 
@@ -224,39 +316,70 @@ def full_batch_gradients(
     vision: str = "own",
     encoder: str = OMNI,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the whole batch in one process by plain autograd: no cache, no exchange, reference backend.
+    """Loss and gradients of the whole batch in one process by plain autograd: no cache, no
+    exchange, reference backend.
 
     change: done to each data set's whole batch first. vision, encoder: of `step_config`.
     """
     config = step_config(backend="reference", vision=vision, encoder=encoder)
     module, objectives, temperatures = build_modules(config)
-    context = ObjectiveContext(config.data.sets, Local(), temperatures, tuple(config.model.prefixes), "reference", dict(THRESHOLDS))
-    batches = [change(batch) if change else batch for batch in global_batches(config, step) if batch.dataset in datasets]
+    context = ObjectiveContext(
+        config.data.sets,
+        Local(),
+        temperatures,
+        tuple(config.model.prefixes),
+        "reference",
+        dict(THRESHOLDS),
+    )
+    batches = [
+        change(batch) if change else batch
+        for batch in global_batches(config, step)
+        if batch.dataset in datasets
+    ]
     rows = sum(len(batch.record_ids) for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         views = {}
         for name, view in batch.views.items():
             vectors = module(view.micro_batches[0], per_modality=True)
-            views[name] = EncodedView(vectors.fused, view.valid, view.ids, view.group, vectors.by_modality)
-        encoded = EncodedStep(batch.dataset, views, batch.patterns, batch.scores, batch.teachers, batch.target_log_probability)
+            views[name] = EncodedView(
+                vectors.fused, view.valid, view.ids, view.group, vectors.by_modality
+            )
+        encoded = EncodedStep(
+            batch.dataset,
+            views,
+            batch.patterns,
+            batch.scores,
+            batch.teachers,
+            batch.target_log_probability,
+        )
         for name, weight in weights.items():
             objective = objectives[name]
             assert isinstance(objective, Objective)
             if objective.applies(config.data.sets[batch.dataset]):
-                total = total + weight * len(batch.record_ids) / rows * objective(encoded, context).loss
+                total = (
+                    total + weight * len(batch.record_ids) / rows * objective(encoded, context).loss
+                )
     total.backward()
     return total.item(), named_gradients(module, objectives, temperatures)
 
 
-def named_gradients(encoder: nn.Module, objectives: nn.Module, temperatures: nn.Module) -> dict[str, Tensor]:
+def named_gradients(
+    encoder: nn.Module, objectives: nn.Module, temperatures: nn.Module
+) -> dict[str, Tensor]:
     """The gradients that exist, by name, as they lie in `.grad`."""
     modules = (("encoder", encoder), ("objectives", objectives), ("temperatures", temperatures))
-    named = ((f"{prefix}.{name}", parameter) for prefix, module in modules for name, parameter in module.named_parameters())
+    named = (
+        (f"{prefix}.{name}", parameter)
+        for prefix, module in modules
+        for name, parameter in module.named_parameters()
+    )
     return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
 
-Call = tuple[str, tuple[int, ...], tuple[Any, ...]]  # operation, the group's ranks, (shape, dtype) of every tensor
+Call = tuple[
+    str, tuple[int, ...], tuple[Any, ...]
+]  # operation, the group's ranks, (shape, dtype) of every tensor
 
 
 class Recorder(TorchDispatchMode):
@@ -266,17 +389,32 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function.namespace == "c10d":
             group, tensors = None, []
             for argument in args:
                 if isinstance(argument, Tensor):
                     tensors.append(argument)
                 elif isinstance(argument, list):
-                    tensors += [each for part in argument for each in (part if isinstance(part, list) else [part]) if isinstance(each, Tensor)]
+                    tensors += [
+                        each
+                        for part in argument
+                        for each in (part if isinstance(part, list) else [part])
+                        if isinstance(each, Tensor)
+                    ]
                 elif "ProcessGroup" in str(getattr(argument, "_type", lambda: "")()):
                     group = dist.ProcessGroup.unbox(argument)
-            assert group is not None, f"{function}: no group among {[type(argument) for argument in args]}"
+            assert group is not None, (
+                f"{function}: no group among {[type(argument) for argument in args]}"
+            )
             ranks = tuple(dist.get_process_group_ranks(group))
-            self.calls.append((function.__name__.partition(".")[0], ranks, tuple((tuple(t.shape), str(t.dtype)) for t in tensors)))
+            self.calls.append(
+                (
+                    function.__name__.partition(".")[0],
+                    ranks,
+                    tuple((tuple(t.shape), str(t.dtype)) for t in tensors),
+                )
+            )
         return function(*args, **(kwargs or {}))

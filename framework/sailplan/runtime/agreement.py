@@ -1,7 +1,8 @@
-"""What must be the same on all ranks, compared before the first step: one short digest a rank, and more only where they differ.
+"""What must be the same on all ranks, compared before the first step: one short digest a rank,
+and more only where they differ.
 
-Ranks that see other shards, run other code or were given other settings would train on, each a little otherwise, and nobody would
-notice. What they differ in is said once, with ranks and hosts.
+Ranks that see other shards, run other code or were given other settings would train on, each a
+little otherwise, and nobody would notice. What they differ in is said once, with ranks and hosts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from sailplan.runtime.process import Parallel
 from sailplan.runtime.watch import meet
 
 PACKAGES = (
-    *("torch", "numpy", "megatron-core", "transformers", "tokenizers", "safetensors", "pillow", "soundfile"),
+    *(
+        "torch",
+        "numpy",
+        "megatron-core",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "pillow",
+        "soundfile",
+    ),
     *("scipy", "scikit-learn", "POT", "webdataset", "triton", "apex", "transformer-engine"),
 )
 SHOWN = 3  # differences of a rank, and ranks of one kind, that a message names
@@ -31,7 +41,9 @@ Facts = Mapping[str, Any]  # nested mappings of JSON-able values
 
 
 def software() -> dict[str, Any]:
-    """Return what is installed here: versions, and a hash of sailplan's and its kernels' sources."""
+    """Return what is installed here: versions, and a hash of sailplan's and its kernels'
+    sources.
+    """
     found: dict[str, Any] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -45,20 +57,36 @@ def software() -> dict[str, Any]:
     return {"versions": found}
 
 
-def agree(parallel: Parallel, what: str, facts: Facts | Callable[[], Facts], remedy: str, *, digest: str | None = None) -> None:
-    """Return where all ranks give the same facts; otherwise raise ConfigurationError on all of them. A collective.
+def agree(
+    parallel: Parallel,
+    what: str,
+    facts: Facts | Callable[[], Facts],
+    remedy: str,
+    *,
+    digest: str | None = None,
+) -> None:
+    """Return where all ranks give the same facts; otherwise raise ConfigurationError on all of
+    them. A collective.
 
-    what: the facts' name, as "data set prompts". digest: what differs where the facts do, for facts that take long to make.
-    One all-gather of 32 bytes a rank; where ranks differ, rank 0's facts go to all, and each rank of another mind sends a
+    what: the facts' name, as "data set prompts". digest: what differs where the facts do, for facts
+    that take long to make.
+    One all-gather of 32 bytes a rank; where ranks differ, rank 0's facts go to all, and each rank
+    of another mind sends a
     line back: ranks that differ alike are named together.
     """
 
     def written() -> str:
         return json.dumps(facts() if callable(facts) else facts, sort_keys=True, default=str)
 
-    own = torch.tensor(list(hashlib.sha256((written() if digest is None else digest).encode()).digest()), dtype=torch.uint8)
+    own = torch.tensor(
+        list(hashlib.sha256((written() if digest is None else digest).encode()).digest()),
+        dtype=torch.uint8,
+    )
     meet(f"comparing the {what}")
-    rows = [torch.empty(32, dtype=torch.uint8, device=parallel.device) for _ in range(parallel.world_size)]
+    rows = [
+        torch.empty(32, dtype=torch.uint8, device=parallel.device)
+        for _ in range(parallel.world_size)
+    ]
     dist.all_gather(rows, own.to(parallel.device))
     if bool((torch.stack(rows) == rows[0]).all()):
         return
@@ -68,15 +96,27 @@ def agree(parallel: Parallel, what: str, facts: Facts | Callable[[], Facts], rem
     dist.all_gather_object(lines, _line(first, json.loads(text)))
     hosts: list[str] = [""] * parallel.world_size
     dist.all_gather_object(hosts, socket.gethostname())
-    raise ConfigurationError(f"{what}: ranks differ from rank 0 ({hosts[0]}): {_named(lines, hosts)}; {remedy}")
+    raise ConfigurationError(
+        f"{what}: ranks differ from rank 0 ({hosts[0]}): {_named(lines, hosts)}; {remedy}"
+    )
 
 
 def differences(first: Any, other: Any, path: str = "") -> list[str]:
     """Return a line for each leaf that differs: "KEY: FIRST there, OTHER here"."""
     if isinstance(first, dict) and isinstance(other, dict):
-        return [line for key in sorted({*first, *other}) for line in differences(first.get(key), other.get(key), f"{path}.{key}" if path else key)]
+        return [
+            line
+            for key in sorted({*first, *other})
+            for line in differences(
+                first.get(key), other.get(key), f"{path}.{key}" if path else key
+            )
+        ]
     if isinstance(first, list) and isinstance(other, list) and len(first) == len(other) and path:
-        return [line for number, pair in enumerate(zip(first, other, strict=True)) for line in differences(*pair, f"{path}[{number}]")]
+        return [
+            line
+            for number, pair in enumerate(zip(first, other, strict=True))
+            for line in differences(*pair, f"{path}[{number}]")
+        ]
     return [] if first == other else [f"{path}: {_shown(other)} instead of {_shown(first)}"]
 
 
@@ -87,7 +127,9 @@ def _shown(value: Any) -> str:
 
 def _line(first: Any, own: Any) -> str:
     found = differences(first, own)
-    return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    return ", ".join(found[:SHOWN]) + (
+        f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    )
 
 
 def _named(lines: list[str], hosts: list[str]) -> str:
@@ -98,7 +140,9 @@ def _named(lines: list[str], hosts: list[str]) -> str:
             alike.setdefault(line, []).append(rank)
     told = []
     for line, ranks in alike.items():
-        named = ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:SHOWN]) + (f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else "")
+        named = ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:SHOWN]) + (
+            f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else ""
+        )
         told.append(f"rank {named} has {line}")
     return "; ".join(told[:SHOWN])
 

@@ -1,8 +1,10 @@
-"""What the ranks of a job tell each other beside their collectives: small notes in the launcher's store.
+"""What the ranks of a job tell each other beside their collectives: small notes in the
+launcher's store.
 
-A collective cannot say who is missing from it. So every rank notes on this board who and where it is, that it makes progress,
-that it was asked to stop, and how it leaves. A note is one request to the store, of a thread that no collective holds up; the
-costs of a rank do not depend on the number of ranks (counters), but for the one table of a hang. Nothing here waits for a note.
+A collective cannot say who is missing from it. So every rank notes on this board who and where it
+is, that it makes progress, that it was asked to stop, and how it leaves. A note is one request to
+the store, of a thread that no collective holds up; the costs of a rank do not depend on the number
+of ranks (counters), but for the one table of a hang. Nothing here waits for a note.
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-CODES = (70, 65, 64, 75, 1)  # of the ranks' exit codes, the first that is there is the job's; 75 only where all left with it
+CODES = (
+    70,
+    65,
+    64,
+    75,
+    1,
+)  # of the ranks' exit codes, the first that is there is the job's; 75 only where all left with it
 REQUEST_SECONDS = 10.0
 
 
@@ -40,32 +48,51 @@ class RankNote:
 def decided(codes: dict[int, int], ranks: int) -> int:
     """Return a job's exit code from how many of its ranks left with which.
 
-    A rank that left without a word was lost. A stop is one only where every rank stopped or was done.
+    A rank that left without a word was lost. A stop is one only where every rank stopped or was
+    done.
     """
     found = {code: count for code, count in codes.items() if count and code}
     if not found:
         return 0 if codes.get(0, 0) == ranks else 70
     if set(found) == {75} and found[75] + codes.get(0, 0) < ranks:
         return 70
-    return next((code for code in CODES if found.get(code) and (code != 75 or set(found) == {75})), 1)
+    return next(
+        (code for code in CODES if found.get(code) and (code != 75 or set(found) == {75})), 1
+    )
 
 
 class Board:
     """A rank's access to the notes of its job."""
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        self._store, self.rank, self.world_size, self.host = store, rank, world_size, socket.gethostname()
+        self._store, self.rank, self.world_size, self.host = (
+            store,
+            rank,
+            world_size,
+            socket.gethostname(),
+        )
 
     @classmethod
     def of_launch(cls, seconds: float) -> Board:
-        """Return the board of this launch, by torchrun's environment variables. Raises torch's DistError where nobody answers in time."""
+        """Return the board of this launch, by torchrun's environment variables.
+
+        Raises torch's DistError where nobody answers in time.
+        """
         from torch.distributed import PrefixStore, TCPStore
 
         timeout = datetime.timedelta(seconds=seconds)
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=timeout)
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timeout,
+        )
         store.set_timeout(datetime.timedelta(seconds=REQUEST_SECONDS))
         prefix = f"sailplan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        return cls(PrefixStore(prefix, store), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        return cls(
+            PrefixStore(prefix, store), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        )
 
     # ---------------------------------------------------------------- counters
     def count(self, name: str) -> int:
@@ -91,7 +118,10 @@ class Board:
         self.write(f"rank/{note.rank}", json.dumps(asdict(note)))
 
     def notes(self) -> list[RankNote | None]:
-        """Return every rank's note, in rank order; None where a rank has not come yet. As many requests as ranks."""
+        """Return every rank's note, in rank order; None where a rank has not come yet.
+
+        As many requests as ranks.
+        """
         texts = [self.read(f"rank/{rank}") for rank in range(self.world_size)]
         return [None if text is None else RankNote(**json.loads(text)) for text in texts]
 

@@ -1,7 +1,9 @@
-"""One job at a time in a run folder: the second is refused, and a crashed one does not block the next.
+"""One job at a time in a run folder: the second is refused, and a crashed one does not block the
+next.
 
-The first rank holds a lock on `running.json`, which the kernel releases however the process ends, and writes into it who it is,
-again every few seconds. Where the file system carries locks between hosts, the lock decides; where it does not, a record of
+The first rank holds a lock on `running.json`, which the kernel releases however the process ends,
+and writes into it who it is, again every few seconds. Where the file system carries locks between
+hosts, the lock decides; where it does not, a record of
 another host that is still being written does.
 """
 
@@ -21,13 +23,16 @@ from sailplan.runtime.watch import beat
 
 FILE = "running.json"
 HEARTBEAT = 3.0
-PATIENCE = 12.0  # seconds for workers of a killed job to go, and for another host to write its record again
+# Seconds for workers of a killed job to go, and for another host to write its record again
+PATIENCE = 12.0
 
 
 class Claim:
     """The right to write into a run folder, until `release` or the end of the process."""
 
-    def __init__(self, folder: Path, *, heartbeat: float = HEARTBEAT, patience: float = PATIENCE) -> None:
+    def __init__(
+        self, folder: Path, *, heartbeat: float = HEARTBEAT, patience: float = PATIENCE
+    ) -> None:
         """Raises ConfigurationError where another job works in the folder."""
         self.path, self._done = folder / FILE, threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +40,9 @@ class Claim:
         self._wait_for_lock(patience)
         self._wait_for_silence(2.5 * heartbeat)
         self._write()
-        self._thread = threading.Thread(target=self._keep, args=(heartbeat,), name="sailplan-claim", daemon=True)
+        self._thread = threading.Thread(
+            target=self._keep, args=(heartbeat,), name="sailplan-claim", daemon=True
+        )
         self._thread.start()
 
     def _wait_for_lock(self, patience: float) -> None:
@@ -54,7 +61,9 @@ class Claim:
             time.sleep(0.2)  # its process is gone, but a worker that it forked still has the file
 
     def _wait_for_silence(self, seconds: float) -> None:
-        """Another host's record may be written by a live job that the lock does not reach: see whether it changes."""
+        """Another host's record may be written by a live job that the lock does not reach: see
+        whether it changes.
+        """
         held = self._read()
         if not held or held.get("host") == socket.gethostname():
             return
@@ -71,7 +80,10 @@ class Claim:
 
     def _refusal(self, held: dict[str, Any]) -> ConfigurationError:
         who = f"host {held.get('host', '?')}, pid {held.get('pid', '?')}, job {held.get('job') or 'none'}, last heard of at {held.get('heartbeat', '?')}"
-        return ConfigurationError(f"{self.path.parent}: another job is writing here ({who}): wait for it, end it, or choose another name=")
+        return ConfigurationError(
+            f"{self.path.parent}: another job is writing here ({who}): wait for it, end it, or "
+            "choose another name="
+        )
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -82,7 +94,12 @@ class Claim:
 
     def _write(self) -> None:
         job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or ""
-        record = {"host": socket.gethostname(), "pid": os.getpid(), "job": job, "heartbeat": time.strftime("%Y-%m-%d %H:%M:%S")}
+        record = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job": job,
+            "heartbeat": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         self._file.seek(0)
         self._file.truncate()
         self._file.write(json.dumps(record))

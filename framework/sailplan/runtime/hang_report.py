@@ -1,6 +1,8 @@
-"""What is said of a hang: one table of all ranks, and the stacks of each, one file for each different one.
+"""What is said of a hang: one table of all ranks, and the stacks of each, one file for each
+different one.
 
-The first rank that notices writes the table to stderr and into `hang-STEP/` below the run folder; the others add what their
+The first rank that notices writes the table to stderr and into `hang-STEP/` below the run folder;
+the others add what their
 threads were doing, unless another rank was doing the same.
 """
 
@@ -25,17 +27,35 @@ def stacks() -> tuple[str, str]:
         faulthandler.dump_traceback(file=file)
         file.seek(0)
         text = re.sub(r"Thread 0x[0-9a-f]+", "Thread", file.read())
-    threads = sorted(part.strip() for part in re.split(r"(?m)^(?:Current t|T)hread.*:$", text) if part.strip())
+    threads = sorted(
+        part.strip() for part in re.split(r"(?m)^(?:Current t|T)hread.*:$", text) if part.strip()
+    )
     return hashlib.sha256("\n".join(threads).encode()).hexdigest()[:8], text
 
 
-def report_hang(note: RankNote, text: str, silent: float, limit: float, folder: Path | None, board: Board | None, tick: float) -> None:
+def report_hang(
+    note: RankNote,
+    text: str,
+    silent: float,
+    limit: float,
+    folder: Path | None,
+    board: Board | None,
+    tick: float,
+) -> None:
     """Write what this rank was doing, and, as the first of all ranks, the table."""
     place = None if folder is None else folder / f"hang-{note.step}"
     if board is None or board.count(f"stack/{note.stack}") == 1:
-        _write(place, f"stack-{note.stack}.txt", f"rank {note.rank} on {note.host}, and others with this stack in table.txt\n\n{text}", text)
+        _write(
+            place,
+            f"stack-{note.stack}.txt",
+            f"rank {note.rank} on {note.host}, and others with this stack in table.txt\n\n{text}",
+            text,
+        )
     if board is None:
-        say(f"no progress for {silent:.0f} s (parallel.timeout_seconds={limit:.0f}) in {note.phase} at step {note.step}: a hang")
+        say(
+            f"no progress for {silent:.0f} s (parallel.timeout_seconds={limit:.0f}) in "
+            f"{note.phase} at step {note.step}: a hang"
+        )
         return
     note.seen = time.time()
     board.show(note)
@@ -44,7 +64,10 @@ def report_hang(note: RankNote, text: str, silent: float, limit: float, folder: 
         return
     time.sleep(min(2.0, 4 * tick))  # until the others have looked
     where = "" if place is None else f"; stacks in {place}"
-    say(f"no progress on any rank for {silent:.0f} s (parallel.timeout_seconds={limit:.0f}): a hang{where}")
+    say(
+        f"no progress on any rank for {silent:.0f} s (parallel.timeout_seconds={limit:.0f}): a "
+        f"hang{where}"
+    )
     lines = table(board.notes(), time.time(), 3 * tick + 1)
     for line in lines:
         say(line)
@@ -62,12 +85,16 @@ def _stay(note: RankNote, board: Board, tick: float) -> None:
 
 
 def missing(notes: list[RankNote | None], now: float, patience: float) -> list[int]:
-    """Return the ranks that have not come, or not written for `patience` seconds: stopped, killed, or cut off."""
+    """Return the ranks that have not come, or not written for `patience` seconds: stopped,
+    killed, or cut off.
+    """
     return [rank for rank, note in enumerate(notes) if note is None or now - note.seen > patience]
 
 
 def table(notes: list[RankNote | None], now: float, patience: float) -> list[str]:
-    """Return a line for each rank: who waits for whom follows from who is missing, works alone, or is least far."""
+    """Return a line for each rank: who waits for whom follows from who is missing, works alone,
+    or is least far.
+    """
     lost = missing(notes, now, patience)
     known = [note for note in notes if note is not None]
     behind = lost or [note.rank for note in known if note.local]
@@ -75,7 +102,9 @@ def table(notes: list[RankNote | None], now: float, patience: float) -> list[str
         least = min((note.step, note.beats) for note in known)
         behind = [note.rank for note in known if (note.step, note.beats) == least]
         behind = [] if len(behind) == len(notes) else behind
-    named = ", ".join(map(str, behind[:8])) + (f" and {len(behind) - 8} more" if len(behind) > 8 else "")
+    named = ", ".join(map(str, behind[:8])) + (
+        f" and {len(behind) - 8} more" if len(behind) > 8 else ""
+    )
     rows = [("rank", "host", "pid", "step", "phase", "last seen", "silent", "waits for", "stack")]
     for rank, note in enumerate(notes):
         waits = "-" if rank in behind or not behind else f"rank {named}"
@@ -84,9 +113,24 @@ def table(notes: list[RankNote | None], now: float, patience: float) -> list[str
             continue
         seen = f"{now - note.seen:.0f} s ago"
         phase = note.phase + (" (no answer)" if rank in lost else "")
-        rows.append((str(rank), note.host, str(note.pid), str(note.step), phase, seen, f"{note.silent:.0f} s", waits, note.stack or "-"))
+        rows.append(
+            (
+                str(rank),
+                note.host,
+                str(note.pid),
+                str(note.step),
+                phase,
+                seen,
+                f"{note.silent:.0f} s",
+                waits,
+                note.stack or "-",
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def _write(place: Path | None, name: str, content: str, otherwise: str | None) -> None:

@@ -1,8 +1,9 @@
 """How a rank leaves: what it says, and the exit code, which all ranks of a job agree on.
 
-The codes are decided, not raced: 70 before 65, 64, 75 and 1; 75 only where every rank stopped or was done. A rank that fails
-notes it on the board before its connections close; the others, which then lose a peer, find the note and leave with the job's
-code. What several ranks say in the same words is said once. The launcher gets each rank's code in a file, too.
+The codes are decided, not raced: 70 before 65, 64, 75 and 1; 75 only where every rank stopped or
+was done. A rank that fails notes it on the board before its connections close; the others, which
+then lose a peer, find the note and leave with the job's code. What several ranks say in the same
+words is said once. The launcher gets each rank's code in a file, too.
 """
 
 from __future__ import annotations
@@ -41,11 +42,17 @@ def say(line: str) -> None:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Return whether an error is that of a collective, or of a start, which lost a peer or waited too long for one."""
+    """Return whether an error is that of a collective, or of a start, which lost a peer or
+    waited too long for one.
+    """
     import torch
 
-    kinds: tuple[type[BaseException], ...] = (torch.distributed.DistError,) if hasattr(torch.distributed, "DistError") else ()
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError | ConnectionError) and LOST.search(str(error)) is not None)
+    kinds: tuple[type[BaseException], ...] = (
+        (torch.distributed.DistError,) if hasattr(torch.distributed, "DistError") else ()
+    )
+    return isinstance(error, kinds) or (
+        isinstance(error, RuntimeError | ConnectionError) and LOST.search(str(error)) is not None
+    )
 
 
 def code_of(error: BaseException) -> int:
@@ -54,7 +61,9 @@ def code_of(error: BaseException) -> int:
 
 
 def first_to_say(line: str, board: Board | None) -> bool:
-    """Return whether no other rank of the job has said the line: of the node, where there is no board."""
+    """Return whether no other rank of the job has said the line: of the node, where there is no
+    board.
+    """
     name = hashlib.sha256(line.encode()).hexdigest()[:16]
     folder = os.environ.get(NOTES)
     if world_size_from_environment() == 1:
@@ -72,15 +81,22 @@ def first_to_say(line: str, board: Board | None) -> bool:
 
 
 def decide(code: int | None, board: Board | None) -> int:
-    """Return the code that the job ends with, once this rank's is on the board; waits a little for the other ranks'.
+    """Return the code that the job ends with, once this rank's is on the board; waits a little
+    for the other ranks'.
 
-    code: this rank's; None: it has none of its own. Nothing goes before 70, which therefore waits for nobody.
+    code: this rank's; None: it has none of its own. Nothing goes before 70, which therefore waits
+    for nobody.
     """
     from sailplan.runtime.board import decided
 
     own = EXIT_HANG if code is None else code
     if board is None or code in (EXIT_DONE, EXIT_HANG):
-        if board is not None and code == EXIT_HANG and board.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if (
+            board is not None
+            and code == EXIT_HANG
+            and board.rank == 0
+            and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        ):
             time.sleep(STORE_SECONDS)
         return own
     deadline = time.monotonic() + (STOP_SECONDS if code == EXIT_STOPPED else OTHERS_SECONDS)
@@ -110,7 +126,9 @@ def note_code(code: int) -> None:
 
 
 def end_now(code: int | None, line: str, board: Board | None) -> None:
-    """Leave the process from any thread, with the job's code; None: this rank has none of its own. Ends its loader's workers."""
+    """Leave the process from any thread, with the job's code; None: this rank has none of its
+    own. Ends its loader's workers.
+    """
     try:
         if board is not None and code is not None:
             board.leave(code, line)
@@ -130,7 +148,9 @@ def end_now(code: int | None, line: str, board: Board | None) -> None:
 
 
 def end_children() -> None:
-    """Kill the processes that this one forked: a worker that was stopped would stay behind for ever."""
+    """Kill the processes that this one forked: a worker that was stopped would stay behind for
+    ever.
+    """
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -155,7 +175,13 @@ class NamedLines:
 
 
 def name_lines() -> None:
-    """Begin every line that this rank writes to stderr with its rank and host, where there is more than one rank."""
+    """Begin every line that this rank writes to stderr with its rank and host, where there is
+    more than one rank.
+    """
     if world_size_from_environment() > 1 and not isinstance(sys.stderr, NamedLines):
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ writes past Python, and says what is said here anyway
-        sys.stderr = NamedLines(sys.stderr, f"[rank {os.environ.get('RANK', '?')} {socket.gethostname()}] ")  # type: ignore[assignment]
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # torch's C++ writes past Python, and says what is said here anyway
+        sys.stderr = NamedLines(
+            sys.stderr, f"[rank {os.environ.get('RANK', '?')} {socket.gethostname()}] "
+        )  # type: ignore[assignment]

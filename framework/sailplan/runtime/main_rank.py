@@ -10,13 +10,18 @@ from sailplan.errors import BadDataError, ConfigurationError, SailplanError, Sto
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.watch import meet, phase
 
-KINDS: dict[str, type[SailplanError]] = {kind.__name__: kind for kind in (SailplanError, ConfigurationError, BadDataError, StopRequested)}
+KINDS: dict[str, type[SailplanError]] = {
+    kind.__name__: kind for kind in (SailplanError, ConfigurationError, BadDataError, StopRequested)
+}
 
 
 def on_main(parallel: Parallel, what: str, work: Callable[[], Any]) -> Any:
-    """Return `work()` done on rank 0, its JSON-able value, on every rank. If it fails, every rank raises, so that none waits for ever.
+    """Return `work()` done on rank 0, its JSON-able value, on every rank.
 
-    An error of `sailplan.errors` is the same on all ranks. The others wait as long as rank 0 makes progress.
+    If it fails, every rank raises, so that none waits for ever.
+
+    An error of `sailplan.errors` is the same on all ranks. The others wait as long as rank 0 makes
+    progress.
     """
     answer, cause = "", None  # type: str, Exception | None
     if parallel.is_main:
@@ -24,7 +29,10 @@ def on_main(parallel: Parallel, what: str, work: Callable[[], Any]) -> Any:
             try:
                 answer = json.dumps({"value": work()})
             except SailplanError as error:
-                answer, cause = json.dumps({"kind": type(error).__name__, "problem": str(error)}), error
+                answer, cause = (
+                    json.dumps({"kind": type(error).__name__, "problem": str(error)}),
+                    error,
+                )
             except Exception as error:  # told to the other ranks, then raised again
                 problem = f"{what} failed on rank 0: {type(error).__name__}: {error}"
                 answer, cause = json.dumps({"kind": "SailplanError", "problem": problem}), error

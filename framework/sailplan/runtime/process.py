@@ -1,4 +1,6 @@
-"""A rank's place in the world: its groups, its device, and the few messages that everything needs."""
+"""A rank's place in the world: its groups, its device, and the few messages that everything
+needs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Parallel:
-    """This rank's place: tensor-parallel peers hold the same samples, data-parallel peers the same weights."""
+    """This rank's place: tensor-parallel peers hold the same samples, data-parallel peers the
+    same weights.
+    """
 
     rank: int
     world_size: int

@@ -1,7 +1,9 @@
-"""A command's life on one rank: the world is joined, watched, and left with an exit code that all ranks agree on.
+"""A command's life on one rank: the world is joined, watched, and left with an exit code that
+all ranks agree on.
 
-Under torchrun or Slurm the usual environment variables say which rank this is; without them the process is a world of one, with a
-real process group, so that one rank and a thousand run the same code.
+Under torchrun or Slurm the usual environment variables say which rank this is; without them the
+process is a world of one, with a real process group, so that one rank and a thousand run the same
+code.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from sailplan.runtime.process import Parallel, device_type
 from sailplan.runtime.signals import stop_flag
 from sailplan.runtime.watch import Watch, phase, watching
 
-BEHIND_THE_WATCH = 5.0  # seconds: groups time out after the watch has reported, which knows who is missing
+BEHIND_THE_WATCH = (
+    5.0  # seconds: groups time out after the watch has reported, which knows who is missing
+)
 CAUSE_SECONDS = 1.5  # after a lost peer, for the rank that failed first to say so
 
 
@@ -38,15 +42,20 @@ CAUSE_SECONDS = 1.5  # after a lost peer, for the rank that failed first to say 
 def started(config: ParallelConfig) -> Iterator[Parallel]:
     """Join the world, form the groups, yield this rank's place; leave the world at the end.
 
-    Work inside is watched: see `runtime.watch`. With several ranks, an error that leaves the block ends the process: it is noted
-    for the other ranks before their connections to this one close.
-    Raises ConfigurationError before any group is formed if `parallel.tensor` does not divide the world.
+    Work inside is watched: see `runtime.watch`. With several ranks, an error that leaves the block
+    ends the process: it is noted for the other ranks before their connections to this one close.
+    Raises ConfigurationError before any group is formed if `parallel.tensor` does not divide the
+    world.
     """
     fill_in_slurm()
     world_size = world_size_from_environment()
     config.check_world(world_size)
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    with stop_flag() as flag, watching(config.timeout_seconds, flag, rank) as watch, tempfile.TemporaryDirectory() as folder:
+    with (
+        stop_flag() as flag,
+        watching(config.timeout_seconds, flag, rank) as watch,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         try:
             with phase("start"):
                 device = _device(config, local_rank, world_size)
@@ -81,11 +90,20 @@ def _device(config: ParallelConfig, local_rank: int, world_size: int) -> torch.d
     return torch.device("cpu")
 
 
-def _join(watch: Watch, config: ParallelConfig, device: torch.device, world_size: int, folder: str) -> None:
+def _join(
+    watch: Watch, config: ParallelConfig, device: torch.device, world_size: int, folder: str
+) -> None:
     timeout = datetime.timedelta(seconds=config.timeout_seconds + BEHIND_THE_WATCH)
     backend, bound = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     if world_size == 1:
-        dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1, timeout=timeout, device_id=bound)
+        dist.init_process_group(
+            backend,
+            init_method=f"file://{folder}/rendezvous",
+            rank=0,
+            world_size=1,
+            timeout=timeout,
+            device_id=bound,
+        )
         return
     # torchrun's agent has the store already; without it rank 0 opens it when the group is formed.
     early = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -97,9 +115,13 @@ def _join(watch: Watch, config: ParallelConfig, device: torch.device, world_size
 
 
 def settle(error: BaseException, watch: Watch) -> None:
-    """Say an error as often as it has to be said in the job, note it, and leave the process with the job's exit code."""
+    """Say an error as often as it has to be said in the job, note it, and leave the process with
+    the job's exit code.
+    """
     board, line = watch.board, f"{type(error).__name__}: {error}".splitlines()[0]
-    if isinstance(error, SailplanError) and not (error.exit_code == EXIT_FAILURE and error.__cause__ and is_lost_peer(error.__cause__)):
+    if isinstance(error, SailplanError) and not (
+        error.exit_code == EXIT_FAILURE and error.__cause__ and is_lost_peer(error.__cause__)
+    ):
         if first_to_say(str(error), board):
             say(str(error))
         end_now(code_of(error), str(error), board)
@@ -128,8 +150,16 @@ def _lost(line: str, watch: Watch) -> None:
         if board is not None and board.count("lost") == 1:
             notes, now = board.notes(), time.time()
             gone = missing(notes, now, 2 * watch.tick + 1)
-            named = ", ".join(f"{rank} ({note.host})" if (note := notes[rank]) else str(rank) for rank in gone) or "that is not known"
-            say(f"lost a peer {where}: rank {named}, which said nothing before; resume with resume=auto ({line[:200]})")
+            named = (
+                ", ".join(
+                    f"{rank} ({note.host})" if (note := notes[rank]) else str(rank) for rank in gone
+                )
+                or "that is not known"
+            )
+            say(
+                f"lost a peer {where}: rank {named}, which said nothing before; resume with "
+                f"resume=auto ({line[:200]})"
+            )
             for row in table(notes, now, 2 * watch.tick + 1):
                 say(row)
             end_now(EXIT_HANG, line, board)

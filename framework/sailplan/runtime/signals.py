@@ -1,6 +1,8 @@
-"""Stopping on request: a signal only sets a flag; the loop asks all ranks at a step's edge whether one was set.
+"""Stopping on request: a signal only sets a flag; the loop asks all ranks at a step's edge
+whether one was set.
 
-SIGTERM and SIGUSR1 (Slurm's early warning) and SIGINT ask for a stop: the run saves and exits with 75.
+SIGTERM and SIGUSR1 (Slurm's early warning) and SIGINT ask for a stop: the run saves and exits with
+75.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """torchrun, with the ranks' own exit code passed through.
 
-Plain torchrun turns every failure into 1; the exit codes of sailplan (64 bad configuration, 65 bad data,
-70 hang, 75 stopped, resume me) are what launch scripts and schedulers act on. Ranks agree on the job's code and leave it in a
-folder of the launcher's; a rank that leaves none, because it was killed or stopped, does not turn a failure into a stop. Once one
-rank has failed, those that have not left within seconds are killed: a stopped process hears no other signal.
+Plain torchrun turns every failure into 1; the exit codes of sailplan (64 bad configuration, 65 bad
+data,
+70 hang, 75 stopped, resume me) are what launch scripts and schedulers act on. Ranks agree on the
+job's code and leave it in a folder of the launcher's; a rank that leaves none, because it was
+killed or stopped, does not turn a failure into a stop. Once one
+rank has failed, those that have not left within seconds are killed: a stopped process hears no
+other signal.
 Use: python -m sailplan.runtime.torchrun --nproc-per-node 2 -m sailplan train ...
 """
 
@@ -48,8 +51,12 @@ def _end_the_rest(folder: Path, done: threading.Event) -> None:
 
 
 def main() -> int:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning; ranks set torch's threads themselves
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks have said it already, in one line
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # torchrun's own default, without its warning; ranks set torch's threads themselves
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # the ranks have said it already, in one line
     with tempfile.TemporaryDirectory(prefix="sailplan-launch-") as name:
         folder, done = Path(name), threading.Event()
         os.environ[NOTES] = name
@@ -61,8 +68,12 @@ def main() -> int:
         except ChildFailedError as failure:
             left = codes(folder)
             if left:
-                return _of_node(left, any(not (folder / f"code-{rank}").is_file() for rank in failure.failures))
-            return _of_node([error.exitcode for error in failure.failures.values() if error.exitcode > 0], False)  # some other program
+                return _of_node(
+                    left, any(not (folder / f"code-{rank}").is_file() for rank in failure.failures)
+                )
+            return _of_node(
+                [error.exitcode for error in failure.failures.values() if error.exitcode > 0], False
+            )  # some other program
         except SignalException:
             left = codes(folder)
             return _of_node(left, False) if left else EXIT_STOPPED

@@ -1,8 +1,8 @@
 """Long work that is cut into units and shared by all ranks, which meet after every unit.
 
-A collective at the end of hours of work would time out on the ranks that finish first. Here no rank is more than
-one unit ahead of another, a failure reaches all ranks after the unit in which it happened, and a lost peer ends the
-others at the next meeting. Units should take seconds, not hours.
+A collective at the end of hours of work would time out on the ranks that finish first. Here no rank
+is more than one unit ahead of another, a failure reaches all ranks after the unit in which it
+happened, and a lost peer ends the others at the next meeting. Units should take seconds, not hours.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from sailplan.runtime.process import Parallel
 Unit = TypeVar("Unit")
 
 
-def in_turns(parallel: Parallel, what: str, units: Sequence[Unit], work: Callable[[Unit], None]) -> None:
+def in_turns(
+    parallel: Parallel, what: str, units: Sequence[Unit], work: Callable[[Unit], None]
+) -> None:
     """Do `work` on this rank's share of the units: number rank, rank + world size, ... Collective.
 
-    units: the same on all ranks. If a unit fails, every rank raises: the failed one its own error, the others a
+    units: the same on all ranks. If a unit fails, every rank raises: the failed one its own error,
+    the others a
     SailplanError (BadDataError for bad data) that quotes it.
     """
     turns = -(-len(units) // parallel.world_size)
@@ -42,23 +45,37 @@ def meet(parallel: Parallel, what: str, problem: Exception | None = None) -> Non
     """Wait for all ranks; raise on all where one has a problem. Collective."""
     if not parallel.agree(problem is not None):
         return
-    own = None if problem is None else (getattr(problem, "exit_code", 1), f"{type(problem).__name__}: {problem}")
+    own = (
+        None
+        if problem is None
+        else (getattr(problem, "exit_code", 1), f"{type(problem).__name__}: {problem}")
+    )
     answers = from_all_ranks(parallel, own)
     if problem is not None:
         raise problem
-    rank, (code, text) = next((rank, found) for rank, found in enumerate(answers) if found is not None)
-    raise (BadDataError if code == EXIT_BAD_DATA else SailplanError)(f"{what} failed on rank {rank}: {text}")
+    rank, (code, text) = next(
+        (rank, found) for rank, found in enumerate(answers) if found is not None
+    )
+    raise (BadDataError if code == EXIT_BAD_DATA else SailplanError)(
+        f"{what} failed on rank {rank}: {text}"
+    )
 
 
 def sum_over_ranks(values: NDArray[Any]) -> NDArray[Any]:
-    """Return the element-wise sum of an array of numbers over all ranks. Collective; the shape is the same on all ranks."""
+    """Return the element-wise sum of an array of numbers over all ranks.
+
+    Collective; the shape is the same on all ranks.
+    """
     total = torch.from_numpy(np.array(values))
     dist.all_reduce(total)
     return total.numpy()
 
 
 def any_over_ranks(flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return 1 where any rank has 1, else 0: uint8, the shape is the same on all ranks. Collective."""
+    """Return 1 where any rank has 1, else 0: uint8, the shape is the same on all ranks.
+
+    Collective.
+    """
     found = torch.from_numpy(np.array(flags))
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.numpy()

@@ -1,11 +1,16 @@
-"""Nothing hangs: a thread that ends this rank with exit code 70 when no rank of the job makes progress for too long.
+"""Nothing hangs: a thread that ends this rank with exit code 70 when no rank of the job makes
+progress for too long.
 
-Whoever works says so with `beat()`, once a batch, a shard or a tile; a phase (`phase("mining")`) gives that work a name. A rank
-that waits for a rank that works is no hang, however long that takes: the limit counts from the latest beat of the whole job.
-A collective that waits for a lost peer cannot be interrupted from Python, so the thread reports and leaves the process.
+Whoever works says so with `beat()`, once a batch, a shard or a tile; a phase (`phase("mining")`)
+gives that work a name. A rank
+that waits for a rank that works is no hang, however long that takes: the limit counts from the
+latest beat of the whole job.
+A collective that waits for a lost peer cannot be interrupted from Python, so the thread reports and
+leaves the process.
 
-The same thread carries a stop signal that reached one rank to all of them, and leaves when another rank has failed and this one
-is caught in a collective. Without other ranks there is no board, and the limit counts from the rank's own beats.
+The same thread carries a stop signal that reached one rank to all of them, and leaves when another
+rank has failed and this one is caught in a collective. Without other ranks there is no board, and
+the limit counts from the rank's own beats.
 """
 
 from __future__ import annotations
@@ -23,7 +28,9 @@ from sailplan.runtime.hang_report import report_hang, stacks
 from sailplan.runtime.leaving import end_now, say
 from sailplan.runtime.signals import StopFlag
 
-FOLLOW_SECONDS = 3.0  # after another rank's failure, before this one leaves a collective that will not end
+FOLLOW_SECONDS = (
+    3.0  # after another rank's failure, before this one leaves a collective that will not end
+)
 _current: Watch | None = None
 
 
@@ -31,7 +38,9 @@ class Watch:
     """This rank's progress, and its view of the job's."""
 
     def __init__(self, seconds: float, flag: StopFlag, rank: int = 0) -> None:
-        self.seconds, self.flag, self.board = seconds, flag, None  # type: float, StopFlag, Board | None
+        # type: float, StopFlag, Board | None
+        self.seconds, self.flag = seconds, flag
+        self.board: Board | None = None
         self.folder: Path | None = None
         self.note = RankNote(rank, os.uname().nodename, os.getpid())
         self._last = self._job_last = time.monotonic()
@@ -44,7 +53,9 @@ class Watch:
 
     @property
     def tick(self) -> float:
-        """Seconds between two looks: more among many ranks, so that the first node's store has some 1,000 requests a second."""
+        """Seconds between two looks: more among many ranks, so that the first node's store has
+        some 1,000 requests a second.
+        """
         ranks = 1 if self.board is None else self.board.world_size
         return min(max(1.0, ranks / 200), max(0.1, self.seconds / 10))
 
@@ -73,7 +84,8 @@ class Watch:
         name = f"meeting/{self._meetings}"
         self.board.count(name)
         with self.phase(f"waiting: {what}"):
-            # Among many ranks less often: the first node's store then has some 5,000 requests a second.
+            # Among many ranks less often: the first node's store then has some 5,000 requests a
+            # second.
             pause, longest = 0.002, max(0.05, self.board.world_size / 5000)
             while self.board.counted(name) < self.board.world_size:
                 time.sleep(pause)
@@ -88,7 +100,10 @@ class Watch:
                 if not self._done.is_set() and not self.leaving:
                     self._failed_at = self._failed_at or time.monotonic()
                     if time.monotonic() - self._failed_at > FOLLOW_SECONDS:
-                        say(f"lost the job's store, and the first node with it ({type(error).__name__})")
+                        say(
+                            "lost the job's store, and the first node with it "
+                            f"({type(error).__name__})"
+                        )
                         end_now(EXIT_HANG, "lost the job's store", None)
 
     def _look(self) -> None:
@@ -120,7 +135,11 @@ class Watch:
             self.flag.name = asked
         if self._failed_at is None and board.failed():
             self._failed_at = now
-        if self._failed_at is not None and now - self._failed_at > FOLLOW_SECONDS and not self.leaving:
+        if (
+            self._failed_at is not None
+            and now - self._failed_at > FOLLOW_SECONDS
+            and not self.leaving
+        ):
             say(f"left with {board.cause()}")
             end_now(None, "", board)
 
@@ -150,7 +169,8 @@ def watching(seconds: float, flag: StopFlag, rank: int = 0) -> Iterator[Watch]:
             thread.join(timeout=2 * watch.tick + 1)
 
 
-# ---------------------------------------------------------------- for whoever works, in a watched process or not
+# ---------------------------------------------------------------- for whoever works, in a watched
+# process or not
 def beat(step: int | None = None) -> None:
     """Say that work is going on: once a batch, a shard, a tile."""
     if _current is not None:
@@ -159,7 +179,10 @@ def beat(step: int | None = None) -> None:
 
 @contextmanager
 def phase(name: str, local: bool = False) -> Iterator[None]:
-    """Name the work of the block in the report of a hang. local: it is this rank's alone, and no other rank need be there."""
+    """Name the work of the block in the report of a hang.
+
+    local: it is this rank's alone, and no other rank need be there.
+    """
     if _current is None:
         yield
         return
@@ -187,24 +210,31 @@ def computing(what: str) -> Iterator[None]:
 
 
 def meet(what: str) -> None:
-    """Wait for all ranks before a collective that some may reach much later: no time-out of a group counts here."""
+    """Wait for all ranks before a collective that some may reach much later: no time-out of a
+    group counts here.
+    """
     if _current is not None:
         _current.meet(what)
 
 
 def alone() -> None:
-    """Between two pieces of work that no other rank waits for in a collective: beat, and obey a stop signal.
+    """Between two pieces of work that no other rank waits for in a collective: beat, and obey a
+    stop signal.
 
     Raises StopRequested.
     """
     if _current is not None:
         _current.beat()
         if _current.flag.name is not None:
-            raise StopRequested(f"stopped by {_current.flag.name} in {_current.note.phase}; start the same command again")
+            raise StopRequested(
+                f"stopped by {_current.flag.name} in {_current.note.phase}; start the same command "
+                "again"
+            )
 
 
 def together() -> None:
-    """Between two batches that all ranks compute alike: beat, and obey a stop signal that reached any rank. A collective.
+    """Between two batches that all ranks compute alike: beat, and obey a stop signal that
+    reached any rank. A collective.
 
     One number over the CPUs' group; no device waits. Raises StopRequested on all ranks.
     """
@@ -237,5 +267,3 @@ def report_to(folder: Path) -> None:
 def current() -> Watch | None:
     """Return the watch of this process, if it is watched."""
     return _current
-
-

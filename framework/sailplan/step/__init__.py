@@ -1,1 +1,3 @@
-"""One training step: the gradient cache, the guards before the optimizer, and the optimizer's groups."""
+"""One training step: the gradient cache, the guards before the optimizer, and the optimizer's
+groups.
+"""

@@ -1,4 +1,6 @@
-"""Configuration of the step: how its rows are cut and dealt, which graphs stay, what updates the parameters."""
+"""Configuration of the step: how its rows are cut and dealt, which graphs stay, what updates the
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,16 @@ Backend = Literal["auto", "reference", "chunked", "triton"]
 @dataclass
 class StepConfig:
     micro_batch: Size = 128  # rows encoded at once, at most
-    # Positions of the tower's sequence encoded at once, at most: prompt and text tokens, visual tokens, and the encoders' work on pictures
-    # and sound in positions that cost as much. A longer row is encoded alone. 0: micro-batches are cut by rows alone.
+    # Positions of the tower's sequence encoded at once, at most: prompt and text tokens, visual
+    # tokens, and the encoders' work on pictures and sound in positions that cost as much. A longer
+    # row is encoded alone. 0: micro-batches are cut by rows alone.
     token_budget: Count = 0
-    # Which rank encodes which rows: length: so that their costs balance; lanes: whole lanes, read in long sequences.
+    # Which rank encodes which rows: length: so that their costs balance; lanes: whole lanes, read
+    # in long sequences.
     dealing: Literal["length", "lanes"] = "length"
-    # Micro-batches, counted from the last, whose graph is kept instead of replayed: a number, or auto (as many as fit into the
-    # memory that the first step of a stage and its data sets leaves free, at least one).
+    # Micro-batches, counted from the last, whose graph is kept instead of replayed: a number, or
+    # auto (as many as fit into the memory that the first step of a stage and its data sets leaves
+    # free, at least one).
     kept_graphs: CountOrAll | Literal["auto"] = "auto"
     backend: Backend = "auto"  # of sailplan_kernels
 
@@ -36,7 +41,9 @@ class StageOptimizerConfig:
     final_learning_rate: NotNegative = 1e-4  # where the schedule ends
     warmup_steps: Count = 20
     weight_decay: NotNegative = 1e-4
-    betas: list[ShareBelowOne] = field(default_factory=lambda: [0.9, 0.98])  # of optimizers that have betas
+    betas: list[ShareBelowOne] = field(
+        default_factory=lambda: [0.9, 0.98]
+    )  # of optimizers that have betas
     epsilon: Positive = 1e-8  # of optimizers that have an eps
     clip_norm: Positive = 1.0
     temperature_learning_rate: NotNegative = 1e-3
@@ -46,7 +53,12 @@ class StageOptimizerConfig:
 
 @dataclass
 class OptimizerConfig(StageOptimizerConfig):
-    """The run's optimizer. One object updates all stages, so its class and options are the run's alone."""
+    """The run's optimizer.
+
+    One object updates all stages, so its class and options are the run's alone.
+    """
 
     _target_: str = ADAMW  # a class below torch.optim.Optimizer
-    options: dict[str, Any] = field(default_factory=dict)  # of its constructor, such as {momentum: 0.9}
+    options: dict[str, Any] = field(
+        default_factory=dict
+    )  # of its constructor, such as {momentum: 0.9}

@@ -1,17 +1,21 @@
-"""The gradient cache: a contrastive loss over a batch of any size, in the memory of one micro-batch.
+"""The gradient cache: a contrastive loss over a batch of any size, in the memory of one
+micro-batch.
 
-The loss couples all rows, but the encoder does not: given the gradient of the loss with respect to each embedding,
-a micro-batch's share of the parameters' gradient needs that micro-batch alone (Gao et al., "Scaling Deep Contrastive
+The loss couples all rows, but the encoder does not: given the gradient of the loss with respect to
+each embedding, a micro-batch's share of the parameters' gradient needs that micro-batch alone (Gao
+et al., "Scaling Deep Contrastive
 Learning Batch Size under Memory Limited Setup", arXiv 2101.06983). So:
 
-(A) encode all micro-batches without graphs, except the last few, whose graphs are kept (step.kept_graphs says how many);
-(B) compute the loss on the embeddings as leaves, and their gradients (the caller's part);
-(C) from the last micro-batch to the first, go backward with the cached gradients, through the kept graphs and then through
+(A) encode all micro-batches without graphs, except the last few, whose graphs are kept
+(step.kept_graphs says how many); (B) compute the loss on the embeddings as leaves, and their
+gradients (the caller's part); (C) from the last micro-batch to the first, go backward with the
+cached gradients, through the kept graphs and then through
     those of the others, which are encoded again.
 
-The result is the gradient of the full batch, not an approximation: each micro-batch is encoded under a seed of its
-own, so dropout in (C) repeats that in (A). The order of summation is the same however many graphs are kept, which may
-therefore change at any step. Gradients are reduced over data-parallel ranks in the last backward only.
+The result is the gradient of the full batch, not an approximation: each micro-batch is encoded
+under a seed of its own, so dropout in (C) repeats that in (A). The order of summation is the same
+however many graphs are kept, which may therefore change at any step. Gradients are reduced over
+data-parallel ranks in the last backward only.
 Views whose towers are all frozen are not encoded a second time.
 """
 
@@ -36,7 +40,8 @@ from sailplan.step.upload import Uploads
 
 @dataclass
 class MicroBatch:
-    """One call of the encoder: where its rows belong, the seed of both passes, and what must be kept between them.
+    """One call of the encoder: where its rows belong, the seed of both passes, and what must be
+    kept between them.
 
     inputs: as the loader made them; both passes upload them (step.upload).
     """
@@ -49,23 +54,34 @@ class MicroBatch:
     trainable: bool
     keep_graph: bool = False
     outputs: Embeddings | None = None  # with its graph, where kept
-    leaves: dict[str, Tensor] = field(default_factory=dict)  # vector name -> [b, D], what the losses see
-    gradients: dict[str, Tensor | None] = field(default_factory=dict)  # of the leaves, once the losses are through
+    leaves: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # vector name -> [b, D], what the losses see
+    gradients: dict[str, Tensor | None] = field(
+        default_factory=dict
+    )  # of the leaves, once the losses are through
 
 
 def view_is_trainable(encoder: nn.Module, modalities: Iterable[str]) -> bool:
-    """Whether any part of the encoder that a view of these modalities runs through has a trainable parameter.
+    """Whether any part of the encoder that a view of these modalities runs through has a
+    trainable parameter.
 
     A module that is no `Encoder` counts as one part.
     """
     if not isinstance(encoder, Encoder):
         return any(parameter.requires_grad for parameter in encoder.parameters())
     used = encoder.used_parts(modalities)
-    return any(parameter.requires_grad for name, part in encoder.parts().items() if name in used for parameter in part)
+    return any(
+        parameter.requires_grad
+        for name, part in encoder.parts().items()
+        if name in used
+        for parameter in part
+    )
 
 
 class GradientCache:
-    """Encodes the views of a step's batches (A), and carries gradients of the embeddings to the encoder (C).
+    """Encodes the views of a step's batches (A), and carries gradients of the embeddings to the
+    encoder (C).
 
     encoder: a model.protocol.Encoder, plain or sharded by model.parallelize.
     kept_graphs: how many trainable micro-batches, counted from the last, keep their graphs.
@@ -78,17 +94,24 @@ class GradientCache:
         self.micro_batches: list[MicroBatch] = []
 
     def encode(
-        self, batches: Sequence[StepBatch], per_modality: Sequence[bool], device: torch.device, seed_parts: Sequence[int | str]
+        self,
+        batches: Sequence[StepBatch],
+        per_modality: Sequence[bool],
+        device: torch.device,
+        seed_parts: Sequence[int | str],
     ) -> list[EncodedStep]:
         """(A): the batches' views as leaves that require a gradient where their encoder does.
 
-        per_modality: for each batch, whether its losses need the modalities' own vectors. seed_parts: what the seeds
-        are derived from, besides the micro-batch's own place: run seed, stage, step, data-parallel rank. The order of
-        encoding is that of the batches and, inside, of the views' names: the same on all ranks.
+        per_modality: for each batch, whether its losses need the modalities' own vectors.
+        seed_parts: what the seeds are derived from, besides the micro-batch's own place: run seed,
+        stage, step, data-parallel rank. The order of encoding is that of the batches and, inside,
+        of the views' names: the same on all ranks.
         """
         self.device = device
         self.micro_batches = [
-            MicroBatch(number, view, inputs, wanted, derive(*seed_parts, number, view, index), trainable)
+            MicroBatch(
+                number, view, inputs, wanted, derive(*seed_parts, number, view, index), trainable
+            )
             for number, (batch, wanted) in enumerate(zip(batches, per_modality, strict=True))
             for view, rows in sorted(batch.views.items())
             for trainable in [view_is_trainable(self.encoder, rows.micro_batches[0].modalities)]
@@ -108,16 +131,23 @@ class GradientCache:
         return [self._assemble(number, batch, device) for number, batch in enumerate(batches)]
 
     def backward(self) -> int:
-        """(C): accumulates the encoder's gradients from the leaves' gradients; returns how many micro-batches ran backward.
+        """(C): accumulates the encoder's gradients from the leaves' gradients; returns how many
+        micro-batches ran backward.
 
-        The gradient reduction is on in the last of them only. Views that no loss used stay out; which ones is a matter
-        of the losses' graphs, not of the data, so all ranks meet in the same collectives.
+        The gradient reduction is on in the last of them only. Views that no loss used stay out;
+        which ones is a matter of the losses' graphs, not of the data, so all ranks meet in the same
+        collectives.
         """
         for micro_batch in self.micro_batches:
-            # The leaves' own numbers are not needed any more: a step's memory for every row is one vector and its gradient.
+            # The leaves' own numbers are not needed any more: a step's memory for every row is one
+            # vector and its gradient.
             micro_batch.gradients = {name: leaf.grad for name, leaf in micro_batch.leaves.items()}
             micro_batch.leaves = {}
-        used = [m for m in self.micro_batches if m.trainable and any(gradient is not None for gradient in m.gradients.values())]
+        used = [
+            m
+            for m in self.micro_batches
+            if m.trainable and any(gradient is not None for gradient in m.gradients.values())
+        ]
         for micro_batch in self.micro_batches:
             if all(gradient is None for gradient in micro_batch.gradients.values()):
                 micro_batch.outputs = None
@@ -133,7 +163,9 @@ class GradientCache:
         return len(ordered)
 
     def _backward(self, micro_batch: MicroBatch, uploads: Iterator[EncoderInputs]) -> None:
-        """Goes through the kept graph, or encodes again with a graph; the graph is gone when this returns."""
+        """Goes through the kept graph, or encodes again with a graph; the graph is gone when
+        this returns.
+        """
         outputs, micro_batch.outputs = micro_batch.outputs, None
         if outputs is None:
             outputs = self._run(micro_batch, next(uploads), True)
@@ -148,24 +180,42 @@ class GradientCache:
     def _run(self, micro_batch: MicroBatch, inputs: EncoderInputs, graph: bool) -> Embeddings:
         """inputs: the micro-batch's, on the device."""
         seed_torch(micro_batch.seed, self.device)
-        with torch.set_grad_enabled(graph), self.kept_graphs.measuring() if graph else nullcontext():
+        with (
+            torch.set_grad_enabled(graph),
+            self.kept_graphs.measuring() if graph else nullcontext(),
+        ):
             return self.encoder(inputs, per_modality=micro_batch.per_modality)
 
     def _assemble(self, number: int, batch: StepBatch, device: torch.device) -> EncodedStep:
         """One batch's encodings, rows back in the step's order."""
         views = {}
         for name, rows in batch.views.items():
-            parts = [micro_batch.leaves for micro_batch in self.micro_batches if micro_batch.batch == number and micro_batch.view == name]
+            parts = [
+                micro_batch.leaves
+                for micro_batch in self.micro_batches
+                if micro_batch.batch == number and micro_batch.view == name
+            ]
             order = to_device(rows.order, device)
-            vectors = {vector: torch.cat([leaves[vector] for leaves in parts])[order] for vector in parts[0]}
-            fused, valid, ids = vectors.pop(FUSED), to_device(rows.valid, device), to_device(rows.ids, device)
-            views[name] = EncodedView(fused, valid, ids, rows.group, vectors, host_valid=rows.valid, host_ids=rows.ids)
+            vectors = {
+                vector: torch.cat([leaves[vector] for leaves in parts])[order]
+                for vector in parts[0]
+            }
+            fused, valid, ids = (
+                vectors.pop(FUSED),
+                to_device(rows.valid, device),
+                to_device(rows.ids, device),
+            )
+            views[name] = EncodedView(
+                fused, valid, ids, rows.group, vectors, host_valid=rows.valid, host_ids=rows.ids
+            )
         return EncodedStep(
             dataset=batch.dataset,
             views=views,
             patterns=batch.patterns,
             scores=None if batch.scores is None else to_device(batch.scores, device),
-            target_log_probability=None if batch.target_log_probability is None else to_device(batch.target_log_probability, device),
+            target_log_probability=None
+            if batch.target_log_probability is None
+            else to_device(batch.target_log_probability, device),
             teachers={name: to_device(vectors, device) for name, vectors in batch.teachers.items()},
             host_scores=batch.scores,
             rank_rows=batch.rank_rows,

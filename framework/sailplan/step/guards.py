@@ -1,8 +1,9 @@
 """What must hold on all ranks before the optimizer moves the weights.
 
-One rank's infinite loss or gradient would poison every replica, and ranks that disagree about skipping a step would
-drift apart or hang. So the verdict is one agreement over the world, in the message that sums the gradient norm anyway: all
-step, or none does. A skipped step names the records that look guilty; too many skips in a row end the run, because then it
+One rank's infinite loss or gradient would poison every replica, and ranks that disagree about
+skipping a step would drift apart or hang. So the verdict is one agreement over the world, in the
+message that sums the gradient norm anyway: all step, or none does. A skipped step names the records
+that look guilty; too many skips in a row end the run, because then it
 is not the data.
 """
 
@@ -30,7 +31,9 @@ class FiniteGuard:
         self.skips = 0
 
     def allows(self, finite: bool) -> bool:
-        """Whether the optimizer may step. finite: the verdict that all ranks agreed on; counts skips in a row.
+        """Whether the optimizer may step.
+
+        finite: the verdict that all ranks agreed on; counts skips in a row.
 
         Raises SailplanError at the `max_skips`-th skip in a row.
         """
@@ -40,7 +43,8 @@ class FiniteGuard:
         self.skips += 1
         if self.skips >= self.max_skips:
             raise SailplanError(
-                f"loss or gradient norm: not finite in {self.skips} steps in a row, expected finite values; "
+                f"loss or gradient norm: not finite in {self.skips} steps in a row, expected "
+                "finite values; "
                 "lower the learning rate, or look at the records in quarantine.jsonl"
             )
         return False
@@ -48,9 +52,14 @@ class FiniteGuard:
     def suspects(self, batches: Sequence[StepBatch], encoded: Sequence[EncodedStep]) -> list[str]:
         """This rank's records to quarantine after a skipped step. A collective.
 
-        Records with a vector that is not finite; if there are none on any rank, all records of the step.
+        Records with a vector that is not finite; if there are none on any rank, all records of the
+        step.
         """
-        guilty = [record for batch, step in zip(batches, encoded, strict=True) for record in _not_finite(batch, step)]
+        guilty = [
+            record
+            for batch, step in zip(batches, encoded, strict=True)
+            for record in _not_finite(batch, step)
+        ]
         if self.parallel.agree(bool(guilty)):
             return guilty
         return [record for batch in batches for record in batch.record_ids]
@@ -58,7 +67,9 @@ class FiniteGuard:
 
 def _not_finite(batch: StepBatch, encoded: EncodedStep) -> list[str]:
     rows = len(batch.record_ids)
-    bad = torch.zeros(rows, dtype=torch.bool, device=next(iter(encoded.views.values())).fused.device)
+    bad = torch.zeros(
+        rows, dtype=torch.bool, device=next(iter(encoded.views.values())).fused.device
+    )
     for view in encoded.views.values():
         for vectors in (view.fused, *view.by_modality.values()):
             # Padding may hold anything.

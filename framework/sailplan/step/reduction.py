@@ -1,8 +1,11 @@
-"""The gradients of the small replicated parameters (objectives, temperatures), averaged in one message.
+"""The gradients of the small replicated parameters (objectives, temperatures), averaged in one
+message.
 
-The encoder's gradients are reduced by its sharding. Objectives and temperatures are plain tensors, equal on all
-ranks; by the losses' convention the mean over data-parallel ranks of their gradients is the full-batch gradient.
-A flat buffer carries all of them, and, as it travels anyway, the step's losses and metrics. Nothing of it is read by the
+The encoder's gradients are reduced by its sharding. Objectives and temperatures are plain tensors,
+equal on all ranks; by the losses' convention the mean over data-parallel ranks of their gradients
+is the full-batch gradient.
+A flat buffer carries all of them, and, as it travels anyway, the step's losses and metrics. Nothing
+of it is read by the
 host here: a step reads all its numbers at once, when it must wait for the verdict in any case.
 """
 
@@ -33,7 +36,8 @@ class Averaged:
         return dict(zip(self.names, self.values, strict=True))
 
     def drop_unused(self, used: Sequence[float]) -> None:
-        """Removes the gradients of parameters that no rank used, so that momentum does not move what this step did not use.
+        """Removes the gradients of parameters that no rank used, so that momentum does not move
+        what this step did not use.
 
         used: the numbers of `self.used`, read by the caller.
         """
@@ -42,18 +46,28 @@ class Averaged:
                 parameter.grad = None
 
 
-def average_gradients(parameters: Sequence[nn.Parameter], values: dict[str, Tensor], parallel: Parallel) -> Averaged:
-    """Averages the parameters' gradients, in place, and the 0-d `values` over the data-parallel group: one all-reduce.
+def average_gradients(
+    parameters: Sequence[nn.Parameter], values: dict[str, Tensor], parallel: Parallel
+) -> Averaged:
+    """Averages the parameters' gradients, in place, and the 0-d `values` over the data-parallel
+    group: one all-reduce.
 
-    The list and the values' names must be the same on all ranks. A parameter without a gradient on some ranks counts as
-    zero there; without one on any rank it holds zeros until `Averaged.drop_unused`.
+    The list and the values' names must be the same on all ranks. A parameter without a gradient on
+    some ranks counts as zero there; without one on any rank it holds zeros until
+    `Averaged.drop_unused`.
     """
     names = sorted(values)
     dtype = torch.float32
     for tensor in [*parameters, *values.values()]:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    used = to_device(torch.tensor([parameter.grad is not None for parameter in parameters], dtype=dtype), parallel.device)
-    pieces = [used, *[values[name].detach().to(parallel.device, dtype).reshape(1) for name in names]]
+    used = to_device(
+        torch.tensor([parameter.grad is not None for parameter in parameters], dtype=dtype),
+        parallel.device,
+    )
+    pieces = [
+        used,
+        *[values[name].detach().to(parallel.device, dtype).reshape(1) for name in names],
+    ]
     for parameter in parameters:
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         pieces.append(gradient.detach().to(dtype).reshape(-1))
@@ -61,7 +75,11 @@ def average_gradients(parameters: Sequence[nn.Parameter], values: dict[str, Tens
     if flat.numel():
         dist.all_reduce(flat, group=parallel.data_parallel_group)
         flat /= parallel.data_parallel_size
-    used, averaged, gradients = flat.split([len(parameters), len(names), flat.numel() - len(parameters) - len(names)])
-    for parameter, part in zip(parameters, gradients.split([parameter.numel() for parameter in parameters]), strict=True):
+    used, averaged, gradients = flat.split(
+        [len(parameters), len(names), flat.numel() - len(parameters) - len(names)]
+    )
+    for parameter, part in zip(
+        parameters, gradients.split([parameter.numel() for parameter in parameters]), strict=True
+    ):
         parameter.grad = part.view_as(parameter).to(parameter.dtype)
     return Averaged(names, averaged, parameters, used)

@@ -1,8 +1,11 @@
-"""Learning-rate schedules: the fraction of the peak rate at each step of a stage, as a pure function.
+"""Learning-rate schedules: the fraction of the peak rate at each step of a stage, as a pure
+function.
 
-A schedule has no state, so `plan` shows what `train` does and a resumed run goes on with the very next rate. `warmup_steps`
-and `final_learning_rate` of the optimizer's settings are common to all; a schedule's own options are its constructor's.
-A new one is a subclass of `Schedule` that `optimizer.schedule._target_` names, here or below `allowed_targets`.
+A schedule has no state, so `plan` shows what `train` does and a resumed run goes on with the very
+next rate. `warmup_steps` and `final_learning_rate` of the optimizer's settings are common to all; a
+schedule's own options are its constructor's.
+A new one is a subclass of `Schedule` that `optimizer.schedule._target_` names, here or below
+`allowed_targets`.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ class Schedule(ABC):
 
     @abstractmethod
     def remaining(self, done: float) -> float:
-        """Return the part of the way from the end to the peak, 1 to 0; done: share of the steps after the warm-up, 0 to 1."""
+        """Return the part of the way from the end to the peak, 1 to 0; done: share of the steps
+        after the warm-up, 0 to 1.
+        """
 
     def scale(self, settings: StageOptimizerConfig, step: int, steps: int) -> float:
         """Return the fraction of the peak rate at a stage's step (0-based) of so many steps."""
@@ -29,7 +34,9 @@ class Schedule(ABC):
         if step < warmup:
             return (step + 1) / warmup
         peak = settings.learning_rate
-        floor = settings.final_learning_rate / peak if peak else 1.0  # of a rate of 0 any fraction is 0
+        floor = (
+            settings.final_learning_rate / peak if peak else 1.0
+        )  # of a rate of 0 any fraction is 0
         return floor + (1 - floor) * self.remaining((step - warmup) / max(1, steps - warmup))
 
 
@@ -50,7 +57,8 @@ class WarmupLinear(Schedule):
 
 
 class WarmupStableDecay(Schedule):
-    """The peak rate, then a straight line to the end (Hu et al., "MiniCPM", arXiv 2404.06395, section 4).
+    """The peak rate, then a straight line to the end (Hu et al., "MiniCPM", arXiv 2404.06395,
+    section 4).
 
     decay: share of the steps after the warm-up in which the rate goes down.
     """
@@ -65,16 +73,23 @@ class WarmupStableDecay(Schedule):
         return min(1.0, (1 - done) / self.decay)
 
 
-def build_schedule(key: str, settings: StageOptimizerConfig, allowed: Sequence[str] | None = None) -> Schedule:
+def build_schedule(
+    key: str, settings: StageOptimizerConfig, allowed: Sequence[str] | None = None
+) -> Schedule:
     """Return the schedule that the settings name.
 
-    key: dotted key of the schedule, with which messages begin. allowed: prefixes that its path may have; None: any.
-    Raises ConfigurationError for a class that is no Schedule or not allowed, and for options that it does not take.
+    key: dotted key of the schedule, with which messages begin. allowed: prefixes that its path may
+    have; None: any.
+    Raises ConfigurationError for a class that is no Schedule or not allowed, and for options that
+    it does not take.
     """
     options = dict(settings.schedule)
     target = options.pop("_target_", None)
     if not isinstance(target, str) or not target:
-        raise ConfigurationError(f"{key}._target_: found {target!r}, expected a class, such as sailplan.step.schedules.WarmupCosine")
+        raise ConfigurationError(
+            f"{key}._target_: found {target!r}, expected a class, such as "
+            "sailplan.step.schedules.WarmupCosine"
+        )
     cls = class_at(f"{key}._target_", target, Schedule, allowed)  # type: ignore[type-abstract]
     check_options(key, cls, options, ())
     try:
@@ -84,5 +99,7 @@ def build_schedule(key: str, settings: StageOptimizerConfig, allowed: Sequence[s
 
 
 def learning_rate_scale(settings: StageOptimizerConfig, step: int, steps: int) -> float:
-    """Return the fraction of the peak learning rate at a stage's step (0-based) of so many steps."""
+    """Return the fraction of the peak learning rate at a stage's step (0-based) of so many
+    steps.
+    """
     return build_schedule("optimizer.schedule", settings).scale(settings, step, steps)

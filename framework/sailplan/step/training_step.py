@@ -1,13 +1,16 @@
 """One training step, from a rank's rows to moved weights.
 
-Encode (gradient cache, A) -> losses on the embeddings (B) -> encoder gradients (C) with one reduction -> the small
-parameters' gradients in one message -> norm and clipping -> guard -> optimizer. The step is exact: at any number of
-ranks, tensor-parallel size and micro-batch size the gradients are those of the full batch in one process.
+Encode (gradient cache, A) -> losses on the embeddings (B) -> encoder gradients (C) with one
+reduction -> the small parameters' gradients in one message -> norm and clipping -> guard ->
+optimizer. The step is exact: at any number of ranks, tensor-parallel size and micro-batch size the
+gradients are those of the full batch in one process.
 
-The host waits for the device once, before the optimizer: one transfer brings the verdict of the guard, what the ranks wish
+The host waits for the device once, before the optimizer: one transfer brings the verdict of the
+guard, what the ranks wish
 (to stop, to save), loss, norm, metrics and temperatures.
 
-A mixed step has several batches, each of one data set; its loss is their mean weighted by the rows of all ranks.
+A mixed step has several batches, each of one data set; its loss is their mean weighted by the rows
+of all ranks.
 """
 
 from __future__ import annotations
@@ -56,7 +59,9 @@ class StepResult:
     suspects: list[str]  # this rank's records to quarantine, if skipped
     wishes: list[bool]  # for each wish, whether any rank of the world had it
     seconds: dict[str, float]  # phase -> wall seconds: encode, loss, backward, update
-    backends: dict[str, str] = field(default_factory=dict)  # objective name -> "BACKEND DTYPE" that its scores went through
+    backends: dict[str, str] = field(
+        default_factory=dict
+    )  # objective name -> "BACKEND DTYPE" that its scores went through
     replayed: int = 0  # micro-batches that went backward
 
 
@@ -64,18 +69,25 @@ class StepResult:
 class _Losses:
     total: Tensor
     values: dict[str, Tensor] = field(default_factory=dict)
-    ran: dict[str, set[str]] = field(default_factory=dict)  # objective name -> "BACKEND DTYPE" of its calls
+    ran: dict[str, set[str]] = field(
+        default_factory=dict
+    )  # objective name -> "BACKEND DTYPE" of its calls
 
 
 def _below(prefix: str, values: Mapping[str, Number]) -> dict[str, Number]:
     """The values whose names begin so, under the rest of their names."""
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix)
+    }
 
 
 class TrainingStep:
     """Runs steps with one encoder, its objectives and their optimizer.
 
-    exchange: a sailplan_kernels.exchange.Exchange over the data-parallel group. max_skips: steps in a row that the
+    exchange: a sailplan_kernels.exchange.Exchange over the data-parallel group. max_skips: steps in
+    a row that the
     guard may skip before the run ends.
     """
 
@@ -112,30 +124,50 @@ class TrainingStep:
         clip_norm: float = 1.0,
         wishes: Callable[[], Sequence[bool]] = tuple,
     ) -> StepResult:
-        """One step. A collective over the world: all ranks call it with the same step and data sets.
+        """One step.
 
-        batches: this rank's rows, one data set each. weights: objective name -> weight, of the stage. thresholds:
-        lambda* of patterns, for masking in-batch negatives. Learning rates are the caller's business.
-        wishes: called once, late in the step: what this rank wants all to know; the same number on all ranks.
+        A collective over the world: all ranks call it with the same step and data sets.
 
-        Raises ConfigurationError for no batch, an unknown objective, or a data set that no objective of the stage can
-        use; BadDataError on all ranks where some drew other records than the rest, before anything moves; SailplanError after too
+        batches: this rank's rows, one data set each. weights: objective name -> weight, of the
+        stage. thresholds: lambda* of patterns, for masking in-batch negatives. Learning rates are
+        the caller's business.
+        wishes: called once, late in the step: what this rank wants all to know; the same number on
+        all ranks.
+
+        Raises ConfigurationError for no batch, an unknown objective, or a data set that no
+        objective of the stage can use; BadDataError on all ranks where some drew other records than
+        the rest, before anything moves; SailplanError after too
         many skipped steps in a row.
         """
         seconds: dict[str, float] = {}
-        averaged, encoded, replayed, backends = self._gradients(batches, weights, step, stage, thresholds, seconds)
+        averaged, encoded, replayed, backends = self._gradients(
+            batches, weights, step, stage, thresholds, seconds
+        )
         began = time.perf_counter()
         loss = averaged.values[averaged.names.index("total")]
         digest = same_data.moments(stage, step, [batch.digest for batch in batches])
-        shared = to_device(torch.tensor([0.0, *digest, *wishes()], dtype=torch.float64), self.parallel.device)
+        shared = to_device(
+            torch.tensor([0.0, *digest, *wishes()], dtype=torch.float64), self.parallel.device
+        )
         shared[0] = ~loss.isfinite()
         grad_norm = clip_gradient_norm(self._parameters(), clip_norm, self.parallel, also=shared)
-        parts = [grad_norm.view(1), shared, averaged.used, averaged.values, self.temperatures.packed()]
-        # The step's one wait for the device: everything that the host wants to know, in one transfer.
-        numbers = iter(torch.cat([part.to(self.parallel.device, torch.float64) for part in parts]).tolist())
+        parts = [
+            grad_norm.view(1),
+            shared,
+            averaged.used,
+            averaged.values,
+            self.temperatures.packed(),
+        ]
+        # The step's one wait for the device: everything that the host wants to know, in one
+        # transfer.
+        numbers = iter(
+            torch.cat([part.to(self.parallel.device, torch.float64) for part in parts]).tolist()
+        )
         norm, diverged, *told = islice(numbers, 1 + shared.numel())
         if not same_data.equal(told[: len(digest)], self.parallel.world_size):
-            raise same_data.difference(self.parallel, stage, step, [batch.digest for batch in batches])
+            raise same_data.difference(
+                self.parallel, stage, step, [batch.digest for batch in batches]
+            )
         wanted = told[len(digest) :]
         averaged.drop_unused(list(islice(numbers, averaged.used.numel())))
         values = dict(zip(averaged.names, numbers, strict=False))
@@ -175,12 +207,21 @@ class TrainingStep:
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], list[EncodedStep], int]:
         """The step up to the full-batch gradients in `.grad`.
 
-        Returns (loss, losses, metrics, encoded batches, micro-batches run backward); numbers are 0-d tensors on the device.
+        Returns (loss, losses, metrics, encoded batches, micro-batches run backward); numbers are
+        0-d tensors on the device.
         """
-        averaged, encoded, replayed, _ = self._gradients(batches, weights, step, stage, thresholds, {} if seconds is None else seconds)
+        averaged, encoded, replayed, _ = self._gradients(
+            batches, weights, step, stage, thresholds, {} if seconds is None else seconds
+        )
         averaged.drop_unused(averaged.used.tolist())
         values = averaged.named()
-        return values["total"], _below("loss/", values), _below("metric/", values), encoded, replayed
+        return (
+            values["total"],
+            _below("loss/", values),
+            _below("metric/", values),
+            encoded,
+            replayed,
+        )
 
     def _gradients(
         self,
@@ -196,7 +237,9 @@ class TrainingStep:
         with torch.random.fork_rng(devices=devices):
             began = time.perf_counter()
             place = (self.config.seed, stage, step, self.parallel.data_parallel_rank)
-            wanted = [any(self._objective(name).per_modality for name in names) for names in applied]
+            wanted = [
+                any(self._objective(name).per_modality for name in names) for names in applied
+            ]
             encoded = self.cache.encode(batches, wanted, self.parallel.device, place)
             seconds["encode"] = time.perf_counter() - began
 
@@ -209,27 +252,50 @@ class TrainingStep:
 
             began = time.perf_counter()
             replayed = self.cache.backward()
-            # The last backward does it, where there was one; with gathered parameters the optimizer's would be hidden.
+            # The last backward does it, where there was one; with gathered parameters the
+            # optimizer's would be hidden.
             reshard(self.encoder)
             finish_gradients(self.encoder, self.parallel)
-            averaged = average_gradients(self._replicated(), found.values | {"total": found.total}, self.parallel)
+            averaged = average_gradients(
+                self._replicated(), found.values | {"total": found.total}, self.parallel
+            )
             seconds["backward"] = time.perf_counter() - began
-        return averaged, encoded, replayed, {name: " + ".join(sorted(ran)) for name, ran in found.ran.items()}
+        return (
+            averaged,
+            encoded,
+            replayed,
+            {name: " + ".join(sorted(ran)) for name, ran in found.ran.items()},
+        )
 
-    def _applied(self, batches: Sequence[StepBatch], weights: Mapping[str, float]) -> list[list[str]]:
-        """For each batch, the names of the objectives with a weight that have a meaning for its data set."""
+    def _applied(
+        self, batches: Sequence[StepBatch], weights: Mapping[str, float]
+    ) -> list[list[str]]:
+        """For each batch, the names of the objectives with a weight that have a meaning for its
+        data set.
+        """
         if not batches:
-            raise ConfigurationError("training step: found no batch, expected at least one; look at the stage's data weights")
+            raise ConfigurationError(
+                "training step: found no batch, expected at least one; look at the stage's data "
+                "weights"
+            )
         unknown = [name for name in weights if name not in self.objectives]
         if unknown:
-            raise ConfigurationError(f"stages.*.objectives: found {', '.join(unknown)}, expected some of {', '.join(self.objectives)}")
+            raise ConfigurationError(
+                f"stages.*.objectives: found {', '.join(unknown)}, expected some of "
+                f"{', '.join(self.objectives)}"
+            )
         applied = []
         for batch in batches:
             dataset = self.config.data.sets[batch.dataset]
-            names = [name for name in sorted(weights) if weights[name] and self._objective(name).applies(dataset)]
+            names = [
+                name
+                for name in sorted(weights)
+                if weights[name] and self._objective(name).applies(dataset)
+            ]
             if not names:
                 raise ConfigurationError(
-                    f"stages.*.objectives: none of {', '.join(weights)} applies to '{batch.dataset}' ({dataset.kind}), expected one that does; add it"
+                    f"stages.*.objectives: none of {', '.join(weights)} applies to "
+                    f"'{batch.dataset}' ({dataset.kind}), expected one that does; add it"
                 )
             applied.append(names)
         return applied
@@ -242,11 +308,14 @@ class TrainingStep:
         weights: Mapping[str, float],
         thresholds: dict[PatternKey, float],
     ) -> _Losses:
-        """The losses, and their gradients in the leaves of `encoded` and in the small parameters."""
+        """The losses, and their gradients in the leaves of `encoded` and in the small
+        parameters.
+        """
         found = self._losses(batches, encoded, applied, weights, thresholds)
         if found.total.requires_grad:
             found.total.backward()
-        # Their graph holds the embeddings once more, and what the losses saved; the replay needs neither.
+        # Their graph holds the embeddings once more, and what the losses saved; the replay needs
+        # neither.
         found.total = found.total.detach()
         return found
 
@@ -273,7 +342,9 @@ class TrainingStep:
             for name in names:
                 context.ran.clear()
                 output = self._objective(name)(views, context)
-                found.ran.setdefault(name, set()).update(context.ran or {described("torch", output.loss.dtype)})
+                found.ran.setdefault(name, set()).update(
+                    context.ran or {described("torch", output.loss.dtype)}
+                )
                 found.total = found.total + weights[name] * share * output.loss
                 key = f"loss/{name}"
                 found.values[key] = found.values.get(key, 0.0) + share * output.loss.detach()
@@ -282,13 +353,17 @@ class TrainingStep:
         return found
 
     def _shares(self, batches: Sequence[StepBatch]) -> Tensor:
-        """Each batch's part of the step's rows, of all data-parallel ranks [batches]: ranks may hold different mixes.
+        """Each batch's part of the step's rows, of all data-parallel ranks [batches]: ranks may
+        hold different mixes.
 
         One all-reduce of as many numbers as there are batches; none for a single one.
         """
         if len(batches) == 1:
             return torch.ones(1, device=self.parallel.device)
-        rows = to_device(torch.tensor([len(batch.record_ids) for batch in batches], dtype=torch.float64), self.parallel.device)
+        rows = to_device(
+            torch.tensor([len(batch.record_ids) for batch in batches], dtype=torch.float64),
+            self.parallel.device,
+        )
         if self.parallel.data_parallel_size > 1:
             dist.all_reduce(rows, group=self.parallel.data_parallel_group)
         return rows / rows.sum().clamp(min=1)
@@ -300,7 +375,16 @@ class TrainingStep:
 
     def _replicated(self) -> list[nn.Parameter]:
         modules = (self.objectives, self.temperatures)
-        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+        return [
+            parameter
+            for module in modules
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        ]
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [*self.encoder.parameters(), *self.objectives.parameters(), *self.temperatures.parameters()]
+        return [
+            *self.encoder.parameters(),
+            *self.objectives.parameters(),
+            *self.temperatures.parameters(),
+        ]

@@ -1,4 +1,5 @@
-"""The trainable whole of a run: encoder, objectives and temperatures as one module, for training and for every
+"""The trainable whole of a run: encoder, objectives and temperatures as one module, for training
+and for every
 command that works with a run's checkpoint."""
 
 from __future__ import annotations
@@ -44,29 +45,42 @@ def build_bundle(config: Config, parallel: Parallel) -> ModelBundle:
     """Builds everything from `config.seed`; equal on all ranks and layouts."""
     encoder = build_encoder(config.model, config.parallel, parallel, config.seed)
     objectives = build_objectives(
-        config.objectives, config.model.embedding, config.data.sets, allowed_targets=config.allowed_targets, seed=config.seed
+        config.objectives,
+        config.model.embedding,
+        config.data.sets,
+        allowed_targets=config.allowed_targets,
+        seed=config.seed,
     )
     temperatures = Temperatures(config.data.sets)
     if config.parallel.dtype == "float64":
         objectives, temperatures = objectives.double(), temperatures.double()
     objectives, temperatures = objectives.to(parallel.device), temperatures.to(parallel.device)
-    module = nn.ModuleDict({"encoder": encoder, "objectives": objectives, "temperatures": temperatures})
+    module = nn.ModuleDict(
+        {"encoder": encoder, "objectives": objectives, "temperatures": temperatures}
+    )
     return ModelBundle(module, encoder, objectives, temperatures)
 
 
 def open_agreed(
-    config: Config, parallel: Parallel, artifacts: Mapping[str, Path] | None = None, names: Iterable[str] | None = None
+    config: Config,
+    parallel: Parallel,
+    artifacts: Mapping[str, Path] | None = None,
+    names: Iterable[str] | None = None,
 ) -> dict[str, RecordReader]:
-    """Open the data sets of all ranks; raise ConfigurationError on all where some see other shards than the rest.
+    """Open the data sets of all ranks; raise ConfigurationError on all where some see other
+    shards than the rest.
 
-    The first opening of many shards takes long, and is no hang: it beats with each, and obeys a stop between two.
+    The first opening of many shards takes long, and is no hang: it beats with each, and obeys a
+    stop between two.
     """
     with phase("opening data", local=True):
         readers = open_datasets(config, artifacts, names, progress=alone)
     agree(
         parallel,
         "data",
-        lambda: {f"data set {name}": reader.index.description() for name, reader in readers.items()},
+        lambda: {
+            f"data set {name}": reader.index.description() for name, reader in readers.items()
+        },
         "give all nodes the same shards; `sailplan data index` reads those that were replaced anew",
         digest=" ".join(f"{name}={reader.index.digest()}" for name, reader in readers.items()),
     )
@@ -74,7 +88,9 @@ def open_agreed(
 
 
 def check_data(config: Config, readers: Mapping[str, RecordReader]) -> None:
-    """Raises ConfigurationError for what a stage or an evaluation of the run would miss in the open data sets, before the first step."""
+    """Raises ConfigurationError for what a stage or an evaluation of the run would miss in the
+    open data sets, before the first step.
+    """
     check_optimizer(config)
     for name in config.order:
         check_stage(name, config.stages[name], config)
@@ -90,12 +106,18 @@ def newest_checkpoint(folder: RunFolder) -> Path:
     """The run's newest complete checkpoint; ConfigurationError if it has none."""
     found = latest(folder.checkpoints)
     if found is None:
-        raise ConfigurationError(f"{folder.checkpoints}: no complete checkpoint; train first, or give --checkpoint")
+        raise ConfigurationError(
+            f"{folder.checkpoints}: no complete checkpoint; train first, or give --checkpoint"
+        )
     return found
 
 
-def load_whole(config: Config, parallel: Parallel, checkpoint: Path) -> tuple[ModelBundle, dict[str, Any]]:
-    """The run's parts with a checkpoint's weights, and what the trainer noted in it (step, stage, ...)."""
+def load_whole(
+    config: Config, parallel: Parallel, checkpoint: Path
+) -> tuple[ModelBundle, dict[str, Any]]:
+    """The run's parts with a checkpoint's weights, and what the trainer noted in it (step,
+    stage, ...).
+    """
     whole = build_bundle(config, parallel)
     extra = load_model_only(checkpoint, model=whole.module, parallel=parallel)
     return whole, extra

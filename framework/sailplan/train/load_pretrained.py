@@ -1,7 +1,8 @@
 """A fresh run that starts from another one's weights: `initialise_from`, `initialise_parts`.
 
-Weights only: the step, the optimizer's state and the place in the data are a fresh run's. The run's own checkpoints,
-once there are any, win over this, so that a job may be started again with the same line.
+Weights only: the step, the optimizer's state and the place in the data are a fresh run's. The run's
+own checkpoints, once there are any, win over this, so that a job may be started again with the same
+line.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from sailplan.train.run_folder import RunFolder
 
 
 def initial_source(given: str) -> Path:
-    """The checkpoint or exported folder that `initialise_from` means: itself, or the newest complete checkpoint of a run folder."""
+    """The checkpoint or exported folder that `initialise_from` means: itself, or the newest
+    complete checkpoint of a run folder.
+    """
     path = Path(given)
     if is_exported(path) or is_complete(path):
         return path
     newest = latest(RunFolder(path).checkpoints)
     if newest is None:
         raise ConfigurationError(
-            f"initialise_from={given}: found neither, expected a run folder with a complete checkpoint, such a checkpoint, or an exported folder"
+            f"initialise_from={given}: found neither, expected a run folder with a complete "
+            "checkpoint, such a checkpoint, or an exported folder"
         )
     return newest
 
@@ -34,11 +38,20 @@ def initial_source(given: str) -> Path:
 def initialise(whole: ModelBundle, source: Path, parts: Sequence[str], parallel: Parallel) -> None:
     """Fills the named parts of a run's whole, at any layout and in any dtype. All ranks call it.
 
-    Each part must be the source's, tensor for tensor; but LoRA factors that the source lacks stay as drawn, which changes
-    no vector. Raises ConfigurationError on all ranks where it is not.
+    Each part must be the source's, tensor for tensor; but LoRA factors that the source lacks stay
+    as drawn, which changes no vector. Raises ConfigurationError on all ranks where it is not.
     """
     for part in parts:
         try:
-            load_model_only(source, model=whole.module[part], parallel=parallel, prefix=f"{part}.", exact=True, may_lack=is_lora)
+            load_model_only(
+                source,
+                model=whole.module[part],
+                parallel=parallel,
+                prefix=f"{part}.",
+                exact=True,
+                may_lack=is_lora,
+            )
         except ConfigurationError as error:
-            raise ConfigurationError(f"initialise_from, part {part}: {error}; or leave the part out of initialise_parts") from error
+            raise ConfigurationError(
+                f"initialise_from, part {part}: {error}; or leave the part out of initialise_parts"
+            ) from error

@@ -1,8 +1,10 @@
-"""A rank's memory in a training step, measured without memory: one micro-batch runs forward and backward on the meta device.
+"""A rank's memory in a training step, measured without memory: one micro-batch runs forward and
+backward on the meta device.
 
-The model that is run is the one that will be trained, in its compute dtype, with its activation checkpointing and its part of
-a tensor-parallel group (a group without processes stands in for it). Every tensor that the step would hold is counted while it
-would be held, so no formula has to follow the model's code. What sharding makes of parameters, gradients and the optimizer's
+The model that is run is the one that will be trained, in its compute dtype, with its activation
+checkpointing and its part of a tensor-parallel group (a group without processes stands in for it).
+Every tensor that the step would hold is counted while it would be held, so no formula has to follow
+the model's code. What sharding makes of parameters, gradients and the optimizer's
 state is arithmetic.
 """
 
@@ -49,7 +51,14 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gathered + self.gradients + self.optimizer + self.activations + self.inputs
+        return (
+            self.parameters
+            + self.gathered
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.inputs
+        )
 
 
 class LiveBytes(TorchDispatchMode):
@@ -61,10 +70,14 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def leave_out(self, tensors: Sequence[Tensor]) -> None:
-        """Tensors that are there before: what is made as a view of them, or is one of them, is not counted."""
+        """Tensors that are there before: what is made as a view of them, or is one of them, is
+        not counted.
+        """
         self._seen |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -86,19 +99,27 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Attention without stored scores, as the kernels of CPU and GPU compute it; the meta device alone would choose to store them.
+    """Attention without stored scores, as the kernels of CPU and GPU compute it; the meta device
+    alone would choose to store them.
 
-    Put in the function's place, as a mode would not reach layers that are repeated in the backward pass.
+    Put in the function's place, as a mode would not reach layers that are repeated in the backward
+    pass.
     """
     former = functional.scaled_dot_product_attention
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
         if attn_mask is not None and attn_mask.requires_grad:  # stores them everywhere
             return former(query, key, value, attn_mask, **options)
         if options.get("enable_gqa"):
-            key, value = (part.repeat_interleave(query.size(1) // key.size(1), 1) for part in (key, value))
+            key, value = (
+                part.repeat_interleave(query.size(1) // key.size(1), 1) for part in (key, value)
+            )
         causal = options.get("is_causal", False)
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=attn_mask)[0]
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=attn_mask
+        )[0]
 
     functional.scaled_dot_product_attention = attend  # type: ignore[assignment]
     try:
@@ -109,7 +130,9 @@ def _fused_attention() -> Iterator[None]:
 
 @contextmanager
 def _tensor_parallel_world(size: int) -> Iterator[None]:
-    """A process group of `size` whose other members do not exist, where there is no group; its messages carry nothing."""
+    """A process group of `size` whose other members do not exist, where there is no group; its
+    messages carry nothing.
+    """
     if dist.is_initialized():
         yield
         return
@@ -136,20 +159,36 @@ def _view(encoder: nn.Module, inputs: EncoderInputs) -> _View:
     for parameter in encoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     live, saved = LiveBytes(), SavedBytes(encoder)
-    live.leave_out([*held, *encoder.parameters(), *(parameter.grad for parameter in encoder.parameters() if parameter.grad is not None)])
+    live.leave_out(
+        [
+            *held,
+            *encoder.parameters(),
+            *(parameter.grad for parameter in encoder.parameters() if parameter.grad is not None),
+        ]
+    )
     with _fused_attention(), live, saved_tensors_hooks(saved.note, lambda tensor: tensor):
         encoder(inputs).fused.sum().backward()
     return _View(live.most, saved.total, sum(x.nbytes for x in held))
 
 
-def estimate_memory(config: Config, modalities: Sequence[tuple[str, ...]], *, world_size: int, nodes: int = 1, rank_rows: int) -> MemoryEstimate:
+def estimate_memory(
+    config: Config,
+    modalities: Sequence[tuple[str, ...]],
+    *,
+    world_size: int,
+    nodes: int = 1,
+    rank_rows: int,
+) -> MemoryEstimate:
     """Memory of a rank of a world, in the stage and view that need most.
 
-    modalities: of each view that is encoded. rank_rows: rows that a rank encodes in a step. With P the parameters that a
-    tensor-parallel rank sees, S the ranks that share a copy of them, b and c the bytes of an element of a parameter and of
-    the computation: parameters b P / S; gathered c P from a step's first forward to its last backward, or with
-    `parallel.reshard_after_forward` those of the largest unit and of the layer that is fetched meanwhile; gradients b P while they are summed over
-    micro-batches and b P / S when reduced, or b P / S and a unit's; optimizer n b P / S, n the state
+    modalities: of each view that is encoded. rank_rows: rows that a rank encodes in a step. With P
+    the parameters that a tensor-parallel rank sees, S the ranks that share a copy of them, b and c
+    the bytes of an element of a parameter and of
+    the computation: parameters b P / S; gathered c P from a step's first forward to its last
+    backward, or with
+    `parallel.reshard_after_forward` those of the largest unit and of the layer that is fetched
+    meanwhile; gradients b P while they are summed over micro-batches and b P / S when reduced, or b
+    P / S and a unit's; optimizer n b P / S, n the state
     that its class keeps for an element (2 of AdamW).
     `step.kept_graphs` auto counts as one: what it keeps besides is free memory.
     """
@@ -161,15 +200,25 @@ def estimate_memory(config: Config, modalities: Sequence[tuple[str, ...]], *, wo
     rows = min(config.step.micro_batch, rank_rows)
     with _tensor_parallel_world(tensor):
         component: EncoderComponent = config.model.component()
-        encoder = component.skeleton(config.parallel, compute_dtype).to("meta")  # tables made of numbers too
+        encoder = component.skeleton(config.parallel, compute_dtype).to(
+            "meta"
+        )  # tables made of numbers too
         if config.parallel.activation_checkpointing == "full":
             encoder.checkpoint_activations()
-        views = [_view(encoder, component.largest(config, each, rows)) for each in _largest(modalities)]
+        views = [
+            _view(encoder, component.largest(config, each, rows)) for each in _largest(modalities)
+        ]
         seen = sum(parameter.numel() for parameter in encoder.parameters())
         layers = [sum(p.numel() for p in module.parameters()) for module in encoder.shard_units()]
     worst = max(views, key=lambda view: view.peak)
     number = config.step.kept_graphs
-    kept = 1 if isinstance(number, str) else math.ceil(rank_rows / rows) if number < 0 else max(1, number)
+    kept = (
+        1
+        if isinstance(number, str)
+        else math.ceil(rank_rows / rows)
+        if number < 0
+        else max(1, number)
+    )
     held = math.ceil(seen * copies / data_parallel)
     unit = max([seen - sum(layers), *layers])
     wrapped = data_parallel > 1 or compute_dtype == torch.bfloat16
@@ -179,7 +228,9 @@ def estimate_memory(config: Config, modalities: Sequence[tuple[str, ...]], *, wo
         parameters=width * held,
         gathered=compute_dtype.itemsize * whole if wrapped else 0,
         gradients=width * (held + (whole if resharded else seen)) if wrapped else width * seen,
-        optimizer=math.ceil(optimizer_state_size(config.optimizer, config.allowed_targets) * width * held),
+        optimizer=math.ceil(
+            optimizer_state_size(config.optimizer, config.allowed_targets) * width * held
+        ),
         activations=worst.peak + (min(kept, math.ceil(rank_rows / rows)) - 1) * worst.graph,
         inputs=MICRO_BATCHES_HELD * max(view.inputs for view in views),
     )

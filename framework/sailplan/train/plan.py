@@ -1,7 +1,9 @@
 """`sailplan plan`: what a job will do, computed by the functions that then do it.
 
-Stages, steps and learning rates come from the trainer's schedule; the order of the data from the trainer's plan.
-Where a stage's weights or subsets are computed from the model at its start, the preview says so instead of guessing.
+Stages, steps and learning rates come from the trainer's schedule; the order of the data from the
+trainer's plan.
+Where a stage's weights or subsets are computed from the model at its start, the preview says so
+instead of guessing.
 """
 
 from __future__ import annotations
@@ -38,16 +40,30 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
     readers = open_datasets(config)
     check_data(config, readers)
     data_parallel = world_size // config.parallel.tensor
-    rank_rows = max((stage.global_batch or config.global_batch) * _views(config, stage) for stage in config.stages.values())
+    rank_rows = max(
+        (stage.global_batch or config.global_batch) * _views(config, stage)
+        for stage in config.stages.values()
+    )
     rank_rows = -(-rank_rows // data_parallel)
     nodes = node_count(world_size)
     sharding, copies = sharding_of(config.parallel, data_parallel, nodes)
-    shown = [tuple(view.modalities) for stage in config.stages.values() for name in stage.data for view in config.data.sets[name].views.values()]
+    shown = [
+        tuple(view.modalities)
+        for stage in config.stages.values()
+        for name in stage.data
+        for view in config.data.sets[name].views.values()
+    ]
     memory = estimate_memory(config, shown, world_size=world_size, nodes=nodes, rank_rows=rank_rows)
     return {
         "name": config.name,
         "config_hash": config_hash(config),
-        "world": {"ranks": world_size, "data_parallel": data_parallel, "tensor_parallel": config.parallel.tensor, "sharding": sharding, "copies": copies},
+        "world": {
+            "ranks": world_size,
+            "data_parallel": data_parallel,
+            "tensor_parallel": config.parallel.tensor,
+            "sharding": sharding,
+            "copies": copies,
+        },
         "parameters": count_parameters(config.model),
         "memory_bytes": asdict(memory) | {"total": memory.total},
         "records": {name: len(reader) for name, reader in readers.items()},
@@ -57,29 +73,59 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def _backends(config: Config) -> dict[str, dict[str, str]]:
-    """Device -> objective -> what its scores would go through: here, and on a GPU, where here is none. Refusals stand where they would come."""
-    classes = {name: objective_class(name, options.get("_target_"), config.allowed_targets) for name, options in config.objectives.items()}
-    used = {name: cls for name, cls in classes.items() if any(config.stages[stage].objectives.get(name) for stage in config.order)}
+    """Device -> objective -> what its scores would go through: here, and on a GPU, where here is
+    none. Refusals stand where they would come.
+    """
+    classes = {
+        name: objective_class(name, options.get("_target_"), config.allowed_targets)
+        for name, options in config.objectives.items()
+    }
+    used = {
+        name: cls
+        for name, cls in classes.items()
+        if any(config.stages[stage].objectives.get(name) for stage in config.order)
+    }
     found: dict[str, dict[str, str]] = {}
     for device in dict.fromkeys((device_type(), "cuda")):
         try:
-            found[device] = planned_backends(used, config.step.backend, torch.device(device), getattr(torch, config.parallel.dtype))
+            found[device] = planned_backends(
+                used,
+                config.step.backend,
+                torch.device(device),
+                getattr(torch, config.parallel.dtype),
+            )
         except ConfigurationError as error:
             found[device] = {"refused": str(error)}
     return found
 
 
 def _views(config: Config, stage: StageConfig) -> int:
-    """Encoder rows for each row of a step: the most of any data set of the stage, histories counted in full, with the records' own negatives."""
+    """Encoder rows for each row of a step: the most of any data set of the stage, histories
+    counted in full, with the records' own negatives.
+    """
     sets = [config.data.sets[name] for name in stage.data]
-    rows = {"history": lambda dataset: dataset.history_length, "target": lambda dataset: 1 + dataset.negatives}
-    return max(sum(rows[view.of](dataset) if view.of in rows else 1 for view in dataset.views.values()) for dataset in sets)
+    rows = {
+        "history": lambda dataset: dataset.history_length,
+        "target": lambda dataset: 1 + dataset.negatives,
+    }
+    return max(
+        sum(rows[view.of](dataset) if view.of in rows else 1 for view in dataset.views.values())
+        for dataset in sets
+    )
 
 
 def _stage(config: Config, span: StageSpan, readers: dict[str, RecordReader]) -> dict[str, Any]:
     stage = config.stages[span.name]
-    scales = [learning_rate_scale(stage.optimizer, step, span.steps) * stage.optimizer.learning_rate for step in range(span.steps)]
-    made = {"balance": stage.balance, "subset": stage.subset, "hard_negatives": stage.hard_negatives, "artifacts": stage.artifacts}
+    scales = [
+        learning_rate_scale(stage.optimizer, step, span.steps) * stage.optimizer.learning_rate
+        for step in range(span.steps)
+    ]
+    made = {
+        "balance": stage.balance,
+        "subset": stage.subset,
+        "hard_negatives": stage.hard_negatives,
+        "artifacts": stage.artifacts,
+    }
     return {
         "name": span.name,
         "first_step": span.first,
@@ -94,8 +140,12 @@ def _stage(config: Config, span: StageSpan, readers: dict[str, RecordReader]) ->
     }
 
 
-def _digests(config: Config, span: StageSpan, stage: StageConfig, readers: dict[str, RecordReader]) -> list[str] | None:
-    """`data/digest` of each step, or None where the order depends on what the stage's start computes from the model."""
+def _digests(
+    config: Config, span: StageSpan, stage: StageConfig, readers: dict[str, RecordReader]
+) -> list[str] | None:
+    """`data/digest` of each step, or None where the order depends on what the stage's start
+    computes from the model.
+    """
     if stage.balance or stage.subset or not all(name in readers for name in stage.data):
         return None
     plan = Plan(config, span.name, stage, stage.data, readers)
@@ -106,22 +156,60 @@ def render(plan: dict[str, Any]) -> str:
     """The description as text for a terminal."""
     world, stream = plan["world"], io.StringIO()
     console = Console(file=stream, width=150)
-    console.print(f"{plan['name']}: configuration {plan['config_hash']}, {plan['stages'][-1]['last_step']} steps", highlight=False)
-    console.print(f"ranks {world['ranks']} = data-parallel {world['data_parallel']} x tensor-parallel {world['tensor_parallel']}", highlight=False)
-    console.print(f"parameters lie as parallel.sharding={world['sharding']}, {world['copies']} copies", highlight=False)
-    console.print("parameters " + ", ".join(f"{part} {count:,}" for part, count in plan["parameters"].items()), highlight=False)
-    parts = ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in plan["memory_bytes"].items())
+    console.print(
+        f"{plan['name']}: configuration {plan['config_hash']}, {plan['stages'][-1]['last_step']} "
+        "steps",
+        highlight=False,
+    )
+    console.print(
+        f"ranks {world['ranks']} = data-parallel {world['data_parallel']} x tensor-parallel "
+        f"{world['tensor_parallel']}",
+        highlight=False,
+    )
+    console.print(
+        f"parameters lie as parallel.sharding={world['sharding']}, {world['copies']} copies",
+        highlight=False,
+    )
+    console.print(
+        "parameters "
+        + ", ".join(f"{part} {count:,}" for part, count in plan["parameters"].items()),
+        highlight=False,
+    )
+    parts = ", ".join(
+        f"{part} {size / 2**20:,.0f} MiB" for part, size in plan["memory_bytes"].items()
+    )
     console.print(f"memory of a rank (estimate) {parts}", highlight=False)
-    console.print("records " + ", ".join(f"{name} {count:,}" for name, count in plan["records"].items()), highlight=False)
+    console.print(
+        "records " + ", ".join(f"{name} {count:,}" for name, count in plan["records"].items()),
+        highlight=False,
+    )
     for device, backends in plan["backends"].items():
-        console.print(f"losses on {device}: " + ", ".join(f"{name} {backend}" for name, backend in backends.items()), highlight=False, soft_wrap=True)
+        console.print(
+            f"losses on {device}: "
+            + ", ".join(f"{name} {backend}" for name, backend in backends.items()),
+            highlight=False,
+            soft_wrap=True,
+        )
     table = Table()
-    for heading in ("stage", "steps", "rows", "data (weight)", "objectives (weight)", "learning rate", "computed at its start", "order of the data"):
+    for heading in (
+        "stage",
+        "steps",
+        "rows",
+        "data (weight)",
+        "objectives (weight)",
+        "learning rate",
+        "computed at its start",
+        "order of the data",
+    ):
         table.add_column(heading)
     for stage in plan["stages"]:
         rate = stage["learning_rate"]
         digests = stage["digests"]
-        order = "follows from its start" if digests is None else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        order = (
+            "follows from its start"
+            if digests is None
+            else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        )
         table.add_row(
             stage["name"],
             f"{stage['first_step']}-{stage['last_step']}",

@@ -21,7 +21,10 @@ class Trainer:
         self.config = config
 
     def train(self) -> Path:
-        """Train all stages; return the run's folder, which `sailplan.load` takes. Raises the errors of `sailplan.errors`."""
+        """Train all stages; return the run's folder, which `sailplan.load` takes.
+
+        Raises the errors of `sailplan.errors`.
+        """
         from sailplan.train.run import train
 
         return train(self.config).parent

@@ -1,4 +1,6 @@
-"""One training job from configuration to report: joins the world, resumes or starts, runs the stages, leaves."""
+"""One training job from configuration to report: joins the world, resumes or starts, runs the
+stages, leaves.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from sailplan.train.trainer import Trainer
 
 
 def _starting_point(config: Config, folder: RunFolder, parallel: Parallel) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start; ConfigurationError on all ranks rather than a lost or mixed run."""
+    """The checkpoint to go on from, or None for a fresh start; ConfigurationError on all ranks
+    rather than a lost or mixed run.
+    """
     newest = newest_whole(folder.checkpoints, parallel)
 
     def check() -> None:
@@ -35,7 +39,8 @@ def _starting_point(config: Config, folder: RunFolder, parallel: Parallel) -> Pa
         if broken or sealed:
             worst = broken[-1] if broken else sealed[-1].parent
             raise ConfigurationError(
-                f"{worst} is damaged and {folder.root} has no whole checkpoint: restore its files, choose another name=, or delete the folder to start afresh"
+                f"{worst} is damaged and {folder.root} has no whole checkpoint: restore its files, "
+                "choose another name=, or delete the folder to start afresh"
             )
         if newest is None:
             return
@@ -43,7 +48,10 @@ def _starting_point(config: Config, folder: RunFolder, parallel: Parallel) -> Pa
             if path > newest:
                 say(f"checkpoint {path} is damaged, going on from {newest}")
         if config.resume == "never":
-            raise ConfigurationError(f"{folder.root} holds a run already ({newest.name}): give resume=auto to go on with it, or another name=")
+            raise ConfigurationError(
+                f"{folder.root} holds a run already ({newest.name}): give resume=auto to go on "
+                "with it, or another name="
+            )
         check_identity(identity(folder.load_config()), config, folder.root)
 
     on_main(parallel, "looking for checkpoints", check)
@@ -51,11 +59,19 @@ def _starting_point(config: Config, folder: RunFolder, parallel: Parallel) -> Pa
 
 
 def train(config: Config) -> Path:
-    """Runs the job; returns the report's path. All ranks call it. Raises the errors of `sailplan.errors`."""
+    """Runs the job; returns the report's path. All ranks call it.
+
+    Raises the errors of `sailplan.errors`.
+    """
     folder = RunFolder(Path(config.runs) / config.name)
     with started(config.parallel) as parallel, ExitStack() as stack:
         report_to(folder.root)
-        agree(parallel, "settings and versions", {"configuration": shared_settings(config)} | software(), "start the same code with the same line on all nodes")
+        agree(
+            parallel,
+            "settings and versions",
+            {"configuration": shared_settings(config)} | software(),
+            "start the same code with the same line on all nodes",
+        )
         stack.enter_context(_claimed(config, folder, parallel))
         checkpoint, source = _agreed_start(config, folder, parallel)
         with phase("building the model"):
@@ -64,9 +80,14 @@ def train(config: Config) -> Path:
             with phase("reading weights"):
                 initialise(whole, source, config.initialise_parts, parallel)
         resumed = None if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
-        settings = as_dict(config) | {"config_hash": config_hash(config), "world_size": parallel.world_size}
+        settings = as_dict(config) | {
+            "config_hash": config_hash(config),
+            "world_size": parallel.world_size,
+        }
         info = RunInfo(folder.root, settings, resumed)
-        with MetricWriter(info, config.loggers, parallel.rank, allowed_targets=config.allowed_targets) as writer:
+        with MetricWriter(
+            info, config.loggers, parallel.rank, allowed_targets=config.allowed_targets
+        ) as writer:
             trainer = Trainer(config, parallel, folder, whole, writer)
             if checkpoint is not None:
                 with phase("loading the checkpoint"):
@@ -82,15 +103,23 @@ def train(config: Config) -> Path:
     return report
 
 
-def _agreed_start(config: Config, folder: RunFolder, parallel: Parallel) -> tuple[Path | None, Path | None]:
-    """The checkpoint to go on from, else the source of a fresh start's weights; None where there is none.
+def _agreed_start(
+    config: Config, folder: RunFolder, parallel: Parallel
+) -> tuple[Path | None, Path | None]:
+    """The checkpoint to go on from, else the source of a fresh start's weights; None where there
+    is none.
 
-    Rank 0 looks for the source and writes config.yaml; every rank goes on from what it found, or fails with it.
+    Rank 0 looks for the source and writes config.yaml; every rank goes on from what it found, or
+    fails with it.
     """
     found = _starting_point(config, folder, parallel)
 
     def look() -> str:
-        source = initial_source(config.initialise_from) if config.initialise_from is not None and found is None else None
+        source = (
+            initial_source(config.initialise_from)
+            if config.initialise_from is not None and found is None
+            else None
+        )
         with _writable(config, folder):
             folder.write_config(config)
         return str(source or "")
@@ -105,7 +134,8 @@ def _writable(config: Config, folder: RunFolder) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigurationError(
-            f"runs={config.runs}: {folder.root} cannot be read and written ({error}); choose a folder that can, on all ranks' file system"
+            f"runs={config.runs}: {folder.root} cannot be read and written ({error}); choose a "
+            "folder that can, on all ranks' file system"
         ) from error
 
 

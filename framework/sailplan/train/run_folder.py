@@ -1,4 +1,6 @@
-"""The run folder: where every file of a run lies, and how its small JSON files are written (whole or not at all)."""
+"""The run folder: where every file of a run lies, and how its small JSON files are written
+(whole or not at all).
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class RunFolder:
         return self.root / "tokenizer.json"
 
     def write_config(self, config: Config) -> None:
-        """Write config.yaml, and a copy of the tokenizer: what is exported later needs none of the training data."""
+        """Write config.yaml, and a copy of the tokenizer: what is exported later needs none of
+        the training data.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         source = Path(config.data.tokenizer)
         if source.is_file() and source.resolve() != self.tokenizer.resolve():
@@ -53,9 +57,14 @@ class RunFolder:
         write_whole(self.config, f"# hash: {config_hash(config)}\n{to_yaml(config)}")
 
     def load_config(self) -> Config:
-        """Return the resolved configuration of this run, with the run's copy of a tokenizer that is gone; ConfigurationError if there is none."""
+        """Return the resolved configuration of this run, with the run's copy of a tokenizer that
+        is gone; ConfigurationError if there is none.
+        """
         if not self.config.is_file():
-            raise ConfigurationError(f"{self.config}: not found; give the folder of a run that was started by `sailplan train`")
+            raise ConfigurationError(
+                f"{self.config}: not found; give the folder of a run that was started by `sailplan "
+                "train`"
+            )
         config = from_dict(yaml.safe_load(self.config.read_text()))
         if not Path(config.data.tokenizer).is_file() and self.tokenizer.is_file():
             config.data.tokenizer = str(self.tokenizer)
@@ -68,8 +77,13 @@ class RunFolder:
 
 
 def check_identity(saved: dict[str, Any], config: Config, where: Path) -> None:
-    """Raises ConfigurationError with the differing keys if a checkpoint was made by another training job."""
+    """Raises ConfigurationError with the differing keys if a checkpoint was made by another
+    training job.
+    """
     lines = identity_difference(saved, identity(config))
     if lines:
         shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
-        raise ConfigurationError(f"{where} was made with another configuration ({shown}): restore these keys, or choose another name=")
+        raise ConfigurationError(
+            f"{where} was made with another configuration ({shown}): restore these keys, or choose "
+            "another name="
+        )

@@ -9,7 +9,10 @@ from sailplan.config.schema import Config
 
 @dataclass(frozen=True)
 class StageSpan:
-    """Global steps first..last of one stage, both included. Step n is the n-th step of the run, counted from 1."""
+    """Global steps first..last of one stage, both included.
+
+    Step n is the n-th step of the run, counted from 1.
+    """
 
     index: int
     name: str

@@ -1,4 +1,6 @@
-"""Helpers for tests that use the `sailplan` command as a user does: real processes, a small job, a time limit."""
+"""Helpers for tests that use the `sailplan` command as a user does: real processes, a small job,
+a time limit.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,16 @@ SMALL = [
     "stages.seq2item.global_batch=8",
     "stages.id2item.global_batch=8",
     "evaluation.benchmark=[speech_to_transcript]",
-    *(f"~evaluation.tasks.{name}" for name in ("icon_choice", "set_completion", "emoji_subgroups", "emoji_keyword_to_image", "emoji_pair_order")),
+    *(
+        f"~evaluation.tasks.{name}"
+        for name in (
+            "icon_choice",
+            "set_completion",
+            "emoji_subgroups",
+            "emoji_keyword_to_image",
+            "emoji_pair_order",
+        )
+    ),
 ]
 
 
@@ -46,26 +57,62 @@ def command(*arguments: str, ranks: int = 1) -> list[str]:
     """The command line of a user: `sailplan ARGUMENTS`, under torchrun for more than one rank."""
     if ranks == 1:
         return [sys.executable, "-m", "sailplan", *arguments]
-    return [sys.executable, "-m", "sailplan.runtime.torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "sailplan", *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "sailplan.runtime.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "sailplan",
+        *arguments,
+    ]
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
 
 
-def run(*arguments: str, ranks: int = 1, timeout: float = 600, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, ranks: int = 1, timeout: float = 600, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs to the end, in `folder` or here; never raises on a non-zero exit code."""
-    return subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=timeout, env=environment(), cwd=folder)
+    return subprocess.run(
+        command(*arguments, ranks=ranks),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        cwd=folder,
+    )
 
 
-def run_until(condition: Callable[[], bool], number: signal.Signals, *arguments: str, ranks: int, timeout: float = 600) -> int:
-    """Starts the command, sends a signal when `condition` holds (SIGKILL: to every process, else to the launcher); the exit code."""
-    process = subprocess.Popen(command(*arguments, ranks=ranks), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+def run_until(
+    condition: Callable[[], bool],
+    number: signal.Signals,
+    *arguments: str,
+    ranks: int,
+    timeout: float = 600,
+) -> int:
+    """Starts the command, sends a signal when `condition` holds (SIGKILL: to every process, else
+    to the launcher); the exit code.
+    """
+    process = subprocess.Popen(
+        command(*arguments, ranks=ranks),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
     deadline = time.monotonic() + timeout
     try:
         while not condition():
             if process.poll() is not None:
-                raise AssertionError(f"ended with {process.returncode} before it was to be stopped:\n{process.communicate()[0][-3000:]}")
+                raise AssertionError(
+                    f"ended with {process.returncode} before it was to be "
+                    f"stopped:\n{process.communicate()[0][-3000:]}"
+                )
             if time.monotonic() > deadline:
                 raise AssertionError(f"the awaited condition did not come within {timeout} s")
             time.sleep(0.02)
@@ -90,4 +137,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line)
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    ]

@@ -1,9 +1,11 @@
-"""The training loop: stages in order, steps in a stage, and at their edges checkpoint, evaluation, mining and stop.
+"""The training loop: stages in order, steps in a stage, and at their edges checkpoint,
+evaluation, mining and stop.
 
-It names no loss, model or data set: those come from the configuration. The whole state between two steps is the
-model, the optimizer and the step number; everything else (order of the data, random draws, learning rates) is a
-function of these and of the configuration, and what a stage's start computed lies in the run folder. A resumed
-run therefore continues with the very next sample and the same numbers.
+It names no loss, model or data set: those come from the configuration. The whole state between two
+steps is the model, the optimizer and the step number; everything else (order of the data, random
+draws, learning rates) is a function of these and of the configuration, and what a stage's start
+computed lies in the run folder. A resumed run therefore continues with the very next sample and the
+same numbers.
 """
 
 from __future__ import annotations
@@ -48,15 +50,40 @@ WISHES = 3  # to stop, to save, to report bad samples
 class Trainer:
     """Runs the stages of `config.order` from `self.step` (steps done so far) to the end.
 
-    Raises StopRequested after saving, when a stop signal reached any rank; BadDataError and SailplanError as the
-    loader and the step do, on all ranks' behalf: the launcher ends the others.
+    Raises StopRequested after saving, when a stop signal reached any rank; BadDataError and
+    SailplanError as the loader and the step do, on all ranks' behalf: the launcher ends the others.
     """
 
-    def __init__(self, config: Config, parallel: Parallel, folder: RunFolder, whole: ModelBundle, writer: MetricWriter) -> None:
-        self.config, self.parallel, self.folder, self.whole, self.writer = config, parallel, folder, whole, writer
-        self.optimizer = build_optimizer(whole.encoder, whole.objectives, whole.temperatures, config.optimizer, config.allowed_targets)
+    def __init__(
+        self,
+        config: Config,
+        parallel: Parallel,
+        folder: RunFolder,
+        whole: ModelBundle,
+        writer: MetricWriter,
+    ) -> None:
+        self.config, self.parallel, self.folder, self.whole, self.writer = (
+            config,
+            parallel,
+            folder,
+            whole,
+            writer,
+        )
+        self.optimizer = build_optimizer(
+            whole.encoder,
+            whole.objectives,
+            whole.temperatures,
+            config.optimizer,
+            config.allowed_targets,
+        )
         self.training_step = TrainingStep(
-            whole.encoder, whole.objectives, whole.temperatures, self.optimizer, config, parallel, training_exchange(parallel, config.parallel.exchange)
+            whole.encoder,
+            whole.objectives,
+            whole.temperatures,
+            self.optimizer,
+            config,
+            parallel,
+            training_exchange(parallel, config.parallel.exchange),
         )
         readers = open_agreed(config, parallel)
         check_data(config, readers)
@@ -70,20 +97,38 @@ class Trainer:
     # ---------------------------------------------------------------- state
     def resume(self, checkpoint: Any) -> None:
         """Load a checkpoint whose checksums the start has just compared (`newest_whole`)."""
-        extra = load(checkpoint, model=self.whole.module, optimizer=self.optimizer, parallel=self.parallel, verified=True)
+        extra = load(
+            checkpoint,
+            model=self.whole.module,
+            optimizer=self.optimizer,
+            parallel=self.parallel,
+            verified=True,
+        )
         self.step = self._saved_step = int(extra["step"])
 
     def save(self, stage: str) -> None:
         if self._saved_step == self.step:
             return
-        extra = {"step": self.step, "stage": stage, "identity": identity(self.config), "config_hash": config_hash(self.config)}
-        self.saver.save(folder_of(self.folder.checkpoints, self.step), model=self.whole.module, optimizer=self.optimizer, extra=extra)
+        extra = {
+            "step": self.step,
+            "stage": stage,
+            "identity": identity(self.config),
+            "config_hash": config_hash(self.config),
+        }
+        self.saver.save(
+            folder_of(self.folder.checkpoints, self.step),
+            model=self.whole.module,
+            optimizer=self.optimizer,
+            extra=extra,
+        )
         self._saved_at, self._saved_step = time.monotonic(), self.step
 
     # ---------------------------------------------------------------- loop
     def run(self) -> None:
         with self.saver:
-            self.writer.finished = self.step >= spans(self.config)[-1].last  # a run that was done before has no stage to finish
+            self.writer.finished = (
+                self.step >= spans(self.config)[-1].last
+            )  # a run that was done before has no stage to finish
             for span in spans(self.config):
                 if self.step < span.last:
                     self._run_stage(span)
@@ -97,7 +142,9 @@ class Trainer:
             self.saver.wait()
 
     def _stage_state(self, span: StageSpan) -> StageState:
-        """What the stage's start computes from the model as it is then; read back when the stage is continued."""
+        """What the stage's start computes from the model as it is then; read back when the stage
+        is continued.
+        """
         where = self.folder.curriculum(span.name)
         with phase(f"preparing {span.name}"):
             done = self.step + 1 - span.first
@@ -109,40 +156,75 @@ class Trainer:
         stage, options = self.config.stages[span.name], self.config.stages[span.name].optimizer
         self._catch_up(span)
         state = self._stage_state(span)
-        set_trainable(self.whole.encoder, self.whole.objectives, self.whole.temperatures, stage.trainable)
+        set_trainable(
+            self.whole.encoder, self.whole.objectives, self.whole.temperatures, stage.trainable
+        )
         configure(self.optimizer, options)
-        plan = Plan(self.config, span.name, stage, state.weights, self.context.readers, state.subsets)
-        used: dict[str, Any] = {name: self.whole.objectives[name] for name, weight in stage.objectives.items() if weight}
-        backends = planned_backends(used, self.config.step.backend, self.parallel.device, getattr(torch, self.config.parallel.dtype))
+        plan = Plan(
+            self.config, span.name, stage, state.weights, self.context.readers, state.subsets
+        )
+        used: dict[str, Any] = {
+            name: self.whole.objectives[name] for name, weight in stage.objectives.items() if weight
+        }
+        backends = planned_backends(
+            used,
+            self.config.step.backend,
+            self.parallel.device,
+            getattr(torch, self.config.parallel.dtype),
+        )
         self.writer.start_stage(
             StageInfo(
-                span.name, span.index + 1, len(self.config.order), span.first, span.last,
-                state.weights, stage.objectives, (options.learning_rate, options.final_learning_rate), backends,
+                span.name,
+                span.index + 1,
+                len(self.config.order),
+                span.first,
+                span.last,
+                state.weights,
+                stage.objectives,
+                (options.learning_rate, options.final_learning_rate),
+                backends,
             )
-        )  # fmt: skip
+        )
         refresh = stage.hard_negatives.refresh_steps if stage.hard_negatives else 0
         while self.step < span.last:
             done = self.step + 1 - span.first
             if refresh and done and done % refresh == 0:
                 with phase("mining"), self._kept(span):
-                    state = refresh_hard_negatives(self.context, span.name, self.folder.curriculum(span.name), state, done)
+                    state = refresh_hard_negatives(
+                        self.context, span.name, self.folder.curriculum(span.name), state, done
+                    )
             stop_at = min(span.steps, (done // refresh + 1) * refresh) if refresh else span.steps
             self._run_steps(span, plan, state, done, stop_at)
         self._finish_stage(span)
 
-    def _run_steps(self, span: StageSpan, plan: Plan, state: StageState, first: int, last: int) -> None:
+    def _run_steps(
+        self, span: StageSpan, plan: Plan, state: StageState, first: int, last: int
+    ) -> None:
         """Stage steps first .. last - 1 with one hard-negative store."""
         stage = self.config.stages[span.name]
         loader = StepLoader(
-            plan, self.context.readers, self.config, stage,
-            data_parallel_rank=self.parallel.data_parallel_rank, data_parallel_size=self.parallel.data_parallel_size,
-            start_step=first, stop_step=last, negatives=state.negatives, teachers=state.teachers,
-        )  # fmt: skip
+            plan,
+            self.context.readers,
+            self.config,
+            stage,
+            data_parallel_rank=self.parallel.data_parallel_rank,
+            data_parallel_size=self.parallel.data_parallel_size,
+            start_step=first,
+            stop_step=last,
+            negatives=state.negatives,
+            teachers=state.teachers,
+        )
         check_shares(self.parallel, loader.collator.shares, first, span.name)
-        shown = {name: list(stage_patterns(stage, name, self.context.readers[name].config)) for name in sorted(state.weights)}
-        watch = PatternWatch(shown, self.config.data.sets, min(self.config.data.empty_steps, span.steps))
+        shown = {
+            name: list(stage_patterns(stage, name, self.context.readers[name].config))
+            for name in sorted(state.weights)
+        }
+        watch = PatternWatch(
+            shown, self.config.data.sets, min(self.config.data.empty_steps, span.steps)
+        )
         if self.config.data.workers:
-            self._settle()  # workers are forked: a lock that the saving thread holds would stay locked in them
+            # Workers are forked: a lock that the saving thread holds would stay locked in them
+            self._settle()
         with loader, self._quarantining(span):
             began = time.perf_counter()
             for stage_step, batches in enumerate(_awaited(loader), start=first):
@@ -150,38 +232,76 @@ class Trainer:
                 scale = learning_rate_scale(stage.optimizer, stage_step, span.steps)
                 set_learning_rate(self.optimizer, scale)
                 result = self.training_step.run(
-                    batches, stage.objectives, step=stage_step, stage=span.name, thresholds=state.thresholds, clip_norm=stage.optimizer.clip_norm,
+                    batches,
+                    stage.objectives,
+                    step=stage_step,
+                    stage=span.name,
+                    thresholds=state.thresholds,
+                    clip_norm=stage.optimizer.clip_norm,
                     wishes=partial(self._wishes, batches, watch, stage_step),
-                )  # fmt: skip
+                )
                 self.step += 1
                 beat(self.step)
                 seconds = time.perf_counter() - began
-                self._log(span, batches, result, scale * stage.optimizer.learning_rate, waited, seconds)
+                self._log(
+                    span, batches, result, scale * stage.optimizer.learning_rate, waited, seconds
+                )
                 self._between_steps(span, batches, result)
                 watch.note(batches, result.wishes[WISHES:])
                 began = time.perf_counter()
 
     @contextmanager
     def _quarantining(self, span: StageSpan) -> Iterator[None]:
-        """What made the data unusable is on record too when it ends the run; any rank may be the one that meets it."""
+        """What made the data unusable is on record too when it ends the run; any rank may be the
+        one that meets it.
+        """
         try:
             yield
         except BadDataError as error:
             if self.parallel.tensor_parallel_rank == 0:
-                self.folder.add_quarantined([{"step": self.step + 1, "stage": span.name, "id": name, "reason": reason} for name, reason in error.samples])
+                self.folder.add_quarantined(
+                    [
+                        {"step": self.step + 1, "stage": span.name, "id": name, "reason": reason}
+                        for name, reason in error.samples
+                    ]
+                )
             raise
 
     def _wishes(self, batches: list[StepBatch], watch: PatternWatch, step: int) -> list[bool]:
-        """What the step's own message over the world asks: does anybody want to stop, to save, or to report bad samples? And what the
+        """What the step's own message over the world asks: does anybody want to stop, to save,
+        or to report bad samples? And what the
         rows showed."""
-        clock = self.parallel.is_main and time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
-        return [stop_wanted(), clock, any(batch.quarantined for batch in batches), *watch.flags(batches, step)]
+        clock = (
+            self.parallel.is_main
+            and time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
+        )
+        return [
+            stop_wanted(),
+            clock,
+            any(batch.quarantined for batch in batches),
+            *watch.flags(batches, step),
+        ]
 
     def _between_steps(self, span: StageSpan, batches: list[StepBatch], result: StepResult) -> None:
-        """Does what some rank wished for in the step. A stop signal that comes too late for the step's message is heard in the next."""
+        """Does what some rank wished for in the step.
+
+        A stop signal that comes too late for the step's message is heard in the next.
+        """
         stop, clock, quarantine = result.wishes[:WISHES]
-        bad = [{"step": self.step, "stage": span.name, "id": name, "reason": reason} for batch in batches for name, reason in batch.quarantined]
-        bad += [{"step": self.step, "stage": span.name, "id": name, "reason": "loss or gradient not finite"} for name in result.suspects]
+        bad = [
+            {"step": self.step, "stage": span.name, "id": name, "reason": reason}
+            for batch in batches
+            for name, reason in batch.quarantined
+        ]
+        bad += [
+            {
+                "step": self.step,
+                "stage": span.name,
+                "id": name,
+                "reason": "loss or gradient not finite",
+            }
+            for name in result.suspects
+        ]
         if quarantine or result.skipped:
             everyone: list[list[dict[str, Any]]] = [[] for _ in range(self.parallel.world_size)]
             dist.all_gather_object(everyone, bad if self.parallel.tensor_parallel_rank == 0 else [])
@@ -200,7 +320,10 @@ class Trainer:
 
     def _stop(self, span: StageSpan) -> None:
         self._settle()
-        raise StopRequested(f"stopped at step {self.step} (stage {span.name}), saved; go on with the same command and resume=auto")
+        raise StopRequested(
+            f"stopped at step {self.step} (stage {span.name}), saved; go on with the same command "
+            "and resume=auto"
+        )
 
     @contextmanager
     def _kept(self, span: StageSpan) -> Iterator[None]:
@@ -224,12 +347,23 @@ class Trainer:
         """Whether the evaluation belongs behind the step that was just done."""
         options = self.config.evaluation
         if self.step == span.last:
-            return bool(options.tasks) and (options.at_stage_end or span.index + 1 == len(self.config.order))
-        return bool(options.tasks) and span.first <= self.step < span.last and options.every_steps > 0 and self.step % options.every_steps == 0
+            return bool(options.tasks) and (
+                options.at_stage_end or span.index + 1 == len(self.config.order)
+            )
+        return (
+            bool(options.tasks)
+            and span.first <= self.step < span.last
+            and options.every_steps > 0
+            and self.step % options.every_steps == 0
+        )
 
     def _catch_up(self, span: StageSpan) -> None:
-        """The evaluation of the step that a resumed run goes on from, where a stop or a kill came between the save and it."""
-        if self._due(span) and not self.parallel.agree(self.parallel.is_main and self.folder.evaluation(self.step).is_file()):
+        """The evaluation of the step that a resumed run goes on from, where a stop or a kill
+        came between the save and it.
+        """
+        if self._due(span) and not self.parallel.agree(
+            self.parallel.is_main and self.folder.evaluation(self.step).is_file()
+        ):
             self._evaluate(span)
 
     def _evaluate(self, span: StageSpan) -> None:
@@ -237,7 +371,15 @@ class Trainer:
             found = evaluate(self.context)
         self.writer.log_evaluation(self.step, span.name, found.tasks, found.examples)
 
-    def _log(self, span: StageSpan, batches: list[StepBatch], result: StepResult, learning_rate: float, waited: float, seconds: float) -> None:
+    def _log(
+        self,
+        span: StageSpan,
+        batches: list[StepBatch],
+        result: StepResult,
+        learning_rate: float,
+        waited: float,
+        seconds: float,
+    ) -> None:
         values: dict[str, Any] = {
             "data/set": "+".join(batch.dataset for batch in batches),
             "data/digest": "+".join(dict.fromkeys(batch.digest for batch in batches)),
@@ -246,7 +388,10 @@ class Trainer:
             "loss/total": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": learning_rate,
-            "rows_per_second": sum(sum(batch.rank_rows or (len(batch.record_ids),)) for batch in batches) / seconds,
+            "rows_per_second": sum(
+                sum(batch.rank_rows or (len(batch.record_ids),)) for batch in batches
+            )
+            / seconds,
             "seconds": round(seconds, 4),
         }
         values |= {f"loss/{name}": value for name, value in result.losses.items()}
@@ -265,7 +410,9 @@ class Trainer:
 
 
 def _awaited(loader: StepLoader) -> Iterator[list[StepBatch]]:
-    """The loader's steps; the wait for each is the data's phase, in which a rank works by itself."""
+    """The loader's steps; the wait for each is the data's phase, in which a rank works by
+    itself.
+    """
     steps = iter(loader)
     while True:
         with phase("data", local=True):
@@ -277,11 +424,14 @@ def _awaited(loader: StepLoader) -> Iterator[list[StepBatch]]:
 
 
 def check_shares(parallel: Parallel, shares: StepShares, step: int, stage: str) -> None:
-    """Raises BadDataError on all ranks where some share out the rows of a stage's step differently: they would lose some rows
+    """Raises BadDataError on all ranks where some share out the rows of a stage's step
+    differently: they would lose some rows
     and take others twice, without a word."""
     own = shares.fingerprint(step)
     if parallel.agree(own != parallel.broadcast_text(own)):
         raise BadDataError(
-            f"stage {stage}: ranks share out the rows of its step {step + 1} in different ways, expected the same shards and tokenizer on all "
-            "machines: compare them, delete the lengths-* files beside the shards' index, and start again"
+            f"stage {stage}: ranks share out the rows of its step {step + 1} in different ways, "
+            "expected the same shards and tokenizer on all "
+            "machines: compare them, delete the lengths-* files beside the shards' index, and "
+            "start again"
         )

@@ -1,10 +1,13 @@
 """All ranks receive all rows: all-gather forward, reduce-scatter-sum backward.
 
-Bytes per rank: 2(W-1)mD for the gather in bf16 and 4(W-1)mD for the gradient in fp32 (m rows a rank). Memory: the
-gathered rows and their gradient, O(W m D). A stream hands out this rank's own rows while the others are in flight.
+Bytes per rank: 2(W-1)mD for the gather in bf16 and 4(W-1)mD for the gradient in fp32 (m rows a
+rank). Memory: the gathered rows and their gradient, O(W m D). A stream hands out this rank's own
+rows while the others are in flight.
 
-Ranks may hold different numbers of rows: the rows are padded to the longest, gathered, and the padding cut away.
-The gather owns its autograd function because the one torch ships returned silently wrong gradients on gloo for a
+Ranks may hold different numbers of rows: the rows are padded to the longest, gathered, and the
+padding cut away.
+The gather owns its autograd function because the one torch ships returned silently wrong gradients
+on gloo for a
 non-contiguous upstream gradient.
 """
 
@@ -51,7 +54,10 @@ class AllGather:
         if sizes is None:
             sizes = self.sizes(x.shape[0])
         if sizes[self.rank] != x.shape[0]:
-            raise ValueError(f"sizes: {sizes[self.rank]} for rank {self.rank}, expected the {x.shape[0]} rows of x")
+            raise ValueError(
+                f"sizes: {sizes[self.rank]} for rank {self.rank}, expected the {x.shape[0]} rows "
+                "of x"
+            )
         return _Gather.apply(x, self, sizes)
 
     def reduce_scatter(self, x: Tensor, sizes: list[int]) -> Tensor:
@@ -77,7 +83,13 @@ class AllGather:
         mine = [x.detach().contiguous() for x in parts]
         everyone = [x.new_empty((self.world_size * len(x), *x.shape[1:])) for x in mine]
         # As bytes, because gloo joins what travels together into one tensor.
-        return _Parts(everyone, self.start_parts([x.view(-1).view(torch.uint8) for x in everyone], [x.view(-1).view(torch.uint8) for x in mine]))
+        return _Parts(
+            everyone,
+            self.start_parts(
+                [x.view(-1).view(torch.uint8) for x in everyone],
+                [x.view(-1).view(torch.uint8) for x in mine],
+            ),
+        )
 
     def start_parts(self, everyone: list[Tensor], mine: list[Tensor]) -> Waitable:
         """As ``start``, of several tensors in one collective."""
@@ -115,7 +127,9 @@ class AllGather:
         _all_gather(everyone, mine.contiguous(), group=self.group)
         if all(size == longest for size in sizes):
             return everyone
-        return torch.cat([part[:size] for part, size in zip(everyone.split(longest), sizes, strict=True)])
+        return torch.cat(
+            [part[:size] for part, size in zip(everyone.split(longest), sizes, strict=True)]
+        )
 
 
 class _Parts:
@@ -128,9 +142,13 @@ class _Parts:
 
 
 class _Gathered:
-    """The stream: one gather, started at once, waited for after the own rows; one buffer of gradients."""
+    """The stream: one gather, started at once, waited for after the own rows; one buffer of
+    gradients.
+    """
 
-    def __init__(self, exchange: AllGather, x: Tensor, sizes: list[int], accumulate: torch.dtype) -> None:
+    def __init__(
+        self, exchange: AllGather, x: Tensor, sizes: list[int], accumulate: torch.dtype
+    ) -> None:
         self.exchange, self.x, self.sizes, self.accumulate = exchange, x, sizes, accumulate
         self.longest = max(sizes)
         mine = x
@@ -155,7 +173,11 @@ class _Gathered:
                 rows = slice(one[0] * longest, one[0] * longest + sum(self.sizes[slice(*one)]))
                 if rows.stop > rows.start:
                     vectors = self.x if one == (rank, rank + 1) else self.everyone[rows]
-                    yield Shard(sum(self.sizes[: one[0]]), vectors, self.gradient[rows] if accumulate and self.gradient is not None else None)
+                    yield Shard(
+                        sum(self.sizes[: one[0]]),
+                        vectors,
+                        self.gradient[rows] if accumulate and self.gradient is not None else None,
+                    )
 
     def finish(self) -> Tensor:
         if self.gradient is None:

@@ -61,4 +61,8 @@ class _OwnRows:
         yield Shard(0, self.x, self.gradient if accumulate else None)
 
     def finish(self) -> Tensor:
-        return torch.zeros_like(self.x, dtype=self.accumulate) if self.gradient is None else self.gradient
+        return (
+            torch.zeros_like(self.x, dtype=self.accumulate)
+            if self.gradient is None
+            else self.gradient
+        )

@@ -1,9 +1,10 @@
 """Tensor-parallel peers hold the same embeddings: each does its share of the rows.
 
-Without it T peers compute the same scores T times. Here peer t takes rows t n/T to (t+1) n/T against all candidates;
-what is a row's own comes together again inside the group, the keys' partial gradients are summed there, and every peer
-returns the full, equal result. To all who do not ask for peers, a RowSplit is the exchange it wraps: a loss that knows
-nothing of shares is computed whole on every peer and is as right.
+Without it T peers compute the same scores T times. Here peer t takes rows t n/T to (t+1) n/T
+against all candidates; what is a row's own comes together again inside the group, the keys' partial
+gradients are summed there, and every peer returns the full, equal result. To all who do not ask for
+peers, a RowSplit is the exchange it wraps: a loss that knows nothing of shares is computed whole on
+every peer and is as right.
 """
 
 from __future__ import annotations
@@ -19,11 +20,17 @@ from sailplan_kernels.exchange.local import Local
 
 
 class RowSplit:
-    """The exchange ``inner`` of this rank's data-parallel group, and ``peers``, the exchange of its tensor-parallel group."""
+    """The exchange ``inner`` of this rank's data-parallel group, and ``peers``, the exchange of
+    its tensor-parallel group.
+    """
 
     def __init__(self, inner: Exchange, peers: Exchange) -> None:
         self.inner, self.peers = inner, peers
-        self.rank, self.world_size, self.materializes_all = inner.rank, inner.world_size, inner.materializes_all
+        self.rank, self.world_size, self.materializes_all = (
+            inner.rank,
+            inner.world_size,
+            inner.materializes_all,
+        )
 
     def sizes(self, n: int) -> list[int]:
         return self.inner.sizes(n)
@@ -51,8 +58,14 @@ class RowSplit:
 
 
 def peers_of(exchange: Exchange) -> Exchange:
-    """Those who hold the same rows as this rank: the tensor-parallel group of a RowSplit, else this rank alone."""
-    return exchange.peers if isinstance(exchange, RowSplit) and exchange.peers.world_size > 1 else Local()
+    """Those who hold the same rows as this rank: the tensor-parallel group of a RowSplit, else
+    this rank alone.
+    """
+    return (
+        exchange.peers
+        if isinstance(exchange, RowSplit) and exchange.peers.world_size > 1
+        else Local()
+    )
 
 
 def shares(n: int, peers: Exchange) -> tuple[list[int], slice]:

@@ -1,12 +1,16 @@
-"""The all-gather without a kernel: a rank puts its shard where its peers can read it, and the copy engine fetches theirs.
+"""The all-gather without a kernel: a rank puts its shard where its peers can read it, and the
+copy engine fetches theirs.
 
-The stream of AllGather with another way out: the same bytes, and a window of one shard more in memory, but no multiprocessor is
-taken from the matrix products that go on meanwhile. Own rows are at hand and are not fetched. Gradients come home by AllGather's
-reduce-scatter. For ranks whose devices reach each other's memory (NVLink on one host); torch.distributed._symmetric_memory does
+The stream of AllGather with another way out: the same bytes, and a window of one shard more in
+memory, but no multiprocessor is taken from the matrix products that go on meanwhile. Own rows are
+at hand and are not fetched. Gradients come home by AllGather's reduce-scatter. For ranks whose
+devices reach each other's memory (NVLink on one host); torch.distributed._symmetric_memory does
 the mapping and the flags.
 
-**Unproved: no GPU has run it.** What is tested, over files that processes share, is everything but three calls of torch and
-the side stream: who reads what when, uneven shards, and that a window is not overwritten while a peer still reads it.
+**Unproved: no GPU has run it.** What is tested, over files that processes share, is everything but
+three calls of torch and
+the side stream: who reads what when, uneven shards, and that a window is not overwritten while a
+peer still reads it.
 """
 
 from __future__ import annotations
@@ -33,13 +37,19 @@ class Window(Protocol):
 
 
 class SymmetricMemory(AllGather):
-    """Exchange over a process group (None: the default group). Raises ValueError, on all ranks, where it cannot work."""
+    """Exchange over a process group (None: the default group).
+
+    Raises ValueError, on all ranks, where it cannot work.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         super().__init__(group)
         obstacle = self.obstacle()
         if obstacle is not None:
-            raise ValueError(f"symmetric_memory: found {obstacle}, expected CUDA devices of one host that reach each other's memory; use all_gather")
+            raise ValueError(
+                f"symmetric_memory: found {obstacle}, expected CUDA devices of one host that reach "
+                "each other's memory; use all_gather"
+            )
         self._window: Window | None = None
         self._bytes = 0
         self._side: torch.cuda.Stream | None = None
@@ -47,8 +57,12 @@ class SymmetricMemory(AllGather):
     def obstacle(self) -> str | None:
         """What stands in the way, the same answer on all ranks; None: nothing. A collective."""
         devices = range(torch.cuda.device_count())
-        reach = bool(devices) and all(torch.cuda.can_device_access_peer(a, b) for a in devices for b in devices if a != b)
-        hosts = self.sizes(zlib.crc32(socket.gethostname().encode()) if reach else -1 - bool(devices))
+        reach = bool(devices) and all(
+            torch.cuda.can_device_access_peer(a, b) for a in devices for b in devices if a != b
+        )
+        hosts = self.sizes(
+            zlib.crc32(socket.gethostname().encode()) if reach else -1 - bool(devices)
+        )
         if -1 in hosts:
             return "no CUDA device"
         if -2 in hosts:
@@ -60,9 +74,14 @@ class SymmetricMemory(AllGather):
         import torch.distributed._symmetric_memory as symmetric_memory
 
         if self._side is not None:
-            self._side.synchronize()  # nobody reads the former window any more when all have come here
-        self._memory = symmetric_memory.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
-        return symmetric_memory.rendezvous(self._memory, self.group or dist.distributed_c10d._get_default_group())
+            # Nobody reads the former window any more when all have come here
+            self._side.synchronize()
+        self._memory = symmetric_memory.empty(
+            size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device())
+        )
+        return symmetric_memory.rendezvous(
+            self._memory, self.group or dist.distributed_c10d._get_default_group()
+        )
 
     def start(self, everyone: Tensor, mine: Tensor) -> _Fetching:
         if mine.nbytes > self._bytes:  # the same on all ranks: ``mine`` is padded to the longest
@@ -74,9 +93,13 @@ class SymmetricMemory(AllGather):
                 window.barrier()  # peers have fetched what lay here before
                 window.get_buffer(self.rank, shape, mine.dtype).copy_(mine)
                 window.barrier()
-                for step in range(1, self.world_size):  # from the next rank first: no two read the same one at a time
+                for step in range(
+                    1, self.world_size
+                ):  # from the next rank first: no two read the same one at a time
                     peer = (self.rank + step) % self.world_size
-                    everyone[peer * shape[0] : (peer + 1) * shape[0]].copy_(window.get_buffer(peer, shape, mine.dtype))
+                    everyone[peer * shape[0] : (peer + 1) * shape[0]].copy_(
+                        window.get_buffer(peer, shape, mine.dtype)
+                    )
         return _Fetching(self._side)
 
     def start_parts(self, everyone: list[Tensor], mine: list[Tensor]) -> Waitable:
@@ -84,9 +107,13 @@ class SymmetricMemory(AllGather):
         large = max(range(len(mine)), key=lambda part: mine[part].nbytes)
         small = [part for part in range(len(mine)) if part != large]
         if small:
-            super().start_parts([everyone[part] for part in small], [mine[part] for part in small]).wait()
+            super().start_parts(
+                [everyone[part] for part in small], [mine[part] for part in small]
+            ).wait()
         whole, own = everyone[large], mine[large]
-        whole[self.rank * len(own) : (self.rank + 1) * len(own)].copy_(own)  # what ``start`` leaves out
+        whole[self.rank * len(own) : (self.rank + 1) * len(own)].copy_(
+            own
+        )  # what ``start`` leaves out
         return self.start(whole, own)
 
     def _aside(self, *used: Tensor) -> AbstractContextManager[Any]:

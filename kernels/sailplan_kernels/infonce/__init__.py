@@ -1,4 +1,6 @@
-"""InfoNCE with false-negative masks, hard negatives, Matryoshka prefixes and exact gradients across ranks."""
+"""InfoNCE with false-negative masks, hard negatives, Matryoshka prefixes and exact gradients
+across ranks.
+"""
 
 from sailplan_kernels.infonce.api import InfoNCEOutput, infonce, infonce_sum
 from sailplan_kernels.infonce.checks import backend_for

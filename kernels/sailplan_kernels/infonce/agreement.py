@@ -1,7 +1,10 @@
-"""What ranks must agree on before their collectives can match: how many rows each has, which options, who needs which gradient.
+"""What ranks must agree on before their collectives can match: how many rows each has, which
+options, who needs which gradient.
 
-Where the caller knows all ranks' sizes, a call of a kind that was agreed on before costs nothing: no collective, no wait.
-Else the ranks ask each other in one small collective, whose answer the host reads. Either way a rank that was called with
+Where the caller knows all ranks' sizes, a call of a kind that was agreed on before costs nothing:
+no collective, no wait.
+Else the ranks ask each other in one small collective, whose answer the host reads. Either way a
+rank that was called with
 other options is an error on all ranks, not a hang.
 """
 
@@ -50,25 +53,36 @@ def agree(
     float64: bool,
     device: torch.device,
 ) -> Agreement:
-    """The ranks' agreement; a collective, and a wait of the host, where this kind of call is new or ``sizes`` is None.
+    """The ranks' agreement; a collective, and a wait of the host, where this kind of call is new
+    or ``sizes`` is None.
 
-    sizes: (rows, keys) of every rank. own: this rank's. call: a number that differs between calls whose options differ.
+    sizes: (rows, keys) of every rank. own: this rank's. call: a number that differs between calls
+    whose options differ.
     Raises ValueError, on all ranks, where ranks differ in what must be equal.
     """
     if sizes is not None:
         sizes = tuple((int(rows), int(keys)) for rows, keys in sizes)
         if len(sizes) != exchange.world_size or sizes[exchange.rank] != own:
-            raise ValueError(f"sizes: found {sizes}, expected {exchange.world_size} pairs, {own} for rank {exchange.rank}")
+            raise ValueError(
+                f"sizes: found {sizes}, expected {exchange.world_size} pairs, {own} for rank "
+                f"{exchange.rank}"
+            )
     if exchange.world_size == 1:
         return Agreement((own[0],), (own[1],), Needs(*needs), low_temperature, float64)
     known = _known.setdefault(exchange, {})
     kind = (sizes, call, tuple(needs), low_temperature, float64)
     if sizes is not None and kind in known:
         return known[kind]
-    numbers = torch.tensor([*own, call, *needs, low_temperature, float64, hash(sizes) % 2**31 if sizes else 0], dtype=torch.int64)
+    numbers = torch.tensor(
+        [*own, call, *needs, low_temperature, float64, hash(sizes) % 2**31 if sizes else 0],
+        dtype=torch.int64,
+    )
     table = exchange.gather(numbers[None].to(device), [1] * exchange.world_size).tolist()
     if any(row[2] != call or row[9] != table[0][9] for row in table):
-        raise ValueError("infonce: ranks differ in dimensions, dtype, ids given, kind of temperature, backend, sizes or options, expected equal calls")
+        raise ValueError(
+            "infonce: ranks differ in dimensions, dtype, ids given, kind of temperature, backend, "
+            "sizes or options, expected equal calls"
+        )
     found = Agreement(
         rows=tuple(row[0] for row in table),
         keys=tuple(row[1] for row in table),

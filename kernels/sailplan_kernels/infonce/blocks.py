@@ -1,7 +1,8 @@
 """Who is scored against whom: blocks of anchors, and the candidates of every kind.
 
-Query blocks hold the queries and, with key negatives, the positives themselves, one a pair. Candidates are keys; with the options
-other queries and everybody's hard negatives. (A row's own hard negatives are no tile: per_row_negatives.py.)
+Query blocks hold the queries and, with key negatives, the positives themselves, one a pair.
+Candidates are keys; with the options other queries and everybody's hard negatives. (A row's own
+hard negatives are no tile: per_row_negatives.py.)
 """
 
 from __future__ import annotations
@@ -29,33 +30,50 @@ class QueryBlock:
     total: Tensor | None = None  # [P, n] sum of exp(logit - top)
     more: Tensor | None = None  # float64 [P, n] logsumexp of what is no tile
     moment: Tensor | None = None  # [P, n] sum of G * cosine
-    temperature: Tensor | None = None  # [n] d loss / d inverse temperature, where rows have their own
+    temperature: Tensor | None = (
+        None  # [n] d loss / d inverse temperature, where rows have their own
+    )
 
     def log_negatives(self, here: slice) -> Tensor:
         """float64 [P, ...] logsumexp of the negatives; minus infinity without any.
 
-        A logit's rounding is a relative error of all weights, so several of them are joined in float64 and rounded once, in the end.
+        A logit's rounding is a relative error of all weights, so several of them are joined in
+        float64 and rounded once, in the end.
         """
         if self.top is None or self.total is None:
-            return torch.full_like(self.side.inverse_norm[:, here], -torch.inf, dtype=torch.float64) if self.more is None else self.more[:, here]
+            return (
+                torch.full_like(self.side.inverse_norm[:, here], -torch.inf, dtype=torch.float64)
+                if self.more is None
+                else self.more[:, here]
+            )
         found = log_of_sums(self.total[:, here], self.top[:, here])
         return found if self.more is None else torch.logaddexp(found, self.more[:, here])
 
     def merge(self, here: slice, found: Statistics) -> None:
         """Statistics of one more tile of the rows ``here``."""
         count = self.side.inverse_norm.shape[1]
-        self.top, self.total = merge(self.top, self.total, here, count, found.row_maximum, found.row_sum)
+        self.top, self.total = merge(
+            self.top, self.total, here, count, found.row_maximum, found.row_sum
+        )
 
     def add_sums(self, here: slice, found: Gradient, per_row: bool) -> None:
         """Sums of a tile's gradient; ``per_row``: also those for the rows' own temperatures."""
         if found.row_moment.shape == self.side.inverse_norm.shape and self.moment is None:
             self.moment = found.row_moment
         else:
-            self.moment = torch.zeros_like(self.side.inverse_norm) if self.moment is None else self.moment
+            self.moment = (
+                torch.zeros_like(self.side.inverse_norm) if self.moment is None else self.moment
+            )
             self.moment[:, here] += found.row_moment
         if per_row:
-            self.temperature = torch.zeros_like(self.side.inverse_temperature) if self.temperature is None else self.temperature
-            self.temperature[here] += found.row_temperature.sum(0) / self.side.inverse_temperature[here]
+            self.temperature = (
+                torch.zeros_like(self.side.inverse_temperature)
+                if self.temperature is None
+                else self.temperature
+            )
+            self.temperature[here] += (
+                found.row_temperature.sum(0) / self.side.inverse_temperature[here]
+            )
 
 
 @dataclass
@@ -90,7 +108,10 @@ class CandidateBlock:
 
 
 def some(side: TileOperand, rows: slice, vectors: Tensor | None = None) -> TileOperand:
-    """Those rows of a side; the side itself where that is all of them. ``vectors``: theirs, if not to be taken from the side."""
+    """Those rows of a side; the side itself where that is all of them.
+
+    ``vectors``: theirs, if not to be taken from the side.
+    """
     if rows.start == 0 and rows.stop == len(side.valid):
         return side
     return TileOperand(
@@ -110,9 +131,15 @@ def log_of_sums(total: Tensor, top: Tensor) -> Tensor:
 
 
 def merge(
-    top: Tensor | None, total: Tensor | None, here: slice, count: int, other_top: Tensor, other_total: Tensor
+    top: Tensor | None,
+    total: Tensor | None,
+    here: slice,
+    count: int,
+    other_top: Tensor,
+    other_total: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(maximum, sum of exponentials) [P, count] of all tiles so far, joined ``here`` with another's; None: there was no tile.
+    """(maximum, sum of exponentials) [P, count] of all tiles so far, joined ``here`` with
+    another's; None: there was no tile.
 
     What tiles have handed out is never written to: a tile may still read its own maxima.
     """
@@ -127,6 +154,8 @@ def merge(
     return top, total
 
 
-def _joined(top: Tensor, total: Tensor, other_top: Tensor, other_total: Tensor) -> tuple[Tensor, Tensor]:
+def _joined(
+    top: Tensor, total: Tensor, other_top: Tensor, other_total: Tensor
+) -> tuple[Tensor, Tensor]:
     highest = torch.maximum(top, other_top).clamp_min_(EMPTY)
     return highest, total * (top - highest).exp() + other_total * (other_top - highest).exp()

@@ -1,7 +1,9 @@
-"""What all parts of one loss read: this rank's share of the rows, the vectors as operands, and how shares come together.
+"""What all parts of one loss read: this rank's share of the rows, the vectors as operands, and
+how shares come together.
 
-Where peers hold the same rows (exchange/row_split.py) each does its share of them against all candidates; what every peer
-has found is summed in the end. Shapes: N queries of this rank, n of them its share; M keys; H hard negatives a row; C keys of
+Where peers hold the same rows (exchange/row_split.py) each does its share of them against all
+candidates; what every peer has found is summed in the end. Shapes: N queries of this rank, n of
+them its share; M keys; H hard negatives a row; C keys of
 all ranks; P prefixes.
 """
 
@@ -23,17 +25,36 @@ FEWEST_ROWS = 16  # that are looked at together, whatever the budget
 class ForwardContext:
     """One loss of a call; ``weight``: its factor in the call's total."""
 
-    def __init__(self, inputs: LossInputs, engine: Engine, queries: Vectors, keys: Vectors, hard: Vectors, weight: float) -> None:
-        self.inputs, self.engine, self.exchange, self.peers = inputs, engine, inputs.exchange, peers_of(inputs.exchange)
+    def __init__(
+        self,
+        inputs: LossInputs,
+        engine: Engine,
+        queries: Vectors,
+        keys: Vectors,
+        hard: Vectors,
+        weight: float,
+    ) -> None:
+        self.inputs, self.engine, self.exchange, self.peers = (
+            inputs,
+            engine,
+            inputs.exchange,
+            peers_of(inputs.exchange),
+        )
         self.queries, self.keys, self.hard, self.weight = queries, keys, hard, weight
-        self.options, self.needs, self.prefixes = inputs.options, inputs.needs, inputs.options.prefixes
+        self.options, self.needs, self.prefixes = (
+            inputs.options,
+            inputs.needs,
+            inputs.options.prefixes,
+        )
         self.share_sizes, self.share = shares(len(inputs.raw_queries), self.peers)
         self.fp, self.gradient_dtype = inputs.score_dtype, inputs.gradient_dtype
         self.budget, self.rows_at_once = score_budget(inputs), rows_at_once(inputs)
         self.device = inputs.raw_queries.device
         self.inverse = inputs.inverse_temperature.detach()  # 0-d or [N]
         self._same: Tensor | None = None
-        self.prefix_weights = numbers(tuple(weight * w for w in self.options.prefix_weights), self.fp, self.device)[:, None]  # [P, 1]
+        self.prefix_weights = numbers(
+            tuple(weight * w for w in self.options.prefix_weights), self.fp, self.device
+        )[:, None]  # [P, 1]
 
     @property
     def rows(self) -> int:
@@ -56,13 +77,21 @@ class ForwardContext:
 
     def inverse_of_rows(self) -> Tensor:
         """[n], contiguous."""
-        return self.same_inverse(self.rows) if self.one_temperature else self.inverse[self.share].contiguous()
+        return (
+            self.same_inverse(self.rows)
+            if self.one_temperature
+            else self.inverse[self.share].contiguous()
+        )
 
     def same_inverse(self, count: int) -> Tensor:
-        """[count] the one inverse temperature, contiguous: a part of the same tensor for all who ask."""
+        """[count] the one inverse temperature, contiguous: a part of the same tensor for all who
+        ask.
+        """
         if self._same is None:
             inputs = self.inputs
-            most = max(max(sizes) for sizes in (inputs.query_sizes, inputs.key_sizes, inputs.hard_sizes))
+            most = max(
+                max(sizes) for sizes in (inputs.query_sizes, inputs.key_sizes, inputs.hard_sizes)
+            )
             self._same = self.inverse.expand(most * self.exchange.world_size).contiguous()
         return self._same[:count]
 
@@ -90,9 +119,13 @@ def score_budget(inputs: LossInputs) -> int:
 
 
 def rows_at_once(inputs: LossInputs) -> int:
-    """Rows whose vectors are copied together (gathered, multiplied): a few such copies stay below the budget."""
+    """Rows whose vectors are copied together (gathered, multiplied): a few such copies stay
+    below the budget.
+    """
     size = torch.finfo(inputs.score_dtype).bits // 8
-    return max(FEWEST_ROWS, inputs.options.memory_budget // (8 * size * inputs.raw_queries.shape[1]))
+    return max(
+        FEWEST_ROWS, inputs.options.memory_budget // (8 * size * inputs.raw_queries.shape[1])
+    )
 
 
 @lru_cache(maxsize=256)

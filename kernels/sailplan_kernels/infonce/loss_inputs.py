@@ -1,8 +1,9 @@
 """One call's tensors, checked and brought into the one form that every backend reads.
 
-Ranks agree here on sizes, options and who needs which gradient (agreement.py), so that afterwards they issue the same
-collectives in the same order whatever each of them has frozen. What is known on the CPU is combined there and uploaded
-in one copy (upload.py); nothing here reads a number back from a device.
+Ranks agree here on sizes, options and who needs which gradient (agreement.py), so that afterwards
+they issue the same collectives in the same order whatever each of them has frozen. What is known on
+the CPU is combined there and uploaded in one copy (upload.py); nothing here reads a number back
+from a device.
 """
 
 from __future__ import annotations
@@ -23,8 +24,17 @@ from sailplan_kernels.infonce.pairs import PairList, pairs_by_id, pairs_by_index
 from sailplan_kernels.infonce.upload import upload
 
 LOW_TEMPERATURE = 0.02
-REMEMBERED = 2**15  # rows, keys and hard negatives of a call without ids whose masks are kept for the next call: some megabytes
-FULL_RATE_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))  # CUDA devices whose float64 products are about as fast as exact float32 ones
+REMEMBERED = (
+    2**15
+    # rows, keys and hard negatives of a call without ids whose masks are kept for the next call:
+    # some megabytes
+)
+FULL_RATE_FLOAT64 = (
+    (7, 0),
+    (8, 0),
+    (9, 0),
+    (10, 0),
+)  # CUDA devices whose float64 products are about as fast as exact float32 ones
 
 
 @dataclass(frozen=True)
@@ -34,8 +44,14 @@ class LossInputs:
     raw_queries: Tensor  # [N, D] as the caller gave them, invalid rows may hold anything
     raw_keys: Tensor  # [M, D]
     raw_hard: Tensor  # [N, H, D], H = 0 without hard negatives
-    positives: Tensor | None  # int64 [N], index into this rank's keys; None: row i's positive is key i, or they go by id
-    wanted: Tensor | None  # int64 [N] the id that makes a key the row's positive, -1 for none; None: positives go by index
+    positives: (
+        Tensor | None
+    )  # int64 [N], index into this rank's keys; None: row i's positive is key i, or they go by id
+    wanted: (
+        Tensor | None
+        # int64 [N] the id that makes a key the row's positive, -1 for none; None: positives go by
+        # index
+    )
     row_valid: Tensor  # bool [N], the row counts, as far as this rank knows
     row_count: Tensor  # int64 [1], how many do
     query_valid: Tensor  # bool [N]
@@ -44,7 +60,8 @@ class LossInputs:
     invalid: Tensor  # bool [N + M + N H], queries, keys, hard negatives that are padding
     hidden: Tensor  # bool [N, 1 + H], True for the positive and for hard negatives that are padding
     padding: tuple[bool, bool, bool]  # whether some queries, keys, hard negatives may be invalid
-    anchor_notes: Tensor  # int64 [N, 5], positive's global number and id, own query id, and two marks, see masks.py
+    # int64 [N, 5], positive's global number and id, own query id, and two marks, see masks.py
+    anchor_notes: Tensor
     key_notes: Tensor  # int64 [M, 5], own number, id, paired query's id, and key_valid twice
     plain: bool  # no ids and no masks: key i belongs to query i, and every row counts
     any_row: bool  # whether this rank's host knows of a row that counts
@@ -56,7 +73,9 @@ class LossInputs:
     key_sizes: list[int]
     score_dtype: torch.dtype  # float32 or float64
     operand_dtype: torch.dtype  # what the matrix products may read
-    gradient_dtype: torch.dtype  # what gradients of vectors accumulate in: float32, for float64 operands float64
+    gradient_dtype: (
+        torch.dtype
+    )  # what gradients of vectors accumulate in: float32, for float64 operands float64
     needs: Needs
     options: InfoNCEOptions
     exchange: Exchange
@@ -69,7 +88,11 @@ class LossInputs:
     @property
     def positive(self) -> Tensor:
         """int64 [N], index into this rank's keys; says nothing where positives go by id."""
-        return torch.arange(len(self.raw_queries), device=self.raw_queries.device) if self.positives is None else self.positives
+        return (
+            torch.arange(len(self.raw_queries), device=self.raw_queries.device)
+            if self.positives is None
+            else self.positives
+        )
 
     @property
     def queries(self) -> Tensor:
@@ -118,7 +141,12 @@ class LossInputs:
         highest = self.max_cosine
         if highest is None or isinstance(highest, Tensor):
             return highest
-        return torch.full((len(self.raw_queries),), highest, dtype=self.score_dtype, device=self.raw_queries.device)
+        return torch.full(
+            (len(self.raw_queries),),
+            highest,
+            dtype=self.score_dtype,
+            device=self.raw_queries.device,
+        )
 
     @property
     def hard_sizes(self) -> list[int]:
@@ -134,7 +162,9 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class GatheredInputs(LossInputs):
-    """With what ranks tell each other in collectives of their own: for losses that are no streams of tiles."""
+    """With what ranks tell each other in collectives of their own: for losses that are no
+    streams of tiles.
+    """
 
     pairs: PairList  # of the rows that count and their positives, however they were given
     row_weight: Tensor  # [N], world_size / valid rows of all ranks, 0 where the row does not count
@@ -142,7 +172,9 @@ class GatheredInputs(LossInputs):
     all_keys: Candidates
     all_queries: Candidates  # empty unless a loss term reads them
     all_hard: Candidates  # empty unless hard negatives are shared
-    key_correction: Tensor | None  # [all keys] subtracted from their logits, None: nothing to correct
+    key_correction: (
+        Tensor | None
+    )  # [all keys] subtracted from their logits, None: nothing to correct
 
 
 def build_inputs(
@@ -173,26 +205,51 @@ def build_inputs(
     h, max_cosine = hard.shape[1], negatives.max_cosine
     positive_ids = positives.ids if isinstance(positives, PositiveIds) else None
     index = None if isinstance(positives, PositiveIds) else positives
-    given = [x is None for x in (index, masks.key_ids, masks.query_ids, key_log_probability, positive_ids)]
+    given = [
+        x is None
+        for x in (index, masks.key_ids, masks.query_ids, key_log_probability, positive_ids)
+    ]
     per_row = isinstance(temperature, Tensor) and temperature.dim() == 1
-    call = options.fingerprint(queries.shape[1], h, queries.dtype, backend, score_dtype, per_row, *given)
+    call = options.fingerprint(
+        queries.shape[1], h, queries.dtype, backend, score_dtype, per_row, *given
+    )
     fast = scores_in_float64(queries, backend)
     low = low_temperature(temperature) if fast and score_dtype is None else False
     if per_row and fast and sizes is not None and exchange.world_size > 1:
-        low = bool(exchange.max(torch.tensor([float(low)], device=device)))  # it may change from call to call, on one rank alone
+        low = bool(
+            exchange.max(torch.tensor([float(low)], device=device))
+        )  # it may change from call to call, on one rank alone
     agreed = agree(exchange, sizes, (n, m), call, needs, low, fast, device)
-    compute = score_dtype or (torch.float64 if agreed.low_temperature and agreed.float64 else accumulate)
+    compute = score_dtype or (
+        torch.float64 if agreed.low_temperature and agreed.float64 else accumulate
+    )
 
-    ids = {"positives": index, "positive_ids": positive_ids, "hard_valid": negatives.hard_valid, **vars(masks)}
-    known_ids, offset = {name: x for name, x in ids.items() if x is not None}, sum(agreed.keys[: exchange.rank])
+    ids = {
+        "positives": index,
+        "positive_ids": positive_ids,
+        "hard_valid": negatives.hard_valid,
+        **vars(masks),
+    }
+    known_ids, offset = (
+        {name: x for name, x in ids.items() if x is not None},
+        sum(agreed.keys[: exchange.rank]),
+    )
     remembered = not known_ids and n * (1 + h) + m <= REMEMBERED
-    known = nothing_given(n, m, h, offset, device) if remembered else combine(known_ids, n, m, h, offset, device)
+    known = (
+        nothing_given(n, m, h, offset, device)
+        if remembered
+        else combine(known_ids, n, m, h, offset, device)
+    )
 
     if isinstance(max_cosine, Tensor):
-        # In the scores' dtype from the start: a row's limit and its column's must be the same number.
+        # In the scores' dtype from the start: a row's limit and its column's must be the same
+        # number.
         max_cosine = max_cosine.detach().to(device, compute)
-    given_number = not isinstance(temperature, Tensor)
-    number = torch.full((), temperature, dtype=compute, device=device) if given_number else temperature.to(device, compute)  # type: ignore
+    number = (
+        temperature.to(device, compute)
+        if isinstance(temperature, Tensor)
+        else torch.full((), temperature, dtype=compute, device=device)
+    )
     tensors = {name: x for name, x in known.items() if isinstance(x, Tensor)}
     return LossInputs(
         raw_queries=queries,
@@ -204,17 +261,25 @@ def build_inputs(
         any_row=known["any_row"],
         plain=known["plain"],
         **tensors,
-        key_log_probability=None if key_log_probability is None else key_log_probability.detach().to(device, compute),
+        key_log_probability=None
+        if key_log_probability is None
+        else key_log_probability.detach().to(device, compute),
         max_cosine=max_cosine,
         temperature=number,
-        tags_in_use=(0,) * known["own_number"] + (1,) * (masks.key_ids is not None) + (2,) * (masks.query_ids is not None),
+        tags_in_use=(0,) * known["own_number"]
+        + (1,) * (masks.key_ids is not None)
+        + (2,) * (masks.query_ids is not None),
         query_sizes=list(agreed.rows),
         key_sizes=list(agreed.keys),
         score_dtype=compute,
         operand_dtype=operand,
         gradient_dtype=accumulate,
         needs=agreed.needs,
-        options=options.with_budget(n + (sum(agreed.keys) if exchange.materializes_all else m), queries.shape[1], torch.finfo(accumulate).bits // 8),
+        options=options.with_budget(
+            n + (sum(agreed.keys) if exchange.materializes_all else m),
+            queries.shape[1],
+            torch.finfo(accumulate).bits // 8,
+        ),
         exchange=exchange,
     )
 
@@ -225,10 +290,14 @@ def nothing_given(n: int, m: int, h: int, offset: int, device: torch.device) -> 
     return combine({}, n, m, h, offset, device)
 
 
-def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, device: torch.device) -> dict:
-    """Which rows count and who shares which tag: on the CPU where all that was given is there, and then uploaded; else on the device.
+def combine(
+    given: dict[str, Tensor], n: int, m: int, h: int, offset: int, device: torch.device
+) -> dict:
+    """Which rows count and who shares which tag: on the CPU where all that was given is there,
+    and then uploaded; else on the device.
 
-    given: the ids and masks of build_inputs, by name. Returns the fields of LossInputs that come of them.
+    given: the ids and masks of build_inputs, by name. Returns the fields of LossInputs that come of
+    them.
     """
     at = device if any(x.device == device for x in given.values()) else torch.device("cpu")
     plain = not given
@@ -236,7 +305,10 @@ def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, devic
     positives, wanted = given.get("positives"), given.get("positive_ids")
     none = torch.full((max(n, m),), -1, dtype=torch.int64, device=at)
     everything = torch.ones(max(n, m), dtype=torch.bool, device=at)
-    query_valid, key_valid = given.get("query_valid", everything[:n]), given.get("key_valid", everything[:m])
+    query_valid, key_valid = (
+        given.get("query_valid", everything[:n]),
+        given.get("key_valid", everything[:m]),
+    )
     positive = torch.arange(n, device=at) if positives is None else positives.clamp_min(0)
     if wanted is not None:
         row_valid, positive = query_valid & (wanted >= 0), torch.zeros_like(wanted)
@@ -244,7 +316,11 @@ def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, devic
         row_valid = query_valid & (key_valid[positive] if positives is not None else key_valid[:n])
         if positives is not None:
             row_valid = row_valid & (positives >= 0)
-    key_ids, query_ids, key_query_ids = given.get("key_ids", none[:m]), given.get("query_ids", none[:n]), given.get("key_query_ids", none[:m])
+    key_ids, query_ids, key_query_ids = (
+        given.get("key_ids", none[:m]),
+        given.get("query_ids", none[:n]),
+        given.get("key_query_ids", none[:m]),
+    )
     if "query_ids" in given and "key_query_ids" not in given and wanted is None:
         # The paired query of a key is the row that points to it.
         source = query_ids if positives is None else torch.where(positives >= 0, query_ids, -1)
@@ -260,12 +336,16 @@ def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, devic
     if "hard_valid" in given:
         hard_valid = hard_valid & given["hard_valid"]
     found = {
-        "row_valid": row_valid, "row_count": row_valid.sum()[None], "query_valid": query_valid, "key_valid": key_valid, "hard_valid": hard_valid,
+        "row_valid": row_valid,
+        "row_count": row_valid.sum()[None],
+        "query_valid": query_valid,
+        "key_valid": key_valid,
+        "hard_valid": hard_valid,
         "anchor_notes": anchor_notes(torch.cat([own, query_ids[:, None]], 1), query_valid),
         "key_notes": torch.cat([key_tags, key_valid[:, None], key_valid[:, None]], 1),
         "invalid": torch.cat([query_valid, key_valid, hard_valid.flatten()]).logical_not(),
         "hidden": torch.cat([torch.ones_like(query_valid)[:, None], ~hard_valid], 1),
-    }  # fmt: skip
+    }
     if positives is not None:
         found["positives"] = positive
     if wanted is not None:
@@ -274,15 +354,33 @@ def combine(given: dict[str, Tensor], n: int, m: int, h: int, offset: int, devic
     if at.type == "cpu":
         padding = tuple(not bool(mask.all()) for _, mask in masks)
     else:
-        padding = "query_valid" in given, "key_valid" in given, "query_valid" in given or "hard_valid" in given
-    # A row's positive is no negative of it: where its key's id says so already, its number need not.
-    own_number = wanted is not None or "key_ids" not in given or at.type != "cpu" or not bool((own[row_valid, 1] >= 0).all())
+        padding = (
+            "query_valid" in given,
+            "key_valid" in given,
+            "query_valid" in given or "hard_valid" in given,
+        )
+    # A row's positive is no negative of it: where its key's id says so already, its number need
+    # not.
+    own_number = (
+        wanted is not None
+        or "key_ids" not in given
+        or at.type != "cpu"
+        or not bool((own[row_valid, 1] >= 0).all())
+    )
     any_row = at.type == "cpu" and bool(row_valid.any())
-    return {**upload(found, device), "padding": padding, "own_number": own_number, "any_row": any_row, "plain": plain}
+    return {
+        **upload(found, device),
+        "padding": padding,
+        "own_number": own_number,
+        "any_row": any_row,
+        "plain": plain,
+    }
 
 
 def gathered(inputs: LossInputs) -> GatheredInputs:
-    """The problem with everybody's keys and, where the options read them, queries and hard negatives. Collectives."""
+    """The problem with everybody's keys and, where the options read them, queries and hard
+    negatives. Collectives.
+    """
     exchange, options = inputs.exchange, inputs.options
     all_keys = Candidates.of(exchange.gather(inputs.key_notes, inputs.key_sizes))
     row_valid = inputs.row_valid
@@ -301,33 +399,45 @@ def gathered(inputs: LossInputs) -> GatheredInputs:
     return GatheredInputs(
         **{**vars(inputs), "row_valid": row_valid},
         pairs=pairs,
-        row_weight=row_valid.to(inputs.score_dtype) * (exchange.world_size / valid_rows.clamp_min(1).to(inputs.score_dtype)),
+        row_weight=row_valid.to(inputs.score_dtype)
+        * (exchange.world_size / valid_rows.clamp_min(1).to(inputs.score_dtype)),
         valid_rows=valid_rows,
         all_keys=all_keys,
         all_queries=all_queries,
         all_hard=all_hard,
-        key_correction=None if correction is None else exchange.gather(correction, inputs.key_sizes),
+        key_correction=None
+        if correction is None
+        else exchange.gather(correction, inputs.key_sizes),
     )
 
 
 def low_temperature(temperature: float | Tensor) -> bool:
-    """Whether any is below LOW_TEMPERATURE, as far as the host knows: it does not wait for a device's."""
+    """Whether any is below LOW_TEMPERATURE, as far as the host knows: it does not wait for a
+    device's.
+    """
     if not isinstance(temperature, Tensor):
         return temperature < LOW_TEMPERATURE
     return temperature.device.type == "cpu" and bool((temperature.detach() < LOW_TEMPERATURE).any())
 
 
 def scores_in_float64(queries: Tensor, backend: str) -> bool:
-    """Whether scores at temperatures below LOW_TEMPERATURE are float64 unless told otherwise, if all ranks say so.
+    """Whether scores at temperatures below LOW_TEMPERATURE are float64 unless told otherwise, if
+    all ranks say so.
 
-    A logit is a cosine over the temperature, and its float32 rounding, 6e-8 / t, a relative error of its softmax weight. On
-    trained embeddings, whose gradients are differences of close vectors, that alone can be more than 1e-5 of the gradient.
-    So where the inputs are float32, have more to say than that, and where float64 products are not many times slower.
+    A logit is a cosine over the temperature, and its float32 rounding, 6e-8 / t, a relative error
+    of its softmax weight. On trained embeddings, whose gradients are differences of close vectors,
+    that alone can be more than 1e-5 of the gradient.
+    So where the inputs are float32, have more to say than that, and where float64 products are not
+    many times slower.
     """
-    fast = not queries.is_cuda or torch.cuda.get_device_capability(queries.device) in FULL_RATE_FLOAT64
+    fast = (
+        not queries.is_cuda or torch.cuda.get_device_capability(queries.device) in FULL_RATE_FLOAT64
+    )
     return queries.dtype is torch.float32 and fast and not backend.endswith("triton")
 
 
 def _zeroed(x: Tensor, valid: Tensor) -> Tensor:
-    """Padding may hold anything, also NaN, and 0 * NaN is NaN: make it zero, and its gradient too."""
+    """Padding may hold anything, also NaN, and 0 * NaN is NaN: make it zero, and its gradient
+    too.
+    """
     return torch.where(valid.unsqueeze(-1), x, 0.0)

@@ -15,11 +15,14 @@ ONE_TILE = 32 * 2**20  # without a budget, a loss that fits into so much is not 
 
 @dataclass(frozen=True)
 class InfoNCEOptions:
-    """The options of one call. Scores in thresholds and margins are cosines, whatever the temperature.
+    """The options of one call.
 
-    The three filters apply to every negative, hard ones included; a negative must pass all that are set:
-    cosine < max_cosine, cosine <= positive + margin_absolute, cosine <= margin_relative * positive.
-    max_cosine is a number for all rows, or True where each row has one of its own (a tensor, in LossInputs).
+    Scores in thresholds and margins are cosines, whatever the temperature.
+
+    The three filters apply to every negative, hard ones included; a negative must pass all that are
+    set: cosine < max_cosine, cosine <= positive + margin_absolute, cosine <= margin_relative *
+    positive. max_cosine is a number for all rows, or True where each row has one of its own (a
+    tensor, in LossInputs).
     """
 
     max_cosine: float | bool | None = None
@@ -36,13 +39,23 @@ class InfoNCEOptions:
 
     @classmethod
     def checked(
-        cls, dimension: int, prefixes: Prefixes | None, memory_budget: int | None, negatives: Negatives | None = None, symmetric: bool = False
+        cls,
+        dimension: int,
+        prefixes: Prefixes | None,
+        memory_budget: int | None,
+        negatives: Negatives | None = None,
+        symmetric: bool = False,
     ) -> InfoNCEOptions:
-        """Return the options for embeddings of ``dimension``, defaults filled in. Raises ValueError that names what is wrong."""
+        """Return the options for embeddings of ``dimension``, defaults filled in.
+
+        Raises ValueError that names what is wrong.
+        """
         negatives = negatives or Negatives()
         sizes, weights = sizes_and_weights(prefixes, dimension)
         if memory_budget is not None and memory_budget <= 0:
-            raise ValueError(f"options.memory_budget: found {memory_budget}, expected a positive number of bytes")
+            raise ValueError(
+                f"options.memory_budget: found {memory_budget}, expected a positive number of bytes"
+            )
         return cls(
             max_cosine=True if isinstance(negatives.max_cosine, Tensor) else negatives.max_cosine,
             margin_absolute=negatives.margin_absolute,
@@ -57,7 +70,9 @@ class InfoNCEOptions:
         )
 
     def with_budget(self, vectors: int, dimension: int, size: int) -> InfoNCEOptions:
-        """With the default budget where none was given: half of what the gradients of ``vectors`` take, ``size`` bytes an entry."""
+        """With the default budget where none was given: half of what the gradients of
+        ``vectors`` take, ``size`` bytes an entry.
+        """
         if self.memory_budget:
             return replace(self, one_tile_budget=self.memory_budget)
         found = max(SMALLEST_DEFAULT_BUDGET, vectors * dimension * size // 2)
@@ -66,9 +81,15 @@ class InfoNCEOptions:
     @property
     def filters(self) -> bool:
         """Whether any negative is dropped because of its score."""
-        return not (self.max_cosine is None and self.margin_absolute is None and self.margin_relative is None)
+        return not (
+            self.max_cosine is None
+            and self.margin_absolute is None
+            and self.margin_relative is None
+        )
 
     def fingerprint(self, *more: object) -> int:
-        """A number that differs between ranks that were called differently (the budget may differ)."""
+        """A number that differs between ranks that were called differently (the budget may
+        differ).
+        """
         same = {name: value for name, value in vars(self).items() if name != "memory_budget"}
         return zlib.crc32(repr((sorted(same.items()), more)).encode())

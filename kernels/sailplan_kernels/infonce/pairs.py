@@ -1,9 +1,12 @@
 """Which keys are a row's positives, whichever way the caller said it.
 
-By index a row has one positive at most, a key of its own rank: row i is pair i, and a row that does not count has weight 0.
-Nothing has to be looked up, so the shapes do not depend on the data. By id a row's positives are all valid keys of all ranks
-that carry the id it asks for, an item that was drawn twice being as right as once: a list of (row, key) pairs, as long as the
-data make it. Every rank knows all keys' ids, so each lists its own rows' pairs without asking.
+By index a row has one positive at most, a key of its own rank: row i is pair i, and a row that does
+not count has weight 0.
+Nothing has to be looked up, so the shapes do not depend on the data. By id a row's positives are
+all valid keys of all ranks
+that carry the id it asks for, an item that was drawn twice being as right as once: a list of (row,
+key) pairs, as long as the data make it. Every rank knows all keys' ids, so each lists its own rows'
+pairs without asking.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from sailplan_kernels.infonce.masks import Candidates
 class RowPairs:
     """One pair a row, n of them."""
 
-    index: Tensor | None  # int64 [n] into this rank's keys; None: row i's positive is key ``start`` + i
+    index: (
+        Tensor | None
+    )  # int64 [n] into this rank's keys; None: row i's positive is key ``start`` + i
     start: int
     count: int
     listed = False
@@ -48,7 +53,11 @@ class RowPairs:
 
     def own_keys(self, keys: Tensor, here: slice) -> Tensor:
         """[e, D] of this rank's ``keys``, those of the pairs ``here``."""
-        return keys[self.start + here.start : self.start + here.stop] if self.index is None else keys[self.index[here]]
+        return (
+            keys[self.start + here.start : self.start + here.stop]
+            if self.index is None
+            else keys[self.index[here]]
+        )
 
 
 @dataclass(frozen=True)
@@ -90,13 +99,18 @@ class PairList:
 
 
 def pairs_by_index(row_valid: Tensor, keys: Tensor) -> PairList:
-    """Of the rows that count, bool [N], with the key of each, int64 [N] index into all ranks' keys."""
+    """Of the rows that count, bool [N], with the key of each, int64 [N] index into all ranks'
+    keys.
+    """
     rows = row_valid.nonzero()[:, 0]
     return PairList(rows, keys[rows], row_valid.to(torch.int64))
 
 
 def pairs_by_id(wanted: Tensor, keys: Candidates) -> PairList:
-    """All pairs of a row that wants an id, int64 [N], -1 for none, and a valid key that has it. O((N + C) log C + E)."""
+    """All pairs of a row that wants an id, int64 [N], -1 for none, and a valid key that has it.
+
+    O((N + C) log C + E).
+    """
     places = keys.valid.nonzero()[:, 0]
     ids, order = keys.tags[places, 1].sort(stable=True)
     first, behind = torch.searchsorted(ids, wanted), torch.searchsorted(ids, wanted, right=True)
@@ -114,5 +128,9 @@ def sum_at(index: Tensor, values: Tensor, n: int) -> Tensor:
 
 
 def best_at(index: Tensor, values: Tensor, n: int) -> Tensor:
-    """[P, n] highest of ``values`` [P, E] that share an index [E], minus infinity where there is none."""
-    return values.new_full((len(values), n), -torch.inf).scatter_reduce(1, index.expand(len(values), -1), values, "amax")
+    """[P, n] highest of ``values`` [P, E] that share an index [E], minus infinity where there is
+    none.
+    """
+    return values.new_full((len(values), n), -torch.inf).scatter_reduce(
+        1, index.expand(len(values), -1), values, "amax"
+    )

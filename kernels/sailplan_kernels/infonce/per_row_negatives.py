@@ -1,4 +1,6 @@
-"""A row's own hard negatives: [n, H] scores that are nobody else's, part of its denominator without being a tile."""
+"""A row's own hard negatives: [n, H] scores that are nobody else's, part of its denominator
+without being a tile.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from sailplan_kernels.tiling.products import of_dimensions, prefix_dots, segment
 
 
 class PerRowNegatives:
-    """Their logsumexp goes into the queries' at once; the gradient follows when the denominators are complete."""
+    """Their logsumexp goes into the queries' at once; the gradient follows when the denominators
+    are complete.
+    """
 
     def __init__(self, context: ForwardContext, queries: QueryBlock) -> None:
         self.context, self.queries, inputs = context, queries, context.inputs
@@ -19,8 +23,17 @@ class PerRowNegatives:
         self.rows = slice(context.share.start * h, context.share.stop * h)
         self.hard = context.hard.operand.unflatten(0, (n, h))[context.share]
         self.norm = context.hard.norms.unflatten(1, (n, h))[:, context.share]
-        dots = [prefix_dots(queries.side.vectors[rows, None], self.hard[rows], context.prefixes, context.fp) for rows in self._blocks()]
-        self.cosine = (dots[0] if len(dots) == 1 else torch.cat(dots, 1)).mul_(queries.side.inverse_norm[:, :, None]).mul_(self.norm)
+        dots = [
+            prefix_dots(
+                queries.side.vectors[rows, None], self.hard[rows], context.prefixes, context.fp
+            )
+            for rows in self._blocks()
+        ]
+        self.cosine = (
+            (dots[0] if len(dots) == 1 else torch.cat(dots, 1))
+            .mul_(queries.side.inverse_norm[:, :, None])
+            .mul_(self.norm)
+        )
         self.logits = self.cosine * queries.side.inverse_temperature[:, None]
         if inputs.padding[2]:
             self.logits.masked_fill_(~inputs.hard_valid[context.share], -torch.inf)
@@ -30,10 +43,14 @@ class PerRowNegatives:
         self.top = self.logits.amax(2)  # [P, n]
 
     def _blocks(self) -> list[slice]:
-        return cut(0, len(self.hard), max(1, self.context.rows_at_once // self.hard.shape[1])) or [slice(0, 0)]
+        return cut(0, len(self.hard), max(1, self.context.rows_at_once // self.hard.shape[1])) or [
+            slice(0, 0)
+        ]
 
     def add_gradient(self, log_negatives: Tensor, negative_grad: Tensor) -> None:
-        """To the queries' and its own; log_negatives (finite), push [P, n]: of the queries' whole denominators."""
+        """To the queries' and its own; log_negatives (finite), push [P, n]: of the queries'
+        whole denominators.
+        """
         context, queries, needs = self.context, self.queries, self.context.needs
         share = self.logits.sub_(log_negatives[:, :, None]).exp_().mul_(negative_grad[:, :, None])
         if needs.temperature and not context.one_temperature:

@@ -1,4 +1,6 @@
-"""The pairwise sigmoid loss of SigLIP, with the same masks, prefixes and convention across ranks as InfoNCE."""
+"""The pairwise sigmoid loss of SigLIP, with the same masks, prefixes and convention across ranks
+as InfoNCE.
+"""
 
 from sailplan_kernels.sigmoid.api import SigmoidOutput, sigmoid
 

@@ -1,8 +1,10 @@
 """Every pair is a yes-or-no question: is this the query's key?
 
-Row i with positive p pays softplus(-z_ip) + sum over its negatives j of softplus(z_ij), z = cos / t + bias; the loss
-is the mean over valid rows (SigLIP, arXiv 2303.15343, eq. 1). No softmax, so no row waits for its whole denominator.
-The convention across ranks is that of infonce: the mean over ranks of losses and gradients is the full batch's.
+Row i with positive p pays softplus(-z_ip) + sum over its negatives j of softplus(z_ij), z = cos / t
++ bias; the loss is the mean over valid rows (SigLIP, arXiv 2303.15343, eq. 1). No softmax, so no
+row waits for its whole denominator.
+The convention across ranks is that of infonce: the mean over ranks of losses and gradients is the
+full batch's.
 """
 
 from __future__ import annotations
@@ -24,12 +26,16 @@ from sailplan_kernels.tiling.engines import make_engine
 
 @dataclass(frozen=True)
 class SigmoidOutput:
-    """What a call gives back. Losses are this rank's shares: their mean over ranks is the full batch's."""
+    """What a call gives back.
+
+    Losses are this rank's shares: their mean over ranks is the full batch's.
+    """
 
     loss: Tensor  # 0-d, differentiable
     prefix_losses: Tensor  # [P] detached, loss of each prefix, unweighted
     valid_rows: Tensor  # 0-d int64, over all ranks
-    positive_score: Tensor  # [N] detached cosine with the positive, longest prefix; 0 for rows that do not count
+    # [N] detached cosine with the positive, longest prefix; 0 for rows that do not count
+    positive_score: Tensor
     backend: str  # the one that ran, as of infonce
 
 
@@ -47,16 +53,19 @@ def sigmoid(
 ) -> SigmoidOutput:
     """Return the sigmoid loss of this rank's N queries against the keys of all ranks.
 
-    bias: number or 0-d tensor, added to every logit (SigLIP starts at -10 with temperature 0.1); the gradient
-    reaches a tensor. All other arguments mean what they mean for infonce; options.memory_budget bounds the tile at work, nothing
-    waits for a second pass. Raises ValueError on a wrong call.
+    bias: number or 0-d tensor, added to every logit (SigLIP starts at -10 with temperature 0.1);
+    the gradient reaches a tensor. All other arguments mean what they mean for infonce;
+    options.memory_budget bounds the tile at work, nothing waits for a second pass. Raises
+    ValueError on a wrong call.
     """
     masks, options = masks or Masks(), options or LossOptions()
     checks.check_embeddings(queries, keys, None)
     chosen = checks.choose_backend(options.backend, queries, options.score_dtype)
     checks.check_pairing(queries, keys, temperature, positives, masks)
     if isinstance(bias, Tensor) and (bias.dim() != 0 or bias.dtype not in checks.FLOATS):
-        raise ValueError(f"bias: found {bias.dtype} {tuple(bias.shape)}, expected a number or a 0-d float tensor")
+        raise ValueError(
+            f"bias: found {bias.dtype} {tuple(bias.shape)}, expected a number or a 0-d float tensor"
+        )
     with torch.autocast(queries.device.type, enabled=False):
         inputs = build_inputs(
             queries,
@@ -77,7 +86,10 @@ def sigmoid(
         if chosen == "reference":
             whole = gathered(inputs)
             total, losses, positive_score = reference_loss(whole, bias)
-            positive_score, valid_rows = positive_score.where(whole.row_valid, 0.0), whole.valid_rows
+            positive_score, valid_rows = (
+                positive_score.where(whole.row_valid, 0.0),
+                whole.valid_rows,
+            )
         else:
             engine = make_engine(chosen)
             total, losses, positive_score, valid_rows = tiled_loss(inputs, engine, bias)

@@ -1,11 +1,15 @@
-"""The pairwise loss over tiles: every shard of keys comes past once, and every tile is gone through once.
+"""The pairwise loss over tiles: every shard of keys comes past once, and every tile is gone
+through once.
 
-No row waits for a denominator, so a tile gives its part of the loss and of the gradient out of ONE product of scores (6 NMD
-with the gradient's two), for all prefixes, under every exchange. What happens inside a tile is an engine's (tiling/tile.py).
-Vectors, norms, what ranks show each other and how gradients come home are those of infonce (tiling/vectors.py): the positive
-never enters a tile, and a cosine is <x_p, y_p> a_p b_p with inverse prefix norms a, b.
+No row waits for a denominator, so a tile gives its part of the loss and of the gradient out of ONE
+product of scores (6 NMD with the gradient's two), for all prefixes, under every exchange. What
+happens inside a tile is an engine's (tiling/tile.py).
+Vectors, norms, what ranks show each other and how gradients come home are those of infonce
+(tiling/vectors.py): the positive never enters a tile, and a cosine is <x_p, y_p> a_p b_p with
+inverse prefix norms a, b.
 
-Collectives, all inside the forward, depend only on what all ranks agreed on in infonce/problem.py. Differentiable once.
+Collectives, all inside the forward, depend only on what all ranks agreed on in infonce/problem.py.
+Differentiable once.
 """
 
 from __future__ import annotations
@@ -19,7 +23,13 @@ from torch.autograd.function import once_differentiable
 from sailplan_kernels.exchange.base import Shard
 from sailplan_kernels.exchange.row_split import peers_of, shares
 from sailplan_kernels.infonce.blocks import CandidateBlock, some
-from sailplan_kernels.infonce.forward_context import FEWEST_ROWS, cut, numbers, rows_at_once, score_budget
+from sailplan_kernels.infonce.forward_context import (
+    FEWEST_ROWS,
+    cut,
+    numbers,
+    rows_at_once,
+    score_budget,
+)
 from sailplan_kernels.infonce.loss_inputs import LossInputs
 from sailplan_kernels.infonce.masks import Candidates
 from sailplan_kernels.infonce.pairs import sum_at
@@ -28,8 +38,11 @@ from sailplan_kernels.tiling.tile import Coefficients, Engine, MaskConfig, TileO
 from sailplan_kernels.tiling.vectors import Vectors, bring_home, prepare, send
 
 
-def tiled_loss(inputs: LossInputs, engine: Engine, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This rank's weighted loss (0-d), loss of each prefix [P], the positives' cosines [N] of the longest, and the valid rows of
+def tiled_loss(
+    inputs: LossInputs, engine: Engine, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """This rank's weighted loss (0-d), loss of each prefix [P], the positives' cosines [N] of
+    the longest, and the valid rows of
     all ranks (0-d); bias 0-d."""
     longest = inputs.options.prefixes[-1]
     queries, keys = inputs.raw_queries[:, :longest], inputs.raw_keys[:, :longest]
@@ -38,12 +51,31 @@ def tiled_loss(inputs: LossInputs, engine: Engine, bias: Tensor) -> tuple[Tensor
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inputs: LossInputs, engine: Engine, queries: Tensor, keys: Tensor, inverse_temperature: Tensor, bias: Tensor):
-        work = _Work(inputs, engine, queries, keys, inverse_temperature.detach(), bias.detach(), any(ctx.needs_input_grad))
+    def forward(
+        ctx,
+        inputs: LossInputs,
+        engine: Engine,
+        queries: Tensor,
+        keys: Tensor,
+        inverse_temperature: Tensor,
+        bias: Tensor,
+    ):
+        work = _Work(
+            inputs,
+            engine,
+            queries,
+            keys,
+            inverse_temperature.detach(),
+            bias.detach(),
+            any(ctx.needs_input_grad),
+        )
         for shard in work.keys.shards(accumulate=inputs.needs.keys):
             work.add(shard)
         losses, positive = work.positives()
-        ctx.gradients = [x if needed else None for x, needed in zip(work.finish(), ctx.needs_input_grad[2:], strict=True)]
+        ctx.gradients = [
+            x if needed else None
+            for x, needed in zip(work.finish(), ctx.needs_input_grad[2:], strict=True)
+        ]
         ctx.dtypes = [x.dtype for x in (queries, keys, inverse_temperature, bias)]
         ctx.mark_non_differentiable(losses, positive, work.valid_rows)
         return (losses * work.prefix_weights[:, 0]).sum(), losses, positive, work.valid_rows
@@ -53,37 +85,79 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx, gradient: Tensor, *_):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("sigmoid: found a second backward of one call, expected one; call sigmoid again")
-        return None, None, *(None if x is None else x.mul_(gradient).to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
+            raise RuntimeError(
+                "sigmoid: found a second backward of one call, expected one; call sigmoid again"
+            )
+        return (
+            None,
+            None,
+            *(
+                None if x is None else x.mul_(gradient).to(dtype)
+                for x, dtype in zip(gradients, ctx.dtypes, strict=True)
+            ),
+        )
 
 
 class _Work:
-    """The working state of one forward, of this rank's share of the n rows. ``gradients``: whether this rank wants any."""
+    """The working state of one forward, of this rank's share of the n rows.
 
-    def __init__(self, inputs: LossInputs, engine: Engine, queries: Tensor, keys: Tensor, inverse: Tensor, bias: Tensor, gradients: bool) -> None:
+    ``gradients``: whether this rank wants any.
+    """
+
+    def __init__(
+        self,
+        inputs: LossInputs,
+        engine: Engine,
+        queries: Tensor,
+        keys: Tensor,
+        inverse: Tensor,
+        bias: Tensor,
+        gradients: bool,
+    ) -> None:
         self.inputs, self.engine, self.bias, needs = inputs, engine, bias, inputs.needs
-        self.exchange, self.peers, self.prefixes = inputs.exchange, peers_of(inputs.exchange), inputs.options.prefixes
+        self.exchange, self.peers, self.prefixes = (
+            inputs.exchange,
+            peers_of(inputs.exchange),
+            inputs.options.prefixes,
+        )
         self.share_sizes, self.share = shares(len(queries), self.peers)
         self.fp, self.at_once = inputs.score_dtype, rows_at_once(inputs)
-        self.prefix_weights = numbers(inputs.options.prefix_weights, self.fp, queries.device)[:, None]
+        self.prefix_weights = numbers(inputs.options.prefix_weights, self.fp, queries.device)[
+            :, None
+        ]
         kinds = self.prefixes, self.fp, inputs.operand_dtype, inputs.gradient_dtype
         masks = (inputs.query_valid, inputs.key_valid)
-        self.queries, self.keys = (Vectors(x, m if p else None, *kinds) for x, m, p in zip((queries, keys), masks, inputs.padding[:2], strict=True))
+        self.queries, self.keys = (
+            Vectors(x, m if p else None, *kinds)
+            for x, m, p in zip((queries, keys), masks, inputs.padding[:2], strict=True)
+        )
         self.keys.show(self.exchange, inputs.key_sizes, needs.keys)
         self.groups = prepare([self.queries, self.keys], inputs.options.memory_budget, self.at_once)
         assert self.keys.layout is not None
-        notes = send(self.exchange, [self.keys], [self.keys.layout.padded(inputs.key_notes), inputs.row_count]).arrive()
+        notes = send(
+            self.exchange,
+            [self.keys],
+            [self.keys.layout.padded(inputs.key_notes), inputs.row_count],
+        ).arrive()
         self.valid_rows = notes[1].sum()
         share = self.exchange.world_size / self.valid_rows.clamp_min(1).to(self.fp)
         self.weight = inputs.row_valid[self.share] * share  # [n]
         self.negative_grad = self.weight * self.prefix_weights  # [P, n] d loss / d a row's sum
         candidates = Candidates.of(self.keys.layout.rows(notes[0]))
         count = len(candidates.valid)
-        self.source = CandidateBlock(self.keys, candidates, inverse.new_ones(count), correction=(-bias).expand(count).contiguous())
-        # What others need is computed here too: their keys' gradient has a part in every rank's tiles.
+        self.source = CandidateBlock(
+            self.keys,
+            candidates,
+            inverse.new_ones(count),
+            correction=(-bias).expand(count).contiguous(),
+        )
+        # What others need is computed here too: their keys' gradient has a part in every rank's
+        # tiles.
         self.gradients = gradients or needs.keys
         self.several = len(self.prefixes) > 1
-        self.rule = MaskConfig(self.prefixes, inputs.tags_in_use, columns=False, moments=self.several, sigmoid=True)
+        self.rule = MaskConfig(
+            self.prefixes, inputs.tags_in_use, columns=False, moments=self.several, sigmoid=True
+        )
         self.inverse = inverse[self.share].contiguous()
         self.rows = TileOperand(
             self.queries.operand[self.share],
@@ -95,8 +169,13 @@ class _Work:
         )
         self.row_sum = torch.zeros_like(self.negative_grad)
         self.d_queries = self.queries.gradient[self.share] if needs.queries else None
-        self.d_inverse, self.d_bias = torch.zeros_like(self.inverse), torch.zeros_like(self.negative_grad[0, :0].sum())
-        area = score_budget(inputs) // engine.pair_bytes(self.rule, False, self.queries.operand.dtype)
+        self.d_inverse, self.d_bias = (
+            torch.zeros_like(self.inverse),
+            torch.zeros_like(self.negative_grad[0, :0].sum()),
+        )
+        area = score_budget(inputs) // engine.pair_bytes(
+            self.rule, False, self.queries.operand.dtype
+        )
         self.tile_rows = max(FEWEST_ROWS, min(len(self.inverse), isqrt(area)))
         self.tile_columns = max(64, area // self.tile_rows)
 
@@ -106,9 +185,13 @@ class _Work:
             columns = self.source.columns(shard, part)
             here = slice(shard.start + part.start, shard.start + part.stop)
             for rows in cut(0, len(self.inverse), self.tile_rows):
-                self._tile(rows, columns, here, None if shard.gradient is None else shard.gradient[part])
+                self._tile(
+                    rows, columns, here, None if shard.gradient is None else shard.gradient[part]
+                )
 
-    def _tile(self, rows: slice, columns: TileOperand, here: slice, d_columns: Tensor | None) -> None:
+    def _tile(
+        self, rows: slice, columns: TileOperand, here: slice, d_columns: Tensor | None
+    ) -> None:
         side = some(self.rows, rows)
         tile = self.engine.tile(side, columns, self.rule, cached=False)
         if not self.gradients:
@@ -138,13 +221,16 @@ class _Work:
         return cut(0, len(self.inverse), self.at_once)
 
     def positives(self) -> tuple[Tensor, Tensor]:
-        """Loss of each prefix [P], and the positives' cosines [N] of the longest, 0 where a row does not count; their part of the
+        """Loss of each prefix [P], and the positives' cosines [N] of the longest, 0 where a row
+        does not count; their part of the
         gradients of numbers."""
         self.index = index = self.inputs.positive[self.share]
         self.norm = self.rows.inverse_norm * self.keys.norms[:, index]
         positive = self.norm.clone()
         for rows in self._pairs():
-            positive[:, rows] *= prefix_dots(self.rows.vectors[rows], self.keys.operand[index[rows]], self.prefixes, self.fp)
+            positive[:, rows] *= prefix_dots(
+                self.rows.vectors[rows], self.keys.operand[index[rows]], self.prefixes, self.fp
+            )
         score = positive * self.inverse + self.bias
         losses = (self.weight * (softplus(-score) + self.row_sum)).sum(1)
         positive_grad = self.negative_grad * torch.sigmoid(-score)
@@ -156,7 +242,9 @@ class _Work:
         return self.peers.sum(losses), self.peers.gather(found, self.share_sizes)
 
     def finish(self) -> tuple[Tensor | None, ...]:
-        """Gradients of queries [N, D], keys [M, D], inverse temperatures [N] and bias, all peers' shares together."""
+        """Gradients of queries [N, D], keys [M, D], inverse temperatures [N] and bias, all
+        peers' shares together.
+        """
         needs, index = self.inputs.needs, self.index
         bring_home(self.exchange, [self.keys], [])
         positive_grad = self.positive_grad * self.norm
@@ -165,16 +253,33 @@ class _Work:
             for s, end in enumerate(self.prefixes):
                 weight = -positive_grad[s:, rows].sum(0)
                 if self.d_queries is not None:
-                    self.d_queries[rows, first:end] += weight[:, None] * self.keys.operand[index[rows], first:end]
+                    self.d_queries[rows, first:end] += (
+                        weight[:, None] * self.keys.operand[index[rows], first:end]
+                    )
                 if needs.keys:
-                    add_scaled_rows(self.keys.gradient[:, first:end], index[rows], self.rows.vectors[rows, first:end], weight)
+                    add_scaled_rows(
+                        self.keys.gradient[:, first:end],
+                        index[rows],
+                        self.rows.vectors[rows, first:end],
+                        weight,
+                    )
                 first = end
         if self.several:
             if self.d_queries is not None:
                 self.queries.moment[:, self.share] -= self.positive_moment
             if needs.keys:
-                self.keys.moment.sub_(sum_at(index, self.positive_moment, self.keys.moment.shape[1]))
+                self.keys.moment.sub_(
+                    sum_at(index, self.positive_moment, self.keys.moment.shape[1])
+                )
         for group in self.groups:
             group.finish(self.peers)
-        queries, keys = (v.gradient if needed else None for v, needed in ((self.queries, needs.queries), (self.keys, needs.keys)))
-        return queries, keys, self.peers.gather(self.d_inverse, self.share_sizes), self.peers.sum(self.d_bias)
+        queries, keys = (
+            v.gradient if needed else None
+            for v, needed in ((self.queries, needs.queries), (self.keys, needs.keys))
+        )
+        return (
+            queries,
+            keys,
+            self.peers.gather(self.d_inverse, self.share_sizes),
+            self.peers.sum(self.d_bias),
+        )

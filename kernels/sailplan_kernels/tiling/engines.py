@@ -17,13 +17,17 @@ from sailplan_kernels.tiling.torch_engine import TorchEngine
 from sailplan_kernels.triton_kernels import versions
 
 _TRITON_ENGINE = "sailplan_kernels.tiling.triton_engine"
-TRITON_DEVICES = ("cuda",)  # types of device that Triton compiles for; on others its interpreter may run
+TRITON_DEVICES = (
+    "cuda",
+)  # types of device that Triton compiles for; on others its interpreter may run
 _SCHEDULE: ContextVar[str | None] = ContextVar("schedule of the Triton engine", default=None)
 
 
 @contextmanager
 def triton_schedule(schedule: str) -> Iterator[None]:
-    """Losses called inside go over their tiles as said, see TritonEngine: for measurements of one schedule beside the other."""
+    """Losses called inside go over their tiles as said, see TritonEngine: for measurements of
+    one schedule beside the other.
+    """
     token = _SCHEDULE.set(schedule)
     try:
         yield
@@ -32,18 +36,26 @@ def triton_schedule(schedule: str) -> Iterator[None]:
 
 
 def make_engine(backend: str) -> Engine:
-    """The engine of a checked backend, "chunked" or "triton". Kernels that do not compile here are gone around (fallback.py), unless
+    """The engine of a checked backend, "chunked" or "triton".
+
+    Kernels that do not compile here are gone around (fallback.py), unless
     a schedule was asked for: a measurement of it must be of it."""
     if backend == "chunked":
         return TorchEngine()
     triton_engine, schedule = importlib.import_module(_TRITON_ENGINE).TritonEngine, _SCHEDULE.get()
     if schedule is not None:
         return triton_engine(schedule)
-    names = ("auto", "tiles") if "persistent" in versions.schedules(versions.installed()) else ("tiles",)
+    names = (
+        ("auto", "tiles")
+        if "persistent" in versions.schedules(versions.installed())
+        else ("tiles",)
+    )
     return FallbackEngine([*map(triton_engine, names), TorchEngine()])
 
 
-def why_no_triton(device: torch.device, dtype: torch.dtype, score_dtype: torch.dtype | None = None) -> str | None:
+def why_no_triton(
+    device: torch.device, dtype: torch.dtype, score_dtype: torch.dtype | None = None
+) -> str | None:
     """What stands in the way of "triton" for such tensors; None: nothing."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"

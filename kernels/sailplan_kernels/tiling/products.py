@@ -12,9 +12,11 @@ WIDENED = 512  # rows of an operand
 
 
 def product(a: Tensor, b: Tensor, target: Tensor, before: Tensor | None) -> None:
-    """target = before + a @ b [n, m], in target's dtype; half-precision operands are multiplied as they are, never rounded after.
+    """target = before + a @ b [n, m], in target's dtype; half-precision operands are multiplied
+    as they are, never rounded after.
 
-    In float64 some rows of float32 operands are widened at once, so that no copy of either is in memory."""
+    In float64 some rows of float32 operands are widened at once, so that no copy of either is in
+    memory."""
     if a.dtype == target.dtype:
         torch.mm(a, b, out=target) if before is None else torch.addmm(before, a, b, out=target)
     elif target.dtype is not torch.float64:
@@ -34,7 +36,9 @@ def product(a: Tensor, b: Tensor, target: Tensor, before: Tensor | None) -> None
 
 
 def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
-    """target += a @ b, in target's dtype: by the product itself, which reads and writes ``target`` once and makes no other tensor."""
+    """target += a @ b, in target's dtype: by the product itself, which reads and writes
+    ``target`` once and makes no other tensor.
+    """
     if a.dtype == target.dtype:
         target.addmm_(a, b)
     elif _adds_in_place(a.dtype, target.dtype, target.device):
@@ -55,8 +59,13 @@ def set_product(target: Tensor, a: Tensor, b: Tensor) -> None:
 
 @lru_cache(maxsize=64)
 def _adds_in_place(operand: torch.dtype, target: torch.dtype, device: torch.device) -> bool:
-    """Whether this torch multiplies half-precision operands onto a wider tensor: the first versions with ``out_dtype`` wanted both alike."""
-    x, total = torch.zeros(16, 16, dtype=operand, device=device), torch.zeros(16, 16, dtype=target, device=device)
+    """Whether this torch multiplies half-precision operands onto a wider tensor: the first
+    versions with ``out_dtype`` wanted both alike.
+    """
+    x, total = (
+        torch.zeros(16, 16, dtype=operand, device=device),
+        torch.zeros(16, 16, dtype=target, device=device),
+    )
     try:
         torch.addmm(total, x, x, out_dtype=target, out=total)
     except (RuntimeError, TypeError):  # also NotImplementedError
@@ -74,14 +83,18 @@ def prefix_dots(a: Tensor, b: Tensor, prefixes: tuple[int, ...], dtype: torch.dt
 
 
 def segments(weight: Tensor) -> Tensor:
-    """[P, ...] weights of each prefix's own dimensions, those that it has beyond the one before, from the prefixes' own; in place."""
+    """[P, ...] weights of each prefix's own dimensions, those that it has beyond the one before,
+    from the prefixes' own; in place.
+    """
     for s in reversed(range(len(weight) - 1)):
         weight[s].add_(weight[s + 1])
     return weight
 
 
 def of_dimensions(weight: Tensor, prefixes: tuple[int, ...]) -> Tensor:
-    """[..., D] of every dimension, or [..., 1] where all have the same, from [P, ...] of the prefixes' segments."""
+    """[..., D] of every dimension, or [..., 1] where all have the same, from [P, ...] of the
+    prefixes' segments.
+    """
     if len(prefixes) == 1:
         return weight[0].unsqueeze(-1)
     return weight.movedim(0, -1).index_select(-1, _segment_of(prefixes, weight.device))
@@ -90,18 +103,31 @@ def of_dimensions(weight: Tensor, prefixes: tuple[int, ...]) -> Tensor:
 @lru_cache(maxsize=64)
 def _segment_of(prefixes: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 [D] the prefix that a dimension first belongs to; uploaded once."""
-    lengths = torch.tensor([end - start for start, end in zip((0, *prefixes), prefixes, strict=False)])
+    lengths = torch.tensor(
+        [end - start for start, end in zip((0, *prefixes), prefixes, strict=False)]
+    )
     return torch.arange(len(prefixes)).repeat_interleave(lengths).to(device)
 
 
 def row_dots(a: Tensor, b: Tensor, at_once: int) -> Tensor:
-    """[n] dot products of the rows of ``a`` and ``b`` [n, D], in b's dtype; the products of that many rows are in memory at once."""
-    return torch.cat([torch.linalg.vecdot(x.to(b.dtype), y) for x, y in zip(a.split(at_once), b.split(at_once), strict=True)])
+    """[n] dot products of the rows of ``a`` and ``b`` [n, D], in b's dtype; the products of that
+    many rows are in memory at once.
+    """
+    return torch.cat(
+        [
+            torch.linalg.vecdot(x.to(b.dtype), y)
+            for x, y in zip(a.split(at_once), b.split(at_once), strict=True)
+        ]
+    )
 
 
 def add_scaled_rows(target: Tensor, index: Tensor, rows: Tensor, weight: Tensor) -> None:
-    """target[index[e]] += weight[e] * rows[e], in target's dtype and in an order that does not change."""
-    target.index_put_((index,), rows.to(target.dtype) * weight[:, None].to(target.dtype), accumulate=True)
+    """target[index[e]] += weight[e] * rows[e], in target's dtype and in an order that does not
+    change.
+    """
+    target.index_put_(
+        (index,), rows.to(target.dtype) * weight[:, None].to(target.dtype), accumulate=True
+    )
 
 
 def softplus(x: Tensor) -> Tensor:

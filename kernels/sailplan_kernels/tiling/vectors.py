@@ -1,11 +1,14 @@
-"""The embeddings of a step, each tensor once: what products read, what ranks show each other, and where gradients gather.
+"""The embeddings of a step, each tensor once: what products read, what ranks show each other,
+and where gradients gather.
 
-A tensor may be the queries of one pattern and the keys of another. It is brought into the form that matrix products read
-once, travels once, and its gradient comes home and is finished once, whatever the number of losses that look at it. Small
-tensors lie one after the other in one buffer, so that what is done to each row is one operation for all of them.
+A tensor may be the queries of one pattern and the keys of another. It is brought into the form that
+matrix products read once, travels once, and its gradient comes home and is finished once, whatever
+the number of losses that look at it. Small tensors lie one after the other in one buffer, so that
+what is done to each row is one operation for all of them.
 
-Ranks show each other everything in ONE collective, and the gradients of what was shown come home in one. Where the exchange
-keeps no whole (ring, grid), vectors travel as a stream instead and only what belongs to a row is gathered.
+Ranks show each other everything in ONE collective, and the gradients of what was shown come home in
+one. Where the exchange keeps no whole (ring, grid), vectors travel as a stream instead and only
+what belongs to a row is gathered.
 """
 
 from __future__ import annotations
@@ -24,13 +27,19 @@ JOINED = 4  # tensors that together take less than a budget's fourth are joined
 
 
 class Layout:
-    """Where each rank's rows are among everybody's: at multiples of the longest where the exchange keeps a whole, else side by side."""
+    """Where each rank's rows are among everybody's: at multiples of the longest where the
+    exchange keeps a whole, else side by side.
+    """
 
     def __init__(self, sizes: Sequence[int], exchange: Exchange) -> None:
         self.sizes, self.rank = list(sizes), exchange.rank
         self.longest = max(sizes)
         padded = exchange.materializes_all
-        self.starts = [rank * self.longest for rank in range(len(sizes))] if padded else [0, *accumulate(sizes)][:-1]
+        self.starts = (
+            [rank * self.longest for rank in range(len(sizes))]
+            if padded
+            else [0, *accumulate(sizes)][:-1]
+        )
         self.total = len(sizes) * self.longest if padded else sum(sizes)
         self.compact = not padded and any(size != self.longest for size in sizes)
 
@@ -48,15 +57,36 @@ class Layout:
         """[total, ...] from [ranks * longest, ...]."""
         if not self.compact:
             return gathered
-        return torch.cat([part[:size] for part, size in zip(gathered.split(self.longest), self.sizes, strict=True)])
-
+        return torch.cat(
+            [
+                part[:size]
+                for part, size in zip(gathered.split(self.longest), self.sizes, strict=True)
+            ]
+        )
 
 
 class Vectors:
-    """n rows of D dimensions, of which P prefixes are looked at; ``scores``: dtype of norms and moments."""
+    """n rows of D dimensions, of which P prefixes are looked at; ``scores``: dtype of norms and
+    moments.
+    """
 
-    def __init__(self, x: Tensor, valid: Tensor | None, prefixes: tuple[int, ...], scores: torch.dtype, dtype: torch.dtype, gradients: torch.dtype) -> None:
-        self.x, self.valid, self.prefixes, self.scores, self.dtype, self.gradients = x, valid, prefixes, scores, dtype, gradients
+    def __init__(
+        self,
+        x: Tensor,
+        valid: Tensor | None,
+        prefixes: tuple[int, ...],
+        scores: torch.dtype,
+        dtype: torch.dtype,
+        gradients: torch.dtype,
+    ) -> None:
+        self.x, self.valid, self.prefixes, self.scores, self.dtype, self.gradients = (
+            x,
+            valid,
+            prefixes,
+            scores,
+            dtype,
+            gradients,
+        )
         self.uses = 0  # of losses
         self.operand = self.norms = x  # set by ``prepare``
         self.scale: Tensor | None = None  # [n] by what rows were multiplied
@@ -74,7 +104,9 @@ class Vectors:
         self.waiting: _Sent | None = None
 
     def also_invalid(self, valid: Tensor | None) -> None:
-        """Another loss looks at them, to which other rows are padding: only what is padding to all is."""
+        """Another loss looks at them, to which other rows are padding: only what is padding to
+        all is.
+        """
         self.valid = None if self.valid is None or valid is None else self.valid | valid
 
     def show(self, exchange: Exchange, sizes: Sequence[int], needed: bool) -> None:
@@ -95,7 +127,9 @@ class Vectors:
 
     # ---------------------------------------------------------------- everybody's
     def shards(self, accumulate: bool = False, at_once: bool = False) -> Iterator[Shard]:
-        """One round over all ranks' rows, own rows first; ``at_once``: in one piece, where they are whole."""
+        """One round over all ranks' rows, own rows first; ``at_once``: in one piece, where they
+        are whole.
+        """
         assert self.layout is not None
         if not self.exchange.materializes_all:
             assert self.stream is not None
@@ -104,13 +138,29 @@ class Vectors:
         if accumulate and self.whole_gradient is None:
             shape = (self.layout.total, self.operand.shape[1])
             alone = self.exchange.world_size == 1
-            self.whole_gradient = self.gradient if alone else torch.zeros(shape, dtype=self.gradients, device=self.operand.device)
-        start, stop, total = self.layout.start, self.layout.start + len(self.operand), self.layout.total
+            self.whole_gradient = (
+                self.gradient
+                if alone
+                else torch.zeros(shape, dtype=self.gradients, device=self.operand.device)
+            )
+        start, stop, total = (
+            self.layout.start,
+            self.layout.start + len(self.operand),
+            self.layout.total,
+        )
         own, longest = (start, stop), self.layout.longest
-        for first, last in ((0, total),) if at_once else (own, (0, start), (start + longest, total)):
+        for first, last in (
+            ((0, total),) if at_once else (own, (0, start), (start + longest, total))
+        ):
             if last > first:
                 vectors = self.operand if (first, last) == own else self.everyone()[first:last]
-                yield Shard(first, vectors, self.whole_gradient[first:last] if accumulate and self.whole_gradient is not None else None)
+                yield Shard(
+                    first,
+                    vectors,
+                    self.whole_gradient[first:last]
+                    if accumulate and self.whole_gradient is not None
+                    else None,
+                )
 
     def everyone(self) -> Tensor:
         """[total, D], waited for."""
@@ -164,7 +214,9 @@ class _Group:
         return self.moment[:, v.here]
 
     def finish(self, peers: Exchange) -> None:
-        """From the operands' gradients to those of what was given, in place; sums over the peers of what each has done."""
+        """From the operands' gradients to those of what was given, in place; sums over the peers
+        of what each has done.
+        """
         if self.gradient is None:
             return
         if peers.world_size > 1:
@@ -173,8 +225,21 @@ class _Group:
         scales = [v.scale for v in self.members]
         scale = None
         if any(x is not None for x in scales):
-            scale = torch.cat([torch.ones_like(v.norms[0]) if x is None else x for v, x in zip(self.members, scales, strict=True)])
-        normalized_gradient_(self.gradient, self.operand, self.norms, self.members[0].prefixes, self.moment, scale, self.at_once)
+            scale = torch.cat(
+                [
+                    torch.ones_like(v.norms[0]) if x is None else x
+                    for v, x in zip(self.members, scales, strict=True)
+                ]
+            )
+        normalized_gradient_(
+            self.gradient,
+            self.operand,
+            self.norms,
+            self.members[0].prefixes,
+            self.moment,
+            scale,
+            self.at_once,
+        )
 
 
 def prepare(vectors: Sequence[Vectors], budget: int, at_once: int) -> list[_Group]:
@@ -186,14 +251,20 @@ def prepare(vectors: Sequence[Vectors], budget: int, at_once: int) -> list[_Grou
     groups = []
     for members in kinds.values():
         together = sum(v.operand.nbytes for v in members) <= budget // JOINED
-        groups += [_Group(members, at_once)] if together else [_Group([v], at_once) for v in members]
+        groups += (
+            [_Group(members, at_once)] if together else [_Group([v], at_once) for v in members]
+        )
     return groups
 
 
 class _Sent:
-    """Everything that this rank shows the others, on its way: vectors and their norms, and what losses say of rows."""
+    """Everything that this rank shows the others, on its way: vectors and their norms, and what
+    losses say of rows.
+    """
 
-    def __init__(self, exchange: Exchange, vectors: Sequence[Vectors], notes: Sequence[Tensor]) -> None:
+    def __init__(
+        self, exchange: Exchange, vectors: Sequence[Vectors], notes: Sequence[Tensor]
+    ) -> None:
         self.vectors, self.exchange = vectors, exchange
         parts = []
         for v in vectors:
@@ -222,14 +293,20 @@ class _Sent:
 
 
 def send(exchange: Exchange, vectors: Sequence[Vectors], notes: Sequence[Tensor]) -> _Sent:
-    """Show the other ranks these vectors and notes: one collective, under way when this returns (streams start theirs)."""
+    """Show the other ranks these vectors and notes: one collective, under way when this returns
+    (streams start theirs).
+    """
     return _Sent(exchange, vectors, notes)
 
 
-def bring_home(exchange: Exchange, vectors: Sequence[Vectors], sums: Sequence[tuple[Tensor, Layout]]) -> list[Tensor]:
-    """Add to each rank's own rows the gradients and moments that all ranks have gathered for them: one collective.
+def bring_home(
+    exchange: Exchange, vectors: Sequence[Vectors], sums: Sequence[tuple[Tensor, Layout]]
+) -> list[Tensor]:
+    """Add to each rank's own rows the gradients and moments that all ranks have gathered for
+    them: one collective.
 
-    sums: [Q, total] of losses, by candidate; they come back [Q, own]. Streams bring their own gradients.
+    sums: [Q, total] of losses, by candidate; they come back [Q, own]. Streams bring their own
+    gradients.
     """
     wanted = [v for v in vectors if v.needed]
     alone = exchange.world_size == 1
@@ -239,10 +316,18 @@ def bring_home(exchange: Exchange, vectors: Sequence[Vectors], sums: Sequence[tu
         if exchange.materializes_all and not alone:
             shape = (v.layout.total, v.operand.shape[1])
             whole = v.whole_gradient
-            parts.append(torch.zeros(shape, dtype=v.gradients, device=v.operand.device) if whole is None else whole)
+            parts.append(
+                torch.zeros(shape, dtype=v.gradients, device=v.operand.device)
+                if whole is None
+                else whole
+            )
             v.whole_gradient = None
         if len(v.prefixes) > 1:
-            moment = v.norms.new_zeros(len(v.norms) - 1, v.layout.total) if v.whole_moment is None else v.whole_moment[:-1]
+            moment = (
+                v.norms.new_zeros(len(v.norms) - 1, v.layout.total)
+                if v.whole_moment is None
+                else v.whole_moment[:-1]
+            )
             parts.append(_by_rank(moment, v.layout))
     parts += [_by_rank(x, layout) for x, layout in sums]
     found = iter(exchange.reduce_scatter_parts(parts) if parts else [])
@@ -265,4 +350,8 @@ def bring_home(exchange: Exchange, vectors: Sequence[Vectors], sums: Sequence[tu
 
 def _by_rank(x: Tensor, layout: Layout) -> Tensor:
     """[ranks * longest, Q] from [Q, total], so that each rank's part is in one piece."""
-    return torch.cat([layout.padded(part) for part in x.T.split(layout.sizes)]) if layout.compact else x.T.contiguous()
+    return (
+        torch.cat([layout.padded(part) for part in x.T.split(layout.sizes)])
+        if layout.compact
+        else x.T.contiguous()
+    )

@@ -1,8 +1,9 @@
 """At which rank a query's positive stands among all keys, exactly, without sorting anything.
 
-The rank of a positive is the number of keys that score higher, plus the keys before it that score the same. Two
-passes over the same tiles: the first finds each query's best positive, the second counts. Both read the score out of
-the same matrix product, so a positive compares equal to itself to the last bit.
+The rank of a positive is the number of keys that score higher, plus the keys before it that score
+the same. Two
+passes over the same tiles: the first finds each query's best positive, the second counts. Both read
+the score out of the same matrix product, so a positive compares equal to itself to the last bit.
 """
 
 from __future__ import annotations
@@ -24,15 +25,21 @@ def rank_of(
 ) -> Tensor:
     """int64 [N]: rank, counted from 0, of each query's best-placed positive among all M keys.
 
-    positive_index: int64 [N], or, with positive_offsets int64 [N + 1], a ragged list in which query i owns the
-    entries positive_offsets[i] to positive_offsets[i + 1]. A query without a positive has rank -1. No gradient.
+    positive_index: int64 [N], or, with positive_offsets int64 [N + 1], a ragged list in which query
+    i owns the entries positive_offsets[i] to positive_offsets[i + 1]. A query without a positive
+    has rank -1. No gradient.
     """
     check_pair(queries, keys, tile)
     n, m, device = len(queries), len(keys), queries.device
     if positive_offsets is None:
         positive_offsets = torch.arange(n + 1, device=device)
-    if positive_offsets.shape != (n + 1,) or (n and int(positive_offsets[-1]) != len(positive_index)):
-        raise ValueError(f"positive_offsets: expected {n + 1} of them, the last {len(positive_index)}, as positive_index")
+    if positive_offsets.shape != (n + 1,) or (
+        n and int(positive_offsets[-1]) != len(positive_index)
+    ):
+        raise ValueError(
+            f"positive_offsets: expected {n + 1} of them, the last {len(positive_index)}, as "
+            "positive_index"
+        )
     if len(positive_index) and (int(positive_index.min()) < 0 or int(positive_index.max()) >= m):
         raise ValueError(f"positive_index: expected 0 to {m - 1}")
     counts = positive_offsets.diff()
@@ -43,12 +50,19 @@ def rank_of(
             rows = slice(start, start + tile)
             begin, end = int(positive_offsets[start]), int(positive_offsets[min(start + tile, n)])
             ranks[rows] = _ranks(
-                prepared(queries[rows], normalize), keys, owner[begin:end] - start, positive_index[begin:end], tile, normalize
+                prepared(queries[rows], normalize),
+                keys,
+                owner[begin:end] - start,
+                positive_index[begin:end],
+                tile,
+                normalize,
             )
     return ranks.masked_fill_(counts == 0, -1)
 
 
-def _ranks(left: Tensor, keys: Tensor, owner: Tensor, index: Tensor, tile: int, normalize: bool) -> Tensor:
+def _ranks(
+    left: Tensor, keys: Tensor, owner: Tensor, index: Tensor, tile: int, normalize: bool
+) -> Tensor:
     """Ranks of one block of queries; positive p is key index[p] of query owner[p]."""
     n, m = len(left), len(keys)
     score = left.new_empty(len(index))

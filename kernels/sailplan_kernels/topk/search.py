@@ -1,12 +1,14 @@
 """Exact top-k: score a tile of queries against a tile of keys, keep the k best so far, go on.
 
-Score and index are packed into one 64-bit integer that sorts as "higher score, then lower index", so that merging is
-a plain top-k of unique numbers: ties always go to the lower index, whatever the tile and on every device. Scores are
-float32 (half-precision inputs are raised first; where both are float64, they are multiplied so and rounded once, so that the
-shape of a tile, which changes with the number of ranks, changes a score about once in 10^8, by its last bit).
+Score and index are packed into one 64-bit integer that sorts as "higher score, then lower index",
+so that merging is a plain top-k of unique numbers: ties always go to the lower index, whatever the
+tile and on every device. Scores are float32 (half-precision inputs are raised first; where both are
+float64, they are multiplied so and rounded once, so that the shape of a tile, which changes with
+the number of ranks, changes a score about once in 10^8, by its last bit).
 
-Across ranks the keys come past in shards, as in the losses: each rank scores its own queries against all keys and holds what
-its exchange holds, at least a shard. Only ids are gathered whole, 8 bytes a key.
+Across ranks the keys come past in shards, as in the losses: each rank scores its own queries
+against all keys and holds what its exchange holds, at least a shard. Only ids are gathered whole, 8
+bytes a key.
 """
 
 from __future__ import annotations
@@ -38,13 +40,16 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """The k best keys of each query: scores float32 [N, k] and indices int64 [N, k], best first.
 
-    queries [N, D], keys [M, D]; cosines with ``normalize``, else plain dot products. max_score: only keys that score
-    below it (the best below a threshold). exclude_ids int64 [N, E], -1 for none: keys never returned for that query,
-    by key_ids int64 [M], or by index without them. tile: rows of queries and of keys scored at a time; memory is
-    O(tile^2 + N k). Where fewer than k keys remain, the score is -inf and the index -1. No gradient.
+    queries [N, D], keys [M, D]; cosines with ``normalize``, else plain dot products. max_score:
+    only keys that score below it (the best below a threshold). exclude_ids int64 [N, E], -1 for
+    none: keys never returned for that query, by key_ids int64 [M], or by index without them. tile:
+    rows of queries and of keys scored at a time; memory is
+    O(tile^2 + N k). Where fewer than k keys remain, the score is -inf and the index -1. No
+    gradient.
 
-    exchange: queries and keys are this rank's; its queries find the best of all ranks' keys, whose indices count all keys in
-    rank order. N, M and E may differ and be 0; all ranks call, with the same other arguments (the dtype and whether there
+    exchange: queries and keys are this rank's; its queries find the best of all ranks' keys, whose
+    indices count all keys in rank order. N, M and E may differ and be 0; all ranks call, with the
+    same other arguments (the dtype and whether there
     are key_ids included).
     """
     check_pair(queries, keys, tile)
@@ -56,8 +61,17 @@ def topk(
     if key_ids is not None and key_ids.shape != (m,):
         raise ValueError(f"key_ids: found shape {tuple(key_ids.shape)}, expected ({m},)")
     exchange = Local() if exchange is None else exchange
-    sizes = _agreed(exchange, m, keys, (keys.shape[1], keys.dtype, queries.dtype, k, max_score, key_ids is None, normalize))
-    key_ids = torch.arange(sum(sizes), device=keys.device) if key_ids is None else exchange.gather(key_ids, sizes)
+    sizes = _agreed(
+        exchange,
+        m,
+        keys,
+        (keys.shape[1], keys.dtype, queries.dtype, k, max_score, key_ids is None, normalize),
+    )
+    key_ids = (
+        torch.arange(sum(sizes), device=keys.device)
+        if key_ids is None
+        else exchange.gather(key_ids, sizes)
+    )
     dtype = torch.float64 if queries.dtype == keys.dtype == torch.float64 else torch.float32
     best = torch.full((n, k), _NOTHING, dtype=torch.int64, device=queries.device)
     with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
@@ -66,7 +80,9 @@ def topk(
                 rows = slice(start, start + tile)
                 left = prepared(queries[rows], normalize, dtype)
                 for first in range(0, len(shard.vectors), tile):
-                    scores = (left @ prepared(shard.vectors[first : first + tile], normalize, dtype).T).to(torch.float32)
+                    scores = (
+                        left @ prepared(shard.vectors[first : first + tile], normalize, dtype).T
+                    ).to(torch.float32)
                     columns = slice(shard.start + first, shard.start + first + scores.shape[1])
                     dropped = scores.isnan()
                     if max_score is not None:
@@ -85,9 +101,15 @@ def _agreed(exchange: Exchange, m: int, like: Tensor, call: tuple[object, ...]) 
     numbers = torch.tensor([[m, zlib.crc32(repr(call).encode())]], device=like.device)
     table = exchange.gather(numbers, [1] * exchange.world_size).tolist()
     if len({row[1] for row in table}) > 1:
-        raise ValueError("topk: ranks differ in dimensions, dtype, ids given, k, max_score or normalize, expected equal calls")
+        raise ValueError(
+            "topk: ranks differ in dimensions, dtype, ids given, k, max_score or normalize, "
+            "expected equal calls"
+        )
     if sum(row[0] for row in table) >= _LOW:
-        raise ValueError(f"keys: found {sum(row[0] for row in table)} rows on all ranks, expected fewer than {_LOW}")
+        raise ValueError(
+            f"keys: found {sum(row[0] for row in table)} rows on all ranks, expected fewer than "
+            f"{_LOW}"
+        )
     return [row[0] for row in table]
 
 
@@ -103,7 +125,9 @@ def check_pair(queries: Tensor, keys: Tensor, tile: int) -> None:
         if x.dim() != 2 or not x.is_floating_point():
             raise ValueError(f"{name}: found {x.dtype} {tuple(x.shape)}, expected a float matrix")
     if queries.shape[1] != keys.shape[1]:
-        raise ValueError(f"keys: found {keys.shape[1]} dimensions, expected {queries.shape[1]} as queries")
+        raise ValueError(
+            f"keys: found {keys.shape[1]} dimensions, expected {queries.shape[1]} as queries"
+        )
     if tile < 1:
         raise ValueError(f"tile: found {tile}, expected at least 1")
 

@@ -1,10 +1,13 @@
-"""Which schedules each version of Triton compiles, and in which tiles: what is chosen is chosen by version.
+"""Which schedules each version of Triton compiles, and in which tiles: what is chosen is chosen
+by version.
 
-A schedule stands here where `python -m sailplan_kernels.aot` rejects none of its configurations with that version. A version that is
-newer than all of these is taken for the newest; what it does refuse is gone around when it runs (tiling/fallback.py).
+A schedule stands here where `python -m sailplan_kernels.aot` rejects none of its configurations
+with that version. A version that is newer than all of these is taken for the newest; what it does
+refuse is gone around when it runs (tiling/fallback.py).
 
-None compiles warps that are specialised over descriptors of the host in tiles of 128 rows on sm_90 from 3.7 on: the pass that halves
-such a tile among groups of warps does not halve the descriptor's block (triton-lang/triton issue 11587, open in 2026-11; 3.6 did not
+None compiles warps that are specialised over descriptors of the host in tiles of 128 rows on sm_90
+from 3.7 on: the pass that halves such a tile among groups of warps does not halve the descriptor's
+block (triton-lang/triton issue 11587, open in 2026-11; 3.6 did not
 look). So there is no such kernel here.
 """
 
@@ -23,12 +26,18 @@ Chooser = TypeVar("Chooser", bound=Callable[[torch.dtype, str, str, int], Any])
 
 SCHEDULES: dict[Version, tuple[str, ...]] = {
     (3, 6): ("tiles", "persistent"),  # 3.6.0: torch 2.10 and 2.11
-    (3, 7): ("tiles", "persistent"),  # 3.7.1: torch 2.13, whose CUDA 12 and CUDA 13 builds bring the same
+    (3, 7): (
+        "tiles",
+        "persistent",
+    ),  # 3.7.1: torch 2.13, whose CUDA 12 and CUDA 13 builds bring the same
 }
-# What a version compiles in another tile than configurations.py says, else it spills: of (schedule, dtype, kind, masks, capability),
-# the last in whole tens.
+# What a version compiles in another tile than configurations.py says, else it spills: of (schedule,
+# dtype, kind, masks, capability), the last in whole tens.
 _HALF, _FULL = (torch.bfloat16, torch.float16), (torch.float32,)
-_ROWS, _SIGMOID = ("plain", "moments"), ("sigmoid", "sigmoid moments")  # each two have their statistics kernel in common
+_ROWS, _SIGMOID = (
+    ("plain", "moments"),
+    ("sigmoid", "sigmoid moments"),
+)  # each two have their statistics kernel in common
 CHANGES: dict[Version, dict[tuple[str, torch.dtype, str, str, int], dict[str, int]]] = {
     (3, 7): {
         (schedule, dtype, kind, masks, capability): changes
@@ -85,7 +94,9 @@ def by_version(schedule: str) -> Callable[[Chooser], Chooser]:
         @wraps(choose)
         def chosen(dtype: torch.dtype, kind: str, masks: str, capability: int) -> Any:
             found = choose(dtype, kind, masks, capability)
-            changes = CHANGES.get(known(installed()), {}).get((schedule, dtype, kind, masks, capability // 10 * 10))
+            changes = CHANGES.get(known(installed()), {}).get(
+                (schedule, dtype, kind, masks, capability // 10 * 10)
+            )
             return replace(found, **changes) if found is not None and changes else found
 
         return cast(Chooser, chosen)
@@ -96,4 +107,8 @@ def by_version(schedule: str) -> Callable[[Chooser], Chooser]:
 def why_not(version: Version) -> str | None:
     """What stands in the way of any kernel; None: nothing."""
     first = ".".join(map(str, min(SCHEDULES)))
-    return None if schedules(version) else f"triton {version[0]}.{version[1]} is older than {first}, the first that the kernels were compiled with"
+    return (
+        None
+        if schedules(version)
+        else f"triton {version[0]}.{version[1]} is older than {first}, the first that the kernels were compiled with"
+    )

@@ -1,6 +1,8 @@
-"""What a launch compiles is what ahead-of-time compilation has judged, down to the last instruction.
+"""What a launch compiles is what ahead-of-time compilation has judged, down to the last
+instruction.
 
-Run by test_triton.py as a program, with the interpreter off. There is no device: tensors are a CPU's, the driver only names
+Run by test_triton.py as a program, with the interpreter off. There is no device: tensors are a
+CPU's, the driver only names
 the target, and launches stop after compiling.
 """
 
@@ -45,7 +47,14 @@ def tile_on(capability: int) -> type[triton_engine.TritonTile]:
 
 def side(rows: int, prefixes: int, limits: bool) -> TileOperand:
     ones = torch.ones(prefixes, rows)
-    return TileOperand(torch.randn(rows, D).bfloat16(), ones, torch.zeros(rows, 3, dtype=torch.int64), ones[0] > 0, ones if limits else None, ones[0])
+    return TileOperand(
+        torch.randn(rows, D).bfloat16(),
+        ones,
+        torch.zeros(rows, 3, dtype=torch.int64),
+        ones[0] > 0,
+        ones if limits else None,
+        ones[0],
+    )
 
 
 def main() -> None:
@@ -67,15 +76,32 @@ def main() -> None:
         driver.set_active(Target(capability))
         launched.clear()
         both, one = kind in ("columns", "symmetric"), kind == "symmetric"
-        rule = MaskConfig(prefixes, (0, 1), columns=both, moments=kind == "moments", one_temperature=one, sigmoid=kind == "sigmoid")
-        tile = tile_on(capability)(side(N, len(prefixes), limits), side(M, len(prefixes), limits), rule, cached, schedule)
+        rule = MaskConfig(
+            prefixes,
+            (0, 1),
+            columns=both,
+            moments=kind == "moments",
+            one_temperature=one,
+            sigmoid=kind == "sigmoid",
+        )
+        tile = tile_on(capability)(
+            side(N, len(prefixes), limits), side(M, len(prefixes), limits), rule, cached, schedule
+        )
         tile.statistics()
         rows, columns = torch.zeros(len(prefixes), N), torch.zeros(len(prefixes), M)
         tile.gradient(Coefficients(rows, rows, columns, columns))
         assert len(launched) == 2
         for function, kernel in launched:
             name = function.__name__.removesuffix("_kernel")
-            case = aot.Case(name, torch.bfloat16, tile.kind, tile.masks, capability, tile.cached and name == "statistics", schedule)
+            case = aot.Case(
+                name,
+                torch.bfloat16,
+                tile.kind,
+                tile.masks,
+                capability,
+                tile.cached and name == "statistics",
+                schedule,
+            )
             print(case, flush=True)
             assert kernel.asm["ptx"] == aot.compiled(case).asm["ptx"], case
 

@@ -1,11 +1,15 @@
-"""Triton's interpreter made right for bfloat16, and the same on every processor: a pytest plugin, so that it comes before any
+"""Triton's interpreter made right for bfloat16, and the same on every processor: a pytest
+plugin, so that it comes before any
 kernel, in a process of its own.
 
-Versions 3.6 to 3.9 multiply the raw 16-bit patterns of bfloat16 in tl.dot, and cut float32 off instead of rounding it.
-They leave the order of a product's and of a sum's terms to numpy and its BLAS, which choose it by processor and by shape.
-Here both are added up in float64, one term after the other, and rounded once: products of half types and of float32 are
-exact in float64, so an element depends on its own row and column alone.
-Importing this turns the interpreter on (TRITON_INTERPRET must be set before a kernel is defined) and repairs all of it.
+Versions 3.6 to 3.9 multiply the raw 16-bit patterns of bfloat16 in tl.dot, and cut float32 off
+instead of rounding it.
+They leave the order of a product's and of a sum's terms to numpy and its BLAS, which choose it by
+processor and by shape.
+Here both are added up in float64, one term after the other, and rounded once: products of half
+types and of float32 are exact in float64, so an element depends on its own row and column alone.
+Importing this turns the interpreter on (TRITON_INTERPRET must be set before a kernel is defined)
+and repairs all of it.
 """
 
 from __future__ import annotations
@@ -43,15 +47,21 @@ def _ordered_sum(self, input):
         return _sum(self, input)
     # In order by definition, where np.sum goes by pairs.
     total = np.add.accumulate(data, axis=self.axis, dtype=np.float64).take(-1, axis=self.axis)
-    return self.to_tensor(np.expand_dims(total, self.axis) if self.keep_dims else total, input.dtype)
+    return self.to_tensor(
+        np.expand_dims(total, self.axis) if self.keep_dims else total, input.dtype
+    )
 
 
 def _cast_impl(self, src, dst_type):
     if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
         return _cast(self, src, dst_type)
     bits = np.ascontiguousarray(src.data, dtype=np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
-    return interpreter.TensorHandle(np.where(np.isnan(src.data), np.uint16(0x7FC0), rounded), tl.bfloat16)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(
+        np.uint16
+    )  # to nearest, ties to even
+    return interpreter.TensorHandle(
+        np.where(np.isnan(src.data), np.uint16(0x7FC0), rounded), tl.bfloat16
+    )
 
 
 interpreter.ReduceOps.sum = _ordered_sum

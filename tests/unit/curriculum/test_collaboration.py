@@ -1,4 +1,6 @@
-"""Sequences of unordered sets, teachers and co-occurrence pairs: nothing of held-out users, every rule does what it says."""
+"""Sequences of unordered sets, teachers and co-occurrence pairs: nothing of held-out users,
+every rule does what it says.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,18 @@ from sailplan.errors import BadDataError
 
 
 def two_worlds(users: int = 12, items: int = 30) -> tuple[Histories, np.ndarray, np.ndarray]:
-    """Users of the first half use even catalogue positions, the others odd ones; content separates low from high."""
+    """Users of the first half use even catalogue positions, the others odd ones; content
+    separates low from high.
+    """
     random = np.random.default_rng(0)
-    histories = [random.permutation(np.arange(user % 2, items, 2))[:13].tolist() for user in range(users)]
+    histories = [
+        random.permutation(np.arange(user % 2, items, 2))[:13].tolist() for user in range(users)
+    ]
     found = Histories([f"u{user}" for user in range(users)], histories, 0)
     used = found.used()
-    content = np.stack([used < items // 2, used >= items // 2], axis=1) + 0.05 * random.standard_normal((len(used), 2))
+    content = np.stack(
+        [used < items // 2, used >= items // 2], axis=1
+    ) + 0.05 * random.standard_normal((len(used), 2))
     return found, used, content
 
 
@@ -53,9 +61,13 @@ def test_clusters_follow_cluster_sizes() -> None:
 
 def test_jaccard_equals_sets_of_users() -> None:
     histories, used, _ = two_worlds()
-    users = [{user for user, items in enumerate(histories.items) if place in items} for place in used]
+    users = [
+        {user for user, items in enumerate(histories.items) if place in items} for place in used
+    ]
     found = jaccard_to(histories.matrix(used).tocsc(), 3, np.arange(len(used)))
-    assert found == pytest.approx([len(users[3] & other) / len(users[3] | other) for other in users])
+    assert found == pytest.approx(
+        [len(users[3] & other) / len(users[3] | other) for other in users]
+    )
 
 
 @pytest.mark.parametrize("teacher", ["svd", "nmf"])
@@ -70,16 +82,24 @@ def test_teachers_put_items_of_the_same_users_together(teacher: str) -> None:
 
 def test_co_occurrence_equals_brute_force() -> None:
     random = np.random.default_rng(1)
-    histories = Histories([str(user) for user in range(20)], [random.permutation(15)[: random.integers(2, 5)].tolist() for _ in range(20)], 0)
+    histories = Histories(
+        [str(user) for user in range(20)],
+        [random.permutation(15)[: random.integers(2, 5)].tolist() for _ in range(20)],
+        0,
+    )
     used = histories.used()
-    users = [{user for user, items in enumerate(histories.items) if place in items} for place in used]
+    users = [
+        {user for user, items in enumerate(histories.items) if place in items} for place in used
+    ]
     wanted = {}
     for first, second in itertools.combinations(range(len(used)), 2):
         both = len(users[first] & users[second])
         if both >= 2 and both * 20 > len(users[first]) * len(users[second]):
             wanted[first, second] = both / len(users[first] | users[second])
     pairs, scores = co_occurrence(histories.matrix(used), per_item=100)
-    assert dict(zip(map(tuple, pairs.tolist()), scores.tolist(), strict=True)) == pytest.approx(wanted)
+    assert dict(zip(map(tuple, pairs.tolist()), scores.tolist(), strict=True)) == pytest.approx(
+        wanted
+    )
     fewer, _ = co_occurrence(histories.matrix(used), per_item=1)
     assert len(fewer) < len(pairs) and set(fewer.ravel()) == set(pairs.ravel())
     body = pair_records(pairs, scores, [f"x/{place}" for place in used])[0]
@@ -94,12 +114,17 @@ def test_no_overlap_is_a_clear_error() -> None:
 
 def test_records_name_items_by_id() -> None:
     histories, used, content = two_worlds()
-    bodies = records(sequences(histories, used, content), {int(place): f"set/{place}" for place in used})
+    bodies = records(
+        sequences(histories, used, content), {int(place): f"set/{place}" for place in used}
+    )
     assert len({body["id"] for body in bodies}) == len(bodies)
     assert all(body["view"] == "unordered" for body in bodies)
     assert all(body["split"] == "train" and body["target"].startswith("set/") for body in bodies)
     counts = Counter(body["target"] for body in bodies)
-    assert all(body["target_probability"] == pytest.approx(counts[body["target"]] / len(bodies)) for body in bodies)
+    assert all(
+        body["target_probability"] == pytest.approx(counts[body["target"]] / len(bodies))
+        for body in bodies
+    )
 
 
 def test_records_bring_random_items_that_nobody_uses() -> None:
@@ -108,6 +133,12 @@ def test_records_bring_random_items_that_nobody_uses() -> None:
     unused = [f"set/{place}" for place in range(1000, 1020)]
     bodies = records(found, ids, negatives=3, unused=unused, seed=1)
     drawn = Counter(name for body in bodies for name in body["negatives"])
-    assert set(drawn) == set(unused) and all(len(body["negatives"]) == 3 and body["negative_probability"] == 1 / 20 for body in bodies)
-    assert bodies == records(found, ids, negatives=3, unused=unused, seed=1) != records(found, ids, negatives=3, unused=unused, seed=2)
+    assert set(drawn) == set(unused) and all(
+        len(body["negatives"]) == 3 and body["negative_probability"] == 1 / 20 for body in bodies
+    )
+    assert (
+        bodies
+        == records(found, ids, negatives=3, unused=unused, seed=1)
+        != records(found, ids, negatives=3, unused=unused, seed=2)
+    )
     assert all("negatives" not in body for body in records(found, ids, negatives=3))

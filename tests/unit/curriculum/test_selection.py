@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from sailplan.config.schema import BalanceConfig
-from sailplan.curriculum.balance import Clusters, balance, by_size, cluster, softmax_weights, transport_plan, unit_of, unit_rows, with_floor
+from sailplan.curriculum.balance import (
+    Clusters,
+    balance,
+    by_size,
+    cluster,
+    softmax_weights,
+    transport_plan,
+    unit_of,
+    unit_rows,
+    with_floor,
+)
 from sailplan.curriculum.subset import drop_lowest, keep_highest, nearness
 from sailplan.curriculum.threshold import f1_threshold
 from sailplan.embed.scoring import Pairs, unit
@@ -15,7 +25,9 @@ from sailplan_kernels.exchange import AllGather
 from sailplan_kernels.testing import run_ranks
 
 
-def fitting_sample(seed: int, decimals: int | None = None) -> tuple[torch.Tensor, torch.Tensor, Pairs]:
+def fitting_sample(
+    seed: int, decimals: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, Pairs]:
     random = torch.Generator().manual_seed(seed)
     queries = torch.randn(25, 8, generator=random)
     targets = queries + 0.8 * torch.randn(25, 8, generator=random)
@@ -34,7 +46,12 @@ def test_lambda_is_the_best_of_all_thresholds(seed: int, decimals: int | None) -
 
     def confusion(value: float) -> tuple[int, int, int, int]:
         predicted = scores >= np.float32(value)
-        return (predicted & labels).sum(), (predicted & ~labels).sum(), (~predicted & labels).sum(), (~predicted & ~labels).sum()
+        return (
+            (predicted & labels).sum(),
+            (predicted & ~labels).sum(),
+            (~predicted & labels).sum(),
+            (~predicted & ~labels).sum(),
+        )
 
     best = max(2 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in map(confusion, np.unique(scores)))
     found = f1_threshold(queries, targets, positives)
@@ -47,12 +64,18 @@ def test_lambda_is_the_best_of_all_thresholds(seed: int, decimals: int | None) -
 def test_lambda_is_the_same_on_any_number_of_ranks(world_size: int) -> None:
     sample = fitting_sample(3)
     alone = f1_threshold(*sample)
-    assert run_ranks(lambda rank, world: f1_threshold(*sample, AllGather()), world_size) == [alone] * world_size
+    assert (
+        run_ranks(lambda rank, world: f1_threshold(*sample, AllGather()), world_size)
+        == [alone] * world_size
+    )
 
 
 def test_sinkhorn_plan_keeps_the_cluster_sizes() -> None:
     random = np.random.default_rng(0)
-    first, second = cluster(random.standard_normal((80, 6)), 7, 0), cluster(random.standard_normal((50, 6)), 5, 1)
+    first, second = (
+        cluster(random.standard_normal((80, 6)), 7, 0),
+        cluster(random.standard_normal((50, 6)), 5, 1),
+    )
     plan, _ = transport_plan(first, second, epsilon=0.05, iterations=1000)
     assert np.allclose(plan.sum(1), first.shares, atol=1e-6)
     assert np.allclose(plan.sum(0), second.shares, atol=1e-6)
@@ -68,26 +91,51 @@ def test_narrow_costs_do_not_underflow() -> None:
 def again(rows: np.ndarray, clusters: int, times: int = 8) -> list[dict[str, Clusters]]:
     """Bootstrap replicates, as `kinds.replicates` makes them."""
     random = np.random.default_rng(len(rows))
-    return [{"fused": cluster(rows[random.integers(len(rows), size=len(rows))], clusters, number)} for number in range(times)]
+    return [
+        {"fused": cluster(rows[random.integers(len(rows), size=len(rows))], clusters, number)}
+        for number in range(times)
+    ]
 
 
 def mixture(random: np.random.Generator, centres: np.ndarray, rows: int = 120) -> np.ndarray:
-    return centres[random.integers(len(centres), size=rows)] + 0.25 * random.standard_normal((rows, centres.shape[1]))
+    return centres[random.integers(len(centres), size=rows)] + 0.25 * random.standard_normal(
+        (rows, centres.shape[1])
+    )
 
 
 def test_equal_sets_get_equal_weights_in_every_draw_and_near_ones_lead() -> None:
-    """Five samples of one distribution: 0.20 +- 0.05 each, in 10 of 10 draws. Two near and three far sets: each near one 0.3 or more."""
+    """Five samples of one distribution: 0.20 +- 0.05 each, in 10 of 10 draws.
+
+    Two near and three far sets: each near one 0.3 or more.
+    """
     config, lowest, highest = BalanceConfig(clusters=5, iterations=40), 1.0, 0.0
     for draw in range(10):
         random = np.random.default_rng(draw)
-        centres, others = unit_rows(random.standard_normal((6, 8))), unit_rows(random.standard_normal((6, 8)))
+        centres, others = (
+            unit_rows(random.standard_normal((6, 8))),
+            unit_rows(random.standard_normal((6, 8))),
+        )
         target = {"task": {"fused": cluster(mixture(random, centres), 5, "task", draw)}}
-        found = balance({f"equal {number}": again(mixture(random, centres), 5) for number in range(5)}, target, config)
-        lowest, highest = min(lowest, *found.weights.values()), max(highest, *found.weights.values())
+        found = balance(
+            {f"equal {number}": again(mixture(random, centres), 5) for number in range(5)},
+            target,
+            config,
+        )
+        lowest, highest = (
+            min(lowest, *found.weights.values()),
+            max(highest, *found.weights.values()),
+        )
         assert all(error > 0 for error in found.errors.values())
         if draw < 2:
-            sets = {f"{'near' if number < 2 else 'far'} {number}": again(mixture(random, centres if number < 2 else others), 5) for number in range(5)}
-            weights = with_floor(balance(sets, target, config).weights, dict.fromkeys(sets, 1.0), config.floor)
+            sets = {
+                f"{'near' if number < 2 else 'far'} {number}": again(
+                    mixture(random, centres if number < 2 else others), 5
+                )
+                for number in range(5)
+            }
+            weights = with_floor(
+                balance(sets, target, config).weights, dict.fromkeys(sets, 1.0), config.floor
+            )
             assert min(weights["near 0"], weights["near 1"]) >= 0.3
     assert lowest >= 0.15 and highest <= 0.25, (lowest, highest)
 
@@ -119,18 +167,25 @@ def test_balancing_prefers_the_obviously_closer_set() -> None:
 
 def test_only_shared_kinds_are_compared() -> None:
     random = np.random.default_rng(0)
-    vision, text, audio = (cluster(random.standard_normal((30, 4)), 3, name) for name in ("vision", "text", "audio"))
+    vision, text, audio = (
+        cluster(random.standard_normal((30, 4)), 3, name) for name in ("vision", "text", "audio")
+    )
     training = {"pictures": [{"vision": vision, "text": text}], "sounds": [{"audio": audio}]}
-    result = balance(training, {"task": {"vision": vision, "text": text}}, BalanceConfig(epsilon=0.01))
+    result = balance(
+        training, {"task": {"vision": vision, "text": text}}, BalanceConfig(epsilon=0.01)
+    )
     assert result.pairs["sounds"] == {}
-    assert result.pairs["pictures"]["task"] == pytest.approx(np.mean(list(result.kinds["pictures"]["task"].values())))
+    assert result.pairs["pictures"]["task"] == pytest.approx(
+        np.mean(list(result.kinds["pictures"]["task"].values()))
+    )
     assert result.weights == pytest.approx({"pictures": 0.5, "sounds": 0.5})
 
 
 def test_a_temperature_is_counted_in_what_the_configuration_says() -> None:
     scores, errors = {"a": 0.701, "b": 0.702, "c": 0.703}, dict.fromkeys("abc", 0.004)
     spread, cosine, error = (
-        softmax_weights(scores, 1.0, unit_of(scores, errors, BalanceConfig(temperature_unit=name))) for name in ("spread", "cosine", "standard_error")
+        softmax_weights(scores, 1.0, unit_of(scores, errors, BalanceConfig(temperature_unit=name)))
+        for name in ("spread", "cosine", "standard_error")
     )
     assert spread["c"] > 2 * spread["a"] and cosine["c"] == pytest.approx(1 / 3, abs=1e-3)
     assert error["c"] / error["a"] == pytest.approx(np.exp(0.002 / 0.004))
@@ -140,12 +195,17 @@ def test_a_temperature_is_counted_in_what_the_configuration_says() -> None:
 def test_clusters_are_deterministic() -> None:
     vectors = np.random.default_rng(0).standard_normal((40, 5))
     assert np.array_equal(cluster(vectors, 6, "x").centroids, cluster(vectors, 6, "x").centroids)
-    assert len(cluster(np.ones((9, 3)), 6, "x").centroids) == 1  # equal rows make one cluster, no warning, no crash
+    assert (
+        len(cluster(np.ones((9, 3)), 6, "x").centroids) == 1
+    )  # equal rows make one cluster, no warning, no crash
 
 
 def test_subset_keeps_the_nearest_records() -> None:
     random = np.random.default_rng(0)
-    near, far = np.eye(6)[0] + 0.1 * random.standard_normal((10, 6)), np.eye(6)[4] + 0.1 * random.standard_normal((30, 6))
+    near, far = (
+        np.eye(6)[0] + 0.1 * random.standard_normal((10, 6)),
+        np.eye(6)[4] + 0.1 * random.standard_normal((30, 6)),
+    )
     vectors = {"fused": np.concatenate([far, near])}
     scores = nearness(vectors, [{"fused": Clusters(unit_rows(np.eye(6)[:1]), np.ones(1))}])
     assert scores is not None

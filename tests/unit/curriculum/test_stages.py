@@ -1,4 +1,6 @@
-"""A stage's start on a made-up pack: nothing held out gets in, the same on any number of ranks, resume computes nothing."""
+"""A stage's start on a made-up pack: nothing held out gets in, the same on any number of ranks,
+resume computes nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,22 @@ import pytest
 import torch
 
 from sailplan.config.compose import compose
-from sailplan.config.schema import BalanceConfig, Config, HardNegativeConfig, StageConfig, SubsetConfig
+from sailplan.config.schema import (
+    BalanceConfig,
+    Config,
+    HardNegativeConfig,
+    StageConfig,
+    SubsetConfig,
+)
 from sailplan.curriculum.hard_negatives import matched, mine_rows
 from sailplan.curriculum.histories import read_histories
-from sailplan.curriculum.stages import StageState, check_stage, load_stage, prepare_stage, refresh_hard_negatives
+from sailplan.curriculum.stages import (
+    StageState,
+    check_stage,
+    load_stage,
+    prepare_stage,
+    refresh_hard_negatives,
+)
 from sailplan.curriculum.testing import write_pack
 from sailplan.data.config import INTEREST_VIEWS, HeldOutConfig, InterestsConfig
 from sailplan.data.datasets import open_datasets
@@ -40,7 +54,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
             subset=SubsetConfig(nearest=0.5, drop_noisy=0.25, sets=["things"]),
             hard_negatives=HardNegativeConfig(per_query=3, sample=30),
         ),
-        "collaborative": StageConfig(data={"sequences": 1.0, "neighbours": 1.0}, artifacts=["interests", "teachers", "co_occurrence"]),
+        "collaborative": StageConfig(
+            data={"sequences": 1.0, "neighbours": 1.0},
+            artifacts=["interests", "teachers", "co_occurrence"],
+        ),
     }
     return found
 
@@ -58,7 +75,9 @@ def prepared(rank: int, world_size: int, config: Config, name: str, folder: Path
         "negatives": {str(key): value.tolist() for key, value in negatives.items()},
         "thresholds": {str(key): value for key, value in state.thresholds.items()},
         "made": {
-            name: [reader.body(position) for position in range(len(reader))] for name, reader in context.readers.items() if name not in recorded
+            name: [reader.body(position) for position in range(len(reader))]
+            for name, reader in context.readers.items()
+            if name not in recorded
         },
         "teachers": None if state.teachers is None else state.teachers.ids,
     }
@@ -69,7 +88,9 @@ def read_back(config: Config, folder: Path, done: int) -> StageState:
 
 
 @pytest.mark.parametrize("name", ["selected", "collaborative"])
-def test_a_stage_starts_the_same_on_any_number_of_ranks(config: Config, tmp_path: Path, name: str) -> None:
+def test_a_stage_starts_the_same_on_any_number_of_ranks(
+    config: Config, tmp_path: Path, name: str
+) -> None:
     alone = run_ranks(prepared, 1, config, name, tmp_path / name)[0]
     for found in run_ranks(prepared, 3, config, name, tmp_path / "three" / name, timeout=120):
         assert found["weights"] == pytest.approx(alone["weights"], abs=1e-6)
@@ -79,20 +100,32 @@ def test_a_stage_starts_the_same_on_any_number_of_ranks(config: Config, tmp_path
 
 
 def test_a_stage_makes_sequences_from_timed_events(config: Config, tmp_path: Path) -> None:
-    """The whole way: events -> views by the model's vectors -> shards -> data set; the same on any number of ranks."""
+    """The whole way: events -> views by the model's vectors -> shards -> data set; the same on
+    any number of ranks.
+    """
     random = np.random.default_rng(0)
     rows = [
-        {"user": user, "item": f"things/{item:03d}", "time": time, "labels": random.permutation(["like", "share", "save", "view"])[:3].tolist()}
+        {
+            "user": user,
+            "item": f"things/{item:03d}",
+            "time": time,
+            "labels": random.permutation(["like", "share", "save", "view"])[:3].tolist(),
+        }
         for user in range(30)
         for time, item in enumerate(random.permutation(48)[:9].tolist())
     ]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    timed = replace(config.data.sets["sequences"], interests=InterestsConfig(str(tmp_path / "log.jsonl"), positive=["like", "share", "save"]))
+    timed = replace(
+        config.data.sets["sequences"],
+        interests=InterestsConfig(str(tmp_path / "log.jsonl"), positive=["like", "share", "save"]),
+    )
     run = replace(config, data=replace(config.data, sets={**config.data.sets, "timed": timed}))
     run.stages = {"timed": StageConfig(data={"timed": 1.0}, artifacts=["interests"])}
     check_stage("timed", run.stages["timed"], run)
     alone = run_ranks(prepared, 1, run, "timed", tmp_path / "one")[0]
-    assert [found["made"] for found in run_ranks(prepared, 2, run, "timed", tmp_path / "two")] == [alone["made"]] * 2
+    assert [found["made"] for found in run_ranks(prepared, 2, run, "timed", tmp_path / "two")] == [
+        alone["made"]
+    ] * 2
     bodies = alone["made"]["timed"]
     assert {view for body in bodies for view in body["views"]} == set(INTEREST_VIEWS)
     times = {(str(row["user"]), row["item"]): row["time"] for row in rows}
@@ -111,7 +144,11 @@ def test_selection_keeps_its_promises(config: Config, tmp_path: Path) -> None:
     assert set(found["subsets"]["things"]) <= set(train)
     assert len(found["subsets"]["things"]) == round(round(len(train) * 0.5) * 0.75)
     assert sum(found["weights"].values()) == pytest.approx(1.0)
-    assert set(found["negatives"]) == set(found["thresholds"]) == {"things/image_to_name", "choices/text_to_item"}
+    assert (
+        set(found["negatives"])
+        == set(found["thresholds"])
+        == {"things/image_to_name", "choices/text_to_item"}
+    )
     choices = readers["choices"]
     held_out = set(choices.positions("held_out").tolist())
     for position, negatives in enumerate(found["negatives"]["choices/text_to_item"]):
@@ -124,10 +161,19 @@ def test_selection_keeps_its_promises(config: Config, tmp_path: Path) -> None:
     assert told["thresholds"]["things/image_to_name"]["tp"] > 0
     assert told["subsets"] == {"things": len(found["subsets"]["things"])}
     assert set(told["balance"]["things"]) == {"names", "choice", "mean", "error"}
-    stage = replace(config.stages["selected"], hard_negatives=HardNegativeConfig(mask_in_batch=False))
+    stage = replace(
+        config.stages["selected"], hard_negatives=HardNegativeConfig(mask_in_batch=False)
+    )
     unmasked = replace(config, stages={"selected": stage})
-    assert read_back(config, tmp_path / "selected", 0).thresholds and not read_back(unmasked, tmp_path / "selected", 0).thresholds
-    assert all("score" in negative for example in told["examples"]["choices/text_to_item"] for negative in example["negatives"])
+    assert (
+        read_back(config, tmp_path / "selected", 0).thresholds
+        and not read_back(unmasked, tmp_path / "selected", 0).thresholds
+    )
+    assert all(
+        "score" in negative
+        for example in told["examples"]["choices/text_to_item"]
+        for negative in example["negatives"]
+    )
 
 
 def test_held_out_users_never_reach_the_artifacts(config: Config, tmp_path: Path) -> None:
@@ -148,7 +194,9 @@ def test_held_out_users_never_reach_the_artifacts(config: Config, tmp_path: Path
         assert body["target"] not in body["history"] and len(body["history"]) <= 4
 
 
-def test_resume_reads_back_the_same_and_refresh_carries_its_step(config: Config, tmp_path: Path) -> None:
+def test_resume_reads_back_the_same_and_refresh_carries_its_step(
+    config: Config, tmp_path: Path
+) -> None:
     folder = tmp_path / "selected"
 
     def run(rank: int, world_size: int) -> None:
@@ -156,7 +204,9 @@ def test_resume_reads_back_the_same_and_refresh_carries_its_step(config: Config,
         encoder = build_encoder(config.model, config.parallel, parallel, seed=0)
         context = RunContext(config, parallel, encoder, {}, open_datasets(config))
         first = prepare_stage(context, "selected", folder)
-        other = replace(context, encoder=build_encoder(config.model, config.parallel, parallel, seed=9))
+        other = replace(
+            context, encoder=build_encoder(config.model, config.parallel, parallel, seed=9)
+        )
         fresh = refresh_hard_negatives(other, "selected", folder, first, 40)
         assert first.negatives is not None and fresh.negatives is not None
         assert first.thresholds != fresh.thresholds and first.weights == fresh.weights
@@ -164,10 +214,17 @@ def test_resume_reads_back_the_same_and_refresh_carries_its_step(config: Config,
             back = read_back(config, folder, done)
             assert back.negatives is not None and wanted.negatives is not None
             assert back.thresholds == wanted.thresholds and back.weights == first.weights
-            assert all(np.array_equal(back.negatives.positions[key], table) for key, table in wanted.negatives.positions.items())
-            assert all(np.array_equal(back.subsets[key], kept) for key, kept in first.subsets.items())
+            assert all(
+                np.array_equal(back.negatives.positions[key], table)
+                for key, table in wanted.negatives.positions.items()
+            )
+            assert all(
+                np.array_equal(back.subsets[key], kept) for key, kept in first.subsets.items()
+            )
         again = prepare_stage(context, "selected", folder)
-        assert read_back(config, folder, 70).thresholds == again.thresholds == first.thresholds  # the given-up refresh is gone
+        assert (
+            read_back(config, folder, 70).thresholds == again.thresholds == first.thresholds
+        )  # the given-up refresh is gone
 
     run_ranks(run, 1)
     (folder / "state.json").unlink()
@@ -177,7 +234,9 @@ def test_resume_reads_back_the_same_and_refresh_carries_its_step(config: Config,
 
 def test_a_set_that_the_stage_does_not_make_is_refused(config: Config, tmp_path: Path) -> None:
     stage = StageConfig(data={"sequences": 1.0})
-    broken = Config(data=config.data, model=config.model, parallel=config.parallel, stages={"alone": stage})
+    broken = Config(
+        data=config.data, model=config.model, parallel=config.parallel, stages={"alone": stage}
+    )
     with pytest.raises(RankFailure, match=r"stages\.alone\.data\.sequences") as caught:
         run_ranks(prepared, 1, broken, "alone", tmp_path)
     assert isinstance(caught.value.__cause__, ConfigurationError)
@@ -194,11 +253,16 @@ def test_a_failure_on_rank_0_reaches_all_ranks() -> None:
             return f"{type(error).__name__}: {error}"
         return "nothing"
 
-    assert run_ranks(attempt, 2) == ["OSError: disk full", "SailplanError: saving failed on rank 0: OSError: disk full"]
+    assert run_ranks(attempt, 2) == [
+        "OSError: disk full",
+        "SailplanError: saving failed on rank 0: OSError: disk full",
+    ]
 
 
 def rows(vectors: torch.Tensor, ids: list[int], positions: list[int]) -> EmbeddedRows:
-    return EmbeddedRows(vectors, torch.tensor(ids), np.array(positions), np.ones(len(ids), dtype=bool))
+    return EmbeddedRows(
+        vectors, torch.tensor(ids), np.array(positions), np.ones(len(ids), dtype=bool)
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -207,24 +271,41 @@ def test_mined_negatives_equal_brute_force(world_size: int) -> None:
     n = 40
     items = torch.randn(25, 6, generator=random)
     own = torch.randint(0, 25, (n,), generator=random)
-    query_ids = torch.where(torch.arange(n) < 4, 900, 1000 + torch.arange(n))  # four queries with the same text
-    queries = rows(items[own] + 0.7 * torch.randn(n, 6, generator=random), query_ids.tolist(), list(range(100, 100 + n)))
+    query_ids = torch.where(
+        torch.arange(n) < 4, 900, 1000 + torch.arange(n)
+    )  # four queries with the same text
+    queries = rows(
+        items[own] + 0.7 * torch.randn(n, 6, generator=random),
+        query_ids.tolist(),
+        list(range(100, 100 + n)),
+    )
     targets = rows(items[own], own.tolist(), list(range(100, 100 + n)))
     hard = HardNegativeConfig(per_query=3, sample=n)
 
     def search(rank: int, world: int) -> tuple[Any, Any]:
         exchange = AllGather() if world > 1 else Local()
-        threshold, table, _ = mine_rows(queries, targets, hard, exchange, torch.device("cpu"), "set/pattern", 0)
+        threshold, table, _ = mine_rows(
+            queries, targets, hard, exchange, torch.device("cpu"), "set/pattern", 0
+        )
         return threshold, table.tolist()
 
     alone = run_ranks(search, 1)[0]
     for threshold, table in run_ranks(search, world_size):
         assert table == alone[1] and replace(threshold, value=0.0) == replace(alone[0], value=0.0)
-        assert threshold.value == pytest.approx(alone[0].value, rel=2**-23)  # one of the scores, rounded once
+        assert threshold.value == pytest.approx(
+            alone[0].value, rel=2**-23
+        )  # one of the scores, rounded once
         cosines = torch.nn.functional.cosine_similarity(queries.fused[:, None], items[None], dim=-1)
         for row in range(n):
             right = {int(own[other]) for other in range(n) if query_ids[other] == query_ids[row]}
-            ranked = sorted((item for item in set(own.tolist()) - right if cosines[row, item] < threshold.value), key=lambda item: -cosines[row, item])
+            ranked = sorted(
+                (
+                    item
+                    for item in set(own.tolist()) - right
+                    if cosines[row, item] < threshold.value
+                ),
+                key=lambda item: -cosines[row, item],
+            )
             found = [int(own[position - 100]) for position in table[row] if position >= 0]
             assert found == ranked[:3]
 
@@ -242,7 +323,9 @@ def test_embeddings_keep_the_order_of_the_positions(config: Config) -> None:
         encoder = build_encoder(config.model, config.parallel, parallel, seed=0)
         reader = open_datasets(config)["things"]
         shuffled = np.random.default_rng(0).permutation(len(reader))
-        straight = embed_view(encoder, reader, "item", np.arange(len(reader)), parallel=parallel, config=config)
+        straight = embed_view(
+            encoder, reader, "item", np.arange(len(reader)), parallel=parallel, config=config
+        )
         found = embed_view(encoder, reader, "item", shuffled, parallel=parallel, config=config)
         assert torch.allclose(found.fused, straight.fused[torch.from_numpy(shuffled)], atol=1e-6)
         assert found.positions.tolist() == shuffled.tolist()
@@ -262,14 +345,31 @@ def test_held_out_rows_never_steer_the_weights(config: Config, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["stages.seq2item.artifacts=[]"], r"stages\.seq2item\.data\.icon_sequences: its shards are artifact:interests; list that"),
-        (["stages.hard.subset.sets=[icons]"], r"stages\.hard\.subset\.sets: found icons; expected data sets of the stage"),
-        (["stages.seq2item.hard_negatives.patterns={icon_sequences: [history_to_item]}"], r"icon_sequences: pattern 'history_to_item' starts from a history"),
-        (["data.sets.icon_neighbours.shards=elsewhere"], r"stages\.id2item\.artifacts: no data set has `shards: artifact:co_occurrence`"),
-        (["+data.sets.more=${data.sets.icon_histories}"], r"2 sequences data sets with recorded histories over 'icons'"),
+        (
+            ["stages.seq2item.artifacts=[]"],
+            r"stages\.seq2item\.data\.icon_sequences: its shards are artifact:interests; list that",
+        ),
+        (
+            ["stages.hard.subset.sets=[icons]"],
+            r"stages\.hard\.subset\.sets: found icons; expected data sets of the stage",
+        ),
+        (
+            ["stages.seq2item.hard_negatives.patterns={icon_sequences: [history_to_item]}"],
+            r"icon_sequences: pattern 'history_to_item' starts from a history",
+        ),
+        (
+            ["data.sets.icon_neighbours.shards=elsewhere"],
+            r"stages\.id2item\.artifacts: no data set has `shards: artifact:co_occurrence`",
+        ),
+        (
+            ["+data.sets.more=${data.sets.icon_histories}"],
+            r"2 sequences data sets with recorded histories over 'icons'",
+        ),
     ],
 )
-def test_what_a_later_stage_cannot_make_is_told_by_the_configuration_alone(settings: list[str], message: str) -> None:
+def test_what_a_later_stage_cannot_make_is_told_by_the_configuration_alone(
+    settings: list[str], message: str
+) -> None:
     config = compose(["experiment=quickstart"])
     for name in config.order:
         check_stage(name, config.stages[name], config)

@@ -1,4 +1,6 @@
-"""The made-up shards of sailplan.data.testing, written once per session, and configurations over them."""
+"""The made-up shards of sailplan.data.testing, written once per session, and configurations over
+them.
+"""
 
 from __future__ import annotations
 

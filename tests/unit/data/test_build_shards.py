@@ -1,4 +1,6 @@
-"""The same records must give the same bytes, or a rebuild could never be compared with what is committed."""
+"""The same records must give the same bytes, or a rebuild could never be compared with what is
+committed.
+"""
 
 import io
 import tarfile
@@ -22,8 +24,14 @@ def made_up(count: int) -> list[Record]:
     for n in range(count):
         pixels = np.random.default_rng(n).integers(0, 255, (64, 64, 3), dtype=np.uint8)
         wave = (8000 * np.sin(np.arange(1600) * (0.05 + 0.01 * n))).astype(np.int16)
-        body = {"split": "train", "id": f"set/one.{n}/of", "fields": {"title": {"ru": "имя", "en": f"name {n}"}}}
-        records.append(Record(body, webp=webp(Image.fromarray(pixels), lossless=True), ogg=opus(wave, 8000)))
+        body = {
+            "split": "train",
+            "id": f"set/one.{n}/of",
+            "fields": {"title": {"ru": "имя", "en": f"name {n}"}},
+        }
+        records.append(
+            Record(body, webp=webp(Image.fromarray(pixels), lossless=True), ogg=opus(wave, 8000))
+        )
     return records
 
 
@@ -38,7 +46,11 @@ def test_a_record_is_json_then_image_then_sound_under_one_key(tmp_path):
     (path,) = write_shards(made_up(1), tmp_path, "set", per_shard=10)
     with tarfile.open(path) as tar:
         members = tar.getmembers()
-    assert [member.name for member in members] == ["one_0__of.json", "one_0__of.webp", "one_0__of.ogg"]
+    assert [member.name for member in members] == [
+        "one_0__of.json",
+        "one_0__of.webp",
+        "one_0__of.ogg",
+    ]
     assert {(member.mtime, member.uid, member.gid) for member in members} == {(0, 0, 0)}
 
 
@@ -54,7 +66,10 @@ def test_two_records_with_one_key_are_refused(tmp_path):
 
 
 def test_long_ids_fit_a_tar_header():
-    first, second = Record({"id": "set/" + "x" * 200 + "1"}), Record({"id": "set/" + "x" * 200 + "2"})
+    first, second = (
+        Record({"id": "set/" + "x" * 200 + "1"}),
+        Record({"id": "set/" + "x" * 200 + "2"}),
+    )
     assert len(first.key) <= 90 and first.key != second.key
 
 
@@ -70,13 +85,20 @@ def test_opus_survives_the_rewriting_of_its_pages():
 def test_pairs_stay_within_a_split_and_a_number():
     def emoji(n: int) -> Record:
         tags = {"en": ["face", f"t{n % 7}", f"u{n % 3}"]}
-        body = {"id": f"emoji/{n:04X}", "split": "held_out" if n % 10 == 0 else "train", "group": "g", "subgroup": f"s{n % 4}"}
+        body = {
+            "id": f"emoji/{n:04X}",
+            "split": "held_out" if n % 10 == 0 else "train",
+            "group": "g",
+            "subgroup": f"s{n % 4}",
+        }
         return Record(body | {"fields": {"tags": tags}})
 
     records = [emoji(n) for n in range(80)]
     split = {record.id: record.body["split"] for record in records}
     pairs = [record.body for record in emoji_pairs(records)]
-    assert pairs and all(split[pair["query"]] == split[pair["item"]] == pair["split"] for pair in pairs)
+    assert pairs and all(
+        split[pair["query"]] == split[pair["item"]] == pair["split"] for pair in pairs
+    )
     touching = [one for pair in pairs for one in (pair["query"], pair["item"])]
     assert max(map(touching.count, set(touching))) <= MOST
 
@@ -84,7 +106,10 @@ def test_pairs_stay_within_a_split_and_a_number():
 def test_a_missing_client_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["--out", str(tmp_path / "out"), "--sources", str(tmp_path / "sources")]) == 1
-    assert capsys.readouterr().err == "error: npm is not installed; it is needed to get emojibase-data 17.0.0\n"
+    assert (
+        capsys.readouterr().err
+        == "error: npm is not installed; it is needed to get emojibase-data 17.0.0\n"
+    )
 
 
 def test_an_archive_that_is_there_is_not_fetched(tmp_path, monkeypatch):

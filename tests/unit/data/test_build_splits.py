@@ -19,13 +19,17 @@ def item(name: str, split: str, title: dict, **fields) -> Record:
 def test_side_depends_on_the_name_alone():
     names = [f"thing {n}" for n in range(2000)]
     sides = split_by_name(names)
-    assert dict(zip(names, sides, strict=True)) == dict(zip(names[::-1], split_by_name(names[::-1]), strict=True))
+    assert dict(zip(names, sides, strict=True)) == dict(
+        zip(names[::-1], split_by_name(names[::-1]), strict=True)
+    )
     assert 0.08 < sides.count(HELD_OUT) / len(sides) < 0.12
 
 
 def test_skin_tones_case_and_equal_pictures_share_a_side():
     for n in range(60):
-        sides = split_by_name([f"hand {n}", f"Hand {n}: dark skin tone", f"other {n}"], [f"a{n}", f"b{n}", f"a{n}"])
+        sides = split_by_name(
+            [f"hand {n}", f"Hand {n}: dark skin tone", f"other {n}"], [f"a{n}", f"b{n}", f"a{n}"]
+        )
         assert len(set(sides)) == 1
 
 
@@ -48,11 +52,24 @@ def test_no_training_alias_is_a_held_out_name():
 
 def test_held_out_keywords_are_unseen_everywhere():
     words = [f"word{n}" for n in range(600)]
-    records = [item("a", TRAIN, {"en": "word7"}, tags={"en": words}), item("b", TRAIN, {"en": "x"}, tags={"de": [w.upper() for w in words]})]
+    records = [
+        item("a", TRAIN, {"en": "word7"}, tags={"en": words}),
+        item("b", TRAIN, {"en": "x"}, tags={"de": [w.upper() for w in words]}),
+    ]
     known = training_texts(records)
     distinct = hold_out_keywords(records, known)
-    held = {word.lower() for record in records for one in record.body["held_out_tags"].values() for word in one}
-    kept = {word.lower() for record in records for one in record.body["fields"]["tags"].values() for word in one}
+    held = {
+        word.lower()
+        for record in records
+        for one in record.body["held_out_tags"].values()
+        for word in one
+    }
+    kept = {
+        word.lower()
+        for record in records
+        for one in record.body["fields"]["tags"].values()
+        for word in one
+    }
     assert len(held) == distinct and not held & kept and held | kept == set(words)
     assert 70 < distinct < 130
     assert "word7" in kept, "a keyword that is a training title is not unseen"

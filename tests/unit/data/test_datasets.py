@@ -31,16 +31,28 @@ def set_key(config: Config, path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("things.views.title.modalities", ["text", "smell"], r"data\.sets\.things\.views\.title\.modalities\.1=smell"),
+        (
+            "things.views.title.modalities",
+            ["text", "smell"],
+            r"data\.sets\.things\.views\.title\.modalities\.1=smell",
+        ),
         ("things.views.title.fields", [], r"data\.sets\.things\.views\.title\.fields is empty"),
         ("things.views.title.of", "query", r"views\.title\.of=query: .*'items' has item"),
         ("things.views.title.pick", "two", r"views\.title\.pick=two"),
-        ("things.patterns.image_title.target", "absent", r"patterns\.image_title: no view 'absent'"),
+        (
+            "things.patterns.image_title.target",
+            "absent",
+            r"patterns\.image_title: no view 'absent'",
+        ),
         ("histories.catalogue", None, r"data\.sets\.histories\.catalogue is missing"),
         ("choices.catalogue", "absent", r"catalogue=absent: no such data set"),
         ("choices.catalogue", "graded", r"catalogue=graded: is of kind 'pairs'"),
         ("choices.kind", "triples", r"data\.sets\.choices\.kind=triples"),
-        ("things.negatives", 2, r"data\.sets\.things\.negatives=2: expected 0 or more for pairs and sequences"),
+        (
+            "things.negatives",
+            2,
+            r"data\.sets\.things\.negatives=2: expected 0 or more for pairs and sequences",
+        ),
         ("things.shards", "no/such/folder", r"data\.sets\.things\.shards=no/such/folder"),
     ],
 )
@@ -52,25 +64,41 @@ def test_each_mistake_names_its_key(make_config: Make, path: str, value: Any, me
     assert "\n" not in str(caught.value)
 
 
-def test_data_sets_that_a_stage_makes_open_once_their_folder_is_known(make_config: Make, shards: Path) -> None:
+def test_data_sets_that_a_stage_makes_open_once_their_folder_is_known(
+    make_config: Make, shards: Path
+) -> None:
     config = make_config()
     config.data.sets["histories"].shards = "artifact:interests"
     assert set(open_datasets(config)) == {"things", "choices", "graded"}
-    readers = open_datasets(config, artifacts={"interests": shards / "histories"}, names=["histories"])
-    assert set(readers) == {"histories", "things"} and readers["histories"].catalogue is readers["things"]
+    readers = open_datasets(
+        config, artifacts={"interests": shards / "histories"}, names=["histories"]
+    )
+    assert (
+        set(readers) == {"histories", "things"}
+        and readers["histories"].catalogue is readers["things"]
+    )
     with pytest.raises(ConfigurationError, match="no 'absent'"):
         open_datasets(config, names=["absent"])
 
 
 def test_a_data_set_without_a_record_to_train_on_is_told(make_config: Make, tmp_path: Path) -> None:
     config = make_config()
-    config.order, config.stages = ["first", "second"], {"first": StageConfig(data={"graded": 1.0}), "second": StageConfig(data={"things": 1.0})}
+    config.order, config.stages = (
+        ["first", "second"],
+        {"first": StageConfig(data={"graded": 1.0}), "second": StageConfig(data={"things": 1.0})},
+    )
     check_records(config, open_datasets(config))
     config.data.sets["things"].shards = str(write_set(tmp_path / "none", [[]]))
-    with pytest.raises(ConfigurationError, match=r"stages\.second\.data names 'things', which has no record"):
+    with pytest.raises(
+        ConfigurationError, match=r"stages\.second\.data names 'things', which has no record"
+    ):
         check_records(config, open_datasets(config))
-    assert [str(problem) for problem in validate(config, names=["things"])][:1] == ["things: -: no record in 1 shards"]
-    config.data.sets["things"].shards = str(write_set(tmp_path / "held", [item_record(9), item_record(19)]))
+    assert [str(problem) for problem in validate(config, names=["things"])][:1] == [
+        "things: -: no record in 1 shards"
+    ]
+    config.data.sets["things"].shards = str(
+        write_set(tmp_path / "held", [item_record(9), item_record(19)])
+    )
     with pytest.raises(ConfigurationError, match="2 records, none of split 'train'"):
         check_records(config, open_datasets(config))
 
@@ -84,7 +112,9 @@ def test_a_prompt_that_leaves_no_room_is_told_before_the_run(make_config: Make) 
 def test_each_shard_that_is_scanned_counts_as_progress(make_config: Make, tmp_path: Path) -> None:
     calls: list[int] = []
     config = make_config()
-    config.data.sets["things"].shards = str(write_set(tmp_path / "things", [item_record(number) for number in range(48)]))
+    config.data.sets["things"].shards = str(
+        write_set(tmp_path / "things", [item_record(number) for number in range(48)])
+    )
     readers = open_datasets(config, names=["things"], progress=lambda: calls.append(1))
     assert len(calls) >= 2 * len(readers["things"].index.shards) == 6, "its index and its lengths"
 
@@ -116,5 +146,12 @@ def test_validation_names_every_bad_sample(make_config: Make, tmp_path: Path) ->
         ("graded", "-"),
     ]
     text = "\n".join(map(str, problems))
-    for reason in ("image cannot be decoded", "broken JSON", "occurs more than once", "not in the catalogue", "view 'video'", "end mark"):
+    for reason in (
+        "image cannot be decoded",
+        "broken JSON",
+        "occurs more than once",
+        "not in the catalogue",
+        "view 'video'",
+        "end mark",
+    ):
         assert reason in text

@@ -1,4 +1,6 @@
-"""The loader: equal batches for any worker count and starting step, a limit on bad samples, no processes left."""
+"""The loader: equal batches for any worker count and starting step, a limit on bad samples, no
+processes left.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,21 @@ Make = Callable[..., Config]
 WEIGHTS = {"things": 1.0, "histories": 1.0}
 
 
-def loader(config: Config, steps: int = 6, start_step: int = 0, weights: dict[str, float] = WEIGHTS, mixed: float = 0.5) -> StepLoader:
+def loader(
+    config: Config,
+    steps: int = 6,
+    start_step: int = 0,
+    weights: dict[str, float] = WEIGHTS,
+    mixed: float = 0.5,
+) -> StepLoader:
     readers, stage = open_datasets(config), StageConfig(steps=steps, mixed_fraction=mixed)
-    return StepLoader(Plan(config, "first", stage, weights, readers), readers, config, stage, start_step=start_step)
+    return StepLoader(
+        Plan(config, "first", stage, weights, readers),
+        readers,
+        config,
+        stage,
+        start_step=start_step,
+    )
 
 
 def flat(batches: list[StepBatch]) -> list[torch.Tensor]:
@@ -34,7 +48,9 @@ def flat(batches: list[StepBatch]) -> list[torch.Tensor]:
         for view in batch.views.values():
             found += [view.order, view.valid, view.ids]
             for inputs in view.micro_batches:
-                found += [value for value in vars(inputs).values() if isinstance(value, torch.Tensor)]
+                found += [
+                    value for value in vars(inputs).values() if isinstance(value, torch.Tensor)
+                ]
     return found
 
 
@@ -48,7 +64,9 @@ def assert_equal(left: list[StepBatch], right: list[StepBatch]) -> None:
 
 def test_workers_and_restarts_change_nothing(make_config: Make) -> None:
     wanted = list(loader(make_config()))
-    assert [batches[0].step for batches in wanted] == list(range(6)) and {len(batches) for batches in wanted} == {1, 2}
+    assert [batches[0].step for batches in wanted] == list(range(6)) and {
+        len(batches) for batches in wanted
+    } == {1, 2}
     for workers, start in ((2, 0), (0, 4), (1, 3), (0, 6)):
         found = list(loader(make_config(workers=workers), start_step=start))
         assert len(found) == 6 - start
@@ -78,26 +96,42 @@ def test_closing_early_leaves_no_worker_and_no_thread(make_config: Make, workers
 @pytest.fixture
 def broken(make_config: Make, tmp_path: Path) -> Config:
     records = [item_record(number) for number in range(40)]
-    records[1] = [(name, content[:60] if name.endswith("png") else content) for name, content in records[1]]
+    records[1] = [
+        (name, content[:60] if name.endswith("png") else content) for name, content in records[1]
+    ]
     config = make_config()
     config.data.sets["things"].shards = str(write_set(tmp_path / "set", records))
     return config
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_one_broken_record_is_tolerated_and_a_low_limit_stops_the_run(broken: Config, workers: int) -> None:
+def test_one_broken_record_is_tolerated_and_a_low_limit_stops_the_run(
+    broken: Config, workers: int
+) -> None:
     broken.data.workers = workers
-    batches = [batch for step in loader(broken, 9, weights={"things": 1.0}, mixed=0.0) for batch in step]
-    assert sum(len(batch.quarantined) for batch in batches) in (3, 4, 5), "144 rows are 4 epochs of 36 records, spares included"
+    batches = [
+        batch for step in loader(broken, 9, weights={"things": 1.0}, mixed=0.0) for batch in step
+    ]
+    assert sum(len(batch.quarantined) for batch in batches) in (3, 4, 5), (
+        "144 rows are 4 epochs of 36 records, spares included"
+    )
     broken.data.bad_sample_limit = 0.001
-    with pytest.raises(BadDataError, match=r"2 bad samples in the latest .*data\.bad_sample_limit=0\.001; last: things/1: "):
+    with pytest.raises(
+        BadDataError,
+        match=r"2 bad samples in the latest .*data\.bad_sample_limit=0\.001; last: things/1: ",
+    ):
         list(loader(broken, 9, weights={"things": 1.0}, mixed=0.0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_in_a_worker_arrives_in_its_one_line_form(make_config: Make, tmp_path: Path, workers: int) -> None:
+def test_an_error_in_a_worker_arrives_in_its_one_line_form(
+    make_config: Make, tmp_path: Path, workers: int
+) -> None:
     config = make_config(workers=workers)
-    broken = [[(name, b"x" if name.endswith("png") else content) for name, content in item_record(number)] for number in range(20)]
+    broken = [
+        [(name, b"x" if name.endswith("png") else content) for name, content in item_record(number)]
+        for number in range(20)
+    ]
     config.data.sets["things"].shards = str(write_set(tmp_path / "set", broken))
     with pytest.raises(BadDataError) as caught:
         list(loader(config, weights={"things": 1.0}))

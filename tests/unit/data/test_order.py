@@ -1,4 +1,6 @@
-"""The elastic order: no record lost or doubled in any epoch, and the same stream however it is cut."""
+"""The elastic order: no record lost or doubled in any epoch, and the same stream however it is
+cut.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,19 @@ from hypothesis import strategies as st
 
 from sailplan.data.order import keyed, permute, positions, uniform
 
-shape = st.tuples(st.integers(1, 400), st.sampled_from([1, 2, 4, 6, 8, 24]), st.integers(1, 70), st.integers(1, 90))
+shape = st.tuples(
+    st.integers(1, 400),
+    st.sampled_from([1, 2, 4, 6, 8, 24]),
+    st.integers(1, 70),
+    st.integers(1, 90),
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(shape, st.integers(0, 2**62), st.integers(0, 50))
-def test_every_epoch_reads_every_record_exactly_once(shape: tuple[int, int, int, int], seed: int, epoch: int) -> None:
+def test_every_epoch_reads_every_record_exactly_once(
+    shape: tuple[int, int, int, int], seed: int, epoch: int
+) -> None:
     size, lanes, segment, window = shape
     order = positions(11, size, seed, epoch * size, size, lanes, segment, window)
     assert np.array_equal(np.sort(order), np.arange(size))
@@ -23,11 +32,16 @@ def test_every_epoch_reads_every_record_exactly_once(shape: tuple[int, int, int,
 
 @settings(max_examples=40, deadline=None)
 @given(shape, st.lists(st.integers(0, 700), max_size=6))
-def test_the_stream_does_not_depend_on_how_it_is_cut(shape: tuple[int, int, int, int], cuts: list[int]) -> None:
+def test_the_stream_does_not_depend_on_how_it_is_cut(
+    shape: tuple[int, int, int, int], cuts: list[int]
+) -> None:
     size, lanes, segment, window = shape
     whole = positions(5, size, 1, 0, 700, lanes, segment, window)
     edges = sorted({0, 700, *cuts})
-    parts = [positions(5, size, 1, start, stop - start, lanes, segment, window) for start, stop in itertools.pairwise(edges)]
+    parts = [
+        positions(5, size, 1, start, stop - start, lanes, segment, window)
+        for start, stop in itertools.pairwise(edges)
+    ]
     assert np.array_equal(whole, np.concatenate(parts))
 
 
@@ -53,12 +67,19 @@ def test_reading_is_sequential_within_segments_and_shuffled_between() -> None:
 
 def test_neither_epochs_nor_single_places_are_favoured() -> None:
     rows = np.arange(4096)
-    correlations = [np.corrcoef(rows, positions(1, 4096, 0, epoch * 4096, 4096, 8, 64, 128))[0, 1] for epoch in range(40)]
-    assert abs(np.mean(correlations)) < 0.1  # 64 segments: a standard deviation of 0.125 each, 0.02 for the mean
+    correlations = [
+        np.corrcoef(rows, positions(1, 4096, 0, epoch * 4096, 4096, 8, 64, 128))[0, 1]
+        for epoch in range(40)
+    ]
+    assert (
+        abs(np.mean(correlations)) < 0.1
+    )  # 64 segments: a standard deviation of 0.125 each, 0.02 for the mean
     counts = np.zeros((7, 7))
     for key in range(1000):
         counts[np.arange(7), permute(np.arange(7), 7, keyed(key))] += 1
-    assert ((counts - 1000 / 7) ** 2 / (1000 / 7)).sum() < 75, "chi-square with 36 degrees of freedom; 75 has p < 0.001"
+    assert ((counts - 1000 / 7) ** 2 / (1000 / 7)).sum() < 75, (
+        "chi-square with 36 degrees of freedom; 75 has p < 0.001"
+    )
 
 
 def test_far_rows_cost_no_more_than_near_ones() -> None:
@@ -73,4 +94,17 @@ def test_uniform_numbers_are_uniform() -> None:
 
 def test_the_order_of_released_versions_is_frozen() -> None:
     """A run resumed after an upgrade must go on with the same records."""
-    assert positions(5, 1709, 1, 0, 12, 8, 64, 512).tolist() == [319, 572, 431, 993, 158, 1373, 1544, 334, 288, 528, 1177, 1144]
+    assert positions(5, 1709, 1, 0, 12, 8, 64, 512).tolist() == [
+        319,
+        572,
+        431,
+        993,
+        158,
+        1373,
+        1544,
+        334,
+        288,
+        528,
+        1177,
+        1144,
+    ]

@@ -1,4 +1,6 @@
-"""Risks: a text saved in another way read as noise, and JSON of odd kinds that ends a run instead of being one bad sample."""
+"""Risks: a text saved in another way read as noise, and JSON of odd kinds that ends a run
+instead of being one bad sample.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,22 @@ def test_other_bytes_are_repaired_and_said_to_be(content: bytes, text: str) -> N
     assert decode_text(content) == Text(text, repaired=True)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"]
+)
 def test_json_is_read_in_any_of_them(encoding: str) -> None:
-    assert parse_json(json.dumps({"a": "støvel"}, ensure_ascii=False).encode(encoding)) == {"a": "støvel"}
+    assert parse_json(json.dumps({"a": "støvel"}, ensure_ascii=False).encode(encoding)) == {
+        "a": "støvel"
+    }
 
 
 def test_halves_of_surrogate_pairs_are_replaced_and_whole_pairs_joined() -> None:
-    assert parse_json(rb'{"a\ud83d": ["x\uDC5f", {"b": "\ud83d\udc5f"}]}') == {"a\ufffd": ["x\ufffd", {"b": "\U0001f45f"}]}
-    assert parse_json(b'{"a": "\xed\xa0\xbd\xed\xb1\x9f \xed\xa0\xbd"}') == {"a": "\U0001f45f \ufffd"}, "as Java and MySQL write them"
+    assert parse_json(rb'{"a\ud83d": ["x\uDC5f", {"b": "\ud83d\udc5f"}]}') == {
+        "a\ufffd": ["x\ufffd", {"b": "\U0001f45f"}]
+    }
+    assert parse_json(b'{"a": "\xed\xa0\xbd\xed\xb1\x9f \xed\xa0\xbd"}') == {
+        "a": "\U0001f45f \ufffd"
+    }, "as Java and MySQL write them"
     assert parse_json('{"a": "\\ud55c 한"}'.encode()) == {"a": "한 한"}
 
 
@@ -71,29 +81,56 @@ def test_json_that_cannot_be_used_is_a_value_error(content: bytes, reason: str) 
 
 
 def test_a_record_of_such_json_is_one_bad_sample_of_one_line(tmp_path: Path) -> None:
-    deep = json.dumps({"id": "x"}).encode()[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    folder = write_set(tmp_path, [[("0.json", deep)], [("1.json", b'{"id": "x", "id": "last"}')], [json_member("2", {"id": "fine", "fields": None})]])
+    deep = (
+        json.dumps({"id": "x"}).encode()[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    )
+    folder = write_set(
+        tmp_path,
+        [
+            [("0.json", deep)],
+            [("1.json", b'{"id": "x", "id": "last"}')],
+            [json_member("2", {"id": "fine", "fields": None})],
+        ],
+    )
     reader = RecordReader("mine", DatasetConfig(), ShardIndex(sorted(folder.glob("*.tar"))))
-    assert reader.ids([0, 1, 2]) == ["part-000/0", "last", "fine"] and reader.read(1).id == "last" and reader.read(2).id == "fine"
+    assert (
+        reader.ids([0, 1, 2]) == ["part-000/0", "last", "fine"]
+        and reader.read(1).id == "last"
+        and reader.read(2).id == "fine"
+    )
     with pytest.raises(BadSample, match=r"broken JSON .* nested too deeply") as caught:
         reader.read(0)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize(("value", "found"), [(0.5, 0.5), (0, 0.0), (1, 1.0), (None, None), ("", None)])
+@pytest.mark.parametrize(
+    ("value", "found"), [(0.5, 0.5), (0, 0.0), (1, 1.0), (None, None), ("", None)]
+)
 def test_scores_that_are_numbers_from_0_to_1_are_taken(value: Any, found: float | None) -> None:
     assert score("r", {"score": value}) == found
 
 
-@pytest.mark.parametrize("value", ["0.8", True, False, float("nan"), float("inf"), -0.2, 4.7, "high", [1], {}])
+@pytest.mark.parametrize(
+    "value", ["0.8", True, False, float("nan"), float("inf"), -0.2, 4.7, "high", [1], {}]
+)
 def test_other_scores_are_bad_samples(value: Any) -> None:
     with pytest.raises(BadSample, match="score is "):
         score("r", {"score": value})
 
 
 def test_an_empty_cell_is_a_field_that_is_not_there_and_a_number_is_a_mistake() -> None:
-    fields = {"title": None, "tags": ["a", None], "note": {"en": None, "de": "b"}, "price": float("nan"), "empty": ""}
-    assert fields_of("r", fields) == {"tags": {"en": ["a"]}, "note": {"de": "b"}, "empty": {"en": ""}}
+    fields = {
+        "title": None,
+        "tags": ["a", None],
+        "note": {"en": None, "de": "b"},
+        "price": float("nan"),
+        "empty": "",
+    }
+    assert fields_of("r", fields) == {
+        "tags": {"en": ["a"]},
+        "note": {"de": "b"},
+        "empty": {"en": ""},
+    }
     for wrong in ({"title": 0}, {"title": False}, {"title": {"en": 7}}, {"title": [0]}):
         with pytest.raises(BadSample, match=r"field title\.en is a"):
             fields_of("r", wrong)

@@ -1,4 +1,6 @@
-"""Risks: shards in folders that cannot be written end in a traceback, or in an index that is old."""
+"""Risks: shards in folders that cannot be written end in a traceback, or in an index that is
+old.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     allowed, write = os.access, Path.mkdir
 
     def access(path: Path, mode: int) -> bool:
-        return allowed(path, mode) and not (mode == os.W_OK and any(folder == Path(path) or folder in Path(path).parents for folder in closed))
+        return allowed(path, mode) and not (
+            mode == os.W_OK
+            and any(folder == Path(path) or folder in Path(path).parents for folder in closed)
+        )
 
     def mkdir(self: Path, *arguments: object, **options: object) -> None:
         if any(folder in self.parents for folder in closed):
@@ -44,16 +49,25 @@ def shards_of(config: Config, folder: Path) -> Path:
     return made
 
 
-def test_index_and_lengths_go_to_the_cache_where_the_shards_cannot_be_written(make_config: Make, tmp_path: Path, read_only: Callable[[Path], None]) -> None:
+def test_index_and_lengths_go_to_the_cache_where_the_shards_cannot_be_written(
+    make_config: Make, tmp_path: Path, read_only: Callable[[Path], None]
+) -> None:
     config = make_config(cache=str(tmp_path / "cache"))
     folder = shards_of(config, tmp_path / "set")
     read_only(folder)
-    assert len(open_datasets(config, names=["things"])["things"]) == 20 and not (folder / ".index").exists()
-    kept = sorted(path.suffix for path in (tmp_path / "cache" / "index").rglob("*") if path.is_file())
+    assert (
+        len(open_datasets(config, names=["things"])["things"]) == 20
+        and not (folder / ".index").exists()
+    )
+    kept = sorted(
+        path.suffix for path in (tmp_path / "cache" / "index").rglob("*") if path.is_file()
+    )
     assert kept.count(".manifest") == 2 and kept.count(".tables") == 2
 
 
-def test_an_old_index_in_a_folder_that_cannot_be_written_is_replaced_in_the_cache(tmp_path: Path, read_only: Callable[[Path], None]) -> None:
+def test_an_old_index_in_a_folder_that_cannot_be_written_is_replaced_in_the_cache(
+    tmp_path: Path, read_only: Callable[[Path], None]
+) -> None:
     folder = write_set(tmp_path / "set", [[json_member("a", {"id": "one"})]])
     assert ShardIndex(sorted(folder.glob("*.tar"))).ids([0]) == ["one"]
     write_set(folder, [[json_member("a", {"id": "two"})]])
@@ -62,14 +76,23 @@ def test_an_old_index_in_a_folder_that_cannot_be_written_is_replaced_in_the_cach
 
 
 @pytest.mark.parametrize("cache", ["a file", "below a file", "closed"])
-def test_a_cache_that_cannot_be_written_is_named(make_config: Make, tmp_path: Path, read_only: Callable[[Path], None], cache: str) -> None:
+def test_a_cache_that_cannot_be_written_is_named(
+    make_config: Make, tmp_path: Path, read_only: Callable[[Path], None], cache: str
+) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "closed").mkdir()
-    place = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "closed": tmp_path / "closed" / "x"}[cache]
+    place = {
+        "a file": tmp_path / "file",
+        "below a file": tmp_path / "file" / "x",
+        "closed": tmp_path / "closed" / "x",
+    }[cache]
     config = make_config(cache=str(place))
     read_only(shards_of(config, tmp_path / "set"))
     read_only(tmp_path / "closed")
-    with pytest.raises(ConfigurationError, match=r"data\.cache=.* cannot be written \(.*\); set data\.cache to a folder") as caught:
+    with pytest.raises(
+        ConfigurationError,
+        match=r"data\.cache=.* cannot be written \(.*\); set data\.cache to a folder",
+    ) as caught:
         open_datasets(config, names=["things"])
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigurationError, match=r"data\.cache=.* cannot be written"):
@@ -77,7 +100,10 @@ def test_a_cache_that_cannot_be_written_is_named(make_config: Make, tmp_path: Pa
 
 
 def test_a_user_without_a_home_needs_a_cache_only_where_shards_cannot_be_written(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_only: Callable[[Path], None]
+    make_config: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read_only: Callable[[Path], None],
 ) -> None:
     def nowhere(self: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -88,12 +114,16 @@ def test_a_user_without_a_home_needs_a_cache_only_where_shards_cannot_be_written
     assert len(open_datasets(config, names=["things"])["things"]) == 20
     other = shards_of(config, tmp_path / "other")
     read_only(other)
-    with pytest.raises(ConfigurationError, match=r"data\.cache is not set, and this user has no home"):
+    with pytest.raises(
+        ConfigurationError, match=r"data\.cache is not set, and this user has no home"
+    ):
         open_datasets(config, names=["things"])
     assert (folder / ".index").is_dir()
 
 
-def test_shards_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_that_cannot_be_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_set(tmp_path / "set", [[json_member("a", {"id": "one"})]])
     (folder / "._part-000.tar").write_bytes(b"a sidecar")
     assert [path.name for path in resolve("mine", str(folder))] == ["part-000.tar"]
@@ -103,7 +133,10 @@ def test_shards_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "listdir", refused)
-        with pytest.raises(ConfigurationError, match=r"data\.sets\.mine\.shards=.*: the folder cannot be read \(Permission denied\)"):
+        with pytest.raises(
+            ConfigurationError,
+            match=r"data\.sets\.mine\.shards=.*: the folder cannot be read \(Permission denied\)",
+        ):
             resolve("mine", str(folder))
     monkeypatch.setattr("sailplan.data.shard_table.scan", refused)
     with pytest.raises(BadDataError, match=r"part-000\.tar: cannot be read \(Permission denied\)"):

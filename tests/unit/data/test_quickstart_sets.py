@@ -1,4 +1,6 @@
-"""The committed quick-start sets through the real configuration: no held-out record in training, no bad sample."""
+"""The committed quick-start sets through the real configuration: no held-out record in training,
+no bad sample.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_step_of_each_set_is_whole_and_trains_on_no_held_out_record(config: Config, name: str) -> None:
+def test_a_step_of_each_set_is_whole_and_trains_on_no_held_out_record(
+    config: Config, name: str
+) -> None:
     readers = open_datasets(config, names=[name])
     stage = StageConfig(steps=4)
     plan = Plan(config, "check", stage, {name: 1.0}, readers)
@@ -33,7 +37,10 @@ def test_a_step_of_each_set_is_whole_and_trains_on_no_held_out_record(config: Co
     halves = [Collator(config, stage, plan, readers, rank, 2) for rank in range(2)]
     for step in (0, 3):
         batches = [half.batches(step)[0] for half in halves]
-        assert not any(batch.quarantined for batch in batches) and batches[0].digest == batches[1].digest
+        assert (
+            not any(batch.quarantined for batch in batches)
+            and batches[0].digest == batches[1].digest
+        )
         assert sum(len(batch.record_ids) for batch in batches) == 16
         assert not held_out & {record for batch in batches for record in batch.record_ids}
         for view in batches[0].views.values():

@@ -1,5 +1,7 @@
-"""Risks at a size that no test can write out: a step that reads tables of rows that are not this rank's, an order that
-changes with the ranks or costs more with more shards. 10^5 shards of 10^4 records, all of them one small file."""
+"""Risks at a size that no test can write out: a step that reads tables of rows that are not this
+rank's, an order that
+changes with the ranks or costs more with more shards. 10^5 shards of 10^4 records, all of them one
+small file."""
 
 from __future__ import annotations
 
@@ -22,12 +24,25 @@ SHARDS, RECORDS, BATCH, LANES = 100_000, 10_000, 8_192, 1_024
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bodies = [{"id": f"t/{n}", "split": "held_out" if n % 100 == 7 else "train", "fields": {"title": f"red {n % 9}"}} for n in range(RECORDS)]
-    folder = write_set(tmp_path_factory.mktemp("scale"), [[json_member(f"{n}", body)] for n, body in enumerate(bodies)], RECORDS)
+    bodies = [
+        {
+            "id": f"t/{n}",
+            "split": "held_out" if n % 100 == 7 else "train",
+            "fields": {"title": f"red {n % 9}"},
+        }
+        for n in range(RECORDS)
+    ]
+    folder = write_set(
+        tmp_path_factory.mktemp("scale"),
+        [[json_member(f"{n}", body)] for n, body in enumerate(bodies)],
+        RECORDS,
+    )
     return folder / "part-000.tar"
 
 
-def test_a_rank_reads_the_tables_of_its_own_rows_only(make_config: Callable[..., Config], shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_reads_the_tables_of_its_own_rows_only(
+    make_config: Callable[..., Config], shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan_module, "STREAMS", LANES)
     config = make_config(global_batch=BATCH, segment=64, window=512)
     config.step.dealing, config.step.token_budget = "lanes", 0
@@ -35,7 +50,9 @@ def test_a_rank_reads_the_tables_of_its_own_rows_only(make_config: Callable[...,
     stage = StageConfig(steps=100, patterns={"things": ["image_title"]})
     digests, rows = {}, BATCH // 64
     for size in (1, 2, 4, 64):
-        reader = RecordReader("things", config.data.sets["things"], repeated(ShardIndex([shard]), SHARDS))
+        reader = RecordReader(
+            "things", config.data.sets["things"], repeated(ShardIndex([shard]), SHARDS)
+        )
         plan = Plan(config, "first", stage, {"things": 1.0}, {"things": reader})
         digests[size] = [plan.digest(step) for step in (0, 1, 99)]
         assert reader.index.loaded == 0, "an order is numbers alone"

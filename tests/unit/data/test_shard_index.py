@@ -1,4 +1,6 @@
-"""The shard index: damaged archives are named, stale indexes are not used, ranks may build at once."""
+"""The shard index: damaged archives are named, stale indexes are not used, ranks may build at
+once.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,17 @@ def test_ids_splits_and_lookup_over_shards(folder: Path) -> None:
     assert len(index) == 40 and index.ids([0, 17, 39]) == ["things/0", "things/17", "things/39"]
     assert index.positions("held_out").tolist() == [9, 19, 29, 39]
     assert len(index.positions("train")) == 36 and index.positions("other").size == 0
-    assert [index.find(f"things/{number}") for number in (0, 16, 33)] == [0, 16, 33] and index.find("things/40") is None
+    assert [index.find(f"things/{number}") for number in (0, 16, 33)] == [0, 16, 33] and index.find(
+        "things/40"
+    ) is None
 
 
 def times(folder: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_mtime_ns for file in (folder / ".index").iterdir() if file.suffix in (".manifest", ".tables")}
+    return {
+        file.name: file.stat().st_mtime_ns
+        for file in (folder / ".index").iterdir()
+        if file.suffix in (".manifest", ".tables")
+    }
 
 
 def test_the_index_is_used_again_and_stays_valid_for_a_copy(folder: Path, tmp_path: Path) -> None:
@@ -52,7 +60,9 @@ def test_the_index_is_used_again_and_stays_valid_for_a_copy(folder: Path, tmp_pa
 
 
 def test_a_rewritten_shard_of_equal_size_is_indexed_anew(tmp_path: Path) -> None:
-    first = write_set(tmp_path / "set", [[json_member("a", {"id": "one"})], [json_member("b", {"id": "two"})]])
+    first = write_set(
+        tmp_path / "set", [[json_member("a", {"id": "one"})], [json_member("b", {"id": "two"})]]
+    )
     assert open_index(first).ids([0, 1]) == ["one", "two"]
     write_set(first, [[json_member("a", {"id": "six"})], [json_member("b", {"id": "ten"})]])
     assert open_index(first).ids([0, 1]) == ["six", "ten"]
@@ -65,14 +75,20 @@ def _open_and_count(folder: Path) -> int:
 def test_processes_may_build_the_same_index_at_once(folder: Path) -> None:
     with multiprocessing.get_context("fork").Pool(4) as pool:
         assert pool.map(_open_and_count, [folder] * 4) == [40] * 4
-    kept = sorted(file.suffix for file in (folder / ".index").iterdir() if file.name != ".gitignore")
+    kept = sorted(
+        file.suffix for file in (folder / ".index").iterdir() if file.name != ".gitignore"
+    )
     assert kept == [".lock", ".manifest", ".tables"], "no part and no temporary file is left"
 
 
 @pytest.mark.parametrize("cut", ["inside a member", "between members", "no end mark"])
 def test_a_cut_off_shard_is_named_with_its_size(tmp_path: Path, cut: str) -> None:
     content = tar_bytes([(f"{number}.txt", b"x" * 700) for number in range(5)])
-    size = {"inside a member": 2 * 1536 + 900, "between members": 3 * 1536, "no end mark": 5 * 1536}[cut]
+    size = {
+        "inside a member": 2 * 1536 + 900,
+        "between members": 3 * 1536,
+        "no end mark": 5 * 1536,
+    }[cut]
     shard = tmp_path / "cut.tar"
     shard.write_bytes(content[:size])
     with pytest.raises(BadDataError, match=r"cut\.tar"):
@@ -96,7 +112,9 @@ def test_a_compressed_shard_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shards", ["", "nowhere", "empty", "part-{000..004}.tar"])
-def test_missing_shards_name_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str) -> None:
+def test_missing_shards_name_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str
+) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigurationError, match=r"data\.sets\.mine\.shards"):
@@ -105,11 +123,19 @@ def test_missing_shards_name_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_patterns_and_urls_become_local_files(folder: Path, tmp_path: Path) -> None:
     pattern = f"{folder}/part-{{000..002}}.tar"
-    assert [path.name for path in resolve("mine", pattern)] == ["part-000.tar", "part-001.tar", "part-002.tar"]
+    assert [path.name for path in resolve("mine", pattern)] == [
+        "part-000.tar",
+        "part-001.tar",
+        "part-002.tar",
+    ]
     paths = resolve("mine", f"pipe:cat {pattern}", tmp_path / "cache")
-    assert len(ShardIndex(paths)) == 40 and all(path.parent == tmp_path / "cache" / "shards" for path in paths)
+    assert len(ShardIndex(paths)) == 40 and all(
+        path.parent == tmp_path / "cache" / "shards" for path in paths
+    )
     changed = paths[0].stat().st_mtime_ns
-    assert fetch(f"pipe:cat {folder}/part-000.tar", tmp_path / "cache").stat().st_mtime_ns == changed, "fetched once"
+    assert (
+        fetch(f"pipe:cat {folder}/part-000.tar", tmp_path / "cache").stat().st_mtime_ns == changed
+    ), "fetched once"
 
 
 def test_a_failed_fetch_leaves_nothing_behind(tmp_path: Path) -> None:

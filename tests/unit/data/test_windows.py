@@ -1,4 +1,6 @@
-"""Risks: a window that shows what came after its target, an order that is not time's, a history that holds its own target."""
+"""Risks: a window that shows what came after its target, an order that is not time's, a history
+that holds its own target.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,19 @@ import pytest
 from sailplan.data.values import BadSample
 from sailplan.data.windows import events, window
 
-BODY = {"items": ["d", "a", "c", "x", "b"], "times": [4, 1, 3, 2.5, 2], "labels": [1, None, "buy", 0, 5]}
+BODY = {
+    "items": ["d", "a", "c", "x", "b"],
+    "times": [4, 1, 3, 2.5, 2],
+    "labels": [1, None, "buy", 0, 5],
+}
 
 
 def test_events_are_in_time_without_those_labelled_zero() -> None:
     assert events("r", BODY) == ["a", "b", "c", "d"]
-    assert events("r", {"items": [0, "b"], "times": [0, 0]}) == ["0", "b"]  # of one time, as they are listed
+    assert events("r", {"items": [0, "b"], "times": [0, 0]}) == [
+        "0",
+        "b",
+    ]  # of one time, as they are listed
     assert events("r", {"items": ["b", "a"]}) == ["b", "a"]
 
 

@@ -1,4 +1,6 @@
-"""A merged folder holds the weighted average of its sources, and sources that do not fit are named."""
+"""A merged folder holds the weighted average of its sources, and sources that do not fit are
+named.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def checkpoints(config: Config, tmp_path_factory: pytest.TempPathFactory) -> lis
     def write(rank: int, world: int) -> None:
         parallel = join_layout(1)
         for seed in (1, 2, 3):
-            module = nn.ModuleDict({"encoder": build_encoder(config.model, config.parallel, parallel, seed=seed)})
+            module = nn.ModuleDict(
+                {"encoder": build_encoder(config.model, config.parallel, parallel, seed=seed)}
+            )
             if seed == 3:
                 module["head"] = nn.Linear(2, 2)
             save(folder_of(folder, seed), model=module, optimizer=None, extra={}, parallel=parallel)
@@ -47,14 +51,21 @@ def checkpoints(config: Config, tmp_path_factory: pytest.TempPathFactory) -> lis
     return [folder_of(folder, seed) for seed in (1, 2, 3)]
 
 
-def test_the_average_is_that_of_the_sources_checkpoints_or_exports(config: Config, checkpoints: list[Path], tmp_path: Path) -> None:
+def test_the_average_is_that_of_the_sources_checkpoints_or_exports(
+    config: Config, checkpoints: list[Path], tmp_path: Path
+) -> None:
     exported = export_weights(checkpoints[1], tmp_path / "exported", config=config)
-    one, two = load_file(export_weights(checkpoints[0], tmp_path / "first", config=config) / WEIGHTS), load_file(exported / WEIGHTS)
+    one, two = (
+        load_file(export_weights(checkpoints[0], tmp_path / "first", config=config) / WEIGHTS),
+        load_file(exported / WEIGHTS),
+    )
     same = load_file(merge([checkpoints[0]] * 2, tmp_path / "same", config=config) / WEIGHTS)
     assert same.keys() == one.keys() and all(torch.equal(same[name], one[name]) for name in one)
     mixed = merge([checkpoints[0], exported], tmp_path / "mixed", weights=[3, 1])
     for name, value in load_file(mixed / WEIGHTS).items():
-        assert torch.equal(value, (0.75 * one[name].double() + 0.25 * two[name].double()).to(value.dtype)), name
+        assert torch.equal(
+            value, (0.75 * one[name].double() + 0.25 * two[name].double()).to(value.dtype)
+        ), name
     assert any(not torch.equal(one[name], two[name]) for name in one)
 
     def load(rank: int, world: int) -> str:
@@ -64,7 +75,9 @@ def test_the_average_is_that_of_the_sources_checkpoints_or_exports(config: Confi
     assert run_ranks(load, 1) == ["merged"]
 
 
-def test_what_does_not_fit_is_named(config: Config, checkpoints: list[Path], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_named(
+    config: Config, checkpoints: list[Path], tmp_path: Path
+) -> None:
     for sources, weights, words in (
         (checkpoints[:1] + checkpoints[2:], None, r"head\.(bias|weight), which"),
         (checkpoints[:2], [1.0], "expected 2 positive numbers"),
@@ -77,19 +90,32 @@ def test_what_does_not_fit_is_named(config: Config, checkpoints: list[Path], tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_the_last_checkpoints_of_a_run_averaged_with_a_decay(config: Config, checkpoints: list[Path], tmp_path: Path) -> None:
+def test_the_last_checkpoints_of_a_run_averaged_with_a_decay(
+    config: Config, checkpoints: list[Path], tmp_path: Path
+) -> None:
     for name, checkpoint in zip(("step-00000005", "step-00000010"), checkpoints, strict=False):
         shutil.copytree(checkpoint, tmp_path / "checkpoints" / name)
     (tmp_path / "checkpoints" / "step-00000099").mkdir()  # unfinished
     folder = RunFolder(tmp_path)
     folder.write_config(config)
     old, new = (read_whole(checkpoint) for checkpoint in checkpoints[:2])
-    for arguments, out, share in ((["--last", "2"], "merged", 0.5), (["--last", "2", "--decay", "0.25", "--out", str(tmp_path / "ema")], "ema", 0.8)):
+    for arguments, out, share in (
+        (["--last", "2"], "merged", 0.5),
+        (["--last", "2", "--decay", "0.25", "--out", str(tmp_path / "ema")], "ema", 0.8),
+    ):
         assert main(["export", "merge", "--run-folder", str(tmp_path), *arguments]) == 0
         for name, value in load_file(tmp_path / out / WEIGHTS).items():
-            expected = (share * new[name].double() + (1 - share) * old[name].double()).to(value.dtype)
-            torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
-    for count, decay, words in ((3, 1.0, "found 2 complete.*checkpoint.keep=3"), (0, 1.0, "at least 1"), (2, 0.0, "above 0")):
+            expected = (share * new[name].double() + (1 - share) * old[name].double()).to(
+                value.dtype
+            )
+            torch.testing.assert_close(
+                value, expected, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    for count, decay, words in (
+        (3, 1.0, "found 2 complete.*checkpoint.keep=3"),
+        (0, 1.0, "at least 1"),
+        (2, 0.0, "above 0"),
+    ):
         with pytest.raises(ConfigurationError, match=words):
             last_checkpoints(folder.checkpoints, count, decay)
 
@@ -101,7 +127,9 @@ def test_low_rank_factors_are_not_averaged(config: Config, tmp_path: Path) -> No
 
     def write(rank: int, world: int) -> None:
         parallel = join_layout(1)
-        module = nn.ModuleDict({"encoder": build_encoder(lora.model, lora.parallel, parallel, seed=0)})
+        module = nn.ModuleDict(
+            {"encoder": build_encoder(lora.model, lora.parallel, parallel, seed=0)}
+        )
         save(folder_of(tmp_path, 1), model=module, optimizer=None, extra={}, parallel=parallel)
 
     run_ranks(write, 1)

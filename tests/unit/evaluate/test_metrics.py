@@ -1,4 +1,6 @@
-"""The metrics against naive definitions and scikit-learn, and equal integers on any number of ranks."""
+"""The metrics against naive definitions and scikit-learn, and equal integers on any number of
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from sailplan_kernels.exchange import AllGather
 from sailplan_kernels.testing import run_ranks
 
 
-def data(n: int = 23, m: int = 31, dimensions: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Pairs]:
+def data(
+    n: int = 23, m: int = 31, dimensions: int = 5, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, Pairs]:
     random = torch.Generator().manual_seed(seed)
     queries = torch.randn(n, dimensions, generator=random)
     candidates = torch.randn(m, dimensions, generator=random)
@@ -34,10 +38,25 @@ def test_ranks_and_recall_equal_the_naive_definition() -> None:
     scores = cosines(queries, candidates)
     wanted = []
     for query in range(len(queries)):
-        own = {c for r, c in zip(positives.rows.tolist(), positives.columns.tolist(), strict=True) if r == query}
-        left_out = {c for r, c in zip(excluded.rows.tolist(), excluded.columns.tolist(), strict=True) if r == query}
+        own = {
+            c
+            for r, c in zip(positives.rows.tolist(), positives.columns.tolist(), strict=True)
+            if r == query
+        }
+        left_out = {
+            c
+            for r, c in zip(excluded.rows.tolist(), excluded.columns.tolist(), strict=True)
+            if r == query
+        }
         best = max((scores[query, c] for c in own), default=None)
-        wanted.append(0 if best is None else 1 + sum(scores[query, c] >= best for c in range(len(candidates)) if c not in own | left_out))
+        wanted.append(
+            0
+            if best is None
+            else 1
+            + sum(
+                scores[query, c] >= best for c in range(len(candidates)) if c not in own | left_out
+            )
+        )
     ranks = metrics.best_positive_ranks(queries, candidates, positives, excluded)
     assert ranks.tolist() == wanted
     found = [rank for rank in wanted if rank]
@@ -49,7 +68,9 @@ def test_ranks_and_recall_equal_the_naive_definition() -> None:
 
 def test_a_collapsed_model_does_not_look_good() -> None:
     vectors = torch.ones(20, 4)
-    ranks = metrics.best_positive_ranks(vectors, vectors, Pairs.of(torch.arange(20), torch.arange(20)))
+    ranks = metrics.best_positive_ranks(
+        vectors, vectors, Pairs.of(torch.arange(20), torch.arange(20))
+    )
     assert set(ranks.tolist()) == {20}
     assert metrics.auc(vectors, vectors, Pairs.of(torch.arange(20), torch.arange(20))) == 0.5
 
@@ -57,7 +78,13 @@ def test_a_collapsed_model_does_not_look_good() -> None:
 def test_equal_labels_make_all_pairs() -> None:
     first, second = torch.tensor([5, 9, 5, 1]), torch.tensor([9, 5, 5, 7])
     pairs = Pairs.equal(first, second)
-    assert list(zip(pairs.rows.tolist(), pairs.columns.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 0), (2, 1), (2, 2)]
+    assert list(zip(pairs.rows.tolist(), pairs.columns.tolist(), strict=True)) == [
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (2, 1),
+        (2, 2),
+    ]
 
 
 def test_auc_equals_scikit_learn_with_ties() -> None:
@@ -77,7 +104,9 @@ def test_gap_equals_the_direct_formula() -> None:
     result = metrics.gap(queries, candidates, positives)
     wanted = scores[mask].mean() - scores[~mask].mean()
     assert result["gap"] == pytest.approx(wanted, abs=1e-9)
-    assert result["d_prime"] == pytest.approx(wanted / np.sqrt((scores[mask].var() + scores[~mask].var()) / 2), abs=1e-9)
+    assert result["d_prime"] == pytest.approx(
+        wanted / np.sqrt((scores[mask].var() + scores[~mask].var()) / 2), abs=1e-9
+    )
 
 
 def test_bijection_counts_round_trips() -> None:
@@ -95,26 +124,35 @@ def test_any_number_of_ranks_gives_the_same_integers(world_size: int) -> None:
 
     def everything(exchange: object) -> tuple[list[int], float, float, float]:
         return (
-            metrics.best_positive_ranks(queries, candidates, positives, excluded, exchange).tolist(),
+            metrics.best_positive_ranks(
+                queries, candidates, positives, excluded, exchange
+            ).tolist(),
             metrics.auc(queries, candidates, positives, exchange),
             metrics.bijection(queries, candidates, None, exchange),
             metrics.gap(queries, candidates, positives, exchange)["d_prime"],
         )
 
     alone = everything(metrics.ALONE)
-    for ranks, area, round_trip, d_prime in run_ranks(lambda rank, world: everything(AllGather()), world_size):
+    for ranks, area, round_trip, d_prime in run_ranks(
+        lambda rank, world: everything(AllGather()), world_size
+    ):
         assert (ranks, area, round_trip) == alone[:3]
         assert d_prime == pytest.approx(alone[3], abs=1e-12)
 
 
 def test_tile_shape_does_not_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, candidates, positives = data(n=50, m=60, dimensions=192)
-    whole = metrics.auc(queries, candidates, positives), metrics.best_positive_ranks(queries, candidates, positives).tolist()
+    whole = (
+        metrics.auc(queries, candidates, positives),
+        metrics.best_positive_ranks(queries, candidates, positives).tolist(),
+    )
     original = metrics.tiles
     monkeypatch.setattr(metrics, "tiles", lambda *arguments: original(*arguments, tile=60))
     assert metrics.best_positive_ranks(queries, candidates, positives).tolist() == whole[1]
     right = (unit(queries) @ unit(candidates).T).float()[positives.rows, positives.columns]
-    torch.testing.assert_close(pair_scores(unit(queries), unit(candidates), positives), right, rtol=2**-23, atol=0)  # one rounding apart
+    torch.testing.assert_close(
+        pair_scores(unit(queries), unit(candidates), positives), right, rtol=2**-23, atol=0
+    )  # one rounding apart
 
 
 def test_overlap_of_similarity_orders() -> None:
@@ -134,14 +172,18 @@ def test_graded_order() -> None:
 def test_clusters_find_separated_labels() -> None:
     random = np.random.default_rng(0)
     centres = np.eye(4)
-    vectors = np.concatenate([centre + 0.05 * random.standard_normal((10, 4)) for centre in centres])
+    vectors = np.concatenate(
+        [centre + 0.05 * random.standard_normal((10, 4)) for centre in centres]
+    )
     labels = [str(index) for index in range(4) for _ in range(10)]
     assert metrics.cluster_agreement(vectors, labels)["nmi"] == pytest.approx(1.0)
 
 
 def test_popularity_leaves_the_history_out() -> None:
     counts = np.array([9.0, 8.0, 7.0, 0.0])
-    ranks = metrics.popularity_ranks(counts, np.array([2, 2, 3]), [np.array([], dtype=int), np.array([0, 1]), np.array([0])])
+    ranks = metrics.popularity_ranks(
+        counts, np.array([2, 2, 3]), [np.array([], dtype=int), np.array([0, 1]), np.array([0])]
+    )
     assert ranks.tolist() == [3, 1, 3]
 
 
@@ -149,5 +191,8 @@ def test_set_completion_never_shows_its_target() -> None:
     histories = {"a": [1, 2, 3, 3], "b": [4], "c": list(range(10, 40))}
     shown, wanted = metrics.set_completion(histories, length=10)
     assert len(wanted) == 3 + 5
-    assert all(target not in history and 1 <= len(history) <= 10 for history, target in zip(shown, wanted, strict=True))
+    assert all(
+        target not in history and 1 <= len(history) <= 10
+        for history, target in zip(shown, wanted, strict=True)
+    )
     assert (shown, wanted) == metrics.set_completion(dict(reversed(histories.items())), length=10)

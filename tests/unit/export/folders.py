@@ -1,4 +1,6 @@
-"""What the tests of exported folders share: tiny runs of every kind of encoder, items, and a reader without sailplan."""
+"""What the tests of exported folders share: tiny runs of every kind of encoder, items, and a
+reader without sailplan.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,26 @@ from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout
 from sailplan_kernels.testing import run_ranks
 
-WORDS = ["a", "red", "green", "blue", "grey", "boot", "snow", "rain", "walking", "in", "the", "low", "high", "want", "twin", "find", "item", "name"]
+WORDS = [
+    "a",
+    "red",
+    "green",
+    "blue",
+    "grey",
+    "boot",
+    "snow",
+    "rain",
+    "walking",
+    "in",
+    "the",
+    "low",
+    "high",
+    "want",
+    "twin",
+    "find",
+    "item",
+    "name",
+]
 ROWS = 35
 VIEWS = {
     "text": ViewConfig(modalities=["text"], fields=["title"], prompt="find the item"),
@@ -39,7 +60,16 @@ VIEWS = {
     "all": ViewConfig(modalities=["text", "vision", "audio"], fields=["title"]),
 }
 KEYS = {"text": "text", "vision": "image", "audio": "audio"}
-BLOCKED = ("sailplan", "sailplan_kernels", "megatron", "wandb", "hydra", "omegaconf", "webdataset", "peft")
+BLOCKED = (
+    "sailplan",
+    "sailplan_kernels",
+    "megatron",
+    "wandb",
+    "hydra",
+    "omegaconf",
+    "webdataset",
+    "peft",
+)
 READER = """
 import json, sys
 for name in {blocked}: sys.modules[name] = None
@@ -61,17 +91,30 @@ needs_sentence_transformers = pytest.mark.skipif(
 
 @cache
 def items(count: int = ROWS) -> list[Item]:
-    """Texts of several lengths, pictures of several shapes, sound of several lengths; every seventh lacks one of them."""
+    """Texts of several lengths, pictures of several shapes, sound of several lengths; every
+    seventh lacks one of them.
+    """
     source = np.random.default_rng(0)
     found = []
     for number in range(count):
         text = " ".join(source.choice(WORDS, source.integers(1, 9)))
         picture, sound = io.BytesIO(), io.BytesIO()
-        Image.fromarray(source.integers(0, 255, (9 + number % 5, 8 + number % 3, 3), dtype=np.uint8)).save(picture, "PNG")
-        soundfile.write(sound, 0.1 * source.standard_normal(6000 + 3000 * (number % 9)), 16000, format="WAV")
+        Image.fromarray(
+            source.integers(0, 255, (9 + number % 5, 8 + number % 3, 3), dtype=np.uint8)
+        ).save(picture, "PNG")
+        soundfile.write(
+            sound, 0.1 * source.standard_normal(6000 + 3000 * (number % 9)), 16000, format="WAV"
+        )
         lacks = number % 7 == 3
         fields = {} if lacks and number % 2 else {"title": {"en": text}}
-        found.append(Item(str(number), fields, () if lacks and not number % 2 else (picture.getvalue(),), sound.getvalue()))
+        found.append(
+            Item(
+                str(number),
+                fields,
+                () if lacks and not number % 2 else (picture.getvalue(),),
+                sound.getvalue(),
+            )
+        )
     return found
 
 
@@ -92,27 +135,52 @@ def shown(item: Item, view: ViewConfig, folder: Path) -> Any:
 
 def valid(view: ViewConfig) -> list[int]:
     """Return the rows that have something of the view."""
-    has = {"text": lambda item: bool(item.fields), "vision": lambda item: bool(item.images), "audio": lambda item: item.audio is not None}
-    return [number for number, item in enumerate(items()) if any(has[modality](item) for modality in view.modalities)]
+    has = {
+        "text": lambda item: bool(item.fields),
+        "vision": lambda item: bool(item.images),
+        "audio": lambda item: item.audio is not None,
+    }
+    return [
+        number
+        for number, item in enumerate(items())
+        if any(has[modality](item) for modality in view.modalities)
+    ]
 
 
-def trained(config: Config, folder: Path, views: Sequence[str], *, tensor: int = 1, seed: int = 3) -> tuple[Path, dict[str, Tensor]]:
-    """Save a checkpoint of a run whose weights have all moved; return it and the run's own vectors of `views`."""
-    config.data.sets = {"things": DatasetConfig(shards=str(folder), views={name: VIEWS[name] for name in views})}
+def trained(
+    config: Config, folder: Path, views: Sequence[str], *, tensor: int = 1, seed: int = 3
+) -> tuple[Path, dict[str, Tensor]]:
+    """Save a checkpoint of a run whose weights have all moved; return it and the run's own
+    vectors of `views`.
+    """
+    config.data.sets = {
+        "things": DatasetConfig(shards=str(folder), views={name: VIEWS[name] for name in views})
+    }
     checkpoint = folder_of(folder, 7)
 
     def run(rank: int, world: int) -> dict[str, Tensor]:
         parallel = join_layout(tensor)
-        encoder = build_encoder(config.model, dataclasses.replace(config.parallel, tensor=tensor), parallel, seed=seed)
+        encoder = build_encoder(
+            config.model, dataclasses.replace(config.parallel, tensor=tensor), parallel, seed=seed
+        )
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in encoder.named_parameters():
-                # The same on every peer, and so no longer the same model at another tensor-parallel size where it is cut: saved as it is.
+                # The same on every peer, and so no longer the same model at another tensor-parallel
+                # size where it is cut: saved as it is.
                 local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 if "lora" in name or "kinds" in name or "norm" in name:
                     local.add_(0.2 * torch.randn(local.shape, generator=generator))
-        save(checkpoint, model=nn.ModuleDict({"encoder": encoder}), optimizer=None, extra={"step": 7}, parallel=parallel)
-        here = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, tensor=tensor))
+        save(
+            checkpoint,
+            model=nn.ModuleDict({"encoder": encoder}),
+            optimizer=None,
+            extra={"step": 7},
+            parallel=parallel,
+        )
+        here = dataclasses.replace(
+            config, parallel=dataclasses.replace(config.parallel, tensor=tensor)
+        )
         processor: Processor = config.model.component().processor(here)
         encoder.eval()
         with torch.no_grad():
@@ -128,11 +196,24 @@ def _encoded(encoder: nn.Module, processor: Processor, view: ViewConfig) -> Tens
 
 
 def read_without_sailplan(asked: list[Any], folder: Path) -> Mapping[str, np.ndarray]:
-    """Encode in a process that cannot import sailplan or what only it needs. asked: (folder, trust, [(key, items, options)])."""
+    """Encode in a process that cannot import sailplan or what only it needs.
+
+    asked: (folder, trust, [(key, items, options)]).
+    """
     (folder / "asked.json").write_text(json.dumps(asked))
     (folder / "reader.py").write_text(READER.format(blocked=BLOCKED))
-    around = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(folder / "reader.py"), str(folder / "asked.json"), str(folder / "found.npz")]
+    around = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        str(folder / "reader.py"),
+        str(folder / "asked.json"),
+        str(folder / "found.npz"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=around)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(folder / "found.npz"))
@@ -140,6 +221,9 @@ def read_without_sailplan(asked: list[Any], folder: Path) -> Mapping[str, np.nda
 
 def least_cosine(found: Any, wanted: Any) -> float:
     """Return the least cosine of rows."""
-    left, right = (nn.functional.normalize(torch.as_tensor(np.asarray(each)).double(), dim=-1) for each in (found, wanted))
+    left, right = (
+        nn.functional.normalize(torch.as_tensor(np.asarray(each)).double(), dim=-1)
+        for each in (found, wanted)
+    )
     assert left.shape == right.shape
     return float((left * right).sum(-1).min())

@@ -1,4 +1,6 @@
-"""Risks: `sailplan.load` gives other vectors than the run, in another order, or imports what encoding does not need."""
+"""Risks: `sailplan.load` gives other vectors than the run, in another order, or imports what
+encoding does not need.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,12 @@ LIMIT = 0.99999
 
 
 @pytest.fixture(scope="module")
-def omni(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Config, dict[str, torch.Tensor]]:
-    """A tensor-parallel run with LoRA, whose tokenizer's folder is gone: run folder, checkpoint, configuration, its own vectors."""
+def omni(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Path, Config, dict[str, torch.Tensor]]:
+    """A tensor-parallel run with LoRA, whose tokenizer's folder is gone: run folder, checkpoint,
+    configuration, its own vectors.
+    """
     root = tmp_path_factory.mktemp("omni")
     config = configured("own, LoRA", root / "data")
     checkpoint, vectors = trained(config, root / "checkpoints", list(VIEWS), tensor=2)
@@ -57,14 +63,19 @@ def test_every_place_gives_the_runs_vectors(omni: Any, tmp_path: Path, place: st
         "run": lambda: root,
         "checkpoint": lambda: checkpoint,
         "exported": lambda: export_weights(checkpoint, tmp_path / "out", config=config),
-        "sentence-transformers": lambda: export_sentence_transformers(checkpoint, tmp_path / "out", config=config),
+        "sentence-transformers": lambda: export_sentence_transformers(
+            checkpoint, tmp_path / "out", config=config
+        ),
     }
     model = sailplan.load(places[place](), device="cpu")
     for name, view in VIEWS.items():
         wanted = vectors[name][valid(view)]
         asked = [shown(items()[row], view, tmp_path) for row in valid(view)]
         for batch in (1, 32):
-            assert least_cosine(model.encode(asked, view=f"things.{name}", batch_size=batch), wanted) >= LIMIT, (name, batch)
+            assert (
+                least_cosine(model.encode(asked, view=f"things.{name}", batch_size=batch), wanted)
+                >= LIMIT
+            ), (name, batch)
         assert least_cosine(model.encode(asked, view=name, dimension=4), wanted[:, :4]) >= LIMIT
     assert model.prefixes == [4, 8, 16] and not model.encode(["boot"], normalize=False).shape[0] - 1
 
@@ -75,12 +86,29 @@ def test_pictures_and_sound_in_every_form(omni: Any, tmp_path: Path) -> None:
     picture, path = Image.open(io.BytesIO(item.images[0])), tmp_path / "picture.png"
     path.write_bytes(item.images[0])
     (tmp_path / "sound.wav").write_bytes(item.audio)
-    seen = model.encode([path, str(path), picture, np.asarray(picture), {KEYS["vision"]: [item.images[0]]}])
-    heard = model.encode([tmp_path / "sound.wav", samples, {"array": samples, "sampling_rate": rate}, {"audio": item.audio}])
+    seen = model.encode(
+        [path, str(path), picture, np.asarray(picture), {KEYS["vision"]: [item.images[0]]}]
+    )
+    heard = model.encode(
+        [
+            tmp_path / "sound.wav",
+            samples,
+            {"array": samples, "sampling_rate": rate},
+            {"audio": item.audio},
+        ]
+    )
     for found in (seen, heard):
-        assert found.dtype == np.float32 and np.allclose(found, found[:1], atol=1e-6) and np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-    both = model.encode(["a boot", picture, "snow", {"text": "a boot", "image": picture}])  # unlike items, in their order
-    assert np.allclose(both[0], model.encode("a boot"), atol=1e-6) and np.allclose(both[1], seen[0], atol=1e-6)
+        assert (
+            found.dtype == np.float32
+            and np.allclose(found, found[:1], atol=1e-6)
+            and np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+        )
+    both = model.encode(
+        ["a boot", picture, "snow", {"text": "a boot", "image": picture}]
+    )  # unlike items, in their order
+    assert np.allclose(both[0], model.encode("a boot"), atol=1e-6) and np.allclose(
+        both[1], seen[0], atol=1e-6
+    )
     assert model.similarity(both, both).shape == (4, 4)
 
 
@@ -102,7 +130,13 @@ def test_what_cannot_be_encoded_is_one_line(omni: Any, call: Any, words: str) ->
 def test_a_trained_published_model(tmp_path: Path, kind: str) -> None:
     modalities: list[Any] = list(TINY[kind][0])
     options: dict[str, Any] = {"projection": True, "pooling": "cls"} if kind == "bert" else {}
-    model = TransformersConfig(source=str(source(kind, tmp_path / "source")), embedding=16, prefixes=[4, 16], modalities=modalities, **options)
+    model = TransformersConfig(
+        source=str(source(kind, tmp_path / "source")),
+        embedding=16,
+        prefixes=[4, 16],
+        modalities=modalities,
+        **options,
+    )
     config = Config(name="run", model=model, data=DataConfig(max_tokens=9, frames=2))
     views = ["text"] if kind == "bert" else ["text", "vision", "text_vision"]
     checkpoint, vectors = trained(config, tmp_path / "checkpoints", views)
@@ -113,7 +147,13 @@ def test_a_trained_published_model(tmp_path: Path, kind: str) -> None:
         for name in views:
             asked = [shown(items()[row], VIEWS[name], tmp_path) for row in valid(VIEWS[name])]
             said = {"prompt": VIEWS[name].prompt + (" " if kind == "bert" and place == out else "")}
-            assert least_cosine(loaded.encode(asked, **({"view": name} if place == tmp_path else said)), vectors[name][valid(VIEWS[name])]) >= LIMIT
+            assert (
+                least_cosine(
+                    loaded.encode(asked, **({"view": name} if place == tmp_path else said)),
+                    vectors[name][valid(VIEWS[name])],
+                )
+                >= LIMIT
+            )
 
 
 IMPORTS = """
@@ -130,10 +170,18 @@ print(sorted({"wandb", "megatron", "hydra", "matplotlib", "webdataset"} & set(sy
 @pytest.mark.parametrize("kind", ["omni", "bert"])
 def test_the_first_vector_imports_no_training(omni: Any, tmp_path: Path, kind: str) -> None:
     if kind == "omni":
-        place = export_sentence_transformers(omni[1], tmp_path / "out", config=RunFolder(omni[0]).load_config())
+        place = export_sentence_transformers(
+            omni[1], tmp_path / "out", config=RunFolder(omni[0]).load_config()
+        )
     else:
         place = source("bert", tmp_path / "source")
-    done = subprocess.run([sys.executable, "-c", IMPORTS, str(place)], capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, str(place)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "[]"
 
@@ -147,15 +195,28 @@ def test_every_public_name_is_there_and_documented() -> None:
 
 def test_the_lines_of_the_readme_train_and_encode(tmp_path: Path) -> None:
     """As they stand, but for the model's place: one with random weights of MiniLM's width."""
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "sailplan.Trainer" in block]
+    (code,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+        if "sailplan.Trainer" in block
+    ]
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     tokenizer = source("bert", tmp_path / "tiny")
     shape = TINY["bert"][1] | {"hidden_size": 384}
-    transformers.AutoModel.from_config(transformers.AutoConfig.for_model("bert", **shape)).save_pretrained(tokenizer)
+    transformers.AutoModel.from_config(
+        transformers.AutoConfig.for_model("bert", **shape)
+    ).save_pretrained(tokenizer)
     assert code.count("sentence-transformers/all-MiniLM-L6-v2") == 1
     code = code.replace("sentence-transformers/all-MiniLM-L6-v2", str(tokenizer))
     around = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300, env=around, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=around,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "runs" / "pairs" / "metrics.jsonl").read_text().splitlines()[0])
     assert re.search(r"\(2, 384\)\s*$", done.stdout)

@@ -1,6 +1,8 @@
-"""Risks: an exported omni tower that other programs load and that gives other vectors, or needs sailplan to run.
+"""Risks: an exported omni tower that other programs load and that gives other vectors, or needs
+sailplan to run.
 
-The table: family x modality x batch, and after tensor parallelism and LoRA, cosine to the run's own vectors at every truncation.
+The table: family x modality x batch, and after tensor parallelism and LoRA, cosine to the run's own
+vectors at every truncation.
 """
 
 from __future__ import annotations
@@ -25,22 +27,52 @@ from sailplan.export.sentence_transformers import export_sentence_transformers
 from sailplan.model.testing import PUBLISHED, published_config, small_config
 
 sys.path.insert(0, str(Path(__file__).parent))
-from folders import VIEWS, items, least_cosine, needs_sentence_transformers, read_without_sailplan, shown, trained, valid
+from folders import (
+    VIEWS,
+    items,
+    least_cosine,
+    needs_sentence_transformers,
+    read_without_sailplan,
+    shown,
+    trained,
+    valid,
+)
 
 LIMIT = 0.99999
-RUNS = ("own", *PUBLISHED, "own, tensor 2", "own, LoRA", "own, LoRA, tensor 2", "causal, last token", "latent attention")
+RUNS = (
+    "own",
+    *PUBLISHED,
+    "own, tensor 2",
+    "own, LoRA",
+    "own, LoRA, tensor 2",
+    "causal, last token",
+    "latent attention",
+)
 BATCHES = (1, 32)
 
 
 def configured(run: str, folder: Path) -> Config:
     config = write_pack(folder)
-    config.name, config.data.max_tokens, config.data.image_size = run.replace(",", "").replace(" ", "-"), 8, 8
-    config.data.audio_chunk_seconds, config.data.mel_bins, config.data.audio_chunks, config.data.frames = 0.5, 6, 2, 2
+    config.name, config.data.max_tokens, config.data.image_size = (
+        run.replace(",", "").replace(" ", "-"),
+        8,
+        8,
+    )
+    (
+        config.data.audio_chunk_seconds,
+        config.data.mel_bins,
+        config.data.audio_chunks,
+        config.data.frames,
+    ) = 0.5, 6, 2, 2
     config.model = published_config(run) if run in PUBLISHED else small_config()
     config.model.vocabulary = 40
     if run == "naflex_fusion":
         config.data.image_patches, config.data.image_patch = 6, 4
-        config.data.audio_chunks, config.data.spectrogram, config.data.audio_rate = 1, "clap_fusion", 48000
+        config.data.audio_chunks, config.data.spectrogram, config.data.audio_rate = (
+            1,
+            "clap_fusion",
+            48000,
+        )
     if run == "qwen_clap":
         config.data.spectrogram, config.data.audio_rate = "clap", 48000
     if run == "siglip_whisper":
@@ -50,33 +82,58 @@ def configured(run: str, folder: Path) -> Config:
     if run.startswith("causal"):
         config.model.tower.causal, config.model.pooling = True, "last_token"
     if run.startswith("latent"):
-        config.model.pooling, config.model.pooling_latents, config.model.pooling_heads = "latent_attention", 5, 2
+        config.model.pooling, config.model.pooling_latents, config.model.pooling_heads = (
+            "latent_attention",
+            5,
+            2,
+        )
     return config
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, torch.Tensor]]]:
+def made(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[Path, dict[str, torch.Tensor]]]:
     """Run -> exported folder, the run's own vectors."""
     found = {}
     for run in RUNS:
         root = tmp_path_factory.mktemp("run")
         config = configured(run, root)
-        checkpoint, vectors = trained(config, root, list(VIEWS), tensor=2 if "tensor 2" in run else 1)
-        found[run] = export_sentence_transformers(checkpoint, root / "exported", config=config), vectors
+        checkpoint, vectors = trained(
+            config, root, list(VIEWS), tensor=2 if "tensor 2" in run else 1
+        )
+        found[run] = (
+            export_sentence_transformers(checkpoint, root / "exported", config=config),
+            vectors,
+        )
     return found
 
 
 @pytest.fixture(scope="module")
-def read(made: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, np.ndarray]:
-    """Vectors of every run's folder as SentenceTransformer gives them in a process without sailplan."""
+def read(
+    made: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, np.ndarray]:
+    """Vectors of every run's folder as SentenceTransformer gives them in a process without
+    sailplan.
+    """
     folder = tmp_path_factory.mktemp("read")
     asked = []
     for run, (exported, _) in made.items():
         asks: list[Any] = []
         for name, view in VIEWS.items():
             chosen = [shown(items()[row], view, folder) for row in valid(view)]
-            asks += [(f"{run}/{name}/{batch}", chosen, {"batch_size": batch, "prompt_name": f"things.{name}"}) for batch in BATCHES]
-            asks += [(f"{run}/{name}/cut {size}", chosen, {"truncate_dim": size, "prompt_name": name}) for size in (4, 8)]
+            asks += [
+                (
+                    f"{run}/{name}/{batch}",
+                    chosen,
+                    {"batch_size": batch, "prompt_name": f"things.{name}"},
+                )
+                for batch in BATCHES
+            ]
+            asks += [
+                (f"{run}/{name}/cut {size}", chosen, {"truncate_dim": size, "prompt_name": name})
+                for size in (4, 8)
+            ]
         mixed = [shown(items()[0], view, folder) for view in VIEWS.values()]
         asks.append((f"{run}/unlike", mixed, {"prompt": "name"}))
         asked.append((str(exported), True, asks))
@@ -86,7 +143,9 @@ def read(made: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory) -> M
 @needs_sentence_transformers
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("view", VIEWS)
-def test_sentence_transformers_gives_the_runs_vectors(made: Mapping[str, Any], read: Mapping[str, np.ndarray], run: str, view: str) -> None:
+def test_sentence_transformers_gives_the_runs_vectors(
+    made: Mapping[str, Any], read: Mapping[str, np.ndarray], run: str, view: str
+) -> None:
     wanted = made[run][1][view][valid(VIEWS[view])]
     for batch in BATCHES:
         assert least_cosine(read[f"{run}/{view}/{batch}"], wanted) >= LIMIT, batch
@@ -96,7 +155,9 @@ def test_sentence_transformers_gives_the_runs_vectors(made: Mapping[str, Any], r
 
 
 @needs_sentence_transformers
-def test_unlike_items_share_a_batch(made: Mapping[str, Any], read: Mapping[str, np.ndarray]) -> None:
+def test_unlike_items_share_a_batch(
+    made: Mapping[str, Any], read: Mapping[str, np.ndarray]
+) -> None:
     """The first item in each view, all at once and with the prompt of two of them."""
     found = read["own/unlike"]
     for place, name in enumerate(VIEWS):
@@ -105,7 +166,9 @@ def test_unlike_items_share_a_batch(made: Mapping[str, Any], read: Mapping[str, 
 
 
 def vectors(folder: Path, prompt: str = "find the item", **changes: Any) -> np.ndarray:
-    """The texts' vectors through AutoModel and AutoProcessor, with changes to config.json's settings."""
+    """The texts' vectors through AutoModel and AutoProcessor, with changes to config.json's
+    settings.
+    """
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     for name, value in changes.items():
         owner = config.settings
@@ -113,7 +176,9 @@ def vectors(folder: Path, prompt: str = "find the item", **changes: Any) -> np.n
         for part in path:
             owner = owner[part]
         owner[last] = value
-    model = transformers.AutoModel.from_pretrained(folder, config=config, trust_remote_code=True).eval()
+    model = transformers.AutoModel.from_pretrained(
+        folder, config=config, trust_remote_code=True
+    ).eval()
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
         texts = [item.fields["title"]["en"] for item in items() if item.fields]
@@ -122,7 +187,9 @@ def vectors(folder: Path, prompt: str = "find the item", **changes: Any) -> np.n
 
 
 def test_what_is_left_out_is_seen(made: Mapping[str, Any], tmp_path: Path) -> None:
-    """Causality, the modality's vector, the prompt and the pooling, each broken alone: the check above must fail."""
+    """Causality, the modality's vector, the prompt and the pooling, each broken alone: the check
+    above must fail.
+    """
     folder, own = made["own"]
     wanted = own["text"][valid(VIEWS["text"])].numpy()
     assert least_cosine(vectors(folder), wanted) >= LIMIT
@@ -142,7 +209,10 @@ def test_the_folder_is_whole_and_readable_by_others(made: Mapping[str, Any]) -> 
     folder = made["own"][0]
     umask = os.umask(0)
     os.umask(umask)
-    assert all(path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask for path in folder.rglob("*"))
+    assert all(
+        path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask
+        for path in folder.rglob("*")
+    )
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
     prompts = json.loads((folder / "config_sentence_transformers.json").read_text())["prompts"]
     assert prompts["things.text"] == prompts["text"] == "find the item"
@@ -153,10 +223,22 @@ def test_the_folder_is_whole_and_readable_by_others(made: Mapping[str, Any]) -> 
 
 
 def test_the_code_in_it_imports_nothing_of_training(made: Mapping[str, Any]) -> None:
-    allowed = {"torch", "transformers", "sentence_transformers", "numpy", "PIL", "soundfile", "scipy", "__future__", *sys.stdlib_module_names}
+    allowed = {
+        "torch",
+        "transformers",
+        "sentence_transformers",
+        "numpy",
+        "PIL",
+        "soundfile",
+        "scipy",
+        "__future__",
+        *sys.stdlib_module_names,
+    }
     for path in made["own"][0].glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += (
+                [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            )
             assert {name.split(".")[0] for name in names} <= allowed, path.name
             assert "torch.distributed" not in names, path.name

@@ -18,19 +18,32 @@ from sailplan_kernels.testing import run_ranks
 
 
 def test_commands_read_only_what_they_work_on(tmp_path: Path) -> None:
-    """Embed and evaluate open the sets that they are asked for; both exports none, not even the tokenizer's folder."""
+    """Embed and evaluate open the sets that they are asked for; both exports none, not even the
+    tokenizer's folder.
+    """
     config = write_pack(tmp_path / "data")
-    config.evaluation.tasks = {"names": dataclasses.replace(config.evaluation.tasks["names"], metrics=["recall"])}
+    config.evaluation.tasks = {
+        "names": dataclasses.replace(config.evaluation.tasks["names"], metrics=["recall"])
+    }
     config.evaluation.benchmark, config.data.mel_bins = [], config.model.audio.mel_bins
     config.objectives = {"infonce": {"_target_": "sailplan.objective.infonce.InfoNCE"}}
-    config.order, config.stages = ["one"], {"one": StageConfig(steps=7, data={"things": 1.0}, objectives={"infonce": 1.0})}
+    config.order, config.stages = (
+        ["one"],
+        {"one": StageConfig(steps=7, data={"things": 1.0}, objectives={"infonce": 1.0})},
+    )
     folder = RunFolder(tmp_path / "run")
     folder.write_config(config)
 
     def run(rank: int, world: int) -> None:
         parallel = join_layout(1)
         whole = build_bundle(config, parallel)
-        save(folder_of(folder.checkpoints, 7), model=whole.module, optimizer=None, extra={"step": 7, "stage": "one"}, parallel=parallel)
+        save(
+            folder_of(folder.checkpoints, 7),
+            model=whole.module,
+            optimizer=None,
+            extra={"step": 7, "stage": "one"},
+            parallel=parallel,
+        )
 
     run_ranks(run, 1)
     for name in ("choices", "histories"):
@@ -42,6 +55,9 @@ def test_commands_read_only_what_they_work_on(tmp_path: Path) -> None:
     code, out, err = command(tmp_path, "embed", *at, "--dataset", "things", "--view", "item")
     assert code == 0 and json.loads(out)["rows"] == 48, err
     shutil.rmtree(tmp_path / "data")
-    for to, written in (("sailplan", "export/model.json"), ("sentence-transformers", "sentence-transformers/modules.json")):
+    for to, written in (
+        ("sailplan", "export/model.json"),
+        ("sentence-transformers", "sentence-transformers/modules.json"),
+    ):
         code, _, err = command(tmp_path, "export", *at, "--to", to)
         assert code == 0 and (folder.root / written).is_file(), err

@@ -21,7 +21,9 @@ EVERYTHING = ("text", "vision", "audio")
 def world(tmp_path_factory):
     """A world of one in this process."""
     store = tmp_path_factory.mktemp("world") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1
+    )
     join_layout(1)
     yield
     from megatron.core import parallel_state
@@ -53,7 +55,9 @@ def test_a_row_does_not_depend_on_its_neighbours_or_padding(encoder, modalities)
     for row in range(6):
         alone = encode(encoder, rows_of(inputs, row, row + 1))
         for name in ("fused", "text"):
-            torch.testing.assert_close(alone.named()[name][0], together.named()[name][row], rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                alone.named()[name][0], together.named()[name][row], rtol=0, atol=1e-12
+            )
     wider = dataclasses.replace(
         inputs,
         token_ids=torch.nn.functional.pad(inputs.token_ids, (0, 3), value=7),
@@ -69,7 +73,10 @@ def test_absent_parts_have_no_influence_whatever_they_hold(encoder):
     images[~inputs.image_mask] = 1e3
     audio[~inputs.audio_mask] = float("inf")
     tokens[~inputs.token_mask] = 11
-    assert_equal(encode(encoder, dataclasses.replace(inputs, images=images, audio=audio, token_ids=tokens)), encode(encoder, inputs))
+    assert_equal(
+        encode(encoder, dataclasses.replace(inputs, images=images, audio=audio, token_ids=tokens)),
+        encode(encoder, inputs),
+    )
 
 
 def test_present_parts_all_have_influence(encoder):
@@ -80,10 +87,16 @@ def test_present_parts_all_have_influence(encoder):
         for part in range(2):  # both frames, both chunks
             other = value.clone()
             other[:, part] = other[:, part].flip(-2) * 2
-            assert (encode(encoder, dataclasses.replace(inputs, **{name: other})).fused - base).abs().min(1).values.max() > 0
+            assert (
+                encode(encoder, dataclasses.replace(inputs, **{name: other})).fused - base
+            ).abs().min(1).values.max() > 0
     swapped = inputs.token_ids[:, [1, 0, 2, 3, 4]]  # the order of words counts
-    assert not torch.allclose(encode(encoder, dataclasses.replace(inputs, token_ids=swapped)).fused, base)
-    turned = encode(encoder, dataclasses.replace(inputs, images=inputs.images.flip(1))).fused  # and that of frames
+    assert not torch.allclose(
+        encode(encoder, dataclasses.replace(inputs, token_ids=swapped)).fused, base
+    )
+    turned = encode(
+        encoder, dataclasses.replace(inputs, images=inputs.images.flip(1))
+    ).fused  # and that of frames
     assert not torch.allclose(turned, base)
 
 
@@ -128,7 +141,9 @@ def test_per_modality_vectors_are_means_over_their_own_positions(encoder):
     inputs = random_inputs(("vision", "text"), 4, 0)
     out = encode(encoder, inputs)
     rows = inputs.image_mask.any(1)
-    weights = torch.stack([rows * 3.0, (inputs.token_mask & ~inputs.text_mask).sum(1), inputs.text_mask.sum(1)], 1)
+    weights = torch.stack(
+        [rows * 3.0, (inputs.token_mask & ~inputs.text_mask).sum(1), inputs.text_mask.sum(1)], 1
+    )
     without_prompt = inputs.token_mask.equal(inputs.text_mask)
     assert not without_prompt
     own = out.by_modality["vision"] * weights[:, :1] + out.by_modality["text"] * weights[:, 2:]
@@ -154,7 +169,10 @@ def test_building_is_a_function_of_the_seed_and_leaves_the_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    models = [OmniEncoder(small_config(), dtype=dtype, seed=seed) for dtype, seed in ((torch.float32, 1), (torch.float64, 1), (torch.float32, 2))]
+    models = [
+        OmniEncoder(small_config(), dtype=dtype, seed=seed)
+        for dtype, seed in ((torch.float32, 1), (torch.float64, 1), (torch.float32, 2))
+    ]
     assert torch.equal(torch.rand(3), expected)
     first, wide, other = (dict(model.named_parameters()) for model in models)
     assert all(torch.equal(first[name].double(), wide[name]) for name in first)
@@ -166,32 +184,62 @@ def test_vectors_are_float32_in_narrow_models(dtype):
     encoder = OmniEncoder(small_config(), dtype=dtype, seed=1)
     exact = OmniEncoder(small_config(), dtype=torch.float64, seed=1)
     out = encode(encoder, random_inputs(EVERYTHING, 3, 0, dtype=torch.float32))
-    assert out.fused.dtype == out.by_modality["vision"].dtype == out.by_modality["text"].dtype == torch.float32
-    error = (out.fused - encode(exact, random_inputs(EVERYTHING, 3, 0)).fused).norm() / out.fused.norm()
+    assert (
+        out.fused.dtype
+        == out.by_modality["vision"].dtype
+        == out.by_modality["text"].dtype
+        == torch.float32
+    )
+    error = (
+        out.fused - encode(exact, random_inputs(EVERYTHING, 3, 0)).fused
+    ).norm() / out.fused.norm()
     assert error < (1e-5 if dtype == torch.float32 else 0.03)
 
 
 def test_patch_stem_and_plain_mean_and_any_image_size():
     config = small_config()
-    config.pooling, config.vision.stem, config.vision.patch, config.vision.encoder.layers = "mean", "patch", 3, 0
+    config.pooling, config.vision.stem, config.vision.patch, config.vision.encoder.layers = (
+        "mean",
+        "patch",
+        3,
+        0,
+    )
     encoder = OmniEncoder(config, dtype=torch.float64)
     inputs = random_inputs(("vision",), 2, 0, absent=False)
-    assert encode(encoder, dataclasses.replace(inputs, images=torch.randn(2, 2, 3, 9, 60).double())).fused.abs().max() > 0
+    assert (
+        encode(encoder, dataclasses.replace(inputs, images=torch.randn(2, 2, 3, 9, 60).double()))
+        .fused.abs()
+        .max()
+        > 0
+    )
     with pytest.raises(ValueError, match=r"multiples of model\.vision\.patch=3"):
         encode(encoder, inputs)
 
 
 def test_a_few_steps_tell_rows_apart():
-    """Contrastive loss on random triples falls from chance to near zero: gradients reach every tower."""
+    """Contrastive loss on random triples falls from chance to near zero: gradients reach every
+    tower.
+    """
     encoder = OmniEncoder(small_config(), dtype=torch.float32, seed=0)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-2)
-    sides = [random_inputs((name,), 8, index, dtype=torch.float32, absent=False) for index, name in enumerate(EVERYTHING)]
+    sides = [
+        random_inputs((name,), 8, index, dtype=torch.float32, absent=False)
+        for index, name in enumerate(EVERYTHING)
+    ]
     sides[1].token_mask[:] = sides[2].token_mask[:] = False
     losses = []
     for _ in range(40):
-        text, vision, audio = (torch.nn.functional.normalize(encoder(side).fused, dim=-1) for side in sides)
+        text, vision, audio = (
+            torch.nn.functional.normalize(encoder(side).fused, dim=-1) for side in sides
+        )
         labels = torch.arange(8)
-        loss = sum(torch.nn.functional.cross_entropy(left @ text.T / 0.1, labels) for left in (vision, audio)) / 2
+        loss = (
+            sum(
+                torch.nn.functional.cross_entropy(left @ text.T / 0.1, labels)
+                for left in (vision, audio)
+            )
+            / 2
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -204,7 +252,11 @@ def test_a_few_steps_tell_rows_apart():
     [
         (lambda c: setattr(c.tower, "heads", 5), 1, "model.tower.hidden"),
         (lambda c: setattr(c.tower, "key_value_heads", 1), 2, "model.tower.key_value_heads"),
-        (lambda c: setattr(c.vision.perceiver, "feed_forward", 25), 2, "model.vision.perceiver.feed_forward"),
+        (
+            lambda c: setattr(c.vision.perceiver, "feed_forward", 25),
+            2,
+            "model.vision.perceiver.feed_forward",
+        ),
         (lambda c: setattr(c.audio.encoder, "heads", 3), 1, "model.audio.encoder.hidden"),
         (lambda c: setattr(c, "vocabulary", 41), 2, "model.vocabulary"),
         (lambda c: setattr(c, "embedding", 8), 1, "model.embedding"),
@@ -229,7 +281,9 @@ def test_encoders_that_are_not_cut_need_not_divide():
     config = small_config()
     config.audio.encoder.heads, config.audio.encoder.hidden = 3, 18
     check_model(config, 2)
-    with pytest.raises(ConfigurationError, match=r"^model\.audio\.encoder\.heads is 3: expected a multiple"):
+    with pytest.raises(
+        ConfigurationError, match=r"^model\.audio\.encoder\.heads is 3: expected a multiple"
+    ):
         check_model(config, 2, share_encoders=False)
 
 
@@ -237,11 +291,15 @@ def test_the_count_is_the_built_models_at_any_layout(encoder):
     counts = count_parameters(small_config())
     assert counts["total"] == sum(p.numel() for p in encoder.parameters())
     assert counts["perceiver"] == sum(p.numel() for p in encoder.parts()["perceiver"])
-    assert len({id(p) for part in encoder.parts().values() for p in part}) == len(list(encoder.parameters()))
+    assert len({id(p) for part in encoder.parts().values() for p in part}) == len(
+        list(encoder.parameters())
+    )
 
 
 def published_shape(layers):
-    """The published size: a 1.5 B decoder's shape made bidirectional, and a perceiver of 16 latents of width 1024 in 6 layers."""
+    """The published size: a 1.5 B decoder's shape made bidirectional, and a perceiver of 16
+    latents of width 1024 in 6 layers.
+    """
 
     def wide(layers):
         return TransformerShape(layers, 1024, 16, None, 4096)

@@ -1,4 +1,6 @@
-"""Each loss against its formula written naively, on small float64 batches; masks, absent sides and senseless options."""
+"""Each loss against its formula written naively, on small float64 batches; masks, absent sides
+and senseless options.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,15 @@ from sailplan_kernels.exchange import Local
 D, ROWS = 8, 6
 BOTH = ["vision", "text"]
 ITEMS = DatasetConfig(
-    views={"image": ViewConfig(modalities=["vision"]), "name": ViewConfig(modalities=["text"]), "item": ViewConfig(modalities=BOTH)},
-    patterns={"image_to_name": PatternConfig("image", "name", 2.0), "name_to_item": PatternConfig("name", "item", 0.5)},
+    views={
+        "image": ViewConfig(modalities=["vision"]),
+        "name": ViewConfig(modalities=["text"]),
+        "item": ViewConfig(modalities=BOTH),
+    },
+    patterns={
+        "image_to_name": PatternConfig("image", "name", 2.0),
+        "name_to_item": PatternConfig("name", "item", 0.5),
+    },
     temperature=0.1,
     symmetric=False,
 )
@@ -50,7 +59,9 @@ DATASETS = {"items": ITEMS, "pairs": PAIRS, "sequences": SEQUENCES}
 
 
 def context(**changes: Any) -> ObjectiveContext:
-    return ObjectiveContext(DATASETS, Local(), Temperatures(DATASETS).double(), (4, D), "reference", **changes)
+    return ObjectiveContext(
+        DATASETS, Local(), Temperatures(DATASETS).double(), (4, D), "reference", **changes
+    )
 
 
 def view(seed: int, group: int = 1, **changes: Any) -> EncodedView:
@@ -60,33 +71,65 @@ def view(seed: int, group: int = 1, **changes: Any) -> EncodedView:
         return torch.randn(ROWS * group, D, generator=generator, dtype=torch.float64)
 
     rows = ROWS * group
-    given = {"valid": torch.ones(rows, dtype=torch.bool), "ids": torch.arange(rows) + 100 * seed, "group": group} | changes
-    return EncodedView(fused=vectors(), by_modality={"vision": vectors(), "text": vectors()}, **given)
+    given = {
+        "valid": torch.ones(rows, dtype=torch.bool),
+        "ids": torch.arange(rows) + 100 * seed,
+        "group": group,
+    } | changes
+    return EncodedView(
+        fused=vectors(), by_modality={"vision": vectors(), "text": vectors()}, **given
+    )
 
 
 def step(dataset: str, views: dict[str, EncodedView], **changes: Any) -> EncodedStep:
-    return EncodedStep(dataset, views, {name: pattern.weight for name, pattern in DATASETS[dataset].patterns.items()}, **changes)
+    return EncodedStep(
+        dataset,
+        views,
+        {name: pattern.weight for name, pattern in DATASETS[dataset].patterns.items()},
+        **changes,
+    )
 
 
-def naive_infonce(queries: Tensor, keys: Tensor, valid: Tensor, allowed: Tensor | None = None, hard: Tensor | None = None) -> Tensor:
-    """Mean over valid rows of -log softmax at temperature 0.1; allowed [N, N]: which keys may be negatives."""
+def naive_infonce(
+    queries: Tensor,
+    keys: Tensor,
+    valid: Tensor,
+    allowed: Tensor | None = None,
+    hard: Tensor | None = None,
+) -> Tensor:
+    """Mean over valid rows of -log softmax at temperature 0.1; allowed [N, N]: which keys may be
+    negatives.
+    """
     losses = []
     for i in range(len(queries)):
         if not valid[i]:
             continue
         logits = [cosine_similarity(queries[i], keys[i], dim=0)]
-        others = [j for j in range(len(keys)) if j != i and valid[j] and (allowed is None or allowed[i, j])]
+        others = [
+            j
+            for j in range(len(keys))
+            if j != i and valid[j] and (allowed is None or allowed[i, j])
+        ]
         logits += [cosine_similarity(queries[i], keys[j], dim=0) for j in others]
-        logits += [] if hard is None else [cosine_similarity(queries[i], key, dim=0) for key in hard[i]]
+        logits += (
+            [] if hard is None else [cosine_similarity(queries[i], key, dim=0) for key in hard[i]]
+        )
         losses.append(-(torch.stack(logits) / 0.1).log_softmax(0)[0])
     return torch.stack(losses).mean()
 
 
 def test_infonce_sums_patterns_prefixes_and_hard_negatives() -> None:
-    views = {"image": view(1), "name": view(2), "item": view(3), "negatives/image_to_name": view(4, 2)}
+    views = {
+        "image": view(1),
+        "name": view(2),
+        "item": view(3),
+        "negatives/image_to_name": view(4, 2),
+    }
     views["image"].valid[2] = False
     views["name"].ids[5] = views["name"].ids[0]  # rows 0 and 5 have the same target
-    views["negatives/image_to_name"].ids[2] = views["name"].ids[1]  # row 1's first hard negative is its own target
+    views["negatives/image_to_name"].ids[2] = views["name"].ids[
+        1
+    ]  # row 1's first hard negative is its own target
     hard = [list(views["negatives/image_to_name"].fused[2 * i : 2 * i + 2]) for i in range(ROWS)]
     hard[1] = hard[1][1:]
     allowed = torch.ones(ROWS, ROWS, dtype=torch.bool)
@@ -100,15 +143,31 @@ def test_infonce_sums_patterns_prefixes_and_hard_negatives() -> None:
         for i in range(ROWS):
             if both[i]:
                 keys = [views["name"].fused[i, :prefix]]
-                keys += [views["name"].fused[j, :prefix] for j in range(ROWS) if j != i and allowed[i, j]] + cut[i]
-                scores = torch.stack([cosine_similarity(views["image"].fused[i, :prefix], key, dim=0) for key in keys])
+                keys += [
+                    views["name"].fused[j, :prefix] for j in range(ROWS) if j != i and allowed[i, j]
+                ] + cut[i]
+                scores = torch.stack(
+                    [
+                        cosine_similarity(views["image"].fused[i, :prefix], key, dim=0)
+                        for key in keys
+                    ]
+                )
                 losses.append(-(scores / 0.1).log_softmax(0)[0])
         expected += 2.0 * torch.stack(losses).mean()
         # Rows 0 and 5 are the same query here.
-        expected += 0.5 * naive_infonce(views["name"].fused[:, :prefix], views["item"].fused[:, :prefix], torch.ones(ROWS).bool(), allowed)
+        expected += 0.5 * naive_infonce(
+            views["name"].fused[:, :prefix],
+            views["item"].fused[:, :prefix],
+            torch.ones(ROWS).bool(),
+            allowed,
+        )
     output = InfoNCE(embedding=D, datasets=DATASETS)(step("items", views), context())
     torch.testing.assert_close(output.loss, expected)
-    assert set(output.metrics) >= {"image_to_name/accuracy", "image_to_name/loss@4", "name_to_item/positive_score"}
+    assert set(output.metrics) >= {
+        "image_to_name/accuracy",
+        "image_to_name/loss@4",
+        "name_to_item/positive_score",
+    }
 
 
 def test_infonce_masks_by_threshold_and_weights_prefixes() -> None:
@@ -117,8 +176,18 @@ def test_infonce_masks_by_threshold_and_weights_prefixes() -> None:
     encoded = step("items", views)
     encoded.patterns = {"image_to_name": 1.0}
     objective = InfoNCE(embedding=D, datasets=DATASETS, prefix_weights={4: 0.0, D: 1.0})
-    output = objective(encoded, context(thresholds={PatternKey("items", "image_to_name"): 0.2, PatternKey("items", "name_to_item"): -1.0}))
-    expected = naive_infonce(views["image"].fused, views["name"].fused, torch.ones(ROWS).bool(), scores < 0.2)
+    output = objective(
+        encoded,
+        context(
+            thresholds={
+                PatternKey("items", "image_to_name"): 0.2,
+                PatternKey("items", "name_to_item"): -1.0,
+            }
+        ),
+    )
+    expected = naive_infonce(
+        views["image"].fused, views["name"].fused, torch.ones(ROWS).bool(), scores < 0.2
+    )
     torch.testing.assert_close(output.loss, expected)
 
 
@@ -130,7 +199,9 @@ def test_symmetric_is_the_data_sets_choice_unless_the_objective_says() -> None:
     other_way = naive_infonce(views["name"].fused, views["image"].fused, torch.ones(ROWS).bool())
     options: dict[str, Any] = {"embedding": D, "datasets": DATASETS, "matryoshka": False}
     torch.testing.assert_close(InfoNCE(**options)(encoded, context()).loss, one_way)
-    torch.testing.assert_close(InfoNCE(**options, symmetric=True)(encoded, context()).loss, (one_way + other_way) / 2)
+    torch.testing.assert_close(
+        InfoNCE(**options, symmetric=True)(encoded, context()).loss, (one_way + other_way) / 2
+    )
 
 
 def test_pairs_graded_as_unrelated_are_no_positives() -> None:
@@ -147,11 +218,18 @@ def test_cosent_is_the_sum_over_all_ordered_pairs() -> None:
     generator = torch.Generator().manual_seed(0)
     cosines = (2 * torch.rand(40, generator=generator, dtype=torch.float64) - 1).requires_grad_()
     scores = torch.randint(0, 5, (40,), generator=generator) / 4  # with ties
-    terms = [(cosines[k] - cosines[i]) / 0.05 for i in range(40) for k in range(40) if scores[i] > scores[k]]
+    terms = [
+        (cosines[k] - cosines[i]) / 0.05
+        for i in range(40)
+        for k in range(40)
+        if scores[i] > scores[k]
+    ]
     naive = torch.stack([torch.zeros((), dtype=torch.float64), *terms]).logsumexp(0)
     fast = cosent(cosines, scores, 0.05)
     torch.testing.assert_close(fast, naive)
-    torch.testing.assert_close(torch.autograd.grad(fast, cosines), torch.autograd.grad(naive, cosines))
+    torch.testing.assert_close(
+        torch.autograd.grad(fast, cosines), torch.autograd.grad(naive, cosines)
+    )
     assert cosent(cosines, torch.ones(40), 0.05) == 0
     assert cosent(cosines[:0], scores[:0], 0.05) == 0
 
@@ -162,7 +240,9 @@ def test_cosent_leaves_out_rows_without_a_score_or_a_side() -> None:
     scores = torch.tensor([0.1, 0.9, 0.2, float("nan"), 0.7, 0.4])
     output = CoSENT(embedding=D, datasets=DATASETS)(step("pairs", views, scores=scores), context())
     kept = [1, 2, 4, 5]
-    expected = cosent(cosine_similarity(views["query"].fused, views["item"].fused)[kept], scores[kept], 0.05)
+    expected = cosent(
+        cosine_similarity(views["query"].fused, views["item"].fused)[kept], scores[kept], 0.05
+    )
     torch.testing.assert_close(output.loss, expected)
     assert output.metrics["item_to_item/graded_pairs"] == 4
     assert CoSENT(embedding=D, datasets=DATASETS)(step("pairs", views), context()).loss == 0
@@ -174,7 +254,13 @@ def test_micl_weighs_the_modalities_that_both_sides_have() -> None:
     objective = MICL(embedding=D, datasets=DATASETS)
     everyone = torch.ones(ROWS).bool()
     names = step("items", views)
-    expected = 0.5 * 0.9 * naive_infonce(views["name"].by_modality["text"], views["item"].by_modality["text"], everyone)
+    expected = (
+        0.5
+        * 0.9
+        * naive_infonce(
+            views["name"].by_modality["text"], views["item"].by_modality["text"], everyone
+        )
+    )
     torch.testing.assert_close(objective(names, context()).loss, expected)
     seen = torch.tensor([True, False, True, True, True, True])
     losses = []
@@ -183,9 +269,13 @@ def test_micl_weighs_the_modalities_that_both_sides_have() -> None:
             query, item = (views[side].by_modality["vision"] for side in ("query", "item"))
             scores = torch.stack([cosine_similarity(query[i], item[j], dim=0) for j in range(ROWS)])
             losses.append(-(scores / 0.1).log_softmax(0)[i])
-    expected = 0.1 * torch.stack(losses).mean() + 0.9 * naive_infonce(views["query"].by_modality["text"], views["item"].by_modality["text"], everyone)
+    expected = 0.1 * torch.stack(losses).mean() + 0.9 * naive_infonce(
+        views["query"].by_modality["text"], views["item"].by_modality["text"], everyone
+    )
     torch.testing.assert_close(objective(step("pairs", views), context()).loss, expected)
-    assert objective.applies(ITEMS) and objective.applies(PAIRS) and not objective.applies(SEQUENCES)
+    assert (
+        objective.applies(ITEMS) and objective.applies(PAIRS) and not objective.applies(SEQUENCES)
+    )
 
 
 def test_late_fusion_gates_the_picture_into_the_fused_vector() -> None:
@@ -193,7 +283,10 @@ def test_late_fusion_gates_the_picture_into_the_fused_vector() -> None:
     views["item"].by_modality["vision"][2] = 0.0
     objective = LateFusion(embedding=D, datasets=DATASETS).double()
     item = views["item"]
-    gate = torch.sigmoid(torch.cat([item.by_modality["vision"], item.fused], 1) @ objective.gate.weight.T + objective.gate.bias)
+    gate = torch.sigmoid(
+        torch.cat([item.by_modality["vision"], item.fused], 1) @ objective.gate.weight.T
+        + objective.gate.bias
+    )
     mixed = gate * item.by_modality["vision"] + (1 - gate) * item.fused
     mixed = torch.stack([item.fused[i] if i == 2 else mixed[i] for i in range(ROWS)])
     expected = 0.5 * naive_infonce(views["name"].fused, mixed, torch.ones(ROWS).bool())
@@ -201,7 +294,9 @@ def test_late_fusion_gates_the_picture_into_the_fused_vector() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"pooling": "encoder", "layers": 2, "heads": 2}])
-def test_seq2item_does_not_see_absent_items_and_starts_from_the_mean(options: dict[str, Any]) -> None:
+def test_seq2item_does_not_see_absent_items_and_starts_from_the_mean(
+    options: dict[str, Any],
+) -> None:
     objective = Seq2Item(embedding=D, datasets=DATASETS, **options).double()
     history = view(1, 3)
     history.valid[[2, 3, 4, 5]] = False  # row 0 lacks one item, row 1 all
@@ -228,19 +323,28 @@ def test_seq2item_masks_rows_without_history() -> None:
     represented = objective.represent(views["history"].fused, views["history"].valid, 3)
     losses = []
     for i in (0, 2, 3, 4, 5):
-        scores = torch.stack([cosine_similarity(represented[i], views["item"].fused[j], dim=0) for j in range(ROWS)])
+        scores = torch.stack(
+            [cosine_similarity(represented[i], views["item"].fused[j], dim=0) for j in range(ROWS)]
+        )
         losses.append(-(scores / 0.1).log_softmax(0)[i])
     torch.testing.assert_close(output.loss, torch.stack(losses).mean())
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 def test_seq2item_sampling_correction(gamma: float) -> None:
-    objective = Seq2Item(embedding=D, datasets=DATASETS, matryoshka=False, sampling_correction=gamma)
+    objective = Seq2Item(
+        embedding=D, datasets=DATASETS, matryoshka=False, sampling_correction=gamma
+    )
     views = {"history": view(1, 3), "item": view(2)}
     probability = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
-    found = objective(step("sequences", views, target_log_probability=probability.log()), context()).loss
+    found = objective(
+        step("sequences", views, target_log_probability=probability.log()), context()
+    ).loss
     represented = objective.represent(views["history"].fused, views["history"].valid, 3)
-    scores = cosine_similarity(represented[:, None], views["item"].fused[None], dim=-1) / 0.1 - gamma * probability.log()
+    scores = (
+        cosine_similarity(represented[:, None], views["item"].fused[None], dim=-1) / 0.1
+        - gamma * probability.log()
+    )
     torch.testing.assert_close(found, -scores.log_softmax(1).diagonal().mean())
     with pytest.raises(ConfigurationError, match="target_probability"):
         objective(step("sequences", views), context())
@@ -254,16 +358,28 @@ def test_seq2item_takes_the_records_negatives_of_all_rows() -> None:
     negatives = views["negatives/history_to_item"]
     negatives.valid[3] = False
     probability = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
-    found = objective(step("sequences", views, target_log_probability=probability.log()), context()).loss
+    found = objective(
+        step("sequences", views, target_log_probability=probability.log()), context()
+    ).loss
     represented = objective.represent(views["history"].fused, views["history"].valid, 3)
-    scores = cosine_similarity(represented[:, None], views["item"].fused[None], dim=-1) / 0.1 - probability.log()
-    against = cosine_similarity(represented[:, None], negatives.fused[negatives.valid][None], dim=-1) / 0.1
-    torch.testing.assert_close(found, -torch.cat([scores, against], 1).log_softmax(1).diagonal().mean())
+    scores = (
+        cosine_similarity(represented[:, None], views["item"].fused[None], dim=-1) / 0.1
+        - probability.log()
+    )
+    against = (
+        cosine_similarity(represented[:, None], negatives.fused[negatives.valid][None], dim=-1)
+        / 0.1
+    )
+    torch.testing.assert_close(
+        found, -torch.cat([scores, against], 1).log_softmax(1).diagonal().mean()
+    )
 
 
 @pytest.mark.parametrize("form", ["cosine", "mse", "relational"])
 def test_id2item_forms(form: str) -> None:
-    objective = ID2Item(embedding=D, datasets=DATASETS, teachers={"svd": 4}, form=form, similarity_temperature=0.5).double()
+    objective = ID2Item(
+        embedding=D, datasets=DATASETS, teachers={"svd": 4}, form=form, similarity_temperature=0.5
+    ).double()
     views = {"image": view(1), "name": view(2), "item": view(3)}
     views["item"].valid[1] = False
     teacher = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
@@ -278,11 +394,19 @@ def test_id2item_forms(form: str) -> None:
         rows = []
         for i in kept:
             others = [j for j in kept if j != i]
-            mine = torch.stack([cosine_similarity(projected[i], projected[j], dim=0) for j in others]) / 0.5
-            theirs = torch.stack([cosine_similarity(teacher[i], teacher[j], dim=0) for j in others]) / 0.5
+            mine = (
+                torch.stack([cosine_similarity(projected[i], projected[j], dim=0) for j in others])
+                / 0.5
+            )
+            theirs = (
+                torch.stack([cosine_similarity(teacher[i], teacher[j], dim=0) for j in others])
+                / 0.5
+            )
             rows.append((theirs.softmax(0) * (theirs.log_softmax(0) - mine.log_softmax(0))).sum())
         expected = torch.stack(rows).mean()
-    output = objective(step("items", views, teachers={"item/svd": teacher, "item/other": teacher}), context())
+    output = objective(
+        step("items", views, teachers={"item/svd": teacher, "item/other": teacher}), context()
+    )
     torch.testing.assert_close(output.loss, expected)
     assert output.metrics["item/svd/rows"] == 4
     nobody = objective(step("items", views, teachers={"item/svd": torch.zeros(ROWS, 4)}), context())
@@ -291,11 +415,15 @@ def test_id2item_forms(form: str) -> None:
 
 
 @pytest.mark.parametrize("objective", [InfoNCE, CoSENT, MICL, LateFusion])
-def test_a_step_without_any_valid_row_costs_nothing_and_gives_no_nan(objective: type[Objective]) -> None:
+def test_a_step_without_any_valid_row_costs_nothing_and_gives_no_nan(
+    objective: type[Objective],
+) -> None:
     name = "pairs"
     views = {"query": view(1, valid=torch.zeros(ROWS, dtype=torch.bool)), "item": view(2)}
     views["query"].fused.requires_grad_()
-    output = objective(embedding=D, datasets=DATASETS).double()(step(name, views, scores=torch.rand(ROWS)), context())
+    output = objective(embedding=D, datasets=DATASETS).double()(
+        step(name, views, scores=torch.rand(ROWS)), context()
+    )
     assert output.loss == 0
     output.loss.backward()
     assert views["query"].fused.grad is None or (views["query"].fused.grad == 0).all()
@@ -313,4 +441,6 @@ def test_temperatures_start_as_configured_stay_in_bounds_and_can_come_back() -> 
         parameter.grad = None
         temperatures.get(PatternKey("items", "image_to_name")).backward()
         assert parameter.grad is not None and parameter.grad != 0
-        assert math.isclose(temperatures.values()[PatternKey("items", "image_to_name")], bound, rel_tol=1e-4)
+        assert math.isclose(
+            temperatures.values()[PatternKey("items", "image_to_name")], bound, rel_tol=1e-4
+        )

@@ -1,4 +1,6 @@
-"""The losses' door: once rounded, shared by all readers, gradients summed in float32; every loss that calls kernels goes through it."""
+"""The losses' door: once rounded, shared by all readers, gradients summed in float32; every loss
+that calls kernels goes through it.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +26,26 @@ def context(dtype: torch.dtype = torch.bfloat16) -> ObjectiveContext:
 
 
 def given(*shape: int, length: float = 1.0) -> Tensor:
-    return (length * torch.randn(shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    return (
+        length * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    ).requires_grad_()
 
 
 @pytest.mark.parametrize("length", [1e-9, 1e-3, 1.0, 1e25])
 def test_vectors_are_normalised_in_float32_and_rounded_once(length: float) -> None:
     vectors = given(6, 32, length=length)
     found = context().operands(vectors)
-    assert found.dtype is torch.bfloat16 and torch.equal(found, normalize(vectors.detach().double(), dim=1).float().bfloat16())
+    assert found.dtype is torch.bfloat16 and torch.equal(
+        found, normalize(vectors.detach().double(), dim=1).float().bfloat16()
+    )
     weights = given(6, 32).detach().bfloat16()
     (found * weights).sum().backward()
     exact = vectors.detach().double().requires_grad_()
     (normalize(exact, dim=1) * weights.double()).sum().backward()
     assert vectors.grad is not None and vectors.grad.dtype is torch.float32
-    torch.testing.assert_close(vectors.grad.double() * length, exact.grad * length, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        vectors.grad.double() * length, exact.grad * length, rtol=0, atol=1e-6
+    )
 
 
 def test_readers_share_the_numbers_and_their_gradients_add_up_in_float32() -> None:
@@ -45,7 +53,8 @@ def test_readers_share_the_numbers_and_their_gradients_add_up_in_float32() -> No
     readers = [door.operands(vectors) for _ in range(300)]
     assert len({reader.data_ptr() for reader in readers}) == 1 and len(door.rounded) == 1
     assert door.operands(readers[0]) is readers[0]
-    # 300 equal numbers with more than 8 bits in their sum: a sum in bfloat16 would stop growing early.
+    # 300 equal numbers with more than 8 bits in their sum: a sum in bfloat16 would stop growing
+    # early.
     sum(reader[:, 0].float().sum() for reader in readers).backward()  # type: ignore[union-attr]
     one = given(4, 16)
     context().operands(one)[:, 0].float().sum().backward()
@@ -65,38 +74,77 @@ def test_padding_may_hold_anything_and_wider_dtypes_pass() -> None:
         assert context(dtype).operands(vectors) is vectors
 
 
-def _losses(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, only: str) -> tuple[Tensor, dict[int, Tensor], list[dict[str, Tensor]]]:
-    """Loss of an objective on encodings of every kind, gradient of each view, and what the kernels were given."""
+def _losses(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, only: str
+) -> tuple[Tensor, dict[int, Tensor], list[dict[str, Tensor]]]:
+    """Loss of an objective on encodings of every kind, gradient of each view, and what the
+    kernels were given.
+    """
     calls: list[dict[str, Tensor]] = []
 
     def spy(given: Sequence[dict[str, Any]], *rest: Any, **options: Any) -> Any:
         for call in given:
-            hard = {} if call["negatives"] is None or call["negatives"].hard is None else {"hard": call["negatives"].hard}
+            hard = (
+                {}
+                if call["negatives"] is None or call["negatives"].hard is None
+                else {"hard": call["negatives"].hard}
+            )
             calls.append({"queries": call["queries"], "keys": call["keys"]} | hard)
         return infonce_sum(given, *rest, **options)
 
     monkeypatch.setattr(patterns, "infonce_sum", spy)
     config = step_config()
-    del config.objectives["infonce"]["margin_absolute"]  # a limit may fall between a score and the rounded one
+    del config.objectives["infonce"][
+        "margin_absolute"
+    ]  # a limit may fall between a score and the rounded one
     objective = build_objectives(config.objectives, config.model.embedding, config.data.sets)[only]
     assert isinstance(objective, Objective)
-    place = ObjectiveContext(config.data.sets, Local(), Temperatures(config.data.sets), tuple(config.model.prefixes), compute_dtype=dtype)
+    place = ObjectiveContext(
+        config.data.sets,
+        Local(),
+        Temperatures(config.data.sets),
+        tuple(config.model.prefixes),
+        compute_dtype=dtype,
+    )
     total, leaves = torch.zeros(()), {}
     generator = torch.Generator().manual_seed(2)
     for batch in global_batches(config, 1):
         views = {}
         for name, view in batch.views.items():
-            mine = {kind: torch.randn(len(view.ids), config.model.embedding, generator=generator).requires_grad_() for kind in ("fused", "vision", "text")}
+            mine = {
+                kind: torch.randn(
+                    len(view.ids), config.model.embedding, generator=generator
+                ).requires_grad_()
+                for kind in ("fused", "vision", "text")
+            }
             leaves |= {f"{batch.dataset}/{name}/{kind}": leaf for kind, leaf in mine.items()}
-            views[name] = EncodedView(valid=view.valid, ids=view.ids, group=view.group, fused=mine.pop("fused"), by_modality=mine)
+            views[name] = EncodedView(
+                valid=view.valid,
+                ids=view.ids,
+                group=view.group,
+                fused=mine.pop("fused"),
+                by_modality=mine,
+            )
         if objective.applies(config.data.sets[batch.dataset]):
-            total = total + objective(EncodedStep(batch.dataset, views, batch.patterns, batch.scores, batch.teachers), place).loss
+            total = (
+                total
+                + objective(
+                    EncodedStep(batch.dataset, views, batch.patterns, batch.scores, batch.teachers),
+                    place,
+                ).loss
+            )
     total.backward()
-    return total.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, calls  # type: ignore[misc]
+    return (
+        total.detach(),
+        {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None},
+        calls,
+    )  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", sorted(WEIGHTS))
-def test_every_loss_gives_its_kernels_rounded_vectors_and_its_views_float32_gradients(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_every_loss_gives_its_kernels_rounded_vectors_and_its_views_float32_gradients(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     exact, expected, _ = _losses(monkeypatch, torch.float32, name)
     loss, gradients, calls = _losses(monkeypatch, torch.bfloat16, name)
     assert loss.dtype is torch.float32 and gradients.keys() == expected.keys()
@@ -111,4 +159,7 @@ def test_every_loss_gives_its_kernels_rounded_vectors_and_its_views_float32_grad
         hard = [call["hard"] for call in calls if "hard" in call]
         assert len(hard) == 1 and hard[0].shape[1] == HARD_NEGATIVES
         # The names' view is a side of three patterns: one memory.
-        assert len({call["keys"].data_ptr() for call in calls} | {call["queries"].data_ptr() for call in calls}) < 2 * len(calls)
+        assert len(
+            {call["keys"].data_ptr() for call in calls}
+            | {call["queries"].data_ptr() for call in calls}
+        ) < 2 * len(calls)

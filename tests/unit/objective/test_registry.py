@@ -1,4 +1,6 @@
-"""Objectives from configuration: every shipped file builds, weights are equal on all ranks, mistakes are one clear line."""
+"""Objectives from configuration: every shipped file builds, weights are equal on all ranks,
+mistakes are one clear line.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ DATASETS = {"items": DatasetConfig()}
 class Mine(Objective):
     """A user's own loss."""
 
-    def __init__(self, *, embedding: int, datasets: dict[str, DatasetConfig], strength: float) -> None:
+    def __init__(
+        self, *, embedding: int, datasets: dict[str, DatasetConfig], strength: float
+    ) -> None:
         super().__init__()
         self.strength = strength
 
@@ -34,7 +38,13 @@ def test_every_shipped_objective_builds() -> None:
     config = compose([])
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets)
     assert set(objectives) == {"infonce", "cosent", "micl", "late_fusion", "seq2item", "id2item"}
-    changed = compose(["objectives.seq2item.pooling=encoder", "objectives.id2item.form=relational", "objectives.id2item.hidden=8"])
+    changed = compose(
+        [
+            "objectives.seq2item.pooling=encoder",
+            "objectives.id2item.form=relational",
+            "objectives.id2item.hidden=8",
+        ]
+    )
     assert len(list(build_objectives(changed.objectives, 16, {})["seq2item"].parameters())) > 10
 
 
@@ -62,7 +72,11 @@ def test_a_users_own_loss_needs_its_module_allowed() -> None:
 
 
 INFONCE, COSENT = "sailplan.objective.infonce.InfoNCE", "sailplan.objective.cosent.CoSENT"
-MICL, SEQ2ITEM, ID2ITEM = "sailplan.objective.micl.MICL", "sailplan.objective.seq2item.Seq2Item", "sailplan.objective.id2item.ID2Item"
+MICL, SEQ2ITEM, ID2ITEM = (
+    "sailplan.objective.micl.MICL",
+    "sailplan.objective.seq2item.Seq2Item",
+    "sailplan.objective.id2item.ID2Item",
+)
 
 
 @pytest.mark.parametrize(
@@ -97,13 +111,27 @@ def test_mistakes_are_one_line_that_names_the_key(options: dict[str, Any], messa
 def test_temperatures_refuse_what_cannot_work() -> None:
     shown = {"views": {"": ViewConfig(fields=["title"])}}
     with pytest.raises(ConfigurationError, match=r"data\.sets\.items\.temperature=3\.0"):
-        validate(DataConfig(sets={"items": DatasetConfig(temperature=3.0, patterns={"a": PatternConfig()}, **shown)}), "data")
+        validate(
+            DataConfig(
+                sets={
+                    "items": DatasetConfig(
+                        temperature=3.0, patterns={"a": PatternConfig()}, **shown
+                    )
+                }
+            ),
+            "data",
+        )
     for name, wrong in (("v1.0", "a dot"), ("a/b", "a slash")):
-        for sets in ({name: DatasetConfig()}, {"items": DatasetConfig(patterns={name: PatternConfig()}, **shown)}):
+        for sets in (
+            {name: DatasetConfig()},
+            {"items": DatasetConfig(patterns={name: PatternConfig()}, **shown)},
+        ):
             with pytest.raises(ConfigurationError, match=wrong):
                 validate(DataConfig(sets=sets), "data")
     with pytest.raises(ConfigurationError, match="expected one of items/a"):
-        Temperatures({"items": DatasetConfig(patterns={"a": PatternConfig()})}).get(PatternKey("items", "b"))
+        Temperatures({"items": DatasetConfig(patterns={"a": PatternConfig()})}).get(
+            PatternKey("items", "b")
+        )
 
 
 def test_a_stage_without_a_loss_for_one_of_its_data_sets_is_told_before_it_runs() -> None:
@@ -111,8 +139,13 @@ def test_a_stage_without_a_loss_for_one_of_its_data_sets_is_told_before_it_runs(
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets)
     check_objectives(objectives, config.stages, config.data.sets)
     config.stages["id2item"].artifacts = ["interests", "co_occurrence"]
-    with pytest.raises(ConfigurationError, match=r"stages\.id2item\.objectives: ID2Item learns from the artifact teachers"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"stages\.id2item\.objectives: ID2Item learns from the artifact teachers",
+    ):
         check_objectives(objectives, {"id2item": config.stages["id2item"]}, config.data.sets)
     config.stages["seq2item"].objectives["infonce"] = 0.0
-    with pytest.raises(ConfigurationError, match=r"stages\.seq2item\.objectives: none of .* applies to 'emoji'"):
+    with pytest.raises(
+        ConfigurationError, match=r"stages\.seq2item\.objectives: none of .* applies to 'emoji'"
+    ):
         check_objectives(objectives, config.stages, config.data.sets)

@@ -1,4 +1,6 @@
-"""Risks: a logger that stops training, an option that nobody reads, a package that is missing after an hour of work."""
+"""Risks: a logger that stops training, an option that nobody reads, a package that is missing
+after an hour of work.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,13 @@ class Fragile(Logger):
             raise ConnectionError("the service\nis gone")
 
 
-def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     own = {"own": {"_target_": f"{__name__}.Fragile", "steps": 2}}
-    with pytest.raises(ConfigurationError, match=r"loggers\.own\._target_=.*add your module to allowed_targets"):
+    with pytest.raises(
+        ConfigurationError, match=r"loggers\.own\._target_=.*add your module to allowed_targets"
+    ):
         MetricWriter(RunInfo(tmp_path), own, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sailplan.config.targets.pkgutil.resolve_name", lambda name: Fragile)
@@ -41,27 +47,41 @@ def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, cap
                 writer.log_step(step, "first", {"loss/total": 1.0})
             writer.finish_stage()
     [line] = capfd.readouterr().err.splitlines()
-    assert line.startswith("sailplan: warning: loggers.own: the service is gone; the run goes on without it")
+    assert line.startswith(
+        "sailplan: warning: loggers.own: the service is gone; the run goes on without it"
+    )
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"_target_": TARGET, "evry": 3}, r"loggers\.board\.evry: TensorBoardLogger has no such option; did you mean 'every'"),
+        (
+            {"_target_": TARGET, "evry": 3},
+            r"loggers\.board\.evry: TensorBoardLogger has no such option; did you mean 'every'",
+        ),
         ({"every": 3}, r"loggers\.board\._target_: found None"),
-        ({"_target_": "sailplan.observe.run_files.finite"}, r"expected a subclass of sailplan\.observe\.logger\.Logger"),
+        (
+            {"_target_": "sailplan.observe.run_files.finite"},
+            r"expected a subclass of sailplan\.observe\.logger\.Logger",
+        ),
     ],
 )
-def test_a_logger_that_cannot_be_is_refused_before_the_run(options: dict[str, Any], words: str) -> None:
+def test_a_logger_that_cannot_be_is_refused_before_the_run(
+    options: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigurationError, match=words):
         logger_classes({"board": options}, ["sailplan."])
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sailplan.observe.metrics.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match=r"loggers\.tensorboard: .*pip install tensorboard"):
-        logger_classes(compose(["experiment=quickstart", "+logger=tensorboard"]).loggers, ["sailplan."])
+    with pytest.raises(
+        ConfigurationError, match=r"loggers\.tensorboard: .*pip install tensorboard"
+    ):
+        logger_classes(
+            compose(["experiment=quickstart", "+logger=tensorboard"]).loggers, ["sailplan."]
+        )
 
 
 def test_every_logger_of_ours_composes_and_a_list_takes_one_more() -> None:
@@ -71,10 +91,22 @@ def test_every_logger_of_ours_composes_and_a_list_takes_one_more() -> None:
 
 
 def test_settings_of_the_former_version_are_carried_over() -> None:
-    config = compose(["experiment=quickstart", "tracking.wandb=online", "tracking.log_every=3", "tracking.project=mine"])
-    assert config.loggers["wandb"].items() >= {"mode": "online", "project": "mine", "every": 3}.items() and config.loggers["console"]["every"] == 3
+    config = compose(
+        [
+            "experiment=quickstart",
+            "tracking.wandb=online",
+            "tracking.log_every=3",
+            "tracking.project=mine",
+        ]
+    )
+    assert (
+        config.loggers["wandb"].items() >= {"mode": "online", "project": "mine", "every": 3}.items()
+        and config.loggers["console"]["every"] == 3
+    )
     assert "wandb" not in compose(["experiment=quickstart", "tracking.wandb=disabled"]).loggers
-    with pytest.raises(ConfigurationError, match=r"tracking\.wandb=no: expected one of offline, online, disabled"):
+    with pytest.raises(
+        ConfigurationError, match=r"tracking\.wandb=no: expected one of offline, online, disabled"
+    ):
         compose(["experiment=quickstart", "tracking.wandb='no'"])
 
 
@@ -93,5 +125,10 @@ def test_tensorboard_shows_values_and_hides_steps_that_are_done_again(tmp_path: 
     train(range(1, 4), None, 1.0)
     train(range(3, 5), 2, 10.0)
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in found.Scalars("loss/total")] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+    assert [(event.step, event.value) for event in found.Scalars("loss/total")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+        (4, 40.0),
+    ]
     assert [event.value for event in found.Scalars("evaluation/names/recall@1")] == [0.5]

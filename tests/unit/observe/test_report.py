@@ -1,4 +1,6 @@
-"""Risks: a page that runs foreign text, that needs other files, that fails on a run without some part, or that leaves results out."""
+"""Risks: a page that runs foreign text, that needs other files, that fails on a run without some
+part, or that leaves results out.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ def test_the_page_needs_no_other_file_and_runs_nothing(run_folder: Path) -> None
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "xlink:href"):
             value = attributes.get(name)
-            assert value is None or value.startswith("#" if tag == "use" else "data:image/"), (tag, value)
+            assert value is None or value.startswith("#" if tag == "use" else "data:image/"), (
+                tag,
+                value,
+            )
     style = "".join(re.findall(r"<style.*?</style>", html, flags=re.DOTALL))
     assert "@import" not in style and not re.search(r"url\((?!#)", style)
 
@@ -93,7 +98,9 @@ def test_every_part_of_the_run_is_there(run_folder: Path) -> None:
     assert [name for name, _ in parsed.tags].count("svg") >= 8
     assert html.count('class="card correct') >= 3 + 1
     identifiers = [attributes["id"] for _, attributes in parsed.tags if attributes.get("id")]
-    assert len(identifiers) == len(set(identifiers))  # a clip path of one picture must not cut another
+    assert len(identifiers) == len(
+        set(identifiers)
+    )  # a clip path of one picture must not cut another
     references = re.findall(r'(?:href="|url\()#([^")]+)', html)
     assert references and set(references) <= set(identifiers)
 
@@ -105,7 +112,10 @@ def test_baselines_stand_beside_the_model(run_folder: Path) -> None:
     assert row and re.findall(r"0\.\d+", row.group(0)) == ["0.08", "0.12", "0.18"]
 
 
-@pytest.mark.parametrize("part", ["config.yaml", "stages.json", "metrics.jsonl", "evaluation", "curriculum", "quarantine.jsonl"])
+@pytest.mark.parametrize(
+    "part",
+    ["config.yaml", "stages.json", "metrics.jsonl", "evaluation", "curriculum", "quarantine.jsonl"],
+)
 def test_a_missing_part_is_said_and_the_rest_is_shown(run_folder: Path, part: str) -> None:
     path = run_folder / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -130,12 +140,28 @@ def test_long_runs_give_small_pages(run_folder: Path) -> None:
     small = len(write_report(run_folder).read_bytes())
     with (run_folder / "metrics.jsonl").open("w") as file:
         for step in range(1, 20001):
-            file.write(json.dumps({"step": step, "stage": "diverse", "time": 0.0, "data/set": "emoji", "loss/total": 1.0, "accuracy": 0.5}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "step": step,
+                        "stage": "diverse",
+                        "time": 0.0,
+                        "data/set": "emoji",
+                        "loss/total": 1.0,
+                        "accuracy": 0.5,
+                    }
+                )
+                + "\n"
+            )
     assert len(write_report(run_folder).read_bytes()) < 2 * small
 
 
 def test_thinning_and_smoothing_keep_the_mean_and_a_constant() -> None:
     series = [(step, float(step % 7)) for step in range(1000)]
     short = thin(series, 100)
-    assert len(short) == 100 and sum(value for _, value in short) / 100 == pytest.approx(sum(value for _, value in series) / 1000)
-    assert all(value == pytest.approx(3.0) for _, value in smooth([(step, 3.0) for step in range(20)]))
+    assert len(short) == 100 and sum(value for _, value in short) / 100 == pytest.approx(
+        sum(value for _, value in series) / 1000
+    )
+    assert all(
+        value == pytest.approx(3.0) for _, value in smooth([(step, 3.0) for step in range(20)])
+    )

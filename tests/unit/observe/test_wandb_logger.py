@@ -1,4 +1,6 @@
-"""Risks: a tracker that stops training, writes outside the run folder, chats on the console, or starts a second run on resume."""
+"""Risks: a tracker that stops training, writes outside the run folder, chats on the console, or
+starts a second run on resume.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,15 @@ from sailplan.observe.metrics import MetricWriter
 from sailplan.observe.wandb_logger import WandbLogger, run_id
 
 WANDB = "sailplan.observe.wandb_logger.WandbLogger"
-STAGE = StageInfo("first", 1, 2, 1, 4, data={"emoji": 0.75, "icons": 0.25}, objectives={"infonce": 1.0})
+STAGE = StageInfo(
+    "first", 1, 2, 1, 4, data={"emoji": 0.75, "icons": 0.25}, objectives={"infonce": 1.0}
+)
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The records of an offline file (LevelDB log framing: 7-byte file header, 32 KiB blocks, 7-byte record headers)."""
+    """The records of an offline file (LevelDB log framing: 7-byte file header, 32 KiB blocks,
+    7-byte record headers).
+    """
     from wandb.proto import wandb_internal_pb2
 
     data, position, whole = path.read_bytes(), 7, b""
@@ -50,26 +56,44 @@ def keep_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("keep_environment")
-def test_offline_run_holds_stage_progress_evaluation_and_tables(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_offline_run_holds_stage_progress_evaluation_and_tables(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "runs" / "my run"
     sink = WandbLogger(RunInfo(folder, {"seed": 3}), every=2)
     sink.start_stage(STAGE)
     for step in range(1, 5):
-        sink.log_step(step, "first", {"loss/total": 1.0 / step, "accuracy": 0.5, "data/set": "emoji"})
+        sink.log_step(
+            step, "first", {"loss/total": 1.0 / step, "accuracy": 0.5, "data/set": "emoji"}
+        )
     sink.log_evaluation(4, "first", {"emoji": {"recall@1": 0.5}}, {})
     sink.close(finished=True)
     [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 30  # the tracker's own process writes the last records just after finish() returned
-    while not any(record.WhichOneof("record_type") == "exit" for record in records(path)) and time.monotonic() < deadline:
+    deadline = (
+        time.monotonic() + 30
+    )  # the tracker's own process writes the last records just after finish() returned
+    while (
+        not any(record.WhichOneof("record_type") == "exit" for record in records(path))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     found = list(records(path))
     history = [
-        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        {
+            item.key or ".".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
         for record in found
         if record.WhichOneof("record_type") == "history"
     ]
-    assert [line["step"] for line in history if "loss/total" in line] == [2, 4]  # every log_every-th step
-    assert history[-2]["progress/stage_fraction"] == 1.0 and history[-2]["stage-first/loss/total"] == 0.25
+    assert [line["step"] for line in history if "loss/total" in line] == [
+        2,
+        4,
+    ]  # every log_every-th step
+    assert (
+        history[-2]["progress/stage_fraction"] == 1.0
+        and history[-2]["stage-first/loss/total"] == 0.25
+    )
     assert history[-1]["evaluation/emoji/recall@1"] == 0.5
     assert any("weights" in key for key in history[0])
     [run] = [record.run for record in found if record.WhichOneof("record_type") == "run"]
@@ -79,7 +103,9 @@ def test_offline_run_holds_stage_progress_evaluation_and_tables(tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("keep_environment")
-def test_a_failure_warns_once_and_training_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_warns_once_and_training_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "wandb").write_text("a file where a folder is needed")
@@ -91,15 +117,21 @@ def test_a_failure_warns_once_and_training_goes_on(tmp_path: Path, capfd: pytest
 
 
 @pytest.mark.usefixtures("keep_environment")
-def test_online_without_a_key_does_not_wait_for_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_online_without_a_key_does_not_wait_for_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with MetricWriter(RunInfo(tmp_path / "run"), {"wandb": {"_target_": WANDB, "mode": "online"}}, 0) as writer:
+    with MetricWriter(
+        RunInfo(tmp_path / "run"), {"wandb": {"_target_": WANDB, "mode": "online"}}, 0
+    ) as writer:
         assert not writer.loggers
     assert "no API key" in capfd.readouterr().err
 
 
 def test_a_mode_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"loggers\.wandb\.mode=disabled: expected offline or online"):
+    with pytest.raises(
+        ConfigurationError, match=r"loggers\.wandb\.mode=disabled: expected offline or online"
+    ):
         WandbLogger(RunInfo(tmp_path), mode="disabled")  # type: ignore[arg-type]
 
 

@@ -1,4 +1,6 @@
-"""Seeds are stable names, stop signals set a flag once, the watchdog ends a silent process, exit codes pass through torchrun."""
+"""Seeds are stable names, stop signals set a flag once, the watchdog ends a silent process, exit
+codes pass through torchrun.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,19 @@ from sailplan.runtime.watch import beat, watching
 
 def test_seeds_are_stable_and_parts_do_not_run_together() -> None:
     assert derive(0, "stage", 1) == derive(0, "stage", 1) == 8870527940734463394
-    assert len({derive("1", 2), derive(1, 2), derive(12), derive("12"), derive("1", "2"), derive(1, "2")}) == 6
+    assert (
+        len(
+            {
+                derive("1", 2),
+                derive(1, 2),
+                derive(12),
+                derive("12"),
+                derive("1", "2"),
+                derive(1, "2"),
+            }
+        )
+        == 6
+    )
     assert generator(1, "a").integers(1 << 30) == generator(1, "a").integers(1 << 30)
 
 
@@ -41,10 +55,13 @@ def test_the_watchdog_leaves_a_working_process_alone() -> None:
 
 def test_the_watchdog_ends_a_hung_process_with_its_own_code() -> None:
     code = (
-        "import time\nfrom sailplan.runtime.signals import StopFlag\nfrom sailplan.runtime.watch import watching\n"
+        "import time\nfrom sailplan.runtime.signals import StopFlag\nfrom sailplan.runtime.watch "
+        "import watching\n"
         "with watching(0.3, StopFlag()):\n    time.sleep(30)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == EXIT_HANG
     assert "no progress" in result.stderr and "time.sleep" not in result.stdout
 
@@ -52,6 +69,17 @@ def test_the_watchdog_ends_a_hung_process_with_its_own_code() -> None:
 @pytest.mark.parametrize("code", [0, 65, 75])
 def test_a_ranks_exit_code_comes_out_of_torchrun(tmp_path, code: int) -> None:
     script = tmp_path / "rank.py"
-    script.write_text(f"import os, sys, time\nsys.exit({code}) if os.environ['RANK'] == '1' or {code} in (0, 75) else time.sleep(60)\n")
-    command = [sys.executable, "-m", "sailplan.runtime.torchrun", "--standalone", "--nproc-per-node", "2", str(script)]
+    script.write_text(
+        f"import os, sys, time\nsys.exit({code}) if os.environ['RANK'] == '1' or {code} in (0, 75) "
+        "else time.sleep(60)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "sailplan.runtime.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == code

@@ -1,4 +1,6 @@
-"""Risks: a replay where a graph could have been kept, ranks that keep unlike numbers, more graphs than memory, other gradients."""
+"""Risks: a replay where a graph could have been kept, ranks that keep unlike numbers, more
+graphs than memory, other gradients.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ Gradients = dict[str, torch.Tensor]
 
 
 def _flop(rank: int, world_size: int) -> tuple[dict[int, float], list[float]]:
-    """Kept graphs -> FLOP of a step of eight micro-batches over those of their forward, and each micro-batch's part of that forward."""
+    """Kept graphs -> FLOP of a step of eight micro-batches over those of their forward, and each
+    micro-batch's part of that forward.
+    """
     found = {}
     for kept in (0, 1, 4, 8, -1):
         step = build_step(join_layout(1), kept_graphs=kept)
@@ -38,7 +42,9 @@ def _flop(rank: int, world_size: int) -> tuple[dict[int, float], list[float]]:
 
 
 def test_each_kept_graph_saves_a_forward() -> None:
-    """4 F with none of eight, 3 F with all, and the forward of each that is kept less in between; what is above is the loss."""
+    """4 F with none of eight, 3 F with all, and the forward of each that is kept less in
+    between; what is above is the loss.
+    """
     ((found, parts),) = run_ranks(_flop, 1)
     assert found[8] == found[-1] and len(parts) == 8
     for kept in (0, 1, 4, 8):
@@ -49,9 +55,18 @@ def test_each_kept_graph_saves_a_forward() -> None:
 
 def _gradients(step: TrainingStep, number: int) -> Gradients:
     step.optimizer.zero_grad(set_to_none=True)
-    step.gradients(rank_batches(step, 3, number=number), WEIGHTS, step=number, stage="one", thresholds=THRESHOLDS)
+    step.gradients(
+        rank_batches(step, 3, number=number),
+        WEIGHTS,
+        step=number,
+        stage="one",
+        thresholds=THRESHOLDS,
+    )
     found = named_gradients(step.encoder, step.objectives, step.temperatures)
-    return {name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient for name, gradient in found.items()}
+    return {
+        name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        for name, gradient in found.items()
+    }
 
 
 def _auto(rank: int, world_size: int) -> list[int]:
@@ -82,7 +97,9 @@ def _auto(rank: int, world_size: int) -> list[int]:
 
 
 def test_auto_keeps_one_graph_then_what_fits_on_every_rank() -> None:
-    """The second rank has room for two more; and each new set of data sets, or stage, is measured first."""
+    """The second rank has room for two more; and each new set of data sets, or stage, is
+    measured first.
+    """
     for numbers in run_ranks(_auto, 2, timeout=120):
         assert numbers == [1, 3, 3, 1]
 

@@ -1,4 +1,6 @@
-"""The step around the gradients: what is trained, what is skipped, what the optimizer's groups hold."""
+"""The step around the gradients: what is trained, what is skipped, what the optimizer's groups
+hold.
+"""
 
 from __future__ import annotations
 
@@ -27,24 +29,49 @@ def _make(kept_graphs: int = 0, **options: Any) -> tuple[TrainingStep, list[Any]
     config = step_config(kept_graphs=kept_graphs)
     encoder, objectives, temperatures = build_modules(config)
     encoder = shard(encoder, parallel, shard=True)
-    optimizer = build_optimizer(encoder, objectives, temperatures, OptimizerConfig(learning_rate=1e-2, weight_decay=0.1))
-    step = TrainingStep(encoder, objectives, temperatures, optimizer, config, parallel, AllGather(parallel.data_parallel_group), **options)
-    batches = [share(batch, parallel.data_parallel_rank, parallel.data_parallel_size, 2) for batch in global_batches(config, 1)]
+    optimizer = build_optimizer(
+        encoder, objectives, temperatures, OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
+    )
+    step = TrainingStep(
+        encoder,
+        objectives,
+        temperatures,
+        optimizer,
+        config,
+        parallel,
+        AllGather(parallel.data_parallel_group),
+        **options,
+    )
+    batches = [
+        share(batch, parallel.data_parallel_rank, parallel.data_parallel_size, 2)
+        for batch in global_batches(config, 1)
+    ]
     return step, batches[:1]
 
 
 def _whole(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for name, p in module.named_parameters()}
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in module.named_parameters()
+    }
 
 
 def _stages(rank: int, world_size: int) -> None:
-    """Frozen parts stay bit-equal over steps, and learn again when a later stage says so, on a sharded encoder."""
+    """Frozen parts stay bit-equal over steps, and learn again when a later stage says so, on a
+    sharded encoder.
+    """
     step, batches = _make()
-    for number, parts in enumerate((["all"], ["vision", "temperatures"], ["audio", "objectives"], ["objectives"], ["all"])):
+    for number, parts in enumerate(
+        (["all"], ["vision", "temperatures"], ["audio", "objectives"], ["objectives"], ["all"])
+    ):
         with torch.no_grad():  # evaluation leaves gathered parameters behind
             step.encoder(batches[0].views["item"].micro_batches[0])
         set_trainable(step.encoder, step.objectives, step.temperatures, parts)
-        modules = {"encoder": step.encoder, "objectives": step.objectives, "temperatures": step.temperatures}
+        modules = {
+            "encoder": step.encoder,
+            "objectives": step.objectives,
+            "temperatures": step.temperatures,
+        }
         before = {name: _whole(module) for name, module in modules.items()}
         result = step.run(batches, WEIGHTS, step=number, stage="s")
         assert not result.skipped
@@ -55,10 +82,21 @@ def _stages(rank: int, world_size: int) -> None:
             for name, value in values.items()
             if not torch.equal(value, before[prefix][name])
         }
-        expected = {"text", "vision", "perceiver", "audio", "tower", "objectives", "temperatures"} if parts == ["all"] else set(parts)
+        expected = (
+            {"text", "vision", "perceiver", "audio", "tower", "objectives", "temperatures"}
+            if parts == ["all"]
+            else set(parts)
+        )
         assert changed == expected, (parts, changed)
-        views = {name: view_is_trainable(step.encoder, view.micro_batches[0].modalities) for name, view in batches[0].views.items()}
-        assert result.replayed == sum(len(batches[0].views[name].micro_batches) for name, trainable in views.items() if trainable)
+        views = {
+            name: view_is_trainable(step.encoder, view.micro_batches[0].modalities)
+            for name, view in batches[0].views.items()
+        }
+        assert result.replayed == sum(
+            len(batches[0].views[name].micro_batches)
+            for name, trainable in views.items()
+            if trainable
+        )
         assert views["name"] == (parts == ["all"])
         assert views["item"] == (parts == ["all"] or "vision" in parts)
 
@@ -103,7 +141,9 @@ def _always_poisoned(rank: int, world_size: int) -> None:
     with torch.no_grad():
         step.temperatures.logarithms["items/name_to_item"].fill_(math.nan)
     result = step.run(batches, WEIGHTS, step=1, stage="s")
-    assert result.skipped and result.suspects == batches[0].record_ids  # no row stands out: all of them
+    assert (
+        result.skipped and result.suspects == batches[0].record_ids
+    )  # no row stands out: all of them
     step.run(batches, WEIGHTS, step=2, stage="s")
 
 
@@ -118,7 +158,9 @@ def _unused_temperatures(rank: int, world_size: int) -> None:
     step, batches = _make()
     for number in range(2):
         step.run(batches, WEIGHTS, step=number, stage="s")
-    moments = {name: step.optimizer.state.get(p) for name, p in step.temperatures.named_parameters()}
+    moments = {
+        name: step.optimizer.state.get(p) for name, p in step.temperatures.named_parameters()
+    }
     assert not moments["logarithms.sequences/history_to_item"]
     assert moments["logarithms.items/image_to_name"]
     state = torch.random.get_rng_state()
@@ -138,10 +180,19 @@ def test_temperatures_of_absent_sets_get_no_momentum_and_outer_random_state_is_k
 def _groups(rank: int, world_size: int) -> None:
     step, _ = _make()
     groups = {group["name"]: group for group in step.optimizer.param_groups}
-    assert groups["encoder_decay"]["weight_decay"] == 0.1 and groups["encoder_no_decay"]["weight_decay"] == 0.0
+    assert (
+        groups["encoder_decay"]["weight_decay"] == 0.1
+        and groups["encoder_no_decay"]["weight_decay"] == 0.0
+    )
     assert all(p.ndim < 2 for p in groups["encoder_no_decay"]["params"])
-    everything = [p for module in (step.encoder, step.objectives, step.temperatures) for p in module.parameters()]
-    assert {id(p) for p in everything} == {id(p) for group in step.optimizer.param_groups for p in group["params"]}
+    everything = [
+        p
+        for module in (step.encoder, step.objectives, step.temperatures)
+        for p in module.parameters()
+    ]
+    assert {id(p) for p in everything} == {
+        id(p) for group in step.optimizer.param_groups for p in group["params"]
+    }
     for group in step.optimizer.param_groups:
         assert len({type(p.data) for p in group["params"]}) == 1  # sharded and plain ones apart
     configure(step.optimizer, OptimizerConfig(learning_rate=1e-3, temperature_learning_rate=5e-2))

@@ -16,7 +16,9 @@ from sailplan.data.image import pixels_of, rgb
 
 
 def pixels(picture: Any) -> Tensor:
-    """Return uint8 [3, height, width] of a path, encoded bytes, a Pillow picture, or an array [height, width, 3] of bytes."""
+    """Return uint8 [3, height, width] of a path, encoded bytes, a Pillow picture, or an array
+    [height, width, 3] of bytes.
+    """
     if Image is None:
         raise ImportError("pictures need pillow: pip install pillow")
     if isinstance(picture, (str, Path)):
@@ -29,12 +31,17 @@ def pixels(picture: Any) -> Tensor:
 
 
 def samples_of(sound: Any, rate: int) -> Any:
-    """Return float32 [samples] at `rate` Hz of a path, encoded bytes, {"array", "sampling_rate"}, or an array at that rate."""
+    """Return float32 [samples] at `rate` Hz of a path, encoded bytes, {"array",
+    "sampling_rate"}, or an array at that rate.
+    """
     if isinstance(sound, (str, Path)):
         sound = Path(sound).read_bytes()
     if isinstance(sound, bytes):
         if soundfile is None:
-            raise ImportError("files of sound need soundfile (pip install soundfile); or give {'array': samples, 'sampling_rate': rate}")
+            raise ImportError(
+                "files of sound need soundfile (pip install soundfile); or give "
+                "{'array': samples, 'sampling_rate': rate}"
+            )
         return decode(sound, rate)
     found = rate
     if isinstance(sound, Mapping):

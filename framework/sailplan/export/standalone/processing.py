@@ -17,12 +17,20 @@ from sailplan.export.standalone.media import pixels, samples_of
 
 
 class SailplanProcessor(ProcessorMixin):
-    """inputs: how texts are cut, pictures sized and sound turned into spectrograms, as in training."""
+    """inputs: how texts are cut, pictures sized and sound turned into spectrograms, as in
+    training.
+    """
 
     attributes = ("tokenizer",)
     tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, tokenizer: Any = None, inputs: Mapping[str, Any] | None = None, chat_template: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        inputs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
         self.inputs = dict(inputs or {})
 
@@ -30,19 +38,32 @@ class SailplanProcessor(ProcessorMixin):
     def max_tokens(self) -> int:
         return int(self.inputs["max_tokens"])
 
-    def __call__(self, text: Any = None, images: Any = None, audio: Any = None, prompt: str = "", **_: Any) -> BatchFeature:
-        """Return the tensors of rows; each given argument is a list with an entry (or None) a row, or one row's."""
-        given = {name: value for name, value in (("text", text), ("image", images), ("audio", audio)) if value is not None}
+    def __call__(
+        self, text: Any = None, images: Any = None, audio: Any = None, prompt: str = "", **_: Any
+    ) -> BatchFeature:
+        """Return the tensors of rows; each given argument is a list with an entry (or None) a
+        row, or one row's.
+        """
+        given = {
+            name: value
+            for name, value in (("text", text), ("image", images), ("audio", audio))
+            if value is not None
+        }
         if not given:
             raise ValueError("found neither text, images nor audio: expected at least one of them")
         single = any(not isinstance(value, (list, tuple)) for value in given.values())
         columns = {name: [value] if single else list(value) for name, value in given.items()}
-        return self.items([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], prompt=prompt)
+        return self.items(
+            [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+            prompt=prompt,
+        )
 
     def items(self, items: Sequence[Any], prompt: str = "") -> BatchFeature:
-        """Return the tensors of items, each a text, a picture, sound, or a dict with some of text, image and audio.
+        """Return the tensors of items, each a text, a picture, sound, or a dict with some of
+        text, image and audio.
 
-        A dict's keys say what the row shows; a value may be None. Paths of pictures and sound are read. prompt: what
+        A dict's keys say what the row shows; a value may be None. Paths of pictures and sound are
+        read. prompt: what
         stands before the text, also of items without text.
         """
         rows = [by_modality(item) for item in items]
@@ -52,7 +73,9 @@ class SailplanProcessor(ProcessorMixin):
         if any("vision" in row for row in rows):
             found |= self._pictures([self._frames(row.get("vision")) for row in rows])
         if any("audio" in row for row in rows):
-            found |= self._sounds([self._mel(row["audio"]) if row.get("audio") is not None else None for row in rows])
+            found |= self._sounds(
+                [self._mel(row["audio"]) if row.get("audio") is not None else None for row in rows]
+            )
         return BatchFeature(found)
 
     # ---------------------------------------------------------------- parts
@@ -60,7 +83,9 @@ class SailplanProcessor(ProcessorMixin):
         head = self._ids([clean(prompt)])[0] if prompt else []
         room = self.max_tokens - len(head)
         if room < 4:
-            raise ValueError(f"the prompt {prompt!r} takes {len(head)} of {self.max_tokens} tokens: shorten it")
+            raise ValueError(
+                f"the prompt {prompt!r} takes {len(head)} of {self.max_tokens} tokens: shorten it"
+            )
         own = [ids[:room] for ids in self._ids([clean(text) for text in texts])]
         length = max(1, len(head) + max(map(len, own), default=0))
         ids, mask, text = (torch.zeros(len(texts), length, dtype=torch.int64) for _ in range(3))
@@ -72,15 +97,30 @@ class SailplanProcessor(ProcessorMixin):
         return {"input_ids": ids, "attention_mask": mask, "text_mask": text}
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)["input_ids"]]
+        return [
+            list(ids)
+            for ids in self.tokenizer(
+                texts, add_special_tokens=False, padding=False, truncation=False
+            )["input_ids"]
+        ]
 
     def _frames(self, pictures: Any) -> list[Tensor]:
         """uint8 [3, height, width] of each picture, at most the trained number."""
-        several = list(pictures) if isinstance(pictures, (list, tuple)) else [] if pictures is None else [pictures]
+        several = (
+            list(pictures)
+            if isinstance(pictures, (list, tuple))
+            else []
+            if pictures is None
+            else [pictures]
+        )
         return [self._sized(pixels(picture)) for picture in several[: self.inputs["frames"]]]
 
     def _sized(self, picture: Tensor) -> Tensor:
-        patch, most, size = self.inputs["image_patch"], self.inputs["image_patches"], self.inputs["image_size"]
+        patch, most, size = (
+            self.inputs["image_patch"],
+            self.inputs["image_patches"],
+            self.inputs["image_size"],
+        )
         if most is None:
             return resized(picture, size, size)
         down, across = patch_grid(picture.size(1), picture.size(2), patch, most)
@@ -88,7 +128,9 @@ class SailplanProcessor(ProcessorMixin):
 
     def _pictures(self, rows: list[list[Tensor]]) -> dict[str, Tensor]:
         if self.inputs["image_patches"] is not None:
-            patches, sizes = to_patches(rows, self.inputs["image_patch"], self.inputs["image_patches"])
+            patches, sizes = to_patches(
+                rows, self.inputs["image_patch"], self.inputs["image_patches"]
+            )
             return {"pixel_values": patches, "pixel_mask": sizes.prod(-1) > 0, "pixel_sizes": sizes}
         size, frames = self.inputs["image_size"], max((len(row) for row in rows if row), default=1)
         stacked = torch.zeros(len(rows), frames, 3, size, size, dtype=torch.uint8)
@@ -101,10 +143,18 @@ class SailplanProcessor(ProcessorMixin):
 
     def _mel(self, sound: Any) -> Tensor:
         """float16 spectrograms [c, frames, bins]."""
-        front, rate, bins = SPECTROGRAMS[self.inputs["spectrogram"]], self.inputs["audio_rate"], self.inputs["mel_bins"]
+        front, rate, bins = (
+            SPECTROGRAMS[self.inputs["spectrogram"]],
+            self.inputs["audio_rate"],
+            self.inputs["mel_bins"],
+        )
         samples, length = samples_of(sound, rate), round(self.inputs["audio_chunk_seconds"] * rate)
         if front.whole:
-            waves = chunks(samples, length, 1, repeat=front.repeat) if len(samples) < length else samples[None]
+            waves = (
+                chunks(samples, length, 1, repeat=front.repeat)
+                if len(samples) < length
+                else samples[None]
+            )
             frames = front.frames(self.inputs["audio_chunk_seconds"], rate)
             return fused(front.make(waves, rate=rate, bins=bins)[0].half(), frames)
         waves = chunks(samples, length, self.inputs["audio_chunks"], repeat=front.repeat)
@@ -112,7 +162,9 @@ class SailplanProcessor(ProcessorMixin):
 
     def _sounds(self, rows: list[Tensor | None]) -> dict[str, Tensor]:
         front = SPECTROGRAMS[self.inputs["spectrogram"]]
-        most = FUSED if front.whole else max((len(row) for row in rows if row is not None), default=1)
+        most = (
+            FUSED if front.whole else max((len(row) for row in rows if row is not None), default=1)
+        )
         frames = front.frames(self.inputs["audio_chunk_seconds"], self.inputs["audio_rate"])
         mels = torch.zeros(len(rows), most, frames, self.inputs["mel_bins"], dtype=torch.float16)
         mask = torch.zeros(len(rows), most, dtype=torch.bool)

@@ -25,7 +25,11 @@ class SailplanEncoder(InputModule):
 
     @property
     def modalities(self) -> list[Any]:
-        return [*KEYS, *(each for size in (2, 3) for each in permutations(KEYS, size)), "message"]  # the last: unlike items in a batch
+        return [
+            *KEYS,
+            *(each for size in (2, 3) for each in permutations(KEYS, size)),
+            "message",
+        ]  # the last: unlike items in a batch
 
     @property
     def max_seq_length(self) -> int:
@@ -34,7 +38,9 @@ class SailplanEncoder(InputModule):
     def get_embedding_dimension(self) -> int:
         return int(self.model.config.hidden_size)
 
-    def preprocess(self, inputs: list[Any], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:
+    def preprocess(
+        self, inputs: list[Any], prompt: str | None = None, **_: Any
+    ) -> dict[str, Tensor]:
         return dict(self.processor.items(inputs, prompt=prompt or ""))
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -46,8 +52,17 @@ class SailplanEncoder(InputModule):
 
     @classmethod
     def load(cls, model_name_or_path: str, **options: Any) -> SailplanEncoder:
-        taken = {name: options[name] for name in ("token", "revision", "local_files_only") if options.get(name) is not None}
+        taken = {
+            name: options[name]
+            for name in ("token", "revision", "local_files_only")
+            if options.get(name) is not None
+        }
         if options.get("cache_folder"):
             taken["cache_dir"] = options["cache_folder"]
-        model = SailplanModel.from_pretrained(model_name_or_path, **taken, **(options.get("model_kwargs") or {}))
-        return cls(model.eval(), SailplanProcessor.from_pretrained(model_name_or_path, trust_remote_code=True, **taken))  # as this code is
+        model = SailplanModel.from_pretrained(
+            model_name_or_path, **taken, **(options.get("model_kwargs") or {})
+        )
+        return cls(
+            model.eval(),
+            SailplanProcessor.from_pretrained(model_name_or_path, trust_remote_code=True, **taken),
+        )  # as this code is

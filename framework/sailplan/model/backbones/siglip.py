@@ -1,7 +1,9 @@
 """SigLIP's image tower, also of SigLIP2 in its files of a fixed image size (model_type siglip).
 
-One linear embedding of each patch, learned positions (bicubic where the image has another grid), pre-norm blocks with
-LayerNorm and biases, a last norm. The attention-pooling head and the text tower are left out: our perceiver reads the
+One linear embedding of each patch, learned positions (bicubic where the image has another grid),
+pre-norm blocks with
+LayerNorm and biases, a last norm. The attention-pooling head and the text tower are left out: our
+perceiver reads the
 patch tokens.
 """
 
@@ -38,12 +40,19 @@ class SiglipVisionEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Raises ValueError where the image's sides are not multiples of the patch."""
         if images.size(-1) % self.patch or images.size(-2) % self.patch:
-            raise ValueError(f"image of {tuple(images.shape[-2:])} pixels: both sides must be multiples of model.vision.patch={self.patch}")
+            raise ValueError(
+                f"image of {tuple(images.shape[-2:])} pixels: both sides must be multiples of "
+                f"model.vision.patch={self.patch}"
+            )
         grid = self.embedding(images.to(self.positions.dtype))
         positions: Tensor = self.positions
         if grid.shape[-2:] != (self.grid, self.grid):
             square = positions.T.unflatten(1, (self.grid, self.grid))[None]
-            positions = F.interpolate(square, size=grid.shape[-2:], mode="bicubic", align_corners=False)[0].flatten(1).T
+            positions = (
+                F.interpolate(square, size=grid.shape[-2:], mode="bicubic", align_corners=False)[0]
+                .flatten(1)
+                .T
+            )
         return self.blocks(grid.flatten(2).transpose(1, 2) + positions)
 
 
@@ -55,11 +64,15 @@ def weight_map(config: ModelConfig) -> WeightMap:
         same("vision.positions", "embeddings.position_embedding.weight"),
     ]
     for kind in ("weight", "bias"):
-        entries.append(same(f"vision.blocks.block.final_layernorm.{kind}", f"post_layernorm.{kind}"))
+        entries.append(
+            same(f"vision.blocks.block.final_layernorm.{kind}", f"post_layernorm.{kind}")
+        )
         for layer in range(shape.layers):
             theirs = f"encoder.layers.{layer}"
             query, key, value = (Piece(f"{theirs}.self_attn.{name}_proj.{kind}") for name in "qkv")
-            entries += block_entries(f"vision.blocks.block.layers.{layer}", theirs, kind, shape, NAMES, query, key, value)
+            entries += block_entries(
+                f"vision.blocks.block.layers.{layer}", theirs, kind, shape, NAMES, query, key, value
+            )
     left_out = (r"(vision_model\.)?head\..*", r"text_model\..*", r"logit_(scale|bias)")
     return WeightMap(tuple(entries), anchor="embeddings.patch_embedding.weight", left_out=left_out)
 
@@ -67,14 +80,18 @@ def weight_map(config: ModelConfig) -> WeightMap:
 def unsupported(found: dict[str, Any]) -> str | None:
     if str(found.get("model_type")).startswith("siglip2"):
         return (
-            "config.json has model_type siglip2, images of any size (naflex): expected siglip with model.vision.backbone=siglip; set "
-            "vision=siglip2_naflex, or choose a fixed size, such as google/siglip2-so400m-patch14-224"
+            "config.json has model_type siglip2, images of any size (naflex): expected siglip with "
+            "model.vision.backbone=siglip; set "
+            "vision=siglip2_naflex, or choose a fixed size, such as "
+            "google/siglip2-so400m-patch14-224"
         )
     return None
 
 
 def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
-    """config.json's key -> (our key, our value, the value there); a key that is not there has SigLIP base's value."""
+    """config.json's key -> (our key, our value, the value there); a key that is not there has
+    SigLIP base's value.
+    """
     vision = config.vision
     found = found.get("vision_config", found)
     patch = found.get("patch_size", 16)
@@ -87,6 +104,17 @@ def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str,
     activation = ("hidden_act", "gelu_pytorch_tanh")
     return {
         "patch_size": ("model.vision.patch", vision.patch, patch),
-        "image_size / patch_size": ("model.vision.position_grid", vision.position_grid, found.get("image_size", 224) // patch),
-        **expected_shape("model.vision.encoder", vision.encoder, found, sizes, activation, found.get("layer_norm_eps", 1e-6)),
+        "image_size / patch_size": (
+            "model.vision.position_grid",
+            vision.position_grid,
+            found.get("image_size", 224) // patch,
+        ),
+        **expected_shape(
+            "model.vision.encoder",
+            vision.encoder,
+            found,
+            sizes,
+            activation,
+            found.get("layer_norm_eps", 1e-6),
+        ),
     }

@@ -1,8 +1,11 @@
-"""Which rows of which published tensors make up a parameter of ours; read forwards it loads, backwards it exports.
+"""Which rows of which published tensors make up a parameter of ours; read forwards it loads,
+backwards it exports.
 
-A parameter is a stack of *pieces* along its first dimension, each a run of rows of one published tensor. That covers
-all that differs between the two worlds: megatron-core's grouped query/key/value matrix (for each group its queries,
-its key, its value) and its gated first matrix (gate over up). A piece without a name is zeros that the files lack.
+A parameter is a stack of *pieces* along its first dimension, each a run of rows of one published
+tensor. That covers
+all that differs between the two worlds: megatron-core's grouped query/key/value matrix (for each
+group its queries, its key, its value) and its gated first matrix (gate over up). A piece without a
+name is zeros that the files lack.
 Persistent buffers are treated like parameters.
 """
 
@@ -42,8 +45,10 @@ class Entry:
 class WeightMap:
     """All parameters that a part takes from its files.
 
-    anchor: a tensor that every such file has; what stands before it is the prefix of the other names.
-    left_out: regular expressions of published tensors, prefix included, that the encoder has no use for.
+    anchor: a tensor that every such file has; what stands before it is the prefix of the other
+    names.
+    left_out: regular expressions of published tensors, prefix included, that the encoder has no use
+    for.
     constants: (our buffer, their tensor) that is computed here, and must be the same in the files.
     """
 
@@ -58,7 +63,9 @@ def same(ours: str, theirs: str, *, drawn: bool = False) -> Entry:
 
 
 def grouped(ours: str, shape: TransformerShape, query: Piece, key: Piece, value: Piece) -> Entry:
-    """megatron-core's query/key/value matrix from three stacks of heads; `start` of a piece is where its stack begins."""
+    """megatron-core's query/key/value matrix from three stacks of heads; `start` of a piece is
+    where its stack begins.
+    """
     groups, size = shape.key_value_heads or shape.heads, head_size(shape)
     queries = shape.heads // groups * size
     pieces: list[Piece] = []

@@ -1,11 +1,13 @@
 """Whisper's encoder (Radford et al., arXiv 2212.04356) for the sound of an item.
 
-Two convolutions over time, the second of stride 2, fixed sines and cosines as positions, pre-norm blocks with LayerNorm,
-exact GELU and biases, a last norm. The decoder is left out. Each chunk is encoded alone and its positions are averaged,
-padding included, as transformers' audio classifier does; our own projection makes the item's vector of it.
+Two convolutions over time, the second of stride 2, fixed sines and cosines as positions, pre-norm
+blocks with LayerNorm, exact GELU and biases, a last norm. The decoder is left out. Each chunk is
+encoded alone and its positions are averaged, padding included, as transformers' audio classifier
+does; our own projection makes the item's vector of it.
 
-The files have no bias of the keys. Ours has one, because megatron-core's query/key/value layer has: it starts as zeros
-and changes nothing whatever it learns, as it shifts a query's scores by the same number for every key. Export drops it.
+The files have no bias of the keys. Ours has one, because megatron-core's query/key/value layer has:
+it starts as zeros and changes nothing whatever it learns, as it shifts a query's scores by the same
+number for every key. Export drops it.
 The files' positions are those computed here, and are copied as they are.
 """
 
@@ -39,7 +41,9 @@ def sinusoids(positions: int, hidden: int, like: Tensor) -> Tensor:
 
 
 class WhisperTower(nn.Module):
-    """What the files fill: chunks of log-mel [n, frames, mel_bins] to hidden states [n, frames / 2, hidden]."""
+    """What the files fill: chunks of log-mel [n, frames, mel_bins] to hidden states [n, frames /
+    2, hidden].
+    """
 
     def __init__(self, config: AudioConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -57,7 +61,9 @@ class WhisperTower(nn.Module):
 class WhisperAudioEncoder(nn.Module):
     """Chunks of log-mel (data.spectrogram=whisper) to the item's vector, [b, output]."""
 
-    def __init__(self, config: AudioConfig, dtype: torch.dtype, tower_on: AbstractContextManager[object]) -> None:
+    def __init__(
+        self, config: AudioConfig, dtype: torch.dtype, tower_on: AbstractContextManager[object]
+    ) -> None:
         super().__init__()
         with tower_on:
             self.tower = WhisperTower(config, dtype)
@@ -68,7 +74,10 @@ class WhisperAudioEncoder(nn.Module):
         self.norm.to(dtype)
 
     def forward(self, log_mel: Tensor, chunk_mask: Tensor) -> Tensor:
-        """log_mel [b, c, frames, mel_bins], chunk_mask bool [b, c]. Returns [b, output]; zeros where no chunk is present."""
+        """log_mel [b, c, frames, mel_bins], chunk_mask bool [b, c].
+
+        Returns [b, output]; zeros where no chunk is present.
+        """
         log_mel = log_mel.masked_fill(~chunk_mask[:, :, None, None], 0).to(self.output.weight.dtype)
         hidden = self.tower(log_mel.flatten(0, 1))
         return self.norm(mean_of_chunks(self.output(hidden.mean(1)), chunk_mask))
@@ -87,17 +96,32 @@ def weight_map(config: ModelConfig) -> WeightMap:
             theirs = f"layers.{layer}"
             query, value = (Piece(f"{theirs}.self_attn.{name}_proj.{kind}") for name in "qv")
             key = Piece(f"{theirs}.self_attn.k_proj.weight" if kind == "weight" else None)
-            entries += block_entries(f"audio.encoder.tower.blocks.block.layers.{layer}", theirs, kind, shape, NAMES, query, key, value)
+            entries += block_entries(
+                f"audio.encoder.tower.blocks.block.layers.{layer}",
+                theirs,
+                kind,
+                shape,
+                NAMES,
+                query,
+                key,
+                value,
+            )
     left_out = (r"(model\.)?decoder\..*", r"proj_out\.weight", r"(.*\.)?embed_positions\.weight")
     return WeightMap(tuple(entries), anchor="conv1.weight", left_out=left_out)
 
 
 def unsupported(found: dict[str, Any]) -> str | None:
-    return "config.json has scale_embedding: scaled embeddings are not built" if found.get("scale_embedding", False) else None
+    return (
+        "config.json has scale_embedding: scaled embeddings are not built"
+        if found.get("scale_embedding", False)
+        else None
+    )
 
 
 def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
-    """config.json's key -> (our key, our value, the value there); a key that is not there has transformers' default."""
+    """config.json's key -> (our key, our value, the value there); a key that is not there has
+    transformers' default.
+    """
     sizes = {
         "hidden": ("d_model", 384),
         "layers": ("encoder_layers", 4),
@@ -105,6 +129,17 @@ def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str,
         "feed_forward": ("encoder_ffn_dim", 1536),
     }
     return {
-        "num_mel_bins": ("model.audio.mel_bins", config.audio.mel_bins, found.get("num_mel_bins", 80)),
-        **expected_shape("model.audio.encoder", config.audio.encoder, found, sizes, ("activation_function", "gelu"), 1e-5),
+        "num_mel_bins": (
+            "model.audio.mel_bins",
+            config.audio.mel_bins,
+            found.get("num_mel_bins", 80),
+        ),
+        **expected_shape(
+            "model.audio.encoder",
+            config.audio.encoder,
+            found,
+            sizes,
+            ("activation_function", "gelu"),
+            1e-5,
+        ),
     }

@@ -1,4 +1,6 @@
-"""The omni tower as a component: its shapes are checked, its published weights loaded, its layers fused."""
+"""The omni tower as a component: its shapes are checked, its published weights loaded, its
+layers fused.
+"""
 
 from __future__ import annotations
 
@@ -39,25 +41,33 @@ class Omni(EncoderComponent):
 
     def largest(self, config: Config, modalities: Sequence[str], rows: int) -> OmniInputs:
         inputs = largest_inputs(config.data, modalities, rows)
-        return replace(inputs, packing=pack(inputs, SequenceLayout.planned(self.model, config.parallel)))
+        return replace(
+            inputs, packing=pack(inputs, SequenceLayout.planned(self.model, config.parallel))
+        )
 
     def check_shapes(self, parallel_config: ParallelConfig) -> None:
-        check_model(self.model, parallel_config.tensor, share_encoders=parallel_config.encoders == "share")
+        check_model(
+            self.model, parallel_config.tensor, share_encoders=parallel_config.encoders == "share"
+        )
 
     def check_files(self) -> None:
         for source in open_sources(self.model):
             check_shapes(source, self.skeleton(ParallelConfig()))
 
     def check_processor(self, config: Config, processor: Processor) -> None:
-        """Raises ConfigurationError where the tokenizer has ids that the model has no embedding for.
+        """Raises ConfigurationError where the tokenizer has ids that the model has no embedding
+        for.
 
-        It may have fewer ids, never more: a tensor-parallel embedding would answer one with zeros, without a word.
+        It may have fewer ids, never more: a tensor-parallel embedding would answer one with zeros,
+        without a word.
         """
         found: int = processor.tokenizer.vocabulary  # type: ignore[attr-defined]
         if found > self.model.vocabulary:
             raise ConfigurationError(
-                f"data.tokenizer={config.data.tokenizer} has {found} tokens, but model.vocabulary is {self.model.vocabulary}: "
-                "expected at most as many; choose the tokenizer.json of the model's own folder, or set model.vocabulary"
+                f"data.tokenizer={config.data.tokenizer} has {found} tokens, but model.vocabulary "
+                f"is {self.model.vocabulary}: "
+                "expected at most as many; choose the tokenizer.json of the model's own folder, or "
+                "set model.vocabulary"
             )
 
     def module(self, dtype: torch.dtype, **options: Any) -> OmniEncoder:
@@ -69,16 +79,22 @@ class Omni(EncoderComponent):
     def write_files(self, config: Config, weights: dict[str, Tensor], out: Path) -> None:
         tokenizer = Path(config.data.tokenizer)
         if not tokenizer.is_file():
-            raise ConfigurationError(f"data.tokenizer={tokenizer}: no such file; an export needs the tokenizer that the run was trained with")
+            raise ConfigurationError(
+                f"data.tokenizer={tokenizer}: no such file; an export needs the tokenizer that the "
+                "run was trained with"
+            )
         if tokenizer.resolve() != (out / TOKENIZER).resolve():
             shutil.copyfile(tokenizer, out / TOKENIZER)
 
-    def skeleton(self, parallel_config: ParallelConfig, dtype: torch.dtype = torch.float32) -> OmniEncoder:
+    def skeleton(
+        self, parallel_config: ParallelConfig, dtype: torch.dtype = torch.float32
+    ) -> OmniEncoder:
         with torch.device("meta"):
             return self.module(dtype, share_encoders=parallel_config.encoders == "share")
 
     def build(self, parallel_config: ParallelConfig, parallel: Parallel, seed: int) -> OmniEncoder:
-        """As `EncoderComponent.build`; parts that `model.weights` names start from published weights, of which each tensor-parallel
+        """As `EncoderComponent.build`; parts that `model.weights` names start from published
+        weights, of which each tensor-parallel
         rank reads its own part (of encoders whose rows are shared out, the whole)."""
 
         share = parallel_config.encoders == "share"

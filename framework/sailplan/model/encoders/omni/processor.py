@@ -1,4 +1,6 @@
-"""The omni tower's processor: `ViewDecoder` with the micro-batch packed for the tower, and what media cost it."""
+"""The omni tower's processor: `ViewDecoder` with the micro-batch packed for the tower, and what
+media cost it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from sailplan.data.views import ViewDecoder
 
 
 class OmniProcessor(ViewDecoder):
-    """Decodes and packs; costs are positions of the tower's sequence, and of a picture or a chunk of sound also its own
+    """Decodes and packs; costs are positions of the tower's sequence, and of a picture or a
+    chunk of sound also its own
     encoder's work, in positions that cost the tower as much."""
 
     def __init__(self, config: Config) -> None:
@@ -26,7 +29,9 @@ class OmniProcessor(ViewDecoder):
         chunks = 1 if self.spectrogram.whole else config.data.audio_chunks
         self.media = MediaCosts(once, picture, 1, _sound_positions(config), chunks)
 
-    def batch(self, rows: Sequence[ViewRow], tokens: Sequence[list[int]], view: ViewConfig) -> OmniInputs:
+    def batch(
+        self, rows: Sequence[ViewRow], tokens: Sequence[list[int]], view: ViewConfig
+    ) -> OmniInputs:
         inputs = super().batch(rows, tokens, view)
         return replace(inputs, packing=pack(inputs, self.layout))
 
@@ -35,7 +40,9 @@ def _work(shape: TransformerShape) -> float:
     """Return the multiplications of one position in a stack's matrices."""
     size = shape.head_size or shape.hidden // shape.heads
     attention = shape.hidden * size * (2 * shape.heads + 2 * (shape.key_value_heads or shape.heads))
-    return shape.layers * (attention + (3 if shape.gated else 2) * shape.hidden * shape.feed_forward)
+    return shape.layers * (
+        attention + (3 if shape.gated else 2) * shape.hidden * shape.feed_forward
+    )
 
 
 def _picture_positions(config: Config) -> tuple[int, int]:
@@ -47,7 +54,9 @@ def _picture_positions(config: Config) -> tuple[int, int]:
         shown = patches // vision.merge**2 + len(vision.marks)
         return shown + math.ceil(patches * _work(vision.encoder) / tower), 0
     perceiver = _work(vision.perceiver) / tower
-    return math.ceil(patches * (_work(vision.encoder) / tower + perceiver)), vision.latents + math.ceil(vision.latents * perceiver)
+    return math.ceil(
+        patches * (_work(vision.encoder) / tower + perceiver)
+    ), vision.latents + math.ceil(vision.latents * perceiver)
 
 
 def _sound_positions(config: Config) -> int:
@@ -58,9 +67,14 @@ def _sound_positions(config: Config) -> int:
     if audio.backbone.startswith("clap"):
         stages = enumerate(zip(audio.swin.layers, audio.swin.heads, strict=True))
         work = sum(
-            (audio.swin.image / audio.swin.patch / 2**stage) ** 2 * layers * (4 + 2 * audio.swin.feed_forward) * (audio.swin.hidden * 2**stage) ** 2
+            (audio.swin.image / audio.swin.patch / 2**stage) ** 2
+            * layers
+            * (4 + 2 * audio.swin.feed_forward)
+            * (audio.swin.hidden * 2**stage) ** 2
             for stage, (layers, _) in stages
         )
         return math.ceil((FUSED if front.whole else 1) * work / tower)
-    positions = front.frames(data.audio_chunk_seconds, data.audio_rate) / (2 if audio.backbone == "whisper" else audio.time_stride)
+    positions = front.frames(data.audio_chunk_seconds, data.audio_rate) / (
+        2 if audio.backbone == "whisper" else audio.time_stride
+    )
     return math.ceil(positions * _work(audio.encoder) / tower)

@@ -1,4 +1,5 @@
-"""`encoder: transformers`: any published model that transformers' AutoModel opens, with its own tokenizer and picture processor.
+"""`encoder: transformers`: any published model that transformers' AutoModel opens, with its own
+tokenizer and picture processor.
 
 A new family is a YAML file in conf/model, and no code: nothing here names one.
 """

@@ -1,4 +1,6 @@
-"""A published model as a component: opened by transformers, with LoRA by peft, saved in its own format."""
+"""A published model as a component: opened by transformers, with LoRA by peft, saved in its own
+format.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from sailplan.config.schema import Config, ParallelConfig
 from sailplan.data.processor import Processor
 from sailplan.model.component import EncoderComponent
 from sailplan.model.encoders.transformers.config import PeftConfig, TransformersConfig
-from sailplan.model.encoders.transformers.files import drawn_model, open_config, open_image_processor, open_tokenizer, published_model
+from sailplan.model.encoders.transformers.files import (
+    drawn_model,
+    open_config,
+    open_image_processor,
+    open_tokenizer,
+    published_model,
+)
 from sailplan.model.encoders.transformers.module import TransformersEncoder, merged
 from sailplan.model.encoders.transformers.processor import TransformersProcessor
 from sailplan.model.protocol import Encoder
@@ -32,10 +40,16 @@ class Transformers(EncoderComponent):
         return TransformersEncoder(self.model, drawn_model(self.model), dtype=dtype)
 
     def build(self, parallel_config: ParallelConfig, parallel: Parallel, seed: int) -> Encoder:
-        """As `EncoderComponent.build`; every rank reads the published weights whole before they are cut."""
+        """As `EncoderComponent.build`; every rank reads the published weights whole before they
+        are cut.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = published_model(self.model) if self.model.weights == "published" else drawn_model(self.model)
+            model = (
+                published_model(self.model)
+                if self.model.weights == "published"
+                else drawn_model(self.model)
+            )
             dtype = torch.float64 if parallel_config.dtype == "float64" else torch.float32
             return TransformersEncoder(self.model, model, dtype=dtype).train()
 

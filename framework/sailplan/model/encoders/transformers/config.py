@@ -1,4 +1,6 @@
-"""Settings of a published model: where it lies, how its tokens become one vector, how texts are put to it."""
+"""Settings of a published model: where it lies, how its tokens become one vector, how texts are
+put to it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ Pooling = Literal["mean", "cls", "last_token", "max", "weighted_mean", "model"]
 
 @dataclass
 class PromptTemplate:
-    """What stands round an item's text, to the letter: white space, line breaks and the tokenizer's added tokens are kept."""
+    """What stands round an item's text, to the letter: white space, line breaks and the
+    tokenizer's added tokens are kept.
+    """
 
     before: str = ""  # with chat_template: the system message
     middle: str = ""  # right before the text, behind media
@@ -31,32 +35,53 @@ class PeftConfig:
     rank: Count = 0  # 0: none
     alpha: Positive = 16.0  # the update is alpha / rank times the product of the two factors
     dropout: ShareBelowOne = 0.0
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # ends of linear layers' names, or all-linear
+    targets: list[str] = field(
+        default_factory=lambda: ["all-linear"]
+    )  # ends of linear layers' names, or all-linear
 
 
 @encoder("transformers")
 @dataclass
 class TransformersConfig(EncoderConfig):
-    """A model of transformers' AutoModel; embedding: its vector's size, or with `projection` any."""
+    """A model of transformers' AutoModel; embedding: its vector's size, or with `projection`
+    any.
+    """
 
     encoder: str = "transformers"
     embedding: int = 768
     prefixes: list[int] = field(default_factory=lambda: [768])
     source: str = ""  # a folder in Hugging Face's format, or a model id of its hub
     revision: str | None = None  # of the hub's repository
-    weights: Literal["published", "drawn"] = "published"  # drawn: from the run's seed, in the shape of config.json
-    options: dict[str, Any] = field(default_factory=dict)  # changes to config.json, such as {is_causal: false}: a bidirectional decoder
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # auto: what transformers chooses for the model
+    weights: Literal["published", "drawn"] = (
+        "published"  # drawn: from the run's seed, in the shape of config.json
+    )
+    options: dict[str, Any] = field(
+        default_factory=dict
+    )  # changes to config.json, such as {is_causal: false}: a bidirectional decoder
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = (
+        "auto"  # auto: what transformers chooses for the model
+    )
     modalities: list[Modality] = field(default_factory=lambda: ["text"])  # type: ignore[arg-type]
-    # mean | cls: the first token | last_token | max | weighted_mean: by position (SGPT, arXiv 2202.08904) | model: its own pooler.
+    # mean | cls: the first token | last_token | max | weighted_mean: by position (SGPT, arXiv
+    # 2202.08904) | model: its own pooler.
     # A model with towers for text and media pools by itself.
     pooling: Pooling = "mean"
-    projection: bool = False  # a linear map without bias from the pooled vector to `embedding`, drawn from the seed
+    # A linear map without bias from the pooled vector to `embedding`, drawn from the seed
+    projection: bool = False
     special_tokens: bool = True  # those that the tokenizer puts round a text by itself
-    padding: Literal["longest", "max_length"] = "longest"  # max_length: every row to data.max_tokens, as SigLIP was trained
-    prompts: dict[str, PromptTemplate] = field(default_factory=dict)  # name that a view's `prompt` has -> template; default: of other views
-    chat_template: bool = False  # the model's own: `before` is its system message, `middle` + text its user message
-    image_processor: str | None = None  # the name of its class in transformers, one that ends in Pil; None: what the model names
+    padding: Literal["longest", "max_length"] = (
+        "longest"  # max_length: every row to data.max_tokens, as SigLIP was trained
+    )
+    prompts: dict[str, PromptTemplate] = field(
+        default_factory=dict
+    )  # name that a view's `prompt` has -> template; default: of other views
+    chat_template: bool = (
+        False  # the model's own: `before` is its system message, `middle` + text its user message
+    )
+    image_processor: str | None = (
+        # The name of its class in transformers, one that ends in Pil; None: what the model names
+        None
+    )
     lora: PeftConfig = field(default_factory=PeftConfig)
 
     component_path: ClassVar[str] = "sailplan.model.encoders.transformers.component.Transformers"
@@ -64,12 +89,22 @@ class TransformersConfig(EncoderConfig):
     def validate(self, path: str) -> None:
         super().validate(path)
         if not self.source:
-            raise ConfigurationError(f"{path}.source is empty: expected a folder with config.json, or a model id of the hub; name one")
+            raise ConfigurationError(
+                f"{path}.source is empty: expected a folder with config.json, or a model id of the "
+                "hub; name one"
+            )
         if not self.modalities or "audio" in self.modalities:
-            raise ConfigurationError(f"{path}.modalities={self.modalities}: expected text, vision, or both (sound is not built yet); name what it encodes")
+            raise ConfigurationError(
+                f"{path}.modalities={self.modalities}: expected text, vision, or both (sound is "
+                "not built yet); name what it encodes"
+            )
 
     def part_names(self) -> tuple[str, ...]:
-        return (*self.modalities, *(["projection"] if self.projection else []), *(["lora"] if self.lora.rank else []))
+        return (
+            *self.modalities,
+            *(["projection"] if self.projection else []),
+            *(["lora"] if self.lora.rank else []),
+        )
 
     def check_run(self, config: Any) -> None:
         super().check_run(config)
@@ -77,26 +112,36 @@ class TransformersConfig(EncoderConfig):
 
 
 def check_views(config: Any, encoder: str, modalities: Sequence[str]) -> None:
-    """Raise ConfigurationError for a view that shows what the encoder does not see, or pictures otherwise than its processor makes them."""
+    """Raise ConfigurationError for a view that shows what the encoder does not see, or pictures
+    otherwise than its processor makes them.
+    """
     for dataset, view in sorted(_shown(config)):
         shown = config.data.sets[dataset].views[view]
         missing = [modality for modality in shown.modalities if modality not in modalities]
         if missing:
             raise ConfigurationError(
-                f"data.sets.{dataset}.views.{view} shows {', '.join(missing)}, but model.modalities is {', '.join(modalities)}: "
-                f"expected what the model encodes; change the view, or name other ones in stages.*.patterns.{dataset}"
+                f"data.sets.{dataset}.views.{view} shows {', '.join(missing)}, but "
+                f"model.modalities is {', '.join(modalities)}: "
+                "expected what the model encodes; change the view, or name other ones in "
+                f"stages.*.patterns.{dataset}"
             )
         augmentation = config.data.sets[dataset].image_augmentation
         if "vision" in shown.modalities and augmentation:
             raise ConfigurationError(
-                f"data.sets.{dataset}.image_augmentation={augmentation}: expected 0 with model.encoder={encoder}, which shows "
+                f"data.sets.{dataset}.image_augmentation={augmentation}: expected 0 with "
+                f"model.encoder={encoder}, which shows "
                 "pictures as its own processor makes them; set 0"
             )
 
 
 def _shown(config: Any) -> set[tuple[str, str]]:
     """Return (data set, view) of all that stages train and evaluations encode."""
-    found = {(task.dataset, view) for task in config.evaluation.tasks.values() for view in (task.query, task.target) if view}
+    found = {
+        (task.dataset, view)
+        for task in config.evaluation.tasks.values()
+        for view in (task.query, task.target)
+        if view
+    }
     for name in config.order:
         stage = config.stages[name]
         for dataset in stage.data:

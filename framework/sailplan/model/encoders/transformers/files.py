@@ -1,4 +1,6 @@
-"""A published model's files: its configuration, its weights and its tokenizer, opened by transformers."""
+"""A published model's files: its configuration, its weights and its tokenizer, opened by
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +19,57 @@ from sailplan.model.encoders.transformers.config import TransformersConfig
 T = TypeVar("T")
 logger = logging.getLogger("sailplan.model")
 AUTO = "auto"
-MOST_MISSING = 0.1  # of a model's parameters: a head that the files lack may be drawn, a model may not
+MOST_MISSING = (
+    0.1  # of a model's parameters: a head that the files lack may be drawn, a model may not
+)
 
 transformers.utils.logging.disable_progress_bar()
 
 
 def open_config(settings: TransformersConfig) -> Any:
-    """Return the model's configuration with `options` applied. Raises ConfigurationError naming model.source."""
-    config = _opened(settings, "config.json", lambda: transformers.AutoConfig.from_pretrained(settings.source, revision=settings.revision))
+    """Return the model's configuration with `options` applied.
+
+    Raises ConfigurationError naming model.source.
+    """
+    config = _opened(
+        settings,
+        "config.json",
+        lambda: transformers.AutoConfig.from_pretrained(
+            settings.source, revision=settings.revision
+        ),
+    )
     _change(config, settings.options, "model.options")
     return config
 
 
 def open_tokenizer(settings: TransformersConfig) -> Any:
     """Return the model's tokenizer."""
-    return _opened(settings, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(settings.source, revision=settings.revision))
+    return _opened(
+        settings,
+        "tokenizer",
+        lambda: transformers.AutoTokenizer.from_pretrained(
+            settings.source, revision=settings.revision
+        ),
+    )
 
 
 def open_image_processor(settings: TransformersConfig) -> Any:
-    """Return the model's picture processor: the one of its files that works with Pillow, so that pixels are the same everywhere."""
+    """Return the model's picture processor: the one of its files that works with Pillow, so that
+    pixels are the same everywhere.
+    """
 
     def read() -> Any:
         name = settings.image_processor
         if name is None:
-            values, _ = transformers.BaseImageProcessor.get_image_processor_dict(settings.source, revision=settings.revision)
-            name = str(values["image_processor_type"]).removesuffix("Fast").removesuffix("Pil") + "Pil"
-        return getattr(transformers, name).from_pretrained(settings.source, revision=settings.revision)
+            values, _ = transformers.BaseImageProcessor.get_image_processor_dict(
+                settings.source, revision=settings.revision
+            )
+            name = (
+                str(values["image_processor_type"]).removesuffix("Fast").removesuffix("Pil") + "Pil"
+            )
+        return getattr(transformers, name).from_pretrained(
+            settings.source, revision=settings.revision
+        )
 
     return _opened(settings, "picture processor (model.image_processor)", read)
 
@@ -51,7 +78,13 @@ def drawn_model(settings: TransformersConfig) -> Any:
     """Return the model with drawn weights in float32, or on the meta device."""
     config, attention = open_config(settings), _attention(settings)
     return _encoder_alone(
-        _opened(settings, "model", lambda: transformers.AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32))
+        _opened(
+            settings,
+            "model",
+            lambda: transformers.AutoModel.from_config(
+                config, attn_implementation=attention, dtype=torch.float32
+            ),
+        )
     )
 
 
@@ -76,11 +109,14 @@ def published_model(settings: TransformersConfig) -> Any:
     missing = sorted(set(found["missing_keys"]) & sizes.keys())
     if sum(sizes[name] for name in missing) > MOST_MISSING * sum(sizes.values()):
         raise ConfigurationError(
-            f"model.source={settings.source}: its weights lack {len(missing)} of {len(sizes)} tensors, such as {missing[0]}; "
+            f"model.source={settings.source}: its weights lack {len(missing)} of {len(sizes)} "
+            f"tensors, such as {missing[0]}; "
             "expected those of its config.json"
         )
     if missing:
-        logger.warning("%s: the files lack %s, which start from the seed", settings.source, ", ".join(missing))
+        logger.warning(
+            "%s: the files lack %s, which start from the seed", settings.source, ", ".join(missing)
+        )
     return _encoder_alone(model)
 
 
@@ -89,8 +125,12 @@ def _attention(settings: TransformersConfig) -> str | None:
 
 
 def _encoder_alone(model: Any) -> nn.Module:
-    """Return the encoder of an encoder-decoder, else the model; scalars become buffers, as FSDP2 shards none (the temperature is the objective's)."""
-    if getattr(model.config, "is_encoder_decoder", False) and not hasattr(model, "get_text_features"):
+    """Return the encoder of an encoder-decoder, else the model; scalars become buffers, as FSDP2
+    shards none (the temperature is the objective's).
+    """
+    if getattr(model.config, "is_encoder_decoder", False) and not hasattr(
+        model, "get_text_features"
+    ):
         model = model.get_encoder()
     for name, parameter in list(model.named_parameters()):
         if parameter.ndim == 0:
@@ -113,14 +153,24 @@ def _change(config: Any, options: dict[str, Any], path: str) -> None:
 
 
 def _opened(settings: TransformersConfig, what: str, read: Callable[[], T]) -> T:
-    if not Path(settings.source).is_dir() and (settings.source.startswith((".", "/", "~")) or settings.source.count("/") > 1):
+    if not Path(settings.source).is_dir() and (
+        settings.source.startswith((".", "/", "~")) or settings.source.count("/") > 1
+    ):
         raise ConfigurationError(
-            f"model.source={settings.source}: no such folder; expected one that transformers' AutoModel opens, or a model id of the hub; "
+            f"model.source={settings.source}: no such folder; expected one that transformers' "
+            "AutoModel opens, or a model id of the hub; "
             "fetch the files first (`make weights` does it for the examples of the repository)"
         )
     try:
         return read()
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        at = settings.source if Path(settings.source).is_dir() else f"{settings.source} (no such folder here, so an id of the hub)"
+        at = (
+            settings.source
+            if Path(settings.source).is_dir()
+            else f"{settings.source} (no such folder here, so an id of the hub)"
+        )
         reason = " ".join(str(error).split())[:200]
-        raise ConfigurationError(f"model.source={at}: its {what} cannot be opened ({reason}); expected a folder that transformers' AutoModel opens") from error
+        raise ConfigurationError(
+            f"model.source={at}: its {what} cannot be opened ({reason}); expected a folder that "
+            "transformers' AutoModel opens"
+        ) from error

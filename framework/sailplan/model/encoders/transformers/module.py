@@ -21,8 +21,16 @@ from sailplan.model.encoders.transformers.processor import PRESENT
 from sailplan.model.protocol import Embeddings, Encoder, reach_backward
 
 LORA = "lora_"  # in the names of peft's factors
-FEATURES = {"text": "get_text_features", "vision": "get_image_features", "audio": "get_audio_features"}  # of models with a tower for each
-TOWERS = {"text": "text_", "vision": "vis", "audio": "audio_"}  # what the names of such towers' parts begin with
+FEATURES = {
+    "text": "get_text_features",
+    "vision": "get_image_features",
+    "audio": "get_audio_features",
+}  # of models with a tower for each
+TOWERS = {
+    "text": "text_",
+    "vision": "vis",
+    "audio": "audio_",
+}  # what the names of such towers' parts begin with
 
 
 class TransformersEncoder(Encoder):
@@ -31,15 +39,22 @@ class TransformersEncoder(Encoder):
     dtype: of the parameters.
     """
 
-    def __init__(self, settings: TransformersConfig, model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, settings: TransformersConfig, model: nn.Module, *, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.settings, self.dtype = settings, dtype
         self.modalities, self.dimension = tuple(settings.modalities), settings.embedding
         self.model = model
         size = vector_size(model)
-        self.projection = nn.Linear(size, settings.embedding, bias=False) if settings.projection else None
+        self.projection = (
+            nn.Linear(size, settings.embedding, bias=False) if settings.projection else None
+        )
         if self.projection is None and size != settings.embedding:
-            raise ConfigurationError(f"model.embedding is {settings.embedding}: expected {size}, the size of {settings.source}; or set model.projection=true")
+            raise ConfigurationError(
+                f"model.embedding is {settings.embedding}: expected {size}, the size of "
+                f"{settings.source}; or set model.projection=true"
+            )
         if settings.lora.rank:
             add_lora(model, settings.lora)
         self.to(dtype)
@@ -58,8 +73,14 @@ class TransformersEncoder(Encoder):
             return "lora"
         if name.startswith("projection."):
             return "projection"
-        towers = [modality for modality, begins in TOWERS.items() if name.removeprefix("model.").startswith(begins)]
-        return towers[0] if towers and hasattr(self.model, FEATURES[towers[0]]) else self.modalities[0]
+        towers = [
+            modality
+            for modality, begins in TOWERS.items()
+            if name.removeprefix("model.").startswith(begins)
+        ]
+        return (
+            towers[0] if towers and hasattr(self.model, FEATURES[towers[0]]) else self.modalities[0]
+        )
 
     def used_parts(self, modalities: Iterable[str]) -> set[str]:
         return {"projection", "lora", *modalities}
@@ -68,15 +89,21 @@ class TransformersEncoder(Encoder):
         self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
     def forward(self, inputs: NamedInputs, *, per_modality: bool = False) -> Embeddings:
-        """Encode one micro-batch. One of 0 rows runs one row of padding, so that this rank meets the others in every collective.
+        """Encode one micro-batch.
 
-        A view of several modalities gets the mean of the unit vectors of those that a row has; a row without any gets zeros.
+        One of 0 rows runs one row of padding, so that this rank meets the others in every
+        collective.
+
+        A view of several modalities gets the mean of the unit vectors of those that a row has; a
+        row without any gets zeros.
         """
         named = inputs.named
         if not inputs.rows:
             named = {name: tensor.new_ones(1, *tensor.shape[1:]) for name, tensor in named.items()}
         vectors = {modality: self.encode(modality, named) for modality in inputs.modalities}
-        found = Embeddings(reach_backward(mean_of_units(list(vectors.values()))), vectors if per_modality else {})
+        found = Embeddings(
+            reach_backward(mean_of_units(list(vectors.values()))), vectors if per_modality else {}
+        )
         return found if inputs.rows else _pytree.tree_map(lambda vector: vector[:0], found)
 
     def encode(self, modality: str, named: dict[str, Tensor]) -> Tensor:
@@ -84,7 +111,8 @@ class TransformersEncoder(Encoder):
         return {"text": self._text, "vision": self._vision}[modality](named)
 
     def train(self, mode: bool = True) -> TransformersEncoder:
-        """As nn.Module's, but BatchNorm keeps its published statistics: those of a micro-batch would make a row's vector depend on how
+        """As nn.Module's, but BatchNorm keeps its published statistics: those of a micro-batch
+        would make a row's vector depend on how
         rows are cut, and a replay would count them twice."""
         super().train(mode)
         for module in self.modules():
@@ -94,7 +122,9 @@ class TransformersEncoder(Encoder):
 
     def _text(self, named: dict[str, Tensor]) -> Tensor:
         """Return [b, D]; zeros in rows that are said to have no text."""
-        given: dict[str, Tensor] = {name: named[name] for name in ("input_ids", "attention_mask") if name in named}
+        given: dict[str, Tensor] = {
+            name: named[name] for name in ("input_ids", "attention_mask") if name in named
+        }
         if hasattr(self.model, FEATURES["text"]):
             pooled = self._features("text", given)
         else:
@@ -105,12 +135,22 @@ class TransformersEncoder(Encoder):
         return vectors if present is None else vectors.masked_fill(~present[:, None], 0.0)
 
     def _vision(self, named: dict[str, Tensor]) -> Tensor:
-        """Return [b, D]: the mean over a row's pictures [b, f, 3, height, width]; zeros where it has none."""
+        """Return [b, D]: the mean over a row's pictures [b, f, 3, height, width]; zeros where it
+        has none.
+        """
         pixels, present = named["pixel_values"], named[PRESENT["vision"]]
         rows, frames = pixels.shape[:2]
         given = {"pixel_values": pixels.flatten(0, 1).to(self.compute_dtype or self.dtype)}
-        pooled = self._features("vision", given) if hasattr(self.model, FEATURES["vision"]) else self._pooled(self.model(**given), None)
-        vectors = self._read_out(pooled).unflatten(0, (rows, frames)).masked_fill(~present[..., None], 0.0)
+        pooled = (
+            self._features("vision", given)
+            if hasattr(self.model, FEATURES["vision"])
+            else self._pooled(self.model(**given), None)
+        )
+        vectors = (
+            self._read_out(pooled)
+            .unflatten(0, (rows, frames))
+            .masked_fill(~present[..., None], 0.0)
+        )
         return vectors.sum(1) / present.sum(1, keepdim=True).clamp(min=1)
 
     def _features(self, modality: str, given: dict[str, Tensor]) -> Tensor:
@@ -122,7 +162,10 @@ class TransformersEncoder(Encoder):
         if self.settings.pooling == "model":
             pooled: Tensor | None = getattr(output, "pooler_output", None)
             if pooled is None:
-                raise ConfigurationError(f"model.pooling=model: {self.settings.source} has no pooler; expected one of {', '.join(POOLINGS)}; choose one")
+                raise ConfigurationError(
+                    f"model.pooling=model: {self.settings.source} has no pooler; expected one of "
+                    f"{', '.join(POOLINGS)}; choose one"
+                )
             return pooled.flatten(1)
         hidden: Tensor = output.last_hidden_state
         if hidden.ndim == 4:  # a grid of features [b, h, down, across]
@@ -142,7 +185,9 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def mean_of_units(vectors: Sequence[Tensor]) -> Tensor:
-    """Return the mean of the unit vectors, each [b, D], of those that a row has, zeros where none; a single one as it is."""
+    """Return the mean of the unit vectors, each [b, D], of those that a row has, zeros where
+    none; a single one as it is.
+    """
     if len(vectors) == 1:
         return vectors[0]
     present = torch.stack([(vector != 0).any(1) for vector in vectors], 1).to(vectors[0].dtype)
@@ -155,7 +200,9 @@ def vector_size(model: Any) -> int:
     config = model.config
     found = getattr(config, "projection_dim", None) if hasattr(model, "get_text_features") else None
     text = config.get_text_config()
-    sizes = (getattr(text, name, None) for name in ("projection_size", "hidden_size", "hidden_dim"))  # the last: of convolutional models
+    sizes = (
+        getattr(text, name, None) for name in ("projection_size", "hidden_size", "hidden_dim")
+    )  # the last: of convolutional models
     found = found or next((size for size in sizes if size), None) or text.hidden_sizes[-1]
     return int(found)
 
@@ -165,22 +212,41 @@ def add_lora(model: nn.Module, lora: PeftConfig) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ConfigurationError(f"model.lora.rank={lora.rank}: expected peft for it, which is not installed; pip install peft") from error
+        raise ConfigurationError(
+            f"model.lora.rank={lora.rank}: expected peft for it, which is not installed; pip "
+            "install peft"
+        ) from error
     targets: Any = "all-linear" if "all-linear" in lora.targets else list(lora.targets)
-    options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    options: dict[str, Any] = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+    }
     settings = peft.LoraConfig(target_modules=targets, **options)
     try:
         peft.inject_adapter_in_model(settings, model)
     except ValueError as error:
-        raise ConfigurationError(f"model.lora.targets={lora.targets}: {str(error).splitlines()[0]}") from error
+        raise ConfigurationError(
+            f"model.lora.targets={lora.targets}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def merged(weights: dict[str, Tensor], lora: PeftConfig) -> dict[str, Tensor]:
-    """Return whole tensors with the updates added to their matrices, under the names of a model without LoRA."""
-    result = {name.replace(".base_layer.", "."): value for name, value in weights.items() if LORA not in name}
+    """Return whole tensors with the updates added to their matrices, under the names of a model
+    without LoRA.
+    """
+    result = {
+        name.replace(".base_layer.", "."): value
+        for name, value in weights.items()
+        if LORA not in name
+    }
     for name in weights:
         if ".lora_A." in name:
             base = name.split(".lora_A.")[0] + ".weight"
-            update = weights[name.replace(".lora_A.", ".lora_B.")].double() @ weights[name].double() * (lora.alpha / lora.rank)
+            update = (
+                weights[name.replace(".lora_A.", ".lora_B.")].double()
+                @ weights[name].double()
+                * (lora.alpha / lora.rank)
+            )
             result[base] = (result[base].double() + update).to(result[base].dtype)
     return result

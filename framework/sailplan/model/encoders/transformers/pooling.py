@@ -17,7 +17,9 @@ def mean(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean weighted by position, 1 for the first token (Muennighoff, SGPT, arXiv 2202.08904)."""
+    """Return the mean weighted by position, 1 for the first token (Muennighoff, SGPT, arXiv
+    2202.08904).
+    """
     return _weighted(hidden, mask.cumsum(1).to(hidden.dtype) * mask.to(hidden.dtype))
 
 
@@ -37,7 +39,9 @@ def maximum(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden.masked_fill(~mask.bool()[..., None], -torch.inf).amax(1)
 
 
-POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # hidden [b, t, h], mask [b, t] with a token in each row -> [b, h]
+POOLINGS: dict[
+    str, Callable[[Tensor, Tensor], Tensor]
+] = {  # hidden [b, t, h], mask [b, t] with a token in each row -> [b, h]
     "mean": mean,
     "weighted_mean": weighted_mean,
     "cls": cls,

@@ -1,4 +1,5 @@
-"""Rows as a published model's tensors: texts through its tokenizer, pictures through its own processor.
+"""Rows as a published model's tensors: texts through its tokenizer, pictures through its own
+processor.
 
 Shape legend: b rows, t tokens, f pictures a row.
 """
@@ -21,7 +22,9 @@ from sailplan.model.encoders.transformers.config import TransformersConfig
 from sailplan.model.encoders.transformers.files import open_image_processor, open_tokenizer
 from sailplan.model.encoders.transformers.prompts import PublishedTokenizer
 
-PRESENT = {modality: f"{modality}_present" for modality in MODALITIES}  # ours, beside the model's own tensors: what a row has
+PRESENT = {
+    modality: f"{modality}_present" for modality in MODALITIES
+}  # ours, beside the model's own tensors: what a row has
 
 
 class NoTokens:
@@ -45,31 +48,57 @@ class TransformersProcessor(Processor):
 
     tokenizer: PublishedTokenizer | NoTokens  # type: ignore[assignment]
 
-    def __init__(self, settings: TransformersConfig, config: Config, *, pictures: TransformersConfig | None = None) -> None:
-        """pictures: of another model, which sees them. Raises ConfigurationError where the model's tokenizer cannot be had."""
+    def __init__(
+        self,
+        settings: TransformersConfig,
+        config: Config,
+        *,
+        pictures: TransformersConfig | None = None,
+    ) -> None:
+        """pictures: of another model, which sees them.
+
+        Raises ConfigurationError where the model's tokenizer cannot be had.
+        """
         self.settings, self.data = settings, config.data
         self.max_tokens, self.frames = config.data.max_tokens, config.data.frames
-        self.tokenizer = PublishedTokenizer(open_tokenizer(settings), settings, self.max_tokens) if "text" in settings.modalities else NoTokens()
+        self.tokenizer = (
+            PublishedTokenizer(open_tokenizer(settings), settings, self.max_tokens)
+            if "text" in settings.modalities
+            else NoTokens()
+        )
         seeing = pictures or settings
-        self._picture_processor = open_image_processor(seeing) if "vision" in seeing.modalities else None
+        self._picture_processor = (
+            open_image_processor(seeing) if "vision" in seeing.modalities else None
+        )
 
     def picture(self, pixels: Tensor) -> Tensor:
         """Return float32 [3, height, width], as the model's picture processor makes it."""
-        assert self._picture_processor is not None, "check_run allows no view of pictures without it"
+        assert self._picture_processor is not None, (
+            "check_run allows no view of pictures without it"
+        )
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        return torch.as_tensor(np.asarray(self._picture_processor(images=picture)["pixel_values"][0]), dtype=torch.float32)
+        return torch.as_tensor(
+            np.asarray(self._picture_processor(images=picture)["pixel_values"][0]),
+            dtype=torch.float32,
+        )
 
     def overhead(self, view: ViewConfig) -> int:
         return self.tokenizer.overhead(view.prompt) if "text" in view.modalities else 0
 
     def tokens(self, rows: Sequence[ViewRow], view: ViewConfig) -> list[list[int]]:
         """Return the ids of whole rows, prompt and special tokens included."""
-        return self.tokenizer.texts([row.text for row in rows], view.prompt) if "text" in view.modalities else [[] for _ in rows]
+        return (
+            self.tokenizer.texts([row.text for row in rows], view.prompt)
+            if "text" in view.modalities
+            else [[] for _ in rows]
+        )
 
     def cost(self, row: ViewRow, tokens: int, view: ViewConfig) -> int:
         return super().cost(row, tokens - self.overhead(view), view)
 
-    def batch(self, rows: Sequence[ViewRow], tokens: Sequence[list[int]], view: ViewConfig) -> NamedInputs:
+    def batch(
+        self, rows: Sequence[ViewRow], tokens: Sequence[list[int]], view: ViewConfig
+    ) -> NamedInputs:
         named: dict[str, Tensor] = {}
         if "text" in view.modalities:
             named |= self._texts(tokens)
@@ -82,7 +111,9 @@ class TransformersProcessor(Processor):
     def largest(self, modalities: Sequence[str], rows: int) -> NamedInputs:
         named: dict[str, Tensor] = {}
         if "text" in modalities:
-            named["input_ids"] = torch.zeros(rows, self.max_tokens, dtype=torch.int64)  # every token is there: no mask
+            named["input_ids"] = torch.zeros(
+                rows, self.max_tokens, dtype=torch.int64
+            )  # every token is there: no mask
             if len(modalities) > 1:
                 named[PRESENT["text"]] = torch.ones(rows, dtype=torch.bool)
         if "vision" in modalities:
@@ -98,7 +129,9 @@ class TransformersProcessor(Processor):
         return tuple(np.asarray(self._picture_processor(images=white)["pixel_values"][0]).shape)
 
     def _stacked(self, rows: Sequence[ViewRow]) -> dict[str, Tensor]:
-        """pixel_values float32 [b, f, 3, height, width] and which of them are there, bool [b, f]."""
+        """pixel_values float32 [b, f, 3, height, width] and which of them are there, bool [b,
+        f].
+        """
         frames = max((len(row.images) for row in rows), default=0) or 1
         pixels = torch.zeros(len(rows), frames, *self._picture_shape)
         present = torch.zeros(len(rows), frames, dtype=torch.bool)
@@ -109,11 +142,21 @@ class TransformersProcessor(Processor):
         return {"pixel_values": pixels, PRESENT["vision"]: present}
 
     def _texts(self, tokens: Sequence[list[int]]) -> dict[str, Tensor]:
-        """input_ids and attention_mask int64 [b, t]; a row without a token has one, as attention needs something to look at."""
-        width = max(1, max(map(len, tokens), default=1)) if self.settings.padding == "longest" else self.max_tokens
+        """input_ids and attention_mask int64 [b, t]; a row without a token has one, as attention
+        needs something to look at.
+        """
+        width = (
+            max(1, max(map(len, tokens), default=1))
+            if self.settings.padding == "longest"
+            else self.max_tokens
+        )
         ids = torch.full((len(tokens), width), self.tokenizer.pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, own in enumerate(tokens):
             ids[row, : len(own)] = torch.tensor(own, dtype=torch.int64)
             mask[row, : max(1, len(own))] = 1
-        return {"input_ids": ids, "attention_mask": mask} if self.tokenizer.masked else {"input_ids": ids}
+        return (
+            {"input_ids": ids, "attention_mask": mask}
+            if self.tokenizer.masked
+            else {"input_ids": ids}
+        )

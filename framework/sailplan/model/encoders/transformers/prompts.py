@@ -1,7 +1,8 @@
-"""A published model's tokenizer, with what stands round a text: templates, chat templates and special tokens.
+"""A published model's tokenizer, with what stands round a text: templates, chat templates and
+special tokens.
 
-A row is tokenized as one string, so that tokens merge across a template's edges as the model was trained; a row that is
-too long loses tokens of its own text, never of the template.
+A row is tokenized as one string, so that tokens merge across a template's edges as the model was
+trained; a row that is too long loses tokens of its own text, never of the template.
 """
 
 from __future__ import annotations
@@ -25,9 +26,15 @@ class PublishedTokenizer:
     """Token ids of texts in a view's prompt, at most `max_tokens` a row."""
 
     def __init__(self, tokenizer: Any, settings: TransformersConfig, max_tokens: int) -> None:
-        """tokenizer: of transformers. Raises ConfigurationError for one without a fast implementation."""
+        """tokenizer: of transformers.
+
+        Raises ConfigurationError for one without a fast implementation.
+        """
         if not getattr(tokenizer, "is_fast", False):
-            raise ConfigurationError(f"model.source={settings.source}: its tokenizer has no tokenizer.json; expected a fast tokenizer; convert it first")
+            raise ConfigurationError(
+                f"model.source={settings.source}: its tokenizer has no tokenizer.json; expected a "
+                "fast tokenizer; convert it first"
+            )
         self._published, self.settings, self.max_tokens = tokenizer, settings, max_tokens
         self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.no_padding()
@@ -40,21 +47,31 @@ class PublishedTokenizer:
         self._known: ByteCache[list[int]] = ByteCache(KNOWN_BYTES)
 
     def template(self, prompt: str) -> PromptTemplate:
-        """Return what stands round the texts of views whose `prompt` this is: one of model.prompts, or a sentence before the text."""
+        """Return what stands round the texts of views whose `prompt` this is: one of
+        model.prompts, or a sentence before the text.
+        """
         if prompt not in self._templates:
             named = self.settings.prompts.get(prompt or DEFAULT)
             if named is None:
-                named = PromptTemplate(before=f"{prompt} " if prompt and not self.settings.chat_template else prompt)
+                named = PromptTemplate(
+                    before=f"{prompt} " if prompt and not self.settings.chat_template else prompt
+                )
             self._templates[prompt] = self._in_chat(named) if self.settings.chat_template else named
         return self._templates[prompt]
 
     def overhead(self, prompt: str) -> int:
-        """Return the tokens of a row without a text. Raises ConfigurationError where they leave too few to the text."""
+        """Return the tokens of a row without a text.
+
+        Raises ConfigurationError where they leave too few to the text.
+        """
         if prompt not in self._overhead:
             template = self.template(prompt)
             found = len(self._encode([template.before + template.middle + template.after])[0].ids)
             if found > self.max_tokens - TEXT_TOKENS_LEFT:
-                raise ConfigurationError(f"data.max_tokens={self.max_tokens}: the prompt {prompt!r} alone takes {found}; shorten it or raise data.max_tokens")
+                raise ConfigurationError(
+                    f"data.max_tokens={self.max_tokens}: the prompt {prompt!r} alone takes "
+                    f"{found}; shorten it or raise data.max_tokens"
+                )
             self._overhead[prompt] = found
         return self._overhead[prompt]
 
@@ -65,28 +82,43 @@ class PublishedTokenizer:
         known = [self._known.get(key) for key in keys]
         unknown = [place for place, ids in enumerate(known) if ids is None]
         head, tail = template.before + template.middle, template.after
-        for place, encoding in zip(unknown, self._encode([head + texts[place] + tail for place in unknown]), strict=True):
+        for place, encoding in zip(
+            unknown, self._encode([head + texts[place] + tail for place in unknown]), strict=True
+        ):
             known[place] = ids = self._cut(encoding, len(head), len(head) + len(texts[place]))
             self._known.put(keys[place], ids, 200 + 2 * len(keys[place]) + 40 * len(ids))
         return [ids for ids in known if ids is not None]
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, neither cut nor with special tokens."""
-        parts = (texts[start : start + COUNTED_AT_ONCE] for start in range(0, len(texts), COUNTED_AT_ONCE))
-        return [len(encoding.ids) for part in parts for encoding in self._tokenizer.encode_batch_fast(part, add_special_tokens=False)]
+        parts = (
+            texts[start : start + COUNTED_AT_ONCE]
+            for start in range(0, len(texts), COUNTED_AT_ONCE)
+        )
+        return [
+            len(encoding.ids)
+            for part in parts
+            for encoding in self._tokenizer.encode_batch_fast(part, add_special_tokens=False)
+        ]
 
     # ---------------------------------------------------------------- parts
     def _encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        return self._tokenizer.encode_batch(list(texts), add_special_tokens=self.settings.special_tokens)
+        return self._tokenizer.encode_batch(
+            list(texts), add_special_tokens=self.settings.special_tokens
+        )
 
     def _cut(self, encoding: tokenizers.Encoding, start: int, stop: int) -> list[int]:
-        """Return the ids without the last tokens of the characters start..stop, as far as there are too many."""
+        """Return the ids without the last tokens of the characters start..stop, as far as there
+        are too many.
+        """
         surplus = len(encoding.ids) - self.max_tokens
         if surplus <= 0:
             return list(encoding.ids)
         inside = [
             place
-            for place, ((first, last), special) in enumerate(zip(encoding.offsets, encoding.special_tokens_mask, strict=True))
+            for place, ((first, last), special) in enumerate(
+                zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+            )
             if not special and first < stop and last > start
         ]
         dropped = set(inside[max(0, len(inside) - surplus) :])
@@ -96,9 +128,14 @@ class PublishedTokenizer:
         messages = [{"role": "system", "content": template.before}] if template.before else []
         messages.append({"role": "user", "content": template.middle + SLOT + template.after})
         try:
-            rendered: str = self._published.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            rendered: str = self._published.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # jinja's and the library's own, of many kinds
             reason = str(error).splitlines()[0]
-            raise ConfigurationError(f"model.chat_template is on, but that of {self.settings.source} cannot be used ({reason}); set model.prompts") from error
+            raise ConfigurationError(
+                f"model.chat_template is on, but that of {self.settings.source} cannot be used "
+                f"({reason}); set model.prompts"
+            ) from error
         before, _, after = rendered.partition(SLOT)
         return PromptTemplate(before=before, after=after)

@@ -1,4 +1,6 @@
-"""Two published towers as a component: each opened, saved and exported as `encoder: transformers` does it, in a folder of its own."""
+"""Two published towers as a component: each opened, saved and exported as `encoder:
+transformers` does it, in a folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +29,26 @@ class TwoTowersComponent(EncoderComponent):
     model: TwoTowersConfig
 
     def processor(self, config: Config) -> Processor:
-        return TransformersProcessor(self.model.tower("text"), config, pictures=self.model.tower("vision"))
+        return TransformersProcessor(
+            self.model.tower("text"), config, pictures=self.model.tower("vision")
+        )
 
     def module(self, dtype: torch.dtype) -> TwoTowers:
-        return TwoTowers(self.model, {name: drawn_model(self.model.tower(name)) for name in TOWERS}, dtype=dtype)
+        return TwoTowers(
+            self.model, {name: drawn_model(self.model.tower(name)) for name in TOWERS}, dtype=dtype
+        )
 
     def build(self, parallel_config: ParallelConfig, parallel: Parallel, seed: int) -> Encoder:
-        """As `EncoderComponent.build`; every rank reads the published weights whole before they are cut."""
+        """As `EncoderComponent.build`; every rank reads the published weights whole before they
+        are cut.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             towers = {name: self.model.tower(name) for name in TOWERS}
-            models = {name: (published_model if tower.weights == "published" else drawn_model)(tower) for name, tower in towers.items()}
+            models = {
+                name: (published_model if tower.weights == "published" else drawn_model)(tower)
+                for name, tower in towers.items()
+            }
             dtype = torch.float64 if parallel_config.dtype == "float64" else torch.float32
             return TwoTowers(self.model, models, dtype=dtype).train()
 
@@ -49,7 +60,11 @@ class TwoTowersComponent(EncoderComponent):
         found: dict[str, Tensor] = {}
         for name in TOWERS:
             begins = f"towers.{name}."
-            own = {key.removeprefix(begins): value for key, value in weights.items() if key.startswith(begins)}
+            own = {
+                key.removeprefix(begins): value
+                for key, value in weights.items()
+                if key.startswith(begins)
+            }
             towers[name], own = Transformers(self.model.tower(name)).exported(own)
             found |= {begins + key: value for key, value in own.items()}
         return replace(self.model, **towers), found
@@ -59,4 +74,7 @@ class TwoTowersComponent(EncoderComponent):
             Transformers(self.model.tower(name)).write_files(config, {}, out / name)
 
     def placed(self, folder: Path) -> Any:
-        return replace(self.model, **{name: Transformers(self.model.tower(name)).placed(folder / name) for name in TOWERS})
+        return replace(
+            self.model,
+            **{name: Transformers(self.model.tower(name)).placed(folder / name) for name in TOWERS},
+        )

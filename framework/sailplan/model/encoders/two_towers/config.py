@@ -1,4 +1,6 @@
-"""Settings of two published towers: each as `encoder: transformers` has them, and the size that both are projected to."""
+"""Settings of two published towers: each as `encoder: transformers` has them, and the size that
+both are projected to.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,35 @@ TOWERS: tuple[Modality, ...] = ("text", "vision")
 @encoder("two_towers")
 @dataclass
 class TwoTowersConfig(EncoderConfig):
-    """A text tower and a picture tower; `embedding`, `prefixes`, `projection` and `modalities` of theirs are set from here."""
+    """A text tower and a picture tower; `embedding`, `prefixes`, `projection` and `modalities`
+    of theirs are set from here.
+    """
 
     encoder: str = "two_towers"
     text: TransformersConfig = field(default_factory=TransformersConfig)
     vision: TransformersConfig = field(default_factory=TransformersConfig)
 
-    component_path: ClassVar[str] = "sailplan.model.encoders.two_towers.component.TwoTowersComponent"
+    component_path: ClassVar[str] = (
+        "sailplan.model.encoders.two_towers.component.TwoTowersComponent"
+    )
 
     def tower(self, modality: Modality) -> TransformersConfig:
         """Return the settings of one tower: text or vision."""
         own: TransformersConfig = getattr(self, modality)
-        shared: dict[str, Any] = {"embedding": self.embedding, "prefixes": self.prefixes, "projection": True}
+        shared: dict[str, Any] = {
+            "embedding": self.embedding,
+            "prefixes": self.prefixes,
+            "projection": True,
+        }
         return replace(own, modalities=[modality], **shared)
 
     def part_names(self) -> tuple[str, ...]:
         lora = any(self.tower(modality).lora.rank for modality in TOWERS)
-        return (*TOWERS, *(f"{modality}_projection" for modality in TOWERS), *(["lora"] if lora else []))
+        return (
+            *TOWERS,
+            *(f"{modality}_projection" for modality in TOWERS),
+            *(["lora"] if lora else []),
+        )
 
     def check_run(self, config: Any) -> None:
         super().check_run(config)

@@ -1,4 +1,5 @@
-"""Two published towers as one encoder: a view of both modalities gets the mean of their unit vectors.
+"""Two published towers as one encoder: a view of both modalities gets the mean of their unit
+vectors.
 
 Shape legend: b rows, D the vector's size.
 """
@@ -20,26 +21,51 @@ from sailplan.model.protocol import Embeddings, Encoder, reach_backward
 
 
 class TwoTowers(Encoder):
-    """Vectors are float32 (float64 in a float64 model), not normalised. models: modality -> transformers' model."""
+    """Vectors are float32 (float64 in a float64 model), not normalised.
 
-    def __init__(self, settings: TwoTowersConfig, models: Mapping[Modality, nn.Module], *, dtype: torch.dtype = torch.float32) -> None:
+    models: modality -> transformers' model.
+    """
+
+    def __init__(
+        self,
+        settings: TwoTowersConfig,
+        models: Mapping[Modality, nn.Module],
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.settings, self.modalities, self.dimension = settings, TOWERS, settings.embedding
-        self.towers = nn.ModuleDict({name: TransformersEncoder(settings.tower(name), models[name], dtype=dtype) for name in TOWERS})
+        self.towers = nn.ModuleDict(
+            {
+                name: TransformersEncoder(settings.tower(name), models[name], dtype=dtype)
+                for name in TOWERS
+            }
+        )
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         found: dict[str, list[nn.Parameter]] = {name: [] for name in self.settings.part_names()}
         for name, parameter in self.named_parameters():
             _, modality, own = name.split(".", 2)
-            part = "lora" if LORA in own else f"{modality}_projection" if own.startswith("projection.") else modality
+            part = (
+                "lora"
+                if LORA in own
+                else f"{modality}_projection"
+                if own.startswith("projection.")
+                else modality
+            )
             found[part].append(parameter)
         return found
 
     def used_parts(self, modalities: Iterable[str]) -> set[str]:
-        return {"lora", *(name for modality in modalities for name in (modality, f"{modality}_projection"))}
+        return {
+            "lora",
+            *(name for modality in modalities for name in (modality, f"{modality}_projection")),
+        }
 
     def forward(self, inputs: NamedInputs, *, per_modality: bool = False) -> Embeddings:
-        """Encode one micro-batch; as `TransformersEncoder.forward`, each modality by its own tower."""
+        """Encode one micro-batch; as `TransformersEncoder.forward`, each modality by its own
+        tower.
+        """
         named = inputs.named
         if not inputs.rows:
             named = {name: tensor.new_ones(1, *tensor.shape[1:]) for name, tensor in named.items()}
@@ -48,5 +74,7 @@ class TwoTowers(Encoder):
             tower: Any = self.towers[modality]
             tower.compute_dtype = self.compute_dtype
             vectors[modality] = tower.encode(modality, named)
-        found = Embeddings(reach_backward(mean_of_units(list(vectors.values()))), vectors if per_modality else {})
+        found = Embeddings(
+            reach_backward(mean_of_units(list(vectors.values()))), vectors if per_modality else {}
+        )
         return found if inputs.rows else _pytree.tree_map(lambda vector: vector[:0], found)
