@@ -16,7 +16,7 @@ from sailplan_kernels.infonce import InfoNCEOutput, infonce, infonce_sum
 from sailplan_kernels.sigmoid import SigmoidOutput, sigmoid
 from sailplan_kernels.topk import rank_of, topk
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ALL_EXCHANGES",
