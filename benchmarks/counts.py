@@ -45,8 +45,9 @@ from sailplan.parity import testing as steps  # noqa: E402
 from sailplan.runtime.process import Parallel  # noqa: E402
 from sailplan.step.training_step import TrainingStep  # noqa: E402
 from sailplan_kernels import infonce  # noqa: E402
+from sailplan_kernels.arguments import grouped  # noqa: E402
 from sailplan_kernels.exchange import AllGather, RowSplit  # noqa: E402
-from sailplan_kernels.testing import grouped, run_ranks  # noqa: E402
+from sailplan_kernels.testing import run_ranks  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 RANKS = 2

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sailplan_kernels import infonce
-from sailplan_kernels.testing import grouped
+from sailplan_kernels.arguments import grouped
 
 SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DIMENSION, HARD, TEMPERATURE, PREFIXES = 768, 4, 0.05, (192, 384, 768)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sailplan_kernels import infonce
-from sailplan_kernels.testing import grouped
+from sailplan_kernels.arguments import grouped
 from sailplan_kernels.tiling.engines import triton_schedule
 
 Case = dict[str, Any]

@@ -8,7 +8,8 @@ the device of the embeddings: they are combined there and uploaded in one copy.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,3 +136,63 @@ def sizes_and_weights(
     if any(not weight >= 0 for weight in weights):  # also NaN; a kernel takes its logarithm
         raise ValueError(f"prefixes: found the weights {weights}, expected none below 0")
     return sizes, weights
+
+
+GROUPS: dict[str, type] = {"negatives": Negatives, "masks": Masks, "options": LossOptions}
+_OF_NEGATIVES = {
+    "hard_negatives": "hard",
+    "hard_negative_valid": "hard_valid",
+    "shared_hard_negatives": "shared",
+    "query_negatives": "queries",
+    "key_negatives": "keys",
+    "max_negative_score": "max_cosine",
+}
+_PLACES = {
+    field.name: (name, field.name)
+    for name, group in GROUPS.items()
+    for field in fields(group)
+    if field.name not in ("hard", "hard_valid", "shared", "queries", "keys")
+} | {name: ("negatives", field) for name, field in _OF_NEGATIVES.items()}
+
+
+def grouped(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a loss from a mapping of one name each, as version 0.1.0 had them.
+
+    The names are those of the groups' fields, of Negatives' those of ``_OF_NEGATIVES``;
+    positive_ids stands for PositiveIds, and prefix_weights beside prefixes for a mapping. What is
+    neither is returned as it is. Raises TypeError where a group is given beside a field of it.
+    """
+    call: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        if name in _PLACES:
+            group, field = _PLACES[name]
+            groups.setdefault(group, {})[field] = value
+        elif name == "positive_ids":
+            call["positives"] = PositiveIds(value)
+        elif name != "prefix_weights":
+            call[name] = value
+    if flat.get("prefix_weights") is not None:
+        call["prefixes"] = dict(zip(flat["prefixes"], flat["prefix_weights"], strict=True))
+    for name, values in groups.items():
+        if call.get(name) is not None:
+            raise TypeError(f"{name}: found beside {', '.join(values)}, expected one of the two")
+        call[name] = GROUPS[name](**values)
+    return call
+
+
+def with_former(call: dict[str, Any], former: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call with arguments of version 0.1.0 in their groups. Raises TypeError for others."""
+    given = {name: value for name, value in call.items() if value is not None}
+    known = {name for name, (group, _) in _PLACES.items() if group in call}
+    known |= {"prefix_weights"} | ({"positive_ids"} if "positives" in call else set())
+    unknown = sorted(set(former) - known)
+    if unknown:
+        raise TypeError(f"{unknown[0]}: found as an argument, expected one of {', '.join(call)}")
+    if former.get("positive_ids") is not None and given.get("positives") is not None:
+        raise TypeError("positive_ids: found with positives, expected one of them")
+    if former.get("prefix_weights") is not None and "prefixes" not in given:
+        raise TypeError("prefix_weights: found without prefixes, expected both")
+    return call | grouped(
+        given | {name: value for name, value in former.items() if value is not None}
+    )

@@ -1,5 +1,4 @@
-"""Run a function on several ranks of one machine, fast enough for unit tests, and write calls of
-losses flat.
+"""Run a function on several ranks of one machine, fast enough for unit tests.
 
 The ranks are forked from the running process, so they inherit every import: a round costs about
 0.15 s instead of the many seconds of a launcher. They meet in a temporary file (no port to collide
@@ -15,52 +14,12 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from sailplan_kernels.arguments import LossOptions, Masks, Negatives, PositiveIds
-
-GROUPS: dict[str, type] = {"negatives": Negatives, "masks": Masks, "options": LossOptions}
-_OF_NEGATIVES = {
-    "hard_negatives": "hard",
-    "hard_negative_valid": "hard_valid",
-    "shared_hard_negatives": "shared",
-    "query_negatives": "queries",
-    "key_negatives": "keys",
-}
-_PLACES = {
-    field.name: (name, field.name) for name, group in GROUPS.items() for field in fields(group)
-}
-_PLACES = {name: place for name, place in _PLACES.items() if name not in _OF_NEGATIVES.values()}
-_PLACES |= {name: ("negatives", field) for name, field in _OF_NEGATIVES.items()}
-
-
-def grouped(case: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a loss from one flat mapping, as random cases and their variations
-    have them.
-
-    The flat names are those of the fields of the groups, of Negatives' first five those of
-    ``_OF_NEGATIVES``; positive_ids stands for PositiveIds, and prefix_weights beside prefixes for a
-    mapping.
-    """
-    call: dict[str, Any] = {}
-    groups: dict[str, dict[str, Any]] = {}
-    for name, value in case.items():
-        if name in _PLACES:
-            group, field = _PLACES[name]
-            groups.setdefault(group, {})[field] = value
-        elif name == "positive_ids":
-            call["positives"] = PositiveIds(value)
-        elif name != "prefix_weights":
-            call[name] = value
-    if case.get("prefix_weights") is not None:
-        call["prefixes"] = dict(zip(case["prefixes"], case["prefix_weights"], strict=True))
-    return call | {name: GROUPS[name](**values) for name, values in groups.items()}
 
 
 class RankFailure(RuntimeError):

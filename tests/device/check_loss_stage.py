@@ -22,7 +22,8 @@ from sailplan.objective.infonce import InfoNCE
 from sailplan.objective.protocol import EncodedStep, EncodedView, ObjectiveContext
 from sailplan.objective.temperature import Temperatures
 from sailplan_kernels import AllGather, LossOptions, infonce
-from sailplan_kernels.testing import RankFailure, grouped, run_ranks
+from sailplan_kernels.arguments import grouped
+from sailplan_kernels.testing import RankFailure, run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from counting import Counting, Counts

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
-from sailplan_kernels import infonce, rank_of, topk
-from sailplan_kernels.testing import grouped
+from sailplan_kernels import LossOptions, Masks, Negatives, infonce, rank_of, sigmoid, topk
+from sailplan_kernels.arguments import grouped
 
 Q, K = torch.randn(4, 8), torch.randn(5, 8)
 
@@ -22,6 +22,8 @@ Q, K = torch.randn(4, 8), torch.randn(5, 8)
         ("keys", {"keys": torch.randn(5, 8).double()}),
         ("keys", {"keys": torch.randn(3, 8)}),
         ("temperature", {"temperature": 0.0}),
+        ("temperature", {"temperature": float("inf")}),
+        ("temperature", {"temperature": float("nan")}),
         ("temperature", {"temperature": torch.ones(5)}),
         ("temperature", {"temperature": torch.ones(4, dtype=torch.int64)}),
         ("positives", {"positives": torch.tensor([0, 1, 2, 5])}),
@@ -83,3 +85,38 @@ def test_auto_is_chunked():
 def test_wrong_search(argument, call):
     with pytest.raises(ValueError, match=rf"^{argument}:"):
         call()
+
+
+@pytest.mark.parametrize(
+    "former, call",
+    [
+        ({"query_valid": torch.arange(4) != 1}, {"masks": Masks(query_valid=torch.arange(4) != 1)}),
+        ({"max_negative_score": 0.1}, {"negatives": Negatives(max_cosine=0.1)}),
+        ({"backend": "reference"}, {"options": LossOptions(backend="reference")}),
+        ({"prefixes": (4, 8), "prefix_weights": (0.5, 2.0)}, {"prefixes": {4: 0.5, 8: 2.0}}),
+    ],
+)
+def test_names_of_the_former_version_are_the_fields_of_the_groups(former, call):
+    assert infonce(Q, K, 0.1, **former).loss == infonce(Q, K, 0.1, **call).loss
+    assert infonce(Q, K, 0.1, **former).backend == infonce(Q, K, 0.1, **call).backend
+
+
+def test_a_name_that_is_none_is_refused():
+    with pytest.raises(TypeError, match=r"^query_valids: found as an argument, expected one of"):
+        infonce(Q, K, 0.1, query_valids=None)
+    with pytest.raises(TypeError, match=r"^positive_ids: found as an argument"):
+        sigmoid(Q, K, 0.1, -1.0, positive_ids=torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(
+        TypeError, match=r"^masks: found beside query_valid, expected one of the two"
+    ):
+        infonce(Q, K, 0.1, masks=Masks(), query_valid=torch.ones(4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_a_row_of_nan_makes_the_loss_nan_unless_it_is_padding(backend):
+    bad = Q.clone()
+    bad[2] = torch.nan
+    options = LossOptions(backend=backend)
+    assert infonce(bad, K, 0.1, options=options).loss.isnan()
+    masks = Masks(query_valid=torch.arange(4) != 2)
+    assert infonce(bad, K, 0.1, masks=masks, options=options).loss.isfinite()

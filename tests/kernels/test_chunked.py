@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sailplan_kernels import infonce
-from sailplan_kernels.testing import grouped
+from sailplan_kernels.arguments import grouped
 
 LEAVES = ("queries", "keys", "hard_negatives", "temperature")
 

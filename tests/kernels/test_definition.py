@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sailplan_kernels import infonce
-from sailplan_kernels.testing import grouped
+from sailplan_kernels.arguments import grouped
 
 
 def loops(case: dict) -> tuple[float, int, float]:

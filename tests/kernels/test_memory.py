@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sailplan_kernels import AllGather, Grid, Ring, infonce, sigmoid
-from sailplan_kernels.testing import grouped, run_ranks
+from sailplan_kernels.arguments import grouped
+from sailplan_kernels.testing import run_ranks
 from sailplan_kernels.tiling.products import WIDENED
 
 

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sailplan_kernels import LossOptions, infonce, sigmoid
-from sailplan_kernels.testing import grouped
+from sailplan_kernels.arguments import grouped
 from sailplan_kernels.tiling.engines import why_no_triton
 
 LEAVES = ("queries", "keys", "hard_negatives", "temperature")

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from sailplan_kernels import EXCHANGES, AllGather, Exchange, Grid, Local, infonce
+from sailplan_kernels.arguments import grouped
 from sailplan_kernels.exchange.grid import width_of_row
-from sailplan_kernels.testing import RankFailure, grouped, run_ranks
+from sailplan_kernels.testing import RankFailure, run_ranks
 
 LEAVES = ("queries", "keys", "hard_negatives", "temperature")
 SHAPES = {2: ((5, 3), (7, 4)), 3: ((4, 6, 1), (5, 6, 3))}

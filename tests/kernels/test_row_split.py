@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from sailplan_kernels import EXCHANGES, AllGather, Exchange, Local, RowSplit, infonce, sigmoid
-from sailplan_kernels.testing import grouped, run_ranks
+from sailplan_kernels.arguments import grouped
+from sailplan_kernels.testing import run_ranks
 
 LEAVES = ("queries", "keys", "hard_negatives", "temperature", "bias")
 OPTIONS = [

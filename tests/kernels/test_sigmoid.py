@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sailplan_kernels import EXCHANGES, Local, sigmoid
-from sailplan_kernels.testing import grouped, run_ranks
+from sailplan_kernels.arguments import grouped
+from sailplan_kernels.testing import run_ranks
 
 LEAVES = ("queries", "keys", "temperature", "bias")
 

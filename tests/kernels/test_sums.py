@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sailplan_kernels import EXCHANGES, AllGather, Exchange, Local, RowSplit, infonce, infonce_sum
-from sailplan_kernels.testing import grouped, run_ranks
+from sailplan_kernels.arguments import grouped
+from sailplan_kernels.testing import run_ranks
 
 ROWS, D, HARD, WEIGHTS = (5, 0, 3), 16, 2, (1.0, 0.5, 2.0, 0.25)
 BARS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3}

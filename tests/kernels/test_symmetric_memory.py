@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from sailplan_kernels import AllGather, SymmetricMemory, infonce
-from sailplan_kernels.testing import grouped, run_ranks
+from sailplan_kernels.arguments import grouped
+from sailplan_kernels.testing import run_ranks
 
 
 class Files:

@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sailplan_kernels.arguments import LossOptions, Masks, Negatives, PositiveIds, Prefixes
+from sailplan_kernels.arguments import (
+    LossOptions,
+    Masks,
+    Negatives,
+    PositiveIds,
+    Prefixes,
+    with_former,
+)
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
 from sailplan_kernels.infonce.forward_context import numbers
@@ -64,6 +71,7 @@ def infonce(
     prefixes: Prefixes | None = None,
     exchange: Exchange | None = None,
     options: LossOptions | None = None,
+    **former: Any,
 ) -> InfoNCEOutput:
     """Return InfoNCE of this rank's N queries against the keys of all ranks.
 
@@ -92,6 +100,8 @@ def infonce(
     exchange: how ranks see each other's keys; None: this rank alone. All ranks must call, with
     equal options.
 
+    former: arguments of version 0.1.0, which had a name for each (``query_valid``, ``backend``, ...).
+
     With ``options.sizes``, and positives by index, the host waits for nothing on the device; values
     of device tensors are the caller's word. The gradients are computed in the forward pass and wait
     for the backward pass, which may come once (of the reference: always). Raises ValueError on a
@@ -99,6 +109,8 @@ def infonce(
     """
     given = dict(locals())
     exchange = given.pop("exchange")
+    if given.pop("former"):
+        given = with_former(given, former)
     total, (output,) = infonce_sum([given], exchange=exchange)
     return replace(output, loss=total)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -199,5 +200,5 @@ def check_temperature(temperature: float | Tensor, n: int) -> None:
                 f"temperature: found {temperature.dtype} {tuple(temperature.shape)}, expected a "
                 f"float tensor () or ({n},)"
             )
-    elif not temperature > 0:
+    elif not 0 < temperature < math.inf:
         raise ValueError(f"temperature: found {temperature}, expected a positive number")

@@ -10,11 +10,12 @@ full batch's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sailplan_kernels.arguments import LossOptions, Masks, Negatives, Prefixes
+from sailplan_kernels.arguments import LossOptions, Masks, Negatives, Prefixes, with_former
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
 from sailplan_kernels.infonce.loss_inputs import build_inputs, gathered
@@ -50,6 +51,7 @@ def sigmoid(
     prefixes: Prefixes | None = None,
     exchange: Exchange | None = None,
     options: LossOptions | None = None,
+    **former: Any,
 ) -> SigmoidOutput:
     """Return the sigmoid loss of this rank's N queries against the keys of all ranks.
 
@@ -58,6 +60,9 @@ def sigmoid(
     options.memory_budget bounds the tile at work, nothing waits for a second pass. Raises
     ValueError on a wrong call.
     """
+    if former:
+        call = with_former({"prefixes": prefixes, "masks": masks, "options": options}, former)
+        prefixes, masks, options = call["prefixes"], call["masks"], call["options"]
     masks, options = masks or Masks(), options or LossOptions()
     checks.check_embeddings(queries, keys, None)
     chosen = checks.choose_backend(options.backend, queries, options.score_dtype)

@@ -39,7 +39,7 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left [..., 1].
     """
     largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)
-    alive = largest > EPSILON
+    alive = ~(largest <= EPSILON)  # what is no number stays none: a loss of it must not look right
     largest = torch.where(alive, largest, 1.0)
     scaled = torch.where(alive, x / largest, 0.0)
     length = torch.where(alive, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True), 1.0)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sailplan_kernels import infonce, sigmoid
-from sailplan_kernels.testing import grouped
+from sailplan_kernels.arguments import grouped
 from sailplan_kernels.tiling.engines import triton_schedule
 from sailplan_kernels.tiling.tile import Coefficients, MaskConfig, TileOperand
 from sailplan_kernels.tiling.triton_engine import TritonEngine
