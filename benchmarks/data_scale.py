@@ -7,9 +7,8 @@ what finding an id costs.
 Shards are links to one, with the manifests that indexing all of them would write: the sizes are
 real, the bytes are not. Each row is measured in a forked process of its own, with a warm page
 cache. opens: calls of open, as Python's audit hook sees them; read: bytes by read calls, mapped
-pages not counted; memory: growth of the resident set, mapped pages included.
-Figures of CPU are of a machine that others use, too. An exponent is the slope of log(cost) over
-log(size), first to last.
+pages not counted; memory: growth of the resident set, mapped pages included. Figures of CPU are of
+a machine that others use, too. An exponent is the slope of log(cost) over log(size), first to last.
 """
 
 from __future__ import annotations

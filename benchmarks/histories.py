@@ -4,9 +4,8 @@
 
 Writes a made-up log of parquet files (popular items, four labels, 10 % of events without a positive
 one), then makes the sequences of all four views on forked gloo ranks, as a stage's start does, with
-made-up content vectors. Prints one
-JSON object: seconds and CPU seconds, the highest memory of each rank above what it had at its
-start, users, sequences.
+made-up content vectors. Prints one JSON object: seconds and CPU seconds, the highest memory of each
+rank above what it had at its start, users, sequences.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ nobody's encoder takes part. A run first compares gradients with the definition 
 same rounded inputs, then takes steps in interleaved rounds (every contender once a round, in turn)
 so that a busy machine disturbs all alike, and stops after --seconds, which keeps it within ten
 minutes. On a CPU the time that the process itself computed stands beside the clock's. Peak memory
-is what a
-step takes beyond its inputs: of the allocator on CUDA, of the resident set in a process of its own
-on a CPU.
+is what a step takes beyond its inputs: of the allocator on CUDA, of the resident set in a process
+of its own on a CPU.
 
 The peers are in requirements/benchmarks.txt; a contender that is missing, cannot run here or fails
 keeps a row that says so.

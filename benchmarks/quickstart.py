@@ -8,8 +8,7 @@ table from the file.
 
 `run` leaves finished run folders alone (runs/quickstart-seed-N), so that an interrupted series goes
 on. Numbers in the table are means over the seeds with the lowest and highest seed; nothing is typed
-by hand. `words` counts which held-out emoji
-names share words with training.
+by hand. `words` counts which held-out emoji names share words with training.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ the mean.
 Nothing is timed and no process group formed: the collator of each rank runs in turn. A *position*
 is one of the tower's sequence (prompt, text, visual tokens, sound). padded: every row as long as
 its micro-batch's longest; packed: what the tower computes, as the micro-batch's packing says. Of
-evaluation: a view's first 2,000 records, in order and as
-`EvaluationRows` sorts them.
+evaluation: a view's first 2,000 records, in order and as `EvaluationRows` sorts them.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ the wall's more than a ratio can bear.
 Gradient errors: distance to the whole batch's gradient in float64 over that gradient's length.
 Memory: every point is a process of its own. CPU: bytes that torch's CPU allocator hands out in one
 step after a small one, read from the profiler's allocation events (what libraries allocate past
-torch is not seen); GPU: torch.cuda.max_memory_allocated. Both are above what
-stands before the step: weights, optimizer state and the batch's tokens. `report` writes the table
-and the curve beside the results.
+torch is not seen); GPU: torch.cuda.max_memory_allocated. Both are above what stands before the
+step: weights, optimizer state and the batch's tokens. `report` writes the table and the curve
+beside the results.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ sm_100 without tcgen05, or is meant to copy by TMA and does not.
 
 Of half-precision kernels it counts what a pair costs beside its products (sass.py): instructions a
 prefix, instructions a tile, and the share of the time in which the matrix units would multiply at
-the recipe's prefixes, if nothing ran beside anything else. That is
-a figure of the code, not a time: it compares kernels with each other and with what they were.
+the recipe's prefixes, if nothing ran beside anything else. That is a figure of the code, not a
+time: it compares kernels with each other and with what they were.
 """
 
 from __future__ import annotations

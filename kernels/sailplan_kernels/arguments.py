@@ -1,8 +1,7 @@
 """The groups of arguments that the contrastive losses share.
 
 N queries, M keys and H hard negatives a row on this rank. Integers and masks may lie on the CPU
-whatever
-the device of the embeddings: they are combined there and uploaded in one copy.
+whatever the device of the embeddings: they are combined there and uploaded in one copy.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ class PositiveIds:
 
     With ``symmetric`` the mean is over the pairs' two losses. Queries that want the key's id are no
     negatives of its column, whose temperature, margins and threshold come from all rows of all
-    ranks that want it. With
-    ``Negatives.keys`` each pair has a denominator of its own. Needs ``Masks.key_ids``.
+    ranks that want it. With ``Negatives.keys`` each pair has a denominator of its own. Needs
+    ``Masks.key_ids``.
     """
 
     ids: Tensor  # int64 [N], -1 for none
@@ -61,9 +60,8 @@ class Negatives:
     """Negatives beside the other keys, and those that are dropped because they look like positives.
 
     The three filters go by cosine, whatever the temperature, and hold for every negative. A
-    negative must pass all
-    that are set: cosine < max_cosine, cosine <= positive + margin_absolute, cosine <=
-    margin_relative * positive.
+    negative must pass all that are set: cosine < max_cosine, cosine <= positive + margin_absolute,
+    cosine <= margin_relative * positive.
     """
 
     hard: Tensor | None = (

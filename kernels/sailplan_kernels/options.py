@@ -6,8 +6,7 @@
 A cell says "ok" if loss and gradients are those of the reference, and otherwise what the call said.
 Everything runs on a
 CPU: Triton in its interpreter, exchanges on two ranks. An argument of a loss that no row names is
-an error, so that the
-matrix cannot fall behind.
+an error, so that the matrix cannot fall behind.
 """
 
 from __future__ import annotations

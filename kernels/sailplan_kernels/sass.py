@@ -2,10 +2,9 @@
 
 A processor issues ISSUED instructions of 32 threads a cycle and multiplies PRODUCTS pairs of
 half-precision numbers meanwhile. What a kernel issues beside its matrix products is therefore the
-time in which the matrix units may stand idle, and it can be read off
-the machine code: the flow of control has the loop over dimensions as its innermost loop around a
-matrix instruction, the loop over prefixes around it, and, where programs go from tile to tile, the
-loop over tiles around that.
+time in which the matrix units may stand idle, and it can be read off the machine code: the flow of
+control has the loop over dimensions as its innermost loop around a matrix instruction, the loop
+over prefixes around it, and, where programs go from tile to tile, the loop over tiles around that.
 
 Counted is the cheapest way through: that of a tile in which no pair is masked, as a branch around
 the masks is the shorter way. Loops that hold no product (sums over prefixes) count as if they ran

@@ -34,8 +34,8 @@ def run_ranks(
 
     Returns the ranks' return values (anything that pickles), in rank order. ``function`` and
     ``args`` travel by fork, so closures are welcome. Raises RankFailure, with the rank's own
-    exception as its cause, when a rank fails, and
-    after ``timeout`` seconds; no child outlives the call.
+    exception as its cause, when a rank fails, and after ``timeout`` seconds; no child outlives the
+    call.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:

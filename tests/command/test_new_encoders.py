@@ -1,6 +1,5 @@
 """Risks: a new family that needs code, an encoder of your own that needs more than its file and
-a YAML, and a run of
-either that cannot be resumed, evaluated or exported.
+a YAML, and a run of either that cannot be resumed, evaluated or exported.
 
 The family below stands in no file of the package; the encoder below is all in the file that the
 test writes.

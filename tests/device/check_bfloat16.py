@@ -2,10 +2,9 @@
 Triton engine, in half the bytes.
 
 Triton compiles for no such device, so its engine is a stub that counts what arrives at its door and
-goes on in torch. Not
-collected by name: test_stand_in_device.py runs this file in a process of its own. Forked ranks come
-first: a backward here
-would start threads.
+goes on in torch. Not collected by name: test_stand_in_device.py runs this file in a process of its
+own. Forked ranks come
+first: a backward here would start threads.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ say that they are elsewhere.
 An operation that is given tensors here and there fails, as it would on CUDA; so does a tensor made
 on the wrong side and then used with the others. That finds the mistakes which a run on a CPU alone
 cannot show. It says nothing about time, CUDA's kernels and streams, NCCL, the memory that FSDP2
-frees (these tensors have no storage) or checkpoints (whose views are a
-tensor subclass too).
+frees (these tensors have no storage) or checkpoints (whose views are a tensor subclass too).
 
 Importing it registers the device "standin" for the whole process: only for tests in a process of
 their own.

@@ -2,8 +2,7 @@
 for, and uploads still alive.
 
 A copy down waits unless it is non-blocking, and so does a copy up; so does every operation whose
-answer Python reads or whose
-result has a size that depends on the data.
+answer Python reads or whose result has a size that depends on the data.
 """
 
 from __future__ import annotations

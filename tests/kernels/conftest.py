@@ -42,8 +42,7 @@ def _make_case(
     """Arguments of infonce for each rank, and for one process that holds everything.
 
     Trained-like: a positive key is its query plus noise. ``positives`` gives indices with
-    repetitions and a -1; ``by_id``
-    wants ids that several keys of any rank, or none, carry.
+    repetitions and a -1; ``by_id`` wants ids that several keys of any rank, or none, carry.
     """
     g = torch.Generator().manual_seed(seed)
     ranks = []

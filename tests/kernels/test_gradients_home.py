@@ -2,8 +2,7 @@
 break the promise on their error.
 
 A key's gradient is a sum over all ranks, in which its positive's pull is most of what stands out. A
-collective that adds in bfloat16
-rounds the sum at every rank that it passes.
+collective that adds in bfloat16 rounds the sum at every rank that it passes.
 """
 
 from __future__ import annotations

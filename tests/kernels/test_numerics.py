@@ -11,8 +11,7 @@ except Triton's. Their test computes the floor itself: the float64 definition wi
 nothing else, replaced by those that plain torch makes in float32. The bar is four times the floor
 of the embeddings' gradients. The temperature's gradient is a sum of differences between a
 positive's and its negatives' cosines, on trained embeddings a tenth of the cosines themselves and
-at t = 0.005 of a few rows only: its
-bar is ten roundings of a logit, 6e-7 / t.
+at t = 0.005 of a few rows only: its bar is ten roundings of a logit, 6e-7 / t.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The Triton backend without a GPU: its arithmetic in the interpreter, in a process of its own
-(see interpreter/), and a
-part of the ahead-of-time compilation; the whole table is `python -m sailplan_kernels.aot`.
+(see interpreter/), and a part of the ahead-of-time compilation; the whole table is `python -m
+sailplan_kernels.aot`.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ SIZES = ("sail_1b5", "siglip2_qwen3_0b6", "qwen3_vl_2b")
 
 def test_counts_are_those_of_the_published_models():
     """Qwen2.5-1.5B has 1.5437 B parameters, Qwen3-0.6B 0.5960 B (its head shares the embedding);
-    SigLIP2's image tower is 428 M
-    with its pooling head, of which 15.2 M are the head; Qwen3-VL-2B has 2.1275 B, its text model
+    SigLIP2's image tower is 428 M with its pooling head, of which 15.2 M are the head; Qwen3-VL-2B
+    has 2.1275 B, its text model
     those of Qwen3-1.7B (1.7206 B)."""
     sail, other, qwen = (count_parameters(compose([f"model={name}"]).model) for name in SIZES)
     assert sail["text"] + sail["tower"] - 3 * 1536 == 1_543_714_304

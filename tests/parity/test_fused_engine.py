@@ -2,8 +2,8 @@
 
 A stand-in with its functions' arguments (as in the sources of 2.18 and of the main branch of August
 2026), written in plain torch, checks what we hand over and what we make of what comes back; it says
-nothing about the real kernels. Those are compared
-in tests/unit/model/test_fused.py, where they and a GPU are.
+nothing about the real kernels. Those are compared in tests/unit/model/test_fused.py, where they and
+a GPU are.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 mask, cumulative lengths on a GPU.
 
 torch's varlen_attn runs on GPUs alone. Here a function with its arguments stands in for it: it
-checks them and computes the
-exact result from the cumulative lengths.
+checks them and computes the exact result from the cumulative lengths.
 """
 
 from __future__ import annotations

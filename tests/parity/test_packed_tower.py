@@ -2,8 +2,7 @@
 layers and its attention.
 
 The padded formula is written here again, in plain torch on the encoder's own weights: every row
-filled up to the longest,
-attention under a mask.
+filled up to the longest, attention under a mask.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 limits, and a subset is made again here.
 
 The whole matrix takes minutes (`python -m sailplan.parity.matrix`). Here: one rank by the command,
-and on several ranks the
-corners that test_gradient_cache.py leaves out.
+and on several ranks the corners that test_gradient_cache.py leaves out.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@ keep parts exchangeable.
 
 The layers, low to high, are those of the architecture: a package imports from lower layers and from
 its own layer only, and neither packages of one layer nor modules of one package form a cycle.
-Imports are read from the syntax tree, also those
-inside functions and those under `if TYPE_CHECKING:`.
+Imports are read from the syntax tree, also those inside functions and those under `if
+TYPE_CHECKING:`.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ tools/published_weights/efficientnet_lite.py FILE.pth FOLDER
 Lite0 (Apache-2.0; weights as TensorFlow published them, trained on ImageNet) is EfficientNet-B0
 with ReLU6 and without squeeze-and-excitation. transformers' EfficientNet always has that; here its
 gate is the number 1: weights of 0 and a bias whose sigmoid is exactly 1 in float32, so that the
-folder computes what the file does. Only a gradient could change the gate, and that
-of a saturated sigmoid is 0.
+folder computes what the file does. Only a gradient could change the gate, and that of a saturated
+sigmoid is 0.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ writes webdataset shards, a tokenizer and a manifest. Same sources and same enco
 the same bytes.
 
 The way through: `sources` fetches and unpacks; `emoji`, `icons`, `choices`, `prompts` read one
-source each into
-`Record`s; `splits` decides what is held out and sees to it that no string is on both sides; `pairs`
-grades emoji against emoji; `shards` writes tars; `tokenizer` learns a vocabulary from the training
-side; `manifest` says what is there.
+source each into `Record`s; `splits` decides what is held out and sees to it that no string is on
+both sides; `pairs` grades emoji against emoji; `shards` writes tars; `tokenizer` learns a
+vocabulary from the training side; `manifest` says what is there.
 """

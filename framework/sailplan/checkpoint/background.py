@@ -3,8 +3,8 @@
 At a save the ranks copy what they hold to the CPU's memory and go on with the next step; a thread
 of each rank writes the copy and agrees with the other ranks' threads over a gloo group of its own,
 because messages of two threads on one group could meet the wrong partner. The seal is written when
-all ranks' parts are on the disk, so a job that is killed
-meanwhile goes on from the checkpoint before.
+all ranks' parts are on the disk, so a job that is killed meanwhile goes on from the checkpoint
+before.
 
 At most one save is under way: the next one waits for it, and so do a stop and the end of the run.
 There, on all ranks alike, an error of the thread is raised. The copies' memory is kept and used

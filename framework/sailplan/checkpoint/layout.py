@@ -3,9 +3,8 @@ asks for it.
 
 A parameter is cut twice: tensor parallelism cuts it along one dimension (and a gated feed-forward's
 first matrix as two stacked halves, each cut alone), then FSDP2 cuts the result along the first
-dimension. The
-checkpoint knows neither: it holds whole tensors, and each rank says which blocks of them it writes
-or reads.
+dimension. The checkpoint knows neither: it holds whole tensors, and each rank says which blocks of
+them it writes or reads.
 Ranks that hold the same block say the same, and torch writes it once.
 """
 

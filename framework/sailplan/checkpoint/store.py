@@ -2,11 +2,10 @@
 
 All ranks write their blocks into `step-XXXXXXXX.tmp`; rank 0 adds the small data, renames the
 folder and then writes `COMPLETE`, which lists every file with its size and SHA-256. A job that dies
-on the way leaves a folder that
-nobody will load, and a file that changed afterwards is noticed when it is read: ranks share the
-work of hashing. The index is a pickle by torch's format; it is read by an unpickler that makes an
-index and nothing else. The folder must be
-on a file system that all ranks share.
+on the way leaves a folder that nobody will load, and a file that changed afterwards is noticed when
+it is read: ranks share the work of hashing. The index is a pickle by torch's format; it is read by
+an unpickler that makes an index and nothing else. The folder must be on a file system that all
+ranks share.
 
 Every phase ends in an agreement: what fails on one rank raises on all, so that none waits for ever.
 
@@ -116,8 +115,7 @@ def write(
     its own may run it.
 
     group: all ranks, for the messages between the writers (None: the default group, which the
-    calling thread then must
-    have for itself). Raises as `save`.
+    calling thread then must have for itself). Raises as `save`.
     """
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -347,8 +345,8 @@ def load(
 ) -> dict[str, Any]:
     """Loads model and optimizer, at any layout and in any dtype, and returns the saved `extra`.
 
-    verified: its files were compared with their checksums just before, by `newest_whole`.
-    All ranks call it, after sharding. The model's tensors must be exactly the checkpoint's. Raises
+    verified: its files were compared with their checksums just before, by `newest_whole`. All ranks
+    call it, after sharding. The model's tensors must be exactly the checkpoint's. Raises
     ConfigurationError on all ranks where they are not, or where the checkpoint is missing or
     incomplete.
     """

@@ -2,8 +2,7 @@
 launcher of Hydra's.
 
 Hydra's basic sweeper expands the values and its launcher starts the jobs: here one after another,
-or by
-`hydra/launcher=submitit_local` or `submitit_slurm` with as many ranks as
+or by `hydra/launcher=submitit_local` or `submitit_slurm` with as many ranks as
 `hydra.launcher.tasks_per_node` and `nodes` say.
 Every job is the command itself in a process of its own, so that it has the exit codes, signals and
 memory of a single run.
@@ -89,8 +88,8 @@ def expand(lines: Sequence[str]) -> list[list[str]]:
     have several.
 
     A run is named NAME-KEY=VALUE,KEY=VALUE with the values that it does not share, unless `name` is
-    swept itself. Raises
-    ConfigurationError for a line that cannot be read, and one without several values.
+    swept itself. Raises ConfigurationError for a line that cannot be read, and one without several
+    values.
     """
     try:
         with hydra_session() as hydra:

@@ -55,8 +55,7 @@ def validate(component: Any, path: str = "") -> None:
     """Raise ConfigurationError at the first setting that may not be what it is.
 
     path: dotted key of the component, with which messages begin. Ranges and Literals of the whole
-    tree come first, so
-    that rules between settings need not ask for them again.
+    tree come first, so that rules between settings need not ask for them again.
     """
     _check(type(component), component, path)
     _rules(component, path)

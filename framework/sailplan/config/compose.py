@@ -2,8 +2,7 @@
 
 Hydra only composes (its run folders, working-directory changes and logging stay off, because they
 differ per rank); the result is checked against the dataclasses of `schema` and converted once.
-Nothing below this
-package ever sees a DictConfig.
+Nothing below this package ever sees a DictConfig.
 """
 
 from __future__ import annotations

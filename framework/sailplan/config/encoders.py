@@ -2,8 +2,8 @@
 
 A registered name is a file or folder of `sailplan.model.encoders` that says `@encoder(NAME)` above
 the dataclass of its settings; anything with a dot is the path of such a dataclass elsewhere, below
-`allowed_targets`. A YAML file may say
-`_target_` for it, as objectives do. Nothing else in the program knows which encoders there are.
+`allowed_targets`. A YAML file may say `_target_` for it, as objectives do. Nothing else in the
+program knows which encoders there are.
 """
 
 from __future__ import annotations

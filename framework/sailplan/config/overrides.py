@@ -108,8 +108,7 @@ def explain_value(
     """One line for a key that the schema does not have, or a value of another type than it has.
 
     where: the setting or the file that it was found in; path: of the setting, for an error that
-    does not tell its key; model: the
-    dataclass of `model`'s keys.
+    does not tell its key; model: the dataclass of `model`'s keys.
     """
     key = str(getattr(error, "full_key", None) or "") or ".".join(path)
     prefix = f"{where}: " if where else ""

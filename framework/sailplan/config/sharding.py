@@ -16,8 +16,7 @@ def sharding_of(config: ParallelConfig, data_parallel: int, nodes: int) -> tuple
     ranks on so many nodes.
 
     `parallel.sharding=auto`: hybrid with one copy a node where there are several nodes with several
-    data-parallel ranks each,
-    else shard.
+    data-parallel ranks each, else shard.
     """
     if config.sharding == "hybrid":
         return "hybrid", config.replicas

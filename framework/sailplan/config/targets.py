@@ -23,8 +23,7 @@ def class_at(key: str, target: str, base: type[Base], allowed: Sequence[str] | N
     """Return the subclass of `base` that a path means.
 
     key: of the setting, with which messages begin. allowed: prefixes that the path may have; None:
-    any. Raises
-    ConfigurationError for a path that is not allowed, not importable or no such class.
+    any. Raises ConfigurationError for a path that is not allowed, not importable or no such class.
     """
     if allowed is not None and not any(target.startswith(prefix) for prefix in allowed):
         raise ConfigurationError(

@@ -165,8 +165,7 @@ def artifact(name: str, options: Mapping[str, Any] | None, allowed: Sequence[str
     """Return the artifact that `artifacts.NAME` describes.
 
     Raises ConfigurationError for a name without an entry, a target that is missing, not allowed or
-    no Artifact, and an
-    option that it does not have or refuses.
+    no Artifact, and an option that it does not have or refuses.
     """
     key = f"artifacts.{name}"
     if options is None:

@@ -5,8 +5,7 @@ histories, before a stage starts.
 same reader as any data set (`shards: artifact:interests`); `teachers` becomes one table of ID
 embeddings, or an index of the files that a recommender brings (`data.teachers`). All ranks take
 part where the model embeds and where timed events are read (`timed`); rank 0 alone computes and
-writes the rest, from sets that fit
-in one process.
+writes the rest, from sets that fit in one process.
 """
 
 from __future__ import annotations

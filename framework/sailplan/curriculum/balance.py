@@ -11,8 +11,7 @@ A score is known no better than its sample and its k-means, which can end elsewh
 sample of the same set.
 So each training set is drawn from its sample again and clustered anew several times (bootstrap):
 the mean is the score, the spread its standard error, and the softmax's temperature is counted in
-standard errors. Otherwise chance
-decides between sets that are alike.
+standard errors. Otherwise chance decides between sets that are alike.
 """
 
 from __future__ import annotations
@@ -175,8 +174,7 @@ def balance(
     (bootstrap replicates).
 
     A set comparable with no benchmark gets the lowest score among the others, so that it neither
-    leads nor vanishes; if
-    none is comparable all weights are equal.
+    leads nor vanishes; if none is comparable all weights are equal.
     """
     pairs: dict[str, dict[str, float]] = {}
     kinds: dict[str, dict[str, dict[str, float]]] = {}

@@ -2,9 +2,8 @@
 
 Each rank reads its share of the log and appends the events, sorted by bucket, to one file of its
 own, a chunk at a time. A bucket is read back from the pieces in every rank's file. Which bucket a
-user is in depends on the user's name
-and the number of buckets alone, and that number on the log alone: any number of ranks gives the
-same buckets.
+user is in depends on the user's name and the number of buckets alone, and that number on the log
+alone: any number of ranks gives the same buckets.
 
     FOLDER/rank-00000.arrow    one record batch a chunk: user, item, id, time, label
     FOLDER/rank-00000.npy      int64 [chunks, buckets + 1] where each bucket begins in a chunk

@@ -2,8 +2,7 @@
 user-item matrix.
 
 Held-out users exist for the evaluation alone; this module is the one door through which histories
-reach training
-artifacts, and it lets only the train split through.
+reach training artifacts, and it lets only the train split through.
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ the different labels among them.
 sets is above 0.5.
 A label cluster is the items with the same set of labels. Proportions are those of Webster's method:
 the k-th item of a cluster of weight w comes at (k - 1/2) / w. Everything here works on the arrays
-of many whole users at once, and what a
-user gets depends on that user's events alone.
+of many whole users at once, and what a user gets depends on that user's events alone.
 """
 
 from __future__ import annotations
@@ -170,8 +169,7 @@ def interest_views(
     it.
 
     similarity: in content, for `content_single`; assign: content clusters, for clusters=content;
-    seeds: uint64 [u] of
-    the users, for draw=random.
+    seeds: uint64 [u] of the users, for draw=random.
     """
     behaviours = np.bitwise_count(history.labels)
     agrees = jaccard(history.labels, history.target_labels[history.users]) > settings.jaccard

@@ -143,8 +143,7 @@ def load_stage(
     of the stage were done.
 
     `readers` gets the data sets that the stage made. Raises ConfigurationError where the folder has
-    no
-    complete state: the run folder was damaged or moved in part.
+    no complete state: the run folder was damaged or moved in part.
     """
     stage = config.stages[name]
     if not (folder / STATE).is_file():

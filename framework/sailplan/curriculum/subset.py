@@ -2,8 +2,7 @@
 pair looks clean (stage III).
 
 Both are rankings cut at a fraction, so no threshold has to be tuned; equal values are ordered by
-position, so the
-result is the same on every rank and machine.
+position, so the result is the same on every rank and machine.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from sailplan.curriculum.balance import Summary, unit_rows
 
 def nearness(vectors: dict[str, np.ndarray], benchmarks: Sequence[Summary]) -> np.ndarray | None:
     """How near each record is to the benchmark: float64 [n], the mean over the shared kinds of
-    vector of the highest cosine
-    to any benchmark centroid. vectors: kind -> [n, D]. The fused kind alone decides where both have
-    it. None where
+    vector of the highest cosine to any benchmark centroid. vectors: kind -> [n, D]. The fused kind
+    alone decides where both have it. None where
     nothing is shared."""
     shared = [kind for kind in vectors if any(kind in benchmark for benchmark in benchmarks)]
     if "fused" in shared:

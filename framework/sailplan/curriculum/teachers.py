@@ -2,10 +2,9 @@
 items that are used together.
 
 The teachers of id2item are two classic factorisations of the user-item matrix of the *training*
-users: a truncated
-SVD (signed, global structure) and a non-negative one (parts). They see no content at all, so what
-the embedding model learns from them is collaborative. Items that no training user used have no
-teacher.
+users: a truncated SVD (signed, global structure) and a non-negative one (parts). They see no
+content at all, so what the embedding model learns from them is collaborative. Items that no
+training user used have no teacher.
 """
 
 from __future__ import annotations

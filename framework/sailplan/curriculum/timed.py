@@ -6,8 +6,7 @@ and larger than memory.
 
 Three passes. The log is read once and cut into buckets by user. Each bucket's sequences are chosen
 and kept as arrays, and how often each item is a target is added up over all ranks. Then each bucket
-is written as a shard. A rank
-works on its own buckets, and the ranks meet after each one.
+is written as a shard. A rank works on its own buckets, and the ranks meet after each one.
 
 What it costs for n events: n x 45 bytes read and written three times; some five bytes of memory an
 item of the catalogue on every rank; vectors of the items that `content_single` or content clusters

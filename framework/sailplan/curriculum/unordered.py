@@ -2,11 +2,10 @@
 views of timed events.
 
 A source that only says which items belong to a user (the quick start's, whose users are authors of
-software) has no
-"most recent" item and nothing that comes "before" it. So a seeded random member is the target, and
-up to `length` other members are shown in an order without meaning. This is set completion, not
-next-item prediction, and records say so: their view is `unordered`. Which members are shown is
-chosen by four rules:
+software) has no "most recent" item and nothing that comes "before" it. So a seeded random member is
+the target, and up to `length` other members are shown in an order without meaning. This is set
+completion, not next-item prediction, and records say so: their view is `unordered`. Which members
+are shown is chosen by four rules:
 
 | rule             | items are alike when                     | chosen                                       |
 |------------------|------------------------------------------|----------------------------------------------|
@@ -127,9 +126,8 @@ def records(
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Sequence records {"id", "split", "history": [ids], "target": id, "target_probability",
-    "view": "unordered", "rule", "user"} in a shuffled,
-    reproducible order; the probability is the target's share of all records (seq2item's sampling
-    correction).
+    "view": "unordered", "rule", "user"} in a shuffled, reproducible order; the probability is the
+    target's share of all records (seq2item's sampling correction).
 
     negatives: so many of the `unused` ids, drawn at random, come with each record as {"negatives",
     "negative_probability"}.

@@ -167,8 +167,7 @@ def chunks(
     """Non-overlapping chunks: float32 [c, length] with 1 <= c <= count.
 
     A recording shorter than a chunk is repeated whole (unless `repeat` is False) and padded with
-    zeros; the last of
-    several chunks is padded.
+    zeros; the last of several chunks is padded.
     In training a recording longer than count chunks starts at a random sample, else at its
     beginning.
     """
@@ -227,8 +226,8 @@ def log_mel(waves: NDArray[np.float32], rate: int, bins: int) -> Tensor:
 @lru_cache(maxsize=8)
 def slaney_filters(bins: int, spectrum: int, rate: int, top: float) -> Tensor:
     """Triangular filters of area 1 (in Hz), float64 [spectrum, bins], centres equally spaced on
-    Slaney's mel scale from 0 to
-    `top` Hz: f / (200 / 3) up to 1000 Hz, then 15 + 27 ln(f / 1000) / ln 6.4 (Auditory Toolbox,
+    Slaney's mel scale from 0 to `top` Hz: f / (200 / 3) up to 1000 Hz, then 15 + 27 ln(f / 1000) /
+    ln 6.4 (Auditory Toolbox,
     1998)."""
     last = 15.0 + 27.0 * math.log(top / 1000.0) / math.log(6.4)
     mels = torch.linspace(0.0, last, bins + 2, dtype=torch.float64)
@@ -297,8 +296,7 @@ def _clap_decibels(waves: NDArray[np.float32], filters: Tensor) -> Tensor:
 
 def fused(mel: Tensor, frames: int, source: random.Random | None = None) -> Tensor:
     """A recording's spectrogram [all frames, bins] as the four that CLAP's fusion takes, [4,
-    frames, bins]; one of the usual length as it
-    is, [1, frames, bins].
+    frames, bins]; one of the usual length as it is, [1, frames, bins].
 
     The whole one shrunk in time, bilinear, and crops from the first, second and last third of the
     places where a crop can begin: anywhere in it, drawn from `source`, or without one in its
@@ -332,8 +330,8 @@ class Spectrogram:
     make: waves float32 [c, samples], rate=, bins= -> float32 [c, frames, bins]. repeat: a short
     sound is repeated whole before it is padded with silence. middle: what masked places are set to,
     about the mean. scale: what log10 of the power was divided by. extra_frames: beyond one for each
-    hop of 10 ms. whole: a recording is one spectrogram, however long, of which
-    `fused` makes what the model takes; else it is cut into chunks first.
+    hop of 10 ms. whole: a recording is one spectrogram, however long, of which `fused` makes what
+    the model takes; else it is cut into chunks first.
     """
 
     make: Callable[..., Tensor]

@@ -5,10 +5,9 @@ data set.
     aligned
 
 A mapped file is read a few bytes at a time, so one checksum of the whole would cost more than the
-reading. Each page of
-4 KiB has its own, compared when the page is first read. Whatever is cut, flipped or of another
-version is `Damaged`,
-never another exception: the callers make the file anew, or name it.
+reading. Each page of 4 KiB has its own, compared when the page is first read. Whatever is cut,
+flipped or of another version is `Damaged`, never another exception: the callers make the file anew,
+or name it.
 """
 
 from __future__ import annotations

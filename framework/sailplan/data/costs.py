@@ -2,8 +2,7 @@
 a step.
 
 A row's cost is its prompt and text tokens, and what its encoder's processor says of media: the
-positions that they fill, and
-their own encoders' work in positions that cost as much.
+positions that they fill, and their own encoders' work in positions that cost as much.
 Foreseen costs come from the shards' length tables and repeat the row's draws of language and
 dropped fields. They are integers throughout, so that ranks on different machines foresee the same.
 

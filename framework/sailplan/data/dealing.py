@@ -2,16 +2,14 @@
 rows' foreseen costs.
 
 All ranks foresee the same costs, so they agree without a message. Every rank gets equally many
-rows, or one more where their
-number does not divide, and nearly equal sums of costs: rows are dealt from the most costly on, each
-to the rank that has least so far and still has room (Graham's rule of the longest processing time,
-with a limit of rows).
+rows, or one more where their number does not divide, and nearly equal sums of costs: rows are dealt
+from the most costly on, each to the rank that has least so far and still has room (Graham's rule of
+the longest processing time, with a limit of rows).
 Rows of equal costs are dealt as cards are: rank r gets r, r + R, r + 2R, ...
 
 Micro-batches of a view hold neighbours in the order of costs, so that they are of nearly equal
 length. Their number is that of the rank that needs most of them under the budget; a rank then cuts
-its real rows into so many parts, as
-evenly as it can.
+its real rows into so many parts, as evenly as it can.
 """
 
 from __future__ import annotations
@@ -67,8 +65,7 @@ def micro_batches_needed(
 
     counts: int64 [ranks] rows of each rank, the rest of its line being no rows (None: all are).
     rows: the most that a micro-batch may have. budget: the most that its costs may add up to (0:
-    any sum); a row that
-    alone costs more has a micro-batch of its own.
+    any sum); a row that alone costs more has a micro-batch of its own.
     """
     ranks, count = costs.shape
     if not budget:

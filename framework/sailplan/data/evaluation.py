@@ -4,8 +4,8 @@ time.
 Evaluation, mining, balancing and export all read through here. What each row costs is foreseen
 before anything is decoded, so that rows of nearly equal lengths are encoded together, and all ranks
 know which of them encodes which. Rows of a history view come in groups of history_length;
-`text_from` makes one row per held-out entry of an item's record instead of
-one row per item (unseen keywords as queries).
+`text_from` makes one row per held-out entry of an item's record instead of one row per item (unseen
+keywords as queries).
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@ not train on nothing.
 
 Answers come from the length tables (`data.lengths`): their manifest says which fields and media the
 records of each shard have, so that what no record has is known without a look at any table. Whether
-one record has both sides of a pattern is looked up in the
-tables of shards that have both, of at most SHARDS of them, evenly spread: what is missing there is
-said with how much was looked at.
+one record has both sides of a pattern is looked up in the tables of shards that have both, of at
+most SHARDS of them, evenly spread: what is missing there is said with how much was looked at.
 """
 
 from __future__ import annotations

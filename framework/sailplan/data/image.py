@@ -63,8 +63,7 @@ def patch_grid(height: int, width: int, patch: int, most: int) -> tuple[int, int
     """Rows and columns of patches for a picture of so many pixels: SigLIP2 naflex's rule.
 
     Both sides times the largest scale, up to 100, at which they are, rounded up to whole patches,
-    at most `most` patches; the scale
-    is looked for by bisection, to 1e-5.
+    at most `most` patches; the scale is looked for by bisection, to 1e-5.
     """
 
     def at(scale: float) -> tuple[int, int]:

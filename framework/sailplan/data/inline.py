@@ -2,9 +2,8 @@
 holds its items itself.
 
 A part of a pair is a text, {LANGUAGE: text}, or an object with `fields` (or `text`) and an `id`;
-its members have its name:
-`KEY.query.jpg`, `KEY.target.txt`, `KEY.negative.0.jpg`. All of a record lies side by side: one
-sequential read.
+its members have its name: `KEY.query.jpg`, `KEY.target.txt`, `KEY.negative.0.jpg`. All of a record
+lies side by side: one sequential read.
 """
 
 from __future__ import annotations

@@ -3,15 +3,13 @@ read as mapped arrays.
 
 Ranks that agree on the lengths of a step's rows can share them out, and cut them into equally many
 micro-batches, without a message. A row's text depends on the view, and in training on a drawn
-language and on dropped fields; so what
-is kept is one entry per field and language, of eight bytes: `data.costs` turns entries into a row's
-length. A pair or a sequence also keeps the hashes of the catalogue items that it names, of which
-the catalogue has the lengths.
+language and on dropped fields; so what is kept is one entry per field and language, of eight bytes:
+`data.costs` turns entries into a row's length. A pair or a sequence also keeps the hashes of the
+catalogue items that it names, of which the catalogue has the lengths.
 
 Per tokenizer and kind of data set there is one manifest and one file of tables, as for the index,
 bound to the shards' state by the index's own fingerprints. The manifest says which fields and media
-the records of each shard have. Only tables of
-records that are asked for are looked at.
+the records of each shard have. Only tables of records that are asked for are looked at.
 """
 
 from __future__ import annotations
@@ -82,9 +80,8 @@ class LengthIndex:
         variant: str = "",
     ) -> None:
         """outlines: shard number -> for each of its records the texts `fields` {FIELD:
-        {LANGUAGE: text or texts}} with the
-        keys of ROLES, and how many pictures and sounds it has. cache: folder for tables whose index
-        cannot be written to.
+        {LANGUAGE: text or texts}} with the keys of ROLES, and how many pictures and sounds it has.
+        cache: folder for tables whose index cannot be written to.
         variant: tells outlines of the same shards apart that read them in other ways."""
         self.index, self.tokenizer, self._outlines, self._cache = index, tokenizer, outlines, cache
         self._kind = f"lengths-{VERSION}.{tokenizer.digest}" + (f".{variant}" if variant else "")
@@ -128,8 +125,8 @@ class LengthIndex:
 
     def counts(self) -> dict[str, int]:
         """Return how many entries each text field has in all shards, and under PICTURES_OF and
-        SOUND_OF how many records have media of
-        their own (of a pair's parts: under `PART:` and these). The manifest tells; no table is
+        SOUND_OF how many records have media of their own (of a pair's parts: under `PART:` and
+        these). The manifest tells; no table is
         looked at."""
         tables = self._built()
         return {tag: int(tables.counts(tag).sum()) for tag in tables.tags()}

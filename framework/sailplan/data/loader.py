@@ -3,8 +3,8 @@
 A torch DataLoader runs over a data set whose index is the step number, so order and resume are the
 sampler's plain range and nothing else. A worker sends a whole step as one shared buffer (a step has
 hundreds of tensors; each would take a file descriptor). Without workers a thread decodes one step
-ahead. Bad samples are counted here, where all
-steps of the rank come by, over the latest thousand rows.
+ahead. Bad samples are counted here, where all steps of the rank come by, over the latest thousand
+rows.
 """
 
 from __future__ import annotations

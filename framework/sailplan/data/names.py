@@ -72,10 +72,9 @@ def samples(names: Sequence[str]) -> list[tuple[str, list[tuple[int, str]]]]:
     number and extension of its members.
 
     A sample's own members have a plain ending (`KEY.jpg`, `KEY.json`), beside them frames
-    `KEY.7.jpg` and companions
-    `KEY.mask.png`. The run is several samples with dots in their names where two texts or two JSONs
-    would be one sample's, where what stands between is neither a number nor a word
-    (`IMG_2024.05.01.jpg`), or where a name is there again.
+    `KEY.7.jpg` and companions `KEY.mask.png`. The run is several samples with dots in their names
+    where two texts or two JSONs would be one sample's, where what stands between is neither a
+    number nor a word (`IMG_2024.05.01.jpg`), or where a name is there again.
     """
     key = split_name(names[0])[0]
     extensions = [split_name(name)[1] for name in names]

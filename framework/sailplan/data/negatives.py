@@ -20,8 +20,7 @@ class HardNegativeStore:
     """Hold positions int64 [n, K] of each pattern and its lambda* (a cosine).
 
     Row i = negatives of the record at position i (n = records of the set), each the position of a
-    record of the same
-    set whose target item is the negative, -1 where absent.
+    record of the same set whose target item is the negative, -1 where absent.
     """
 
     positions: dict[PatternKey, NDArray[np.int64]] = field(default_factory=dict)

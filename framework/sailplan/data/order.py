@@ -15,8 +15,7 @@ windows of `window` records. So
 
 All permutations are Feistel networks over a square domain with cycle walking: format-preserving
 encryption's way to permute 0..n-1 without a table (Black and Rogaway 2002). Integer arithmetic
-only, so the order cannot change with
-a library version.
+only, so the order cannot change with a library version.
 """
 
 from __future__ import annotations

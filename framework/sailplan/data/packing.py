@@ -8,8 +8,7 @@ wait. All lists of a micro-batch are one tensor: one upload.
 
 Pictures are treated alike: absent frames are not encoded, patches that fill a picture up
 (SigLIP2's) neither, and the perceiver reads its latents and the present tokens alone. Where
-tensor-parallel peers encode a part of the rows each,
-every peer's part has lists of its own.
+tensor-parallel peers encode a part of the rows each, every peer's part has lists of its own.
 
 A micro-batch with nothing in it keeps one filler position (and a peer without a picture one filler
 frame), whose result no read-out takes: all ranks must run the same parts of the model.
@@ -370,9 +369,8 @@ def _places(keep: NDArray[np.bool_], first: int, text: int, frame: Numbers) -> N
 
     A position that is no visual token is one further on in all three. A frame's tokens begin
     together where the frame begins and count rows and columns from there; what follows begins
-    behind its longer side; its marks count as text. A
-    frame that a row lacks takes no room: the row's vector must not depend on how many frames its
-    neighbours have.
+    behind its longer side; its marks count as text. A frame that a row lacks takes no room: the
+    row's vector must not depend on how many frames its neighbours have.
     """
     start = np.full(len(keep), first)
     parts = [np.broadcast_to(np.arange(first), (3, len(keep), first))]

@@ -47,8 +47,7 @@ def decode_text(content: bytes) -> Text:
     other bytes what can be had.
 
     Bytes that hold characters of UTF-8 beside broken ones keep those (the others become U+FFFD);
-    else they are read as Windows'
-    Latin-1, which maps every byte.
+    else they are read as Windows' Latin-1, which maps every byte.
     """
     for mark, encoding in MARKS:
         if content.startswith(mark):

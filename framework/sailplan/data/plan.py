@@ -4,11 +4,11 @@ Each step draws one data set from the stage's weights (stochastic specialisation
 4.3) with a counter-based random number keyed by (seed, stage, step); a `mixed_fraction` of the
 steps draws several and makes homogeneous sub-batches. The rows of a data set continue where its
 previous step in this stage stopped: the number of rows drawn before is a prefix count that is
-summed per block of steps. Nothing depends on ranks, workers or history,
-so the step number is the whole data state of a run.
+summed per block of steps. Nothing depends on ranks, workers or history, so the step number is the
+whole data state of a run.
 
-Which rank takes which rows of a step is no matter of the plan: see shares.py.
-Weighted sums are decided in float64 by integer-keyed uniforms; permutations are integers only.
+Which rank takes which rows of a step is no matter of the plan: see shares.py. Weighted sums are
+decided in float64 by integer-keyed uniforms; permutations are integers only.
 """
 
 from __future__ import annotations
@@ -90,8 +90,7 @@ class Plan:
 
     weights: data set -> sampling weight (need not sum to 1). sets: data set -> reader. subsets:
     data set -> sorted int64 positions to draw from instead of the split "train" (curriculum
-    subsets). Raises ConfigurationError for
-    empty sets or negative weights.
+    subsets). Raises ConfigurationError for empty sets or negative weights.
     """
 
     def __init__(
@@ -214,8 +213,7 @@ class Plan:
 
         A set stands for its content by its `identity` (ids and splits of all its records, in
         order), a row by its number in the split or, of a subset, its position; so no record is
-        looked up, and ranks that see other
-        shards differ from their first step on.
+        looked up, and ranks that see other shards differ from their first step on.
         """
         digest = hashlib.sha256()
         for part in self.step(step).parts:

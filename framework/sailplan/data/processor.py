@@ -3,8 +3,7 @@ says what rows cost it.
 
 `data/` reads bytes and structure: which item of a record a view shows, which of its texts in which
 language, how much of its media. What becomes of them (tokens, pixels, spectrograms, templates) is
-the encoder's own: it hands out a processor,
-and collating, evaluating and embedding ask that alone.
+the encoder's own: it hands out a processor, and collating, evaluating and embedding ask that alone.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Turns the JSON formats of docs/data.md into Record and Item per kind (items, pairs, sequences),
 looks up catalogue items by id, and draws history and target of a sequence that lists only `items`.
-A record that cannot be used raises
-BadSample; what happens then (a spare, a report, a stop) is the caller's decision.
+A record that cannot be used raises BadSample; what happens then (a spare, a report, a stop) is the
+caller's decision.
 """
 
 from __future__ import annotations
@@ -174,9 +174,9 @@ class RecordReader:
         """History ids (at most history_length) and the target id of a sequence.
 
         `history` + `target` in the JSON are used as they are (a longer history keeps its last, most
-        recent, ids). Of
-        `items` one is the target and a random part of the others the history, in their listed
-        order; of `items` with `times` the history is what came before the target (`data.windows`).
+        recent, ids). Of `items` one is the target and a random part of the others the history, in
+        their listed order; of `items` with `times` the history is what came before the target
+        (`data.windows`).
         """
         length = self.config.history_length
         target = given(body.get("target"))

@@ -195,8 +195,7 @@ def has_changed(
     fingerprint. Raises OSError.
 
     headers: where some of its records began. They are read only where the time of the last change
-    is no proof: a copied file is
-    the same, though younger.
+    is no proof: a copied file is the same, though younger.
     """
     status = os.stat(shard)
     if status.st_size != size:

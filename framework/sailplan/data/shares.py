@@ -3,8 +3,7 @@ same on all ranks.
 
 A pure function of the step: the plan names its rows, the length tables tell what each costs in
 every view that the step's patterns show, hard negatives included, and `dealing` shares them out.
-The order of the rows and so the digest
-of a step know nothing of it.
+The order of the rows and so the digest of a step know nothing of it.
 """
 
 from __future__ import annotations

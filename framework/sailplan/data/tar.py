@@ -217,8 +217,8 @@ def _read_identity(descriptor: int, record: RecordPlace, held_out: HeldOut | Non
 
 def fingerprint(shard: Path, header_offsets: list[int]) -> str:
     """A hash of up to 32 evenly spread record starts (header block and the block behind it):
-    equal for a copied file,
-    different for a shard that was written anew with other records. `header_offsets`: first header
+    equal for a copied file, different for a shard that was written anew with other records.
+    `header_offsets`: first header
     of each record."""
     digest = hashlib.sha256()
     count = min(len(header_offsets), SAMPLED_BLOCKS)

@@ -8,8 +8,7 @@ that all ranks build.
 
 Building takes 24 bytes of disk a row (and a parquet file's vectors once more). Each rank hashes its
 share of the ids and sorts its share of the hashes, so nothing holds all rows. A look-up touches a
-few pages. Among 10^8 rows
-one unknown id in 10^11 would be taken for another's.
+few pages. Among 10^8 rows one unknown id in 10^11 would be taken for another's.
 """
 
 from __future__ import annotations

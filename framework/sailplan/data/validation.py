@@ -3,8 +3,8 @@ that is passed over counted.
 
 Work goes shard by shard over several processes. What was found in a shard is kept beside its index
 and used again as long as the shard, its item corpus and the settings are the same, so that a
-validation which was stopped goes on where it was. Ids that occur
-twice are looked for in ranges of their hashes: no process holds the ids of all records.
+validation which was stopped goes on where it was. Ids that occur twice are looked for in ranges of
+their hashes: no process holds the ids of all records.
 """
 
 from __future__ import annotations

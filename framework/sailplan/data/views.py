@@ -3,8 +3,7 @@ encoder inputs.
 
 The same two calls serve training (with the row's seed: augmentation, language and field choice) and
 evaluation (without): `row` decodes one item, `batch` stacks rows of a view into one micro-batch.
-Pictures stay uint8, and spectrograms
-float16, up to the device.
+Pictures stay uint8, and spectrograms float16, up to the device.
 """
 
 from __future__ import annotations

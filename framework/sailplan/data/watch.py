@@ -2,9 +2,9 @@
 
 What a rank sees of a pattern's rows travels as a few flags with the message that each step makes
 anyway: whether it has a row with both sides, a negative of the records' own, and, for some bits of
-the targets' ids, a target whose bit is 0 and one whose bit is 1.
-Two different targets of the world differ in one of the bits with probability 15/16, in others at
-each step; so after some steps in a row the answer is certain, without anybody knowing all ids.
+the targets' ids, a target whose bit is 0 and one whose bit is 1. Two different targets of the world
+differ in one of the bits with probability 15/16, in others at each step; so after some steps in a
+row the answer is certain, without anybody knowing all ids.
 """
 
 from __future__ import annotations

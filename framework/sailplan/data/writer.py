@@ -2,8 +2,7 @@
 
 A record is `KEY.json` first, then `KEY.webp` and `KEY.ogg` where present. Times, owners and modes
 are fixed, JSON keys are sorted. USTAR pads every member to 512 bytes, so the files are several
-times larger than their content; git (zlib)
-removes that padding again.
+times larger than their content; git (zlib) removes that padding again.
 """
 
 from __future__ import annotations

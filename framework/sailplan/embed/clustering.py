@@ -1,8 +1,7 @@
 """k-means the way the curriculum and the metrics need it: same input, same clusters.
 
 One thread: with several, scikit-learn adds up in an order that depends on how many there are, and
-ranks that share a
-machine would crowd each other out.
+ranks that share a machine would crowd each other out.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ class RunContext:
     """Hold what stage preparation, mining, evaluation and export share.
 
     objectives: name -> loss; empty where a phase asks for none. readers: data set -> its open
-    records; a stage that
-    makes data sets of its own adds them.
+    records; a stage that makes data sets of its own adds them.
     """
 
     config: Config

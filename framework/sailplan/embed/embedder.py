@@ -3,8 +3,8 @@
 A stage's start and an evaluation look at the same items through several sets and patterns:
 thousands of pairs share a few catalogue items, and mining reads what the subset has just read. The
 embedder keeps every vector it has made, by catalogue item and view, and encodes only what is
-missing. Its memory is bounded by the items seen; it is thrown
-away with the model state it belongs to.
+missing. Its memory is bounded by the items seen; it is thrown away with the model state it belongs
+to.
 
 All ranks ask for the same things in the same order, so what is missing is the same everywhere.
 """

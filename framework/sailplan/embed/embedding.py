@@ -2,12 +2,10 @@
 rows are gathered.
 
 Rows of nearly equal lengths are encoded together and put back in order behind the gathering.
-Sharded weights make
-every forward pass a collective, so the ranks must run the same number of them: as many as the
-longest share needs; a rank that has no rows left encodes a filler whose vectors are dropped.
-Tensor-parallel peers have the same share and so the same batches. A row's vector does not depend on
-the other rows
-of its batch: any number of ranks gives the same rows up to float rounding.
+Sharded weights make every forward pass a collective, so the ranks must run the same number of them:
+as many as the longest share needs; a rank that has no rows left encodes a filler whose vectors are
+dropped. Tensor-parallel peers have the same share and so the same batches. A row's vector does not
+depend on the other rows of its batch: any number of ranks gives the same rows up to float rounding.
 
 Shape legend: n rows, D dimensions.
 """
@@ -115,8 +113,7 @@ def embed_view(
     view: a name among the data set's views, or a view of one's own (catalogue items shown as
     another set's target).
     text_from: take the text from this key of the record, one row per entry, so n may differ from k.
-    Every rank ends
-    up with all n rows: n * D * 4 bytes.
+    Every rank ends up with all n rows: n * D * 4 bytes.
     """
     view = reader.config.views[view] if isinstance(view, str) else view
     exchange = exchange_of(parallel)

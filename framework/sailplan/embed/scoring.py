@@ -2,9 +2,9 @@
 
 Every metric here is a sum of integer counts over tiles of the score matrix. Each rank walks its own
 query rows (`share`), the counts are summed over the ranks, so any number of ranks gives the same
-integers. Tiles are
-multiplied in float64 and rounded once to float32: the shape of a tile, which changes with the
-number of ranks, then changes a score about once in 10^8, by its last bit, and equal rows stay tied.
+integers. Tiles are multiplied in float64 and rounded once to float32: the shape of a tile, which
+changes with the number of ranks, then changes a score about once in 10^8, by its last bit, and
+equal rows stay tied.
 
 Shape legend: n queries, m candidates, D dimensions, p positive pairs.
 """
@@ -140,9 +140,8 @@ def count_negatives(
     threshold need.
 
     queries [n, D], candidates [m, D], any float type, the same on all ranks; negatives are all n *
-    m pairs not in
-    `positives`. O(n m log p) time, O(tile) memory. Raises ValueError when there is no positive
-    pair.
+    m pairs not in `positives`. O(n m log p) time, O(tile) memory. Raises ValueError when there is
+    no positive pair.
     """
     queries, candidates = unit(queries), unit(candidates)
     scores = pair_scores(queries, candidates, positives)

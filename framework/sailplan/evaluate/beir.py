@@ -2,9 +2,8 @@
 drops it again.
 
 Query vectors are on every rank; of the corpus a rank holds `shard_rows` vectors at a time, and of
-each query the best
-`depth` documents of its own part. At the end these meet where the query is scored. Per rank, for Q
-judged queries:
+each query the best `depth` documents of its own part. At the end these meet where the query is
+scored. Per rank, for Q judged queries:
 Q x D x 4 bytes of vectors and Q x depth x 12 bytes of results; nothing grows with the corpus. Ranks
 meet after every shard in one small message, so a bad line on one of them ends all, and none waits
 longer than a shard takes.

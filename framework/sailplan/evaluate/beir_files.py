@@ -2,9 +2,8 @@
 reads its own part.
 
 A rank's part of a .jsonl file is a range of bytes, so nobody counts lines first and none is read
-twice. The byte at which a
-line starts is its number everywhere else: 8 bytes, in the file's order, and its id is read again
-when it is asked for.
+twice. The byte at which a line starts is its number everywhere else: 8 bytes, in the file's order,
+and its id is read again when it is asked for.
 """
 
 from __future__ import annotations

@@ -4,10 +4,9 @@ baselines beside the model.
 Members of a held-out user's history are left out one at a time and looked for among the catalogue,
 without the items that the query shows. The model's sequence vector comes from the objective that
 represents histories where the run has one, else it is the mean of the items. `content_mean` is that
-mean in any case; `popularity` offers everyone what most
-*training* users have. Histories without a time order allow no "next item", so this is not one:
-records that name their
-target are `next_item`'s.
+mean in any case; `popularity` offers everyone what most *training* users have. Histories without a
+time order allow no "next item", so this is not one: records that name their target are
+`next_item`'s.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def best_positive_ranks(
 
     Other positives of the same query never push the best one down; `excluded` candidates (a
     history's own items) are not ranked. A negative that ties with the positive is ranked before it,
-    so a collapsed model scores zero.
-    queries [n, D] and candidates [m, D] are the same on all ranks, and so is the result.
+    so a collapsed model scores zero. queries [n, D] and candidates [m, D] are the same on all
+    ranks, and so is the result.
     """
     queries, candidates = unit(queries), unit(candidates)
     start, stop = share(len(queries), exchange.rank, exchange.world_size)
@@ -162,8 +162,8 @@ def graded_order(
     cosines: np.ndarray, scores: np.ndarray, fraction: float = 0.1
 ) -> dict[str, float]:
     """Agreement of the cosines of graded pairs with their scores, both [p]: kendall = Kendall's
-    tau-b; overlap = the share
-    of the best `fraction` of pairs by cosine whose score is at least the score that the best
+    tau-b; overlap = the share of the best `fraction` of pairs by cosine whose score is at least the
+    score that the best
     `fraction` by score reaches."""
     if len(scores) < 2:
         return {"kendall": float("nan"), "overlap": float("nan")}

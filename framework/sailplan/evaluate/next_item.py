@@ -3,11 +3,9 @@ baselines beside the model.
 
 `recall@k` is vanilla: every candidate is ranked, those of the history too. `filtered/recall@k`
 leaves out all items of the recorded history, which a recommender would not show again; queries
-whose target is one of them are counted in
-`repeated_targets` and are not part of it. Only the last `history_length` items make the query's
-vector. The baselines
-`content_mean/` (the mean of those items' vectors) and `popularity/` (what most training records
-have) get both, too.
+whose target is one of them are counted in `repeated_targets` and are not part of it. Only the last
+`history_length` items make the query's vector. The baselines `content_mean/` (the mean of those
+items' vectors) and `popularity/` (what most training records have) get both, too.
 """
 
 from __future__ import annotations

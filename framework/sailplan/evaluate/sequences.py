@@ -24,8 +24,7 @@ def represent(
     the device.
 
     shown: catalogue positions of each history, at most `length`. The model's are those of the
-    objective that represents
-    histories where the run has one, else the means.
+    objective that represents histories where the run has one, else the means.
     """
     index = np.full((len(shown), length), -1, dtype=np.int64)
     for row, history in enumerate(shown):

@@ -2,11 +2,10 @@
 the package's own sources.
 
 A template (`export/standalone/`) imports from the package like any module. `bundle` writes it as
-one file that imports
-nothing of the package: each name that it uses from there comes with its source, and so on from name
-to name, read from the syntax trees; nothing is run. What megatron-core does in training the
-template defines itself, under the same name, and takes the place of the package's. So an export
-computes with the very lines that trained, and there is no second model.
+one file that imports nothing of the package: each name that it uses from there comes with its
+source, and so on from name to name, read from the syntax trees; nothing is run. What megatron-core
+does in training the template defines itself, under the same name, and takes the place of the
+package's. So an export computes with the very lines that trained, and there is no second model.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 by line.
 
 All ranks encode each shard together, rank 0 writes it, so memory stays at one shard whatever the
-data set's size.
-`embeddings.json` is written last: a folder without it is not complete.
+data set's size. `embeddings.json` is written last: a folder without it is not complete.
 """
 
 from __future__ import annotations

@@ -51,13 +51,11 @@ def encode_file(
     were encoded now.
 
     source: .jsonl (a text, or {"id", "text", "image", "audio"} a line; paths are relative to the
-    file), .txt (a text a line),
-    .parquet (these columns), or a folder of pictures and sound. precision: int8 is the numbers
-    times one scale, 127 over 1.5 times the
-    largest of the first shard, larger ones cut: inner products then order as cosines, and a faiss
-    index is asked with vectors times the `scale` that is returned; binary: a bit a dimension, 1
-    above zero, eight a byte. identity: of the model, so that shards of another one are
-    not gone on with.
+    file), .txt (a text a line), .parquet (these columns), or a folder of pictures and sound.
+    precision: int8 is the numbers times one scale, 127 over 1.5 times the largest of the first
+    shard, larger ones cut: inner products then order as cosines, and a faiss index is asked with
+    vectors times the `scale` that is returned; binary: a bit a dimension, 1 above zero, eight a
+    byte. identity: of the model, so that shards of another one are not gone on with.
 
     Raises ConfigurationError for kinds of files that are not known or whose library is missing, and
     for shards of another job;

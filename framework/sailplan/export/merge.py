@@ -43,8 +43,7 @@ def merge(
     description and tokenizer are then taken.
 
     Raises ConfigurationError for fewer than one source, bad weights, an incomplete source, tensors
-    that differ in name,
-    shape or dtype, and checkpoints with LoRA factors.
+    that differ in name, shape or dtype, and checkpoints with LoRA factors.
     """
     shares = _shares(sources, weights)
     opened = [_open(source) for source in sources]

@@ -45,8 +45,7 @@ def semantic_ids(vectors: np.ndarray, sizes: Sequence[int], seed: int = 0) -> Se
     [64, 64, 64].
 
     Deterministic in (vectors, sizes, seed). Books are cut where fewer different residuals are left.
-    Raises
-    ConfigurationError for an empty list of sizes, a size below 1, or no vectors.
+    Raises ConfigurationError for an empty list of sizes, a size below 1, or no vectors.
     """
     if not sizes or min(sizes) < 1 or not len(vectors):
         raise ConfigurationError(
@@ -68,8 +67,8 @@ def semantic_ids(vectors: np.ndarray, sizes: Sequence[int], seed: int = 0) -> Se
 
 def collisions(codes: np.ndarray) -> dict[str, Any]:
     """How far the tuples int64 [n, levels] identify the items: unique tuples, collision_rate =
-    share of items whose tuple
-    another item has too, largest_bucket = most items on one tuple, used = codes in use per level.
+    share of items whose tuple another item has too, largest_bucket = most items on one tuple, used
+    = codes in use per level.
     """
     _, inverse, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
     return {

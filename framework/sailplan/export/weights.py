@@ -59,8 +59,7 @@ def export_weights(checkpoint: Path, out: Path, *, config: Config) -> Path:
     One process, without any group.
 
     model.json is written last. Raises ConfigurationError for an incomplete checkpoint, one of
-    another model, or a missing
-    tokenizer.
+    another model, or a missing tokenizer.
     """
     whole = read_whole(checkpoint)
     check_model(checkpoint, whole, config)
@@ -148,8 +147,7 @@ def load_exported(folder: Path) -> tuple[Encoder, dict[str, Any]]:
     Raises ConfigurationError for a folder that is no export.
 
     To be called within `sailplan.runtime.process.started` (a single process will do):
-    megatron-core's layers ask for
-    their process group when they are built.
+    megatron-core's layers ask for their process group when they are built.
     """
     if not is_exported(folder):
         raise ConfigurationError(

@@ -3,8 +3,7 @@
 A part says only where its rows lie.
 
 Hugging Face keeps in the schema what columns mean: pictures and sound are structs of `bytes` and
-`path`, classes are
-numbers with names.
+`path`, classes are numbers with names.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 the user.
 
 A role is one of ROLES; every other column is a text field, where any of its first values is text,
-or else a value that
-records carry along.
+or else a value that records carry along.
 """
 
 from __future__ import annotations

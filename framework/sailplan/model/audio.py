@@ -3,8 +3,7 @@
 A recording comes as log-mel chunks of equal length. Each chunk is encoded alone: normalised per mel
 bin, shortened by strided convolutions over time, read by blocks with rotary positions and pooled
 over time to one vector (512 wide, as CLAP's). The item's vector is the mean over its real chunks,
-and a linear adapter
-turns it into one token of the tower.
+and a linear adapter turns it into one token of the tower.
 
 Shape legend: b rows, c chunks a row, n chunks in all, s positions a chunk, h hidden.
 """

@@ -2,12 +2,10 @@
 
 megatron-core brings the tensor-parallel linears and the layer wiring; the core attention is
 `model.attention`'s and the norm is torch's RMSNorm or LayerNorm. Rows lie one behind the other,
-[positions of all rows, 1, hidden] in megatron-core's
-order, whether they are of one length or not.
+[positions of all rows, 1, hidden] in megatron-core's order, whether they are of one length or not.
 
 Weights are drawn as whole matrices on the CPU and then cut, so that a seed gives the same model at
-every
-tensor-parallel size.
+every tensor-parallel size.
 
 Dropout draws from torch's global generator. Tensor-parallel peers must be seeded alike, so that
 they drop the same hidden units; the dropped attention weights then depend on the tensor-parallel
@@ -228,8 +226,8 @@ def interleaved_angles(
 
     places: int64 [3, p], frame, row and column. Of each three neighbouring frequencies the second
     follows the row and the third the column, up to sections[1] and sections[2] of them; all others
-    follow the frame ("interleaved MRoPE" of
-    Qwen3-VL, arXiv 2511.21631). With three equal places these are the angles of `rotary_angles`.
+    follow the frame ("interleaved MRoPE" of Qwen3-VL, arXiv 2511.21631). With three equal places
+    these are the angles of `rotary_angles`.
     """
     frequencies = rotary_frequencies(head_size, base, places.device)
     followed = places.float()[0, :, None].expand(-1, head_size // 2).clone()
@@ -299,8 +297,7 @@ class Blocks(nn.Module):
         packed, [p, h]. Returns the same shape.
 
         angles: rotary angles float32 [s, head_size], or packed [p, head_size]; None: of the
-        positions 0, 1, 2, ..., where the
-        stack has rotary angles and is not packed.
+        positions 0, 1, 2, ..., where the stack has rotary angles and is not packed.
         after: called with each layer's number and output, in the shape of `hidden`; what it returns
         goes into the next layer.
         """

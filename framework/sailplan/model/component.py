@@ -2,9 +2,8 @@
 checked and built.
 
 A new one is one file: a dataclass of its settings below `model.config.EncoderConfig`, whose
-`component` gives a subclass of
-`EncoderComponent`, which makes a `Processor` and an `Encoder`. `_target_` in a YAML file of
-conf/model chooses the dataclass.
+`component` gives a subclass of `EncoderComponent`, which makes a `Processor` and an `Encoder`.
+`_target_` in a YAML file of conf/model chooses the dataclass.
 """
 
 from __future__ import annotations

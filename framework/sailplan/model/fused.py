@@ -13,12 +13,11 @@ stay what they are:
 TransformerEngine's linear layers are not used: they keep weights under other names, with a state of
 their own beside them.
 Packed rows of several lengths go through its attention in its format "thd", by cumulative lengths,
-and those of one length in
-"bshd". Its fused attention takes the former from sm_90 on; an older GPU needs flash-attn beside it.
+and those of one length in "bshd". Its fused attention takes the former from sm_90 on; an older GPU
+needs flash-attn beside it.
 
 The arguments are those of TransformerEngine 2.0 to 2.18, and of its main branch of August 2026
-(2.20.0.dev0), as their sources
-have them. No GPU has run any of this yet.
+(2.20.0.dev0), as their sources have them. No GPU has run any of this yet.
 
 The package that the public index calls `apex` is another program. NVIDIA's is known by its compiled
 extensions, which are looked for first, and the package is imported only where they are there.

@@ -5,8 +5,7 @@ every parameter's first dimension (or keeps whole copies, or several copies that
 unit per transformer layer (an encoder's `shard_units`) and one for the rest, and averages gradients
 over the ranks. Parameters stay gathered from the first forward of a step to its last backward, so a
 step of many micro-batches gathers once and reduces once; or they are resharded after each forward
-(ZeRO-3), for models that do
-not fit otherwise.
+(ZeRO-3), for models that do not fit otherwise.
 
 While parameters are gathered, `model.parameters()` gives short-lived whole tensors: call `reshard`
 before touching parameters (optimizer set-up, saving, freezing) after a forward without a backward.
@@ -45,8 +44,7 @@ TENSOR_PARALLEL_NOTES = (
 
 def checkpoint_activations(model: nn.Module) -> nn.Module:
     """Every transformer layer, CLAP's included, keeps its input alone and runs again in the
-    backward pass, with the random numbers
-    it had; in place.
+    backward pass, with the random numbers it had; in place.
 
     Memory of a micro-batch's graph: one [b, s, h] a layer instead of all that the layer saves;
     time: one more forward of the layers. Parameters' names stay. Call it before `shard`, so that a
@@ -126,8 +124,7 @@ def shard(
     `set_gradient_sync`.
 
     On one data-parallel rank that computes in the parameters' dtype there is nothing to spread: the
-    model stays as it is, without
-    FSDP2's second copy of the parameters and without its hooks.
+    model stays as it is, without FSDP2's second copy of the parameters and without its hooks.
 
     Create the optimizer afterwards: the parameters are replaced by sharded ones.
     """
@@ -180,11 +177,11 @@ def _accumulate_gradients_in(model: nn.Module, dtype: torch.dtype | None) -> Non
     gathers each unit once to say so.
 
     FSDP2 by itself keeps the last backward's gradients in the parameters' dtype and the sum of
-    earlier ones in the dtype of the
-    reduction, and refuses a unit that has both: parts that only one micro-batch ran, beside parts
-    that more did. It also asks units that have never been gathered in this process for their
-    gradients. With one dtype from the start, and every unit gathered once, neither can arise,
-    whatever runs, is frozen or is resumed; nor is a sum ever formed in `compute_dtype`.
+    earlier ones in the dtype of the reduction, and refuses a unit that has both: parts that only
+    one micro-batch ran, beside parts that more did. It also asks units that have never been
+    gathered in this process for their gradients. With one dtype from the start, and every unit
+    gathered once, neither can arise, whatever runs, is frozen or is resumed; nor is a sum ever
+    formed in `compute_dtype`.
     """
     for module in _sharded_modules(model):
         module.unshard()
@@ -231,8 +228,7 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
     last backward must go through the model, with the modalities of any micro-batch; if nothing that
     ran in it is trainable, it still reduces.
     A model whose parameters are resharded after each forward reduces in every backward, as a sum of
-    whole gradients would
-    take the memory that was saved.
+    whole gradients would take the memory that was saved.
     """
     on = on or bool(getattr(model, "reduces_every_backward", False))
     for module in _sharded_modules(model):
@@ -257,14 +253,12 @@ def _local(tensor: Tensor) -> Tensor:
 
 def finish_gradients(model: nn.Module, parallel: Parallel) -> None:
     """Sums over the tensor-parallel group the gradients of which each rank has a part: those of
-    the query and key
-    norms, whose one weight serves heads on all ranks, and those of encoders whose rows the ranks
-    share out. In the gradients' own dtype (float32, where bfloat16 computes), in flat messages;
-    nothing where there are no such parameters.
+    the query and key norms, whose one weight serves heads on all ranks, and those of encoders whose
+    rows the ranks share out. In the gradients' own dtype (float32, where bfloat16 computes), in
+    flat messages; nothing where there are no such parameters.
 
     All other replicated parameters get whole gradients from megatron-core's backward. Call it once,
-    after the
-    step's last backward.
+    after the step's last backward.
     """
     if parallel.tensor_parallel_size == 1:
         return
@@ -329,8 +323,7 @@ def clip_gradient_norm(
     element of the whole model counts once. Every rank calls it with the same list and gets the same
     norm; one all-reduce of one number, with `also` (float64 [n]), which is summed over the world in
     the same message, in place. A few launches, however many parameters there are, and no wait. A
-    norm that is not finite leaves NaN or inf in the gradients:
-    check it before the optimizer steps.
+    norm that is not finite leaves NaN or inf in the gradients: check it before the optimizer steps.
     """
     counted: dict[torch.dtype, list[Tensor]] = {}
     gradients: dict[torch.dtype, list[Tensor]] = {}

@@ -28,10 +28,9 @@ def normalise(
     table.
 
     images: uint8 [b, f, 3, height, width], or with `sizes` (int64 [b, f, 2], patches down and
-    across) pictures as patches
-    [b, f, p, 3 s^2], each patch its rows, columns and colours. Images of a floating dtype are taken
-    as they are, and are returned. augmentation: float32 [b, 10], all frames of a row alike; None:
-    none.
+    across) pictures as patches [b, f, p, 3 s^2], each patch its rows, columns and colours. Images
+    of a floating dtype are taken as they are, and are returned. augmentation: float32 [b, 10], all
+    frames of a row alike; None: none.
     """
     if images.is_floating_point():
         return images

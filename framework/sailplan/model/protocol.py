@@ -40,8 +40,7 @@ class Encoder(nn.Module, ABC):
     hooks run.
 
     All ranks run the same parts for a view: which ones follows from its declared modalities alone.
-    A micro-batch of 0 rows
-    runs them too, as the ranks meet in their collectives.
+    A micro-batch of 0 rows runs them too, as the ranks meet in their collectives.
     """
 
     modalities: tuple[str, ...]  # that it can encode

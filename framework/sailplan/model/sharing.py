@@ -1,9 +1,9 @@
 """Rows shared out over tensor-parallel peers: each encodes a part of them, and all get the whole.
 
 Tensor-parallel peers hold the same rows. A part of the model that each of T peers holds whole need
-not run on all rows
-on each of them: a peer encodes 1/T of the rows, and one gather of the part's output (a few tokens a
-row) replaces the two all-reduces a layer, forward and backward, that cutting its matrices costs.
+not run on all rows on each of them: a peer encodes 1/T of the rows, and one gather of the part's
+output (a few tokens a row) replaces the two all-reduces a layer, forward and backward, that cutting
+its matrices costs.
 
 What follows the gather is the same on all peers, and so is the gradient that comes back
 (megatron-core sums it where the tower's matrices are cut): a peer takes its own rows' slice of it,

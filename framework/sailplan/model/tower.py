@@ -127,8 +127,7 @@ class Tower(nn.Module):
         """sequence packed [p, h], with `kinds` added. Returns [p, h].
 
         places: int64 [p], or with `rope_sections` [3, p]. added: [n, h] for each of the first
-        layers, added to its output at
-        the packed positions `at` int64 [n].
+        layers, added to its output at the packed positions `at` int64 [n].
         """
         size, base = self.blocks.head_size, self.rope_base
         angles = (
@@ -159,8 +158,7 @@ class OmniEncoder(Encoder):
     in every dtype up to rounding; torch's global generator is left as it was.
     published: parts that are laid out on the meta device instead of drawn, to be filled from
     published weights (`backbones.load`): "tower" (the text embedding and the tower's blocks),
-    "vision" (the frame encoder), "audio" (the audio
-    encoder without its projection).
+    "vision" (the frame encoder), "audio" (the audio encoder without its projection).
     share_encoders: tensor-parallel ranks hold the vision encoder, the perceiver and the audio
     encoder whole and encode a part of the rows each (see `model.sharing`); False: these are cut
     like the tower, and every rank takes part in each row.
@@ -389,9 +387,8 @@ class OmniEncoder(Encoder):
         augmentation: Tensor | None = None,
     ) -> Sequence[Tensor]:
         """images [b, f, 3, height, width], or with image_sizes [b, f, 2] their patches, of this
-        peer's b rows: latents [b, l, h];
-        of Qwen3-VL's image tower its tokens [b, f * p, h] and, in the same shape, what is added to
-        them behind the tower's
+        peer's b rows: latents [b, l, h]; of Qwen3-VL's image tower its tokens [b, f * p, h] and, in
+        the same shape, what is added to them behind the tower's
         first layers. Pictures that are absent are not encoded."""
         peer = 0 if self.sharing is None else self.sharing.rank()
         rows, frames = images.shape[:2]

@@ -3,9 +3,8 @@
 A frame becomes a grid of patch tokens, through strided convolutions (learns fast from scratch) or
 one linear patch embedding (as in a ViT), plus a learned position; blocks then look at each frame
 alone. The perceiver joins the tokens of all frames of an item with a few learned latents, lets all
-attend to all, and
-keeps the latents only: the tower sees the same small number of visual tokens for one frame or
-fifty.
+attend to all, and keeps the latents only: the tower sees the same small number of visual tokens for
+one frame or fifty.
 
 Shape legend: n frames in all, b rows, f frames a row, p patches a frame, h hidden.
 """

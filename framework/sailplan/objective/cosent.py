@@ -3,11 +3,10 @@
     L = log(1 + sum over pairs (i, k) with score_i > score_k of e^{(cos_k - cos_i)/t})
 
 over the graded pairs of all ranks (Su, "CoSENT", 2022; AnglE, arXiv 2309.12871, equation 1). The
-sum has N^2 terms but
-factors once the pairs are sorted by score: for each i the inner sum is e^{-cos_i/t} times a running
-sum of e^{cos_k/t} over the lower scores. So a sort and one running logsumexp give the exact value
-in O(N log N) time and
-O(N) memory, and no tiling is needed at any batch size.
+sum has N^2 terms but factors once the pairs are sorted by score: for each i the inner sum is
+e^{-cos_i/t} times a running sum of e^{cos_k/t} over the lower scores. So a sort and one running
+logsumexp give the exact value in O(N log N) time and O(N) memory, and no tiling is needed at any
+batch size.
 """
 
 from __future__ import annotations
@@ -41,13 +40,11 @@ class CoSENT(Objective):
     """CoSENT over the graded pairs of all ranks, weighted by the patterns' weights.
 
     temperature: of this loss, fixed; the patterns' learnable temperatures belong to InfoNCE and
-    would shrink without
-    end here once all pairs are in order.
+    would shrink without end here once all pairs are in order.
     matryoshka: the loss at every prefix, summed; False: at the full size.
 
     Rows without a score (`scores` missing or NaN) or without a side do not count. Raises
-    ConfigurationError for a
-    temperature that is not above 0.
+    ConfigurationError for a temperature that is not above 0.
     """
 
     def __init__(

@@ -2,9 +2,8 @@
 embedding.
 
 Each teacher is a table of ID embeddings (from a factorisation of interactions, say). A projection
-maps the item's
-L2-normalised fused vector to the teacher's space, where it is compared with the teacher's vector e
-of the item:
+maps the item's L2-normalised fused vector to the teacher's space, where it is compared with the
+teacher's vector e of the item:
 
     cosine      1 - cos(f(z), e)
     mse         mean over dimensions of (f(z) - e)^2

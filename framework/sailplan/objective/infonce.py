@@ -1,17 +1,15 @@
 """InfoNCE over every pattern of the step, at every Matryoshka prefix, with mined hard negatives
-and three kinds of
-masks against false negatives.
+and three kinds of masks against false negatives.
 
     L = sum over patterns of weight * sum over prefixes d of mean over valid rows i of
         -log e^{s_ii/t} / (e^{s_ii/t} + sum over hard negatives e^{s_ih/t} + sum over in-batch
         negatives e^{s_ij/t})
 
 with s the cosine of the first d dimensions, each prefix normalised anew (Kusupati et al.,
-"Matryoshka
-Representation Learning", arXiv 2205.13147), and t the pattern's learnable temperature. In-batch
-negatives are the keys of all data-parallel ranks. Not negatives of a row: keys with the id of its
-positive, keys of the same query, keys whose cosine reaches the data set's lambda* (recipe 2.1),
-and, by option, keys above a margin over the positive (Qwen3-Embedding: s_ij > s_ii + 0.1;
+"Matryoshka Representation Learning", arXiv 2205.13147), and t the pattern's learnable temperature.
+In-batch negatives are the keys of all data-parallel ranks. Not negatives of a row: keys with the id
+of its positive, keys of the same query, keys whose cosine reaches the data set's lambda* (recipe
+2.1), and, by option, keys above a margin over the positive (Qwen3-Embedding: s_ij > s_ii + 0.1;
 NV-Retriever: s_ij > 0.95 s_ii).
 """
 

@@ -4,11 +4,9 @@ go lazy.
     L = w_vision * InfoNCE(n_v, n_v+) + w_text * InfoNCE(n_t, n_t+)
 
 n_v and n_t are the read-outs of the vision and text positions (NoteLLM-2, arXiv 2405.16789, section
-4.2, which weighs
-text to vision 9:1). A modality counts in a pattern where both sides were declared with it and at
-least one side has another modality too; where both are unimodal the fused vector is that modality
-already. Same temperature as the
-pattern's InfoNCE, full size only.
+4.2, which weighs text to vision 9:1). A modality counts in a pattern where both sides were declared
+with it and at least one side has another modality too; where both are unimodal the fused vector is
+that modality already. Same temperature as the pattern's InfoNCE, full size only.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@ computes.
 
 A cosine does not depend on a vector's length, so a vector is normalised first and then rounded: in
 float32, and once. The rounded vectors are half as long a message as float32 ones, and what
-`backend: auto` gives to Triton on a GPU. Several
-losses and patterns read one view: its rounded vectors exist once, each reader's gradient comes back
-through an entrance of its own, and the sum of them is float32's, as is the normalisation's part of
-the gradient.
+`backend: auto` gives to Triton on a GPU. Several losses and patterns read one view: its rounded
+vectors exist once, each reader's gradient comes back through an entrance of its own, and the sum of
+them is float32's, as is the normalisation's part of the gradient.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@ several losses share.
 
 A pattern is a pair of views that the data set wants matched, with a weight. The views were encoded
 once; every pattern reads them from there. A row that lacks a side is masked, and each pattern's
-mean is over its valid rows
-on all ranks (recipe: data-set-driven pattern matching).
+mean is over its valid rows on all ranks (recipe: data-set-driven pattern matching).
 """
 
 from __future__ import annotations
@@ -117,8 +116,8 @@ def contrast(
 
     `symmetric` None: as the data set says. `name` goes into the metrics' names. The rest is as of
     `sailplan_kernels.infonce`; ids and masks may lie on the CPU. A graded pair whose score is not
-    above the data set's `positive_score` is no positive: its row
-    does not count, its key is still a negative of others.
+    above the data set's `positive_score` is no positive: its row does not count, its key is still a
+    negative of others.
     """
     scores = encoded.scores if encoded.host_scores is None else encoded.host_scores
     if scores is not None and masks.query_valid is not None:

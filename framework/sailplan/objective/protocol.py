@@ -104,8 +104,8 @@ class ObjectiveContext:
         rounded where half precision computes.
 
         Else, and where they are in that precision already, the vectors themselves. Vectors are
-        rounded once, however often
-        they are asked for: ask for a view's own tensor, not for a slice made anew.
+        rounded once, however often they are asked for: ask for a view's own tensor, not for a slice
+        made anew.
         """
         if self.compute_dtype not in HALF or vectors.dtype is self.compute_dtype:
             return vectors

@@ -32,8 +32,7 @@ def build_objectives(
     Initial weights depend on `seed` and the name alone: equal on all ranks.
 
     Raises ConfigurationError, one line, for a target that is missing, not allowed, not importable
-    or no Objective,
-    and for an option that it does not have or refuses.
+    or no Objective, and for an option that it does not have or refuses.
     """
     built = nn.ModuleDict()
     for name, options in objectives.items():
@@ -56,8 +55,8 @@ def check_objectives(
     datasets: Mapping[str, DatasetConfig],
 ) -> None:
     """Raises ConfigurationError where a stage names an objective that was not built, or draws a
-    data set that none of its
-    objectives has a meaning for: said before the first step, not in the stage's first step with
+    data set that none of its objectives has a meaning for: said before the first step, not in the
+    stage's first step with
     that set."""
     for stage_name, stage in stages.items():
         key = f"stages.{stage_name}.objectives"

@@ -3,17 +3,14 @@
     L = InfoNCE(representation of the history, target item)
 
 The history's items are encoded like any item; their vectors, each L2-normalised so that no item
-outweighs the
-others, become one: their mean (default), or a small transformer over them with a special token. The
-transformer's output is added to the mean through a projection that starts at zero, so training
-starts from mean pooling.
+outweighs the others, become one: their mean (default), or a small transformer over them with a
+special token. The transformer's output is added to the mean through a projection that starts at
+zero, so training starts from mean pooling.
 
 Targets are drawn as often as users use them, so the other rows' targets are popular items, and
 plain InfoNCE learns association net of popularity. The sampling correction takes that back (Yi et
-al., "Sampling-Bias-Corrected Neural
-Modeling for Large Corpus Item Recommendations", RecSys 2019, section 3): logit s_ij / t - gamma *
-log p_j, with p_j the
-probability that a record has target j.
+al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations", RecSys 2019,
+section 3): logit s_ij / t - gamma * log p_j, with p_j the probability that a record has target j.
 
 Items that are nobody's target never are a negative that way, and fill the answers of a search in
 the whole catalogue.

@@ -2,8 +2,7 @@
 
 A logger ignores whatever it does not override, so a console without tables or a tracker without
 stages needs no special case in the training loop. Only rank 0 has loggers. A new one is one file
-with a subclass of `Logger` and one YAML in
-conf/logger that names it as `_target_`.
+with a subclass of `Logger` and one YAML in conf/logger that names it as `_target_`.
 """
 
 from __future__ import annotations

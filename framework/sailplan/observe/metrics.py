@@ -28,8 +28,7 @@ def logger_classes(
     """Return the class of each logger of the configuration.
 
     Raises ConfigurationError for a target that is missing or no Logger, an option that it does not
-    have, and a package
-    that is not installed: on every rank, before the run.
+    have, and a package that is not installed: on every rank, before the run.
     """
     found = {}
     for name, options in loggers.items():

@@ -1,10 +1,9 @@
 """`report.html` of a run: one file that needs nothing else, made from the run folder alone.
 
 This module arranges what `report_data` read into the sections of the page; `report_pictures` draws
-the curves and
-`templates/report.html.j2` holds all of the HTML and CSS. Every string is escaped by the template
-engine; the only markup that is let through is the SVG drawn here. A part that the run does not have
-is shown as "not in this run".
+the curves and `templates/report.html.j2` holds all of the HTML and CSS. Every string is escaped by
+the template engine; the only markup that is let through is the SVG drawn here. A part that the run
+does not have is shown as "not in this run".
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 and formats.
 
 Every part may be missing (a run that has just begun, a run without mining); it is then empty, never
-an error. A file that is
-there but broken is an error that names it.
+an error. A file that is there but broken is an error that names it.
 """
 
 from __future__ import annotations

@@ -137,8 +137,7 @@ def curves(
     name: unique in the page, used for element ids. smoothed: thin raw values behind their moving
     average, cut at stage edges.
     markers: points on the values (few values, as of evaluations). Values that are not positive are
-    left out of a logarithmic
-    picture.
+    left out of a logarithmic picture.
     """
     kept = {
         title: [point for point in series if not logarithmic or point[1] > 0]

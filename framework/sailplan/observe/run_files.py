@@ -99,9 +99,8 @@ class RunFiles(Logger):
 
     A run that is not resumed starts afresh (an older metrics.jsonl is kept once as
     metrics.previous.jsonl); a resumed one continues after its step. `stages.json` holds a stage's
-    wall seconds, including steps that were repeated after a stop, and the
-    backends of its losses: those foretold until a step has been made, then all that its steps have
-    gone through.
+    wall seconds, including steps that were repeated after a stop, and the backends of its losses:
+    those foretold until a step has been made, then all that its steps have gone through.
     """
 
     def __init__(self, run: RunInfo) -> None:

@@ -1,8 +1,7 @@
 """The run's numbers as TensorBoard event files in the run folder: `tensorboard --logdir runs`.
 
 Everything is drawn over the global step. A resumed run says from which step it goes on, so that
-TensorBoard hides the
-steps that are done again.
+TensorBoard hides the steps that are done again.
 """
 
 from __future__ import annotations

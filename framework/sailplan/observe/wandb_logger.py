@@ -31,9 +31,8 @@ class WandbLogger(Logger):
     every: steps between values.
 
     Charts: every value over the global step; losses and accuracy once more per stage over the
-    stage's own step;
-    `progress/*`; `evaluation/TASK/METRIC`; tables of the stages' data-set and objective weights and
-    of the results.
+    stage's own step; `progress/*`; `evaluation/TASK/METRIC`; tables of the stages' data-set and
+    objective weights and of the results.
     """
 
     def __init__(

@@ -3,8 +3,8 @@ gets a gradient.
 
 A case is which modalities the data has, what is trained, how the rows are cut, which graphs are
 kept, how parameters lie on the ranks and what the process did before the step. `pairwise` picks few
-cases in which every two choices meet. What is
-frozen changes none of the other gradients, so one exact reference serves all cases of the same
+cases in which every two choices meet. What is frozen changes none of the other gradients, so one
+exact reference serves all cases of the same
 data: the whole batch's, by plain autograd in float64. The same in plain bfloat16 says what rounding
 alone costs: a step may be as far off, and no further.
 """

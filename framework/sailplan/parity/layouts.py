@@ -3,8 +3,7 @@ sailplan.parity.matrix` prints the whole matrix.
 
 One mixed step with every loss runs through the gradient cache on a sharded encoder; its gradients,
 gathered, are compared with those of the full batch by plain autograd in one process, in float64.
-Error: the worst of all parameters' gradients,
-each relative to the largest element of the true one.
+Error: the worst of all parameters' gradients, each relative to the largest element of the true one.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 module:function` runs on a loss it is handed.
 
 Every row of a batch is a parameter of its own here, so that no encoder can hide a wrong gradient.
-The loss is called once by
-a world of one on all rows: that is the reference. Then several forked gloo ranks call it on their
-rows each. A data-parallel trainer takes the mean over ranks of the parameters' gradients; a rank's
-rows have a gradient on that rank only, so the mean is the concatenation of the ranks' gradients
-divided by their number. It must be the reference (docs/exactness.md).
+The loss is called once by a world of one on all rows: that is the reference. Then several forked
+gloo ranks call it on their rows each. A data-parallel trainer takes the mean over ranks of the
+parameters' gradients; a rank's rows have a gradient on that rank only, so the mean is the
+concatenation of the ranks' gradients divided by their number. It must be the reference
+(docs/exactness.md).
 """
 
 from __future__ import annotations
@@ -131,9 +131,8 @@ def check_loss(function: Loss, world_size: int = 4, timeout: float = 60.0) -> Lo
 
 def of_objective(objective: type[Objective]) -> Loss:
     """An Objective class, with its options' defaults, as a function of queries and keys: the two
-    views of one pattern, in a data
-    set of items or, where the loss does not apply to these, of graded pairs. Raises
-    ConfigurationError where it applies to neither.
+    views of one pattern, in a data set of items or, where the loss does not apply to these, of
+    graded pairs. Raises ConfigurationError where it applies to neither.
     """
     parts: dict[Kind, tuple[Part, Part]] = {
         "items": ("item", "item"),

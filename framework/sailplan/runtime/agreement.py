@@ -71,8 +71,7 @@ def agree(
     what: the facts' name, as "data set prompts". digest: what differs where the facts do, for facts
     that take long to make.
     One all-gather of 32 bytes a rank; where ranks differ, rank 0's facts go to all, and each rank
-    of another mind sends a
-    line back: ranks that differ alike are named together.
+    of another mind sends a line back: ranks that differ alike are named together.
     """
 
     def written() -> str:

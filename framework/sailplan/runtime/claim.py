@@ -3,8 +3,8 @@ next.
 
 The first rank holds a lock on `running.json`, which the kernel releases however the process ends,
 and writes into it who it is, again every few seconds. Where the file system carries locks between
-hosts, the lock decides; where it does not, a record of
-another host that is still being written does.
+hosts, the lock decides; where it does not, a record of another host that is still being written
+does.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 that hold the same weights.
 
 megatron-core's own set-up forms some dozen groups of which most are copies of these, with a twin
-for gloo each: at W ranks about
-12 W sockets a rank. Here each rank forms the groups that it is in and no other, a group over the
-whole world is the default one, and all have the run's time-out. megatron-core's layers find them
-where its own set-up would have left them.
+for gloo each: at W ranks about 12 W sockets a rank. Here each rank forms the groups that it is in
+and no other, a group over the whole world is the default one, and all have the run's time-out.
+megatron-core's layers find them where its own set-up would have left them.
 """
 
 from __future__ import annotations

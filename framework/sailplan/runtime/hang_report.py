@@ -2,8 +2,7 @@
 different one.
 
 The first rank that notices writes the table to stderr and into `hang-STEP/` below the run folder;
-the others add what their
-threads were doing, unless another rank was doing the same.
+the others add what their threads were doing, unless another rank was doing the same.
 """
 
 from __future__ import annotations

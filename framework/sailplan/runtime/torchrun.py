@@ -1,12 +1,10 @@
 """torchrun, with the ranks' own exit code passed through.
 
 Plain torchrun turns every failure into 1; the exit codes of sailplan (64 bad configuration, 65 bad
-data,
-70 hang, 75 stopped, resume me) are what launch scripts and schedulers act on. Ranks agree on the
-job's code and leave it in a folder of the launcher's; a rank that leaves none, because it was
-killed or stopped, does not turn a failure into a stop. Once one
-rank has failed, those that have not left within seconds are killed: a stopped process hears no
-other signal.
+data, 70 hang, 75 stopped, resume me) are what launch scripts and schedulers act on. Ranks agree on
+the job's code and leave it in a folder of the launcher's; a rank that leaves none, because it was
+killed or stopped, does not turn a failure into a stop. Once one rank has failed, those that have
+not left within seconds are killed: a stopped process hears no other signal.
 Use: python -m sailplan.runtime.torchrun --nproc-per-node 2 -m sailplan train ...
 """
 

@@ -2,8 +2,7 @@
 
 A copy from ordinary memory to a GPU, and any read of one number back, stops the host until the
 device has done all it was given. From pinned memory the copy is one more entry in the device's
-queue. On the CPU, and on a stand-in device, the same
-calls are plain copies.
+queue. On the CPU, and on a stand-in device, the same calls are plain copies.
 """
 
 from __future__ import annotations

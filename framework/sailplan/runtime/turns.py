@@ -27,8 +27,7 @@ def in_turns(
     """Do `work` on this rank's share of the units: number rank, rank + world size, ... Collective.
 
     units: the same on all ranks. If a unit fails, every rank raises: the failed one its own error,
-    the others a
-    SailplanError (BadDataError for bad data) that quotes it.
+    the others a SailplanError (BadDataError for bad data) that quotes it.
     """
     turns = -(-len(units) // parallel.world_size)
     for turn in range(turns):

@@ -2,9 +2,8 @@
 progress for too long.
 
 Whoever works says so with `beat()`, once a batch, a shard or a tile; a phase (`phase("mining")`)
-gives that work a name. A rank
-that waits for a rank that works is no hang, however long that takes: the limit counts from the
-latest beat of the whole job.
+gives that work a name. A rank that waits for a rank that works is no hang, however long that takes:
+the limit counts from the latest beat of the whole job.
 A collective that waits for a lost peer cannot be interrupted from Python, so the thread reports and
 leaves the process.
 

@@ -3,8 +3,8 @@ micro-batch.
 
 The loss couples all rows, but the encoder does not: given the gradient of the loss with respect to
 each embedding, a micro-batch's share of the parameters' gradient needs that micro-batch alone (Gao
-et al., "Scaling Deep Contrastive
-Learning Batch Size under Memory Limited Setup", arXiv 2101.06983). So:
+et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv
+2101.06983). So:
 
 (A) encode all micro-batches without graphs, except the last few, whose graphs are kept
 (step.kept_graphs says how many); (B) compute the loss on the embeddings as leaves, and their

@@ -3,8 +3,7 @@
 One rank's infinite loss or gradient would poison every replica, and ranks that disagree about
 skipping a step would drift apart or hang. So the verdict is one agreement over the world, in the
 message that sums the gradient norm anyway: all step, or none does. A skipped step names the records
-that look guilty; too many skips in a row end the run, because then it
-is not the data.
+that look guilty; too many skips in a row end the run, because then it is not the data.
 """
 
 from __future__ import annotations

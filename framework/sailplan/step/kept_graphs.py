@@ -2,11 +2,10 @@
 (`step.kept_graphs: auto`).
 
 A kept graph saves one forward of its micro-batch. One is always kept, as a replay would need the
-same memory. The first step
-with a set of data sets in a stage keeps one and measures: how large the largest graph is, and how
-much memory the step needed at its peak. From the second on, so many more graphs are kept as fit
-into what is left. On a GPU the allocator's counters are read, elsewhere the tensors that autograd
-saves are added up and the host's available memory is shared by its ranks. The
+same memory. The first step with a set of data sets in a stage keeps one and measures: how large the
+largest graph is, and how much memory the step needed at its peak. From the second on, so many more
+graphs are kept as fit into what is left. On a GPU the allocator's counters are read, elsewhere the
+tensors that autograd saves are added up and the host's available memory is shared by its ranks. The
 ranks agree on the smallest number, once for each such set.
 """
 

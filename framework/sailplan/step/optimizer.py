@@ -3,8 +3,8 @@
 `optimizer._target_` names its class: AdamW, another one of torch or apex, or one below
 `allowed_targets`. Matrices decay; norms, biases and other vectors do not; temperatures have a
 learning rate of their own and do not decay. Sharded parameters (DTensor) and plain ones never share
-a group, because a fused update refuses the mix. Each group carries `name` and
-`peak_learning_rate`, so that a schedule is one number: `set_learning_rate`.
+a group, because a fused update refuses the mix. Each group carries `name` and `peak_learning_rate`,
+so that a schedule is one number: `set_learning_rate`.
 """
 
 from __future__ import annotations
@@ -48,10 +48,9 @@ def optimizer_class(
     """Return the class that `optimizer._target_` names.
 
     allowed: prefixes that the path may have besides those of torch's and apex's optimizers; None:
-    any. Raises
-    ConfigurationError for a path that is not allowed or no Optimizer, a package that is not
-    installed, an option that the class does not have, and a setting other than its default that the
-    class has no use for.
+    any. Raises ConfigurationError for a path that is not allowed or no Optimizer, a package that is
+    not installed, an option that the class does not have, and a setting other than its default that
+    the class has no use for.
     """
     target = config._target_
     package = target.partition(".")[0]
@@ -106,8 +105,8 @@ def optimizer_state_size(config: OptimizerConfig, allowed: Sequence[str] | None 
     AdamW, 0 or 1 of SGD.
 
     One step on a small matrix shows it; 2 for classes that cannot step on a CPU. Raises
-    ConfigurationError for state that
-    no checkpoint can hold: tensors of another shape than their parameter.
+    ConfigurationError for state that no checkpoint can hold: tensors of another shape than their
+    parameter.
     """
     parameter = nn.Parameter(torch.zeros(PROBE))
     optimizer = _build(optimizer_class(config, allowed), [{"params": [parameter]}], config)

@@ -5,8 +5,8 @@ The encoder's gradients are reduced by its sharding. Objectives and temperatures
 equal on all ranks; by the losses' convention the mean over data-parallel ranks of their gradients
 is the full-batch gradient.
 A flat buffer carries all of them, and, as it travels anyway, the step's losses and metrics. Nothing
-of it is read by the
-host here: a step reads all its numbers at once, when it must wait for the verdict in any case.
+of it is read by the host here: a step reads all its numbers at once, when it must wait for the
+verdict in any case.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ optimizer. The step is exact: at any number of ranks, tensor-parallel size and m
 gradients are those of the full batch in one process.
 
 The host waits for the device once, before the optimizer: one transfer brings the verdict of the
-guard, what the ranks wish
-(to stop, to save), loss, norm, metrics and temperatures.
+guard, what the ranks wish (to stop, to save), loss, norm, metrics and temperatures.
 
 A mixed step has several batches, each of one data set; its loss is their mean weighted by the rows
 of all ranks.
@@ -87,8 +86,7 @@ class TrainingStep:
     """Runs steps with one encoder, its objectives and their optimizer.
 
     exchange: a sailplan_kernels.exchange.Exchange over the data-parallel group. max_skips: steps in
-    a row that the
-    guard may skip before the run ends.
+    a row that the guard may skip before the run ends.
     """
 
     def __init__(
@@ -136,8 +134,7 @@ class TrainingStep:
 
         Raises ConfigurationError for no batch, an unknown objective, or a data set that no
         objective of the stage can use; BadDataError on all ranks where some drew other records than
-        the rest, before anything moves; SailplanError after too
-        many skipped steps in a row.
+        the rest, before anything moves; SailplanError after too many skipped steps in a row.
         """
         seconds: dict[str, float] = {}
         averaged, encoded, replayed, backends = self._gradients(

@@ -4,8 +4,8 @@ backward on the meta device.
 The model that is run is the one that will be trained, in its compute dtype, with its activation
 checkpointing and its part of a tensor-parallel group (a group without processes stands in for it).
 Every tensor that the step would hold is counted while it would be held, so no formula has to follow
-the model's code. What sharding makes of parameters, gradients and the optimizer's
-state is arithmetic.
+the model's code. What sharding makes of parameters, gradients and the optimizer's state is
+arithmetic.
 """
 
 from __future__ import annotations
@@ -183,14 +183,12 @@ def estimate_memory(
 
     modalities: of each view that is encoded. rank_rows: rows that a rank encodes in a step. With P
     the parameters that a tensor-parallel rank sees, S the ranks that share a copy of them, b and c
-    the bytes of an element of a parameter and of
-    the computation: parameters b P / S; gathered c P from a step's first forward to its last
-    backward, or with
-    `parallel.reshard_after_forward` those of the largest unit and of the layer that is fetched
-    meanwhile; gradients b P while they are summed over micro-batches and b P / S when reduced, or b
-    P / S and a unit's; optimizer n b P / S, n the state
-    that its class keeps for an element (2 of AdamW).
-    `step.kept_graphs` auto counts as one: what it keeps besides is free memory.
+    the bytes of an element of a parameter and of the computation: parameters b P / S; gathered c P
+    from a step's first forward to its last backward, or with `parallel.reshard_after_forward` those
+    of the largest unit and of the layer that is fetched meanwhile; gradients b P while they are
+    summed over micro-batches and b P / S when reduced, or b P / S and a unit's; optimizer n b P /
+    S, n the state that its class keeps for an element (2 of AdamW). `step.kept_graphs` auto counts
+    as one: what it keeps besides is free memory.
     """
     tensor = config.parallel.tensor
     data_parallel = world_size // tensor

@@ -7,8 +7,7 @@ rows while the others are in flight.
 Ranks may hold different numbers of rows: the rows are padded to the longest, gathered, and the
 padding cut away.
 The gather owns its autograd function because the one torch ships returned silently wrong gradients
-on gloo for a
-non-contiguous upstream gradient.
+on gloo for a non-contiguous upstream gradient.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class Stream(Protocol):
     def shards(self, accumulate: bool = False) -> Iterator[Shard]:
         """One round over all rows.
 
-        With ``accumulate`` each shard has a place for its gradient, zero at the first such round
-        (a stream of an exchange that is not ``whole`` allows one such round). Use a shard before
+        With ``accumulate`` each shard has a place for its gradient, zero at the first such round (a
+        stream of an exchange that is not ``whole`` allows one such round). Use a shard before
         you ask for the next."""
 
     def finish(self) -> Tensor:

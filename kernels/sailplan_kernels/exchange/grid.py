@@ -14,8 +14,7 @@ ranks, m rows of D dimensions a rank, half precision out, fp32 back:
 | all-gather, whatever the library's way at least | 2(r-1)mD, 4(r-1)mD | | W, W |
 
 So this way round: no rank of a node sends across what another of it sends too, and all links of a
-node are in use. In a
-square the memory is that of sqrt(W) shards.
+node are in use. In a square the memory is that of sqrt(W) shards.
 
 A row is a node where the ranks stand on several nodes with equally many neighbours on each (seen by
 host name), and otherwise as near to the square root of W as W divides. A prime W on one node gives

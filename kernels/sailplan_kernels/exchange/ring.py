@@ -8,10 +8,9 @@ rank: 2(W-1)mD a round in the vectors' half precision, 4WmD for the gradient in 
 shards, three gradients.
 
 Every message of a step is posted in one batch (a send to the next rank, a receive from the one
-before), in the same
-order on all ranks: no order of arrival can lock the ring. Peers are the group's ranks translated to
-global ones. The order of summation starts behind each shard's owner, so sums equal those of
-AllGather up to rounding.
+before), in the same order on all ranks: no order of arrival can lock the ring. Peers are the
+group's ranks translated to global ones. The order of summation starts behind each shard's owner, so
+sums equal those of AllGather up to rounding.
 
 A grid (grid.py) is this ring with several ranks at each of its stops, who show each other what has
 arrived.

@@ -4,13 +4,12 @@ copy engine fetches theirs.
 The stream of AllGather with another way out: the same bytes, and a window of one shard more in
 memory, but no multiprocessor is taken from the matrix products that go on meanwhile. Own rows are
 at hand and are not fetched. Gradients come home by AllGather's reduce-scatter. For ranks whose
-devices reach each other's memory (NVLink on one host); torch.distributed._symmetric_memory does
-the mapping and the flags.
+devices reach each other's memory (NVLink on one host); torch.distributed._symmetric_memory does the
+mapping and the flags.
 
 **Unproved: no GPU has run it.** What is tested, over files that processes share, is everything but
-three calls of torch and
-the side stream: who reads what when, uneven shards, and that a window is not overwritten while a
-peer still reads it.
+three calls of torch and the side stream: who reads what when, uneven shards, and that a window is
+not overwritten while a peer still reads it.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ options, who needs which gradient.
 Where the caller knows all ranks' sizes, a call of a kind that was agreed on before costs nothing:
 no collective, no wait.
 Else the ranks ask each other in one small collective, whose answer the host reads. Either way a
-rank that was called with
-other options is an error on all ranks, not a hang.
+rank that was called with other options is an error on all ranks, not a hang.
 """
 
 from __future__ import annotations

@@ -3,14 +3,13 @@ memory as the budget says.
 
 Where a rank sees all candidates of a row at once and the engine keeps tiles, a chunk of rows sees
 its whole denominator: its statistics and its gradient come out of ONE product of scores (6 NMD of
-matrix products). All else, as the symmetric loss and
-an exchange whose shards pass by, needs two rounds: statistics of all rows and columns, then
-gradients (8 NMD; tiles that fit into the memory budget are kept in between and not computed again).
-Their tiles are as square as the sides allow: every tile reads and writes the gradients of its rows
-and of its columns, so of all tiles of one area a square moves the fewest bytes.
-All Matryoshka prefixes come out of the same round: prefix p's dot product is the running sum up to
-its length, and each
-segment's gradient product reads only its own dimensions.
+matrix products). All else, as the symmetric loss and an exchange whose shards pass by, needs two
+rounds: statistics of all rows and columns, then gradients (8 NMD; tiles that fit into the memory
+budget are kept in between and not computed again). Their tiles are as square as the sides allow:
+every tile reads and writes the gradients of its rows and of its columns, so of all tiles of one
+area a square moves the fewest bytes. All Matryoshka prefixes come out of the same round: prefix p's
+dot product is the running sum up to its length, and each segment's gradient product reads only its
+own dimensions.
 """
 
 from __future__ import annotations

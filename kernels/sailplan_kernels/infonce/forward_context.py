@@ -3,8 +3,7 @@ how shares come together.
 
 Where peers hold the same rows (exchange/row_split.py) each does its share of them against all
 candidates; what every peer has found is summed in the end. Shapes: N queries of this rank, n of
-them its share; M keys; H hard negatives a row; C keys of
-all ranks; P prefixes.
+them its share; M keys; H hard negatives a row; C keys of all ranks; P prefixes.
 """
 
 from __future__ import annotations

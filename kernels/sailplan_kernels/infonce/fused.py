@@ -2,11 +2,11 @@
 memory than the budget says.
 
 A call may hold several losses (a step's patterns). They go through the same stages side by side,
-and what ranks have to tell
-each other is told once for all of them: everybody's vectors with what belongs to a row, the sums of
-the symmetric losses' columns, and the gradients on their way home. So a call is two collectives,
-three with a symmetric loss, however many losses it holds (an exchange that passes shards by sends
-those beside; so do pairs by id, and tensor-parallel peers among themselves).
+and what ranks have to tell each other is told once for all of them: everybody's vectors with what
+belongs to a row, the sums of the symmetric losses' columns, and the gradients on their way home. So
+a call is two collectives, three with a symmetric loss, however many losses it holds (an exchange
+that passes shards by sends those beside; so do pairs by id, and tensor-parallel peers among
+themselves).
 
 The parts: vectors.py the embeddings, blocks.py who is scored against whom, positives.py the pairs,
 per_row_negatives.py a row's own hard negatives, symmetric_term.py the symmetric loss's second half,
@@ -44,8 +44,7 @@ def fused_losses(
     """This rank's weighted sum (0-d, differentiable once) of the losses of one exchange.
 
     Of each loss, detached: its prefixes' losses [P], the positives' cosines [N] of the longest
-    prefix, this rank's share of the
-    accuracy 0-d, and the valid rows of all ranks 0-d.
+    prefix, this rank's share of the accuracy 0-d, and the valid rows of all ranks 0-d.
     """
     given: list[Tensor] = []
     places: list[list[int]] = []

@@ -1,10 +1,9 @@
 """Which candidate is a negative of which anchor.
 
 Everything that may stand in a denominator (keys, other queries, shared hard negatives; of all
-ranks) carries the
-same three integers, its tags: the global index of the key it stands for, that key's id, and the id
-of the query it belongs to. An anchor carries the tags of its positive and its own query id. A
-candidate is NOT a negative when it is
+ranks) carries the same three integers, its tags: the global index of the key it stands for, that
+key's id, and the id of the query it belongs to. An anchor carries the tags of its positive and its
+own query id. A candidate is NOT a negative when it is
 invalid or shares any tag with the anchor: the same key (so the positive itself, and in query-query
 blocks the row itself and every query with the same positive), the same key id, the same query id.
 -1 is "none" and never matches.
@@ -12,8 +11,8 @@ Positives by id are no key in particular: their anchor's key index is none, and 
 alone.
 In an anchor "none" is -2, so that equality alone compares tags. Two marks say the rest by equality
 too, against a key's validity (0 or 1) twice: 0, which an invalid key equals, and 1 in an invalid
-row (else a number that nothing equals), which all others do.
-The relation is symmetric, so the same function serves the columns of the symmetric loss.
+row (else a number that nothing equals), which all others do. The relation is symmetric, so the same
+function serves the columns of the symmetric loss.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
 By index a row has one positive at most, a key of its own rank: row i is pair i, and a row that does
 not count has weight 0.
 Nothing has to be looked up, so the shapes do not depend on the data. By id a row's positives are
-all valid keys of all ranks
-that carry the id it asks for, an item that was drawn twice being as right as once: a list of (row,
-key) pairs, as long as the data make it. Every rank knows all keys' ids, so each lists its own rows'
-pairs without asking.
+all valid keys of all ranks that carry the id it asks for, an item that was drawn twice being as
+right as once: a list of (row, key) pairs, as long as the data make it. Every rank knows all keys'
+ids, so each lists its own rows' pairs without asking.
 """
 
 from __future__ import annotations

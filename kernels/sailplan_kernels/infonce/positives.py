@@ -2,9 +2,8 @@
 
 A positive never enters a tile: loss = softplus(log_negatives - logit), and its pull has the
 coefficient sigmoid(log_negatives - logit), which stays exact where 1 - p would cancel. A row pays
-the mean over its positives. With
-key negatives each pair has a denominator of its own: the row's negatives, and the keys scored
-against its positive.
+the mean over its positives. With key negatives each pair has a denominator of its own: the row's
+negatives, and the keys scored against its positive.
 
 Positives by index are this rank's keys: they are scored before anything travels. Those by id may be
 any rank's: their pairs are looked at while the keys' shards are in memory, in a round of their own

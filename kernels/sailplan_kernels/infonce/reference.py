@@ -3,8 +3,7 @@
 One term a pair of a row and its positive. Row loss: the anchor is the query (with key negatives
 also the positive itself); the denominators hold, side by side, all ranks' keys and whatever else
 the options add. Column loss: the anchor is the positive's key, candidates are all ranks' queries.
-Slow, O(N M) memory, differentiable twice; what the other backends are
-tested against.
+Slow, O(N M) memory, differentiable twice; what the other backends are tested against.
 """
 
 from __future__ import annotations

@@ -4,13 +4,12 @@ and in the end without kernels.
 A Triton that no test has seen may reject a kernel, or a device may have too little of something for
 it: that must cost time, never a run. The engines given are tried in order, best first; each says
 the same of a tile, up to rounding, so a tile may take its statistics from one and its gradient from
-the next. What was refused once is not compiled again in this process, for tiles of
-that kind: the compiler would say the same, after some more seconds. The first refusal is one
-warning, later ones are logged.
+the next. What was refused once is not compiled again in this process, for tiles of that kind: the
+compiler would say the same, after some more seconds. The first refusal is one warning, later ones
+are logged.
 
 Only what a compiler or a launch says of the kernel itself counts: an error of ours, memory that ran
-out or a broken device is
-raised as it is.
+out or a broken device is raised as it is.
 """
 
 from __future__ import annotations

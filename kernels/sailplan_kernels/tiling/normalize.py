@@ -1,10 +1,9 @@
 """L2 normalisation that survives zero vectors and huge norms, and the norms of Matryoshka prefixes.
 
 Under autograd it is ``normalize``. A loss that computes its gradient in the forward pass goes
-without the copies that
-autograd keeps: ``operand`` gives its matrix products the vectors themselves, whose inverse norms
-every score carries anyway, and ``normalized_gradient_`` turns the sum it has accumulated into the
-vectors' gradient, in place.
+without the copies that autograd keeps: ``operand`` gives its matrix products the vectors
+themselves, whose inverse norms every score carries anyway, and ``normalized_gradient_`` turns the
+sum it has accumulated into the vectors' gradient, in place.
 """
 
 from __future__ import annotations
@@ -53,12 +52,10 @@ def operand(
     were multiplied [n]; None: by nothing.
 
     It is ``x`` itself where that is safe. Where x has another dtype, or, on a CPU, a row whose
-    entries are so large or small (or
-    NaN, in padding) that products might fail, it is normalised in float32 or float64, rounded once,
-    zero in rows not ``valid``;
-    ``at_once`` rows at a time. On a device the host does not wait to look: padding is zeroed, and
-    all other rows are to have entries that are far from overflow. valid: bool [n]; None: there is
-    no padding.
+    entries are so large or small (or NaN, in padding) that products might fail, it is normalised in
+    float32 or float64, rounded once, zero in rows not ``valid``; ``at_once`` rows at a time. On a
+    device the host does not wait to look: padding is zeroed, and all other rows are to have entries
+    that are far from overflow. valid: bool [n]; None: there is no padding.
     """
     x = x.detach()
     if x.dtype == dtype:
@@ -95,9 +92,8 @@ def normalized_gradient_(
 
     A cosine is <x_p, y_p> a_p b_p with inverse prefix norms a, b, so d cos / dx = y_p a_p b_p - cos
     a_p^2 x_p. ``moment`` [P, n], sums of G * cosine, says what the second term of the shorter
-    prefixes is. Scores do not depend on a row's length, so whatever is
-    then left along the whole row is taken out at once: the longest prefix's term, and what rounding
-    has left there.
+    prefixes is. Scores do not depend on a row's length, so whatever is then left along the whole
+    row is taken out at once: the longest prefix's term, and what rounding has left there.
     """
     for start in range(0, len(gradient), at_once):
         here = slice(start, start + at_once)

@@ -2,8 +2,8 @@
 
 A tile is a chunk of rows (anchors) against a set of columns (candidates). The loss itself
 (infonce/fused.py) knows ranks, blocks, positives and norms; an engine knows how to go through a
-tile: in torch (chunked) or in Triton. Both
-answer two questions, and never more than this chunk of scores is in memory:
+tile: in torch (chunked) or in Triton. Both answer two questions, and never more than this chunk of
+scores is in memory:
 
 1. statistics: over the candidates that are negatives, what is each row's (and column's) maximum and
    sum of exponentials?
@@ -78,9 +78,9 @@ class Statistics:
     Row logit: cosine * row inverse temperature - correction, over pairs with valid column,
     different tags and a cosine within the row's limit. Column logit: cosine * column inverse
     temperature, over pairs with valid row AND column, different tags and a cosine below the
-    column's max_cosine. With MaskConfig.columns nobody reads rows that are not valid.
-    A maximum may be another number that exponentials relative to it stay finite with, but for rows
-    of the longest prefix.
+    column's max_cosine. With MaskConfig.columns nobody reads rows that are not valid. A maximum may
+    be another number that exponentials relative to it stay finite with, but for rows of the longest
+    prefix.
     With MaskConfig.sigmoid there is no maximum (0) and row_sum is the sum of softplus(logit).
     """
 
@@ -111,10 +111,9 @@ class Gradient:
     With MaskConfig.sigmoid: R = negative_grad * sigmoid(logit) * inverse temperature.
 
     weights[s] [n, m] in the vectors' dtype belongs to dimensions d_{s-1} to d_s: the sum over
-    prefixes p >= s of
-    G_p * (row's inverse norm) * (column's inverse norm), so that the rows' gradient in those
-    dimensions is weights[s] @ columns[:, d_{s-1}:d_s] and the columns' is weights[s].T @ rows[:,
-    d_{s-1}:d_s].
+    prefixes p >= s of G_p * (row's inverse norm) * (column's inverse norm), so that the rows'
+    gradient in those dimensions is weights[s] @ columns[:, d_{s-1}:d_s] and the columns' is
+    weights[s].T @ rows[:, d_{s-1}:d_s].
     """
 
     weights: list[Tensor]

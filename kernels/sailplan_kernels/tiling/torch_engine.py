@@ -3,8 +3,8 @@ everything else in place.
 
 A tile is computed once per prefix as cosines, with MASKED_SCORE where identity rules a pair out
 (finite, so that 0 * MASKED_SCORE is 0 and not NaN; its exponential is exactly 0). A tile whose
-moments nobody asks for keeps its exponentials between the two
-questions instead of its cosines: the gradient then costs one multiplication a pair.
+moments nobody asks for keeps its exponentials between the two questions instead of its cosines: the
+gradient then costs one multiplication a pair.
 """
 
 from __future__ import annotations

@@ -12,9 +12,8 @@ own, see arithmetic.py.
 
 Tiles in half precision, in whole STEPs, go by the persistent kernels where the device has them,
 descriptors reach the vectors (rows that start at multiples of 16 bytes) and all prefixes but the
-longest end in whole BKs; all others, and all of schedule
-"tiles", one program a tile. The meaning is the same, and the partial results have the same layout,
-by each configuration's own tile.
+longest end in whole BKs; all others, and all of schedule "tiles", one program a tile. The meaning
+is the same, and the partial results have the same layout, by each configuration's own tile.
 
 What a kernel reads as a vector is padded here to whole tiles: with norms of 0, shifts that are
 INVALID_SHIFT, tags that match nothing.

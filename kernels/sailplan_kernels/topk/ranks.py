@@ -1,9 +1,9 @@
 """At which rank a query's positive stands among all keys, exactly, without sorting anything.
 
 The rank of a positive is the number of keys that score higher, plus the keys before it that score
-the same. Two
-passes over the same tiles: the first finds each query's best positive, the second counts. Both read
-the score out of the same matrix product, so a positive compares equal to itself to the last bit.
+the same. Two passes over the same tiles: the first finds each query's best positive, the second
+counts. Both read the score out of the same matrix product, so a positive compares equal to itself
+to the last bit.
 """
 
 from __future__ import annotations

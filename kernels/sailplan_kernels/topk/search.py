@@ -43,14 +43,12 @@ def topk(
     queries [N, D], keys [M, D]; cosines with ``normalize``, else plain dot products. max_score:
     only keys that score below it (the best below a threshold). exclude_ids int64 [N, E], -1 for
     none: keys never returned for that query, by key_ids int64 [M], or by index without them. tile:
-    rows of queries and of keys scored at a time; memory is
-    O(tile^2 + N k). Where fewer than k keys remain, the score is -inf and the index -1. No
-    gradient.
+    rows of queries and of keys scored at a time; memory is O(tile^2 + N k). Where fewer than k keys
+    remain, the score is -inf and the index -1. No gradient.
 
     exchange: queries and keys are this rank's; its queries find the best of all ranks' keys, whose
     indices count all keys in rank order. N, M and E may differ and be 0; all ranks call, with the
-    same other arguments (the dtype and whether there
-    are key_ids included).
+    same other arguments (the dtype and whether there are key_ids included).
     """
     check_pair(queries, keys, tile)
     if k < 1:

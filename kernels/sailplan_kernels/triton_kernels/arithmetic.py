@@ -8,9 +8,9 @@ from run to run.
 
 What is excluded stands at MASKED_SCORE: finite, so that products with 0 stay 0, and with an
 exponential of exactly 0. A column that is no candidate has a shift of INVALID_SHIFT, which does the
-same to its logits; a row that is none likewise for the columns.
-So validity costs nothing: a shift is part of a multiplication and addition that is there anyway.
-Tags are looked at where a tile has any that may match (``tags_to_compare``), which few tiles have.
+same to its logits; a row that is none likewise for the columns. So validity costs nothing: a shift
+is part of a multiplication and addition that is there anyway. Tags are looked at where a tile has
+any that may match (``tags_to_compare``), which few tiles have.
 
 Instructions are what these kernels are short of: while they are issued, the matrix units wait. So
 vectors over rows and columns are padded to whole tiles and aligned (no bounds, wide loads),
@@ -73,8 +73,7 @@ def tags_to_compare(row_tags, column_tags, om, on, N, M, tags):
     its masks are skipped.
 
     Looked at pair by pair are only tags whose ranges meet. Halves may agree where tags do not; then
-    the masks find nothing, at the
-    price of having looked.
+    the masks find nothing, at the price of having looked.
     """
     found = 0
     for t in range(tags):
@@ -447,9 +446,8 @@ def write_gradient(
     Returns the weights of this prefix.
 
     row_log, column_log: logsumexps times log2(e), less the logarithms of push times inverse
-    temperature, so infinite where there is
-    no push: the exponential of the difference is the coefficient, d loss / d cosine, of rows and
-    columns that push and 0 of others.
+    temperature, so infinite where there is no push: the exponential of the difference is the
+    coefficient, d loss / d cosine, of rows and columns that push and 0 of others.
     SHARED (with COLUMNS): one temperature, whose derivative needs no sums of its own.
     """
     at, down = (p * tiles_n + pn).to(tl.int64) * n + om, (p * tiles_m + pm).to(tl.int64) * m + on
@@ -532,8 +530,7 @@ def write_sigmoid(
     """Partial sums of one tile of the pairwise sigmoid loss. Returns the weights of this prefix.
 
     row_log [P, N]: here the push itself. row_* [P, TC, n]: row_sum the softplus of the logits,
-    row_total negative_grad * sigmoid;
-    column_moment [P, TR, m], written with MOMENTS.
+    row_total negative_grad * sigmoid; column_moment [P, TR, m], written with MOMENTS.
     """
     x, z = row_logits(
         acc,

@@ -4,11 +4,9 @@ The pairwise sigmoid loss has a gradient kernel of its own (sigmoid_tiles.py), a
 another schedule (persistent.py).
 
 A program computes a [BM, BN] tile of dot products in float32, in ONE pass over the dimensions: at
-the end of every
-Matryoshka prefix the running sum is that prefix's dot product, read (arithmetic.py) and then
-continued. The loop over
-prefixes is a loop at run time: one compiled kernel serves any number of prefixes, and its registers
-do not grow with them.
+the end of every Matryoshka prefix the running sum is that prefix's dot product, read
+(arithmetic.py) and then continued. The loop over prefixes is a loop at run time: one compiled
+kernel serves any number of prefixes, and its registers do not grow with them.
 """
 
 import triton

@@ -7,8 +7,8 @@ refuse is gone around when it runs (tiling/fallback.py).
 
 None compiles warps that are specialised over descriptors of the host in tiles of 128 rows on sm_90
 from 3.7 on: the pass that halves such a tile among groups of warps does not halve the descriptor's
-block (triton-lang/triton issue 11587, open in 2026-11; 3.6 did not
-look). So there is no such kernel here.
+block (triton-lang/triton issue 11587, open in 2026-11; 3.6 did not look). So there is no such
+kernel here.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 instruction.
 
 Run by test_triton.py as a program, with the interpreter off. There is no device: tensors are a
-CPU's, the driver only names
-the target, and launches stop after compiling.
+CPU's, the driver only names the target, and launches stop after compiling.
 """
 
 from __future__ import annotations

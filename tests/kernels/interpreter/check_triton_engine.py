@@ -1,7 +1,7 @@
 """The Triton engine on CPU, in the interpreter.
 
-Not collected by name: test_triton.py runs this file in a process of its own,
-with the plugin exact_interpreter.
+Not collected by name: test_triton.py runs this file in a process of its own, with the plugin
+exact_interpreter.
 
 Oracle: the contract of tiling/tile.py written out in float64 with whole matrices.
 """

@@ -1,6 +1,5 @@
 """Triton's interpreter made right for bfloat16, and the same on every processor: a pytest
-plugin, so that it comes before any
-kernel, in a process of its own.
+plugin, so that it comes before any kernel, in a process of its own.
 
 Versions 3.6 to 3.9 multiply the raw 16-bit patterns of bfloat16 in tl.dot, and cut float32 off
 instead of rounding it.

@@ -1,6 +1,6 @@
 """Risks at a size that no test can write out: a step that reads tables of rows that are not this
-rank's, an order that
-changes with the ranks or costs more with more shards. 10^5 shards of 10^4 records, all of them one
+rank's, an order that changes with the ranks or costs more with more shards. 10^5 shards of 10^4
+records, all of them one
 small file."""
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ The folders have the prompts that these models publish in config_sentence_transf
 (Qwen3-Embedding's instruction; bge's and e5's of their model cards) and tokenizers of their kinds:
 byte-level BPE that ends a text with <|endoftext|>, WordPiece, and a Unigram with a space's own
 mark. The judge is sentence-transformers. Their vocabularies are made here; MiniLM's real one, which
-bge-small's equals in
-kind, is used where `make weights` has fetched it.
+bge-small's equals in kind, is used where `make weights` has fetched it.
 """
 
 from __future__ import annotations

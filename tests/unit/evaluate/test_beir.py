@@ -1,6 +1,5 @@
 """Risks: measures that are not the field's, a rank that holds or encodes the whole corpus, an
-answer that depends on the number
-of ranks, a bad line that leaves the other ranks waiting.
+answer that depends on the number of ranks, a bad line that leaves the other ranks waiting.
 
 The judge is pytrec_eval, trec_eval's own code.
 """

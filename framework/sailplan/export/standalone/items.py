@@ -20,8 +20,7 @@ def by_modality(item: Any) -> dict[str, Any]:
     """Return modality -> text, picture or sound of one item, in the order text, vision, audio.
 
     A string is a text unless it is the path of an existing file that ends like a picture or sound.
-    Raises ValueError for what
-    is no item.
+    Raises ValueError for what is no item.
     """
     if isinstance(item, Mapping) and not {"array", "sampling_rate"} <= item.keys():
         unknown = sorted(set(item) - set(KEYS))

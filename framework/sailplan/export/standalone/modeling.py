@@ -307,8 +307,7 @@ class SailplanModel(PreTrainedModel):
         BITS of what a row shows.
 
         pixel_values uint8 [b, f, 3, height, width], or with pixel_sizes [b, f, 2] patches [b, f, p,
-        3 s^2]; audio_values
-        [b, c, frames, bins]; masks bool [b, t], [b, f], [b, c].
+        3 s^2]; audio_values [b, c, frames, bins]; masks bool [b, t], [b, f], [b, c].
         """
         self.encoder.dtype = self.dtype
         shown = modalities.tolist()

@@ -63,8 +63,7 @@ class SailplanProcessor(ProcessorMixin):
         text, image and audio.
 
         A dict's keys say what the row shows; a value may be None. Paths of pictures and sound are
-        read. prompt: what
-        stands before the text, also of items without text.
+        read. prompt: what stands before the text, also of items without text.
         """
         rows = [by_modality(item) for item in items]
         shown = [sum(BITS[name] for name in row) for row in rows]

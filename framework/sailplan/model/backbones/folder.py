@@ -1,8 +1,7 @@
 """A folder of published weights: its config.json, and tensors that are read slice by slice.
 
 Nothing is read when a folder is opened but the files' headers: names, shapes and types. Every
-problem is a
-ConfigurationError of one line that starts with the configuration's key.
+problem is a ConfigurationError of one line that starts with the configuration's key.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ A patch is embedded over two frames in time; a picture is shown as both. Learned
 between the corners where the picture has another grid) are added, and rotary angles tell row and
 column. Pre-norm blocks with LayerNorm and biases follow, without a last norm. A merger makes one
 token of the tower's width of each square of `merge` x `merge` patches; `deepstack` names layers
-whose output goes through mergers of their own, and is added to the visual tokens behind
-the tower's first layers.
+whose output goes through mergers of their own, and is added to the visual tokens behind the tower's
+first layers.
 
 Every frame of a video is a picture of its own here; the published model shows two neighbouring
 frames at once and writes their times between them. Pictures stand before the text, each between

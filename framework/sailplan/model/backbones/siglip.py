@@ -1,10 +1,8 @@
 """SigLIP's image tower, also of SigLIP2 in its files of a fixed image size (model_type siglip).
 
 One linear embedding of each patch, learned positions (bicubic where the image has another grid),
-pre-norm blocks with
-LayerNorm and biases, a last norm. The attention-pooling head and the text tower are left out: our
-perceiver reads the
-patch tokens.
+pre-norm blocks with LayerNorm and biases, a last norm. The attention-pooling head and the text
+tower are left out: our perceiver reads the patch tokens.
 """
 
 from __future__ import annotations

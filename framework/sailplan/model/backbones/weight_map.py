@@ -2,10 +2,9 @@
 backwards it exports.
 
 A parameter is a stack of *pieces* along its first dimension, each a run of rows of one published
-tensor. That covers
-all that differs between the two worlds: megatron-core's grouped query/key/value matrix (for each
-group its queries, its key, its value) and its gated first matrix (gate over up). A piece without a
-name is zeros that the files lack.
+tensor. That covers all that differs between the two worlds: megatron-core's grouped query/key/value
+matrix (for each group its queries, its key, its value) and its gated first matrix (gate over up). A
+piece without a name is zeros that the files lack.
 Persistent buffers are treated like parameters.
 """
 
