@@ -127,8 +127,10 @@ class Config:
         """Raise ConfigurationError for a run that has no folder, or takes nothing from where it
         starts.
         """
-        if "/" in self.name or not self.name:
-            raise ConfigurationError(f"name={self.name!r}: expected a folder name without '/'")
+        if "/" in self.name or self.name in ("", ".", "..") or not self.name.isprintable():
+            raise ConfigurationError(
+                f"name={self.name!r}: expected a folder name without '/' and control characters"
+            )
         if self.initialise_from is not None and not self.initialise_parts:
             raise ConfigurationError(
                 f"initialise_parts is empty beside initialise_from={self.initialise_from}: name "
