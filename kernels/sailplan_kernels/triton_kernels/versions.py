@@ -38,27 +38,44 @@ _ROWS, _SIGMOID = (
     ("plain", "moments"),
     ("sigmoid", "sigmoid moments"),
 )  # each two have their statistics kernel in common
+_CHANGED: dict[Version, tuple[tuple[Any, ...], ...]] = {
+    (3, 6): (
+        ("tiles", _FULL, _ROWS, "ids", 80, {"BK": 16}),
+        ("tiles", _FULL, _ROWS, "ids", 90, {"BK": 16}),
+        ("tiles", _FULL, _ROWS, "ids", 100, {"warps": 4}),
+        ("tiles", _FULL, _ROWS, "limits", 80, {"BK": 16}),
+        ("tiles", _FULL, _ROWS, "odd", 80, {"warps": 4}),
+        ("tiles", _FULL, _ROWS, "odd", 90, {"warps": 4}),
+        ("tiles", _FULL, ("columns",), "ids", 80, {"BK": 16, "warps": 8}),
+        ("tiles", _FULL, ("columns",), "ids", 100, {"BK": 16, "warps": 8}),
+        ("tiles", _FULL, ("columns",), "limits", 100, {"warps": 8}),
+        ("tiles", _FULL, _SIGMOID, "ids", 80, {"BK": 16, "warps": 4}),
+        ("persistent", _HALF, _ROWS, "limits", 100, {"BN": 32}),
+    ),
+    (3, 7): (
+        ("tiles", _FULL, _ROWS, "ids", 80, {"BN": 64, "BK": 16, "warps": 8}),
+        ("tiles", _FULL, _SIGMOID, "ids", 80, {"BN": 64, "BK": 16, "warps": 8}),
+        ("tiles", _FULL, ("columns",), "ids", 80, {"warps": 8}),
+        ("tiles", _FULL, ("columns",), "limits", 80, {"warps": 8}),
+        ("tiles", _FULL, _ROWS, "limits", 90, {"warps": 8}),
+        ("tiles", _FULL, ("moments",), "limits", 100, {"warps": 8}),
+        ("tiles", _FULL, ("columns",), "limits", 100, {"warps": 8}),
+        ("tiles", _FULL, ("symmetric",), "ids", 100, {"warps": 8}),
+        ("tiles", _HALF, _ROWS, "odd", 80, {"BM": 64, "warps": 4}),
+        ("tiles", _HALF, _ROWS, "odd", 100, {"BM": 64, "warps": 4}),
+        ("tiles", _HALF, _SIGMOID, "ids", 100, {"BN": 32}),
+        ("persistent", _HALF, _ROWS, "ids", 100, {"BN": 32}),
+        ("persistent", _HALF, _ROWS, "limits", 100, {"BN": 32}),
+    ),
+}
 CHANGES: dict[Version, dict[tuple[str, torch.dtype, str, str, int], dict[str, int]]] = {
-    (3, 7): {
+    version: {
         (schedule, dtype, kind, masks, capability): changes
-        for schedule, dtypes, kinds, masks, capability, changes in (
-            ("tiles", _FULL, _ROWS, "ids", 80, {"BN": 64, "BK": 16, "warps": 8}),
-            ("tiles", _FULL, _SIGMOID, "ids", 80, {"BN": 64, "BK": 16, "warps": 8}),
-            ("tiles", _FULL, ("columns",), "ids", 80, {"warps": 8}),
-            ("tiles", _FULL, ("columns",), "limits", 80, {"warps": 8}),
-            ("tiles", _FULL, _ROWS, "limits", 90, {"warps": 8}),
-            ("tiles", _FULL, ("moments",), "limits", 100, {"warps": 8}),
-            ("tiles", _FULL, ("columns",), "limits", 100, {"warps": 8}),
-            ("tiles", _FULL, ("symmetric",), "ids", 100, {"warps": 8}),
-            ("tiles", _HALF, _ROWS, "odd", 80, {"BM": 64, "warps": 4}),
-            ("tiles", _HALF, _ROWS, "odd", 100, {"BM": 64, "warps": 4}),
-            ("tiles", _HALF, _SIGMOID, "ids", 100, {"BN": 32}),
-            ("persistent", _HALF, _ROWS, "ids", 100, {"BN": 32}),
-            ("persistent", _HALF, _ROWS, "limits", 100, {"BN": 32}),
-        )
+        for schedule, dtypes, kinds, masks, capability, changes in rows
         for dtype in dtypes
         for kind in kinds
-    },
+    }
+    for version, rows in _CHANGED.items()
 }
 
 
