@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from sailplan.errors import ConfigurationError
 from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
+from sailplan.observe.run_files import METRICS, read_lines
+from sailplan.observe.wandb_offline import kept_steps
 
 
 def run_id(project: str, name: str) -> str:
@@ -54,7 +56,29 @@ class WandbLogger(Logger):
         self.stage: StageInfo | None = None
         self.weights: list[list[Any]] = []
         self.results: list[list[Any]] = []
+        self.lost = self._lost()
         self.run: Any = self._open()
+
+    def _lost(self) -> list[dict[str, Any]]:
+        """Return the values that a kill kept out of the offline files, in the order of their steps."""
+        if self.mode == "online" or self.run_info.resumed_step is None:
+            return []
+        kept = kept_steps(self.folder)
+        lines = read_lines(self.folder / METRICS)
+        return [line for line in lines if line["step"] not in kept]
+
+    def _write_again(self, stage: StageInfo) -> None:
+        """Log what was lost: of this stage as it is logged at first, of stages before it the values alone."""
+        lines, self.lost = self.lost, []
+        for line in lines:
+            step, name = int(line["step"]), line["stage"]
+            values = {
+                key: value for key, value in line.items() if key not in ("step", "stage", "time")
+            }
+            if name == stage.name:
+                self.log_step(step, name, values)
+            elif step % self.every == 0:
+                self.run.log({"step": step, **values})
 
     def _open(self) -> Any:
         (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
@@ -109,6 +133,7 @@ class WandbLogger(Logger):
                 **{f"weight/{name}": weight for name, weight in stage.data.items()},
             }
         )
+        self._write_again(stage)
 
     @staticmethod
     def _table(columns: list[str | int], rows: list[list[Any]]) -> Any:

@@ -16,6 +16,7 @@ import pytest
 from sailplan.errors import ConfigurationError
 from sailplan.observe.logger import RunInfo, StageInfo
 from sailplan.observe.metrics import MetricWriter
+from sailplan.observe.run_files import RunFiles
 from sailplan.observe.wandb_logger import WandbLogger, run_id
 
 WANDB = "sailplan.observe.wandb_logger.WandbLogger"
@@ -139,3 +140,44 @@ def test_the_id_is_stable_and_distinct() -> None:
     assert run_id("sailplan", "a b") == run_id("sailplan", "a b")
     assert len({run_id("sailplan", "a b"), run_id("sailplan", "a-b"), run_id("other", "a b")}) == 3
     assert run_id("sailplan", "///").startswith("run-")
+
+
+@pytest.mark.usefixtures("keep_environment")
+def test_what_a_kill_cut_off_is_written_again_once(tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    values = {"loss/total": 0.5, "data/set": "emoji"}
+
+    def steps() -> list[int]:
+        found = []
+        for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+            for record in records(path):
+                items = {item.key or "/".join(item.nested_key) for item in record.history.item}
+                if "loss/total" in items:
+                    (step,) = (
+                        i for i in record.history.item if (i.key or i.nested_key[0]) == "step"
+                    )
+                    found.append(json.loads(step.value_json))
+        return found
+
+    def wait(expected: list[int]) -> None:
+        deadline = time.monotonic() + 30
+        while steps() != expected and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert steps() == expected
+
+    run = RunInfo(folder)
+    files, sink = RunFiles(run), WandbLogger(run, every=1)
+    for logger in (files, sink):
+        logger.start_stage(STAGE)
+        for step in range(1, 4):
+            logger.log_step(step, "first", values)
+        logger.close(finished=False)
+    wait([1, 2, 3])
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    path.write_bytes(path.read_bytes()[:7])  # as if nothing had been flushed
+    assert steps() == []
+    for _ in range(2):  # a second resume finds all steps and writes none again
+        again = WandbLogger(RunInfo(folder, resumed_step=3), every=1)
+        again.start_stage(STAGE)
+        again.close(finished=False)
+        wait([1, 2, 3])
