@@ -4,6 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
 NAME ?= quickstart
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Versions of Triton that the kernels are tested with beside the environment's own, each in a folder of its own.
@@ -64,8 +65,10 @@ $(VENV)/docs/.ready: requirements/docs.txt
 docs: $(VENV)/docs/.ready
 	$(VENV)/docs/bin/mkdocs build --strict --quiet
 
+# By files on WORKERS processes; faults by themselves, as their limits of seconds are those of a machine that does nothing else.
 test: lint $(TRITONS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 clean:
 	rm -rf $(VENV) runs
