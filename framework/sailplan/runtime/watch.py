@@ -37,7 +37,6 @@ class Watch:
     """This rank's progress, and its view of the job's."""
 
     def __init__(self, seconds: float, flag: StopFlag, rank: int = 0) -> None:
-        # type: float, StopFlag, Board | None
         self.seconds, self.flag = seconds, flag
         self.board: Board | None = None
         self.folder: Path | None = None
