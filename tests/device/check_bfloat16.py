@@ -42,7 +42,7 @@ from sailplan.train.testing import SMALL
 from sailplan_kernels.exchange import AllGather, RowSplit
 from sailplan_kernels.testing import run_ranks
 from sailplan_kernels.tiling import engines, fallback, triton_engine
-from sailplan_kernels.tiling.tile import Rule, Side, Tile
+from sailplan_kernels.tiling.tile import MaskConfig, Tile, TileOperand
 from sailplan_kernels.tiling.torch_engine import TorchEngine
 
 torch.set_num_threads(1)
@@ -118,10 +118,10 @@ class Door(TorchEngine):
 
     def __init__(self, schedule: str = "auto") -> None: ...
 
-    def tile(self, rows: Side, columns: Side, rule: Rule, keep: bool) -> Tile:
+    def tile(self, rows: TileOperand, columns: TileOperand, rule: MaskConfig, cached: bool) -> Tile:
         assert isinstance(rows.vectors, There) and isinstance(columns.vectors, There)
         self.seen.append((rows.vectors.dtype, columns.vectors.dtype))
-        return super().tile(rows, columns, rule, keep)
+        return super().tile(rows, columns, rule, cached)
 
 
 class Counted(AllGather):

@@ -12,7 +12,7 @@ import pytest
 from sailplan.errors import EXIT_STOPPED
 from sailplan.train.testing import SMALL, metrics, run, run_until
 
-IGNORED = ("time", "seconds", "rows_per_second", "data/wait_seconds")
+IGNORED = ("time", "seconds", "rows_per_second", "data/wait_seconds", "data/wait_share")
 
 
 def essence(folder: Path) -> list[dict[str, object]]:
