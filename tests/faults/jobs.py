@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sailplan.config.compose import compose
-from sailplan.config.schema import Config, HardNegativeConfig, OptimizerConfig, StageConfig
+from sailplan.config.schema import Config, HardNegativeConfig, StageConfig
 from sailplan.curriculum.testing import pack_config
 from sailplan.errors import BadDataError
 from sailplan.runtime.watch import Watch
+from sailplan.step.config import StageOptimizerConfig
 
 LIMIT = 6.0  # a busy machine takes seconds from one beat to the next
 
@@ -35,7 +36,7 @@ def job(pack: Path, runs: Path, **changes: Any) -> Config:
         "steps": 3,
         "data": {"things": 1.0},
         "objectives": {"infonce": 1.0},
-        "optimizer": OptimizerConfig(warmup_steps=1),
+        "optimizer": StageOptimizerConfig(warmup_steps=1),
     }
     config.order, config.stages = (
         ["first", "second"],

@@ -108,10 +108,17 @@ def _join(
     # torchrun's agent has the store already; without it rank 0 opens it when the group is formed.
     early = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if early:
-        watch.board = Board.of_launch(config.timeout_seconds)
+        _show_on(watch, Board.of_launch(config.timeout_seconds))
     dist.init_process_group(backend, timeout=timeout, device_id=bound)
     if not early:
-        watch.board = Board.of_launch(config.timeout_seconds)
+        _show_on(watch, Board.of_launch(config.timeout_seconds))
+
+
+def _show_on(watch: Watch, board: Board) -> None:
+    """Let the others see this rank at once: one that is lost before its watch's first look is named."""
+    watch.note.seen = time.time()
+    board.show(watch.note)
+    watch.board = board
 
 
 def settle(error: BaseException, watch: Watch) -> None:
