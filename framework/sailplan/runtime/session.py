@@ -125,6 +125,7 @@ def settle(error: BaseException, watch: Watch) -> None:
     """Say an error as often as it has to be said in the job, note it, and leave the process with
     the job's exit code.
     """
+    watch.gate.acquire()  # where the watch leaves already, it ends the process under us
     board, line = watch.board, f"{type(error).__name__}: {error}".splitlines()[0]
     if isinstance(error, SailplanError) and not (
         error.exit_code == EXIT_FAILURE and error.__cause__ and is_lost_peer(error.__cause__)

@@ -47,6 +47,7 @@ class Watch:
         self._stop_told = False
         self._failed_at: float | None = None
         self._done = threading.Event()
+        self.gate = threading.Lock()  # for the one thread that says why and leaves the process
         self.leaving = False  # this rank is about to leave by itself: the thread must not
 
     @property
@@ -97,7 +98,8 @@ class Watch:
             except Exception as error:  # the store is gone, and with it the first node
                 if not self._done.is_set() and not self.leaving:
                     self._failed_at = self._failed_at or time.monotonic()
-                    if time.monotonic() - self._failed_at > FOLLOW_SECONDS:
+                    late = time.monotonic() - self._failed_at > FOLLOW_SECONDS
+                    if late and self.gate.acquire(blocking=False):
                         say(
                             "lost the job's store, and the first node with it "
                             f"({type(error).__name__})"
@@ -113,7 +115,7 @@ class Watch:
         if self.board is not None:
             self._exchange(self.board, now)
         silent = now - max(self._last, self._job_last)
-        if silent > self.seconds and not self.leaving:
+        if silent > self.seconds and not self.leaving and self.gate.acquire(blocking=False):
             self.note.stack, text = stacks()
             report_hang(self.note, text, silent, self.seconds, self.folder, self.board, self.tick)
             end_now(EXIT_HANG, f"no progress for {silent:.0f} s in {self.note.phase}", self.board)
@@ -137,6 +139,7 @@ class Watch:
             self._failed_at is not None
             and now - self._failed_at > FOLLOW_SECONDS
             and not self.leaving
+            and self.gate.acquire(blocking=False)
         ):
             say(f"left with {board.cause()}")
             end_now(None, "", board)
