@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sailplan.checkpoint.store import is_complete
+from sailplan.checkpoint.seal import is_complete
 from sailplan.cli.testing import command
 from sailplan.train.testing import metrics, run
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from sailplan.checkpoint import store
+from sailplan.checkpoint import seal, store
 from sailplan.checkpoint.background import Saver
 from sailplan.errors import SailplanError
 from sailplan.model.testing import join_layout
@@ -95,8 +95,8 @@ def test_the_next_save_waits_and_old_checkpoints_go_after_the_new_one_is_complet
                 store.folder_of(tmp_path, number), model=model, optimizer=optimizer, extra={}
             )
             seen.append(
-                store.is_complete(store.folder_of(tmp_path, number - 1))
-                or store.is_complete(store.folder_of(tmp_path, number))
+                seal.is_complete(store.folder_of(tmp_path, number - 1))
+                or seal.is_complete(store.folder_of(tmp_path, number))
             )
         saver.wait()
         return seen

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from sailplan.checkpoint import store
+from sailplan.checkpoint import seal, store
 from sailplan.errors import ConfigurationError, SailplanError
 from sailplan.model import parallelize
 from sailplan.model.testing import join_layout, random_inputs, rows_of, small_config, whole_tensor
@@ -209,15 +209,15 @@ def tiny_load(folder, model):
 def test_unfinished_and_damaged_checkpoints_are_passed_over(tmp_path):
     folders = [tiny_save(store.folder_of(tmp_path, step)) for step in (1, 2, 3, 4)]
     assert store.latest(tmp_path) == folders[3]
-    (folders[3] / store.COMPLETE).unlink()  # killed before the seal
+    (folders[3] / seal.COMPLETE).unlink()  # killed before the seal
     data = next(folders[2].glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-10])  # cut short
-    (folders[1] / store.INDEX).write_bytes(b"x" * (folders[1] / store.INDEX).stat().st_size)
+    (folders[1] / seal.INDEX).write_bytes(b"x" * (folders[1] / seal.INDEX).stat().st_size)
     os.mkdir(tmp_path / "step-00000009.tmp")
     assert store.latest(tmp_path) == folders[0]
     assert store.latest(tmp_path / "none") is None
     assert store.damaged(tmp_path) == folders[1:3]
-    (folders[2] / store.COMPLETE).write_text(
+    (folders[2] / seal.COMPLETE).write_text(
         '{"index_sha'
     )  # killed while it was sealed: unfinished, and no reason to ask for a repair
     assert store.damaged(tmp_path) == folders[1:2]
@@ -232,7 +232,7 @@ def test_saving_again_replaces_and_prune_keeps_the_newest_complete(tmp_path):
     folders = [tiny_save(store.folder_of(tmp_path, step)) for step in (1, 2, 3)]
     tiny_save(folders[1], weight=5.0)
     assert (tiny_load(folders[1], nn.Linear(2, 2)) == 5).all()
-    (folders[2] / store.COMPLETE).unlink()
+    (folders[2] / seal.COMPLETE).unlink()
     assert store.prune(tmp_path, 1) == [folders[0]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
@@ -310,5 +310,5 @@ def test_a_rank_that_cannot_read_stops_all(saved):
 
 def test_the_seal_lists_every_file(tmp_path):
     folder = tiny_save(store.folder_of(tmp_path, 1))
-    seal = json.loads((folder / store.COMPLETE).read_text())
-    assert set(seal["files"]) | {store.COMPLETE} == {path.name for path in folder.iterdir()}
+    listed = json.loads((folder / seal.COMPLETE).read_text())
+    assert set(listed["files"]) | {seal.COMPLETE} == {path.name for path in folder.iterdir()}

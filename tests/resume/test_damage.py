@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from sailplan.checkpoint import store
+from sailplan.checkpoint import seal, store
 from sailplan.checkpoint.index import IndexReader
 from sailplan.errors import ConfigurationError
 from sailplan.model.testing import join_layout
@@ -45,15 +45,15 @@ def flip(file: Path, place: int) -> None:
 def test_any_flipped_bit_is_noticed_and_the_checkpoint_before_is_taken(tmp_path: Path) -> None:
     saved(tmp_path)
     newest = store.folder_of(tmp_path, 2)
-    files = sorted(json.loads((newest / store.COMPLETE).read_text())["files"])
+    files = sorted(json.loads((newest / seal.COMPLETE).read_text())["files"])
     assert {".metadata", "small.pt", "__0_0.distcp"} <= set(files)
     for name in files:
         whole = (newest / name).read_bytes()
         for place in range(7, len(whole), max(1, len(whole) // 25)):
             flip(newest / name, place)
-            assert store.first_damage(newest) == name, (name, place)
+            assert seal.first_damage(newest) == name, (name, place)
             (newest / name).write_bytes(whole)
-    assert store.first_damage(newest) == ""
+    assert seal.first_damage(newest) == ""
     flip(newest / "__0_0.distcp", 5000)
 
     def work(rank: int, world_size: int) -> str:
@@ -86,12 +86,12 @@ def test_a_crafted_index_runs_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_seal_of_before_still_loads(tmp_path: Path) -> None:
     saved(tmp_path, (1,))
     folder = store.folder_of(tmp_path, 1)
-    seal = json.loads((folder / store.COMPLETE).read_text())
-    sizes = {name: entry["bytes"] for name, entry in seal["files"].items()}
-    (folder / store.COMPLETE).write_text(
-        json.dumps({"index_sha256": seal["files"][".metadata"]["sha256"], "files": sizes})
+    listed = json.loads((folder / seal.COMPLETE).read_text())
+    sizes = {name: entry["bytes"] for name, entry in listed["files"].items()}
+    (folder / seal.COMPLETE).write_text(
+        json.dumps({"index_sha256": listed["files"][".metadata"]["sha256"], "files": sizes})
     )
-    assert store.is_complete(folder) and store.first_damage(folder) == ""
+    assert seal.is_complete(folder) and seal.first_damage(folder) == ""
     assert torch.equal(
         store.WholeCheckpoint(folder).read("weight"), store.WholeCheckpoint(folder).read("weight")
     )

@@ -18,9 +18,6 @@ and the step.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,6 +35,16 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from sailplan.checkpoint.exported import Entries, ExportedFolder, Shapes, is_exported
 from sailplan.checkpoint.index import IndexReader
+from sailplan.checkpoint.seal import (
+    COMPLETE,
+    digest_of,
+    first_damage,
+    flush,
+    has_sizes,
+    is_complete,
+    seal,
+    was_sealed,
+)
 from sailplan.checkpoint.state import (
     ModelState,
     fresh_optimizer_state,
@@ -47,12 +54,8 @@ from sailplan.checkpoint.state import (
 from sailplan.errors import ConfigurationError, SailplanError
 from sailplan.runtime.leaving import say
 from sailplan.runtime.process import Parallel
-from sailplan.runtime.watch import beat
 
-COMPLETE = "COMPLETE"
-INDEX = ".metadata"
 SMALL = "small.pt"
-VERSION = 2  # of the seal
 Value = TypeVar("Value")
 
 
@@ -134,7 +137,7 @@ def write(
             storage_writer=dcp.FileSystemWriter(temporary),
             process_group=group,
         )
-        own = {file.name: _digest(file) for file in temporary.glob(f"__{dist.get_rank()}_*")}
+        own = {file.name: digest_of(file) for file in temporary.glob(f"__{dist.get_rank()}_*")}
         everyone: list[dict[str, str]] | None = (
             [{}] * dist.get_world_size() if parallel.is_main else None
         )
@@ -147,23 +150,13 @@ def write(
             return
         with open(temporary / SMALL, "wb") as file:
             torch.save(snapshot.small, file)
-            _flush(file)
+            flush(file)
         replaced = folder.with_name(folder.name + ".old")
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
             folder.rename(replaced)
         temporary.rename(folder)
-        files = {
-            file.name: {
-                "bytes": file.stat().st_size,
-                "sha256": digests.get(file.name) or _digest(file),
-            }
-            for file in sorted(folder.iterdir())
-        }
-        seal = {"version": VERSION, "files": files}
-        with open(folder / COMPLETE, "wb") as file:
-            file.write(json.dumps(seal, indent=1).encode())
-            _flush(file)
+        seal(folder, digests)
         shutil.rmtree(replaced, ignore_errors=True)
 
     try:
@@ -176,53 +169,6 @@ def write(
     return folder
 
 
-def is_complete(folder: Path) -> bool:
-    """Return whether every file that the seal lists is there in its full size, and the index is
-    the sealed one.
-
-    The other files' content is read by `first_damage` alone, which costs as much as reading the
-    checkpoint.
-    """
-    try:
-        return _has_sizes(folder) and _sealed(folder)[INDEX][1] == _digest(folder / INDEX)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _has_sizes(folder: Path) -> bool:
-    try:
-        files = _sealed(folder)
-        return bool(files) and all(
-            (folder / name).stat().st_size == size for name, (size, _) in files.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _sealed(folder: Path) -> dict[str, tuple[int, str | None]]:
-    """File name -> (bytes, SHA-256) by the seal; before version 2 it had the index's hash alone."""
-    seal = json.loads((folder / COMPLETE).read_text())
-    if seal.get("version", 1) == 1:
-        return {
-            name: (size, seal["index_sha256"] if name == INDEX else None)
-            for name, size in seal["files"].items()
-        }
-    return {name: (entry["bytes"], entry["sha256"]) for name, entry in seal["files"].items()}
-
-
-def first_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
-    """Return the name of a file that is not the sealed one, "" if there is none among this
-    rank's share of them; reads them whole.
-    """
-    if not _has_sizes(folder):
-        return COMPLETE
-    for name, (_, digest) in list(_sealed(folder).items())[rank::ranks]:
-        beat()
-        if digest is not None and _digest(folder / name) != digest:
-            return name
-    return ""
-
-
 def newest_whole(checkpoints: Path, parallel: Parallel) -> Path | None:
     """Return the newest checkpoint of which every file is what was written, None where there is
     none. A collective.
@@ -233,7 +179,7 @@ def newest_whole(checkpoints: Path, parallel: Parallel) -> Path | None:
         "\n".join(map(str, reversed(_steps(checkpoints))))
     ).splitlines():
         folder = Path(name)
-        if not all(_everywhere(partial(_has_sizes, folder), folder)):
+        if not all(_everywhere(partial(has_sizes, folder), folder)):
             continue
         damage = next(
             filter(
@@ -273,14 +219,9 @@ def damaged(checkpoints: Path) -> list[Path]:
     """Checkpoints that were sealed once and are not whole any more; what a job left unfinished,
     its seal too, is not among them.
     """
-
-    def sealed(folder: Path) -> bool:
-        try:
-            return bool(json.loads((folder / COMPLETE).read_text())["files"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-
-    return [folder for folder in _steps(checkpoints) if sealed(folder) and not is_complete(folder)]
+    return [
+        folder for folder in _steps(checkpoints) if was_sealed(folder) and not is_complete(folder)
+    ]
 
 
 def newest(checkpoints: Path, count: int) -> list[Path]:
@@ -432,7 +373,7 @@ def _opened(
     def check() -> None:
         if (
             path.is_dir()
-            and _has_sizes(path)
+            and has_sizes(path)
             and (damage := first_damage(path, parallel.rank, parallel.world_size))
         ):
             raise ConfigurationError(
@@ -452,7 +393,7 @@ def _open(path: Path) -> tuple[Metadata, dict[str, Any]]:
             f"checkpoint {path} does not exist: give the folder of a step, such as "
             "runs/NAME/checkpoints/step-00000100"
         )
-    if not _has_sizes(path):
+    if not has_sizes(path):
         raise ConfigurationError(
             f"checkpoint {path} is incomplete or damaged: its files are not those listed in "
             f"{COMPLETE}; use an older one"
@@ -533,13 +474,3 @@ def _report(error: BaseException) -> tuple[bool, str]:
     if isinstance(error, ConfigurationError):
         return True, str(error)
     return False, f"rank {rank}: {type(error).__name__}: {error}".replace("\n", " ")
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sailplan.curriculum.interests import Events, mixed
-from sailplan.data.events import EventCounts, EventReader, EventUnit, arrow, event_units, file_size
+from sailplan.data.events import EventCounts, EventReader, EventUnit, event_units, file_size
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.turns import any_over_ranks, in_turns, meet, sum_over_ranks
 
@@ -51,7 +51,8 @@ class EventBuckets:
 
     def load(self, bucket: int) -> Bucket:
         """Return one bucket; the same whatever the number of ranks that wrote it."""
-        pa = arrow()
+        import pyarrow as pa
+
         pieces = []
         for rank in range(self.ranks):
             stem = self.folder / f"rank-{rank:05d}"
@@ -165,7 +166,8 @@ class _Writer:
         self.waiting: list[Any] = []
         self.rows = 0
         self.offsets: list[NDArray[np.int64]] = []
-        pa = arrow()
+        import pyarrow as pa
+
         self.file = pa.ipc.new_file(f"{stem}.arrow", _schema())
 
     def add(
@@ -177,7 +179,8 @@ class _Writer:
         labels: NDArray[np.uint64],
         kept: NDArray[np.bool_],
     ) -> None:
-        pa = arrow()
+        import pyarrow as pa
+
         batch = pa.RecordBatch.from_arrays(
             [users, pa.array(items), ids, pa.array(times), pa.array(labels)], schema=_schema()
         )
@@ -191,7 +194,8 @@ class _Writer:
     def flush(self) -> None:
         if not self.rows:
             return
-        pa = arrow()
+        import pyarrow as pa
+
         batch = pa.Table.from_batches(self.waiting).combine_chunks().to_batches()[0]
         buckets = (text_hashes(batch["user"]) % np.uint64(self.buckets)).astype(np.int64)
         order = np.argsort(buckets, kind="stable")
@@ -210,7 +214,8 @@ class _Writer:
 
 
 def _schema() -> Any:
-    pa = arrow()
+    import pyarrow as pa
+
     return pa.schema(
         [
             ("user", pa.large_string()),
@@ -236,7 +241,9 @@ def _sizes(parallel: Parallel, files: list[Path]) -> NDArray[np.int64]:
 
 def _named(column: Any) -> tuple[NDArray[np.int64], list[str], NDArray[np.uint64]]:
     """Return (codes int64 [n], names sorted, hashes uint64 [names]) of a column of texts."""
-    pa, compute = arrow(), arrow("pyarrow.compute")
+    import pyarrow as pa
+    from pyarrow import compute
+
     if not len(column):
         return np.empty(0, dtype=np.int64), [], np.empty(0, dtype=np.uint64)
     encoded = column.combine_chunks().dictionary_encode()

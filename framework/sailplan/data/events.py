@@ -9,7 +9,6 @@ rise with time, and labels as bits.
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 from collections import Counter
@@ -30,16 +29,6 @@ JSON_ROW_BYTES = 64  # an estimate that decides into how many buckets users are 
 ENDINGS = (".parquet", ".jsonl")
 ONE_LABEL = "event"  # the label of every event of a log without labels
 OTHERS_KEPT = 20
-
-
-def arrow(module: str = "pyarrow") -> Any:
-    """Return pyarrow or a module of it. Raises ConfigurationError where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigurationError(
-            "events and teachers in parquet need pyarrow: pip install pyarrow"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -101,7 +90,9 @@ def file_size(path: Path) -> tuple[int, int]:
     size = path.stat().st_size
     if path.suffix == ".parquet":
         with _explained(path):
-            return size, int(arrow("pyarrow.parquet").read_metadata(path).num_rows)
+            from pyarrow import parquet
+
+            return size, int(parquet.read_metadata(path).num_rows)
     return size, size // JSON_ROW_BYTES
 
 
@@ -148,7 +139,9 @@ class EventReader:
                 yield self._batch(unit.path, batch)
 
     def _parquet(self, unit: EventUnit) -> Iterator[Any]:
-        file = arrow("pyarrow.parquet").ParquetFile(unit.path)
+        from pyarrow import parquet
+
+        file = parquet.ParquetFile(unit.path)
         groups = [
             group
             for group in range(file.num_row_groups)
@@ -164,7 +157,9 @@ class EventReader:
         )
 
     def _json(self, unit: EventUnit) -> Iterator[Any]:
-        json, pa = arrow("pyarrow.json"), arrow()
+        import pyarrow as pa
+        from pyarrow import json
+
         size = unit.path.stat().st_size
         start, stop = (size * part // unit.parts for part in (unit.part, unit.part + 1))
         with open(unit.path, "rb") as file:
@@ -197,7 +192,9 @@ class EventReader:
                     ).to_batches(max_chunksize=BATCH_ROWS)
 
     def _batch(self, path: Path, batch: Any) -> EventBatch:
-        pa, compute = arrow(), arrow("pyarrow.compute")
+        import pyarrow as pa
+        from pyarrow import compute
+
         settings, columns = self.settings, dict(zip(batch.schema.names, batch.columns, strict=True))
         columns = {
             name: column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -231,7 +228,9 @@ class EventReader:
 
     def _labels(self, column: Any, path: Path) -> NDArray[np.uint64]:
         """Return the bits of the positive labels of each row, uint64 [n]."""
-        pa, compute = arrow(), arrow("pyarrow.compute")
+        import pyarrow as pa
+        from pyarrow import compute
+
         result = np.zeros(len(column), dtype=np.uint64)
         if (
             pa.types.is_list(column.type)
@@ -264,7 +263,8 @@ class EventReader:
 
 def _encoded(values: Any) -> tuple[NDArray[np.int64], list[str]]:
     """Return (codes int64 [n], names): the names of values; a null has the code len(names)."""
-    pa = arrow()
+    import pyarrow as pa
+
     found = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
     names = [str(name) for name in found.dictionary.to_pylist()]
     return found.indices.fill_null(len(names)).to_numpy(zero_copy_only=False).astype(
@@ -274,13 +274,15 @@ def _encoded(values: Any) -> tuple[NDArray[np.int64], list[str]]:
 
 def _text(column: Any) -> Any:
     """Return a column of ids as Arrow text with 64-bit offsets."""
-    pa = arrow()
+    import pyarrow as pa
+
     return column.cast(pa.large_string())
 
 
 def _times(column: Any) -> tuple[Any, str]:
     """Return (int64 Arrow array that rises with time, what the column holds)."""
-    pa = arrow()
+    import pyarrow as pa
+
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         try:
             column = column.cast(pa.timestamp("us", "UTC"))

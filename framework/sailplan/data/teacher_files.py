@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sailplan.data.config import TeacherConfig
-from sailplan.data.events import arrow
 from sailplan.data.index import id_hash
 from sailplan.errors import BadDataError, ConfigurationError
 from sailplan.runtime.files import write_whole
@@ -202,7 +201,10 @@ def _npy_shape(path: Path) -> TeacherShape:
 
 
 def _parquet_shape(path: Path, key: str, config: TeacherConfig) -> TeacherShape:
-    pa, file = arrow(), arrow("pyarrow.parquet").ParquetFile(path)
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(path)
     names = file.schema_arrow.names
     for column in (config.ids or "id", config.vector):
         if column not in names:
@@ -319,7 +321,9 @@ def _make(parallel: Parallel, stem: Path, shape: TeacherShape, vectors: str | No
 
 
 def _parquet_units(path: Path) -> list[_Unit]:
-    metadata, start, units = arrow("pyarrow.parquet").read_metadata(path), 0, []
+    from pyarrow import parquet
+
+    metadata, start, units = parquet.read_metadata(path), 0, []
     for number in range(metadata.num_row_groups):
         rows = metadata.row_group(number).num_rows
         units.append(_Unit(number, start, start + rows))
@@ -331,7 +335,10 @@ def _parquet_rows(
     path: Path, config: TeacherConfig, unit: _Unit, target: str, start: int
 ) -> list[str]:
     """Write the vectors of a row group from row `start` of the .npy `target`; return its ids."""
-    pa, file, names = arrow(), arrow("pyarrow.parquet").ParquetFile(path), []
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file, names = parquet.ParquetFile(path), []
     vectors = np.load(target, mmap_mode="r+")
     for batch in file.iter_batches(
         batch_size=1 << 16, row_groups=[unit.number], columns=[config.ids or "id", config.vector]

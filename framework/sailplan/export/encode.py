@@ -131,7 +131,12 @@ def encode_file(
 
 def check_files(source: Path, output: Path) -> None:
     """Raise ConfigurationError before any work for files that cannot be read or written."""
-    if not source.exists() or (source.is_file() and source.suffix not in INPUTS):
+    if not source.exists():
+        raise ConfigurationError(
+            f"--input {source}: no such file or folder; expected a folder or a file that ends in "
+            f"{', '.join(INPUTS)}"
+        )
+    if source.is_file() and source.suffix not in INPUTS:
         raise ConfigurationError(
             f"--input {source}: expected a folder or a file that ends in {', '.join(INPUTS)}"
         )

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, Entries, ExportedFolder, is_exported
-from sailplan.checkpoint.store import WholeCheckpoint, is_complete, newest
+from sailplan.checkpoint.seal import is_complete
+from sailplan.checkpoint.store import WholeCheckpoint, newest
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 from sailplan.export.weights import begin, describe, finish

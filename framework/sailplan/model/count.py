@@ -14,8 +14,6 @@ from sailplan.model.blocks import process_groups
 from sailplan.model.component import EncoderComponent
 from sailplan.model.protocol import Encoder
 
-BYTES = {torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
-
 
 def build_on_meta(
     config: EncoderConfig, *, dtype: torch.dtype = torch.float32, share_encoders: bool = True
