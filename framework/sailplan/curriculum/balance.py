@@ -12,6 +12,8 @@ sample of the same set.
 So each training set is drawn from its sample again and clustered anew several times (bootstrap):
 the mean is the score, the spread its standard error, and the softmax's temperature is counted in
 standard errors. Otherwise chance decides between sets that are alike.
+A standard error shrinks with the sample, and weights must not: below SMALLEST_ERROR it counts as
+that.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ import ot
 
 from sailplan.config.schema import BalanceConfig
 from sailplan.embed.clustering import k_means
+
+SMALLEST_ERROR = 0.0125  # as a cosine; times the default temperature: 0.1
 
 Summary = dict[str, "Clusters"]  # kind of vector ("fused", "vision", ...) -> its clusters
 
@@ -142,7 +146,9 @@ def unit_of(scores: dict[str, float], errors: dict[str, float], config: BalanceC
         return 1.0
     if config.temperature_unit == "spread":
         return float(np.std(list(scores.values())))
-    return float(np.sqrt(np.mean(np.square(list(errors.values()))))) if errors else 0.0
+    return max(
+        SMALLEST_ERROR, float(np.sqrt(np.mean(np.square(list(errors.values()))))) if errors else 0.0
+    )
 
 
 def with_floor(

@@ -8,6 +8,7 @@ import torch
 
 from sailplan.config.schema import BalanceConfig
 from sailplan.curriculum.balance import (
+    SMALLEST_ERROR,
     Clusters,
     balance,
     by_size,
@@ -182,13 +183,15 @@ def test_only_shared_kinds_are_compared() -> None:
 
 
 def test_a_temperature_is_counted_in_what_the_configuration_says() -> None:
-    scores, errors = {"a": 0.701, "b": 0.702, "c": 0.703}, dict.fromkeys("abc", 0.004)
+    scores, errors = {"a": 0.701, "b": 0.702, "c": 0.703}, dict.fromkeys("abc", 0.02)
     spread, cosine, error = (
         softmax_weights(scores, 1.0, unit_of(scores, errors, BalanceConfig(temperature_unit=name)))
         for name in ("spread", "cosine", "standard_error")
     )
     assert spread["c"] > 2 * spread["a"] and cosine["c"] == pytest.approx(1 / 3, abs=1e-3)
-    assert error["c"] / error["a"] == pytest.approx(np.exp(0.002 / 0.004))
+    assert error["c"] / error["a"] == pytest.approx(np.exp(0.002 / 0.02))
+    exact = unit_of(scores, dict.fromkeys("abc", 1e-6), BalanceConfig())
+    assert exact == SMALLEST_ERROR  # a large sample does not make the choice hard
     assert softmax_weights({"a": 0.5, "b": 0.5}, 1.0, 0.0) == {"a": 0.5, "b": 0.5}
 
 
