@@ -76,8 +76,8 @@ class BalanceConfig:
     bootstrap: Size = 16
     temperature: Positive = 8.0  # of the softmax, in units of temperature_unit
     # standard_error: of a score, so that sets that cannot be told apart get equal weights, and at
-    # least 0.0125, so that more samples do not let one set take all; cosine: as it is; spread: the scores' own standard deviation, which makes differences of any size
-    # equally strong
+    # least 0.0125, so that more samples do not let one set take all; cosine: as it is; spread: the
+    # scores' own standard deviation, which makes differences of any size equally strong
     temperature_unit: Literal["standard_error", "cosine", "spread"] = "standard_error"
     floor: ShareBelowOne = (
         0.1  # share of the steps that is dealt by the fixed weights, so that no set vanishes
