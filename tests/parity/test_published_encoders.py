@@ -79,6 +79,34 @@ MORE: dict[
             },
         },
     ),
+    "clap": (
+        ["text", "audio"],
+        {
+            "text_config": STACK
+            | {
+                "pad_token_id": 0,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+                "projection_dim": 16,
+            },
+            "audio_config": {
+                "window_size": 4,
+                "num_mel_bins": 16,
+                "spec_size": 64,
+                "patch_size": 4,
+                "patch_stride": [4, 4],
+                "hidden_size": 16,
+                "projection_dim": 16,
+                "depths": [2, 2],
+                "num_attention_heads": [2, 2],
+                "patch_embeds_hidden_size": 8,
+                "mlp_ratio": 2.0,
+                "num_hidden_layers": 2,
+                "hidden_dropout_prob": 0.0,
+            },
+            "projection_dim": 16,
+        },
+    ),
 }
 
 

@@ -78,6 +78,7 @@ class Processor(ABC):
     max_tokens: int  # of a row's text and its prompt
     frames: int = 1  # pictures of a row, at most
     chunks: int = 1  # of sound of a row, at most
+    audio_rate: int = 16000  # Hz, at which the encoder hears
     media = MediaCosts()
 
     @cached_property

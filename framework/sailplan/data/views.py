@@ -34,6 +34,7 @@ class ViewDecoder(Processor):
         self.config = config
         self.spectrogram = audio.SPECTROGRAMS[config.spectrogram]
         self.tokenizer = Tokenizer(config.tokenizer, config.max_tokens)
+        self.audio_rate = config.audio_rate
         self.max_tokens, self.frames, self.chunks = (
             config.max_tokens,
             config.frames,

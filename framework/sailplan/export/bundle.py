@@ -42,7 +42,16 @@ GRAFTS = {
     "PublishedEncoder": (
         "sailplan.model.encoders.transformers.module",
         "TransformersEncoder",
-        ("_text", "_vision", "_features", "_pooled", "_read_out"),
+        (
+            "encode",
+            "_text",
+            "_media",
+            "_input_name",
+            "_about_sound",
+            "_features",
+            "_pooled",
+            "_read_out",
+        ),
     ),
 }
 Key = tuple[str, str]  # module, name of a top-level definition

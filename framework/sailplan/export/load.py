@@ -156,7 +156,7 @@ class Model:
             sound = (
                 None
                 if item.get("audio") is None
-                else _audio_bytes(item["audio"], self.config.data.audio_rate)
+                else _audio_bytes(item["audio"], self.processor.audio_rate)
             )
             held = Item(
                 str(number), images=tuple(_picture_bytes(each) for each in several), audio=sound

@@ -51,8 +51,14 @@ def write_transformers(
     """Write the folder's model and processor; return its sentence-transformers modules and prompts.
 
     Raises ConfigurationError for the encoder half of a sequence-to-sequence model, which AutoModel
-    would not open alone.
+    would not open alone, and for a model that hears.
     """
+    if "audio" in model.modalities:
+        raise ConfigurationError(
+            f"--to sentence-transformers: model.modalities={list(model.modalities)}, expected text "
+            "and vision alone (sound of a published model has no such form yet); `sailplan export` "
+            "without --to writes a folder that `sailplan.load` opens"
+        )
     described = open_config(model)
     if getattr(described, "is_encoder_decoder", False):
         raise ConfigurationError(

@@ -17,9 +17,10 @@ import torch
 
 from sailplan.data.record import NamedInputs
 from sailplan.model.encoders.transformers import TransformersConfig
-from sailplan.model.encoders.transformers.processor import PRESENT
+from sailplan.model.encoders.transformers.processor import PRESENT, RECORDINGS
 
 VOCABULARY, TOKENS, FRAMES, SIDE = 40, 5, 2, 8
+SOUND = (1, 24, 16)  # a chunk as CLAP takes it: one spectrogram, times x bins
 _STACK = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -68,8 +69,8 @@ def tiny_settings(kind: str) -> TransformersConfig:
 
 
 def tiny_inputs(modalities: Sequence[str], rows: int, seed: int) -> NamedInputs:
-    """Return inputs for one of TINY: rows of 1 to 5 tokens, some of them without a picture,
-    pictures float64.
+    """Return inputs for one of TINY: rows of 1 to 5 tokens, some of them without a picture or
+    sound, which are float64.
     """
     generator = torch.Generator().manual_seed(seed)
     named: dict[str, torch.Tensor] = {}
@@ -77,11 +78,16 @@ def tiny_inputs(modalities: Sequence[str], rows: int, seed: int) -> NamedInputs:
         lengths = torch.randint(1, TOKENS + 1, (rows, 1), generator=generator)
         named["input_ids"] = torch.randint(3, VOCABULARY, (rows, TOKENS), generator=generator)
         named["attention_mask"] = (torch.arange(TOKENS) < lengths).to(torch.int64)
-        if "vision" in modalities:
+        if len(modalities) > 1:
             named[PRESENT["text"]] = torch.rand(rows, generator=generator) < 0.8
     if "vision" in modalities:
         named["pixel_values"] = torch.randn(
             rows, FRAMES, 3, SIDE, SIDE, generator=generator, dtype=torch.float64
         )
         named[PRESENT["vision"]] = torch.rand(rows, FRAMES, generator=generator) < 0.6
+    if "audio" in modalities:
+        named[RECORDINGS] = torch.randn(
+            rows, FRAMES, *SOUND, generator=generator, dtype=torch.float64
+        )
+        named[PRESENT["audio"]] = torch.rand(rows, FRAMES, generator=generator) < 0.6
     return NamedInputs(tuple(modalities), named)

@@ -190,7 +190,7 @@ def _view(
     present = torch.zeros(rows * group, dtype=torch.bool)
     if vision is None:
         inputs = tiny_inputs(modalities, rows * group, seed)
-        present |= "vision" not in modalities
+        present |= list(modalities) == ["text"]
         for modality in modalities:
             if PRESENT[modality] in inputs.named:
                 present |= inputs.named[PRESENT[modality]].view(rows * group, -1).any(1)

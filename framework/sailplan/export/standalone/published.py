@@ -137,8 +137,7 @@ class PublishedEncoder(InputModule):
                 for name, value in features.items()
                 if isinstance(value, Tensor)
             }
-            encode = {"text": self._text, "vision": self._vision}
-            vectors = [encode[name](named) for name in encode if kind & BITS[name]]
+            vectors = [self.encode(name, named) for name in BITS if kind & BITS[name]]
             fused = fused.index_copy(0, rows, mean_of_units(vectors).to(fused.dtype))
         return features | {"sentence_embedding": fused}
 

@@ -18,6 +18,7 @@ from sailplan.model.encoders.transformers.config import PeftConfig, Transformers
 from sailplan.model.encoders.transformers.files import (
     drawn_model,
     open_config,
+    open_feature_extractor,
     open_image_processor,
     open_tokenizer,
     published_model,
@@ -66,6 +67,8 @@ class Transformers(EncoderComponent):
             open_tokenizer(self.model).save_pretrained(out)
         if "vision" in self.model.modalities:
             open_image_processor(self.model).save_pretrained(out)
+        if "audio" in self.model.modalities:
+            open_feature_extractor(self.model).save_pretrained(out)
 
     def placed(self, folder: Path) -> Any:
         return replace(self.model, source=str(folder), options={})

@@ -93,10 +93,10 @@ class TransformersConfig(EncoderConfig):
                 f"{path}.source is empty: expected a folder with config.json, or a model id of the "
                 "hub; name one"
             )
-        if not self.modalities or "audio" in self.modalities:
+        if not self.modalities:
             raise ConfigurationError(
-                f"{path}.modalities={self.modalities}: expected text, vision, or both (sound is "
-                "not built yet); name what it encodes"
+                f"{path}.modalities is empty: expected some of text, vision, audio; name what it "
+                "encodes"
             )
 
     def part_names(self) -> tuple[str, ...]:
@@ -126,11 +126,11 @@ def check_views(config: Any, encoder: str, modalities: Sequence[str]) -> None:
                 f"stages.*.patterns.{dataset}"
             )
         augmentation = config.data.sets[dataset].image_augmentation
-        if "vision" in shown.modalities and augmentation:
+        if list(shown.modalities) != ["text"] and augmentation:
             raise ConfigurationError(
                 f"data.sets.{dataset}.image_augmentation={augmentation}: expected 0 with "
                 f"model.encoder={encoder}, which shows "
-                "pictures as its own processor makes them; set 0"
+                "pictures and recordings as its own processor makes them; set 0"
             )
 
 

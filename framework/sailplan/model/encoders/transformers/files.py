@@ -23,6 +23,10 @@ MOST_MISSING = (
     0.1  # of a model's parameters: a head that the files lack may be drawn, a model may not
 )
 
+# Layers left out and times masked are drawn from numpy's generator, so that a replay would draw
+# others, and ranks would meet in different layers.
+NOT_DRAWN = {"apply_spec_augment": False, "layerdrop": 0.0, "encoder_layerdrop": 0.0}
+
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -39,6 +43,9 @@ def open_config(settings: TransformersConfig) -> Any:
         ),
     )
     _change(config, settings.options, "model.options")
+    for name, value in NOT_DRAWN.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
     return config
 
 
@@ -72,6 +79,17 @@ def open_image_processor(settings: TransformersConfig) -> Any:
         )
 
     return _opened(settings, "picture processor (model.image_processor)", read)
+
+
+def open_feature_extractor(settings: TransformersConfig) -> Any:
+    """Return the model's feature extractor: what it makes of a recording."""
+    return _opened(
+        settings,
+        "feature extractor",
+        lambda: transformers.AutoFeatureExtractor.from_pretrained(
+            settings.source, revision=settings.revision
+        ),
+    )
 
 
 def drawn_model(settings: TransformersConfig) -> Any:

@@ -17,7 +17,7 @@ from sailplan.data.record import NamedInputs
 from sailplan.errors import ConfigurationError
 from sailplan.model.encoders.transformers.config import PeftConfig, TransformersConfig
 from sailplan.model.encoders.transformers.pooling import POOLINGS
-from sailplan.model.encoders.transformers.processor import PRESENT
+from sailplan.model.encoders.transformers.processor import LENGTHS, PRESENT, RECORDINGS
 from sailplan.model.protocol import Embeddings, Encoder, reach_backward
 
 LORA = "lora_"  # in the names of peft's factors
@@ -108,7 +108,10 @@ class TransformersEncoder(Encoder):
 
     def encode(self, modality: str, named: dict[str, Tensor]) -> Tensor:
         """Return [b, D] of one modality."""
-        return {"text": self._text, "vision": self._vision}[modality](named)
+        if modality == "text":
+            return self._text(named)
+        name = {"vision": "pixel_values", "audio": RECORDINGS}[modality]
+        return self._media(modality, named[name], named[PRESENT[modality]], named.get(LENGTHS))
 
     def train(self, mode: bool = True) -> TransformersEncoder:
         """As nn.Module's, but BatchNorm keeps its published statistics: those of a micro-batch
@@ -134,31 +137,54 @@ class TransformersEncoder(Encoder):
         present = named.get(PRESENT["text"])
         return vectors if present is None else vectors.masked_fill(~present[:, None], 0.0)
 
-    def _vision(self, named: dict[str, Tensor]) -> Tensor:
-        """Return [b, D]: the mean over a row's pictures [b, f, 3, height, width]; zeros where it
-        has none.
+    def _media(
+        self, modality: str, media: Tensor, present: Tensor, lengths: Tensor | None
+    ) -> Tensor:
+        """Return [b, D]: the mean over a row's pictures [b, f, 3, height, width] or chunks of
+        sound [b, c, ...], of which bool [b, f or c] are there; zeros where there is none.
+
+        lengths: int64 [b, c], the samples of a chunk that are not padding.
         """
-        pixels, present = named["pixel_values"], named[PRESENT["vision"]]
-        rows, frames = pixels.shape[:2]
-        given = {"pixel_values": pixels.flatten(0, 1).to(self.compute_dtype or self.dtype)}
-        pooled = (
-            self._features("vision", given)
-            if hasattr(self.model, FEATURES["vision"])
-            else self._pooled(self.model(**given), None)
-        )
+        flat = media.flatten(0, 1).to(self.compute_dtype or self.dtype)
+        given = {self._input_name(modality): flat}
+        if modality == "audio":
+            given |= self._about_sound(flat, lengths)
+        if hasattr(self.model, FEATURES[modality]):
+            pooled = self._features(modality, given)
+        else:
+            pooled = self._pooled(self.model(**given), None, given.get("attention_mask"))
         vectors = (
-            self._read_out(pooled)
-            .unflatten(0, (rows, frames))
-            .masked_fill(~present[..., None], 0.0)
+            self._read_out(pooled).unflatten(0, present.shape).masked_fill(~present[..., None], 0.0)
         )
         return vectors.sum(1) / present.sum(1, keepdim=True).clamp(min=1)
+
+    def _input_name(self, modality: str) -> str:
+        """Return the name that the model's forward has for its pictures or recordings."""
+        if modality == "vision":
+            return "pixel_values"
+        own = str(getattr(self.model, "main_input_name", "input_features"))
+        return own if own.startswith("input_") and own != "input_ids" else "input_features"
+
+    def _about_sound(self, chunks: Tensor, lengths: Tensor | None) -> dict[str, Tensor]:
+        """Return what a model wants to know of chunks [b * c, ...] beside their features."""
+        config = self.model.config
+        fusion = getattr(getattr(config, "audio_config", config), "enable_fusion", False)
+        told: dict[str, Tensor] = {}
+        if fusion:  # no chunk is longer than what the model takes whole
+            told["is_longer"] = chunks.new_zeros(len(chunks), 1, dtype=torch.bool)
+        if lengths is not None:
+            places = torch.arange(chunks.size(1), device=chunks.device)
+            told["attention_mask"] = (places < lengths.flatten()[:, None]).long()
+        return told
 
     def _features(self, modality: str, given: dict[str, Tensor]) -> Tensor:
         found: Any = getattr(self.model, FEATURES[modality])(**given)
         return getattr(found, "pooler_output", found)  # type: ignore[no-any-return]
 
-    def _pooled(self, output: Any, mask: Tensor | None) -> Tensor:
-        """Return [b, h] of a model's output; mask [b, t] of its tokens, None: all are there."""
+    def _pooled(self, output: Any, mask: Tensor | None, samples: Tensor | None = None) -> Tensor:
+        """Return [b, h] of a model's output; mask [b, t] of its tokens, None: all are there, or
+        of raw sound those that its mask of samples leaves.
+        """
         if self.settings.pooling == "model":
             pooled: Tensor | None = getattr(output, "pooler_output", None)
             if pooled is None:
@@ -170,6 +196,9 @@ class TransformersEncoder(Encoder):
         hidden: Tensor = output.last_hidden_state
         if hidden.ndim == 4:  # a grid of features [b, h, down, across]
             hidden = hidden.flatten(2).transpose(1, 2)
+        if samples is not None:
+            reduce: Any = self.model._get_feature_vector_attention_mask
+            mask = reduce(hidden.size(1), samples)
         if mask is None:
             mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         return POOLINGS[self.settings.pooling](hidden.to(_wide(hidden)), mask)

@@ -1,11 +1,12 @@
 """Rows as a published model's tensors: texts through its tokenizer, pictures through its own
-processor.
+processor, recordings through its own feature extractor.
 
-Shape legend: b rows, t tokens, f pictures a row.
+Shape legend: b rows, t tokens, f pictures a row, c chunks of sound a row.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -19,12 +20,18 @@ from sailplan.data.config import MODALITIES
 from sailplan.data.processor import Processor, ViewRow
 from sailplan.data.record import NamedInputs
 from sailplan.model.encoders.transformers.config import TransformersConfig
-from sailplan.model.encoders.transformers.files import open_image_processor, open_tokenizer
+from sailplan.model.encoders.transformers.files import (
+    open_feature_extractor,
+    open_image_processor,
+    open_tokenizer,
+)
 from sailplan.model.encoders.transformers.prompts import PublishedTokenizer
+from sailplan.model.encoders.transformers.recordings import Recordings
 
 PRESENT = {
     modality: f"{modality}_present" for modality in MODALITIES
 }  # ours, beside the model's own tensors: what a row has
+RECORDINGS, LENGTHS = "audio_features", "audio_lengths"  # ours: models name them differently
 
 
 class NoTokens:
@@ -54,10 +61,11 @@ class TransformersProcessor(Processor):
         config: Config,
         *,
         pictures: TransformersConfig | None = None,
+        recordings: TransformersConfig | None = None,
     ) -> None:
-        """pictures: of another model, which sees them.
+        """pictures, recordings: of other models, which see and hear them.
 
-        Raises ConfigurationError where the model's tokenizer cannot be had.
+        Raises ConfigurationError where a model's files cannot be had.
         """
         self.settings, self.data = settings, config.data
         self.max_tokens, self.frames = config.data.max_tokens, config.data.frames
@@ -66,10 +74,18 @@ class TransformersProcessor(Processor):
             if "text" in settings.modalities
             else NoTokens()
         )
-        seeing = pictures or settings
+        seeing, hearing = pictures or settings, recordings or settings
         self._picture_processor = (
             open_image_processor(seeing) if "vision" in seeing.modalities else None
         )
+        self._recordings = (
+            Recordings(open_feature_extractor(hearing), config.data)
+            if "audio" in hearing.modalities
+            else None
+        )
+        self.chunks = config.data.audio_chunks
+        if self._recordings is not None:
+            self.audio_rate = self._recordings.rate
 
     def picture(self, pixels: Tensor) -> Tensor:
         """Return float32 [3, height, width], as the model's picture processor makes it."""
@@ -81,6 +97,13 @@ class TransformersProcessor(Processor):
             np.asarray(self._picture_processor(images=picture)["pixel_values"][0]),
             dtype=torch.float32,
         )
+
+    def sound(
+        self, item_id: str, content: bytes, source: random.Random | None, strength: float
+    ) -> Tensor:
+        """Return float32 [c, ...], as the model's feature extractor makes them."""
+        assert self._recordings is not None, "check_run allows no view of sound without it"
+        return self._recordings.features(item_id, content, source, self.decoded)
 
     def overhead(self, view: ViewConfig) -> int:
         return self.tokenizer.overhead(view.prompt) if "text" in view.modalities else 0
@@ -106,6 +129,8 @@ class TransformersProcessor(Processor):
                 named[PRESENT["text"]] = torch.tensor([bool(row.text) for row in rows])
         if "vision" in view.modalities:
             named |= self._stacked(rows)
+        if self._recordings is not None and "audio" in view.modalities:
+            named |= self._heard([row.audio for row in rows])
         return NamedInputs(tuple(view.modalities), named)
 
     def largest(self, modalities: Sequence[str], rows: int) -> NamedInputs:
@@ -119,6 +144,9 @@ class TransformersProcessor(Processor):
         if "vision" in modalities:
             named["pixel_values"] = torch.zeros(rows, self.frames, *self._picture_shape)
             named[PRESENT["vision"]] = torch.ones(rows, self.frames, dtype=torch.bool)
+        if self._recordings is not None and "audio" in modalities:
+            whole = torch.ones(self.chunks, *self._recordings.shape)
+            named |= self._heard([whole] * rows)
         return NamedInputs(tuple(modalities), named)
 
     @cached_property
@@ -140,6 +168,17 @@ class TransformersProcessor(Processor):
                 pixels[place, frame] = picture
             present[place, : len(row.images)] = True
         return {"pixel_values": pixels, PRESENT["vision"]: present}
+
+    def _heard(self, recordings: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """Features float32 [b, c, ...], which chunks are there, and where the extractor has a
+        mask of samples how many of a chunk's are not padding.
+        """
+        assert self._recordings is not None
+        features, present = self._recordings.stacked(recordings)
+        named = {RECORDINGS: features, PRESENT["audio"]: present}
+        if self._recordings.masked:
+            named[LENGTHS] = self._recordings.lengths(features)
+        return named
 
     def _texts(self, tokens: Sequence[list[int]]) -> dict[str, Tensor]:
         """input_ids and attention_mask int64 [b, t]; a row without a token has one, as attention

@@ -1,5 +1,5 @@
-"""`encoder: two_towers`: a published text model beside a published picture model, with a trained
-projection behind each.
+"""`encoder: two_towers`: published models of text, pictures or sound beside each other, two or all
+three, with a trained projection behind each.
 
 The towers were never trained together; what joins them is learned here. Frozen towers: a stage's
 `trainable` without them.

@@ -1,4 +1,4 @@
-"""Two published towers as a component: each opened, saved and exported as `encoder:
+"""Published towers as a component: each opened, saved and exported as `encoder:
 transformers` does it, in a folder of its own.
 """
 
@@ -17,25 +17,29 @@ from sailplan.model.component import EncoderComponent
 from sailplan.model.encoders.transformers.component import Transformers
 from sailplan.model.encoders.transformers.files import drawn_model, published_model
 from sailplan.model.encoders.transformers.processor import TransformersProcessor
-from sailplan.model.encoders.two_towers.config import TOWERS, TwoTowersConfig
+from sailplan.model.encoders.two_towers.config import TwoTowersConfig
 from sailplan.model.encoders.two_towers.module import TwoTowers
 from sailplan.model.protocol import Encoder
 from sailplan.runtime.process import Parallel
 
 
 class TwoTowersComponent(EncoderComponent):
-    """A text tower and a picture tower."""
+    """A tower for each of two or three modalities."""
 
     model: TwoTowersConfig
 
     def processor(self, config: Config) -> Processor:
+        towers = {name: self.model.tower(name) for name in self.model.towers}
+        first = towers.get("text") or towers["vision"]
         return TransformersProcessor(
-            self.model.tower("text"), config, pictures=self.model.tower("vision")
+            first, config, pictures=towers.get("vision"), recordings=towers.get("audio")
         )
 
     def module(self, dtype: torch.dtype) -> TwoTowers:
         return TwoTowers(
-            self.model, {name: drawn_model(self.model.tower(name)) for name in TOWERS}, dtype=dtype
+            self.model,
+            {name: drawn_model(self.model.tower(name)) for name in self.model.towers},
+            dtype=dtype,
         )
 
     def build(self, parallel_config: ParallelConfig, parallel: Parallel, seed: int) -> Encoder:
@@ -44,7 +48,7 @@ class TwoTowersComponent(EncoderComponent):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            towers = {name: self.model.tower(name) for name in TOWERS}
+            towers = {name: self.model.tower(name) for name in self.model.towers}
             models = {
                 name: (published_model if tower.weights == "published" else drawn_model)(tower)
                 for name, tower in towers.items()
@@ -58,7 +62,7 @@ class TwoTowersComponent(EncoderComponent):
     def exported(self, weights: dict[str, Tensor]) -> tuple[TwoTowersConfig, dict[str, Tensor]]:
         towers: dict[str, Any] = {}
         found: dict[str, Tensor] = {}
-        for name in TOWERS:
+        for name in self.model.towers:
             begins = f"towers.{name}."
             own = {
                 key.removeprefix(begins): value
@@ -70,11 +74,14 @@ class TwoTowersComponent(EncoderComponent):
         return replace(self.model, **towers), found
 
     def write_files(self, config: Config, weights: dict[str, Tensor], out: Path) -> None:
-        for name in TOWERS:
+        for name in self.model.towers:
             Transformers(self.model.tower(name)).write_files(config, {}, out / name)
 
     def placed(self, folder: Path) -> Any:
         return replace(
             self.model,
-            **{name: Transformers(self.model.tower(name)).placed(folder / name) for name in TOWERS},
+            **{
+                name: Transformers(self.model.tower(name)).placed(folder / name)
+                for name in self.model.towers
+            },
         )

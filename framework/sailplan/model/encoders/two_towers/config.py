@@ -1,37 +1,52 @@
-"""Settings of two published towers: each as `encoder: transformers` has them, and the size that
-both are projected to.
+"""Settings of published towers: each as `encoder: transformers` has them, and the size that all are
+projected to.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from sailplan.config.encoders import encoder
-from sailplan.data.config import Modality
+from sailplan.data.config import MODALITIES, Modality
+from sailplan.errors import ConfigurationError
 from sailplan.model.config import EncoderConfig
 from sailplan.model.encoders.transformers.config import TransformersConfig, check_views
-
-TOWERS: tuple[Modality, ...] = ("text", "vision")
 
 
 @encoder("two_towers")
 @dataclass
 class TwoTowersConfig(EncoderConfig):
-    """A text tower and a picture tower; `embedding`, `prefixes`, `projection` and `modalities`
-    of theirs are set from here.
+    """At least two towers; `embedding`, `prefixes`, `projection` and `modalities` of theirs are
+    set from here.
     """
 
     encoder: str = "two_towers"
-    text: TransformersConfig = field(default_factory=TransformersConfig)
-    vision: TransformersConfig = field(default_factory=TransformersConfig)
+    text: TransformersConfig | None = None
+    vision: TransformersConfig | None = None
+    audio: TransformersConfig | None = None
 
     component_path: ClassVar[str] = (
         "sailplan.model.encoders.two_towers.component.TwoTowersComponent"
     )
 
+    @property
+    def towers(self) -> tuple[Modality, ...]:
+        """Return the modalities that have a tower, in the order of MODALITIES."""
+        every: tuple[Modality, ...] = ("text", "vision", "audio")
+        return tuple(name for name in every if getattr(self, name) is not None)
+
+    def validate(self, path: str) -> None:
+        super().validate(path)
+        if len(self.towers) < 2:
+            raise ConfigurationError(
+                f"{path} has {' and '.join(self.towers) or 'no tower'}: expected two or more of "
+                f"{', '.join(MODALITIES)}; name {path}.text.source and another, or use "
+                "encoder=transformers"
+            )
+
     def tower(self, modality: Modality) -> TransformersConfig:
-        """Return the settings of one tower: text or vision."""
+        """Return the settings of one tower: text, vision or audio."""
         own: TransformersConfig = getattr(self, modality)
         shared: dict[str, Any] = {
             "embedding": self.embedding,
@@ -41,13 +56,13 @@ class TwoTowersConfig(EncoderConfig):
         return replace(own, modalities=[modality], **shared)
 
     def part_names(self) -> tuple[str, ...]:
-        lora = any(self.tower(modality).lora.rank for modality in TOWERS)
+        lora = any(self.tower(modality).lora.rank for modality in self.towers)
         return (
-            *TOWERS,
-            *(f"{modality}_projection" for modality in TOWERS),
+            *self.towers,
+            *(f"{modality}_projection" for modality in self.towers),
             *(["lora"] if lora else []),
         )
 
     def check_run(self, config: Any) -> None:
         super().check_run(config)
-        check_views(config, self.encoder, TOWERS)
+        check_views(config, self.encoder, self.towers)

@@ -1,4 +1,4 @@
-"""Two published towers as one encoder: a view of both modalities gets the mean of their unit
+"""Published towers as one encoder: a view of several modalities gets the mean of their unit
 vectors.
 
 Shape legend: b rows, D the vector's size.
@@ -16,7 +16,7 @@ from torch.utils import _pytree
 from sailplan.data.config import Modality
 from sailplan.data.record import NamedInputs
 from sailplan.model.encoders.transformers.module import LORA, TransformersEncoder, mean_of_units
-from sailplan.model.encoders.two_towers.config import TOWERS, TwoTowersConfig
+from sailplan.model.encoders.two_towers.config import TwoTowersConfig
 from sailplan.model.protocol import Embeddings, Encoder, reach_backward
 
 
@@ -34,11 +34,12 @@ class TwoTowers(Encoder):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.settings, self.modalities, self.dimension = settings, TOWERS, settings.embedding
+        self.settings, self.dimension = settings, settings.embedding
+        self.modalities = settings.towers
         self.towers = nn.ModuleDict(
             {
                 name: TransformersEncoder(settings.tower(name), models[name], dtype=dtype)
-                for name in TOWERS
+                for name in settings.towers
             }
         )
 
