@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ PACKAGES = {
     "objective": "objectives.{name}",
     "logger": "loggers.{name}",
     "artifact": "artifacts.{name}",
+    "callback": "callbacks.{name}",
     "experiment": "_global_",
 }
 _NOT_IDENTITY = (
@@ -64,10 +65,11 @@ _NODES_OWN = (("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("para
 @dataclass
 class _Schema(schema_of(Config)):  # type: ignore[misc]
     """What Hydra composes: an encoder's settings are checked when it is known which encoder it
-    is.
+    is, and a list of callbacks replaces the built-in one.
     """
 
     model: Any = None
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)  # those of the group alone
 
 
 ConfigStore.instance().store(name="schema", node=_Schema)

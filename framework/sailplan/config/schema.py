@@ -42,6 +42,7 @@ from sailplan.model.config import (
 from sailplan.observe.config import TrackingConfig
 from sailplan.runtime.config import ParallelConfig
 from sailplan.step.config import OptimizerConfig, StageOptimizerConfig, StepConfig
+from sailplan.train.config import built_in_callbacks
 
 __all__ = [
     "ARTIFACT",
@@ -119,6 +120,9 @@ class Config:
     loggers: dict[str, dict[str, Any]] = field(
         default_factory=dict
     )  # name -> {_target_: class, options}
+    callbacks: dict[str, dict[str, Any]] = field(
+        default_factory=built_in_callbacks
+    )  # name -> {_target_: class, options}, called in this order
     tracking: TrackingConfig = field(
         default_factory=TrackingConfig
     )  # of version 0.1.0; carried over to loggers

@@ -2,8 +2,8 @@
 
 On ranks other than 0 the list of loggers is empty, so the training loop calls the same methods
 everywhere and never asks for its rank. The run folder's own files are always written, as resuming
-and the report rest on them; the other loggers are the configuration's, and one that fails is left
-out from then on: training goes on.
+and the report rest on them (a subclass of `RunFiles` may take their place); the other loggers are
+the configuration's, and one that fails is left out from then on: training goes on.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if key != "_target_"}
 
 
+def _made(cls: type[Logger], run: RunInfo, options: Mapping[str, Any]) -> Logger:
+    return cls(run, **_options(options))
+
+
 class MetricWriter:
     """Fan metrics out to the run folder and the configuration's loggers; do nothing on ranks
     other than 0.
@@ -71,15 +75,24 @@ class MetricWriter:
     ) -> None:
         self.stage: StageInfo | None = None
         self.finished = False
-        self.files: RunFiles | None = None
+        self.files: Logger | None = None
         self.loggers: dict[str, Logger] = {}
         classes = logger_classes(loggers, allowed_targets)
         if rank != 0:
             return
-        self.files = RunFiles(run)
+        files = {name for name, cls in classes.items() if issubclass(cls, RunFiles)}
+        if len(files) > 1:
+            raise ConfigurationError(
+                f"loggers: found {', '.join(sorted(files))}, expected one that writes the run "
+                "folder's own files; leave one out"
+            )
+        own = next(iter(files), None)
+        self.files = RunFiles(run) if own is None else _made(classes[own], run, loggers[own])
         for name, cls in classes.items():
+            if name == own:
+                continue
             try:
-                self.loggers[name] = cls(run, **_options(loggers[name]))
+                self.loggers[name] = _made(cls, run, loggers[name])
             except ConfigurationError:
                 raise
             except Exception as error:  # a tracking service may fail in any way
