@@ -9,9 +9,10 @@ sees a DictConfig.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from sailplan.checkpoint.config import CheckpointConfig
+from sailplan.config.fields import When
 from sailplan.curriculum.config import (
     BalanceConfig,
     HardNegativeConfig,
@@ -89,9 +90,9 @@ class Config:
         None
     )
     # What is taken from there.
-    initialise_parts: list[Literal["encoder", "objectives", "temperatures"]] = field(
-        default_factory=lambda: ["encoder"]
-    )  # type: ignore[arg-type]
+    initialise_parts: Annotated[
+        list[Literal["encoder", "objectives", "temperatures"]], When("initialise_from")
+    ] = field(default_factory=lambda: ["encoder"])  # type: ignore[arg-type]
     global_batch: int = 256  # rows of a step over all data-parallel ranks
     order: list[str] = field(
         default_factory=list

@@ -72,6 +72,13 @@ def check_objectives(
                     f"{key}: {type(objective).__name__} learns from the artifact "
                     f"{objective.artifact}: list it in stages.{stage_name}.artifacts"
                 )
+        if stage.hard_negatives is not None and not any(
+            objective.uses_hard_negatives for objective in used
+        ):
+            raise ConfigurationError(
+                f"stages.{stage_name}.hard_negatives: has no effect, as {', '.join(stage.objectives)} "
+                "takes no mined negatives; leave it out, or add infonce"
+            )
         for dataset in stage.data:
             if not any(objective.applies(datasets[dataset]) for objective in used):
                 kind = datasets[dataset].kind
@@ -79,6 +86,12 @@ def check_objectives(
                     f"{key}: none of {', '.join(stage.objectives)} applies to '{dataset}' "
                     f"({kind}), expected one that does; add it"
                 )
+
+    for name, module in objectives.items():
+        one: Any = module
+        users = [stage for stage in stages.values() if stage.objectives.get(name)]
+        if users:
+            one.check_use(f"objectives.{name}", users, datasets)
 
 
 def objective_class(name: str, target: Any, allowed: Sequence[str]) -> type[Objective]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sailplan.config.components import validate
+from sailplan.config.components import check_effects, validate
 from sailplan.config.schema import Config, StageConfig
 from sailplan.config.targets import check_options, class_at
 from sailplan.curriculum.stages import StageState
@@ -245,4 +245,5 @@ def _build(key: str, options: Mapping[str, Any], allowed: Sequence[str]) -> Call
         raise ConfigurationError(f"{key}.{error}") from error
     if is_dataclass(made):
         validate(made, key)
+        check_effects(made, key)
     return made

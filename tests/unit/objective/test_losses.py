@@ -378,7 +378,11 @@ def test_seq2item_takes_the_records_negatives_of_all_rows() -> None:
 @pytest.mark.parametrize("form", ["cosine", "mse", "relational"])
 def test_id2item_forms(form: str) -> None:
     objective = ID2Item(
-        embedding=D, datasets=DATASETS, teachers={"svd": 4}, form=form, similarity_temperature=0.5
+        embedding=D,
+        datasets=DATASETS,
+        teachers={"svd": 4},
+        form=form,
+        **({"similarity_temperature": 0.5} if form == "relational" else {}),
     ).double()
     views = {"image": view(1), "name": view(2), "item": view(3)}
     views["item"].valid[1] = False
