@@ -107,7 +107,7 @@ class ID2Item(Objective):
         """
         losses, metrics = [], {}
         for key in sorted(encoded.teachers):
-            view_name, teacher = key.rsplit("/", 1)
+            view_name, teacher = key
             if teacher not in self.projections:
                 continue
             view = encoded.views[view_name]
@@ -134,7 +134,7 @@ class ID2Item(Objective):
             metrics[f"{key}/rows"] = rows.to(values.dtype)
             metrics[f"{key}/cosine"] = torch.where(known, cosines.detach(), 0.0).sum() * share
         if encoded.teachers and not losses:
-            names = ", ".join(sorted(encoded.teachers))
+            names = ", ".join(map(str, sorted(encoded.teachers)))
             raise ConfigurationError(
                 f"objectives.id2item.teachers: found {', '.join(self.sizes)}, expected some of the "
                 f"batch's {names}"

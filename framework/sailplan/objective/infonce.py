@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sailplan.config.schema import DatasetConfig, PatternKey, StageConfig
+from sailplan.data.record import HardNegatives
 from sailplan.errors import ConfigurationError
 from sailplan.objective.patterns import (
     Pattern,
@@ -170,7 +171,7 @@ class InfoNCE(Objective):
         if valid is not None and self.mask_same_ids:
             # The kernel's masks know ids of keys only; a mined negative may be the positive under
             # another record, and in item-to-item patterns the query's own item.
-            ids = encoded.views[f"negatives/{pattern.name}"].known_ids.view_as(valid)
+            ids = encoded.views[HardNegatives(pattern.name)].known_ids.view_as(valid)
             valid = (
                 valid
                 & (ids != pattern.target.known_ids[:, None])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sailplan.config.schema import DatasetConfig, PatternKey, StageConfig
+from sailplan.data.record import TeacherKey, ViewKey
 from sailplan.objective.operands import HALF, Rounded
 from sailplan.objective.temperature import Temperatures
 
@@ -55,10 +56,10 @@ class EncodedStep:
     """One data set's part of a step, encoded."""
 
     dataset: str
-    views: dict[str, EncodedView]
+    views: dict[ViewKey, EncodedView]
     patterns: dict[str, float]  # pattern name -> weight
     scores: Tensor | None = None
-    teachers: dict[str, Tensor] = field(default_factory=dict)
+    teachers: dict[TeacherKey, Tensor] = field(default_factory=dict)
     target_log_probability: Tensor | None = None  # [r], see data.record.StepBatch
     host_scores: Tensor | None = None  # `scores` on the CPU
     rank_rows: tuple[int, ...] | None = (

@@ -21,7 +21,7 @@ def built_in_callbacks() -> dict[str, dict[str, Any]]:
             ("quarantine", "Quarantine"),
             ("checkpoint", "Checkpoint"),
             ("evaluation", "Evaluation"),
-            ("hard_negatives", "HardNegatives"),
+            ("hard_negatives", "MiningRefresh"),
             ("empty_patterns", "EmptyPatterns"),
         )
     }

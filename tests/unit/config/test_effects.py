@@ -13,6 +13,7 @@ from sailplan.errors import ConfigurationError
 
 FROZEN = [f"+stages.{name}.trainable=[tower]" for name in ("diverse", "nearest", "hard")]
 FROZEN += [f"+stages.{name}.trainable=[tower]" for name in ("seq2item", "id2item")]
+ALONE = " ".join(f"~stages.seq2item.data.{name}" for name in ("emoji", "icon_choices", "prompts"))
 REFUSED = {
     "parallel.replicas=4": "has no effect with parallel.sharding=auto",
     "data.prefetch=4": "has no effect with data.workers=0",
@@ -28,7 +29,7 @@ REFUSED = {
     "data.sets.prompts.image_augmentation=0.3": "no view shows a picture",
     "data.sets.prompts.views.speech.pick=one": "in a view that shows no text",
     "data.sets.prompts.views.transcript.frames=spread": "in a view that shows no vision",
-    "~stages.seq2item.data.emoji ~stages.seq2item.data.icon_choices ~stages.seq2item.data.prompts stages.seq2item.mixed_fraction=0.5": "has no effect on the one data set",
+    f"{ALONE} stages.seq2item.mixed_fraction=0.5": "has no effect on the one data set",
     "+stages.id2item.subset={sets:[emoji]}": "keeps every record: expected nearest or drop_noisy",
     "stages.hard.patterns={emoji:[keyword_to_image]}": "image_to_name is not trained",
     "evaluation.tasks.emoji_subgroups.target=name": "has no effect with evaluation.tasks.emoji_subgroups.kind=clustering",

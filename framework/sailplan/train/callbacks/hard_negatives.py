@@ -7,7 +7,7 @@ from sailplan.runtime.watch import phase
 from sailplan.train.callback import Callback, Run, StageRun
 
 
-class HardNegatives(Callback):
+class MiningRefresh(Callback):
     """Refresh a stage's mined negatives as `stages.NAME.hard_negatives.refresh_steps` says.
 
     The loader reads ahead, so it ends at a refresh and is opened anew with the new negatives.
