@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
+
+Options = dict[str, Any]  # a class's `_target_` and the arguments of its constructor: any it takes
+JsonObject = dict[str, Any]  # an object of a JSON file, or of one that will be written
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.005, 1.0
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from sailplan.checkpoint.config import CheckpointConfig
-from sailplan.config.fields import When
+from sailplan.config.fields import Options, When
 from sailplan.curriculum.config import (
     BalanceConfig,
     HardNegativeConfig,
@@ -105,10 +105,10 @@ class Config:
     model: Any = field(
         default_factory=ModelConfig
     )  # an EncoderConfig: the settings of the encoder that it names
-    objectives: dict[str, dict[str, Any]] = field(
+    objectives: dict[str, Options] = field(
         default_factory=dict
     )  # name -> {_target_: class, options}
-    artifacts: dict[str, dict[str, Any]] = field(
+    artifacts: dict[str, Options] = field(
         default_factory=built_in_artifacts
     )  # what stages can make at their start: as objectives
     allowed_targets: list[str] = field(
@@ -118,10 +118,8 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    loggers: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # name -> {_target_: class, options}
-    callbacks: dict[str, dict[str, Any]] = field(
+    loggers: dict[str, Options] = field(default_factory=dict)  # name -> {_target_: class, options}
+    callbacks: dict[str, Options] = field(
         default_factory=built_in_callbacks
     )  # name -> {_target_: class, options}, called in this order
     tracking: TrackingConfig = field(

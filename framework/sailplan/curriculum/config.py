@@ -5,12 +5,13 @@ at its start.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from sailplan.config.components import INHERITS
 from sailplan.config.fields import (
     Count,
     NotNegative,
+    Options,
     Positive,
     Share,
     ShareAboveZero,
@@ -23,7 +24,7 @@ from sailplan.step.config import StageOptimizerConfig
 ROOM = "sailplan.curriculum.artifacts"
 
 
-def built_in_artifacts() -> dict[str, dict[str, Any]]:
+def built_in_artifacts() -> dict[str, Options]:
     """Return the artifacts that every run can make: name -> {_target_: class}."""
     return {
         name: {"_target_": f"{ROOM}.{cls}"}

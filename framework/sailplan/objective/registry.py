@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sailplan.config.fields import Options
 from sailplan.config.schema import DatasetConfig, StageConfig
 from sailplan.config.targets import check_options, class_at
 from sailplan.errors import ConfigurationError
@@ -20,7 +21,7 @@ from sailplan.runtime.seeds import derive
 
 
 def build_objectives(
-    objectives: Mapping[str, Mapping[str, Any]],
+    objectives: Mapping[str, Options],
     embedding: int,
     datasets: Mapping[str, DatasetConfig],
     *,
@@ -94,7 +95,7 @@ def check_objectives(
             one.check_use(f"objectives.{name}", users, datasets)
 
 
-def objective_class(name: str, target: Any, allowed: Sequence[str]) -> type[Objective]:
+def objective_class(name: str, target: object, allowed: Sequence[str]) -> type[Objective]:
     """The class that `objectives.NAME._target_` names.
 
     Raises ConfigurationError where it is none, or not allowed.

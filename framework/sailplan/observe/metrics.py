@@ -12,8 +12,8 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
+from sailplan.config.fields import Options
 from sailplan.config.targets import check_options, class_at
 from sailplan.errors import ConfigurationError
 from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
@@ -23,7 +23,7 @@ __all__ = ["MetricWriter", "RunInfo", "StageInfo"]
 
 
 def logger_classes(
-    loggers: Mapping[str, Mapping[str, Any]], allowed: Sequence[str]
+    loggers: Mapping[str, Options], allowed: Sequence[str]
 ) -> dict[str, type[Logger]]:
     """Return the class of each logger of the configuration.
 
@@ -49,11 +49,11 @@ def logger_classes(
     return found
 
 
-def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+def _options(given: Options) -> Options:
     return {key: value for key, value in given.items() if key != "_target_"}
 
 
-def _made(cls: type[Logger], run: RunInfo, options: Mapping[str, Any]) -> Logger:
+def _made(cls: type[Logger], run: RunInfo, options: Options) -> Logger:
     return cls(run, **_options(options))
 
 
@@ -68,7 +68,7 @@ class MetricWriter:
     def __init__(
         self,
         run: RunInfo,
-        loggers: Mapping[str, Mapping[str, Any]],
+        loggers: Mapping[str, Options],
         rank: int,
         *,
         allowed_targets: Sequence[str] = ("sailplan.",),

@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from sailplan.checkpoint.store import latest, load_model_only
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config
 from sailplan.curriculum.stages import check_stage
 from sailplan.data.datasets import check_prompts, check_records, open_datasets
@@ -114,7 +114,7 @@ def newest_checkpoint(folder: RunFolder) -> Path:
 
 def load_whole(
     config: Config, parallel: Parallel, checkpoint: Path
-) -> tuple[ModelBundle, dict[str, Any]]:
+) -> tuple[ModelBundle, JsonObject]:
     """The run's parts with a checkpoint's weights, and what the trainer noted in it (step,
     stage, ...).
     """

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any
 
 import torch
 
 from sailplan.config.components import check_effects, validate
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config, StageConfig
 from sailplan.config.targets import check_options, class_at
 from sailplan.curriculum.stages import StageState
@@ -199,11 +199,11 @@ class Callback:
         run stops.
         """
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """Return what a resumed run must know of this callback; JSON values, rank 0's are saved."""
         return {}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: JsonObject) -> None:
         """Take what `state` returned when the checkpoint was made."""
 
 
@@ -229,7 +229,7 @@ def build_callbacks(config: Config) -> dict[str, Callback]:
     return made
 
 
-def _build(key: str, options: Mapping[str, Any], allowed: Sequence[str]) -> Callback:
+def _build(key: str, options: JsonObject, allowed: Sequence[str]) -> Callback:
     given = dict(options)
     target = given.pop("_target_", None)
     if not isinstance(target, str) or not target:

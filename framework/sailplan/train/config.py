@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from sailplan.config.fields import Options
 
 ROOM = "sailplan.train.callbacks"
 
 
-def built_in_callbacks() -> dict[str, dict[str, Any]]:
+def built_in_callbacks() -> dict[str, Options]:
     """Return the callbacks of a configuration that names none, in the order of their calls: name
     -> {_target_: class}.
 

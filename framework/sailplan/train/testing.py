@@ -12,9 +12,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
+
+from sailplan.config.fields import JsonObject
 
 # The five stages of the quick start, a few small steps each.
 SMALL = [
@@ -132,7 +133,7 @@ def _kill_all(process: subprocess.Popen[str]) -> None:
         one.kill()
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
+def metrics(folder: Path) -> list[JsonObject]:
     """The complete lines of a run's metrics.jsonl; [] before the first."""
     path = folder / "metrics.jsonl"
     if not path.is_file():

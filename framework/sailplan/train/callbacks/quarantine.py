@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch.distributed as dist
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.record import StepBatch
 from sailplan.errors import BadDataError
 from sailplan.train.callback import Callback, Run, StageRun, StepDone
@@ -36,7 +36,7 @@ class Quarantine(Callback):
             return
         samples = [sample for batch in done.batches for sample in batch.quarantined]
         samples += [(name, "loss or gradient not finite") for name in done.result.suspects]
-        everyone: list[list[dict[str, Any]]] = [[] for _ in range(run.parallel.world_size)]
+        everyone: list[list[JsonObject]] = [[] for _ in range(run.parallel.world_size)]
         first_of_peers = run.parallel.tensor_parallel_rank == 0
         local = _records(run.step, done.stage, samples) if first_of_peers else []
         dist.all_gather_object(everyone, local)
@@ -44,9 +44,7 @@ class Quarantine(Callback):
             run.folder.add_quarantined([record for records in everyone for record in records])
 
 
-def _records(
-    step: int, stage: StageRun, samples: Sequence[tuple[str, str]]
-) -> list[dict[str, Any]]:
+def _records(step: int, stage: StageRun, samples: Sequence[tuple[str, str]]) -> list[JsonObject]:
     return [
         {"step": step, "stage": stage.span.name, "id": name, "reason": reason}
         for name, reason in samples
