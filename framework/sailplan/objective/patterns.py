@@ -211,7 +211,7 @@ def negatives_of(encoded: EncodedStep, pattern: Pattern, context: ObjectiveConte
 
 
 def check_margins(name: str, margin_absolute: float | None, margin_relative: float | None) -> None:
-    """Raises ConfigurationError for margins that would drop every negative or none."""
+    """Raise ConfigurationError for margins that would drop every negative or none."""
     if margin_absolute is not None and not 0 <= margin_absolute < 2:
         raise ConfigurationError(
             f"objectives.{name}.margin_absolute={margin_absolute}: expected 0 to 2 (a difference "
@@ -225,6 +225,6 @@ def check_margins(name: str, margin_absolute: float | None, margin_relative: flo
 
 
 def check_positive(key: str, value: float) -> None:
-    """Raises ConfigurationError where a number that must be above 0 is not."""
+    """Raise ConfigurationError where a number that must be above 0 is not."""
     if not value > 0:
         raise ConfigurationError(f"objectives.{key}={value}: expected a number above 0")

@@ -55,7 +55,7 @@ def check_objectives(
     stages: Mapping[str, StageConfig],
     datasets: Mapping[str, DatasetConfig],
 ) -> None:
-    """Raises ConfigurationError where a stage names an objective that was not built, or draws a
+    """Raise ConfigurationError where a stage names an objective that was not built, or draws a
     data set that none of its objectives has a meaning for: said before the first step, not in the
     stage's first step with
     that set."""

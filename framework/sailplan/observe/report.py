@@ -413,7 +413,7 @@ def render(data: RunData) -> str:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Writes `report.html` into the run folder and returns its path.
+    """Write `report.html` into the run folder and returns its path.
 
     Raises ConfigurationError when the folder does not exist or a file in it is broken.
     """

@@ -206,7 +206,7 @@ class RunData:
 
 
 def read_run(folder: Path) -> RunData:
-    """Reads runs/NAME.
+    """Read runs/NAME.
 
     Raises ConfigurationError when the folder does not exist or a file in it is broken.
     """

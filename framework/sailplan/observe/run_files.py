@@ -45,7 +45,7 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON to `path` atomically (temporary file in the same folder, then
+    """Write `value` as JSON to `path` atomically (temporary file in the same folder, then
     rename).
     """
     write_whole(path, json.dumps(finite(value), ensure_ascii=False, indent=1, allow_nan=False))
@@ -79,7 +79,7 @@ def read_lines(path: Path) -> Iterator[JsonObject]:
 
 
 def drop_after(path: Path, step: int) -> int:
-    """Rewrites a metrics file without the lines of steps after `step` (and without a broken last
+    """Rewrite a metrics file without the lines of steps after `step` (and without a broken last
     line); returns lines kept.
     """
     kept = 0

@@ -168,7 +168,7 @@ class GradientCache:
         return len(ordered)
 
     def _backward(self, micro_batch: MicroBatch, uploads: Iterator[EncoderInputs]) -> None:
-        """Goes through the kept graph, or encodes again with a graph; the graph is gone when
+        """Go through the kept graph, or encodes again with a graph; the graph is gone when
         this returns.
         """
         outputs, micro_batch.outputs = micro_batch.outputs, None

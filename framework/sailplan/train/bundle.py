@@ -42,7 +42,7 @@ class ModelBundle:
 
 
 def build_bundle(config: Config, parallel: Parallel) -> ModelBundle:
-    """Builds everything from `config.seed`; equal on all ranks and layouts."""
+    """Build everything from `config.seed`; equal on all ranks and layouts."""
     encoder = build_encoder(config.model, config.parallel, parallel, config.seed)
     objectives = build_objectives(
         config.objectives,
@@ -88,7 +88,7 @@ def open_agreed(
 
 
 def check_data(config: Config, readers: Mapping[str, RecordReader]) -> None:
-    """Raises ConfigurationError for what a stage or an evaluation of the run would miss in the
+    """Raise ConfigurationError for what a stage or an evaluation of the run would miss in the
     open data sets, before the first step.
     """
     check_optimizer(config)
@@ -118,6 +118,6 @@ def load_whole(
     """The run's parts with a checkpoint's weights, and what the trainer noted in it (step,
     stage, ...).
     """
-    whole = build_bundle(config, parallel)
-    extra = load_model_only(checkpoint, model=whole.module, parallel=parallel)
-    return whole, extra
+    bundle = build_bundle(config, parallel)
+    extra = load_model_only(checkpoint, model=bundle.module, parallel=parallel)
+    return bundle, extra

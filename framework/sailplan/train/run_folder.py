@@ -77,7 +77,7 @@ class RunFolder:
 
 
 def check_identity(saved: JsonObject, config: Config, where: Path) -> None:
-    """Raises ConfigurationError with the differing keys if a checkpoint was made by another
+    """Raise ConfigurationError with the differing keys if a checkpoint was made by another
     training job.
     """
     lines = identity_difference(saved, identity(config))

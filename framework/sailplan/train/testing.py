@@ -78,7 +78,7 @@ def environment() -> dict[str, str]:
 def run(
     *arguments: str, ranks: int = 1, timeout: float = 600, folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs to the end, in `folder` or here; never raises on a non-zero exit code."""
+    """Run to the end, in `folder` or here; never raises on a non-zero exit code."""
     return subprocess.run(
         command(*arguments, ranks=ranks),
         capture_output=True,
@@ -96,7 +96,7 @@ def run_until(
     ranks: int,
     timeout: float = 600,
 ) -> int:
-    """Starts the command, sends a signal when `condition` holds (SIGKILL: to every process, else
+    """Start the command, sends a signal when `condition` holds (SIGKILL: to every process, else
     to the launcher); the exit code.
     """
     process = subprocess.Popen(
