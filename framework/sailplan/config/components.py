@@ -3,8 +3,9 @@ values, and its rules.
 
 A component's configuration is a dataclass beside the component. Its annotations say what a setting
 may hold (`Literal`, the ranges of `config.fields`), and a method `validate(path)`, where it has
-one, says which settings do not fit together; `When` and a method `check_effects(path)` say where
-a setting has none. Whatever builds a configuration validates it, so that no command can accept what another refuses.
+one, says which settings do not fit together. Whatever builds a configuration validates it, so that
+no command can accept what another refuses. `When` and a method `check_effects(path)` say where a
+setting would have no effect.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class EvaluationTask:
     # Nmi of a retrieval: clusters of queries and targets together, at most one for four pairs
     clusters: Size = 64
     # The records' key of a ranking to agree with (kendall, overlap): ids of candidates, best first
-    reference: Annotated[str | None, When("kind", RANKING)] = None
+    reference: str | None = None
     # The record's key that holds the label, e.g. subgroup
     label: Annotated[str | None, When("kind", ("clustering",))] = None
 
@@ -42,6 +42,11 @@ class EvaluationTask:
         """Raise ConfigurationError for a clustering or a ranking that has nothing to compare
         with.
         """
+        if self.reference is not None and self.kind not in RANKING:
+            raise ConfigurationError(
+                f"{path}.reference={self.reference}: kind {self.kind} ranks no candidates for it; "
+                "expected kind: retrieval"
+            )
         if self.reference is not None and not {"kendall", "overlap"} & set(self.metrics):
             raise ConfigurationError(
                 f"{path}.reference={self.reference} beside metrics {', '.join(self.metrics)}: add "
