@@ -1,7 +1,7 @@
 """sailplan: distributed training of omni-modal contrastive embedding models.
 
 From Python: `load` a trained or published model and `encode` with it; `compose` a configuration and
-train it with `Trainer`; write a loss below `Objective`. Nothing heavy is imported before it is
+train it with `Trainer`; write a loss below `Objective`, or what is done around the loop below `Callback`. Nothing heavy is imported before it is
 used.
 """
 
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from sailplan.objective.micl import MICL
     from sailplan.objective.protocol import Objective
     from sailplan.objective.seq2item import Seq2Item
+    from sailplan.train.callback import Callback
     from sailplan.train.python import Trainer
 
 _HOMES = {
+    "Callback": "sailplan.train.callback",
     "CoSENT": "sailplan.objective.cosent",
     "ID2Item": "sailplan.objective.id2item",
     "InfoNCE": "sailplan.objective.infonce",
@@ -42,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "MICL",
+    "Callback",
     "CoSENT",
     "ID2Item",
     "InfoNCE",

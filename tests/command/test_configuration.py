@@ -12,7 +12,7 @@ import yaml
 from sailplan.cli import completion
 from sailplan.cli.sweep import expand
 from sailplan.cli.testing import command
-from sailplan.config.compose import compose
+from sailplan.config.compose import TYPED_GROUPS, compose
 from sailplan.errors import ConfigurationError
 
 OWN = "# @package objectives.mine\n# A loss of this project. It does this.\n_target_: mine.Loss\n"
@@ -145,3 +145,15 @@ def test_a_sweep_inside_a_launch_of_several_ranks_is_refused(
 def test_an_unreadable_override_of_one_run_names_the_way_to_a_sweep() -> None:
     with pytest.raises(ConfigurationError, match="--multirun"):
         compose(["seed=0,1"])
+
+
+@pytest.mark.parametrize("group", sorted(TYPED_GROUPS))
+def test_a_file_of_a_typed_group_may_begin_with_its_schema(project: Path, group: str) -> None:
+    folder = project / "conf" / group
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("# Ours.\ndefaults: [schema, _self_]\n")
+    found = getattr(compose([f"{group}=mine"]), group)
+    assert found == TYPED_GROUPS[group]()
+    (folder / "mine.yaml").write_text("# Ours.\ndefaults: [schema, _self_]\nstepz: 3\n")
+    with pytest.raises(ConfigurationError, match=rf"{group}/mine\.yaml: .*stepz"):
+        compose([f"{group}=mine"])

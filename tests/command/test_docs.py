@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sailplan.cli.main import COMMANDS, main
+from sailplan.cli.arguments import COMMANDS
+from sailplan.cli.main import main
 from sailplan.config.compose import compose
 from sailplan.config.rules import check
 from sailplan.objective.registry import build_objectives, check_objectives

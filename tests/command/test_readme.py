@@ -34,7 +34,7 @@ def test_links_and_make_targets_exist() -> None:
 
 
 def test_every_command_of_the_readme_is_a_command() -> None:
-    from sailplan.cli.main import COMMANDS
+    from sailplan.cli.arguments import COMMANDS
 
     text = (ROOT / "README.md").read_text()
     for name in re.findall(r"sailplan (\w+)", text):

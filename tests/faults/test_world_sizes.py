@@ -50,14 +50,16 @@ def trained(
 
     def work(rank: int) -> None:
         if stop_after is not None:
-            former = Trainer._wishes
+            former = Trainer._flags
 
-            def wishes(self: Trainer, *arguments: object) -> list[bool]:
-                if self.step + 1 == stop_after:  # before this step's message, which carries it
+            def flags(self: Trainer, *arguments: object) -> list[bool]:
+                if (
+                    self.state.step + 1 == stop_after
+                ):  # before this step's message, which carries it
                     os.kill(os.getpid(), signal.SIGTERM)
                 return former(self, *arguments)  # type: ignore[arg-type]
 
-            Trainer._wishes = wishes  # type: ignore[method-assign]
+            Trainer._flags = flags  # type: ignore[method-assign]
         train(config)
 
     ended = launch(work, ranks, timeout=240)
@@ -119,7 +121,7 @@ def test_a_rank_of_1024_forms_few_groups(tensor: int, monkeypatch: pytest.Monkey
 
 def test_sockets_of_a_rank_grow_by_three_a_rank_at_most(pack: Path, tmp_path: Path) -> None:
     def sockets(rank: int) -> None:
-        def count(self: Trainer) -> None:
+        def count(self: Trainer, span: object) -> None:
             dist.barrier()
             links = [
                 os.readlink(f"/proc/self/fd/{name}")
@@ -131,7 +133,7 @@ def test_sockets_of_a_rank_grow_by_three_a_rank_at_most(pack: Path, tmp_path: Pa
             )
             dist.barrier()
 
-        Trainer.run = count  # type: ignore[method-assign]
+        Trainer._run_stage = count  # type: ignore[method-assign]  # within all callbacks
         train(
             job(
                 pack,

@@ -122,7 +122,7 @@ def test_vectors_and_gradients_are_the_same_at_every_layout(tensor, data):
     ("key", "value", "words"),
     [
         ("pooling_heads", 3, "pooling_heads is 3.*hidden=16"),
-        ("pooling_latents", 0, "pooling_latents is 0"),
+        ("pooling_latents", 0, "pooling_latents=0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_one_line(key, value, words):

@@ -55,7 +55,7 @@ class Saver:
         optimizer: torch.optim.Optimizer | None,
         extra: dict[str, Any],
     ) -> None:
-        """Saves the state as it is now; returns when it is copied (asynchronous) or written.
+        """Save the state as it is now; returns when it is copied (asynchronous) or written.
 
         Raises as `wait`.
         """
@@ -80,7 +80,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Returns when nothing is under way.
+        """Return when nothing is under way.
 
         Raises SailplanError on all ranks if the save before failed on any.
         """

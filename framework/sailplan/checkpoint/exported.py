@@ -58,7 +58,7 @@ class ExportedFolder:
         return self._file.get_tensor(name)
 
     def fill(self, tensors: ModelState) -> None:
-        """Fills the views "model.NAME" in place, in their own dtype."""
+        """Fill the views "model.NAME" in place, in their own dtype."""
         for key, view in tensors.items():
             name = key.removeprefix("model.")
             for chunk, held in view.blocks():

@@ -105,7 +105,7 @@ def fresh_optimizer_state(
     scalars: Scalars,
     saved: Iterable[str],
 ) -> ModelState:
-    """Gives the optimizer empty state for every entry of the checkpoint and returns the views to
+    """Give the optimizer empty state for every entry of the checkpoint and returns the views to
     be filled.
 
     scalars: the checkpoint's scalars; saved: keys of its tensors. State of parameters that the

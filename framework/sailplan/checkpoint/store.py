@@ -82,7 +82,7 @@ def save(
     extra: dict[str, Any],
     parallel: Parallel,
 ) -> Path:
-    """Writes a checkpoint to `folder` (see `folder_of`; an older one of the same name is
+    """Write a checkpoint to `folder` (see `folder_of`; an older one of the same name is
     replaced) and returns it.
 
     All ranks call it. model: the module that holds everything to be kept, sharded parts and plain
@@ -232,7 +232,7 @@ def newest(checkpoints: Path, count: int) -> list[Path]:
 
 
 def prune(checkpoints: Path, keep: int) -> list[Path]:
-    """Deletes all but the `keep` newest complete checkpoints and whatever is older than these;
+    """Delete all but the `keep` newest complete checkpoints and whatever is older than these;
     returns what was deleted.
 
     To be called on one rank. Folders newer than the newest complete one are left: another job may
@@ -284,7 +284,7 @@ def load(
     parallel: Parallel,
     verified: bool = False,
 ) -> dict[str, Any]:
-    """Loads model and optimizer, at any layout and in any dtype, and returns the saved `extra`.
+    """Load model and optimizer, at any layout and in any dtype, and returns the saved `extra`.
 
     verified: its files were compared with their checksums just before, by `newest_whole`. All ranks
     call it, after sharding. The model's tensors must be exactly the checkpoint's. Raises
@@ -316,7 +316,7 @@ def load_model_only(
     exact: bool = False,
     may_lack: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Any]:
-    """Loads the tensors of `model` from a checkpoint or an exported folder; returns the saved
+    """Load the tensors of `model` from a checkpoint or an exported folder; returns the saved
     `extra` ({} of an export).
 
     prefix: where `model` was within the saved module, for example "encoder.". exact: tensors below
@@ -441,7 +441,7 @@ def _read(path: Path, target: Callable[[], ModelState]) -> None:
 def _together(
     action: Callable[[], Value], what: str, group: dist.ProcessGroup | None = None
 ) -> Value:
-    """Runs `action` on every rank; if it fails on any, raises on all: ConfigurationError as it
+    """Run `action` on every rank; if it fails on any, raises on all: ConfigurationError as it
     is, else SailplanError in one line.
     """
     failure: Exception | CheckpointException | None = None

@@ -16,6 +16,7 @@ from sailplan.runtime.environment import world_size_from_environment
 from sailplan.runtime.process import device_type
 from sailplan.runtime.session import started
 from sailplan.step.optimizer import check_optimizer
+from sailplan.train.callback import build_callbacks
 
 
 def _check(config: Config) -> None:
@@ -32,6 +33,7 @@ def _check(config: Config) -> None:
         objectives, {name: config.stages[name] for name in config.order}, config.data.sets
     )
     logger_classes(config.loggers, config.allowed_targets)
+    build_callbacks(config)
     check_optimizer(config)
     component: EncoderComponent = config.model.component()
     component.check_shapes(config.parallel)

@@ -3,8 +3,9 @@ values, and its rules.
 
 A component's configuration is a dataclass beside the component. Its annotations say what a setting
 may hold (`Literal`, the ranges of `config.fields`), and a method `validate(path)`, where it has
-one, says which settings do not fit together.
-Whatever builds a configuration validates it, so that no command can accept what another refuses.
+one, says which settings do not fit together. Whatever builds a configuration validates it, so that
+no command can accept what another refuses. `When` and a method `check_effects(path)` say where a
+setting would have no effect.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import MISSING, Field, field, fields, is_dataclass, make_datacl
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from sailplan.config.fields import Range
+from sailplan.config.fields import Range, When
 from sailplan.errors import ConfigurationError
 
 Component = TypeVar("Component")
@@ -59,6 +60,23 @@ def validate(component: Any, path: str = "") -> None:
     """
     _check(type(component), component, path)
     _rules(component, path)
+
+
+def check_effects(component: Any, path: str = "") -> None:
+    """Raise ConfigurationError at the first setting that was changed and that nothing would read.
+
+    For runs that are to start: what an older version saved may hold such a setting. A component's
+    method `check_effects(path)`, where it has one, says what `When` cannot.
+    """
+    if is_dataclass(component):
+        _switched_off(component, path)
+        for one in fields(component):
+            check_effects(getattr(component, one.name), join(path, one.name))
+        if hasattr(component, "check_effects"):
+            component.check_effects(path)
+    elif isinstance(component, dict):
+        for key, entry in component.items():
+            check_effects(entry, join(path, key))
 
 
 def join(path: str, name: object) -> str:
@@ -188,3 +206,34 @@ def _rules(value: Any, path: str) -> None:
     elif isinstance(value, dict):
         for key, entry in value.items():
             _rules(entry, join(path, key))
+
+
+def _switched_off(value: Any, path: str) -> None:
+    """Raise ConfigurationError for a setting that nothing reads, as the one beside it is set."""
+    of: Any = type(value)
+    defaults = {one.name: _default_of(one) for one in fields(value)}
+    for name, when in _conditions(of):
+        found, switch = getattr(value, name), getattr(value, when.name)
+        fits = switch in when.values if when.values else switch != defaults[when.name]
+        if not fits and found != defaults[name]:
+            allowed = " or ".join(map(str, when.values)) or "another value"
+            raise ConfigurationError(
+                f"{join(path, name)}={found}: has no effect with {join(path, when.name)}={switch}; "
+                f"leave it out, or set {when.name} to {allowed}"
+            )
+
+
+@cache
+def _conditions(cls: type) -> list[tuple[str, When]]:
+    hints = get_type_hints(cls, include_extras=True)
+    return [
+        (one.name, extra)
+        for one in fields(cls)
+        for extra in getattr(hints[one.name], "__metadata__", ())
+        if isinstance(extra, When)
+    ]
+
+
+def _default_of(one: Field[Any]) -> Any:
+    factory: Any = one.default_factory
+    return one.default if factory is MISSING else factory()

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,15 @@ from omegaconf.errors import OmegaConfBaseException
 from sailplan.config.components import build, fill, schema_of
 from sailplan.config.encoders import chosen
 from sailplan.config.overrides import apply, explain_value, is_value, nearest, parse
-from sailplan.config.schema import Config, TrackingConfig
+from sailplan.config.schema import (
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrackingConfig,
+)
 from sailplan.config.words import plain_words
 from sailplan.errors import ConfigurationError
 
@@ -45,6 +53,7 @@ PACKAGES = {
     "objective": "objectives.{name}",
     "logger": "loggers.{name}",
     "artifact": "artifacts.{name}",
+    "callback": "callbacks.{name}",
     "experiment": "_global_",
 }
 _NOT_IDENTITY = (
@@ -64,13 +73,24 @@ _NODES_OWN = (("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("para
 @dataclass
 class _Schema(schema_of(Config)):  # type: ignore[misc]
     """What Hydra composes: an encoder's settings are checked when it is known which encoder it
-    is.
+    is, and a list of callbacks replaces the built-in one.
     """
 
     model: Any = None
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)  # those of the group alone
 
 
 ConfigStore.instance().store(name="schema", node=_Schema)
+# A file of these groups may begin with `defaults: [schema, _self_]`: every key with its default.
+TYPED_GROUPS = {
+    "model": ModelConfig,
+    "optimizer": OptimizerConfig,
+    "parallel": ParallelConfig,
+    "checkpoint": CheckpointConfig,
+    "evaluation": EvaluationConfig,
+}
+for _group, _section in TYPED_GROUPS.items():
+    ConfigStore.instance().store(group=_group, name="schema", node=schema_of(_section))
 
 
 def _folders() -> list[Path]:
@@ -121,7 +141,7 @@ def hydra_session() -> Iterator[Hydra]:
 
 
 def compose(overrides: Sequence[str]) -> Config:
-    """Composes config.yaml with command-line overrides and returns the typed configuration.
+    """Compose config.yaml with command-line overrides and returns the typed configuration.
 
     Raises ConfigurationError (one line) for an unknown key or group, a wrong type or a missing
     value.

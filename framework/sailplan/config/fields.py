@@ -1,5 +1,5 @@
-"""What a setting may hold, said once, in its annotation: `workers: Count = 0`, `kind:
-Literal["items", "pairs"]`.
+"""What a setting may hold, and where it has an effect, said once, in its annotation: `workers:
+Count = 0`, `kind: Literal["items", "pairs"]`, `merge: Annotated[Size, When("backbone", ...)] = 2`.
 
 `sailplan.config.components` reads the annotations: it derives Hydra's schema from them and refuses
 what lies outside.
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
+
+Options = dict[str, Any]  # a class's `_target_` and the arguments of its constructor: any it takes
+JsonObject = dict[str, Any]  # an object of a JSON file, or of one that will be written
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.005, 1.0
 
@@ -20,6 +23,18 @@ class Range:
 
     words: str
     fits: Callable[[float], bool]
+
+
+@dataclass(frozen=True)
+class When:
+    """A setting that has an effect only where the setting `name` beside it has one of `values`; ()
+    means any but its default.
+
+    Where it has not, another value than the default is refused: nothing would read it.
+    """
+
+    name: str
+    values: tuple[object, ...] = ()
 
 
 Size = Annotated[int, Range("at least 1", lambda value: value >= 1)]

@@ -71,7 +71,7 @@ def is_value(override: Override, groups: Collection[str]) -> bool:
 
 
 def apply(config: DictConfig, override: Override) -> None:
-    """Sets, adds or deletes one value in place. Raises ConfigurationError naming the key."""
+    """Set, adds or deletes one value in place. Raises ConfigurationError naming the key."""
     line, path = str(override.input_line), override.key_or_group.split(".")
     absent = _first_absent(config, path)
     if override.is_delete():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sailplan.config.components import validate
+from sailplan.config.components import check_effects, validate
 from sailplan.config.schema import ARTIFACT, Config, EvaluationTask, StageConfig
 from sailplan.errors import ConfigurationError
 
@@ -18,6 +18,7 @@ def check(config: Config, world_size: int) -> None:
     `world_size` ranks.
     """
     validate(config)
+    check_effects(config)
     check_layout(config, world_size)
     if not config.order:
         raise ConfigurationError(

@@ -9,9 +9,10 @@ sees a DictConfig.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from sailplan.checkpoint.config import CheckpointConfig
+from sailplan.config.fields import Options, When
 from sailplan.curriculum.config import (
     BalanceConfig,
     HardNegativeConfig,
@@ -42,6 +43,7 @@ from sailplan.model.config import (
 from sailplan.observe.config import TrackingConfig
 from sailplan.runtime.config import ParallelConfig
 from sailplan.step.config import OptimizerConfig, StageOptimizerConfig, StepConfig
+from sailplan.train.config import built_in_callbacks
 
 __all__ = [
     "ARTIFACT",
@@ -88,9 +90,9 @@ class Config:
         None
     )
     # What is taken from there.
-    initialise_parts: list[Literal["encoder", "objectives", "temperatures"]] = field(
-        default_factory=lambda: ["encoder"]
-    )  # type: ignore[arg-type]
+    initialise_parts: Annotated[
+        list[Literal["encoder", "objectives", "temperatures"]], When("initialise_from")
+    ] = field(default_factory=lambda: ["encoder"])  # type: ignore[arg-type]
     global_batch: int = 256  # rows of a step over all data-parallel ranks
     order: list[str] = field(
         default_factory=list
@@ -103,10 +105,10 @@ class Config:
     model: Any = field(
         default_factory=ModelConfig
     )  # an EncoderConfig: the settings of the encoder that it names
-    objectives: dict[str, dict[str, Any]] = field(
+    objectives: dict[str, Options] = field(
         default_factory=dict
     )  # name -> {_target_: class, options}
-    artifacts: dict[str, dict[str, Any]] = field(
+    artifacts: dict[str, Options] = field(
         default_factory=built_in_artifacts
     )  # what stages can make at their start: as objectives
     allowed_targets: list[str] = field(
@@ -116,9 +118,10 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    loggers: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # name -> {_target_: class, options}
+    loggers: dict[str, Options] = field(default_factory=dict)  # name -> {_target_: class, options}
+    callbacks: dict[str, Options] = field(
+        default_factory=built_in_callbacks
+    )  # name -> {_target_: class, options}, called in this order
     tracking: TrackingConfig = field(
         default_factory=TrackingConfig
     )  # of version 0.1.0; carried over to loggers

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import ARTIFACT, Config, StageConfig
 from sailplan.config.targets import check_options, class_at
 from sailplan.data.reader import RecordReader
@@ -83,7 +83,7 @@ class Artifact(ABC):
         """
 
     @abstractmethod
-    def make(self, context: ArtifactContext) -> dict[str, Any]:
+    def make(self, context: ArtifactContext) -> JsonObject:
         """Write the artifact and return its statistics (JSON values).
 
         Collective: all ranks call it, all get the same.
@@ -100,7 +100,7 @@ class ShardArtifact(Artifact):
     parts = 8
 
     @abstractmethod
-    def records(self, context: ArtifactContext, part: int) -> Iterable[dict[str, Any]]:
+    def records(self, context: ArtifactContext, part: int) -> Iterable[JsonObject]:
         """Yield the records of one of `self.parts` parts: {"id": "NAME/KEY", "split": "train",
         ...} as docs/data.md says.
 
@@ -122,7 +122,7 @@ class ShardArtifact(Artifact):
                 "add one to data.sets, or leave the artifact out"
             )
 
-    def make(self, context: ArtifactContext) -> dict[str, Any]:
+    def make(self, context: ArtifactContext) -> JsonObject:
         """Write this rank's parts; return the number of records of all."""
         parallel, target = context.parallel, context.folder / self.name
         on_main(parallel, f"clearing {target}", lambda: shutil.rmtree(target, ignore_errors=True))
@@ -157,11 +157,11 @@ class ShardArtifact(Artifact):
         return {"records": int(total)}
 
 
-def _some(bodies: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+def _some(bodies: Iterator[JsonObject]) -> list[JsonObject]:
     return list(islice(bodies, PER_SHARD))
 
 
-def artifact(name: str, options: Mapping[str, Any] | None, allowed: Sequence[str]) -> Artifact:
+def artifact(name: str, options: JsonObject | None, allowed: Sequence[str]) -> Artifact:
     """Return the artifact that `artifacts.NAME` describes.
 
     Raises ConfigurationError for a name without an entry, a target that is missing, not allowed or

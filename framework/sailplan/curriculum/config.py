@@ -5,12 +5,13 @@ at its start.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from sailplan.config.components import INHERITS
 from sailplan.config.fields import (
     Count,
     NotNegative,
+    Options,
     Positive,
     Share,
     ShareAboveZero,
@@ -23,7 +24,7 @@ from sailplan.step.config import StageOptimizerConfig
 ROOM = "sailplan.curriculum.artifacts"
 
 
-def built_in_artifacts() -> dict[str, dict[str, Any]]:
+def built_in_artifacts() -> dict[str, Options]:
     """Return the artifacts that every run can make: name -> {_target_: class}."""
     return {
         name: {"_target_": f"{ROOM}.{cls}"}
@@ -48,6 +49,14 @@ class SubsetConfig:
         None  # fraction of pairs with the lowest own score that is dropped
     )
     sets: list[str] = field(default_factory=list)  # empty: every set of the stage
+
+    def check_effects(self, path: str) -> None:
+        """Raise ConfigurationError for a subset that keeps everything."""
+        if self.nearest is None and self.drop_noisy is None:
+            raise ConfigurationError(
+                f"{path} keeps every record: expected nearest or drop_noisy; set one of them, or "
+                "leave the subset out"
+            )
 
 
 @dataclass
@@ -128,3 +137,23 @@ class StageConfig:
     optimizer: StageOptimizerConfig = field(
         default_factory=StageOptimizerConfig, metadata={INHERITS: "optimizer"}
     )
+
+    def check_effects(self, path: str) -> None:
+        """Raise ConfigurationError for a mixture of one data set, and negatives of patterns that
+        the stage does not train.
+        """
+        if self.mixed_fraction and len(self.data) == 1:
+            raise ConfigurationError(
+                f"{path}.mixed_fraction={self.mixed_fraction}: has no effect on the one data set "
+                f"{next(iter(self.data))}; leave it out, or add another to {path}.data"
+            )
+        mined = self.hard_negatives.patterns if self.hard_negatives is not None else {}
+        for dataset, patterns in mined.items():
+            trained = self.patterns.get(dataset) or patterns
+            unused = [name for name in patterns if name not in trained]
+            if unused:
+                raise ConfigurationError(
+                    f"{path}.hard_negatives.patterns.{dataset}={patterns}: {', '.join(unused)} is "
+                    f"not trained, as {path}.patterns.{dataset} is {', '.join(trained)}; leave it "
+                    "out there, or add it here"
+                )

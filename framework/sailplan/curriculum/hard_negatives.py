@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import DatasetConfig, HardNegativeConfig, PatternKey
 from sailplan.curriculum.threshold import Threshold, f1_threshold
 from sailplan.data.excerpt import show
@@ -47,7 +47,7 @@ class Mined:
 
     store: HardNegativeStore = field(default_factory=HardNegativeStore)
     thresholds: dict[PatternKey, Threshold] = field(default_factory=dict)
-    examples: dict[PatternKey, list[dict[str, Any]]] = field(default_factory=dict)
+    examples: dict[PatternKey, list[JsonObject]] = field(default_factory=dict)
 
 
 def chosen_patterns(
@@ -205,7 +205,7 @@ def _examples(
     positions: NDArray[np.int64],
     table: NDArray[np.int64],
     scores: NDArray[np.float32],
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """[{"query", "positive", "negatives": [{..., "score"}]}] of a few records that have
     negatives.
     """

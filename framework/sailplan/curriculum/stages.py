@@ -21,12 +21,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import ARTIFACT, BalanceConfig, Config, PatternKey, StageConfig
 from sailplan.curriculum.artifact import stage_artifacts
 from sailplan.curriculum.artifacts import TEACHERS, TEACHERS_FILE, make_artifacts
@@ -62,7 +62,7 @@ class StageState:
     thresholds: dict[PatternKey, float] = field(
         default_factory=dict
     )  # lambda*, where in-batch masking is on
-    stats: dict[str, Any] = field(default_factory=dict)  # the content of state.json
+    stats: JsonObject = field(default_factory=dict)  # the content of state.json
 
 
 def check_stage(name: str, stage: StageConfig, config: Config) -> None:
@@ -100,7 +100,7 @@ def prepare_stage(context: RunContext, name: str, folder: Path) -> StageState:
     """
     began, embedder, stage = time.monotonic(), Embedder(context), context.config.stages[name]
     parallel, readers = context.parallel, context.readers
-    stats: dict[str, Any] = {"stage": name}
+    stats: JsonObject = {"stage": name}
     check_stage(name, stage, context.config)
     on_main(parallel, f"stage {name}: clearing {folder}", lambda: _clear(folder))
     if stage.artifacts:
@@ -276,7 +276,7 @@ def _mine(
     folder: Path,
     subsets: Mapping[str, NDArray[np.int64]],
     step: int,
-) -> dict[str, Any]:
+) -> JsonObject:
     assert stage.hard_negatives is not None
     run = embedder.context
     patterns = chosen_patterns(stage.hard_negatives, stage.data, run.config.data.sets)
@@ -316,5 +316,5 @@ def _clear(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_state(folder: Path, stats: dict[str, Any]) -> None:
+def _write_state(folder: Path, stats: JsonObject) -> None:
     write_whole(folder / STATE, json.dumps(stats, ensure_ascii=False, indent=1))

@@ -26,7 +26,15 @@ from sailplan.data.order import keyed_integer
 from sailplan.data.plan import Plan, PlannedRows
 from sailplan.data.processor import ViewRow, processor_of
 from sailplan.data.reader import BadSample, RecordReader
-from sailplan.data.record import Item, Record, StepBatch, ViewBatch
+from sailplan.data.record import (
+    HardNegatives,
+    Item,
+    Record,
+    StepBatch,
+    TeacherKey,
+    ViewBatch,
+    ViewKey,
+)
 from sailplan.data.shares import OWN_NEGATIVES, PartShares, StepShares, row_seeds, shown_views
 from sailplan.data.teachers import Teachers
 from sailplan.errors import BadDataError
@@ -41,7 +49,7 @@ class _Rows:
     """The rows of a part while they are gathered."""
 
     records: list[Record] = field(default_factory=list)
-    views: dict[str, list[ViewRow]] = field(default_factory=dict)  # view -> r * g rows
+    views: dict[ViewKey, list[ViewRow]] = field(default_factory=dict)  # view -> r * g rows
     quarantined: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -109,21 +117,18 @@ class Collator:
                     if count
                     else np.empty(0, dtype=np.int64)
                 )
-                rows.views[f"negatives/{name}"] += self._negatives(rows, reader, view, places, seed)
-                rows.views[f"negatives/{name}"] += self._own_negatives(
+                rows.views[HardNegatives(name)] += self._negatives(rows, reader, view, places, seed)
+                rows.views[HardNegatives(name)] += self._own_negatives(
                     rows.records[-1], of_record, dataset.views[view], dataset, seed
                 )
         views = {}
         for key in shown.keys:
-            pattern = key.removeprefix("negatives/") if key not in names else None
-            show = dataset.views[key if pattern is None else dataset.patterns[pattern].target]
-            group = (
-                sum(shown.negatives[pattern])
-                if pattern is not None
-                else dataset.history_length
-                if show.of == "history"
-                else 1
-            )
+            if isinstance(key, HardNegatives):
+                show = dataset.views[dataset.patterns[key.pattern].target]
+                group = sum(shown.negatives[key.pattern])
+            else:
+                show = dataset.views[key]
+                group = dataset.history_length if show.of == "history" else 1
             views[key] = self._view_batch(rows.views[key], show, group, shares.micro_batches[key])
         return StepBatch(
             step=step,
@@ -275,7 +280,7 @@ class Collator:
 
     def _teachers(
         self, records: list[Record], views: dict[str, ViewConfig]
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[TeacherKey, torch.Tensor]:
         if self.teachers is None:
             return {}
         result = {}
@@ -283,7 +288,7 @@ class Collator:
             if view.of != "history":
                 items = [view_item(record, view) for record in records]
                 for teacher in self.teachers.names:
-                    result[f"{name}/{teacher}"] = self.teachers.look_up(
+                    result[TeacherKey(name, teacher)] = self.teachers.look_up(
                         teacher, [item.id if item is not None else "" for item in items]
                     )
         return result

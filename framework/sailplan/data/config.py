@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from sailplan.config.components import join
 from sailplan.config.fields import (
@@ -14,6 +14,7 @@ from sailplan.config.fields import (
     ShareBelowOne,
     Size,
     Temperature,
+    When,
 )
 from sailplan.errors import ConfigurationError
 
@@ -93,6 +94,19 @@ class ViewConfig:
                     "field's name in quotes"
                 )
 
+    def check_effects(self, path: str) -> None:
+        """Raise ConfigurationError for settings of a modality that the view does not show."""
+        for key, found, modality in (
+            ("fields", self.fields, "text"),
+            ("pick", self.pick == "one" and self.pick, "text"),
+            ("frames", self.frames == "spread" and self.frames, "vision"),
+        ):
+            if found and modality not in self.modalities:
+                raise ConfigurationError(
+                    f"{path}.{key}={found}: has no effect in a view that shows no {modality}; "
+                    f"leave it out, or add {modality} to its modalities"
+                )
+
 
 @dataclass
 class PatternConfig:
@@ -168,7 +182,7 @@ class InterestsConfig:
     clusters: Literal["labels", "content"] = (
         "labels"  # collaboration_multi: what a user's items are clustered by
     )
-    content_clusters: Size = 64  # of all items, with clusters: content
+    content_clusters: Annotated[Size, When("clusters", ("content",))] = 64  # of all items
     draw: Literal["recent", "random"] = (
         "recent"  # of items that a rule holds equal: the last ones, or a fixed random choice
     )
@@ -202,6 +216,22 @@ class InterestsConfig:
                 "for a log without labels set labels: null"
             )
 
+    def check_effects(self, path: str) -> None:
+        """Raise ConfigurationError for settings of views that are not made."""
+        defaults = InterestsConfig()
+        for key, view in (
+            ("content_similarity", "content_single"),
+            ("clusters", "collaboration_multi"),
+            ("single_peak_behaviours", "_single"),
+            ("multi_peak_behaviours", "_multi"),
+        ):
+            found = getattr(self, key)
+            if found != getattr(defaults, key) and not any(view in name for name in self.views):
+                raise ConfigurationError(
+                    f"{path}.{key}={found}: has no effect on the views {', '.join(self.views)}; "
+                    "leave it out, or add a view that it is for"
+                )
+
 
 @dataclass
 class DatasetConfig:
@@ -212,11 +242,8 @@ class DatasetConfig:
     shards: str = ""
     kind: Kind = "items"
     held_out: HeldOutConfig | None = None  # a held-out split for data that has none
-    catalogue: str | None = (
-        # pairs/sequences: the items data set that their ids refer to; null: pairs hold their items
-        # themselves
-        None
-    )
+    # The items data set that ids refer to; null: pairs hold their items themselves
+    catalogue: Annotated[str | None, When("kind", ("pairs", "sequences"))] = None
     views: dict[str, ViewConfig] = field(default_factory=dict)
     patterns: dict[str, PatternConfig] = field(default_factory=dict)
     temperature: Temperature = 0.05  # start value of this data set's learnable temperatures
@@ -224,15 +251,17 @@ class DatasetConfig:
         default_factory=lambda: {"en": 0.5}
     )  # the rest is shared by the other languages
     field_drop: Share = 0.15  # probability that a text field is dropped in training (never all)
-    history_length: Size = 10  # sequences: items in a history
+    history_length: Annotated[Size, When("kind", ("sequences",))] = 10  # items in a history
     # pairs/sequences: how many of a record's own `negatives` join the denominators, beside the
     # other rows' targets
     negatives: int = 0
     symmetric: bool = True  # InfoNCE in both directions
     # Graded pairs: only pairs above this score are positives of contrastive losses; CoSENT takes
     # all
-    positive_score: float = 0.0
-    image_augmentation: Share = 0.0  # strength of random crop, flip and colour changes in training
+    positive_score: Annotated[float, When("kind", ("pairs",))] = 0.0
+    # Strength in training of changes to pictures (crop, flip, colour) and to sound (a turn in time,
+    # gain, masked bands and times)
+    image_augmentation: Share = 0.0
     # shards artifact:interests: the timed events that they are made from; null: the recorded sets
     # of the same catalogue, without time order
     interests: InterestsConfig | None = None
@@ -271,6 +300,16 @@ class DatasetConfig:
                 "id"
             )
 
+    def check_effects(self, path: str) -> None:
+        """Raise ConfigurationError for media's settings where no view shows any."""
+        if self.image_augmentation and all(
+            list(view.modalities) == ["text"] for view in self.views.values()
+        ):
+            raise ConfigurationError(
+                f"{path}.image_augmentation={self.image_augmentation}: has no effect, as no view "
+                "shows a picture or sound; leave it out"
+            )
+
 
 @dataclass
 class TeacherConfig:
@@ -292,6 +331,14 @@ class TeacherConfig:
                 f"{path}.path={self.path}: expected a file that ends in .npy or .parquet"
             )
 
+    def check_effects(self, path: str) -> None:
+        """Raise ConfigurationError for a column of a file that has none."""
+        if self.path.endswith(".npy") and self.vector != TeacherConfig.vector:
+            raise ConfigurationError(
+                f"{path}.vector={self.vector}: has no effect on {self.path}, which has no columns; "
+                "leave it out"
+            )
+
 
 @dataclass
 class DataConfig:
@@ -305,7 +352,7 @@ class DataConfig:
     segment: Size = 64  # records read in sequence by a lane
     window: Size = 512  # records shuffled together within a lane
     workers: Count = 0
-    prefetch: Size = 2  # steps decoded ahead by each worker
+    prefetch: Annotated[Size, When("workers")] = 2  # steps decoded ahead by each worker
     max_tokens: Size = 48  # prompt + text, longer texts are cut
     image_size: Size = 64
     # Pictures that keep their sides' ratio, for model.vision.backbone=siglip2: at most so many

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -111,6 +111,30 @@ class NamedInputs(EncoderInputs):
         return list(self.named.values())
 
 
+class HardNegatives(NamedTuple):
+    """Key of the rows that are negatives of a pattern: those mined for it, and the records' own."""
+
+    pattern: str
+
+    def __str__(self) -> str:
+        """Return "negatives/PATTERN": its name in seeds and messages."""
+        return f"negatives/{self.pattern}"
+
+
+class TeacherKey(NamedTuple):
+    """Key of the vectors that a teacher has for the rows of a view."""
+
+    view: str
+    teacher: str
+
+    def __str__(self) -> str:
+        """Return "VIEW/TEACHER": its name in metrics and messages."""
+        return f"{self.view}/{self.teacher}"
+
+
+ViewKey = str | HardNegatives  # of a step's rows: a view's name, or a pattern's negatives
+
+
 @dataclass
 class ViewBatch:
     """This rank's rows of one view in a step, cut into micro-batches (the same number on every
@@ -132,15 +156,11 @@ class StepBatch:
     step: int
     dataset: str
     record_ids: list[str]  # r, in the step's order
-    views: dict[
-        str, ViewBatch
-        # View name -> rows; mined negatives of pattern P and the records' own are under
-        # "negatives/P"
-    ]
+    views: dict[ViewKey, ViewBatch]
     scores: Tensor | None = None  # float32 [r] graded pair scores
-    teachers: dict[str, Tensor] = field(
+    teachers: dict[TeacherKey, Tensor] = field(
         default_factory=dict
-    )  # "VIEW/TEACHER" -> float32 [r, d]; zero rows where unknown
+    )  # float32 [r, d]; zero rows where unknown
     patterns: dict[str, float] = field(default_factory=dict)  # pattern name -> weight, of this step
     quarantined: list[tuple[str, str]] = field(
         default_factory=list

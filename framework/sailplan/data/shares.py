@@ -21,6 +21,7 @@ from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.order import seeds
 from sailplan.data.plan import Plan, PlannedRows
 from sailplan.data.reader import RecordReader
+from sailplan.data.record import HardNegatives, ViewKey
 from sailplan.runtime.seeds import derive
 
 OWN_NEGATIVES = derive("own negative")
@@ -37,9 +38,9 @@ class ShownViews:
     ]  # pattern -> how many a row brings: mined for it, and the record's own; those with any
 
     @property
-    def keys(self) -> list[str]:
-        """Names of a step's view batches."""
-        return [*self.views, *(f"negatives/{name}" for name in self.negatives)]
+    def keys(self) -> list[ViewKey]:
+        """Return the keys of a step's view batches."""
+        return [*self.views, *(HardNegatives(name) for name in self.negatives)]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class PartShares:
     """How the rows of one data set of a step are shared out."""
 
     owners: Integers  # [n] data-parallel rank of each row
-    micro_batches: dict[str, int]  # view batch -> number, equal on all ranks
+    micro_batches: dict[ViewKey, int]  # view batch -> number, equal on all ranks
 
 
 def stage_patterns(stage: StageConfig, name: str, dataset: DatasetConfig) -> dict[str, float]:
@@ -151,17 +152,18 @@ class StepShares:
         """
         digest = hashlib.sha256()
         for part in self.step(step):
-            digest.update(part.owners.tobytes() + repr(sorted(part.micro_batches.items())).encode())
+            numbers = sorted((str(key), count) for key, count in part.micro_batches.items())
+            digest.update(part.owners.tobytes() + repr(numbers).encode())
         return digest.hexdigest()[:16]
 
-    def foreseen(self, step: int, part: PlannedRows) -> dict[str, Integers]:
+    def foreseen(self, step: int, part: PlannedRows) -> dict[ViewKey, Integers]:
         """Return the costs of the rows of a part in each view batch, int64 [n, g]."""
         reader = self.readers[part.dataset]
         dataset = reader.config
         shown = shown_views(self.stage, part.dataset, dataset, self.negatives)
         rows = part.first_row + np.arange(len(part), dtype=np.int64)
         of_rows = row_seeds(self.config.seed, self.plan.stage_name, step, part.dataset, rows)
-        found = {
+        found: dict[ViewKey, Integers] = {
             name: self.costs.foreseen(
                 reader,
                 dataset.views[name],
@@ -186,7 +188,7 @@ class StepShares:
                 draw_seeds(of_rows, derive("negative", target)),
                 draw_seeds(of_rows, OWN_NEGATIVES),
             )
-            found[f"negatives/{pattern}"] = np.concatenate(
+            found[HardNegatives(pattern)] = np.concatenate(
                 [
                     self.costs.foreseen_mined(reader, dataset.views[target], places, drawn[0]),
                     self.costs.foreseen_own(
@@ -197,11 +199,11 @@ class StepShares:
             )
         return found
 
-    def _groups(self, shown: ShownViews, dataset: DatasetConfig) -> dict[str, int]:
-        groups = {
+    def _groups(self, shown: ShownViews, dataset: DatasetConfig) -> dict[ViewKey, int]:
+        groups: dict[ViewKey, int] = {
             name: dataset.history_length if dataset.views[name].of == "history" else 1
             for name in shown.views
         }
         return groups | {
-            f"negatives/{pattern}": sum(brought) for pattern, brought in shown.negatives.items()
+            HardNegatives(pattern): sum(brought) for pattern, brought in shown.negatives.items()
         }

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from sailplan.config.schema import DatasetConfig
 from sailplan.data.order import keyed_integer
-from sailplan.data.record import StepBatch
+from sailplan.data.record import HardNegatives, StepBatch
 from sailplan.errors import BadDataError
 
 BITS = 4
@@ -81,7 +81,7 @@ class PatternWatch:
         pairs = query.valid.view(-1, query.group).any(1) & target.valid.view(-1, target.group).any(
             1
         )
-        own = batch.views.get(f"negatives/{pattern}")
+        own = batch.views.get(HardNegatives(pattern))
         ids = {keyed_integer(one, step) for one in target.ids[target.valid].tolist()}
         flags = [bool(pairs.any()), own is not None and bool(own.valid.any())]
         for bit in range(BITS):

@@ -11,11 +11,10 @@ time order allow no "next item", so this is not one: records that name their tar
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import EvaluationTask
 from sailplan.curriculum.histories import read_histories
 from sailplan.data.excerpt import show
@@ -32,7 +31,7 @@ from sailplan.runtime.seeds import generator
 
 def set_completion_task(
     embedder: Embedder, name: str, task: EvaluationTask, reader: RecordReader
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[dict[str, float], list[JsonObject]]:
     """Metrics recall@k, mean_rank, mrr, the same under content_mean/ and popularity/, and
     examples. Collective.
     """

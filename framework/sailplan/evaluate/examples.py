@@ -5,13 +5,13 @@ and whether it is right.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import EvaluationTask, ViewConfig
 from sailplan.data.excerpt import show
 from sailplan.data.reader import RecordReader
@@ -34,7 +34,7 @@ def answers(
     reader: RecordReader,
     view: ViewConfig,
     correct: Callable[[int, int], bool],
-) -> list[list[dict[str, Any]]]:
+) -> list[list[JsonObject]]:
     """For each of the vectors [k, D]: its best candidates, without the excluded indices.
 
     correct(place, candidate) tells the right ones.
@@ -56,7 +56,7 @@ def answers(
 
 def retrieval_examples(
     task: EvaluationTask, reader: RecordReader, sides: RetrievalTask
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """[{"query": {...}, "results": [{..., "score", "correct"}]}] for a retrieval or
     classification task.
     """

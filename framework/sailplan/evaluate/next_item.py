@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import EvaluationTask
 from sailplan.data.excerpt import show
 from sailplan.data.names import given
@@ -79,7 +79,7 @@ def recorded(reader: RecordReader, positions: NDArray[np.int64]) -> Recorded | N
 
 def next_item_task(
     embedder: Embedder, name: str, task: EvaluationTask, reader: RecordReader
-) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
+) -> tuple[dict[str, float], list[JsonObject]] | None:
     """Return metrics and examples of recorded sequences; None where the records name no target.
 
     Collective.

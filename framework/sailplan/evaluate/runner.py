@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.rules import check_task
 from sailplan.config.schema import EvaluationTask
 from sailplan.data.reader import RecordReader
@@ -34,9 +35,9 @@ class Evaluation:
     """Numbers per task, and example queries with their nearest candidates in the report's form."""
 
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
-    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    examples: dict[str, list[JsonObject]] = field(default_factory=dict)
 
-    def as_dict(self, step: int, stage: str) -> dict[str, Any]:
+    def as_dict(self, step: int, stage: str) -> JsonObject:
         """The content of evaluation/step-XXXXXXXX.json."""
         return {"step": step, "stage": stage, "tasks": self.tasks, "examples": self.examples}
 
@@ -50,7 +51,7 @@ class Runner:
 
     def run(
         self, name: str, task: EvaluationTask, reader: RecordReader
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    ) -> tuple[dict[str, float], list[JsonObject]]:
         """One task's metrics and examples. Collective.
 
         Raises ConfigurationError for a task that cannot be.

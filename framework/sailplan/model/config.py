@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import pkgutil
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from sailplan.config.fields import Count, Positive, Range, ShareBelowOne, Size, When
 from sailplan.data.config import RATES
 from sailplan.errors import ConfigurationError
 
@@ -23,7 +24,7 @@ class EncoderConfig:
 
     # The name of one that comes with the package, or the path of your own dataclass below this one
     encoder: str = "omni"
-    embedding: int = 192  # D of the fused vector
+    embedding: Size = 192  # D of the fused vector
     prefixes: list[int] = field(
         default_factory=lambda: [48, 96, 192]
     )  # Matryoshka; the objectives are summed over these sizes
@@ -68,33 +69,56 @@ class EncoderConfig:
                 f"parallel.tensor={parallel.tensor}: expected 1 with model.encoder={self.encoder}; "
                 "the omni tower is tensor parallel"
             )
-        for key, found in (("compile", parallel.compile), ("fused", parallel.fused)):
-            if found not in ("none", "auto"):
+        for key, found, without in (
+            ("compile", parallel.compile, ("none",)),
+            ("fused", parallel.fused, ("none", "auto")),
+            ("sequence", parallel.sequence, (False,)),
+            ("encoders", parallel.encoders, ("share",)),
+        ):
+            if found not in without:
                 raise ConfigurationError(
-                    f"parallel.{key}={found}: expected none with model.encoder={self.encoder}; "
-                    "leave it off"
+                    f"parallel.{key}={found}: expected {without[0]} with "
+                    f"model.encoder={self.encoder}; leave it off"
                 )
+
+    @staticmethod
+    def check_lora(config: Any, key: str, rank: int) -> None:
+        """Raise ConfigurationError for low-rank updates that stay what they are at the start:
+        nothing.
+        """
+        trained = {part for name in config.order for part in config.stages[name].trainable}
+        if rank and config.initialise_from is None and not trained & {"all", "lora"}:
+            raise ConfigurationError(
+                f"{key}={rank}: no stage trains lora (trainable: {', '.join(sorted(trained))}), so "
+                f"it would have no effect; add lora to a stage's trainable, or set {key}=0"
+            )
+
+
+PUBLISHED_VISION, QWEN = ("siglip", "siglip2", "qwen3_vl"), ("qwen3_vl",)
+CLAP = ("clap", "clap_fusion")  # the sound encoders of the shape model.audio.swin
+LATENT = ("latent_attention",)
+Part = Literal["tower", "vision", "perceiver", "audio"]
 
 
 @dataclass
 class TransformerShape:
     """Shape of one stack of megatron-core blocks."""
 
-    layers: int = 2
-    hidden: int = 192
-    heads: int = 4
-    key_value_heads: int | None = None  # None: as many as heads
-    feed_forward: int = 512
-    dropout: float = 0.0
+    layers: Count = 2
+    hidden: Size = 192
+    heads: Size = 4
+    key_value_heads: Size | None = None  # None: as many as heads
+    feed_forward: Size = 512
+    dropout: ShareBelowOne = 0.0
     query_key_norm: bool = False  # RMSNorm on each head's queries and keys
-    norm: str = "rms"  # rms | layer
-    norm_epsilon: float = 1e-6
-    activation: str = "silu"  # silu | gelu | gelu_tanh
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: Positive = 1e-6
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     # feed-forward of two halves, activation(gate) * up; False: one matrix and the activation
     gated: bool = True
     bias: bool = False  # of every linear layer
     query_key_value_bias: bool = False  # of the query, key and value projections alone (Qwen2)
-    head_size: int | None = None  # None: hidden / heads
+    head_size: Size | None = None  # None: hidden / heads
     causal: bool = False  # a position attends to itself and those before it
 
 
@@ -102,28 +126,26 @@ class TransformerShape:
 class VisionConfig:
     """Frame encoder and the perceiver that condenses its tokens."""
 
-    patch: int = 8  # pixels
+    patch: Size = 8  # pixels
     # convolutional: strided 3x3 convolutions down to the patch grid; patch: one linear patch
     # embedding
-    stem: str = "convolutional"
-    stem_width: int = 64
+    stem: Literal["convolutional", "patch"] = "convolutional"
+    stem_width: Size = 64
     encoder: TransformerShape = field(default_factory=TransformerShape)
     perceiver: TransformerShape = field(default_factory=TransformerShape)
-    latents: int = 16
-    # own | siglip (SigLIP, and SigLIP2 of a fixed image size) | siglip2 (SigLIP2 naflex: pictures
-    # keep their sides' ratio, needs data.image_patches) | qwen3_vl (Qwen3-VL's image tower: no
-    # perceiver, its tokens are the tower's)
-    backbone: str = "own"
-    position_grid: int = (
-        16  # siglip, siglip2, qwen3_vl: side of the square grid of learned positions
-    )
-    merge: int = 2  # qwen3_vl: side of the square of patches that become one token
-    marks: list[int] = field(
-        default_factory=list
-    )  # qwen3_vl: tokens that stand before and behind each picture; empty: none
-    deepstack: list[int] = field(
-        default_factory=list
-    )  # qwen3_vl: layers whose output is also added behind the tower's first layers
+    latents: Size = 16
+    # siglip: SigLIP, and SigLIP2 of a fixed image size; siglip2: SigLIP2 naflex, whose pictures
+    # keep their sides' ratio (needs data.image_patches); qwen3_vl: Qwen3-VL's image tower, which
+    # has no perceiver: its tokens are the tower's
+    backbone: Literal["own", "siglip", "siglip2", "qwen3_vl"] = "own"
+    # Side of the square grid of learned positions
+    position_grid: Annotated[Size, When("backbone", PUBLISHED_VISION)] = 16
+    # Side of the square of patches that become one token
+    merge: Annotated[Size, When("backbone", QWEN)] = 2
+    # Tokens that stand before and behind each picture; empty: none
+    marks: Annotated[list[int], When("backbone", QWEN)] = field(default_factory=list)
+    # Layers whose output is also added behind the tower's first layers
+    deepstack: Annotated[list[int], When("backbone", QWEN)] = field(default_factory=list)
 
 
 @dataclass
@@ -135,11 +157,11 @@ class SwinShape:
 
     layers: list[int] = field(default_factory=lambda: [2, 2, 6, 2])  # of each stage
     heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
-    hidden: int = 96  # of the first stage
-    feed_forward: int = 4  # times a stage's width
-    window: int = 8  # side of the square of positions that attend to each other
-    patch: int = 4
-    image: int = 256  # side of the square that a chunk's spectrogram is folded into
+    hidden: Size = 96  # of the first stage
+    feed_forward: Size = 4  # times a stage's width
+    window: Size = 8  # side of the square of positions that attend to each other
+    patch: Size = 4
+    image: Size = 256  # side of the square that a chunk's spectrogram is folded into
 
 
 @dataclass
@@ -149,14 +171,15 @@ class AudioConfig:
     """
 
     encoder: TransformerShape = field(default_factory=TransformerShape)
-    stem_width: int = 64
-    time_stride: int = 8  # log-mel frames per encoder position
-    mel_bins: int = 64  # equals data.mel_bins
-    output: int = 512
-    # own | whisper (its encoder) | clap (its audio encoder, of the shape `swin`) | clap_fusion (the
-    # same, with feature fusion of long recordings); each needs its own data.spectrogram
-    backbone: str = "own"
-    swin: SwinShape = field(default_factory=SwinShape)  # clap and clap_fusion, instead of `encoder`
+    stem_width: Size = 64
+    time_stride: Size = 8  # log-mel frames per encoder position
+    mel_bins: Size = 64  # equals data.mel_bins
+    output: Size = 512
+    # whisper: its encoder; clap: its audio encoder, of the shape `swin`; clap_fusion: the same,
+    # with feature fusion of long recordings; each needs its own data.spectrogram
+    backbone: Literal["own", "whisper", "clap", "clap_fusion"] = "own"
+    # Instead of `encoder`
+    swin: Annotated[SwinShape, When("backbone", CLAP)] = field(default_factory=SwinShape)
 
 
 @dataclass
@@ -182,26 +205,31 @@ class LoraConfig:
     `lora`.
     """
 
-    rank: int = 0  # 0: none
-    alpha: float = 16.0  # the update is alpha / rank times the product of the two factors
-    targets: list[str] = field(default_factory=lambda: ["all"])  # attention | mlp | all
-    parts: list[str] = field(
-        default_factory=lambda: ["tower"]
-    )  # tower | vision | perceiver | audio
+    rank: Count = 0  # 0: none
+    # The update is alpha / rank times the product of the two factors
+    alpha: Annotated[float, When("rank")] = 16.0
+    targets: Annotated[list[Literal["attention", "mlp", "all"]], When("rank")] = field(
+        default_factory=lambda: ["all"]  # type: ignore[arg-type]
+    )
+    parts: Annotated[list[Part], When("rank")] = field(
+        default_factory=lambda: ["tower"]  # type: ignore[arg-type]
+    )
 
 
 @dataclass
 class ModelConfig(EncoderConfig):
     """The omni tower; embedding equals tower.hidden."""
 
-    vocabulary: int = 8192
+    vocabulary: Size = 8192
     tower: TransformerShape = field(default_factory=TransformerShape)
     vision: VisionConfig = field(default_factory=VisionConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
-    pooling: str = "tanh_mean"  # tanh_mean | mean | last_token | latent_attention (NV-Embed)
-    pooling_latents: int = 512  # latent_attention: entries of the learned dictionary
-    pooling_heads: int = 8  # latent_attention
-    rope_base: float = 10000.0
+    # latent_attention: NV-Embed's
+    pooling: Literal["tanh_mean", "mean", "last_token", "latent_attention"] = "tanh_mean"
+    # Entries of the learned dictionary
+    pooling_latents: Annotated[Size, When("pooling", LATENT)] = 512
+    pooling_heads: Annotated[Size, When("pooling", LATENT)] = 8
+    rope_base: Annotated[float, Range("above 1", lambda value: value > 1)] = 10000.0
     # Qwen3-VL: of a head's rotary frequencies, how many follow frame, row and column of a visual
     # token, interleaved; empty: one number tells the place
     rope_sections: list[int] = field(default_factory=list)
@@ -210,12 +238,22 @@ class ModelConfig(EncoderConfig):
 
     component_path: ClassVar[str] = "sailplan.model.encoders.omni.component.Omni"
 
+    def validate(self, path: str) -> None:
+        if self.embedding != self.tower.hidden:
+            raise ConfigurationError(
+                f"{path}.embedding is {self.embedding}: expected "
+                f"{path}.tower.hidden={self.tower.hidden} (there is no output projection); make "
+                "them equal"
+            )
+        super().validate(path)
+
     def part_names(self) -> tuple[str, ...]:
         return ("text", "vision", "perceiver", "audio", "tower", "lora")
 
     def check_run(self, config: Any) -> None:
         if config.parallel.sequence:
             self._check_sequence(config)
+        self.check_lora(config, "model.lora.rank", self.lora.rank)
         for name in config.order:
             self._check_trainable(f"stages.{name}", config.stages[name].trainable)
         if self.audio.mel_bins != config.data.mel_bins:
@@ -283,9 +321,10 @@ class ModelConfig(EncoderConfig):
                     f"data.image_patch={data.image_patch}: expected "
                     f"model.vision.patch={vision.patch}"
                 )
-        elif data.image_patches is not None:
+        elif data.image_patches is not None or data.image_patch is not None:
+            name = "image_patch" if data.image_patches is None else "image_patches"
             raise ConfigurationError(
-                f"data.image_patches={data.image_patches}: expected null with "
+                f"data.{name}={getattr(data, name)}: expected null with "
                 f"model.vision.backbone={vision.backbone}, which sees squares of data.image_size"
             )
         elif pixels > 0 and data.image_size % pixels:

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from sailplan.config.schema import LoraConfig
 
 TARGETS = {"attention": ("linear_qkv", "linear_proj"), "mlp": ("linear_fc1", "linear_fc2")}
-PARTS = ("tower", "vision", "perceiver", "audio")
 
 
 class LowRankUpdate(nn.Module):

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from sailplan.model.blocks import initial_deviation
 
-POOLINGS = ("tanh_mean", "mean", "last_token", "latent_attention")
-
 
 def row_means(
     values: Tensor, chosen: Tensor | None, counts: Tensor, offsets: Tensor, slot: Tensor

@@ -47,6 +47,8 @@ class CoSENT(Objective):
     ConfigurationError for a temperature that is not above 0.
     """
 
+    uses_hard_negatives = False
+
     def __init__(
         self,
         *,

@@ -30,6 +30,7 @@ from sailplan.errors import ConfigurationError
 from sailplan.objective.patterns import check_positive, zero_loss
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 
+TEMPERATURE = 0.1  # of the relational form
 FORMS = ("cosine", "mse", "relational")
 
 
@@ -47,6 +48,7 @@ class ID2Item(Objective):
     """
 
     artifact = "teachers"
+    uses_hard_negatives = False
 
     def __init__(
         self,
@@ -56,7 +58,7 @@ class ID2Item(Objective):
         teachers: Mapping[str, int] | None = None,
         form: str = "cosine",
         hidden: int | None = None,
-        similarity_temperature: float = 0.1,
+        similarity_temperature: float = TEMPERATURE,
         sets: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -73,6 +75,11 @@ class ID2Item(Objective):
         if form not in FORMS:
             raise ConfigurationError(
                 f"objectives.id2item.form={form}: expected one of {', '.join(FORMS)}"
+            )
+        if form != "relational" and similarity_temperature != TEMPERATURE:
+            raise ConfigurationError(
+                f"objectives.id2item.similarity_temperature={similarity_temperature}: has no "
+                f"effect with form={form}; leave it out, or set form=relational"
             )
         if hidden is not None:
             check_positive("id2item.hidden", hidden)
@@ -100,7 +107,7 @@ class ID2Item(Objective):
         """
         losses, metrics = [], {}
         for key in sorted(encoded.teachers):
-            view_name, teacher = key.rsplit("/", 1)
+            view_name, teacher = key
             if teacher not in self.projections:
                 continue
             view = encoded.views[view_name]
@@ -127,7 +134,7 @@ class ID2Item(Objective):
             metrics[f"{key}/rows"] = rows.to(values.dtype)
             metrics[f"{key}/cosine"] = torch.where(known, cosines.detach(), 0.0).sum() * share
         if encoded.teachers and not losses:
-            names = ", ".join(sorted(encoded.teachers))
+            names = ", ".join(map(str, sorted(encoded.teachers)))
             raise ConfigurationError(
                 f"objectives.id2item.teachers: found {', '.join(self.sizes)}, expected some of the "
                 f"batch's {names}"

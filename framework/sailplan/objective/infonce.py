@@ -15,10 +15,11 @@ NV-Retriever: s_ij > 0.95 s_ii).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sailplan.config.schema import DatasetConfig, PatternKey
+from sailplan.config.schema import DatasetConfig, PatternKey, StageConfig
+from sailplan.data.record import HardNegatives
 from sailplan.errors import ConfigurationError
 from sailplan.objective.patterns import (
     Pattern,
@@ -29,7 +30,13 @@ from sailplan.objective.patterns import (
     negatives_of,
     patterns_of,
 )
-from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
+from sailplan.objective.protocol import (
+    Datasets,
+    EncodedStep,
+    Objective,
+    ObjectiveContext,
+    ObjectiveOutput,
+)
 from sailplan_kernels import Masks, Negatives, Prefixes
 
 
@@ -100,6 +107,17 @@ class InfoNCE(Objective):
     def applies(self, dataset: DatasetConfig) -> bool:
         return any(not has_history(dataset, pattern) for pattern in dataset.patterns)
 
+    def check_use(self, key: str, stages: Sequence[StageConfig], datasets: Datasets) -> None:
+        """Raise ConfigurationError for shared negatives where there are none to share."""
+        if self.shared_hard_negatives and not any(
+            stage.hard_negatives is not None or any(datasets[name].negatives for name in stage.data)
+            for stage in stages
+        ):
+            raise ConfigurationError(
+                f"{key}.shared_hard_negatives=True: has no effect, as no stage mines negatives and "
+                "no data set brings its own; leave it out, or give a stage hard_negatives"
+            )
+
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         """Sum over patterns of weight times InfoNCE; per pattern: accuracy, mean cosine of the
         positives, loss of each prefix.
@@ -153,7 +171,7 @@ class InfoNCE(Objective):
         if valid is not None and self.mask_same_ids:
             # The kernel's masks know ids of keys only; a mined negative may be the positive under
             # another record, and in item-to-item patterns the query's own item.
-            ids = encoded.views[f"negatives/{pattern.name}"].known_ids.view_as(valid)
+            ids = encoded.views[HardNegatives(pattern.name)].known_ids.view_as(valid)
             valid = (
                 valid
                 & (ids != pattern.target.known_ids[:, None])

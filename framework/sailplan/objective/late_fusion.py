@@ -43,6 +43,7 @@ class LateFusion(Objective):
 
     per_modality = True
     calls_kernels = True
+    uses_hard_negatives = False
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class MICL(Objective):
 
     per_modality = True
     calls_kernels = True
+    uses_hard_negatives = False
 
     def __init__(
         self,

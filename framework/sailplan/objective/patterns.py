@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sailplan.config.schema import DatasetConfig, PatternKey, ViewConfig
+from sailplan.data.record import HardNegatives
 from sailplan.errors import ConfigurationError
 from sailplan.objective.backends import described
 from sailplan.objective.protocol import EncodedStep, EncodedView, ObjectiveContext, ObjectiveOutput
@@ -64,7 +65,7 @@ def patterns_of(
                 raise ConfigurationError(
                     f"data.sets.{encoded.dataset}.patterns.{name}: view '{side}' is not in the "
                     "step, expected it beside "
-                    f"{', '.join(encoded.views)}; list the pattern in the stage's patterns"
+                    f"{', '.join(map(str, encoded.views))}; list the pattern in the stage's patterns"
                 )
         query, target = encoded.views[pattern.query], encoded.views[pattern.target]
         found.append(
@@ -200,7 +201,7 @@ def negatives_of(encoded: EncodedStep, pattern: Pattern, context: ObjectiveConte
     """Hard negatives [r, g, D] with their validity [r, g]: those mined for the pattern and the
     records' own; empty without any.
     """
-    view = encoded.views.get(f"negatives/{pattern.name}")
+    view = encoded.views.get(HardNegatives(pattern.name))
     if view is None:
         return Negatives()
     rows = (len(view.ids) // view.group, view.group)
@@ -210,7 +211,7 @@ def negatives_of(encoded: EncodedStep, pattern: Pattern, context: ObjectiveConte
 
 
 def check_margins(name: str, margin_absolute: float | None, margin_relative: float | None) -> None:
-    """Raises ConfigurationError for margins that would drop every negative or none."""
+    """Raise ConfigurationError for margins that would drop every negative or none."""
     if margin_absolute is not None and not 0 <= margin_absolute < 2:
         raise ConfigurationError(
             f"objectives.{name}.margin_absolute={margin_absolute}: expected 0 to 2 (a difference "
@@ -224,6 +225,6 @@ def check_margins(name: str, margin_absolute: float | None, margin_relative: flo
 
 
 def check_positive(key: str, value: float) -> None:
-    """Raises ConfigurationError where a number that must be above 0 is not."""
+    """Raise ConfigurationError where a number that must be above 0 is not."""
     if not value > 0:
         raise ConfigurationError(f"objectives.{key}={value}: expected a number above 0")

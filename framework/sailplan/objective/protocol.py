@@ -9,15 +9,19 @@ ranks of the parameter gradients is the full-batch gradient. No objective import
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sailplan.config.schema import DatasetConfig, PatternKey
+from sailplan.config.schema import DatasetConfig, PatternKey, StageConfig
+from sailplan.data.record import TeacherKey, ViewKey
 from sailplan.objective.operands import HALF, Rounded
 from sailplan.objective.temperature import Temperatures
+
+Datasets = Mapping[str, DatasetConfig]
 
 
 @dataclass
@@ -52,10 +56,10 @@ class EncodedStep:
     """One data set's part of a step, encoded."""
 
     dataset: str
-    views: dict[str, EncodedView]
+    views: dict[ViewKey, EncodedView]
     patterns: dict[str, float]  # pattern name -> weight
     scores: Tensor | None = None
-    teachers: dict[str, Tensor] = field(default_factory=dict)
+    teachers: dict[TeacherKey, Tensor] = field(default_factory=dict)
     target_log_probability: Tensor | None = None  # [r], see data.record.StepBatch
     host_scores: Tensor | None = None  # `scores` on the CPU
     rank_rows: tuple[int, ...] | None = (
@@ -134,6 +138,9 @@ class Objective(nn.Module):
     # True: it scores rows in sailplan_kernels (patterns.contrast); else in torch alone, in float32
     # or float64
     calls_kernels = False
+    # False: mined hard negatives, and records' own, mean nothing to it; a stage whose losses all say
+    # so mines none
+    uses_hard_negatives = True
     artifact: str | None = (
         # What a stage must list in its `artifacts` for this loss to have anything to learn from
         None
@@ -142,6 +149,12 @@ class Objective(nn.Module):
     def applies(self, dataset: DatasetConfig) -> bool:
         """Whether this loss has a meaning for the data set."""
         raise NotImplementedError
+
+    def check_use(self, key: str, stages: Sequence[StageConfig], datasets: Datasets) -> None:
+        """Raise ConfigurationError for an option that has no effect in the stages that use it.
+
+        key: dotted key of the objective's options, with which messages begin.
+        """
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         raise NotImplementedError

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sailplan.config.fields import Options
 from sailplan.config.schema import DatasetConfig, StageConfig
 from sailplan.config.targets import check_options, class_at
 from sailplan.errors import ConfigurationError
@@ -20,7 +21,7 @@ from sailplan.runtime.seeds import derive
 
 
 def build_objectives(
-    objectives: Mapping[str, Mapping[str, Any]],
+    objectives: Mapping[str, Options],
     embedding: int,
     datasets: Mapping[str, DatasetConfig],
     *,
@@ -54,7 +55,7 @@ def check_objectives(
     stages: Mapping[str, StageConfig],
     datasets: Mapping[str, DatasetConfig],
 ) -> None:
-    """Raises ConfigurationError where a stage names an objective that was not built, or draws a
+    """Raise ConfigurationError where a stage names an objective that was not built, or draws a
     data set that none of its objectives has a meaning for: said before the first step, not in the
     stage's first step with
     that set."""
@@ -72,6 +73,13 @@ def check_objectives(
                     f"{key}: {type(objective).__name__} learns from the artifact "
                     f"{objective.artifact}: list it in stages.{stage_name}.artifacts"
                 )
+        if stage.hard_negatives is not None and not any(
+            objective.uses_hard_negatives for objective in used
+        ):
+            raise ConfigurationError(
+                f"stages.{stage_name}.hard_negatives: has no effect, as {', '.join(stage.objectives)} "
+                "takes no mined negatives; leave it out, or add infonce"
+            )
         for dataset in stage.data:
             if not any(objective.applies(datasets[dataset]) for objective in used):
                 kind = datasets[dataset].kind
@@ -80,8 +88,14 @@ def check_objectives(
                     f"({kind}), expected one that does; add it"
                 )
 
+    for name, module in objectives.items():
+        one: Any = module
+        users = [stage for stage in stages.values() if stage.objectives.get(name)]
+        if users:
+            one.check_use(f"objectives.{name}", users, datasets)
 
-def objective_class(name: str, target: Any, allowed: Sequence[str]) -> type[Objective]:
+
+def objective_class(name: str, target: object, allowed: Sequence[str]) -> type[Objective]:
     """The class that `objectives.NAME._target_` names.
 
     Raises ConfigurationError where it is none, or not allowed.

@@ -86,10 +86,10 @@ class Seq2Item(HistoryObjective):
             raise ConfigurationError(
                 f"objectives.seq2item.pooling={pooling}: expected one of {', '.join(POOLINGS)}"
             )
-        if pooling == "mean" and (positions or dropout):
+        if pooling == "mean" and (positions or dropout or (layers, heads) != (3, 4)):
             raise ConfigurationError(
-                "objectives.seq2item: found positions or dropout with pooling=mean, expected "
-                "pooling=encoder"
+                "objectives.seq2item: found layers, heads, dropout or positions with pooling=mean, "
+                "which has none, expected pooling=encoder"
             )
         if pooling == "encoder" and (layers < 1 or embedding % heads):
             raise ConfigurationError(

@@ -5,9 +5,9 @@ now, and more.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from sailplan.config.fields import Size
+from sailplan.config.fields import Options, Size
 
 
 @dataclass
@@ -18,7 +18,7 @@ class TrackingConfig:
     project: str | None = None
     log_every: Size | None = None
 
-    def carried_over(self, loggers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def carried_over(self, loggers: dict[str, Options]) -> dict[str, Options]:
         """Return the loggers with these settings in place of their own."""
         found = {name: dict(options) for name, options in loggers.items()}
         if self.wandb == "disabled":

@@ -2,8 +2,8 @@
 
 On ranks other than 0 the list of loggers is empty, so the training loop calls the same methods
 everywhere and never asks for its rank. The run folder's own files are always written, as resuming
-and the report rest on them; the other loggers are the configuration's, and one that fails is left
-out from then on: training goes on.
+and the report rest on them (a subclass of `RunFiles` may take their place); the other loggers are
+the configuration's, and one that fails is left out from then on: training goes on.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
+from sailplan.config.fields import Options
 from sailplan.config.targets import check_options, class_at
 from sailplan.errors import ConfigurationError
 from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
@@ -23,7 +23,7 @@ __all__ = ["MetricWriter", "RunInfo", "StageInfo"]
 
 
 def logger_classes(
-    loggers: Mapping[str, Mapping[str, Any]], allowed: Sequence[str]
+    loggers: Mapping[str, Options], allowed: Sequence[str]
 ) -> dict[str, type[Logger]]:
     """Return the class of each logger of the configuration.
 
@@ -49,8 +49,12 @@ def logger_classes(
     return found
 
 
-def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+def _options(given: Options) -> Options:
     return {key: value for key, value in given.items() if key != "_target_"}
+
+
+def _made(cls: type[Logger], run: RunInfo, options: Options) -> Logger:
+    return cls(run, **_options(options))
 
 
 class MetricWriter:
@@ -64,22 +68,31 @@ class MetricWriter:
     def __init__(
         self,
         run: RunInfo,
-        loggers: Mapping[str, Mapping[str, Any]],
+        loggers: Mapping[str, Options],
         rank: int,
         *,
         allowed_targets: Sequence[str] = ("sailplan.",),
     ) -> None:
         self.stage: StageInfo | None = None
         self.finished = False
-        self.files: RunFiles | None = None
+        self.files: Logger | None = None
         self.loggers: dict[str, Logger] = {}
         classes = logger_classes(loggers, allowed_targets)
         if rank != 0:
             return
-        self.files = RunFiles(run)
+        files = {name for name, cls in classes.items() if issubclass(cls, RunFiles)}
+        if len(files) > 1:
+            raise ConfigurationError(
+                f"loggers: found {', '.join(sorted(files))}, expected one that writes the run "
+                "folder's own files; leave one out"
+            )
+        own = next(iter(files), None)
+        self.files = RunFiles(run) if own is None else _made(classes[own], run, loggers[own])
         for name, cls in classes.items():
+            if name == own:
+                continue
             try:
-                self.loggers[name] = cls(run, **_options(loggers[name]))
+                self.loggers[name] = _made(cls, run, loggers[name])
             except ConfigurationError:
                 raise
             except Exception as error:  # a tracking service may fail in any way

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from sailplan.config.fields import JsonObject
 from sailplan.observe.console import duration
 from sailplan.observe.report_data import (
     BASELINES,
@@ -46,7 +47,7 @@ def _picture(
     return Markup(curves(name, label, lines, data.spans, **options))
 
 
-def _summary(data: RunData) -> list[dict[str, Any]]:
+def _summary(data: RunData) -> list[JsonObject]:
     """Per task: the headline metric after the first evaluation and after the last one."""
     rows = []
     for task in data.tasks:
@@ -64,7 +65,7 @@ def _summary(data: RunData) -> list[dict[str, Any]]:
     return rows
 
 
-def _stages(data: RunData) -> list[dict[str, Any]]:
+def _stages(data: RunData) -> list[JsonObject]:
     total = data.seconds or 1.0
     rows = []
     for position, stage in enumerate(data.stages):
@@ -97,7 +98,7 @@ def _stages(data: RunData) -> list[dict[str, Any]]:
     return rows
 
 
-def _curves(data: RunData) -> dict[str, Any]:
+def _curves(data: RunData) -> JsonObject:
     by_set = {name: data.series("loss/total", name) for name in data.datasets} or {
         "loss": data.series("loss/total")
     }
@@ -148,7 +149,7 @@ def _curves(data: RunData) -> dict[str, Any]:
     }
 
 
-def _time(data: RunData) -> list[dict[str, Any]]:
+def _time(data: RunData) -> list[JsonObject]:
     """Mean seconds of a step's phases, the longest first, and the wait for data."""
     named = {
         name.removeprefix("seconds/"): name for name in data.names if name.startswith("seconds/")
@@ -176,7 +177,7 @@ def _numbers(value: Any) -> dict[str, float]:
     }
 
 
-def _balance(similarities: Any) -> dict[str, Any]:
+def _balance(similarities: Any) -> JsonObject:
     """{training set: {benchmark: similarity, "mean": mean}} as a table: a column per benchmark,
     a row per training set.
     """
@@ -202,7 +203,7 @@ def _balance(similarities: Any) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
-def _weights(data: RunData) -> list[dict[str, Any]]:
+def _weights(data: RunData) -> list[JsonObject]:
     """Data weights per stage as shares of 1, with the balancing's scores where it ran, and the
     subsets' sizes.
     """
@@ -238,7 +239,7 @@ def _weights(data: RunData) -> list[dict[str, Any]]:
     return [row for row in rows if row["bars"]]
 
 
-def _evaluation_table(data: RunData) -> dict[str, Any]:
+def _evaluation_table(data: RunData) -> JsonObject:
     columns = data.last_evaluations
     rows = []
     for task in data.tasks:
@@ -271,7 +272,7 @@ def _evaluation_table(data: RunData) -> dict[str, Any]:
     }
 
 
-def _baselines(data: RunData) -> list[dict[str, Any]]:
+def _baselines(data: RunData) -> list[JsonObject]:
     """Tasks whose results carry simple methods beside the model: one row per metric of the last
     evaluation.
     """
@@ -301,7 +302,7 @@ def _baselines(data: RunData) -> list[dict[str, Any]]:
     return rows
 
 
-def _item(item: Any) -> dict[str, Any]:
+def _item(item: Any) -> JsonObject:
     """An item of an example: picture only when it is an inline image, anything else stays text."""
     if not isinstance(item, dict):
         return {"text": str(item), "image": None, "score": None, "correct": False, "items": []}
@@ -318,9 +319,9 @@ def _item(item: Any) -> dict[str, Any]:
     }
 
 
-def _neighbours(data: RunData) -> dict[str, list[dict[str, Any]]]:
+def _neighbours(data: RunData) -> dict[str, list[JsonObject]]:
     """Examples of each task's last evaluation that has any."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[JsonObject]] = {}
     for evaluation in data.evaluations:
         for task, examples in (evaluation.get("examples") or {}).items():
             if examples:
@@ -334,7 +335,7 @@ def _neighbours(data: RunData) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _hard_negatives(data: RunData) -> list[dict[str, Any]]:
+def _hard_negatives(data: RunData) -> list[JsonObject]:
     groups = []
     for stage, state in data.curriculum.items():
         for pattern, examples in (state.get("examples") or {}).items():
@@ -351,7 +352,7 @@ def _hard_negatives(data: RunData) -> list[dict[str, Any]]:
     return groups
 
 
-def _thresholds(data: RunData) -> list[dict[str, Any]]:
+def _thresholds(data: RunData) -> list[JsonObject]:
     rows = []
     for stage, state in data.curriculum.items():
         for pattern, threshold in (state.get("thresholds") or {}).items():
@@ -369,7 +370,7 @@ def _thresholds(data: RunData) -> list[dict[str, Any]]:
     return rows
 
 
-def _quarantine(data: RunData) -> dict[str, Any]:
+def _quarantine(data: RunData) -> JsonObject:
     reasons = Counter(str(record.get("reason", "no reason given")) for record in data.quarantine)
     columns = list(
         dict.fromkeys(key for record in data.quarantine[:SHOWN_QUARANTINED] for key in record)
@@ -412,7 +413,7 @@ def render(data: RunData) -> str:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Writes `report.html` into the run folder and returns its path.
+    """Write `report.html` into the run folder and returns its path.
 
     Raises ConfigurationError when the folder does not exist or a file in it is broken.
     """

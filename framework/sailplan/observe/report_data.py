@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from sailplan.config.fields import JsonObject
 from sailplan.errors import ConfigurationError
 from sailplan.observe.run_files import EVALUATION, METRICS, QUARANTINE, STAGES, read_lines
 
@@ -57,7 +58,7 @@ def _json(path: Path) -> Any:
         ) from error
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[JsonObject]:
     try:
         return list(read_lines(path))
     except ValueError as error:
@@ -70,12 +71,12 @@ class RunData:
 
     name: str
     config_hash: str | None
-    settings: dict[str, Any]
-    stages: list[dict[str, Any]]  # stages.json
-    metrics: list[dict[str, Any]]  # metrics.jsonl, in step order
-    evaluations: list[dict[str, Any]]  # evaluation/step-*.json, in step order
-    curriculum: dict[str, dict[str, Any]]  # stage -> state.json
-    quarantine: list[dict[str, Any]]
+    settings: JsonObject
+    stages: list[JsonObject]  # stages.json
+    metrics: list[JsonObject]  # metrics.jsonl, in step order
+    evaluations: list[JsonObject]  # evaluation/step-*.json, in step order
+    curriculum: dict[str, JsonObject]  # stage -> state.json
+    quarantine: list[JsonObject]
 
     @property
     def steps(self) -> int:
@@ -179,7 +180,7 @@ class RunData:
         return [(name, steps[0], steps[-1]) for name, steps in found.items()]
 
     @property
-    def last_evaluations(self) -> list[dict[str, Any]]:
+    def last_evaluations(self) -> list[JsonObject]:
         """The last evaluation of each stage: what the table compares."""
         return list({evaluation["stage"]: evaluation for evaluation in self.evaluations}.values())
 
@@ -205,7 +206,7 @@ class RunData:
 
 
 def read_run(folder: Path) -> RunData:
-    """Reads runs/NAME.
+    """Read runs/NAME.
 
     Raises ConfigurationError when the folder does not exist or a file in it is broken.
     """

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from sailplan.config.fields import JsonObject
 from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
 from sailplan.runtime.environment import world_size_from_environment
 from sailplan.runtime.files import write_whole
@@ -44,13 +45,13 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON to `path` atomically (temporary file in the same folder, then
+    """Write `value` as JSON to `path` atomically (temporary file in the same folder, then
     rename).
     """
     write_whole(path, json.dumps(finite(value), ensure_ascii=False, indent=1, allow_nan=False))
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[JsonObject]:
     """The objects of a JSON-lines file; a last line cut short by a kill is left out.
 
     Raises ValueError naming file and line when a line before the last one is not an object.
@@ -78,7 +79,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def drop_after(path: Path, step: int) -> int:
-    """Rewrites a metrics file without the lines of steps after `step` (and without a broken last
+    """Rewrite a metrics file without the lines of steps after `step` (and without a broken last
     line); returns lines kept.
     """
     kept = 0
@@ -108,7 +109,7 @@ class RunFiles(Logger):
         folder, resumed_step = run.folder, run.resumed_step
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.stages: list[dict[str, Any]] = []
+        self.stages: list[JsonObject] = []
         self.ran: dict[str, set[str]] = {}  # objective -> backends of the stage's steps so far
         self.started = time.monotonic()
         metrics = folder / METRICS

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from sailplan.config.fields import JsonObject
 from sailplan.errors import ConfigurationError
 from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
 from sailplan.observe.run_files import METRICS, read_lines
@@ -59,7 +60,7 @@ class WandbLogger(Logger):
         self.lost = self._lost()
         self.run: Any = self._open()
 
-    def _lost(self) -> list[dict[str, Any]]:
+    def _lost(self) -> list[JsonObject]:
         """Return the values that a kill kept out of the offline files, in the order of their steps."""
         if self.mode == "online" or self.run_info.resumed_step is None:
             return []
@@ -148,7 +149,7 @@ class WandbLogger(Logger):
 
     def _log_values(self, step: int, stage: StageInfo, values: Mapping[str, Value]) -> None:
         done = step - stage.first_step + 1
-        line: dict[str, Any] = {"step": step, f"stage-{stage.name}/step": done, **values}
+        line: JsonObject = {"step": step, f"stage-{stage.name}/step": done, **values}
         line["progress/stage"] = stage.index
         line["progress/stage_fraction"] = done / (stage.last_step - stage.first_step + 1)
         line.update(
@@ -166,7 +167,7 @@ class WandbLogger(Logger):
             for task, metrics in results.items()
             for metric, value in metrics.items()
         ]
-        line: dict[str, Any] = {
+        line: JsonObject = {
             f"evaluation/{task}/{metric}": value
             for task, metrics in results.items()
             for metric, value in metrics.items()

@@ -33,7 +33,7 @@ from sailplan.config.schema import (
     ViewConfig,
 )
 from sailplan.data.config import Modality
-from sailplan.data.record import StepBatch, ViewBatch
+from sailplan.data.record import StepBatch, ViewBatch, ViewKey
 from sailplan.model.parallelize import checkpoint_activations, shard
 from sailplan.model.testing import join_layout, random_inputs, small_config, whole_tensor
 from sailplan.model.tower import PARTS
@@ -173,7 +173,7 @@ def whole_batch(config: Config, number: int) -> StepBatch:
     """
     ((name, dataset),) = config.data.sets.items()
     order, ids = torch.arange(ROWS), torch.arange(ROWS)
-    views = {}
+    views: dict[ViewKey, ViewBatch] = {}
     for place, (view, declared) in enumerate(dataset.views.items()):
         inputs = random_inputs(tuple(declared.modalities), ROWS, 100 * number + place)
         for mask in (inputs.token_mask, inputs.text_mask, inputs.image_mask, inputs.audio_mask):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sailplan.config.schema import DatasetConfig, PatternConfig, ViewConfig
 from sailplan.data.config import Kind, Part
+from sailplan.data.record import ViewKey
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
 from sailplan.objective.temperature import Temperatures
@@ -161,7 +162,7 @@ def of_objective(objective: type[Objective]) -> Loss:
         exchange = AllGather() if dist.get_world_size() > 1 else Local()
         first, rows = dist.get_rank() * len(queries), len(queries)
         ids = torch.arange(first, first + rows)
-        views = {
+        views: dict[ViewKey, EncodedView] = {
             name: EncodedView(
                 fused=side,
                 valid=torch.ones(rows, dtype=torch.bool),

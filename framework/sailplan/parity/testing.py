@@ -29,7 +29,14 @@ from sailplan.config.schema import (
     ViewConfig,
 )
 from sailplan.data.config import Modality
-from sailplan.data.record import EncoderInputs, StepBatch, ViewBatch
+from sailplan.data.record import (
+    EncoderInputs,
+    HardNegatives,
+    StepBatch,
+    TeacherKey,
+    ViewBatch,
+    ViewKey,
+)
 from sailplan.model.component import EncoderComponent
 from sailplan.model.encoders.transformers.processor import PRESENT
 from sailplan.model.protocol import Encoder
@@ -216,7 +223,7 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
     )
     for number, (name, dataset) in enumerate(config.data.sets.items()):
         rows, seed = ROWS[name], 1000 * step + 100 * number
-        views = {
+        views: dict[ViewKey, ViewBatch] = {
             view: _view(
                 declared.modalities,
                 rows,
@@ -227,13 +234,13 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
             for place, (view, declared) in enumerate(dataset.views.items())
         }
         if "image_to_name" in dataset.patterns:
-            views["negatives/image_to_name"] = _view(
+            views[HardNegatives("image_to_name")] = _view(
                 ["text"], rows, HARD_NEGATIVES, seed + 50, vision
             )
         generator = torch.Generator().manual_seed(seed + 60)
         unknown = torch.rand(rows, 1, generator=generator) < 0.2
         teachers = {
-            f"item/{teacher}": torch.randn(rows, size, generator=generator).masked_fill(
+            TeacherKey("item", teacher): torch.randn(rows, size, generator=generator).masked_fill(
                 unknown, 0.0
             )
             for teacher, size in TEACHERS.items()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from sailplan.config.fields import Count, Positive, Size
+from sailplan.config.fields import Count, Positive, Size, When
 from sailplan.errors import ConfigurationError
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -24,9 +24,8 @@ class ParallelConfig:
     # replicate: whole copies; auto: hybrid with one copy a node where there are several nodes, else
     # shard.
     sharding: Literal["auto", "shard", "hybrid", "replicate"] = "auto"
-    replicas: int = (
-        2  # hybrid: copies of the parameters; each is cut over data-parallel size / replicas ranks
-    )
+    # Copies of the parameters; each is cut over data-parallel size / replicas ranks
+    replicas: Annotated[int, When("sharding", ("hybrid",))] = 2
     # ZeRO-3: parameters are gathered for each layer's forward and backward alone, and gradients
     # reduced after every micro-batch: least memory, most messages. False: gathered once a step,
     # reduced once a step.

@@ -5,9 +5,17 @@ parameters.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from sailplan.config.fields import Count, CountOrAll, NotNegative, Positive, ShareBelowOne, Size
+from sailplan.config.fields import (
+    Count,
+    CountOrAll,
+    NotNegative,
+    Options,
+    Positive,
+    ShareBelowOne,
+    Size,
+)
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
 
@@ -48,7 +56,7 @@ class StageOptimizerConfig:
     clip_norm: Positive = 1.0
     temperature_learning_rate: NotNegative = 1e-3
     # {_target_: a class below step.schedules.Schedule, its options}
-    schedule: dict[str, Any] = field(default_factory=lambda: {"_target_": WARMUP_COSINE})
+    schedule: Options = field(default_factory=lambda: {"_target_": WARMUP_COSINE})
 
 
 @dataclass
@@ -59,6 +67,4 @@ class OptimizerConfig(StageOptimizerConfig):
     """
 
     _target_: str = ADAMW  # a class below torch.optim.Optimizer
-    options: dict[str, Any] = field(
-        default_factory=dict
-    )  # of its constructor, such as {momentum: 0.9}
+    options: Options = field(default_factory=dict)  # of its constructor, such as {momentum: 0.9}

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sailplan.data.record import EncoderInputs, StepBatch
+from sailplan.data.record import EncoderInputs, StepBatch, ViewKey
 from sailplan.model.parallelize import set_gradient_sync
 from sailplan.model.protocol import FUSED, Embeddings, Encoder
 from sailplan.objective.protocol import EncodedStep, EncodedView
@@ -47,7 +47,7 @@ class MicroBatch:
     """
 
     batch: int
-    view: str
+    view: ViewKey
     inputs: EncoderInputs
     per_modality: bool
     seed: int
@@ -110,10 +110,15 @@ class GradientCache:
         self.device = device
         self.micro_batches = [
             MicroBatch(
-                number, view, inputs, wanted, derive(*seed_parts, number, view, index), trainable
+                number,
+                view,
+                inputs,
+                wanted,
+                derive(*seed_parts, number, str(view), index),
+                trainable,
             )
             for number, (batch, wanted) in enumerate(zip(batches, per_modality, strict=True))
-            for view, rows in sorted(batch.views.items())
+            for view, rows in sorted(batch.views.items(), key=lambda item: str(item[0]))
             for trainable in [view_is_trainable(self.encoder, rows.micro_batches[0].modalities)]
             for index, inputs in enumerate(rows.micro_batches)
         ]
@@ -163,7 +168,7 @@ class GradientCache:
         return len(ordered)
 
     def _backward(self, micro_batch: MicroBatch, uploads: Iterator[EncoderInputs]) -> None:
-        """Goes through the kept graph, or encodes again with a graph; the graph is gone when
+        """Go through the kept graph, or encodes again with a graph; the graph is gone when
         this returns.
         """
         outputs, micro_batch.outputs = micro_batch.outputs, None

@@ -231,7 +231,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
 def set_trainable(
     encoder: Any, objectives: nn.Module, temperatures: nn.Module, parts: Sequence[str]
 ) -> None:
-    """Lets only the named parts have gradients: all, objectives, temperatures, or parts of the
+    """Let only the named parts have gradients: all, objectives, temperatures, or parts of the
     encoder (`encoder.parts()`).
 
     May be called at any time between steps, also on a sharded encoder. Raises ConfigurationError

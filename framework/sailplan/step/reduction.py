@@ -36,7 +36,7 @@ class Averaged:
         return dict(zip(self.names, self.values, strict=True))
 
     def drop_unused(self, used: Sequence[float]) -> None:
-        """Removes the gradients of parameters that no rank used, so that momentum does not move
+        """Remove the gradients of parameters that no rank used, so that momentum does not move
         what this step did not use.
 
         used: the numbers of `self.used`, read by the caller.

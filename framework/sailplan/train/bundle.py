@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from sailplan.checkpoint.store import latest, load_model_only
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config
 from sailplan.curriculum.stages import check_stage
 from sailplan.data.datasets import check_prompts, check_records, open_datasets
@@ -42,7 +42,7 @@ class ModelBundle:
 
 
 def build_bundle(config: Config, parallel: Parallel) -> ModelBundle:
-    """Builds everything from `config.seed`; equal on all ranks and layouts."""
+    """Build everything from `config.seed`; equal on all ranks and layouts."""
     encoder = build_encoder(config.model, config.parallel, parallel, config.seed)
     objectives = build_objectives(
         config.objectives,
@@ -88,7 +88,7 @@ def open_agreed(
 
 
 def check_data(config: Config, readers: Mapping[str, RecordReader]) -> None:
-    """Raises ConfigurationError for what a stage or an evaluation of the run would miss in the
+    """Raise ConfigurationError for what a stage or an evaluation of the run would miss in the
     open data sets, before the first step.
     """
     check_optimizer(config)
@@ -114,10 +114,10 @@ def newest_checkpoint(folder: RunFolder) -> Path:
 
 def load_whole(
     config: Config, parallel: Parallel, checkpoint: Path
-) -> tuple[ModelBundle, dict[str, Any]]:
+) -> tuple[ModelBundle, JsonObject]:
     """The run's parts with a checkpoint's weights, and what the trainer noted in it (step,
     stage, ...).
     """
-    whole = build_bundle(config, parallel)
-    extra = load_model_only(checkpoint, model=whole.module, parallel=parallel)
-    return whole, extra
+    bundle = build_bundle(config, parallel)
+    extra = load_model_only(checkpoint, model=bundle.module, parallel=parallel)
+    return bundle, extra

@@ -36,8 +36,8 @@ def initial_source(given: str) -> Path:
     return newest
 
 
-def initialise(whole: ModelBundle, source: Path, parts: Sequence[str], parallel: Parallel) -> None:
-    """Fills the named parts of a run's whole, at any layout and in any dtype. All ranks call it.
+def initialise(bundle: ModelBundle, source: Path, parts: Sequence[str], parallel: Parallel) -> None:
+    """Fill the named parts of a run's bundle, at any layout and in any dtype. All ranks call it.
 
     Each part must be the source's, tensor for tensor; but LoRA factors that the source lacks stay
     as drawn, which changes no vector. Raises ConfigurationError on all ranks where it is not.
@@ -46,7 +46,7 @@ def initialise(whole: ModelBundle, source: Path, parts: Sequence[str], parallel:
         try:
             load_model_only(
                 source,
-                model=whole.module[part],
+                model=bundle.module[part],
                 parallel=parallel,
                 prefix=f"{part}.",
                 exact=True,

@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import io
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from sailplan.config.compose import config_hash
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config, StageConfig
 from sailplan.config.sharding import sharding_of
 from sailplan.data.datasets import open_datasets
@@ -35,7 +35,7 @@ from sailplan.train.memory import estimate_memory
 from sailplan.train.schedule import StageSpan, spans
 
 
-def describe(config: Config, world_size: int) -> dict[str, Any]:
+def describe(config: Config, world_size: int) -> JsonObject:
     """Everything that `render` shows, as JSON values. Opens the data sets; makes no weights."""
     readers = open_datasets(config)
     check_data(config, readers)
@@ -114,7 +114,7 @@ def _views(config: Config, stage: StageConfig) -> int:
     )
 
 
-def _stage(config: Config, span: StageSpan, readers: dict[str, RecordReader]) -> dict[str, Any]:
+def _stage(config: Config, span: StageSpan, readers: dict[str, RecordReader]) -> JsonObject:
     stage = config.stages[span.name]
     scales = [
         learning_rate_scale(stage.optimizer, step, span.steps) * stage.optimizer.learning_rate
@@ -152,7 +152,7 @@ def _digests(
     return [plan.digest(step) for step in range(span.steps)]
 
 
-def render(plan: dict[str, Any]) -> str:
+def render(plan: JsonObject) -> str:
     """The description as text for a terminal."""
     world, stream = plan["world"], io.StringIO()
     console = Console(file=stream, width=150)

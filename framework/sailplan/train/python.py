@@ -14,7 +14,7 @@ class Trainer:
     """A run of a configuration; under torchrun every rank makes one and calls `train`."""
 
     def __init__(self, config: Config) -> None:
-        """Raises ConfigurationError for a configuration that cannot run here."""
+        """Raise ConfigurationError for a configuration that cannot run here."""
         validate(config)
         check(config, world_size_from_environment())
         check_device(config)

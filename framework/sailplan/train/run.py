@@ -59,7 +59,7 @@ def _starting_point(config: Config, folder: RunFolder, parallel: Parallel) -> Pa
 
 
 def train(config: Config) -> Path:
-    """Runs the job; returns the report's path. All ranks call it.
+    """Run the job; returns the report's path. All ranks call it.
 
     Raises the errors of `sailplan.errors`.
     """
@@ -75,10 +75,10 @@ def train(config: Config) -> Path:
         stack.enter_context(_claimed(config, folder, parallel))
         checkpoint, source = _agreed_start(config, folder, parallel)
         with phase("building the model"):
-            whole = build_bundle(config, parallel)
+            bundle = build_bundle(config, parallel)
         if source is not None:
             with phase("reading weights"):
-                initialise(whole, source, config.initialise_parts, parallel)
+                initialise(bundle, source, config.initialise_parts, parallel)
         resumed = None if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
         settings = as_dict(config) | {
             "config_hash": config_hash(config),
@@ -88,7 +88,7 @@ def train(config: Config) -> Path:
         with MetricWriter(
             info, config.loggers, parallel.rank, allowed_targets=config.allowed_targets
         ) as writer:
-            trainer = Trainer(config, parallel, folder, whole, writer)
+            trainer = Trainer(config, parallel, folder, bundle, writer)
             if checkpoint is not None:
                 with phase("loading the checkpoint"):
                     trainer.resume(checkpoint)

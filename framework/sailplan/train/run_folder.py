@@ -8,11 +8,11 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from sailplan.config.compose import config_hash, from_dict, identity, identity_difference, to_yaml
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.files import write_whole
@@ -70,14 +70,14 @@ class RunFolder:
             config.data.tokenizer = str(self.tokenizer)
         return config
 
-    def add_quarantined(self, records: list[dict[str, Any]]) -> None:
+    def add_quarantined(self, records: list[JsonObject]) -> None:
         if records:
             with self.quarantine.open("a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def check_identity(saved: dict[str, Any], config: Config, where: Path) -> None:
-    """Raises ConfigurationError with the differing keys if a checkpoint was made by another
+def check_identity(saved: JsonObject, config: Config, where: Path) -> None:
+    """Raise ConfigurationError with the differing keys if a checkpoint was made by another
     training job.
     """
     lines = identity_difference(saved, identity(config))

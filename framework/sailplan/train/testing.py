@@ -12,9 +12,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
+
+from sailplan.config.fields import JsonObject
 
 # The five stages of the quick start, a few small steps each.
 SMALL = [
@@ -77,7 +78,7 @@ def environment() -> dict[str, str]:
 def run(
     *arguments: str, ranks: int = 1, timeout: float = 600, folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs to the end, in `folder` or here; never raises on a non-zero exit code."""
+    """Run to the end, in `folder` or here; never raises on a non-zero exit code."""
     return subprocess.run(
         command(*arguments, ranks=ranks),
         capture_output=True,
@@ -95,7 +96,7 @@ def run_until(
     ranks: int,
     timeout: float = 600,
 ) -> int:
-    """Starts the command, sends a signal when `condition` holds (SIGKILL: to every process, else
+    """Start the command, sends a signal when `condition` holds (SIGKILL: to every process, else
     to the launcher); the exit code.
     """
     process = subprocess.Popen(
@@ -132,7 +133,7 @@ def _kill_all(process: subprocess.Popen[str]) -> None:
         one.kill()
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
+def metrics(folder: Path) -> list[JsonObject]:
     """The complete lines of a run's metrics.jsonl; [] before the first."""
     path = folder / "metrics.jsonl"
     if not path.is_file():

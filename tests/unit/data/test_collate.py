@@ -18,7 +18,7 @@ from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.packing import OmniInputs
 from sailplan.data.plan import Plan
 from sailplan.data.reader import BadSample
-from sailplan.data.record import StepBatch, ViewBatch
+from sailplan.data.record import HardNegatives, StepBatch, TeacherKey, ViewBatch
 from sailplan.data.teachers import TeacherTable
 from sailplan.data.testing import item_record, json_member, png, write_set
 from sailplan.errors import BadDataError
@@ -227,7 +227,7 @@ def test_hard_negatives_and_teachers_join_their_rows(make_config: Make, tmp_path
     config.data.sets["things"].language_weights = {"en": 1.0}
     maker = collator(config, {"things": 1.0}, negatives=store, teachers=teachers)
     batch = one(maker.batches(1))
-    negatives = batch.views["negatives/image_title"]
+    negatives = batch.views[HardNegatives("image_title")]
     assert (
         negatives.group == 3 and negatives.valid.view(16, 3).tolist() == [[True, True, False]] * 16
     )
@@ -241,9 +241,9 @@ def test_hard_negatives_and_teachers_join_their_rows(make_config: Make, tmp_path
                 == prompt + tokenizer.texts([title], "Find the:")[0]
             )
         expected = float(number + 1) if number < 32 else 0.0
-        assert batch.teachers["image/svd"][row].tolist() == [expected] * 3
-    assert {name.split("/")[1] for name in batch.teachers} == {"svd", "nmf"} and batch.teachers[
-        "title/nmf"
+        assert batch.teachers[TeacherKey("image", "svd")][row].tolist() == [expected] * 3
+    assert {key.teacher for key in batch.teachers} == {"svd", "nmf"} and batch.teachers[
+        TeacherKey("title", "nmf")
     ].shape == (16, 2)
 
 
@@ -363,12 +363,12 @@ def test_a_records_own_negatives_join_its_rows(make_config: Make, tmp_path: Path
     assert not [
         name
         for name in one(collator(config, {"histories": 1.0}).batches(0)).views
-        if name.startswith("negatives/")
+        if isinstance(name, HardNegatives)
     ]
     config.data.sets["histories"].negatives = 4
     maker = collator(config, {"histories": 1.0})
     batch = one(maker.batches(0))
-    (name,) = [name for name in batch.views if name.startswith("negatives/")]
+    (name,) = [name for name in batch.views if isinstance(name, HardNegatives)]
     view = batch.views[name]
     assert view.group == 4 and len(view.order) == 4 * len(batch.record_ids)
     known = {derive("document", name) for name in names}

@@ -21,6 +21,7 @@ from sailplan.data.names import samples
 from sailplan.data.plan import Plan
 from sailplan.data.processor import processor_of
 from sailplan.data.reader import BadSample, RecordReader
+from sailplan.data.record import HardNegatives
 from sailplan.data.tar import HeldOut
 from sailplan.data.testing import WORDS, Member, json_member, png, wav, write_set
 from sailplan.data.validation import validations
@@ -152,8 +153,8 @@ def test_a_step_of_triplets_has_their_negatives(make_config: Make, tmp_path: Pat
     (batch,) = collator.batches(0)
     assert (
         batch.quarantined == []
-        and batch.views["negatives/q2i"].valid.all()
-        and len(batch.views["negatives/q2i"].ids) == 24
+        and batch.views[HardNegatives("q2i")].valid.all()
+        and len(batch.views[HardNegatives("q2i")].ids) == 24
     )
     targets = {int(one) for one in batch.views["target"].ids}
     assert len(targets) <= 5, "a target with an id is the same document in every record"

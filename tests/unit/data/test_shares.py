@@ -27,7 +27,7 @@ from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.order import keyed, keyed_integer
 from sailplan.data.packing import OmniInputs
 from sailplan.data.plan import Plan
-from sailplan.data.record import StepBatch, ViewBatch
+from sailplan.data.record import HardNegatives, StepBatch, ViewBatch
 from sailplan.data.testing import json_member, write_set
 
 Make = Callable[..., Config]
@@ -56,7 +56,7 @@ def counted(maker: Collator, dataset: str, key: str, view: ViewBatch) -> np.ndar
     show = (
         config.views[key]
         if key in config.views
-        else config.views[config.patterns[key.removeprefix("negatives/")].target]
+        else config.views[config.patterns[key.pattern].target]
     )
     costs = [cost for inputs in view.micro_batches for cost in of_inputs(maker, inputs, show)]
     return np.array(costs)[view.order.numpy()]
@@ -141,7 +141,7 @@ def test_costs_of_histories_and_negatives_are_foreseen(make_config: Make, tmp_pa
     assert {key: value.shape[1] for key, value in costs.items()} == {
         "history": 4,
         "target": 1,
-        "negatives/next": 5,
+        HardNegatives("next"): 5,
     }
     for key, view in batch.views.items():
         assert np.array_equal(

@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from sailplan.config.fields import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from sailplan.config.schema import DatasetConfig, PatternConfig, PatternKey, ViewConfig
+from sailplan.data.record import HardNegatives, TeacherKey
 from sailplan.errors import ConfigurationError
 from sailplan.objective.cosent import CoSENT, cosent
 from sailplan.objective.id2item import ID2Item
@@ -123,14 +124,16 @@ def test_infonce_sums_patterns_prefixes_and_hard_negatives() -> None:
         "image": view(1),
         "name": view(2),
         "item": view(3),
-        "negatives/image_to_name": view(4, 2),
+        HardNegatives("image_to_name"): view(4, 2),
     }
     views["image"].valid[2] = False
     views["name"].ids[5] = views["name"].ids[0]  # rows 0 and 5 have the same target
-    views["negatives/image_to_name"].ids[2] = views["name"].ids[
+    views[HardNegatives("image_to_name")].ids[2] = views["name"].ids[
         1
     ]  # row 1's first hard negative is its own target
-    hard = [list(views["negatives/image_to_name"].fused[2 * i : 2 * i + 2]) for i in range(ROWS)]
+    hard = [
+        list(views[HardNegatives("image_to_name")].fused[2 * i : 2 * i + 2]) for i in range(ROWS)
+    ]
     hard[1] = hard[1][1:]
     allowed = torch.ones(ROWS, ROWS, dtype=torch.bool)
     allowed[0, 5] = allowed[5, 0] = False
@@ -354,8 +357,8 @@ def test_seq2item_sampling_correction(gamma: float) -> None:
 
 def test_seq2item_takes_the_records_negatives_of_all_rows() -> None:
     objective = Seq2Item(embedding=D, datasets=DATASETS, matryoshka=False, sampling_correction=1.0)
-    views = {"history": view(1, 3), "item": view(2), "negatives/history_to_item": view(3, 2)}
-    negatives = views["negatives/history_to_item"]
+    views = {"history": view(1, 3), "item": view(2), HardNegatives("history_to_item"): view(3, 2)}
+    negatives = views[HardNegatives("history_to_item")]
     negatives.valid[3] = False
     probability = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
     found = objective(
@@ -378,7 +381,11 @@ def test_seq2item_takes_the_records_negatives_of_all_rows() -> None:
 @pytest.mark.parametrize("form", ["cosine", "mse", "relational"])
 def test_id2item_forms(form: str) -> None:
     objective = ID2Item(
-        embedding=D, datasets=DATASETS, teachers={"svd": 4}, form=form, similarity_temperature=0.5
+        embedding=D,
+        datasets=DATASETS,
+        teachers={"svd": 4},
+        form=form,
+        **({"similarity_temperature": 0.5} if form == "relational" else {}),
     ).double()
     views = {"image": view(1), "name": view(2), "item": view(3)}
     views["item"].valid[1] = False
@@ -405,11 +412,18 @@ def test_id2item_forms(form: str) -> None:
             rows.append((theirs.softmax(0) * (theirs.log_softmax(0) - mine.log_softmax(0))).sum())
         expected = torch.stack(rows).mean()
     output = objective(
-        step("items", views, teachers={"item/svd": teacher, "item/other": teacher}), context()
+        step(
+            "items",
+            views,
+            teachers={TeacherKey("item", "svd"): teacher, TeacherKey("item", "other"): teacher},
+        ),
+        context(),
     )
     torch.testing.assert_close(output.loss, expected)
     assert output.metrics["item/svd/rows"] == 4
-    nobody = objective(step("items", views, teachers={"item/svd": torch.zeros(ROWS, 4)}), context())
+    nobody = objective(
+        step("items", views, teachers={TeacherKey("item", "svd"): torch.zeros(ROWS, 4)}), context()
+    )
     assert nobody.loss == 0
     assert objective(step("items", views), context()).loss == 0
 

@@ -13,7 +13,7 @@ from sailplan.config.compose import compose
 from sailplan.errors import ConfigurationError
 from sailplan.observe.logger import Logger, RunInfo, StageInfo
 from sailplan.observe.metrics import MetricWriter, logger_classes
-from sailplan.observe.run_files import read_lines
+from sailplan.observe.run_files import RunFiles, read_lines
 
 STAGE = StageInfo("first", 1, 1, 1, 4, data={"emoji": 1.0})
 TARGET = "sailplan.observe.tensorboard_logger.TensorBoardLogger"
@@ -51,6 +51,29 @@ def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(
         "sailplan: warning: loggers.own: the service is gone; the run goes on without it"
     )
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+class MoreFiles(RunFiles):
+    """Write the losses into a file of their own, too."""
+
+    def log_step(self, step: int, stage: str, values: Any) -> None:
+        super().log_step(step, stage, values)
+        with (self.folder / "losses.txt").open("a") as file:
+            file.write(f"{values['loss/total']}\n")
+
+
+def test_a_subclass_takes_the_place_of_the_run_folders_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sailplan.config.targets.pkgutil.resolve_name", lambda name: MoreFiles)
+    own = {"run_files": {"_target_": f"{__name__}.MoreFiles"}}
+    with MetricWriter(RunInfo(tmp_path), own, 0, allowed_targets=[__name__]) as writer:
+        writer.start_stage(STAGE)
+        writer.log_step(1, "first", {"loss/total": 0.5})
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]
+    assert (tmp_path / "losses.txt").read_text() == "0.5\n"
+    with pytest.raises(ConfigurationError, match=r"loggers: found more, run_files, expected one"):
+        MetricWriter(RunInfo(tmp_path), own | {"more": own["run_files"]}, 0, allowed_targets=[""])
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from sailplan.config.encoders import encoder
-from sailplan.config.fields import Count, Positive, ShareBelowOne
+from sailplan.config.fields import Count, Positive, ShareBelowOne, When
 from sailplan.data.config import Modality
 from sailplan.errors import ConfigurationError
 from sailplan.model.config import EncoderConfig
@@ -33,11 +33,11 @@ class PeftConfig:
     """Low-rank updates by peft; stages train them as the part `lora`."""
 
     rank: Count = 0  # 0: none
-    alpha: Positive = 16.0  # the update is alpha / rank times the product of the two factors
-    dropout: ShareBelowOne = 0.0
-    targets: list[str] = field(
-        default_factory=lambda: ["all-linear"]
-    )  # ends of linear layers' names, or all-linear
+    # The update is alpha / rank times the product of the two factors
+    alpha: Annotated[Positive, When("rank")] = 16.0
+    dropout: Annotated[ShareBelowOne, When("rank")] = 0.0
+    # Ends of linear layers' names, or all-linear
+    targets: Annotated[list[str], When("rank")] = field(default_factory=lambda: ["all-linear"])
 
 
 @encoder("transformers")
@@ -99,6 +99,14 @@ class TransformersConfig(EncoderConfig):
                 "encodes"
             )
 
+    def check_effects(self, path: str) -> None:
+        """Raise ConfigurationError for a processor of pictures that nothing shows."""
+        if self.image_processor is not None and "vision" not in self.modalities:
+            raise ConfigurationError(
+                f"{path}.image_processor={self.image_processor}: has no effect with "
+                f"{path}.modalities={self.modalities}; leave it out, or add vision"
+            )
+
     def part_names(self) -> tuple[str, ...]:
         return (
             *self.modalities,
@@ -108,6 +116,7 @@ class TransformersConfig(EncoderConfig):
 
     def check_run(self, config: Any) -> None:
         super().check_run(config)
+        self.check_lora(config, "model.lora.rank", self.lora.rank)
         check_views(config, self.encoder, self.modalities)
 
 

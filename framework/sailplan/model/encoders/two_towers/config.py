@@ -55,6 +55,25 @@ class TwoTowersConfig(EncoderConfig):
         }
         return replace(own, modalities=[modality], **shared)
 
+    def check_effects(self, path: str) -> None:
+        """Raise ConfigurationError for settings of a tower that stand above all."""
+        default = TransformersConfig()
+        for modality in self.towers:
+            tower: TransformersConfig = getattr(self, modality)
+            for name in ("encoder", "embedding", "prefixes", "projection", "modalities"):
+                found = getattr(tower, name)
+                if found != getattr(default, name):
+                    raise ConfigurationError(
+                        f"{path}.{modality}.{name}={found}: has no effect in a tower; leave it "
+                        f"out, {path}.embedding and {path}.prefixes are for all"
+                    )
+
+    def check_lora_of_towers(self, config: Any) -> None:
+        """Raise ConfigurationError for low-rank updates of a tower that no stage trains."""
+        for modality in self.towers:
+            rank = self.tower(modality).lora.rank
+            self.check_lora(config, f"model.{modality}.lora.rank", rank)
+
     def part_names(self) -> tuple[str, ...]:
         lora = any(self.tower(modality).lora.rank for modality in self.towers)
         return (
@@ -65,4 +84,5 @@ class TwoTowersConfig(EncoderConfig):
 
     def check_run(self, config: Any) -> None:
         super().check_run(config)
+        self.check_lora_of_towers(config)
         check_views(config, self.encoder, self.towers)

@@ -1,0 +1,32 @@
+"""Hard negatives mined again with the model as it is then, every `refresh_steps` of a stage."""
+
+from __future__ import annotations
+
+from sailplan.curriculum.stages import refresh_hard_negatives
+from sailplan.runtime.watch import phase
+from sailplan.train.callback import Callback, Run, StageRun
+
+
+class MiningRefresh(Callback):
+    """Refresh a stage's mined negatives as `stages.NAME.hard_negatives.refresh_steps` says.
+
+    The loader reads ahead, so it ends at a refresh and is opened anew with the new negatives.
+    """
+
+    def read_until(self, stage: StageRun, done: int) -> int:
+        every = _every(stage)
+        return min(stage.span.steps, (done // every + 1) * every) if every else stage.span.steps
+
+    def before_reading(self, run: Run, stage: StageRun, done: int) -> None:
+        every = _every(stage)
+        if every and done and done % every == 0:
+            name = stage.span.name
+            with phase("mining"), run.keeping():
+                stage.state = refresh_hard_negatives(
+                    run.context, name, run.folder.curriculum(name), stage.state, done
+                )
+
+
+def _every(stage: StageRun) -> int:
+    mined = stage.settings.hard_negatives
+    return mined.refresh_steps if mined is not None else 0
