@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,12 +21,14 @@ from sailplan.checkpoint.exported import is_exported
 from sailplan.cli.configuration import of_run
 from sailplan.config.rules import check, check_device
 from sailplan.config.schema import BalanceConfig, Config, StageConfig
+from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.reader import RecordReader
 from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
 from sailplan.errors import EXIT_DONE, ConfigurationError
 from sailplan.export.weights import exported_model
 from sailplan.runtime.environment import is_main_by_environment, world_size_from_environment
+from sailplan.runtime.main_rank import on_main
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.session import started
 from sailplan.runtime.watch import phase, report_to
@@ -35,6 +38,7 @@ from sailplan.train.run_folder import RunFolder
 
 @dataclass
 class _Run:
+    command: str
     config: Config
     folder: RunFolder
     checkpoint: Path
@@ -46,8 +50,15 @@ class _Run:
 
     @property
     def context(self) -> RunContext:
+        """Vectors are kept below the run while the command works, apart from other commands'."""
+        name = f"{self.folder.vectors.name}-{self.command}"
         return RunContext(
-            self.config, self.parallel, self.whole.encoder, self.whole.objectives, self.readers
+            self.config,
+            self.parallel,
+            self.whole.encoder,
+            self.whole.objectives,
+            self.readers,
+            self.folder.root / name,
         )
 
 
@@ -102,6 +113,7 @@ def _opened(options: argparse.Namespace, names: Iterable[str] | None = None) -> 
         readers = open_agreed(config, parallel, _artifacts(folder, config), names)
         with phase(options.command):
             yield _Run(
+                options.command,
                 config,
                 folder,
                 checkpoint,
@@ -182,13 +194,15 @@ def embed(options: argparse.Namespace) -> int:
 
 
 def mine(options: argparse.Namespace) -> int:
-    """Hard negatives of a stage's data sets with the checkpoint's model: an .npz, and the
-    thresholds as JSON.
+    """Hard negatives of a stage's data sets with the checkpoint's model: ids and scores as parquet
+    files in a folder (or positions as an .npz), and the thresholds as JSON.
     """
     from sailplan.curriculum.hard_negatives import chosen_patterns
     from sailplan.curriculum.hard_negatives import mine as mine_patterns
+    from sailplan.curriculum.mined_files import write_mined
+    from sailplan.curriculum.rounds import Rounds
 
-    _check_out(options.out, file=True)
+    _check_out(options.out, file=str(options.out).endswith(".npz"))
     with _opened(options) as run:
         stage = _stage(run.config, options.stage)
         if stage.hard_negatives is None:
@@ -196,22 +210,25 @@ def mine(options: argparse.Namespace) -> int:
                 f"stages.{options.stage}.hard_negatives is not set: name a stage that mines"
             )
         patterns = chosen_patterns(stage.hard_negatives, stage.data, run.config.data.sets)
-        found = mine_patterns(Embedder(run.context), patterns, stage.hard_negatives)
-        out = (
-            Path(options.out)
-            if options.out
-            else run.folder.root / f"hard_negatives-{run.checkpoint.name.removeprefix('step-')}.npz"
-        )
-        if run.parallel.is_main:
-            found.store.save(out)
+        name = f"hard_negatives-{run.checkpoint.name.removeprefix('step-')}"
+        out = Path(options.out) if options.out else run.folder.root / name
+        work = out.with_name(f"{out.name}.working")
+        embedder = Embedder(replace(run.context, store=work / "vectors"))
+        rounds = Rounds(work / "rounds")
+        found = mine_patterns(embedder, patterns, stage.hard_negatives, rounds, step=0)
+        if out.suffix == ".npz":  # as of version 0.1.0: positions, in one process's memory
+            store = HardNegativeStore.load(rounds.path(0))
+            on_main(run.parallel, f"writing {out}", lambda: store.save(out))
+        else:
+            write_mined(run.parallel, run.readers, rounds.path(0), out)
+        embedder.close()
+        on_main(run.parallel, f"removing {work}", lambda: shutil.rmtree(work, ignore_errors=True))
         _say(
             run,
             json.dumps(
                 {
                     "file": str(out),
-                    "thresholds": {
-                        str(key): one.as_dict() for key, one in found.thresholds.items()
-                    },
+                    "thresholds": {key: one["threshold"] for key, one in found.items()},
                 },
                 indent=1,
             ),
@@ -241,6 +258,7 @@ def balance(options: argparse.Namespace) -> int:
             summarise_benchmark(embedder, settings) if settings.weights == "similarity" else {}
         )
         found = balance_sets(embedder, replace(stage, balance=settings), benchmark, settings)
+        embedder.close()
         text = json.dumps(
             {
                 "weights": found.weights,

@@ -28,6 +28,7 @@ from sailplan.data.config import (
     PatternKey,
     ViewConfig,
 )
+from sailplan.embed.config import StoreConfig
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate.config import EvaluationConfig, EvaluationTask
 from sailplan.model.config import (
@@ -66,6 +67,7 @@ __all__ = [
     "StageConfig",
     "StageOptimizerConfig",
     "StepConfig",
+    "StoreConfig",
     "SubsetConfig",
     "SwinShape",
     "TrackingConfig",
@@ -118,6 +120,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)  # of vectors on disk
     loggers: dict[str, Options] = field(default_factory=dict)  # name -> {_target_: class, options}
     callbacks: dict[str, Options] = field(
         default_factory=built_in_callbacks

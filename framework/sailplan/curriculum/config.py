@@ -70,6 +70,8 @@ class HardNegativeConfig:
         default_factory=dict
     )  # data set -> pattern names; empty: first pattern of each set
     mask_in_batch: bool = True  # drop in-batch negatives at or above lambda*
+    # What `sailplan mine` wrote is taken at the stage's start, instead of mining then
+    from_folder: str | None = None
 
 
 @dataclass

@@ -10,8 +10,8 @@ pattern.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,9 @@ from sailplan.config.schema import BalanceConfig
 from sailplan.curriculum.balance import Summary, cluster
 from sailplan.data.reader import RecordReader
 from sailplan.embed.embedder import Embedder
-from sailplan.embed.embedding import EmbeddedRows
+from sailplan.embed.rows import EmbeddedRows
+from sailplan.embed.selection import Positions
+from sailplan.embed.table import Table
 from sailplan.runtime.seeds import generator
 from sailplan.runtime.turns import from_all_ranks, in_turns
 
@@ -45,15 +47,45 @@ def pattern_views(reader: RecordReader, patterns: Sequence[str]) -> list[str]:
     )
 
 
-def embed_kinds(
+@dataclass(frozen=True)
+class KindTables:
+    """A set's tables by kind: the table, and the modality of it whose vectors are meant (None: the
+    fused ones).
+    """
+
+    tables: dict[str, tuple[Table, str | None]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tables)
+
+    def blocks(self, start: int, stop: int) -> dict[str, tuple[NDArray[np.float32], EmbeddedRows]]:
+        """Return kind -> vectors [k, D] of rows start .. stop - 1, and the rows."""
+        read: dict[int, EmbeddedRows] = {}
+        found = {}
+        for kind, (table, part) in self.tables.items():
+            if id(table) not in read:
+                read[id(table)] = table.read(start, stop)
+            rows = read[id(table)]
+            vectors = rows.fused if part is None else rows.by_modality[part]
+            found[kind] = vectors.numpy(), rows
+        return found
+
+    def vectors(self, start: int, stop: int) -> dict[str, NDArray[np.float32]]:
+        """Return kind -> vectors [k, D], zeros where a row is not valid."""
+        return {
+            kind: np.where(rows.valid[:, None], vectors, np.float32(0.0))
+            for kind, (vectors, rows) in self.blocks(start, stop).items()
+        }
+
+
+def kind_tables(
     embedder: Embedder,
     reader: RecordReader,
     views: Sequence[str],
-    positions: NDArray[np.int64],
+    positions: Positions,
     wanted: Collection[str] | None = None,
-) -> dict[str, EmbeddedRows]:
-    """Kind -> rows at the positions int64 [n], in their order (EmbeddedRows.fused holds the
-    kind's vectors). Collective.
+) -> KindTables:
+    """Return tables by kind of the records at the positions. Collective.
 
     wanted: the only kinds that matter to the caller; fused alone is enough where it is among them
     and the set has it.
@@ -63,14 +95,16 @@ def embed_kinds(
         chosen = {kind: view for kind, view in chosen.items() if kind in wanted or kind == "fused"}
         if "fused" in wanted and "fused" in chosen:
             chosen = {"fused": chosen["fused"]}
-    result: dict[str, EmbeddedRows] = {}
+    result: dict[str, tuple[Table, str | None]] = {}
     for kind, view in chosen.items():
-        rows = embedder.rows(reader, view, positions, per_modality=kind == "fused")
-        result[kind] = rows
-        for part, vectors in rows.by_modality.items():
-            if part not in chosen:
-                result[part] = replace(rows, fused=vectors, by_modality={})
-    return result
+        parts = reader.config.views[view].modalities if kind == "fused" else []
+        parts = [
+            part for part in parts if part not in chosen and (wanted is None or part in wanted)
+        ]
+        table = embedder.table(reader, view, positions, per_modality=bool(parts))
+        result[kind] = table, None
+        result |= {part: (table, part) for part in parts}
+    return KindTables(result)
 
 
 def sample(reader: RecordReader, split: str, size: int, *seed: int | str) -> NDArray[np.int64]:
@@ -163,9 +197,11 @@ def _vectors(
         ]
     else:
         positions = sample(reader, split, settings.sample, seed, name)
-    found = embed_kinds(embedder, reader, views, positions)
+    tables = kind_tables(embedder, reader, views, positions)
     return {
-        kind: rows.fused.numpy()[rows.valid] for kind, rows in found.items() if rows.valid.any()
+        kind: vectors[rows.valid]
+        for kind, (vectors, rows) in tables.blocks(0, len(positions)).items()
+        if rows.valid.any()
     }
 
 

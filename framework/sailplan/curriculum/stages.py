@@ -3,13 +3,14 @@ when a run is continued.
 
 In this order, because each step may use the one before: artifacts (sequences, teachers, pairs) ->
 their data sets are opened -> weights by balancing -> subsets -> hard negatives within the subsets.
-Rank 0 writes each file whole or not at all, `state.json` last; then every rank reads the same
-files, as a resumed run does: a resumed stage computes nothing.
+The ranks share the work and write what they own; `state.json` comes last, then every rank reads the
+same files, as a resumed run does: a resumed stage computes nothing. A start that was stopped or
+killed goes on with the steps, shards and blocks that are done, if model and settings are the same.
 
-    runs/NAME/curriculum/STAGE/   state.json  subsets.npz  teachers.npz or teachers/  interests/
-    co_occurrence/
-                                  hard_negatives-00000000.npz (number: the stage's step at which
-                                  they were mined)
+    runs/NAME/curriculum/STAGE/   state.json  subsets/SET.npy  teachers.npz or teachers/  interests/
+                                  co_occurrence/
+                                  hard_negatives/   rounds of mining, see `curriculum.rounds`
+                                  begun.json  made-*.json  vectors/   while it is being prepared
 """
 
 from __future__ import annotations
@@ -18,35 +19,47 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from sailplan.config.fields import JsonObject
 from sailplan.config.schema import ARTIFACT, BalanceConfig, Config, PatternKey, StageConfig
 from sailplan.curriculum.artifact import stage_artifacts
 from sailplan.curriculum.artifacts import TEACHERS, TEACHERS_FILE, make_artifacts
 from sailplan.curriculum.balance import Balance, Summary, balance, by_size, with_floor
 from sailplan.curriculum.hard_negatives import check_minable, chosen_patterns, matched, mine
-from sailplan.curriculum.kinds import embed_kinds, pattern_views, replicates, summarise_benchmark
-from sailplan.curriculum.subset import drop_lowest, keep_highest, nearness
+from sailplan.curriculum.kinds import (
+    KindTables,
+    kind_tables,
+    pattern_views,
+    replicates,
+    summarise_benchmark,
+)
+from sailplan.curriculum.mined_files import read_mined
+from sailplan.curriculum.rounds import Rounds
+from sailplan.curriculum.subset import PART, Scores, keep_highest, nearness
 from sailplan.data.datasets import open_datasets
-from sailplan.data.negatives import HardNegativeStore, save_arrays
+from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.reader import RecordReader
 from sailplan.data.teacher_files import MANIFEST, TeacherFiles
 from sailplan.data.teachers import Teachers, TeacherTable
 from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
 from sailplan.embed.scoring import unit
+from sailplan.embed.selection import Positions, SplitPositions
 from sailplan.errors import ConfigurationError
+from sailplan.runtime.arrays import SharedArray
 from sailplan.runtime.files import write_whole
 from sailplan.runtime.main_rank import on_main
+from sailplan.runtime.process import Parallel
+from sailplan.runtime.turns import apart
 
-STATE, SUBSETS = "state.json", "subsets.npz"
+STATE, SUBSETS, ROUNDS, VECTORS = "state.json", "subsets", "hard_negatives", "vectors"
+BEGUN, FORMER_SUBSETS = "begun.json", "subsets.npz"
 
 
 @dataclass
@@ -62,7 +75,7 @@ class StageState:
     thresholds: dict[PatternKey, float] = field(
         default_factory=dict
     )  # lambda*, where in-batch masking is on
-    stats: JsonObject = field(default_factory=dict)  # the content of state.json
+    stats: dict[str, Any] = field(default_factory=dict)  # the content of state.json
 
 
 def check_stage(name: str, stage: StageConfig, config: Config) -> None:
@@ -93,18 +106,33 @@ def check_stage(name: str, stage: StageConfig, config: Config) -> None:
 def prepare_stage(context: RunContext, name: str, folder: Path) -> StageState:
     """Compute and save a stage's data below `folder`. Collective; the same result on all ranks.
 
-    The context's readers must hold all data sets with recorded shards, and get those that the stage
+    Goes on with what a start that was stopped or killed left of the same model and settings. The
+    context's readers must hold all data sets with recorded shards, and get those that the stage
     makes. Raises
     ConfigurationError for settings that the data cannot serve, SailplanError on all ranks when rank
     0 cannot write.
     """
-    began, embedder, stage = time.monotonic(), Embedder(context), context.config.stages[name]
-    parallel, readers = context.parallel, context.readers
-    stats: JsonObject = {"stage": name}
+    began, stage, parallel = time.monotonic(), context.config.stages[name], context.parallel
     check_stage(name, stage, context.config)
-    on_main(parallel, f"stage {name}: clearing {folder}", lambda: _clear(folder))
+    readers = context.readers
+    embedder = Embedder(replace(context, store=folder / VECTORS))
+    about = {
+        "model": embedder.store.folder.name,
+        "stage": json.loads(json.dumps(asdict(stage), default=str)),
+        "benchmark": {
+            task: json.loads(json.dumps(asdict(context.config.evaluation.tasks[task]), default=str))
+            for task in context.config.evaluation.benchmark
+        },
+        "seed": context.config.seed,
+    }
+    on_main(parallel, f"stage {name}: looking into {folder}", lambda: _begin(folder, about))
+    stats: dict[str, Any] = {"stage": name}
+
+    def artifacts() -> dict[str, Any]:
+        return make_artifacts(embedder, name, stage, folder)
+
     if stage.artifacts:
-        stats["artifacts"] = make_artifacts(embedder, name, stage, folder)
+        stats["artifacts"] = _once(parallel, folder, "artifacts", artifacts)
     _open_artifacts(context.config, readers, stage, folder)
     needed = (stage.balance is not None and stage.balance.weights == "similarity") or (
         stage.subset is not None and stage.subset.nearest is not None
@@ -113,27 +141,30 @@ def prepare_stage(context: RunContext, name: str, folder: Path) -> StageState:
     benchmark = summarise_benchmark(embedder, settings) if needed else {}
     stats["weights"] = dict(stage.data)
     if stage.balance is not None:
-        found = balance_sets(embedder, stage, benchmark, settings)
-        stats["weights"] = with_floor(found.weights, stage.data, stage.balance.floor)
-        stats["balance"] = {
-            dataset: {**pairs, "mean": found.scores[dataset]}
-            | ({"error": found.errors[dataset]} if dataset in found.errors else {})
-            for dataset, pairs in found.pairs.items()
-        }
-        stats["balance_kinds"], stats["balance_weights"] = found.kinds, found.weights
-    subsets = _subsets(embedder, stage, benchmark)
+        stats |= _once(
+            parallel, folder, "balance", lambda: _balanced(embedder, stage, benchmark, settings)
+        )
+    subsets = _subsets(embedder, stage, benchmark, folder / SUBSETS)
     stats["subsets"] = {dataset: len(kept) for dataset, kept in subsets.items()}
-    stats["subsets_of"] = {dataset: len(readers[dataset].positions("train")) for dataset in subsets}
+    stats["subset_files"] = {
+        dataset: Path(str(kept.filename)).name  # type: ignore[attr-defined]
+        for dataset, kept in subsets.items()
+    }
+    stats["subsets_of"] = {dataset: readers[dataset].count("train") for dataset in subsets}
     if stage.hard_negatives is not None:
         stats |= _mine(embedder, stage, folder, subsets, step=0)
     stats["seconds"] = round(time.monotonic() - began, 2)
 
     def publish() -> None:
-        save_arrays(folder / SUBSETS, dict(subsets))
         _write_state(folder, stats)
+        for made in folder.glob("made-*.json"):
+            made.unlink()
+        for scores in (folder / SUBSETS).glob("scores-*"):
+            shutil.rmtree(scores)
 
     on_main(parallel, f"stage {name}: saving {folder}", publish)
-    return load_stage(context.config, readers, name, folder, 0)
+    embedder.close()
+    return load_stage(context.config, context.readers, name, folder, 0)
 
 
 def load_stage(
@@ -152,15 +183,9 @@ def load_stage(
             "another name"
         )
     stats = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    with np.load(folder / SUBSETS) as arrays:
-        subsets = {dataset: arrays[dataset] for dataset in arrays.files}
-    mined = {
-        int(match[1]): path
-        for path in folder.glob("hard_negatives-*.npz")
-        if (match := re.fullmatch(r"hard_negatives-(\d+)\.npz", path.name))
-    }
-    last = max((step for step in mined if step <= done), default=None)
-    negatives = HardNegativeStore.load(mined[last]) if last is not None else None
+    negatives = None
+    if stage.hard_negatives is not None and (found := _last_round(folder, done)) is not None:
+        negatives = HardNegativeStore.load(found)
     _open_artifacts(config, readers, stage, folder)
     masked = (
         negatives is not None
@@ -169,7 +194,7 @@ def load_stage(
     )
     return StageState(
         weights=stats["weights"],
-        subsets=subsets,
+        subsets=_load_subsets(folder, stats),
         negatives=negatives,
         teachers=_teachers(folder),
         thresholds=dict(negatives.thresholds) if masked and negatives is not None else {},
@@ -182,11 +207,14 @@ def refresh_hard_negatives(
 ) -> StageState:
     """Mine again with the model after `done` steps of the stage; return the state with the new
     negatives and thresholds. Collective.
+
+    A refresh that was stopped or killed leaves the last round in force, and is gone on with.
     """
-    stats = state.stats | _mine(
-        Embedder(context), context.config.stages[name], folder, state.subsets, step=done
-    )
+    embedder = Embedder(replace(context, store=folder / VECTORS))
+    stage = context.config.stages[name]
+    stats = state.stats | _mine(embedder, stage, folder, state.subsets, step=done)
     on_main(context.parallel, f"saving {folder / STATE}", lambda: _write_state(folder, stats))
+    embedder.close()
     return load_stage(context.config, context.readers, name, folder, done)
 
 
@@ -234,40 +262,119 @@ def _patterns(stage: StageConfig, reader: RecordReader) -> list[str]:
     return stage.patterns.get(reader.name) or list(reader.config.patterns)
 
 
+def _once(
+    parallel: Parallel, folder: Path, what: str, work: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what `work` returned, now or in a start before this one. Collective."""
+    note = folder / f"made-{what}.json"
+    known = on_main(
+        parallel,
+        f"looking for {note}",
+        lambda: json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None,
+    )
+    if known is not None:
+        return dict(known)
+    found = work()
+    on_main(parallel, f"writing {note}", lambda: write_whole(note, json.dumps(found)))
+    return found
+
+
+def _balanced(
+    embedder: Embedder, stage: StageConfig, benchmark: dict[str, Summary], settings: BalanceConfig
+) -> dict[str, Any]:
+    found = balance_sets(embedder, stage, benchmark, settings)
+    return {
+        "weights": with_floor(found.weights, stage.data, settings.floor),
+        "balance": {
+            dataset: {**pairs, "mean": found.scores[dataset]}
+            | ({"error": found.errors[dataset]} if dataset in found.errors else {})
+            for dataset, pairs in found.pairs.items()
+        },
+        "balance_kinds": found.kinds,
+        "balance_weights": found.weights,
+    }
+
+
 def _subsets(
-    embedder: Embedder, stage: StageConfig, benchmark: dict[str, Summary]
+    embedder: Embedder, stage: StageConfig, benchmark: dict[str, Summary], folder: Path
 ) -> dict[str, NDArray[np.int64]]:
     subset, readers = stage.subset, embedder.context.readers
     if subset is None:
         return {}
-    result = {}
+    parallel, result = embedder.context.parallel, {}
     for name in subset.sets or list(stage.data):
         reader, patterns = readers[name], _patterns(stage, readers[name])
-        positions = reader.positions("train")
+        positions: Positions = SplitPositions(reader, "train")
         if subset.nearest is not None:
             wanted = {kind for summary in benchmark.values() for kind in summary}
-            rows = embed_kinds(embedder, reader, pattern_views(reader, patterns), positions, wanted)
-            vectors = {
-                kind: np.where(found.valid[:, None], found.fused.numpy(), 0.0)
-                for kind, found in rows.items()
-            }
-            scores = nearness(vectors, list(benchmark.values()))
-            if scores is not None:
-                positions = keep_highest(positions, scores, subset.nearest)
+            views = pattern_views(reader, patterns)
+            tables = kind_tables(embedder, reader, views, positions, wanted)
+            if any(kind in summary for kind in tables for summary in benchmark.values()):
+
+                def near(start: int, stop: int, tables: KindTables = tables) -> Scores:
+                    found = nearness(tables.vectors(start, stop), list(benchmark.values()))
+                    assert found is not None, "a kind is shared"
+                    return found
+
+                positions = keep_highest(
+                    parallel, positions, near, subset.nearest, folder, f"{name}.nearest"
+                )
         if subset.drop_noisy is not None:
             pattern = reader.config.patterns[patterns[0]]
-            sides = [
-                embedder.rows(reader, view, positions) for view in (pattern.query, pattern.target)
-            ]
-            own = (unit(sides[0].fused) * unit(sides[1].fused)).sum(1)
-            own = torch.where(torch.from_numpy(sides[0].valid & sides[1].valid), own, torch.nan)
-            positive = matched(
-                reader, positions
-            )  # a low cosine of a pair that is graded low is no noise
-            kept = drop_lowest(positions[positive], own.numpy()[positive], subset.drop_noisy)
-            positions = np.sort(np.concatenate([kept, positions[~positive]]))
-        result[name] = positions
+            left, right = (
+                embedder.table(reader, view, positions) for view in (pattern.query, pattern.target)
+            )
+
+            def clean(
+                start: int, stop: int, reader: RecordReader = reader, sides: Any = (left, right)
+            ) -> Scores:
+                query, target = (side.read(start, stop) for side in sides)
+                own = (unit(query.fused) * unit(target.fused)).sum(1).numpy()
+                own[~(query.valid & target.valid)] = -np.inf
+                # A low cosine of a pair that is graded low is no noise
+                own[~matched(reader, query.positions)] = np.nan
+                return own
+
+            keep = 1.0 - subset.drop_noisy
+            positions = keep_highest(parallel, positions, clean, keep, folder, f"{name}.clean")
+        result[name] = _listed(parallel, positions, folder, name)
     return result
+
+
+def _listed(parallel: Parallel, positions: Positions, folder: Path, name: str) -> NDArray[np.int64]:
+    """Return a subset mapped from its file, which a set that keeps all records gets, too."""
+    if isinstance(positions, np.memmap):
+        return positions
+    array = SharedArray(folder / f"{name}.npy", (len(positions),), "int64")
+    on_main(parallel, f"making {array.path}", array.create)
+
+    def write() -> None:
+        for start in range(parallel.rank * PART, len(positions), parallel.world_size * PART):
+            array.write(start, positions[start : start + PART])
+
+    apart(parallel, f"writing {array.path}", write)
+    return np.load(array.path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def _load_subsets(folder: Path, stats: dict[str, Any]) -> dict[str, NDArray[np.int64]]:
+    if (folder / FORMER_SUBSETS).is_file():
+        with np.load(folder / FORMER_SUBSETS) as arrays:
+            return {dataset: arrays[dataset] for dataset in arrays.files}
+    return {
+        dataset: np.load(folder / SUBSETS / file, mmap_mode="r")
+        for dataset, file in stats.get("subset_files", {}).items()
+    }
+
+
+def _last_round(folder: Path, done: int) -> Path | None:
+    """Return the round in force after `done` steps; of a run of version 0.1.0 its file."""
+    former = {
+        int(match[1]): path
+        for path in folder.glob("hard_negatives-*.npz")
+        if (match := re.fullmatch(r"hard_negatives-(\d+)\.npz", path.name))
+    }
+    last = max((step for step in former if step <= done), default=None)
+    return Rounds(folder / ROUNDS).last(done) or (former[last] if last is not None else None)
 
 
 def _mine(
@@ -276,23 +383,23 @@ def _mine(
     folder: Path,
     subsets: Mapping[str, NDArray[np.int64]],
     step: int,
-) -> JsonObject:
-    assert stage.hard_negatives is not None
-    run = embedder.context
-    patterns = chosen_patterns(stage.hard_negatives, stage.data, run.config.data.sets)
-    found = mine(embedder, patterns, stage.hard_negatives, subsets)
-    path = folder / f"hard_negatives-{step:08d}.npz"
-    on_main(run.parallel, f"saving {path}", lambda: found.store.save(path))
+) -> dict[str, Any]:
+    hard, run, rounds = stage.hard_negatives, embedder.context, Rounds(folder / ROUNDS)
+    assert hard is not None
+    patterns = chosen_patterns(hard, stage.data, run.config.data.sets)
+    if hard.from_folder is not None and step == 0:
+        source = Path(hard.from_folder)
+        found = read_mined(run.parallel, run.readers, patterns, hard.per_query, source, rounds)
+    else:
+        found = mine(embedder, patterns, hard, rounds, step, subsets)
     return {
         "mined_at": step,
-        "thresholds": {
-            str(key): threshold.as_dict() for key, threshold in found.thresholds.items()
-        },
+        "thresholds": {key: pattern["threshold"] for key, pattern in found.items()},
+        "prefix_thresholds": {key: pattern["prefixes"] for key, pattern in found.items()},
         "mined": {
-            str(key): {"with_negatives": int((table >= 0).any(1).sum())}
-            for key, table in found.store.positions.items()
+            key: {"with_negatives": pattern["with_negatives"]} for key, pattern in found.items()
         },
-        "examples": {str(key): examples for key, examples in found.examples.items()},
+        "examples": {key: pattern["examples"] for key, pattern in found.items()},
     }
 
 
@@ -302,19 +409,19 @@ def _teachers(folder: Path) -> Teachers | None:
     return TeacherTable.load(folder / TEACHERS_FILE) if (folder / TEACHERS_FILE).is_file() else None
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an attempt that was given up left: its refreshed negatives must not be taken
-    for this one's.
+def _begin(folder: Path, about: dict[str, Any]) -> None:
+    """Keep what a start before this one left of the same model and settings; remove all else:
+    refreshed negatives of an attempt that was given up must not be taken for this one's.
     """
-    shutil.rmtree(folder / TEACHERS, ignore_errors=True)
-    for path in [
-        folder / STATE,
-        folder / SUBSETS,
-        folder / TEACHERS_FILE,
-        *folder.glob("hard_negatives-*.npz"),
-    ]:
-        path.unlink(missing_ok=True)
+    note = folder / BEGUN
+    same = note.is_file() and json.loads(note.read_text(encoding="utf-8")) == about
+    if not same or (folder / STATE).is_file():
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name == VECTORS:
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_whole(note, json.dumps(about))
 
 
-def _write_state(folder: Path, stats: JsonObject) -> None:
+def _write_state(folder: Path, stats: dict[str, Any]) -> None:
     write_whole(folder / STATE, json.dumps(stats, ensure_ascii=False, indent=1))

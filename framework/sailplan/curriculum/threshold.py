@@ -15,6 +15,8 @@ from torch import Tensor
 from sailplan.embed.scoring import ALONE, Pairs, count_negatives
 from sailplan_kernels.exchange.base import Exchange
 
+TILE = 1 << 16  # scores at once: some 2 MB
+
 
 @dataclass(frozen=True)
 class Threshold:
@@ -44,7 +46,7 @@ def f1_threshold(
     tensors on all ranks; the same result.
     Raises ValueError when there is no positive pair.
     """
-    counts = count_negatives(queries, targets, positives, exchange)
+    counts = count_negatives(queries, targets, positives, exchange, TILE)
     true_positives = counts.positives.flip(0).cumsum(0).flip(0)
     total = int(counts.positives.sum())
     f1 = 2 * true_positives.double() / (true_positives + counts.at_or_above + total).double()

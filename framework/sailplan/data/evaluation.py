@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,6 +30,14 @@ from sailplan.data.text import clean
 from sailplan.errors import ConfigurationError
 
 logger = logging.getLogger("sailplan.data")
+
+
+@dataclass(frozen=True)
+class RowTask:
+    """Rows that are decoded together."""
+
+    positions: NDArray[np.int64]  # of the records
+    texts: list[str] | None = None  # of `text_from`, one a record
 
 
 class EvaluationRows:
@@ -82,17 +91,31 @@ class EvaluationRows:
             [(batch[:, None] * self.group + places).reshape(-1) for batch in own] for own in batches
         ]
 
+    def task(self, rows: NDArray[np.int64]) -> RowTask:
+        """Return what `make` needs of rows int64 [b], histories whole: small, for a worker."""
+        assert (rows[:: self.group] % self.group == 0).all() and len(rows) % self.group == 0, (
+            "histories are not cut"
+        )
+        texts = None if self._texts is None else [self._texts[row] for row in rows.tolist()]
+        return RowTask(self.positions[rows[:: self.group]], texts)
+
     def inputs(self, rows: NDArray[np.int64]) -> tuple[EncoderInputs, Tensor]:
-        """Return the inputs of rows int64 [b] and their ids int64 [b]; histories whole.
+        """Return `make` of these rows int64 [b]."""
+        return self.make(self.task(rows))
+
+    def make(self, task: RowTask) -> tuple[EncoderInputs, Tensor]:
+        """Return the inputs of a task's rows and their ids int64 [b].
 
         ids as in ViewBatch: equal for the same document, for text-only views for the same text; -1
         where the row has none of the view's modalities, is past a history's end, or cannot be read
         (a warning names it).
         """
-        assert (rows[:: self.group] % self.group == 0).all() and len(rows) % self.group == 0, (
-            "histories are not cut"
-        )
-        decoded = [row for place in rows[:: self.group].tolist() for row in self._rows(place)]
+        texts: Sequence[str | None] = task.texts or [None] * len(task.positions)
+        decoded = [
+            row
+            for position, text in zip(task.positions.tolist(), texts, strict=True)
+            for row in self._rows(position, text)
+        ]
         return self.processor.batch(
             decoded, self.processor.tokens(decoded, self.view), self.view
         ), torch.tensor([row.id for row in decoded])
@@ -111,13 +134,10 @@ class EvaluationRows:
             .reshape(-1)
         )
 
-    def _rows(self, place: int) -> list[ViewRow]:
-        """The `group` rows that start at row `place`."""
-        text = self._texts[place] if self._texts is not None else None
+    def _rows(self, position: int, text: str | None) -> list[ViewRow]:
+        """The `group` rows of the record at a position."""
         try:
-            record = self.reader.read(
-                int(self.positions[place]), media=media_of([self.view]), needs=(self.view.of,)
-            )
+            record = self.reader.read(position, media=media_of([self.view]), needs=(self.view.of,))
             items: list[Item | None] = (
                 list(record.history)
                 if self.view.of == "history"

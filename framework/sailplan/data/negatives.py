@@ -4,6 +4,7 @@ its hard negatives.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 
 from sailplan.config.schema import PatternKey
 
+ROUND = "round.json"  # of a round of mining, in its folder: patterns, files, thresholds
+
 
 @dataclass
 class HardNegativeStore:
-    """Hold positions int64 [n, K] of each pattern and its lambda* (a cosine).
+    """Hold positions int64 [n, K] of each pattern, in memory or mapped, and its lambda* (a cosine).
 
     Row i = negatives of the record at position i (n = records of the set), each the position of a
     record of the same set whose target item is the negative, -1 where absent.
@@ -39,8 +42,15 @@ class HardNegativeStore:
 
     @classmethod
     def load(cls, path: str | Path) -> HardNegativeStore:
-        """Read what `save` wrote."""
-        store = cls()
+        """Map a round of mining (a folder), or read what `save` wrote."""
+        path, store = Path(path), cls()
+        if path.is_dir():
+            note = json.loads((path / ROUND).read_text(encoding="utf-8"))
+            for written, found in note["patterns"].items():
+                key = PatternKey.parse(written)
+                store.positions[key] = np.load(path / found["negatives"], mmap_mode="r")
+                store.thresholds[key] = float(found["threshold"]["value"])
+            return store
         with np.load(path) as arrays:
             for name in arrays.files:
                 kind, _, written = name.partition(":")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -27,3 +28,4 @@ class RunContext:
     encoder: nn.Module
     objectives: Mapping[str, nn.Module] | nn.ModuleDict
     readers: dict[str, RecordReader]
+    store: Path | None = None  # of vectors on disk; None: a temporary folder of one node

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from sailplan.runtime.watch import beat
 from sailplan_kernels.exchange import Local
@@ -70,7 +69,8 @@ class Pairs:
 
 def unit(vectors: Tensor) -> Tensor:
     """Rows of length one, float64 [n, D]; an all-zero row stays zero."""
-    return normalize(vectors.double(), dim=-1)
+    rows = vectors.to(torch.float64, copy=True)
+    return rows.div_(rows.norm(dim=-1, keepdim=True).clamp_min_(1e-12))
 
 
 def share(n: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -98,7 +98,7 @@ def pair_scores(queries: Tensor, candidates: Tensor, pairs: Pairs) -> Tensor:
     """
     parts = [
         (queries[rows] * candidates[columns]).sum(-1).float()
-        for rows, columns in zip(pairs.rows.split(65536), pairs.columns.split(65536), strict=True)
+        for rows, columns in zip(pairs.rows.split(512), pairs.columns.split(512), strict=True)
     ]
     return torch.cat(parts) if parts else torch.zeros(0, device=queries.device)
 
@@ -134,13 +134,18 @@ class NegativeCounts:
 
 
 def count_negatives(
-    queries: Tensor, candidates: Tensor, positives: Pairs, exchange: Exchange = ALONE
+    queries: Tensor,
+    candidates: Tensor,
+    positives: Pairs,
+    exchange: Exchange = ALONE,
+    tile: int = 4_000_000,
 ) -> NegativeCounts:
     """Places every negative score among the positive scores: all that AUC and the best F1
     threshold need.
 
     queries [n, D], candidates [m, D], any float type, the same on all ranks; negatives are all n *
-    m pairs not in `positives`. O(n m log p) time, O(tile) memory. Raises ValueError when there is
+    m pairs not in `positives`. O(n m log p) time; 30 bytes of memory for each of the
+    `tile` scores at once. Raises ValueError when there is
     no positive pair.
     """
     queries, candidates = unit(queries), unit(candidates)
@@ -153,10 +158,10 @@ def count_negatives(
         u + 1, dtype=torch.int64, device=queries.device
     )  # [j]: pairs with exactly j values <= score
     more_than = torch.zeros_like(at_least)
-    for _, tile in tiles(
-        queries, candidates, share(len(queries), exchange.rank, exchange.world_size)
+    for _, scored in tiles(
+        queries, candidates, share(len(queries), exchange.rank, exchange.world_size), tile
     ):
-        flat = tile.flatten()
+        flat = scored.flatten()
         at_least += torch.bincount(torch.searchsorted(values, flat, right=True), minlength=u + 1)
         more_than += torch.bincount(torch.searchsorted(values, flat), minlength=u + 1)
     both = exchange.sum(torch.stack([at_least, more_than]))

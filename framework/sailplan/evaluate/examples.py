@@ -15,7 +15,7 @@ from sailplan.config.fields import JsonObject
 from sailplan.config.schema import EvaluationTask, ViewConfig
 from sailplan.data.excerpt import show
 from sailplan.data.reader import RecordReader
-from sailplan.embed.embedding import EmbeddedRows
+from sailplan.embed.rows import EmbeddedRows
 from sailplan.evaluate.retrieval_task import RetrievalTask
 from sailplan_kernels.topk import topk
 

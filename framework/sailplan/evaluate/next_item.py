@@ -25,7 +25,7 @@ from sailplan.data.names import given
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.values import ids
 from sailplan.embed.embedder import Embedder
-from sailplan.embed.embedding import EmbeddedRows
+from sailplan.embed.rows import EmbeddedRows
 from sailplan.embed.scoring import Pairs
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate import metrics

@@ -19,7 +19,7 @@ from sailplan.config.schema import EvaluationTask, ViewConfig
 from sailplan.curriculum.hard_negatives import matched
 from sailplan.data.reader import RecordReader
 from sailplan.embed.embedder import Embedder
-from sailplan.embed.embedding import EmbeddedRows
+from sailplan.embed.rows import EmbeddedRows
 from sailplan.embed.scoring import Pairs, labelled_pairs
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.seeds import generator

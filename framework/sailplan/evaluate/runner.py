@@ -235,4 +235,5 @@ def evaluate(context: RunContext, only: Sequence[str] | None = None) -> Evaluati
         result.tasks[name], examples = runner.run(name, task, context.readers[task.dataset])
         if examples:
             result.examples[name] = examples
+    runner.embedder.close()
     return result

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sailplan.data.reader import RecordReader
 from sailplan.embed.embedder import Embedder
-from sailplan.embed.embedding import EmbeddedRows, evaluating
+from sailplan.embed.encoding import evaluating
+from sailplan.embed.rows import EmbeddedRows
 from sailplan.embed.scoring import unit
 from sailplan.evaluate.retrieval_task import index_of
 from sailplan.objective.protocol import HistoryObjective

@@ -1,8 +1,9 @@
 """A data set's view as embedding files: unit vectors in .npy shards, and their record ids line
 by line.
 
-All ranks encode each shard together, rank 0 writes it, so memory stays at one shard whatever the
-data set's size. `embeddings.json` is written last: a folder without it is not complete.
+The ranks encode into the embedding store (`embed.store`), then share the shards and write them, so
+memory stays at a part of a shard whatever the data set's size. `embeddings.json` is written last: a
+folder without it is not complete, and the same command goes on with it.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ from torch.nn.functional import normalize
 
 from sailplan.config.schema import Config
 from sailplan.data.reader import RecordReader
-from sailplan.embed.embedding import embed_view
+from sailplan.embed.context import RunContext
+from sailplan.embed.embedder import Embedder
+from sailplan.embed.selection import SplitPositions
+from sailplan.embed.table import READ_ROWS
 from sailplan.errors import ConfigurationError
 from sailplan.export.semantic_ids import SemanticIds, semantic_ids, write_semantic_ids
+from sailplan.runtime.arrays import SharedArray
 from sailplan.runtime.files import write_whole
 from sailplan.runtime.main_rank import on_main
 from sailplan.runtime.process import Parallel
+from sailplan.runtime.turns import in_turns, sum_over_ranks
+from sailplan.runtime.watch import alone
 
-MANIFEST = "embeddings.json"
+MANIFEST, BEGUN, WORK = "embeddings.json", "begun.json", "vectors"
 
 
 def export_embeddings(
@@ -59,53 +66,68 @@ def export_embeddings(
         raise ConfigurationError(
             f"view {view} of '{reader.name}' shows whole histories: choose a view of single items"
         )
-    positions = reader.positions(split)
-    if not len(positions):
+    if not len(SplitPositions(reader, split)):
         raise ConfigurationError(
             f"split {split}: data set '{reader.name}' has the splits "
             f"{', '.join(reader.index.split_names)}; choose one of them"
         )
-    on_main(parallel, f"clearing {out}", lambda: _clear(out))
-    shards: list[dict[str, Any]] = []
-    rows, left_out = 0, 0
-    for start in range(0, len(positions), shard_rows):
-        found = embed_view(
-            encoder,
-            reader,
-            view,
-            positions[start : start + shard_rows],
-            parallel=parallel,
-            config=config,
-        )
-        kept = found.where(found.valid)
-        name, vectors = f"{len(shards):05d}", normalize(kept.fused, dim=-1).numpy()
-        ids = reader.ids(kept.positions)
+    context = RunContext(config, parallel, encoder, {}, {reader.name: reader}, out / WORK)
+    embedder = Embedder(context)
+    model = embedder.store.folder.name
+    about: dict[str, Any] = {
+        "model": model,
+        "view": repr(reader.config.views[view]),
+        "split": split,
+    }
+    about |= {"records": reader.identity, "shard_rows": shard_rows}
+    on_main(parallel, f"looking into {out}", lambda: _begin(out, about))
+    table = embedder.table(reader, view, SplitPositions(reader, split))
+    sizes = np.zeros((-(-len(table) // shard_rows), 2), dtype=np.int64)  # kept, left out
 
-        def write(name: str = name, vectors: np.ndarray = vectors, ids: list[str] = ids) -> None:
-            np.save(out / f"embeddings-{name}.npy", vectors)
-            (out / f"ids-{name}.txt").write_text(
-                "".join(f"{record_id}\n" for record_id in ids), encoding="utf-8"
-            )
+    def write(number: int) -> None:
+        name, stop = f"{number:05d}", min(len(table), (number + 1) * shard_rows)
+        identified = table.identify(number * shard_rows, stop)
+        sizes[number] = identified.valid.sum(), (~identified.valid).sum()
+        if (out / f"ids-{name}.txt").is_file():
+            return
+        shape = (int(sizes[number, 0]), config.model.embedding)
+        array = SharedArray(out / f"embeddings-{name}.npy", shape, "float32")
+        array.create()
+        written = 0
+        for start in range(number * shard_rows, stop, READ_ROWS):
+            alone()
+            found = table.read(start, min(stop, start + READ_ROWS))
+            vectors = normalize(found.where(found.valid).fused, dim=-1).numpy()
+            array.write(written, vectors)
+            written += len(vectors)
+        ids = reader.ids(identified.positions[identified.valid])
+        write_whole(out / f"ids-{name}.txt", "".join(f"{record_id}\n" for record_id in ids))
 
-        on_main(parallel, f"writing embeddings to {out}", write)
-        shards.append(
-            {"embeddings": f"embeddings-{name}.npy", "ids": f"ids-{name}.txt", "rows": len(kept)}
-        )
-        rows, left_out = rows + len(kept), left_out + len(found) - len(kept)
+    in_turns(parallel, f"writing embeddings to {out}", range(len(sizes)), write)
+    counts = sum_over_ranks(sizes).tolist()
     manifest = {
         "dataset": reader.name,
         "view": view,
-        "rows": rows,
-        "left_out": left_out,
+        "rows": sum(kept for kept, _ in counts),
+        "left_out": sum(dropped for _, dropped in counts),
         "dimensions": config.model.embedding,
         "prefixes": config.model.prefixes,
-        "shards": shards,
+        "shards": [
+            {
+                "embeddings": f"embeddings-{number:05d}.npy",
+                "ids": f"ids-{number:05d}.txt",
+                "rows": kept,
+            }
+            for number, (kept, _) in enumerate(counts)
+        ],
     }
 
     def publish() -> None:
         write_whole(out / MANIFEST, json.dumps(manifest, indent=1))
+        (out / BEGUN).unlink()
 
     on_main(parallel, f"writing {out / MANIFEST}", publish)
+    embedder.close()
     return manifest | (
         {"semantic_ids": write_codes(out, semantic_id_sizes, parallel, config.seed)}
         if semantic_id_sizes
@@ -149,9 +171,13 @@ def write_codes(
     return result
 
 
-def _clear(out: Path) -> None:
-    """An empty place to write to: files of an older export are removed, so that two never mix."""
-    out.mkdir(parents=True, exist_ok=True)
+def _begin(out: Path, about: dict[str, Any]) -> None:
+    """Keep what an export of the same that was stopped left; else remove files of an older one, so
+    that two never mix.
+    """
+    note = out / BEGUN
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == about:
+        return
     for pattern in (
         MANIFEST,
         "embeddings-*.npy",
@@ -161,3 +187,4 @@ def _clear(out: Path) -> None:
     ):
         for path in out.glob(pattern):
             path.unlink()
+    write_whole(note, json.dumps(about))

@@ -1,8 +1,10 @@
 """Long work that is cut into units and shared by all ranks, which meet after every unit.
 
 A collective at the end of hours of work would time out on the ranks that finish first. Here no rank
-is more than one unit ahead of another, a failure reaches all ranks after the unit in which it
-happened, and a lost peer ends the others at the next meeting. Units should take seconds, not hours.
+is more than one unit ahead of another and waits through the launcher's store, where no time-out of
+a group counts; a failure, or a stop that was asked for, reaches all ranks after the unit in which
+it happened. Units should take seconds, not hours, and those that take longer call
+`runtime.watch.alone` on their way.
 """
 
 from __future__ import annotations
@@ -15,8 +17,16 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from sailplan.errors import EXIT_BAD_DATA, BadDataError, SailplanError
+from sailplan.errors import (
+    EXIT_BAD_DATA,
+    EXIT_STOPPED,
+    BadDataError,
+    SailplanError,
+    StopRequested,
+)
 from sailplan.runtime.process import Parallel
+from sailplan.runtime.watch import alone, phase
+from sailplan.runtime.watch import meet as wait_for_all
 
 Unit = TypeVar("Unit")
 
@@ -34,14 +44,34 @@ def in_turns(
         number, problem = turn * parallel.world_size + parallel.rank, None
         try:
             if number < len(units):
-                work(units[number])
+                with phase(what, local=True):
+                    alone()
+                    work(units[number])
         except Exception as error:  # raised below, once the other ranks know
             problem = error
         meet(parallel, what, problem)
 
 
+def apart(parallel: Parallel, what: str, work: Callable[[], None]) -> None:
+    """Do `work` on every rank, each at its own pace; it calls `runtime.watch.alone` on its way.
+
+    Collective. Raises as `in_turns`, once all ranks are done.
+    """
+    problem = None
+    try:
+        with phase(what, local=True):
+            work()
+    except Exception as error:  # raised below, once the other ranks know
+        problem = error
+    meet(parallel, what, problem)
+
+
 def meet(parallel: Parallel, what: str, problem: Exception | None = None) -> None:
-    """Wait for all ranks; raise on all where one has a problem. Collective."""
+    """Wait for all ranks as long as any makes progress; raise on all where one has a problem.
+
+    A stop signal that one rank obeyed is obeyed by all. Collective.
+    """
+    wait_for_all(what)
     if not parallel.agree(problem is not None):
         return
     own = (
@@ -50,11 +80,17 @@ def meet(parallel: Parallel, what: str, problem: Exception | None = None) -> Non
         else (getattr(problem, "exit_code", 1), f"{type(problem).__name__}: {problem}")
     )
     answers = from_all_ranks(parallel, own)
-    if problem is not None:
+    failures = [
+        (rank, found)
+        for rank, found in enumerate(answers)
+        if found is not None and found[0] != EXIT_STOPPED
+    ]
+    if problem is not None and not (isinstance(problem, StopRequested) and failures):
         raise problem
-    rank, (code, text) = next(
-        (rank, found) for rank, found in enumerate(answers) if found is not None
-    )
+    if not failures:
+        stopped = next(found for found in answers if found is not None)
+        raise StopRequested(stopped[1].partition(": ")[2])
+    rank, (code, text) = failures[0]
     raise (BadDataError if code == EXIT_BAD_DATA else SailplanError)(
         f"{what} failed on rank {rank}: {text}"
     )

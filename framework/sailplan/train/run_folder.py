@@ -43,6 +43,11 @@ class RunFolder:
         return self.root / "curriculum" / stage
 
     @property
+    def vectors(self) -> Path:
+        """Of evaluations and commands, while they work."""
+        return self.root / "vectors"
+
+    @property
     def tokenizer(self) -> Path:
         return self.root / "tokenizer.json"
 

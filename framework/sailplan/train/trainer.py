@@ -75,7 +75,9 @@ class Trainer:
         )
         readers = open_agreed(config, parallel)
         check_data(config, readers)
-        context = RunContext(config, parallel, bundle.encoder, bundle.objectives, readers)
+        context = RunContext(
+            config, parallel, bundle.encoder, bundle.objectives, readers, folder.vectors
+        )
         self.state = Run(context, folder, bundle, self.optimizer, writer, callbacks)
 
     def resume(self, checkpoint: Path) -> None:
@@ -191,6 +193,10 @@ class Trainer:
             done = run.step + 1 - span.first
             if done > 0:
                 return load_stage(self.config, run.context.readers, span.name, where, done)
+            if (
+                run.context.config.data.workers
+            ):  # they are forked: no other thread may hold a lock then
+                run.join()
             return prepare_stage(run.context, span.name, where)
 
     def _loader(self, stage: StageRun, first: int, until: int) -> StepLoader:

@@ -88,10 +88,11 @@ def topk(
                     if exclude_ids is not None:
                         for ids in exclude_ids[rows].unbind(1):
                             dropped |= (key_ids[columns] == ids[:, None]) & (ids[:, None] >= 0)
-                    packed = _pack(scores, columns.start).masked_fill_(dropped, _NOTHING)
-                    packed = packed.topk(min(k, packed.shape[1]), dim=1).values
-                    best[rows] = torch.cat([best[rows], packed], 1).topk(k, dim=1).values
-    return _unpack(best)
+                    index = torch.arange(columns.start, columns.stop, device=scores.device)
+                    found = packed(scores, index).masked_fill_(dropped, _NOTHING)
+                    found = found.topk(min(k, found.shape[1]), dim=1).values
+                    best[rows] = torch.cat([best[rows], found], 1).topk(k, dim=1).values
+    return unpacked(best)
 
 
 def _agreed(exchange: Exchange, m: int, like: Tensor, call: tuple[object, ...]) -> list[int]:
@@ -130,17 +131,17 @@ def check_pair(queries: Tensor, keys: Tensor, tile: int) -> None:
         raise ValueError(f"tile: found {tile}, expected at least 1")
 
 
-def _pack(scores: Tensor, first: int) -> Tensor:
-    """int64, ordered by score and then by falling index."""
+def packed(scores: Tensor, index: Tensor) -> Tensor:
+    """Return int64 [N, M] that order by score [N, M] and then by falling index [M] or [N, M]."""
     bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 makes -0.0 equal to 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    index = torch.arange(first, first + scores.shape[1], device=scores.device)
     return (ordered << 32) | (_LOW - index)
 
 
-def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    index = _LOW - (packed & _LOW)
-    ordered = packed >> 32
+def unpacked(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores and indices of `packed` values; -inf and -1 of the lowest integer."""
+    index = _LOW - (values & _LOW)
+    ordered = values >> 32
     bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(torch.int32)
-    missing = packed == _NOTHING
+    missing = values == _NOTHING
     return bits.view(torch.float32).masked_fill(missing, -torch.inf), index.masked_fill(missing, -1)

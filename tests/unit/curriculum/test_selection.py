@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,9 +21,10 @@ from sailplan.curriculum.balance import (
     unit_rows,
     with_floor,
 )
-from sailplan.curriculum.subset import drop_lowest, keep_highest, nearness
+from sailplan.curriculum.subset import keep_highest, nearness
 from sailplan.curriculum.threshold import f1_threshold
 from sailplan.embed.scoring import Pairs, unit
+from sailplan.model.testing import join_layout
 from sailplan_kernels.exchange import AllGather
 from sailplan_kernels.testing import run_ranks
 
@@ -212,12 +215,43 @@ def test_subset_keeps_the_nearest_records() -> None:
     vectors = {"fused": np.concatenate([far, near])}
     scores = nearness(vectors, [{"fused": Clusters(unit_rows(np.eye(6)[:1]), np.ones(1))}])
     assert scores is not None
-    positions = np.arange(100, 140)
-    assert keep_highest(positions, scores, 0.25).tolist() == list(range(130, 140))
+    assert scores.argsort()[-10:].min() >= 30
     assert nearness({"audio": near}, [{"fused": Clusters(np.eye(6), np.ones(6) / 6)}]) is None
 
 
-def test_noisy_pairs_are_dropped_and_ties_go_by_position() -> None:
-    positions = np.array([3, 5, 8, 9])
-    assert drop_lowest(positions, np.array([0.9, 0.1, np.nan, 0.8]), 0.5).tolist() == [3, 9]
-    assert keep_highest(positions, np.zeros(4), 0.5).tolist() == [3, 5]
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_highest_are_kept_and_ties_go_by_position(tmp_path: Path, world_size: int) -> None:
+    """As a sort of all would: ties at the cut, missing sides (-inf), records that always stay."""
+    random = np.random.default_rng(0)
+    cases = {
+        "ties": np.round(random.standard_normal(101), 1),
+        "equal": np.zeros(40),
+        "one": np.array([-0.5]),
+        "missing": np.where(np.arange(30) % 3 == 0, -np.inf, random.standard_normal(30)),
+        "always": np.where(np.arange(50) % 4 == 0, np.nan, -np.abs(random.standard_normal(50))),
+    }
+
+    def keep(rank: int, world: int) -> dict[str, list[int]]:
+        parallel = join_layout(1)
+        return {
+            f"{name} {fraction}": keep_highest(
+                parallel,
+                3 + 2 * np.arange(len(scores)),
+                lambda start, stop, scores=scores: scores[start:stop].copy(),
+                fraction,
+                tmp_path / str(world),
+                f"{name}-{fraction}",
+            ).tolist()
+            for name, scores in cases.items()
+            for fraction in (0.25, 0.5, 1.0)
+        }
+
+    for found in run_ranks(keep, world_size):
+        for key, kept in found.items():
+            name, fraction = key.split()
+            scores = cases[name]
+            ranked = np.flatnonzero(~np.isnan(scores))
+            count = max(1, round(float(fraction) * len(ranked)))
+            best = ranked[np.lexsort((ranked, -scores[ranked]))[:count]]
+            wanted = np.sort([*best, *np.flatnonzero(np.isnan(scores))])
+            assert kept == (3 + 2 * wanted).astype(int).tolist()

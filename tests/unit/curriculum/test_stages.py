@@ -21,7 +21,7 @@ from sailplan.config.schema import (
     StageConfig,
     SubsetConfig,
 )
-from sailplan.curriculum.hard_negatives import matched, mine_rows
+from sailplan.curriculum.hard_negatives import matched
 from sailplan.curriculum.histories import read_histories
 from sailplan.curriculum.stages import (
     StageState,
@@ -34,12 +34,11 @@ from sailplan.curriculum.testing import write_pack
 from sailplan.data.config import INTEREST_VIEWS, HeldOutConfig, InterestsConfig
 from sailplan.data.datasets import open_datasets
 from sailplan.embed.context import RunContext
-from sailplan.embed.embedding import EmbeddedRows, embed_view
+from sailplan.embed.embedding import embed_view
 from sailplan.errors import ConfigurationError, SailplanError
 from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout
 from sailplan.runtime.main_rank import on_main
-from sailplan_kernels.exchange import AllGather, Local
 from sailplan_kernels.testing import RankFailure, run_ranks
 
 
@@ -257,57 +256,6 @@ def test_a_failure_on_rank_0_reaches_all_ranks() -> None:
         "OSError: disk full",
         "SailplanError: saving failed on rank 0: OSError: disk full",
     ]
-
-
-def rows(vectors: torch.Tensor, ids: list[int], positions: list[int]) -> EmbeddedRows:
-    return EmbeddedRows(
-        vectors, torch.tensor(ids), np.array(positions), np.ones(len(ids), dtype=bool)
-    )
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_mined_negatives_equal_brute_force(world_size: int) -> None:
-    random = torch.Generator().manual_seed(0)
-    n = 40
-    items = torch.randn(25, 6, generator=random)
-    own = torch.randint(0, 25, (n,), generator=random)
-    query_ids = torch.where(
-        torch.arange(n) < 4, 900, 1000 + torch.arange(n)
-    )  # four queries with the same text
-    queries = rows(
-        items[own] + 0.7 * torch.randn(n, 6, generator=random),
-        query_ids.tolist(),
-        list(range(100, 100 + n)),
-    )
-    targets = rows(items[own], own.tolist(), list(range(100, 100 + n)))
-    hard = HardNegativeConfig(per_query=3, sample=n)
-
-    def search(rank: int, world: int) -> tuple[Any, Any]:
-        exchange = AllGather() if world > 1 else Local()
-        threshold, table, _ = mine_rows(
-            queries, targets, hard, exchange, torch.device("cpu"), "set/pattern", 0
-        )
-        return threshold, table.tolist()
-
-    alone = run_ranks(search, 1)[0]
-    for threshold, table in run_ranks(search, world_size):
-        assert table == alone[1] and replace(threshold, value=0.0) == replace(alone[0], value=0.0)
-        assert threshold.value == pytest.approx(
-            alone[0].value, rel=2**-23
-        )  # one of the scores, rounded once
-        cosines = torch.nn.functional.cosine_similarity(queries.fused[:, None], items[None], dim=-1)
-        for row in range(n):
-            right = {int(own[other]) for other in range(n) if query_ids[other] == query_ids[row]}
-            ranked = sorted(
-                (
-                    item
-                    for item in set(own.tolist()) - right
-                    if cosines[row, item] < threshold.value
-                ),
-                key=lambda item: -cosines[row, item],
-            )
-            found = [int(own[position - 100]) for position in table[row] if position >= 0]
-            assert found == ranked[:3]
 
 
 def test_graded_pairs_below_the_positive_score_are_no_matches(config: Config) -> None:

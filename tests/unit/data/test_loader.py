@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from sailplan.config.schema import Config, StageConfig
+from sailplan.data.ahead import pack, unpack
 from sailplan.data.datasets import open_datasets
-from sailplan.data.loader import StepLoader, pack, unpack
+from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.record import StepBatch
 from sailplan.data.testing import item_record, write_set

@@ -41,6 +41,8 @@ class Evaluation(Callback):
         return options.every_steps > 0 and run.step % options.every_steps == 0
 
     def _evaluate(self, run: Run, span: StageSpan) -> None:
+        if run.context.config.data.workers:  # they are forked: no other thread may hold a lock then
+            run.join()
         with phase("evaluation"), run.keeping():
             found = evaluate(run.context)
         run.writer.log_evaluation(run.step, span.name, found.tasks, found.examples)

@@ -21,6 +21,10 @@ class MiningRefresh(Callback):
         every = _every(stage)
         if every and done and done % every == 0:
             name = stage.span.name
+            if (
+                run.context.config.data.workers
+            ):  # they are forked: no other thread may hold a lock then
+                run.join()
             with phase("mining"), run.keeping():
                 stage.state = refresh_hard_negatives(
                     run.context, name, run.folder.curriculum(name), stage.state, done

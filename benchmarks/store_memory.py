@@ -1,0 +1,262 @@
+"""Memory of embedding and mining a set: what each rank needs above the model, at 1 and 2 ranks.
+
+Made-up pairs of short texts, and an encoder that sums hashed words' vectors, so that time goes to
+the store and the search. Embeds both views of all records, finds the matches, writes the
+candidates, and searches the first blocks of queries of each rank against all candidates (a block
+needs the same memory whichever it is). The peak is the kernel's (VmHWM, reset after a warm-up),
+pages of mapped files included.
+
+    python benchmarks/store_memory.py [--records 200000] [--ranks 1 2] [--blocks 2] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sailplan.config.fields import Size
+from sailplan.config.schema import (
+    Config,
+    DatasetConfig,
+    HardNegativeConfig,
+    PatternConfig,
+    ViewConfig,
+)
+from sailplan.curriculum import hard_negatives
+from sailplan.curriculum.hard_negatives import PatternMiner
+from sailplan.data.datasets import open_datasets
+from sailplan.data.processor import Processor
+from sailplan.data.record import NamedInputs
+from sailplan.data.writer import Record, write_tar
+from sailplan.embed.context import RunContext
+from sailplan.embed.embedder import Embedder
+from sailplan.embed.selection import SplitPositions
+from sailplan.model.component import EncoderComponent
+from sailplan.model.config import EncoderConfig
+from sailplan.model.protocol import Embeddings, Encoder
+from sailplan.model.testing import join_layout
+from sailplan.runtime.arrays import SharedArray
+from sailplan_kernels.testing import run_ranks
+
+WORDS, SHARD = 4, 10_000
+
+
+@dataclass
+class Bag(EncoderConfig):
+    buckets: Size = 5000
+
+    def component(self) -> EncoderComponent:
+        return BagComponent(self)
+
+
+class _Words:
+    digest = "words"
+
+    def counts(self, texts: list[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+
+class BagProcessor(Processor):
+    def __init__(self, buckets: int, max_tokens: int) -> None:
+        self.tokenizer, self.buckets, self.max_tokens = _Words(), buckets, max_tokens
+
+    def overhead(self, view: ViewConfig) -> int:
+        return 0
+
+    def tokens(self, rows: Any, view: ViewConfig) -> Any:
+        crc, buckets, most = zlib.crc32, self.buckets, self.max_tokens
+        return [
+            [1 + crc(word.encode()) % buckets for word in row.text.split()][:most] for row in rows
+        ]
+
+    def batch(self, rows: Any, tokens: Any, view: ViewConfig) -> NamedInputs:
+        ids = torch.zeros(len(rows), max(1, *map(len, tokens)) if tokens else 1, dtype=torch.int64)
+        for row, words in enumerate(tokens):
+            ids[row, : len(words)] = torch.tensor(words, dtype=torch.int64)
+        return NamedInputs(tuple(view.modalities), {"ids": ids})
+
+    def largest(self, modalities: Any, rows: int) -> NamedInputs:
+        ids = torch.ones(rows, self.max_tokens, dtype=torch.int64)
+        return NamedInputs(tuple(modalities), {"ids": ids})
+
+
+class BagEncoder(Encoder):
+    modalities = ("text",)
+
+    def __init__(self, model: Bag) -> None:
+        super().__init__()
+        self.dimension = model.embedding
+        torch.manual_seed(0)
+        self.vectors = nn.Embedding(model.buckets + 1, model.embedding, padding_idx=0)
+
+    def forward(self, inputs: Any, *, per_modality: bool = False) -> Embeddings:
+        return Embeddings(self.vectors(inputs.named["ids"]).sum(1), {})
+
+
+class BagComponent(EncoderComponent):
+    def processor(self, config: Config) -> BagProcessor:
+        return BagProcessor(self.model.buckets, config.data.max_tokens)
+
+    def module(self, dtype: torch.dtype) -> BagEncoder:
+        return BagEncoder(self.model)
+
+
+def write_pairs(folder: Path, records: int) -> None:
+    """Write pairs of texts that share half of their words."""
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, records, SHARD):
+        count = min(SHARD, records - start)
+        words = random.integers(0, 20_000, (count, 3, WORDS))
+        texts = [[" ".join(f"w{word}" for word in part) for part in row] for row in words.tolist()]
+        bodies = [
+            {
+                "id": f"p/{start + number}",
+                "split": "train",
+                "query": {"text": f"{both} {left}"},
+                "target": {"text": f"{both} {right}"},
+            }
+            for number, (both, left, right) in enumerate(texts)
+        ]
+        write_tar([Record(body) for body in bodies], folder / f"pairs-{start // SHARD:06d}.tar")
+
+
+def configuration(root: Path, dimension: int) -> Config:
+    config = Config(seed=1, model=Bag(embedding=dimension, prefixes=[dimension]))
+    config.data.root, config.data.max_tokens, config.evaluation.batch = str(root), 16, 256
+    views = {
+        "query": ViewConfig(of="query", modalities=["text"], fields=["text"]),
+        "target": ViewConfig(of="target", modalities=["text"], fields=["text"]),
+    }
+    config.data.sets = {
+        "pairs": DatasetConfig(
+            shards=str(root / "pairs"),
+            kind="pairs",
+            views=views,
+            patterns={"query_to_target": PatternConfig("query", "target")},
+        )
+    }
+    return config
+
+
+def memory(name: str) -> int:
+    """Return a line of this process's status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+class _Enough(Exception):
+    pass
+
+
+def measure(rank: int, world_size: int, root: Path, dimension: int, blocks: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    config, parallel = configuration(root, dimension), join_layout(1)
+    reader = open_datasets(config)["pairs"]
+    work = root / f"work-{world_size}"
+    encoder = BagEncoder(config.model)
+    context = RunContext(config, parallel, encoder, {}, {"pairs": reader}, work / "warm")
+    Embedder(context).table(reader, "query", np.arange(2000))
+    embedder = Embedder(
+        RunContext(config, parallel, encoder, {}, {"pairs": reader}, work / "store")
+    )
+    found: dict[str, Any] = {}
+
+    def phase(name: str, work: Any) -> Any:
+        Path("/proc/self/clear_refs").write_text("5")
+        before, began = memory("VmRSS"), time.monotonic()
+        result = work()
+        peak = memory("VmHWM") - before
+        found[name] = {
+            "peak_bytes": peak,
+            "limit_bytes": int(0.3 * len(reader) * dimension * 4 / world_size),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        return result
+
+    positions = SplitPositions(reader, "train")
+    queries = phase("embed queries", lambda: embedder.table(reader, "query", positions))
+    targets = phase("embed targets", lambda: embedder.table(reader, "target", positions))
+    arrays = [
+        SharedArray(work / f"{kind}.npy", (len(reader), 4), dtype)
+        for kind, dtype in (("negatives", "int64"), ("scores", "float32"))
+    ]
+    miner = PatternMiner(
+        parallel,
+        reader,
+        "query_to_target",
+        queries,
+        targets,
+        positions,
+        HardNegativeConfig(per_query=4),
+        work / "pattern",
+        arrays,
+    )
+    searched, nearest = [0], hard_negatives.nearest
+
+    def few(*arguments: Any, **options: Any) -> Any:
+        if searched[0] == blocks:
+            raise _Enough
+        searched[0] += 1
+        return nearest(*arguments, **options)
+
+    def mine() -> None:
+        with contextlib.suppress(_Enough):
+            miner.run(0, [])
+
+    hard_negatives.nearest = few
+    phase("mining", mine)
+    found["searched_again"] = miner.stats.again
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=int, default=200_000)
+    parser.add_argument("--dimension", type=int, default=256)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--blocks", type=int, default=2, help="of queries that a rank searches")
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_pairs(root / "pairs", options.records)
+        open_datasets(configuration(root, options.dimension))
+        ranks = {
+            str(world_size): run_ranks(
+                measure, world_size, root, options.dimension, options.blocks, timeout=3000
+            )
+            for world_size in options.ranks
+        }
+    result = {
+        "command": "python benchmarks/store_memory.py --ranks "
+        + " ".join(map(str, options.ranks))
+        + f" --blocks {options.blocks}",
+        "records": options.records,
+        "dimension": options.dimension,
+        "rows_bytes": options.records * options.dimension * 4,
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "ranks": ranks,
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Rounds of mining on disk: a round is in force when it is whole, and a killed one changes nothing.
+
+    FOLDER/round-00000040/round.json            step, patterns with their files and thresholds
+    FOLDER/round-00000040/0.negatives.npy       int64 [records, k] positions, -1 where absent
+    FOLDER/round-00000040/0.scores.npy          float32 [records, k] cosines
+    FOLDER/CURRENT                              the round in force; switched last
+    FOLDER/working/                             what an unfinished round has so far
+
+Ranks write disjoint ranges of the arrays, which training maps: the processes of a node share one
+copy, and a rank reads the rows of its own batches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sailplan.data.negatives import ROUND
+from sailplan.runtime.files import write_whole
+
+CURRENT, WORKING, MODEL = "CURRENT", "working", "model"
+
+
+class Rounds:
+    """The rounds of a stage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, step: int) -> Path:
+        """Return the folder of the round of a step of the stage."""
+        return self.folder / f"round-{step:08d}"
+
+    def working(self, step: int) -> Path:
+        """Return the folder of an unfinished round."""
+        return self.folder / WORKING / f"round-{step:08d}"
+
+    def begin(self, step: int, model: str) -> dict[str, Any]:
+        """Return the patterns of a whole round of this model; {}: it is to be made, and what
+        another model's unfinished one had is gone.
+        """
+        if (self.path(step) / ROUND).is_file():
+            note = json.loads((self.path(step) / ROUND).read_text(encoding="utf-8"))
+            if note["model"] == model:
+                return dict(note["patterns"])
+        note = self.working(step) / MODEL
+        if not note.is_file() or note.read_text(encoding="utf-8") != model:
+            shutil.rmtree(self.folder / WORKING, ignore_errors=True)
+            write_whole(note, model)
+        return {}
+
+    def publish(self, step: int, model: str, patterns: dict[str, Any]) -> None:
+        """Put a round that is whole in force."""
+        working, path = self.working(step), self.path(step)
+        note = {"step": step, "model": model, "patterns": patterns}
+        write_whole(working / ROUND, json.dumps(note, indent=1))
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(working, path)
+        write_whole(self.folder / CURRENT, path.name)
+        shutil.rmtree(self.folder / WORKING, ignore_errors=True)
+
+    def last(self, done: int) -> Path | None:
+        """Return the last whole round up to a step, None where there is none."""
+        found = {
+            int(match[1]): path
+            for path in self.folder.glob("round-*")
+            if (match := re.fullmatch(r"round-(\d+)", path.name)) and (path / ROUND).is_file()
+        }
+        step = max((step for step in found if step <= done), default=None)
+        return None if step is None else found[step]
