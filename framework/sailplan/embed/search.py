@@ -46,9 +46,6 @@ class KeyFiles:
         self.files = files
         self.reads = 0  # tiles read so far, for counting
 
-    def __iter__(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        return self.tiles(KEYS)
-
     def tiles(self, size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Yield rows [t] and vectors float32 [t, D] of at most `size` keys."""
         for rows_file, vectors_file in self.files:

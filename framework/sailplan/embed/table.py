@@ -4,7 +4,6 @@ they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -111,12 +110,6 @@ class SequentialTable:
             return self.read(0, 0)
         start, stop = int(rows.min()), int(rows.max()) + 1
         return self.read(start, stop).take(rows - start)
-
-
-def blocks(table: Table, rows: int = READ_ROWS) -> Iterator[tuple[int, EmbeddedRows]]:
-    """Yield (first row, rows) of a table in pieces."""
-    for start in range(0, len(table), rows):
-        yield start, table.read(start, start + rows)
 
 
 def in_memory(table: Table) -> EmbeddedRows:
