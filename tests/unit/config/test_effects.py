@@ -26,7 +26,7 @@ REFUSED = {
     "model.lora.rank=8 " + " ".join(FROZEN): "model.lora.rank=8: no stage trains lora",
     "data.sets.emoji.history_length=5": "has no effect with data.sets.emoji.kind=items",
     "data.sets.emoji.positive_score=0.5": "has no effect with data.sets.emoji.kind=items",
-    "data.sets.prompts.views.speech.modalities=[text]": "no view shows a picture or sound",
+    "data.sets.prompts.views.speech={modalities:[text],fields:[asr],prompt:sound}": "no view shows a picture or sound",
     "data.sets.prompts.views.speech.pick=one": "in a view that shows no text",
     "data.sets.prompts.views.transcript.frames=spread": "in a view that shows no vision",
     f"{ALONE} stages.seq2item.mixed_fraction=0.5": "has no effect on the one data set",

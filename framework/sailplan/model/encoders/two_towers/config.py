@@ -62,7 +62,7 @@ class TwoTowersConfig(EncoderConfig):
             tower: TransformersConfig = getattr(self, modality)
             for name in ("encoder", "embedding", "prefixes", "projection", "modalities"):
                 found = getattr(tower, name)
-                if found != getattr(default, name):
+                if found not in (getattr(default, name), getattr(self.tower(modality), name)):
                     raise ConfigurationError(
                         f"{path}.{modality}.{name}={found}: has no effect in a tower; leave it "
                         f"out, {path}.embedding and {path}.prefixes are for all"
