@@ -12,9 +12,10 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import socket
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+
+from sailplan.runtime.environment import host_name
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -69,7 +70,7 @@ class Board:
             store,
             rank,
             world_size,
-            socket.gethostname(),
+            host_name(),
         )
 
     @classmethod

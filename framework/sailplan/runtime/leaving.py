@@ -12,14 +12,13 @@ import hashlib
 import multiprocessing
 import os
 import re
-import socket
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from sailplan.errors import EXIT_DONE, EXIT_FAILURE, EXIT_HANG, EXIT_STOPPED, SailplanError
-from sailplan.runtime.environment import world_size_from_environment
+from sailplan.runtime.environment import host_name, world_size_from_environment
 
 if TYPE_CHECKING:
     from sailplan.runtime.board import Board
@@ -182,6 +181,4 @@ def name_lines() -> None:
         os.environ.setdefault(
             "TORCH_CPP_LOG_LEVEL", "ERROR"
         )  # torch's C++ writes past Python, and says what is said here anyway
-        sys.stderr = NamedLines(
-            sys.stderr, f"[rank {os.environ.get('RANK', '?')} {socket.gethostname()}] "
-        )  # type: ignore[assignment]
+        sys.stderr = NamedLines(sys.stderr, f"[rank {os.environ.get('RANK', '?')} {host_name()}] ")  # type: ignore[assignment]

@@ -24,10 +24,11 @@ import torch.distributed as dist
 from sailplan.errors import EXIT_FAILURE, EXIT_HANG, EXIT_STOPPED, SailplanError
 from sailplan.runtime.board import Board
 from sailplan.runtime.config import ParallelConfig
-from sailplan.runtime.environment import fill_in_slurm, world_size_from_environment
+from sailplan.runtime.environment import local_world_size, world_size_from_environment
 from sailplan.runtime.groups import form_groups, leave_groups
 from sailplan.runtime.hang_report import missing, table
 from sailplan.runtime.leaving import code_of, end_now, first_to_say, is_lost_peer, say
+from sailplan.runtime.network import check_reachable
 from sailplan.runtime.process import Parallel, device_type
 from sailplan.runtime.signals import stop_flag
 from sailplan.runtime.watch import Watch, phase, watching
@@ -47,7 +48,6 @@ def started(config: ParallelConfig) -> Iterator[Parallel]:
     Raises ConfigurationError before any group is formed if `parallel.tensor` does not divide the
     world.
     """
-    fill_in_slurm()
     world_size = world_size_from_environment()
     config.check_world(world_size)
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -85,8 +85,8 @@ def _device(config: ParallelConfig, local_rank: int, world_size: int) -> torch.d
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    share = len(os.sched_getaffinity(0)) // local_world_size(world_size)
+    torch.set_num_threads(config.threads or max(1, share))
     return torch.device("cpu")
 
 
@@ -109,6 +109,8 @@ def _join(
     early = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if early:
         _show_on(watch, Board.of_launch(config.timeout_seconds))
+    if world_size > local_world_size(world_size):
+        check_reachable()
     dist.init_process_group(backend, timeout=timeout, device_id=bound)
     if not early:
         _show_on(watch, Board.of_launch(config.timeout_seconds))
