@@ -15,7 +15,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from sailplan.runtime.environment import host_name
+from sailplan.runtime.environment import START, host_name
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -90,7 +90,8 @@ class Board:
             timeout=timeout,
         )
         store.set_timeout(datetime.timedelta(seconds=REQUEST_SECONDS))
-        prefix = f"sailplan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        start = os.environ.get(START) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        prefix = f"sailplan/{start}"
         return cls(
             PrefixStore(prefix, store), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         )

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from sailplan.errors import ConfigurationError
 
+START = "SAILPLAN_START"  # which start of the ranks this is, in a store that outlives them
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MPI: dict[str, tuple[str, str, str, str]] = {
     "Open MPI": (

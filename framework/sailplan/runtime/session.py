@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 
 from sailplan.errors import EXIT_FAILURE, EXIT_HANG, EXIT_STOPPED, SailplanError
-from sailplan.runtime.board import Board
+from sailplan.runtime.board import Board, RankNote
 from sailplan.runtime.config import ParallelConfig
 from sailplan.runtime.environment import local_world_size, world_size_from_environment
 from sailplan.runtime.groups import form_groups, leave_groups
-from sailplan.runtime.hang_report import missing, table
-from sailplan.runtime.leaving import code_of, end_now, first_to_say, is_lost_peer, say
+from sailplan.runtime.hang_report import lost_hosts, missing, stay, table
+from sailplan.runtime.leaving import code_of, end_now, first_to_say, is_lost_peer, note_lost, say
 from sailplan.runtime.network import check_reachable
 from sailplan.runtime.process import Parallel, device_type
 from sailplan.runtime.signals import stop_flag
@@ -158,20 +158,36 @@ def _lost(line: str, watch: Watch) -> None:
                 end_now(EXIT_STOPPED, "stopped", board)
             time.sleep(0.1)
         if board is not None and board.count("lost") == 1:
-            notes, now = board.notes(), time.time()
-            gone = missing(notes, now, 2 * watch.tick + 1)
+            patience = 2 * watch.tick + 1
+            notes = _until_missing(board, patience)
+            now = time.time()
+            gone = missing(notes, now, patience)
             named = (
                 ", ".join(
                     f"{rank} ({note.host})" if (note := notes[rank]) else str(rank) for rank in gone
                 )
                 or "that is not known"
             )
+            note_lost(lost_hosts(notes, now, patience))
             say(
                 f"lost a peer {where}: rank {named}, which said nothing before; resume with "
                 f"resume=auto ({line[:200]})"
             )
-            for row in table(notes, now, 2 * watch.tick + 1):
+            for row in table(notes, now, patience):
                 say(row)
+            board.write("table", "written")
             end_now(EXIT_HANG, line, board)
+        if board is not None:
+            stay(watch.note, board, watch.tick)  # or the table would name this rank, too
     say(f"lost a peer {where} ({line[:200]})")
     end_now(EXIT_HANG, line, board)
+
+
+def _until_missing(board: Board, patience: float) -> list[RankNote | None]:
+    """Return the ranks' notes once one of them is old enough to tell a lost rank by."""
+    deadline = time.monotonic() + patience + 1
+    while True:
+        notes = board.notes()
+        if missing(notes, time.time(), patience) or time.monotonic() > deadline:
+            return notes
+        time.sleep(0.2)
