@@ -68,10 +68,13 @@ def listening_address() -> tuple[str, str | None]:
 
 def check_reachable() -> None:
     """Raise ConfigurationError where ranks of other hosts could not reach the ranks of this one."""
+    first = os.environ.get("MASTER_ADDR", "")
+    if first == "localhost" or first.startswith("127."):
+        return  # all of the launch's "hosts" are this one
     by, address = listening_address()
     if address is not None and not ip_address(address).is_loopback:
         return
-    way = way_to(os.environ.get("MASTER_ADDR", ""))
+    way = way_to(first)
     known = {
         name: addresses[0]
         for name, addresses in interfaces().items()
