@@ -77,7 +77,9 @@ class Slurm:
     def variables(self) -> dict[str, str]:
         return environment() | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def call(self, *line: str, cwd: Path | None = None, **variables: str) -> str:
+    def call(
+        self, *line: str, cwd: Path | None = None, seconds: float = 60, **variables: str
+    ) -> str:
         """Return what one of Slurm's commands prints."""
         found = subprocess.run(
             line,
@@ -85,7 +87,7 @@ class Slurm:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=seconds,
             check=False,
         )
         assert found.returncode == 0, (line, found.stdout, found.stderr)

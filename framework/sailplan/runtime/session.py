@@ -12,7 +12,6 @@ import datetime
 import os
 import resource
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -54,12 +53,11 @@ def started(config: ParallelConfig) -> Iterator[Parallel]:
     with (
         stop_flag() as flag,
         watching(config.timeout_seconds, flag, rank) as watch,
-        tempfile.TemporaryDirectory() as folder,
     ):
         try:
             with phase("start"):
                 device = _device(config, local_rank, world_size)
-                _join(watch, config, device, world_size, folder)
+                _join(watch, config, device, world_size)
                 parallel = form_groups(config.tensor, device)
             yield parallel
         except BaseException as error:
@@ -90,19 +88,13 @@ def _device(config: ParallelConfig, local_rank: int, world_size: int) -> torch.d
     return torch.device("cpu")
 
 
-def _join(
-    watch: Watch, config: ParallelConfig, device: torch.device, world_size: int, folder: str
-) -> None:
+def _join(watch: Watch, config: ParallelConfig, device: torch.device, world_size: int) -> None:
     timeout = datetime.timedelta(seconds=config.timeout_seconds + BEHIND_THE_WATCH)
     backend, bound = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     if world_size == 1:
+        store = dist.HashStore()  # no file: a rank that is killed would leave it behind
         dist.init_process_group(
-            backend,
-            init_method=f"file://{folder}/rendezvous",
-            rank=0,
-            world_size=1,
-            timeout=timeout,
-            device_id=bound,
+            backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=bound
         )
         return
     # torchrun's agent has the store already; without it rank 0 opens it when the group is formed.

@@ -36,7 +36,7 @@ class Job:
         self.number = os.environ["SLURM_JOB_ID"]
         self.nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
         self.notes, self.grace = notes, grace
-        self._step: subprocess.Popen[bytes] | None = None
+        self._asked = False  # to stop
 
     def run(self, arguments: list[str]) -> int:
         """Run a command on all nodes; return the job's exit code."""
@@ -44,9 +44,9 @@ class Job:
         self.notes.mkdir(parents=True)
         line = ["srun", "--kill-on-bad-exit=0", "bash", "-c", STEP, "torchrun", *arguments]
         for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, self._pass_on)
-        self._step = subprocess.Popen(line, env=os.environ | self._variables())
-        return self._ended(self._wait(self._step))
+            signal.signal(number, self._ask)
+        step = subprocess.Popen(line, env=os.environ | self._variables())
+        return self._ended(self._wait(step))
 
     def _variables(self) -> dict[str, str]:
         found = dict(os.environ)
@@ -61,16 +61,17 @@ class Job:
             JOB_NOTES: str(self.notes.absolute()),
         }
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Hand Slurm's early warning on: srun passes the signal on to its tasks."""
-        if self._step is not None and self._step.poll() is None:
-            self._step.send_signal(signal.SIGUSR1)
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
 
     def _wait(self, step: subprocess.Popen[bytes]) -> int:
         """Return srun's exit code; end it where nodes do not follow one that failed."""
         failed_at = None
         while (code := step.poll()) is None:
             time.sleep(0.2)
+            if self._asked:  # Slurm's early warning: srun passes it on to its tasks
+                self._asked = False
+                step.send_signal(signal.SIGUSR1)
             if failed_at is None and any(code not in (0, EXIT_STOPPED) for code in self.codes()):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > self.grace:
