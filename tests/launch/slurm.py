@@ -108,6 +108,7 @@ class Slurm:
     def start_again(self, number: str) -> None:
         """Shorten the two minutes for which Slurm holds a job that was put back."""
         self.wait("pending", lambda: self.job(number)["JobState"] == "PENDING", 60)
+        time.sleep(6)  # nodes have revoked the former start's credential, and would revoke this one
         self.wait("started again", lambda: self._begun(number), 60)
 
     def _begun(self, number: str) -> bool:

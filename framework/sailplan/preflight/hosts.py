@@ -31,7 +31,7 @@ from sailplan.runtime.turns import from_all_ranks
 ROUNDS = 5  # of comparing clocks; the middle one counts
 SKEW = 0.5  # seconds; the table of a hang compares the ranks' clocks to a second
 SHARED_MEMORY = 2**30  # bytes; loader workers hand their batches over there
-SETTINGS = ("NCCL_", "TORCH_NCCL_", "GLOO_")
+SETTINGS = {"cpu": ("GLOO_",), "cuda": ("NCCL_", "TORCH_NCCL_", "GLOO_")}
 SLOWING = {
     "NCCL_IB_DISABLE": "InfiniBand is off",
     "NCCL_P2P_DISABLE": "GPUs of a node do not reach each other directly",
@@ -78,7 +78,11 @@ def gather_facts(parallel: Parallel, runs: Path) -> list[RankFacts]:
         free_temporary=_free(Path(tempfile.gettempdir())),
         shared_memory=shutil.disk_usage(shared).total if shared.is_dir() else 0,
         clock=_clock(parallel),
-        settings={k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)},
+        settings={
+            key: value
+            for key, value in sorted(os.environ.items())
+            if key.startswith(SETTINGS[parallel.device.type])
+        },
         infiniband=_infiniband(),
         gpu=gpu_facts(parallel.device) if parallel.device.type == "cuda" else None,
     )
@@ -124,7 +128,6 @@ def judge_hosts(facts: Sequence[RankFacts], findings: Findings, needed_bytes: in
     needed_bytes: what the run's checkpoints will take.
     """
     firsts = [fact for fact in facts if fact.local_rank == 0]
-    hosts = list(dict.fromkeys(fact.host for fact in firsts))
     findings.add(
         "network",
         "ok" if len(firsts) > 1 else "note",
@@ -134,7 +137,7 @@ def judge_hosts(facts: Sequence[RankFacts], findings: Findings, needed_bytes: in
     _judge_clocks(firsts, findings)
     _judge_descriptors(facts, findings)
     _judge_space(firsts, findings, needed_bytes)
-    _judge_settings(firsts, findings, any(fact.gpu for fact in facts), len(hosts))
+    _judge_settings(firsts, findings, any(fact.gpu for fact in facts))
 
 
 def _judge_clocks(firsts: Sequence[RankFacts], findings: Findings) -> None:
@@ -191,9 +194,7 @@ def _judge_space(firsts: Sequence[RankFacts], findings: Findings, needed: int) -
     )
 
 
-def _judge_settings(
-    firsts: Sequence[RankFacts], findings: Findings, gpus: bool, hosts: int
-) -> None:
+def _judge_settings(firsts: Sequence[RankFacts], findings: Findings, gpus: bool) -> None:
     first = firsts[0]
     shown = ", ".join(f"{key}={value}" for key, value in first.settings.items()) or "none set"
     unlike = [

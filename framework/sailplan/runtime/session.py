@@ -20,10 +20,16 @@ from contextlib import contextmanager, suppress
 import torch
 import torch.distributed as dist
 
-from sailplan.errors import EXIT_FAILURE, EXIT_HANG, EXIT_STOPPED, SailplanError
+from sailplan.errors import (
+    EXIT_FAILURE,
+    EXIT_HANG,
+    EXIT_STOPPED,
+    ConfigurationError,
+    SailplanError,
+)
 from sailplan.runtime.board import Board, RankNote
 from sailplan.runtime.config import ParallelConfig
-from sailplan.runtime.environment import local_world_size, world_size_from_environment
+from sailplan.runtime.environment import host_name, local_world_size, world_size_from_environment
 from sailplan.runtime.groups import form_groups, leave_groups
 from sailplan.runtime.hang_report import lost_hosts, missing, stay, table
 from sailplan.runtime.leaving import code_of, end_now, first_to_say, is_lost_peer, note_lost, say
@@ -80,6 +86,12 @@ def _device(config: ParallelConfig, local_rank: int, world_size: int) -> torch.d
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if device_type() == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigurationError(
+                f"host {host_name()}: found {torch.cuda.device_count()} GPUs, expected one for each "
+                f"of {local_world_size(world_size)} ranks: start fewer, or look at nvidia-smi and "
+                "CUDA_VISIBLE_DEVICES there"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
@@ -101,11 +113,29 @@ def _join(watch: Watch, config: ParallelConfig, device: torch.device, world_size
     early = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if early:
         _show_on(watch, Board.of_launch(config.timeout_seconds))
+        _check_devices(watch, device)
     if world_size > local_world_size(world_size):
         check_reachable()
     dist.init_process_group(backend, timeout=timeout, device_id=bound)
     if not early:
         _show_on(watch, Board.of_launch(config.timeout_seconds))
+
+
+def _check_devices(watch: Watch, device: torch.device) -> None:
+    """Raise ConfigurationError on all ranks where only some have a GPU: their messages would never
+    meet.
+    """
+    assert watch.board is not None
+    if watch.board.count(f"device/{device.type}") == 1:
+        watch.board.write(f"device of/{device.type}", f"rank {watch.note.rank} ({watch.note.host})")
+    watch.meet("devices")
+    counts = {kind: watch.board.counted(f"device/{kind}") for kind in ("cuda", "cpu")}
+    if all(counts.values()):
+        raise ConfigurationError(
+            f"GPUs: found by {counts['cuda']} ranks and not by {counts['cpu']}, such as "
+            f"{watch.board.read('device of/cpu')}, expected by all or none: look at nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES there"
+        )
 
 
 def _show_on(watch: Watch, board: Board) -> None:

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from sailplan.errors import ConfigurationError
@@ -25,16 +26,18 @@ SECONDS = 15.0  # a network file system shows other hosts' files late
 
 
 def check_shared(
-    parallel: Parallel, folder: Path, key: str, *, seconds: float = SECONDS
+    parallel: Parallel, folder: Path, key: str, *, own: bool = False, seconds: float = SECONDS
 ) -> list[str]:
     """Return each rank's host where all hosts write into the one folder; otherwise raise
     ConfigurationError on all ranks. A collective.
 
-    key: the setting that names the folder. The first rank of each host writes a file of no bytes;
+    key: the setting that names the folder. own: no other job uses it now. The first rank of each host writes a file of no bytes;
     the others look whether the folder is there. A rank whose file system shows nothing of it
     within `seconds` does not share it.
     """
-    place = folder / on_main(parallel, "making a file in the run folder", lambda: _make(folder))
+    place = folder / on_main(
+        parallel, "making a file in the run folder", lambda: _make(folder, own)
+    )
     problem = _join(place, parallel.rank, seconds)
     answers = from_all_ranks(parallel, (problem, host_name()))
     lines, hosts = [line for line, _ in answers], [host for _, host in answers]
@@ -48,7 +51,11 @@ def check_shared(
     return hosts
 
 
-def _make(folder: Path) -> str:
+def _make(folder: Path, own: bool) -> str:
+    for stale in folder.glob(".shared-*"):  # of a job that was killed meanwhile
+        with suppress(OSError):
+            if time.time() - stale.stat().st_mtime > 4 * SECONDS or own:
+                shutil.rmtree(stale)
     name = f".shared-{secrets.token_hex(8)}"  # no host has looked for this name: none is cached
     try:
         (folder / name).mkdir(parents=True)

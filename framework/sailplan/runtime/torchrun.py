@@ -33,9 +33,11 @@ def main() -> int:
     os.environ.setdefault(
         "OMP_NUM_THREADS", "1"
     )  # torchrun's own default, without its warning; ranks set torch's threads themselves
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # the ranks have said it already, in one line
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(
+                logging.CRITICAL
+            )  # the ranks have said it, in one line
     with tempfile.TemporaryDirectory(prefix="sailplan-launch-") as name:
         starts, done = Starts(Path(name)), threading.Event()
         Agent.starts, launcher.LocalElasticAgent = starts, Agent  # type: ignore[misc]

@@ -151,7 +151,7 @@ def _claimed(config: Config, folder: RunFolder, parallel: Parallel) -> Iterator[
 
     on_main(parallel, "claiming the run folder", claim)
     try:
-        check_shared(parallel, folder.root, f"runs={config.runs}")
+        check_shared(parallel, folder.root, f"runs={config.runs}", own=True)
         yield
     finally:
         for one in claims:
