@@ -130,7 +130,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 def unlike(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """Return a line for each part that differs."""
     lines = [
-        f"{part}: differs"
+        f"{part}: {str(found[part])[:200]}"
         for part in TOGETHER[1:]
         if json.dumps(found[part]) != json.dumps(expected[part])
     ]
