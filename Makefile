@@ -15,13 +15,17 @@ FAST := tests/unit/test_layers.py tests/unit/data tests/unit/objective tests/uni
   tests/unit/curriculum/test_collaboration.py tests/unit/evaluate/test_semantic_ids.py tests/unit/observe/test_metric_files.py \
   tests/kernels/test_definition.py tests/kernels/test_calls.py tests/kernels/test_layers.py
 
-.PHONY: help environment quickstart weights lint test test-fast docs clean
+.PHONY: help environment quickstart weights lint test test-fast test-nightly chaos cluster-packages docs clean
+N ?= 20
+SEED ?= 0
 
 help:
 	@echo "make quickstart   five stages on two ranks, evaluation, report (5 minutes on 2 idle cores, 10 on busy ones)"
 	@echo "make weights      published weights for experiment=pretrained and its tests (101 MB)"
 	@echo "make test         style, types and all tests"
 	@echo "make test-fast    the tests that start no ranks and no commands (under 90 s on 2 idle cores)"
+	@echo "make test-nightly launchers that take minutes: a lost node, srun alone under a real Slurm"
+	@echo "make chaos N=300  kill a small run N times at random moments and compare it with an undisturbed one"
 	@echo "make lint         style and types"
 	@echo "make docs         the documentation site, in build/site"
 	@echo "make clean        remove the environment and run folders"
@@ -65,8 +69,22 @@ $(VENV)/docs/.ready: requirements/docs.txt
 docs: $(VENV)/docs/.ready
 	$(VENV)/docs/bin/mkdocs build --strict --quiet
 
+# What tests/launch makes hosts and a Slurm of. Where they cannot be installed, those tests say so and are skipped.
+cluster-packages:
+	@for program in slurmctld slurmd munged ip unshare; do PATH="$$PATH:/usr/sbin" command -v $$program > /dev/null || missing="$$missing $$program"; done; \
+	  [ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+	    && { apt-get install --quiet --yes --no-install-recommends slurm-wlm munge iproute2 util-linux > /dev/null 2>&1 \
+	      || { apt-get --quiet update > /dev/null 2>&1 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends slurm-wlm munge iproute2 util-linux > /dev/null 2>&1; }; }; } \
+	  || echo "sailplan:$$missing not found, and no root or apt-get to install them: tests of hosts and Slurm are SKIPPED"
+
+chaos: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/chaos.py --kills $(N) --seed $(SEED)
+
+test-nightly: $(READY) cluster-packages
+	NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch
+
 # By files on WORKERS processes; faults by themselves, as their limits of seconds are those of a machine that does nothing else.
-test: lint $(TRITONS)
+test: lint $(TRITONS) cluster-packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/faults
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sailplan.cli.launched import launch
 from sailplan.curriculum.testing import write_pack
 from sailplan.data.datasets import open_datasets
 from sailplan.data.plan import Plan
-from sailplan.runtime import agreement
+from sailplan.runtime import agreement, session
 from sailplan.step.same_data import equal, moments
 from sailplan.train.run import train
 from sailplan.train.testing import metrics
@@ -75,6 +76,19 @@ def test_other_settings_versions_or_code_are_named(
         "code": "code of sailplan: another",
     }
     assert "rank 1 (" in ended.said[0] and named[what] in ended.said[0], ended.said
+
+
+def test_a_host_without_its_gpus_is_named_before_any_group_is_formed(
+    packs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def work(rank: int) -> None:
+        if rank != 1:
+            session._device = lambda *arguments: torch.device("cuda", 0)
+        train(job(packs[0], tmp_path, parallel__timeout_seconds=60.0))
+
+    ended = launch(work, 3)
+    assert ended.codes == [64] * 3 and len(ended.said) == 1, ended.said
+    assert "GPUs: found by 2 ranks and not by 1, such as rank 1 (" in ended.said[0], ended.said
 
 
 def test_a_rank_that_draws_other_records_ends_the_run_in_that_step(

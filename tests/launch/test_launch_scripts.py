@@ -26,7 +26,7 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("NODE", "MASTER_", "PROCESSES_", "SLURM_"))
+        if not name.startswith(("NODE", "MASTER_", "PROCESSES_", "SLURM_", "RENDEZVOUS"))
     }
     environment = {**kept, "PYTHON": sys.executable, "SAILPLAN_DRY_RUN": "1", **variables}
     return subprocess.run(
@@ -99,6 +99,8 @@ def test_preflight_checks_with_the_same_ranks() -> None:
         ("torchrun.sh", ["train"], {**NODE, "NODE_RANK": "2"}, "NODE_RANK is '2', expected 0..1"),
         ("torchrun.sh", ["train"], {**NODE, "NODES": "two"}, "NODES is 'two'"),
         ("torchrun.sh", [], NODE, "no command given"),
+        ("elastic.sh", ["train"], {"NODES": "2:4"}, "RENDEZVOUS is not set"),
+        ("elastic.sh", ["train"], {"NODES": "4:2", "RENDEZVOUS": "a:1"}, "NODES is '4:2'"),
         ("slurm.sbatch", ["train"], {}, "expected a Slurm job"),
     ],
 )
@@ -123,8 +125,9 @@ def slurm_commands(folder: Path, step: str) -> dict[str, str]:
     """
     folder.mkdir()
     (folder / "scontrol").write_text(
-        '#!/bin/bash\n[[ $1 == show ]] && echo node-a\n[[ $1 == requeue ]] && echo "$2" > '
-        f"{folder}/requeued\ntrue\n"
+        "#!/bin/bash\n[[ $1 == show ]] && echo JobId=$3 ExcNodeList=node-z\n"
+        f'[[ $1 == requeue ]] && echo "$2" > {folder}/requeued\n'
+        f'[[ $1 == update ]] && echo "$@" >> {folder}/updates\ntrue\n'
     )
     (folder / "srun").write_text(f"#!/bin/bash\n{step}\n")
     for name in ("scontrol", "srun"):
@@ -135,42 +138,84 @@ def slurm_commands(folder: Path, step: str) -> dict[str, str]:
         "SLURM_JOB_NUM_NODES": "1",
         "SLURM_NODEID": "0",
     }
-    return {**job, "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{folder}:{os.environ['PATH']}"}
+    sources = os.pathsep.join([str(ROOT / "framework"), str(ROOT / "kernels")])
+    return {
+        **job,
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PYTHONPATH": sources,
+        "JOB_NOTES_FOLDER": str(folder / "notes"),
+    }
 
 
 @pytest.mark.parametrize(
-    ("code", "requeued"), [(0, False), (1, False), (64, False), (70, False), (75, True)]
+    ("code", "restarts", "requeued"),
+    [
+        (0, 0, False),
+        (1, 0, False),
+        (64, 0, False),
+        (65, 0, False),
+        (70, 0, True),
+        (70, 3, False),
+        (75, 3, True),
+        (75, 100, False),
+    ],
 )
-def test_slurm_passes_exit_codes_and_requeues_only_a_stopped_run(
-    tmp_path: Path, code: int, requeued: bool
+def test_slurm_passes_exit_codes_and_requeues_what_another_start_can_help(
+    tmp_path: Path, code: int, restarts: int, requeued: bool
 ) -> None:
-    result = run("slurm.sbatch", "train", **slurm_commands(tmp_path / "bin", f"exit {code}"))
-    assert result.returncode == code
+    commands = slurm_commands(tmp_path / "bin", f"exit {code}")
+    result = run("slurm.sbatch", "train", **commands, SLURM_RESTART_COUNT=str(restarts))
+    assert result.returncode == code, result.stderr
     assert (tmp_path / "bin" / "requeued").exists() == requeued
+    assert ("the limit" in result.stderr) == (code in (70, 75) and not requeued)
 
 
 def test_slurm_starts_each_node_through_torchrun_and_resumes(tmp_path: Path) -> None:
+    step = 'shift 5; NODE_RANK=0 exec launch/torchrun.sh "$@"'  # without the shell of a task
     line = shlex.split(
-        run(
-            "slurm.sbatch", "train", "name=x", **slurm_commands(tmp_path / "bin", 'exec "$@"')
-        ).stdout
+        run("slurm.sbatch", "train", "name=x", **slurm_commands(tmp_path / "bin", step)).stdout
     )
-    assert line[-4:] == ["sailplan", "train", "name=x", "resume=auto"]
+    assert line[-4:] == ["sailplan", "train", "name=x", "resume=auto"], line
     assert (
         line[line.index("--master-addr") + 1] == "node-a"
         and line[line.index("--master-port") + 1] == "20007"
     )
-    kept = run(
-        "slurm.sbatch", "train", "resume=never", **slurm_commands(tmp_path / "two", 'exec "$@"')
-    )
+    kept = run("slurm.sbatch", "train", "resume=never", **slurm_commands(tmp_path / "two", step))
     assert shlex.split(kept.stdout)[-1] == "resume=never"
+
+
+def test_a_job_ends_when_a_node_does_not_follow_and_goes_on_without_it(tmp_path: Path) -> None:
+    """node-b's launcher noted 70 and named node-b's neighbour; its task stays, as on a dead node."""
+    step = 'echo 70 > "$SAILPLAN_JOB_NOTES/code-node-b"; touch "$SAILPLAN_JOB_NOTES/lost-node-c"\n'
+    commands = slurm_commands(tmp_path / "bin", step + "exec sleep 60")
+    began = time.monotonic()
+    commands |= {"GRACE": "1", "SLURM_JOB_NUM_NODES": "2"}
+    result = run("slurm.sbatch", "train", **commands)
+    assert result.returncode == 70 and time.monotonic() - began < 40, result.stderr
+    updates = (tmp_path / "bin" / "updates").read_text()
+    assert "ExcNodeList=node-z,node-c" in updates, updates
+    assert "nodes did not end within 1 s" in result.stderr
+
+
+def test_elastic_gives_torchrun_its_nodes_restarts_and_waits() -> None:
+    variables = {"NODES": "2:4", "RENDEZVOUS": "node-a:29400", "RESTARTS": "5", "SILENCE": "6"}
+    line = shlex.split(run("elastic.sh", "train", "seed=1", **variables).stdout)
+    options = dict(itertools.pairwise(line))
+    assert [options[f"--{name}"] for name in ("nnodes", "max-restarts", "rdzv-endpoint")] == [
+        "2:4",
+        "5",
+        "node-a:29400",
+    ]
+    waits = "last_call_timeout=30,keep_alive_interval=2,keep_alive_max_attempt=3"
+    assert options["--rdzv-conf"] == waits and line[-3:] == ["train", "seed=1", "resume=auto"]
 
 
 def test_slurm_hands_the_early_warning_on_and_waits_for_the_save(tmp_path: Path) -> None:
     step = (
         f"trap 'sleep 0.5; exit 75' USR1; touch {tmp_path}/ready; while true; do sleep 0.05; done"
     )
-    environment = {**os.environ, **slurm_commands(tmp_path / "bin", step)}
+    environment = {**os.environ, **slurm_commands(tmp_path / "bin", step), "PYTHON": sys.executable}
     job = subprocess.Popen(
         [str(LAUNCH / "slurm.sbatch"), "train"], env=environment, stderr=subprocess.PIPE
     )

@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"step", "checkpoint"},
     {"embed", "parity"},
     {"curriculum"},
-    {"train", "evaluate", "export", "observe"},
+    {"train", "evaluate", "export", "observe", "preflight"},
     {"cli"},
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}

@@ -26,7 +26,7 @@ SAILPLAN_CONF: a folder of your own configuration files, instead of ./conf; what
 COMMANDS = {
     "train": "train the stages of an experiment (name=NAME resume=auto continues after a stop)",
     "plan": "print stages, steps, data, learning rates and memory; trains nothing; equals what then runs",
-    "check": "check configuration, data and ranks before a long run; sailplan check parity --loss module:function: is this loss exact across ranks",
+    "check": "check configuration, hosts, network and data before a long run; sailplan check parity --loss module:function: is this loss exact across ranks",
     "list": "print the configuration groups and the files of each: sailplan list [GROUP ...]",
     "data": "import, index or validate data sets: sailplan data import SOURCE --name NAME, sailplan data index|validate",
     "new": "write an experiment over imported data sets: sailplan new NAME --data SET[,SET]",

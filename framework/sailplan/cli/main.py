@@ -19,6 +19,7 @@ from sailplan.cli import completion
 from sailplan.cli.arguments import COMMANDS, LAUNCHED, Parser, build_parser
 from sailplan.cli.import_command import add_import_arguments
 from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError
+from sailplan.runtime.environment import fill_in_launcher
 from sailplan.runtime.leaving import NOTES, end_now, first_to_say, name_lines, note_code, say
 
 
@@ -156,8 +157,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_safely(command: Callable[[], int]) -> int:
     """Return a command's exit code; an error is said once in a job, and turned into its code."""
-    name_lines()
     try:
+        fill_in_launcher()
+        name_lines()
         return _left(command())
     except SailplanError as error:
         return _refused(error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 
-from sailplan.config.compose import config_hash
 from sailplan.config.rules import check_device
 from sailplan.config.schema import Config
 from sailplan.model.component import EncoderComponent
@@ -14,7 +13,6 @@ from sailplan.objective.registry import build_objectives, check_objectives
 from sailplan.observe.metrics import logger_classes
 from sailplan.runtime.environment import world_size_from_environment
 from sailplan.runtime.process import device_type
-from sailplan.runtime.session import started
 from sailplan.step.optimizer import check_optimizer
 from sailplan.train.callback import build_callbacks
 
@@ -66,43 +64,9 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Configuration and model sizes, then every shard's index, then a collective over the ranks;
-    and which optional extensions were found.
-    """
-    from sailplan.config.compose import shared_settings
-    from sailplan.model.fused import FUSED_OPS, extensions
-    from sailplan.runtime.agreement import agree, software
-    from sailplan.train.bundle import check_data, open_agreed
+    """What no world could run, then everything that this one needs: see `sailplan.preflight`."""
+    from sailplan.preflight.run import preflight
 
-    config: Config = options.config
-    _check_here(config)
-    with started(config.parallel) as parallel:
-        agree(
-            parallel,
-            "settings and versions",
-            {"configuration": shared_settings(config)} | software(),
-            "start the same code with the same line on all nodes",
-        )
-        readers = open_agreed(config, parallel)
-        check_data(config, readers)
-        parallel.barrier()
-        if parallel.is_main:
-            print(
-                f"configuration {config_hash(config)}: {len(config.order)} stages, "
-                f"{sum(config.stages[name].steps for name in config.order)} steps"
-            )
-            for name, reader in readers.items():
-                print(f"data set {name}: {len(reader)} records")
-            layout = f"data-parallel {parallel.data_parallel_size} x tensor-parallel {parallel.tensor_parallel_size}"
-            print(f"ranks: {parallel.world_size} ({layout}), {parallel.device.type}")
-            print(
-                "optional: "
-                + ", ".join(
-                    f"{name} {version or 'not found'}" for name, version in extensions().items()
-                )
-            )
-            print(
-                f"blocks (parallel.fused={config.parallel.fused}): "
-                f"{FUSED_OPS[chosen_extension(config.parallel, parallel.device.type)]}"
-            )
+    _check_here(options.config)
+    preflight(options.config)
     return 0

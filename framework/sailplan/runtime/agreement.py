@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from sailplan.errors import ConfigurationError
+from sailplan.runtime.environment import host_name
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.watch import meet
 
@@ -91,12 +91,12 @@ def agree(
         return
     text = written()
     first = json.loads(parallel.broadcast_text(text))
-    lines: list[str] = [""] * parallel.world_size
-    dist.all_gather_object(lines, _line(first, json.loads(text)))
-    hosts: list[str] = [""] * parallel.world_size
-    dist.all_gather_object(hosts, socket.gethostname())
+    answers: list[tuple[str, str]] = [("", "")] * parallel.world_size
+    line = _line(first, json.loads(text))
+    dist.all_gather_object(answers, (f"has {line}" if line else "", host_name()))
+    lines, hosts = [line for line, _ in answers], [host for _, host in answers]
     raise ConfigurationError(
-        f"{what}: ranks differ from rank 0 ({hosts[0]}): {_named(lines, hosts)}; {remedy}"
+        f"{what}: ranks differ from rank 0 ({hosts[0]}): {named_ranks(lines, hosts)}; {remedy}"
     )
 
 
@@ -131,8 +131,8 @@ def _line(first: Any, own: Any) -> str:
     )
 
 
-def _named(lines: list[str], hosts: list[str]) -> str:
-    """Return the differing ranks, those that differ alike together."""
+def named_ranks(lines: list[str], hosts: list[str]) -> str:
+    """Return the ranks that have a line, with hosts; those with the same line together."""
     alike: dict[str, list[int]] = {}
     for rank, line in enumerate(lines):
         if line:
@@ -142,7 +142,7 @@ def _named(lines: list[str], hosts: list[str]) -> str:
         named = ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:SHOWN]) + (
             f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else ""
         )
-        told.append(f"rank {named} has {line}")
+        told.append(f"rank {named} {line}")
     return "; ".join(told[:SHOWN])
 
 

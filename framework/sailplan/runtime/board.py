@@ -12,9 +12,10 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import socket
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+
+from sailplan.runtime.environment import START, host_name
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -69,7 +70,7 @@ class Board:
             store,
             rank,
             world_size,
-            socket.gethostname(),
+            host_name(),
         )
 
     @classmethod
@@ -89,7 +90,8 @@ class Board:
             timeout=timeout,
         )
         store.set_timeout(datetime.timedelta(seconds=REQUEST_SECONDS))
-        prefix = f"sailplan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        start = os.environ.get(START) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        prefix = f"sailplan/{start}"
         return cls(
             PrefixStore(prefix, store), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         )

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from sailplan.runtime.board import Board, RankNote
-from sailplan.runtime.leaving import say
+from sailplan.runtime.leaving import note_lost, say
 
 TABLE_SECONDS = 5.0  # for the first rank that noticed to write the table
 
@@ -59,7 +59,7 @@ def report_hang(
     note.seen = time.time()
     board.show(note)
     if board.count("hang") > 1:
-        _stay(note, board, tick)
+        stay(note, board, tick)
         return
     time.sleep(min(2.0, 4 * tick))  # until the others have looked
     where = "" if place is None else f"; stacks in {place}"
@@ -67,14 +67,16 @@ def report_hang(
         f"no progress on any rank for {silent:.0f} s (parallel.timeout_seconds={limit:.0f}): a "
         f"hang{where}"
     )
-    lines = table(board.notes(), time.time(), 3 * tick + 1)
+    notes, now = board.notes(), time.time()
+    lines = table(notes, now, 3 * tick + 1)
+    note_lost(lost_hosts(notes, now, 3 * tick + 1))
     for line in lines:
         say(line)
     _write(place, "table.txt", "\n".join(lines) + "\n", None)
     board.write("table", "written")
 
 
-def _stay(note: RankNote, board: Board, tick: float) -> None:
+def stay(note: RankNote, board: Board, tick: float) -> None:
     """Keep showing that this rank is there until the table is written, some seconds at most."""
     deadline = time.monotonic() + TABLE_SECONDS
     while time.monotonic() < deadline and board.read("table") is None:
@@ -88,6 +90,12 @@ def missing(notes: list[RankNote | None], now: float, patience: float) -> list[i
     killed, or cut off.
     """
     return [rank for rank, note in enumerate(notes) if note is None or now - note.seen > patience]
+
+
+def lost_hosts(notes: list[RankNote | None], now: float, patience: float) -> list[str]:
+    """Return the hosts of missing ranks that were there before."""
+    found = (notes[rank] for rank in missing(notes, now, patience))
+    return list(dict.fromkeys(note.host for note in found if note is not None))
 
 
 def table(notes: list[RankNote | None], now: float, patience: float) -> list[str]:

@@ -12,19 +12,22 @@ import hashlib
 import multiprocessing
 import os
 import re
-import socket
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from sailplan.errors import EXIT_DONE, EXIT_FAILURE, EXIT_HANG, EXIT_STOPPED, SailplanError
-from sailplan.runtime.environment import world_size_from_environment
+from sailplan.runtime.environment import host_name, world_size_from_environment
+from sailplan.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from sailplan.runtime.board import Board
 
 NOTES = "SAILPLAN_LAUNCH_NOTES"  # the launcher's folder for what its ranks leave behind
+JOB_NOTES = "SAILPLAN_JOB_NOTES"  # a folder of all nodes, for whoever started their launchers
 OTHERS_SECONDS = 5.0  # for the other ranks to fail, too
 STORE_SECONDS = 3.0  # for the other ranks to read the job's store, where rank 0 has it
 STOP_SECONDS = 60.0  # for the other ranks to stop, too: one may still close its loggers
@@ -125,6 +128,24 @@ def note_code(code: int) -> None:
             pass
 
 
+def note_launcher(code: int) -> None:
+    """Leave this node's exit code to whoever started the launchers of all nodes."""
+    _note_for_job(f"code-{host_name()}", str(code))
+
+
+def note_lost(hosts: Iterable[str]) -> None:
+    """Name hosts whose ranks did not answer, so that the next start can leave them out."""
+    for host in hosts:
+        _note_for_job(f"lost-{host}", "")
+
+
+def _note_for_job(name: str, text: str) -> None:
+    folder = os.environ.get(JOB_NOTES)
+    if folder is not None:
+        with suppress(OSError):
+            write_whole(Path(folder) / name, text)
+
+
 def end_now(code: int | None, line: str, board: Board | None) -> None:
     """Leave the process from any thread, with the job's code; None: this rank has none of its
     own. Ends its loader's workers.
@@ -182,6 +203,4 @@ def name_lines() -> None:
         os.environ.setdefault(
             "TORCH_CPP_LOG_LEVEL", "ERROR"
         )  # torch's C++ writes past Python, and says what is said here anyway
-        sys.stderr = NamedLines(
-            sys.stderr, f"[rank {os.environ.get('RANK', '?')} {socket.gethostname()}] "
-        )  # type: ignore[assignment]
+        sys.stderr = NamedLines(sys.stderr, f"[rank {os.environ.get('RANK', '?')} {host_name()}] ")  # type: ignore[assignment]

@@ -12,7 +12,6 @@ import datetime
 import os
 import resource
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -21,13 +20,20 @@ from contextlib import contextmanager, suppress
 import torch
 import torch.distributed as dist
 
-from sailplan.errors import EXIT_FAILURE, EXIT_HANG, EXIT_STOPPED, SailplanError
-from sailplan.runtime.board import Board
+from sailplan.errors import (
+    EXIT_FAILURE,
+    EXIT_HANG,
+    EXIT_STOPPED,
+    ConfigurationError,
+    SailplanError,
+)
+from sailplan.runtime.board import Board, RankNote
 from sailplan.runtime.config import ParallelConfig
-from sailplan.runtime.environment import fill_in_slurm, world_size_from_environment
+from sailplan.runtime.environment import host_name, local_world_size, world_size_from_environment
 from sailplan.runtime.groups import form_groups, leave_groups
-from sailplan.runtime.hang_report import missing, table
-from sailplan.runtime.leaving import code_of, end_now, first_to_say, is_lost_peer, say
+from sailplan.runtime.hang_report import lost_hosts, missing, stay, table
+from sailplan.runtime.leaving import code_of, end_now, first_to_say, is_lost_peer, note_lost, say
+from sailplan.runtime.network import check_reachable
 from sailplan.runtime.process import Parallel, device_type
 from sailplan.runtime.signals import stop_flag
 from sailplan.runtime.watch import Watch, phase, watching
@@ -47,19 +53,17 @@ def started(config: ParallelConfig) -> Iterator[Parallel]:
     Raises ConfigurationError before any group is formed if `parallel.tensor` does not divide the
     world.
     """
-    fill_in_slurm()
     world_size = world_size_from_environment()
     config.check_world(world_size)
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     with (
         stop_flag() as flag,
         watching(config.timeout_seconds, flag, rank) as watch,
-        tempfile.TemporaryDirectory() as folder,
     ):
         try:
             with phase("start"):
                 device = _device(config, local_rank, world_size)
-                _join(watch, config, device, world_size, folder)
+                _join(watch, config, device, world_size)
                 parallel = form_groups(config.tensor, device)
             yield parallel
         except BaseException as error:
@@ -82,36 +86,56 @@ def _device(config: ParallelConfig, local_rank: int, world_size: int) -> torch.d
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if device_type() == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigurationError(
+                f"host {host_name()}: found {torch.cuda.device_count()} GPUs, expected one for each "
+                f"of {local_world_size(world_size)} ranks: start fewer, or look at nvidia-smi and "
+                "CUDA_VISIBLE_DEVICES there"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    share = len(os.sched_getaffinity(0)) // local_world_size(world_size)
+    torch.set_num_threads(config.threads or max(1, share))
     return torch.device("cpu")
 
 
-def _join(
-    watch: Watch, config: ParallelConfig, device: torch.device, world_size: int, folder: str
-) -> None:
+def _join(watch: Watch, config: ParallelConfig, device: torch.device, world_size: int) -> None:
     timeout = datetime.timedelta(seconds=config.timeout_seconds + BEHIND_THE_WATCH)
     backend, bound = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     if world_size == 1:
+        store = dist.HashStore()  # no file: a rank that is killed would leave it behind
         dist.init_process_group(
-            backend,
-            init_method=f"file://{folder}/rendezvous",
-            rank=0,
-            world_size=1,
-            timeout=timeout,
-            device_id=bound,
+            backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=bound
         )
         return
     # torchrun's agent has the store already; without it rank 0 opens it when the group is formed.
     early = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if early:
         _show_on(watch, Board.of_launch(config.timeout_seconds))
+        _check_devices(watch, device)
+    if world_size > local_world_size(world_size):
+        check_reachable()
     dist.init_process_group(backend, timeout=timeout, device_id=bound)
     if not early:
         _show_on(watch, Board.of_launch(config.timeout_seconds))
+
+
+def _check_devices(watch: Watch, device: torch.device) -> None:
+    """Raise ConfigurationError on all ranks where only some have a GPU: their messages would never
+    meet.
+    """
+    assert watch.board is not None
+    if watch.board.count(f"device/{device.type}") == 1:
+        watch.board.write(f"device of/{device.type}", f"rank {watch.note.rank} ({watch.note.host})")
+    watch.meet("devices")
+    counts = {kind: watch.board.counted(f"device/{kind}") for kind in ("cuda", "cpu")}
+    if all(counts.values()):
+        raise ConfigurationError(
+            f"GPUs: found by {counts['cuda']} ranks and not by {counts['cpu']}, such as "
+            f"{watch.board.read('device of/cpu')}, expected by all or none: look at nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES there"
+        )
 
 
 def _show_on(watch: Watch, board: Board) -> None:
@@ -156,20 +180,36 @@ def _lost(line: str, watch: Watch) -> None:
                 end_now(EXIT_STOPPED, "stopped", board)
             time.sleep(0.1)
         if board is not None and board.count("lost") == 1:
-            notes, now = board.notes(), time.time()
-            gone = missing(notes, now, 2 * watch.tick + 1)
+            patience = 2 * watch.tick + 1
+            notes = _until_missing(board, patience)
+            now = time.time()
+            gone = missing(notes, now, patience)
             named = (
                 ", ".join(
                     f"{rank} ({note.host})" if (note := notes[rank]) else str(rank) for rank in gone
                 )
                 or "that is not known"
             )
+            note_lost(lost_hosts(notes, now, patience))
             say(
                 f"lost a peer {where}: rank {named}, which said nothing before; resume with "
                 f"resume=auto ({line[:200]})"
             )
-            for row in table(notes, now, 2 * watch.tick + 1):
+            for row in table(notes, now, patience):
                 say(row)
+            board.write("table", "written")
             end_now(EXIT_HANG, line, board)
+        if board is not None:
+            stay(watch.note, board, watch.tick)  # or the table would name this rank, too
     say(f"lost a peer {where} ({line[:200]})")
     end_now(EXIT_HANG, line, board)
+
+
+def _until_missing(board: Board, patience: float) -> list[RankNote | None]:
+    """Return the ranks' notes once one of them is old enough to tell a lost rank by."""
+    deadline = time.monotonic() + patience + 1
+    while True:
+        notes = board.notes()
+        if missing(notes, time.time(), patience) or time.monotonic() > deadline:
+            return notes
+        time.sleep(0.2)

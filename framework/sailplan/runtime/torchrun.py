@@ -15,77 +15,59 @@ import os
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
-import psutil
+import torch.distributed.launcher.api as launcher
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import main as torchrun
 
-from sailplan.errors import EXIT_FAILURE, EXIT_STOPPED
+from sailplan.errors import EXIT_HANG, EXIT_STOPPED
+from sailplan.runtime.agent import Agent, Starts
 from sailplan.runtime.board import decided
-from sailplan.runtime.leaving import NOTES
-
-KILL_SECONDS = 7.0  # after the first failure: what ranks take to notice, to report and to leave
-
-
-def codes(folder: Path) -> list[int]:
-    """Return the exit codes that ranks of this node have left so far."""
-    return [int(path.read_text()) for path in sorted(folder.glob("code-*"))]
-
-
-def _end_the_rest(folder: Path, done: threading.Event) -> None:
-    """Kill this node's ranks that are still there some seconds after one of them has failed."""
-    failed_at = None
-    while not done.wait(0.3):
-        if failed_at is None and any(code not in (0, EXIT_STOPPED) for code in codes(folder)):
-            failed_at = time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > KILL_SECONDS:
-            for child in psutil.Process().children():
-                for process in [*child.children(recursive=True), child]:
-                    process.kill()
-            return
+from sailplan.runtime.leaving import note_launcher, say
 
 
 def main() -> int:
     os.environ.setdefault(
         "OMP_NUM_THREADS", "1"
     )  # torchrun's own default, without its warning; ranks set torch's threads themselves
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # the ranks have said it already, in one line
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(
+                logging.CRITICAL
+            )  # the ranks have said it, in one line
     with tempfile.TemporaryDirectory(prefix="sailplan-launch-") as name:
-        folder, done = Path(name), threading.Event()
-        os.environ[NOTES] = name
-        watcher = threading.Thread(target=_end_the_rest, args=(folder, done), daemon=True)
+        starts, done = Starts(Path(name)), threading.Event()
+        Agent.starts, launcher.LocalElasticAgent = starts, Agent  # type: ignore[misc]
+        watcher = threading.Thread(target=starts.end_the_rest, args=(done,), daemon=True)
         watcher.start()
         try:
-            torchrun()
-            return 0
-        except ChildFailedError as failure:
-            left = codes(folder)
-            if left:
-                return _of_node(
-                    left, any(not (folder / f"code-{rank}").is_file() for rank in failure.failures)
-                )
-            return _of_node(
-                [error.exitcode for error in failure.failures.values() if error.exitcode > 0], False
-            )  # some other program
-        except SignalException:
-            left = codes(folder)
-            return _of_node(left, False) if left else EXIT_STOPPED
+            code = _run(starts)
         finally:
             done.set()
             watcher.join()  # it reads the folder, which goes next
+    note_launcher(code)
+    return code
 
 
-def _of_node(left: list[int], silent: bool) -> int:
-    """Return a node's exit code from its ranks'; silent: some left none."""
-    if not left:
-        return EXIT_FAILURE
-    found = {code: left.count(code) for code in left}
-    return decided(found, len(left) + silent)
+def _run(starts: Starts) -> int:
+    """Return the node's exit code."""
+    try:
+        torchrun()
+        return 0
+    except ChildFailedError as failure:
+        if starts.codes():
+            return starts.code(list(failure.failures))
+        found = [error.exitcode for error in failure.failures.values() if error.exitcode > 0]
+        # some other program
+        return decided({code: found.count(code) for code in found}, len(found)) if found else 1
+    except SignalException:
+        return starts.code([]) if starts.codes() else EXIT_STOPPED
+    except RendezvousError as error:
+        say(f"nodes did not come together: {type(error).__name__}: {error}")
+        return EXIT_HANG
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ it happened. Units should take seconds, not hours, and those that take longer ca
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,14 +21,18 @@ from sailplan.errors import (
     EXIT_BAD_DATA,
     EXIT_STOPPED,
     BadDataError,
+    ConfigurationError,
     SailplanError,
     StopRequested,
 )
+from sailplan.runtime.agreement import named_ranks
+from sailplan.runtime.environment import host_name
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.watch import alone, phase
 from sailplan.runtime.watch import meet as wait_for_all
 
 Unit = TypeVar("Unit")
+Value = TypeVar("Value")
 
 
 def in_turns(
@@ -94,6 +98,29 @@ def meet(parallel: Parallel, what: str, problem: Exception | None = None) -> Non
     raise (BadDataError if code == EXIT_BAD_DATA else SailplanError)(
         f"{what} failed on rank {rank}: {text}"
     )
+
+
+def everywhere(parallel: Parallel, what: str, work: Callable[[], Value]) -> Value:
+    """Return what `work`, which is no collective, returns on this rank.
+
+    Where it refuses on any rank, raise one error on all, which names the ranks where they do not
+    all say the same: ConfigurationError or BadDataError, as the first one. Collective.
+    """
+    value, refused = None, None  # type: Value | None, SailplanError | None
+    try:
+        value = work()
+    except (ConfigurationError, BadDataError) as error:
+        refused = error
+    own = None if refused is None else (refused.exit_code, str(refused))
+    wait_for_all(what)
+    answers = from_all_ranks(parallel, (own, host_name()))
+    problems = [problem for problem, _ in answers if problem is not None]
+    if not problems:
+        return cast(Value, value)
+    lines = [problem[1] if problem else "" for problem, _ in answers]
+    text = lines[0] if len(set(lines)) == 1 else named_ranks(lines, [host for _, host in answers])
+    kind = BadDataError if problems[0][0] == EXIT_BAD_DATA else ConfigurationError
+    raise kind(text) from refused
 
 
 def sum_over_ranks(values: NDArray[Any]) -> NDArray[Any]:

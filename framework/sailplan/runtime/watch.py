@@ -23,6 +23,7 @@ from pathlib import Path
 
 from sailplan.errors import EXIT_HANG, StopRequested
 from sailplan.runtime.board import Board, RankNote
+from sailplan.runtime.environment import host_name
 from sailplan.runtime.hang_report import report_hang, stacks
 from sailplan.runtime.leaving import end_now, say
 from sailplan.runtime.signals import StopFlag
@@ -40,7 +41,7 @@ class Watch:
         self.seconds, self.flag = seconds, flag
         self.board: Board | None = None
         self.folder: Path | None = None
-        self.note = RankNote(rank, os.uname().nodename, os.getpid())
+        self.note = RankNote(rank, host_name(), os.getpid())
         self._last = self._job_last = time.monotonic()
         self._progress = self._shown_beats = 0
         self._meetings = 0

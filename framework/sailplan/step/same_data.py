@@ -9,12 +9,12 @@ Every rank gets the same sums, so all know, in this step and before the optimize
 from __future__ import annotations
 
 import hashlib
-import socket
 from collections.abc import Sequence
 
 import torch.distributed as dist
 
 from sailplan.errors import BadDataError
+from sailplan.runtime.environment import host_name
 from sailplan.runtime.process import Parallel
 
 PARTS, BITS = 3, 20
@@ -44,7 +44,7 @@ def difference(parallel: Parallel, stage: str, step: int, digests: Sequence[str]
     A collective, once `equal` said no.
     """
     everyone: list[tuple[str, str]] = [("", "")] * parallel.world_size
-    dist.all_gather_object(everyone, ("+".join(dict.fromkeys(digests)), socket.gethostname()))
+    dist.all_gather_object(everyone, ("+".join(dict.fromkeys(digests)), host_name()))
     found = [digest for digest, _ in everyone]
     common = max(dict.fromkeys(found), key=found.count)
     others = [

@@ -75,6 +75,12 @@ def open_agreed(
     """
     with phase("opening data", local=True):
         readers = open_datasets(config, artifacts, names, progress=alone)
+    agree_on_data(parallel, readers)
+    return readers
+
+
+def agree_on_data(parallel: Parallel, readers: Mapping[str, RecordReader]) -> None:
+    """Raise ConfigurationError on all ranks where some have opened other shards. A collective."""
     agree(
         parallel,
         "data",
@@ -84,7 +90,6 @@ def open_agreed(
         "give all nodes the same shards; `sailplan data index` reads those that were replaced anew",
         digest=" ".join(f"{name}={reader.index.digest()}" for name, reader in readers.items()),
     )
-    return readers
 
 
 def check_data(config: Config, readers: Mapping[str, RecordReader]) -> None:

@@ -20,6 +20,7 @@ from sailplan.runtime.leaving import say
 from sailplan.runtime.main_rank import on_main
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.session import started
+from sailplan.runtime.shared_folder import check_shared
 from sailplan.runtime.watch import computing, phase, report_to
 from sailplan.train.bundle import build_bundle
 from sailplan.train.load_pretrained import initial_source, initialise
@@ -150,6 +151,7 @@ def _claimed(config: Config, folder: RunFolder, parallel: Parallel) -> Iterator[
 
     on_main(parallel, "claiming the run folder", claim)
     try:
+        check_shared(parallel, folder.root, f"runs={config.runs}", own=True)
         yield
     finally:
         for one in claims:

@@ -1,0 +1,1 @@
+"""What `sailplan check` looks at before a long run: hosts, network, folders, GPUs and data."""

@@ -1,0 +1,136 @@
+"""A real Slurm: a job survives a stopped rank, a lost node and its own early warning.
+
+NIGHTLY=1 adds what takes minutes: a lost node, and srun without a launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sailplan.cli.testing import write_project
+from sailplan.train.testing import metrics
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hosts import ROOT
+from slurm import Slurm, slurm, why_not
+
+REASON = why_not()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=f"SKIPPED, nothing ran under Slurm: {REASON}")
+nightly = pytest.mark.skipif("NIGHTLY" not in os.environ, reason="takes minutes: NIGHTLY=1")
+STEPS = 100
+TRAIN = ("train", "experiment=small", f"stages.only.steps={STEPS}", "checkpoint.every_steps=5")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root: Path = tmp_path_factory.mktemp("project")
+    write_project(root)
+    (root / "launch").symlink_to(ROOT / "launch")
+    return root
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Slurm]:
+    with slurm(3) as started:
+        yield started
+
+
+def submit(cluster: Slurm, project: Path, *command: str) -> str:
+    """Submit the job script for two nodes, which are all this machine; return the job's number."""
+    options = ["sbatch", "--parsable", "--nodes=2", "--output", str(project / "job-%j.txt")]
+    variables = {"PYTHON": sys.executable, "MASTER_ADDR": "127.0.0.1", "GRACE": "6"}
+    script = str(ROOT / "launch" / "slurm.sbatch")
+    return cluster.call(*options, script, *command, cwd=project, **variables)
+
+
+def reached(cluster: Slurm, project: Path, job: str, name: str, step: int) -> None:
+    """Wait for a step of a run; fail the test where its job ends before."""
+
+    def there() -> bool:
+        state = cluster.job(job)["JobState"]
+        assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), said(project, job)
+        return any(line["step"] >= step for line in metrics(project / "runs" / name))
+
+    cluster.wait(f"step {step}", there, 200)
+
+
+def said(project: Path, job: str) -> str:
+    return (project / f"job-{job}.txt").read_text()
+
+
+def ranks_of(name: str) -> dict[int, int]:
+    """Return the process of each rank of a run."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (place / "environ").read_bytes().split(b"\0")
+            words = (place / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        rank = next((each[5:] for each in variables if each.startswith(b"RANK=")), None)
+        if rank is not None and f"name={name}".encode() in words:
+            found.setdefault(int(rank), int(place.name))
+    return found
+
+
+def back(cluster: Slurm, job: str, restarts: int, without: str = "(null)") -> None:
+    """Wait until a job was put back so many times, with these nodes left out."""
+    wanted = {"Restarts": str(restarts), "ExcNodeList": without}
+    cluster.wait(str(wanted), lambda: cluster.job(job).items() >= wanted.items(), 200)
+
+
+def finished(cluster: Slurm, project: Path, job: str, name: str) -> None:
+    cluster.wait("the end", lambda: cluster.job(job)["JobState"] == "COMPLETED", 200)
+    found = metrics(project / "runs" / name)
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    local = [sys.executable, "-W", "ignore", "-m", "sailplan", *TRAIN, f"name={name}-local"]
+    subprocess.run(local, cwd=project, check=True, capture_output=True, timeout=200)
+    whole = metrics(project / "runs" / f"{name}-local")
+    assert [line["data/digest"] for line in found] == [line["data/digest"] for line in whole]
+
+
+def test_a_stopped_rank_and_a_warning_put_the_job_back_and_it_ends_as_a_local_run(
+    cluster: Slurm, project: Path
+) -> None:
+    job = submit(cluster, project, *TRAIN, "name=stopped", "parallel.timeout_seconds=10")
+    reached(cluster, project, job, "stopped", 8)
+    os.kill(ranks_of("stopped")[1], signal.SIGSTOP)
+    back(cluster, job, 1, without="n1")
+    assert "nodes did not end within 6 s: ending them" in said(project, job)
+    cluster.start_again(job)
+    assert cluster.job(job)["NodeList"] == "n[0,2]"
+    reached(cluster, project, job, "stopped", 20)
+    cluster.call("scancel", "--signal=USR1", "--batch", job)  # as before the time limit
+    back(cluster, job, 2, without="n1")
+    assert "exit code 75: back into the queue" in said(project, job)
+    cluster.start_again(job)
+    finished(cluster, project, job, "stopped")
+    assert not list((project / ".slurm").glob("*")), "notes of a job that is done"
+
+
+@nightly
+def test_a_lost_node_puts_the_job_back_without_it(cluster: Slurm, project: Path) -> None:
+    job = submit(cluster, project, *TRAIN, "name=lost")
+    reached(cluster, project, job, "lost", 8)
+    gone = cluster.call("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()[-1]
+    cluster.kill_node(gone)
+    back(cluster, job, 1, without=gone)
+    # As Slurm does by itself after SlurmdTimeout.
+    cluster.call("scontrol", "update", f"NodeName={gone}", "State=DOWN", "Reason=lost")
+    cluster.start_again(job)
+    finished(cluster, project, job, "lost")
+
+
+@nightly
+def test_srun_alone_starts_ranks_that_find_each_other(cluster: Slurm, project: Path) -> None:
+    line = ["srun", "--ntasks=2", "--nodes=1", sys.executable, "-m", "sailplan", *TRAIN]
+    variables = {"MASTER_ADDR": "127.0.0.1"}
+    cluster.call(*line, "name=alone", "stages.only.steps=3", cwd=project, seconds=200, **variables)
+    assert len(metrics(project / "runs" / "alone")) == 3
