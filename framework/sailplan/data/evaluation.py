@@ -92,6 +92,7 @@ class EvaluationRows:
         assert (rows[:: self.group] % self.group == 0).all() and len(rows) % self.group == 0, (
             "histories are not cut"
         )
+        self.reader.prefetch([self.positions[rows[:: self.group]]])
         decoded = [row for place in rows[:: self.group].tolist() for row in self._rows(place)]
         return self.processor.batch(
             decoded, self.processor.tokens(decoded, self.view), self.view
