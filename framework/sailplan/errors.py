@@ -44,6 +44,12 @@ class BadDataError(SailplanError):
         return BadDataError, (str(self), self.samples)
 
 
+class UnavailableError(SailplanError):
+    """Something outside that did not answer in time and may another time (exit code 75)."""
+
+    exit_code = EXIT_STOPPED
+
+
 class StopRequested(SailplanError):
     """A signal asked for a stop; progress is saved and the run can be resumed (exit code 75)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import sys
 import time
 from collections.abc import Sequence
 
@@ -72,7 +73,11 @@ def _index(config: Config, processes: int) -> int:
 
     columns = [*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn()]
     with rich.progress.Progress(
-        *columns, console=Console(stderr=True), transient=True, auto_refresh=False
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        auto_refresh=False,
+        disable=not sys.stderr.isatty(),  # else it writes an empty line into a log
     ) as bar:
         readers = open_datasets(config, progress=_Bar(bar), processes=processes, thorough=True)
     for name, reader in readers.items():

@@ -60,6 +60,7 @@ _NOT_IDENTITY = (
     ("data", "workers"),
     ("data", "prefetch"),
     ("data", "cache"),
+    ("data", "stream"),
     ("data", "empty_steps"),
     ("data", "root"),
     ("data", "tokenizer"),
@@ -67,7 +68,13 @@ _NOT_IDENTITY = (
 )
 FORMER_LANES = 8  # data.plan.STREAMS; a run of version 0.1.0 with other lanes has another order
 # What may differ from node to node.
-_NODES_OWN = (("data", "cache"), ("data", "root"), ("data", "tokenizer"), ("parallel", "threads"))
+_NODES_OWN = (
+    ("data", "cache"),
+    ("data", "stream"),
+    ("data", "root"),
+    ("data", "tokenizer"),
+    ("parallel", "threads"),
+)
 
 
 @dataclass

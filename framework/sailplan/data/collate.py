@@ -25,6 +25,7 @@ from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.order import keyed_integer
 from sailplan.data.plan import Plan, PlannedRows
 from sailplan.data.processor import ViewRow, processor_of
+from sailplan.data.read_ahead import ReadAhead
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import (
     HardNegatives,
@@ -84,12 +85,14 @@ class Collator:
         self.processor = processor_of(config)
         self.costs = RowCosts(config, self.processor)
         self.shares = StepShares(config, stage, plan, self.readers, self.costs, size, negatives)
+        self.ahead = ReadAhead(config, plan, self.readers, self.shares, rank, size)
 
     def batches(self, step: int) -> list[StepBatch]:
         """One StepBatch per data set of the step (one, or several in a mixed step).
 
         Raises BadDataError when a row finds no usable spare.
         """
+        self.ahead.upto(step)
         digest = self.plan.digest(step)
         return [
             self._batch(step, part, shares, digest)

@@ -341,6 +341,20 @@ class TeacherConfig:
 
 
 @dataclass
+class StreamConfig:
+    """How shards that lie elsewhere are fetched: byte ranges into a cache of this machine."""
+
+    cache_bytes: Size = 64_000_000_000  # that a machine keeps; what was used longest ago goes
+    folder: str | None = (
+        None  # of the cache, on a disk of this machine; null: stream/ in data.cache
+    )
+    in_flight: Size = 32  # requests of a rank at a time
+    ahead: Count = 4  # steps (of each worker) whose rows are fetched before they are asked for
+    deadline_seconds: Positive = 300.0  # for a request with all its retries, then exit code 75
+    timeout_seconds: Positive = 30.0  # without a byte, then another attempt
+
+
+@dataclass
 class DataConfig:
     """Reading: the reading order's constants and the limits on broken samples."""
 
@@ -376,10 +390,11 @@ class DataConfig:
     # with exit code 65
     empty_steps: Size = 8
     cache: str | None = (
-        # Folder for shards that are fetched from a URL, and for indices where the shards' own
-        # cannot be written
+        # Folder for what is fetched from URLs, and for indices where the shards' own cannot be
+        # written
         None
     )
+    stream: StreamConfig = field(default_factory=StreamConfig)
     sets: dict[str, DatasetConfig] = field(default_factory=dict)
     # What id2item distils; empty: the artifact `teachers` factorises the training histories
     # instead.

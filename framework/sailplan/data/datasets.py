@@ -91,7 +91,7 @@ def _open(
     )
     progress, processes, thorough = told
     index = ShardIndex(
-        resolve(name, shards, cache, lambda: progress.advance(0)),
+        resolve(name, shards, cache, lambda: progress.advance(0), config.data.stream),
         cache,
         progress,
         held_out,

@@ -110,6 +110,7 @@ class EvaluationRows:
         where the row has none of the view's modalities, is past a history's end, or cannot be read
         (a warning names it).
         """
+        self.reader.prefetch([task.positions])
         texts: Sequence[str | None] = task.texts or [None] * len(task.positions)
         decoded = [
             row

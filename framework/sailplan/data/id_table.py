@@ -24,7 +24,10 @@ from numpy.typing import NDArray
 from sailplan.data.columns import PAGE, Columns, Damaged, front, layout, mapped
 from sailplan.data.filling import Progress, alone
 from sailplan.data.places import explained, kept_places, place_to_write
+from sailplan.data.shard_files import Shard
 from sailplan.data.shard_table import CHECK_BITS, id_check, id_hash
+from sailplan.data.stream.published import published
+from sailplan.data.stream.shard import RemoteShard
 from sailplan.errors import BadDataError
 
 VERSION = 1
@@ -104,7 +107,7 @@ class IdTable:
 
 
 def open_ids(
-    shard: Path, name: str, cache: Path | None, count: int, hashed: Hashed, progress: Progress
+    shard: Shard, name: str, cache: Path | None, count: int, hashed: Hashed, progress: Progress
 ) -> IdTable:
     """Return the table of ids in the file `name` beside a shard or in the cache, made from
     `hashed` where there is no whole one.
@@ -115,6 +118,9 @@ def open_ids(
     for place in kept_places(shard, name, cache):
         if (found := _opened(place, count)) is not None:
             return found
+    beside = published(shard, name, cache) if isinstance(shard, RemoteShard) else None
+    if beside is not None and (found := _opened(beside.file, count)) is not None:
+        return found
     place = place_to_write(shard, name, cache)
     with explained(place, cache):
         lock = open(place.with_name(f"{name}.lock"), "ab")  # noqa: SIM115

@@ -14,6 +14,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,18 @@ from numpy.typing import NDArray
 from sailplan.data.columns import Damaged
 from sailplan.data.filling import Progress
 from sailplan.data.id_table import IdTable, open_ids
+from sailplan.data.shard_files import Shard, ShardFile, open_shard
 from sailplan.data.shard_table import VERSION, ShardTable, has_changed, scanned
 from sailplan.data.shard_table import id_hash as id_hash
+from sailplan.data.stream.shard import RemoteShard
 from sailplan.data.tables import Tables, open_tables
 from sailplan.data.tar import HeldOut
 from sailplan.errors import BadDataError
 
 TABLES_KEPT = 1024  # mapped, so each costs its head, not its size
 CHECKED = 1000  # shards that are looked at when a set is opened
+REMOTE_CHECKED = 8  # of those that lie elsewhere: each is a request
+ASKED_TOGETHER = 32
 
 
 class ShardIndex:
@@ -44,7 +49,7 @@ class ShardIndex:
 
     def __init__(
         self,
-        shards: Sequence[Path],
+        shards: Sequence[Shard],
         cache: Path | None = None,
         progress: Callable[[], None] | Progress = lambda: None,
         held_out: HeldOut | None = None,
@@ -57,8 +62,8 @@ class ShardIndex:
         held_out: splits records that name no split. processes: how many scan. thorough: look at
         every shard, and
         compare every checksum. Raises BadDataError for a shard that is not a whole tar."""
-        self.shards = [
-            shard if isinstance(shard, Path) else Path(shard) for shard in shards
+        self.shards: list[Shard] = [
+            Path(shard) if isinstance(shard, str) else shard for shard in shards
         ]  # to parse 10^5 paths again takes a second
         self._cache, self._thorough = cache, thorough
         rule = (
@@ -215,6 +220,18 @@ class ShardIndex:
                 "data index`, then start again"
             )
 
+    def open_shard(self, shard: int) -> ShardFile:
+        """Return a shard's bytes; of one that lies elsewhere, in the version that was indexed.
+
+        Raises BadDataError where it is another, OSError where it cannot be read.
+        """
+        path, row = self.shards[shard], self._tables_of.rows[shard]
+        version = int(row["version"])
+        if not (isinstance(path, RemoteShard) and version < 0):  # else each read compares it
+            self.check_shard(shard)
+            version = 0
+        return open_shard(path, version, int(row["size"]))
+
     def prepare_ids(self, progress: Callable[[], None] | Progress = lambda: None) -> None:
         """Make the file by which ids are found, where there is none."""
         self._found_ids(progress if isinstance(progress, Progress) else Progress(progress))
@@ -290,13 +307,33 @@ class ShardIndex:
         them is, all are.
         """
         result = np.zeros(len(numbers), dtype=np.bool_)
-        step = 1 if self._thorough else max(1, -(-len(numbers) // CHECKED))
-        for place in range(0, len(numbers), step):
-            result[place] = self._old(tables, int(numbers[place]))
+        first = self.shards[0]
+        remote = isinstance(first, RemoteShard)
+        most = REMOTE_CHECKED if remote else CHECKED
+        if isinstance(first, RemoteShard) and first.whole and not self._thorough:
+            return result  # to look at one is to fetch it
+        step = 1 if self._thorough else max(1, -(-len(numbers) // most))
+        self._look_at(tables, numbers, result, range(0, len(numbers), step))
         if step > 1 and result.any():
-            for place in np.flatnonzero(~result).tolist():
-                result[place] = self._old(tables, int(numbers[place]))
+            self._look_at(tables, numbers, result, np.flatnonzero(~result).tolist())
         return result
+
+    def _look_at(
+        self,
+        tables: Tables,
+        numbers: NDArray[np.int64],
+        result: NDArray[np.bool_],
+        places: Sequence[int],
+    ) -> None:
+        def old(place: int) -> bool:
+            return self._old(tables, int(numbers[place]))
+
+        if isinstance(self.shards[0], RemoteShard):
+            with ThreadPoolExecutor(ASKED_TOGETHER) as threads:
+                found = list(threads.map(old, places))
+        else:
+            found = [old(place) for place in places]
+        result[list(places)] = found
 
     def _old(self, tables: Tables, shard: int) -> bool:
         try:

@@ -148,9 +148,9 @@ class Manifest:
         replace_file(file, pack(arrays, note))
 
     @classmethod
-    def load(cls, file: Path) -> Manifest | None:
+    def load(cls, file: Path, *, alone: bool = False) -> Manifest | None:
         """Return a file's manifest, read in one go; None where there is no whole one with its
-        blob.
+        blob. alone: the blob lies elsewhere.
         """
         try:
             columns = Columns(buffer := mapped(file), 0, len(buffer))
@@ -166,9 +166,8 @@ class Manifest:
                 columns.whole("tag_codes").copy(),
                 columns.whole("tag_counts").copy(),
             )
-            whole = (
-                Path(found.blob).name == found.blob
-                and os.stat(file.with_name(found.blob)).st_size >= found.end
+            whole = Path(found.blob).name == found.blob and (
+                alone or os.stat(file.with_name(found.blob)).st_size >= found.end
             )
         except (OSError, Damaged, ValueError, KeyError, TypeError):
             return None

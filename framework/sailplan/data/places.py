@@ -1,5 +1,5 @@
 """Where what is derived from a shard is kept: beside it in `.index`, or in the cache where that
-cannot be written.
+cannot be written, as it cannot where the shard lies elsewhere.
 """
 
 from __future__ import annotations
@@ -9,8 +9,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 from sailplan.errors import ConfigurationError
+
+
+class Shard(Protocol):
+    """A path, or what lies elsewhere and has the URL of its folder as `parent`."""
+
+    @property
+    def parent(self) -> Any: ...
 
 
 def cache_root(cache: Path | None) -> Path:
@@ -27,37 +35,34 @@ def cache_root(cache: Path | None) -> Path:
         ) from error
 
 
-def cache_folder(shard: Path, cache: Path | None) -> Path:
+def cache_folder(shard: Shard, cache: Path | None) -> Path:
     """Return the cache's folder for what is derived from the shards of this one's folder."""
-    return (
-        cache_root(cache)
-        / "index"
-        / hashlib.sha256(
-            str(shard.parent.resolve()).encode("utf-8", "surrogateescape")
-        ).hexdigest()[:16]
-    )
+    folder = shard.parent if isinstance(shard.parent, str) else str(shard.parent.resolve())
+    digest = hashlib.sha256(folder.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return cache_root(cache) / "index" / digest
 
 
-def kept_places(shard: Path, name: str, cache: Path | None) -> list[Path]:
+def kept_places(shard: Shard, name: str, cache: Path | None) -> list[Path]:
     """Return where a file derived from the shard may lie, in the order in which it is looked
     for.
     """
+    if isinstance(shard.parent, str):
+        return [cache_folder(shard, cache) / name]
     try:
         return [shard.parent / ".index" / name, cache_folder(shard, cache) / name]
     except ConfigurationError:  # no home: a container's user
         return [shard.parent / ".index" / name]
 
 
-def place_to_write(shard: Path, name: str, cache: Path | None) -> Path:
+def place_to_write(shard: Shard, name: str, cache: Path | None) -> Path:
     """Return where a file derived from the shard is to be written: the first place that can be;
     its folder is there.
     """
-    beside = shard.parent / ".index" / name
-    chosen = (
-        beside
-        if os.access(beside.parent if beside.parent.exists() else shard.parent, os.W_OK)
-        else cache_folder(shard, cache) / name
-    )
+    chosen = kept_places(shard, name, cache)[0]
+    if not isinstance(shard.parent, str):
+        folder = chosen.parent if chosen.parent.exists() else shard.parent
+        if not os.access(folder, os.W_OK):
+            chosen = cache_folder(shard, cache) / name
     with explained(chosen, cache):
         chosen.parent.mkdir(parents=True, exist_ok=True)
         ignore = chosen.parent / ".gitignore"

@@ -9,7 +9,6 @@ caller's decision.
 from __future__ import annotations
 
 import logging
-import os
 import random
 import threading
 from collections import OrderedDict
@@ -28,6 +27,8 @@ from sailplan.data.lengths import ROLES, LengthIndex
 from sailplan.data.names import given, part_of
 from sailplan.data.parse import parse_json
 from sailplan.data.record import Item, Record
+from sailplan.data.shard_files import ShardFile
+from sailplan.data.stream.shard import RemoteShard
 from sailplan.data.values import BadSample as BadSample
 from sailplan.data.values import fields_of, ids, listed, probability, score
 from sailplan.data.windows import events, window
@@ -39,6 +40,7 @@ SIDES = {"query": ("query", "text"), "target": ("item", "target")}  # keys of a 
 ALL_MEDIA = frozenset({"vision", "audio"})
 CACHE_BYTES = 64 << 20
 FILES_OPEN = 128
+READ_TOGETHER = 64  # records of a pass over a shard that lies elsewhere
 
 
 class RecordReader:
@@ -56,10 +58,12 @@ class RecordReader:
         catalogue: RecordReader | None = None,
     ) -> None:
         self.name, self.config, self.index, self.catalogue = name, config, index, catalogue
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files: OrderedDict[int, ShardFile] = OrderedDict()
         self._items: ByteCache[Item] = ByteCache(CACHE_BYTES)
         self._scored: bool | None = None
         self.lengths: LengthIndex | None = None  # None: rows count as equally long
+        # Whether shards lie elsewhere: one shard tells, as a set is one pattern of one place
+        self.streamed = any(isinstance(shard, RemoteShard) for shard in index.shards[:1])
         self._lock = (
             threading.RLock()
         )  # the prefetch thread and an evaluation may read at the same time
@@ -260,11 +264,34 @@ class RecordReader:
         self._items.put((position, media), item, self.index.size(position) * 2)
         return item
 
+    def prefetch(self, groups: Iterable[NDArray[np.int64]]) -> None:
+        """Have records fetched before they are read, where the shards lie elsewhere; returns at
+        once.
+
+        groups: int64 [n] positions each; a group's records that lie close together are one request.
+        """
+        if not self.streamed:
+            return
+        for positions in groups:
+            wanted: dict[int, list[tuple[int, int]]] = {}
+            for position in positions.tolist():
+                shard, table, row = self.index.locate(position)
+                wanted.setdefault(shard, []).extend(
+                    (offset, offset + size) for _, offset, size in table.members(row)
+                )
+            for shard, ranges in wanted.items():
+                with self._lock:
+                    self._file(shard).prefetch(ranges)
+
     def outlines(self, shard: int) -> Iterator[tuple[dict[str, Any], int, int]]:
         """Yield of each record of a shard its texts as `fields`, with the ids under ROLES, and
         how many pictures and sounds it
         has; nothing of a record that cannot be used."""
-        for position in range(int(self.index.starts[shard]), int(self.index.starts[shard + 1])):
+        first, after = int(self.index.starts[shard]), int(self.index.starts[shard + 1])
+        for position in range(first, after):
+            if self.streamed and (position - first) % READ_TOGETHER == 0:
+                stop = min(position + 2 * READ_TOGETHER, after)
+                self.prefetch([np.arange(position, stop, dtype=np.int64)])
             try:
                 body, chosen = self._read_body(position)
                 yield self._outline(position, body, chosen)
@@ -320,7 +347,11 @@ class RecordReader:
     # ---------------------------------------------------------------- parts
     def _read_body(self, position: int) -> tuple[dict[str, Any], Chosen]:
         shard, table, row = self.index.locate(position)
-        chosen, body = choose(table.members(row)), dict[str, Any]()
+        members, body = table.members(row), dict[str, Any]()
+        if self.streamed:
+            with self._lock:
+                self._file(shard).want([(at, at + size) for _, at, size in members], wait=True)
+        chosen = choose(members)
         if chosen.json is not None:
             try:
                 body = parse_json(self.member(shard, chosen.json))
@@ -480,14 +511,7 @@ class RecordReader:
         """Return the content of a member (extension, offset, size) of a shard."""
         _, offset, size = place
         with self._lock:
-            if shard not in self._files:
-                self._files[shard] = self._opened(shard)
-                if len(self._files) > FILES_OPEN:
-                    os.close(self._files.popitem(last=False)[1])
-            self._files.move_to_end(shard)
-            content = os.pread(
-                self._files[shard], size, offset
-            )  # no shared file position: safe in forked workers
+            content = self._file(shard).read_at(offset, size)
         if len(content) != size:
             raise BadSample(
                 self.index.shards[shard].name,
@@ -496,10 +520,17 @@ class RecordReader:
             )
         return content
 
-    def _opened(self, shard: int) -> int:
+    def _file(self, shard: int) -> ShardFile:
+        if shard not in self._files:
+            self._files[shard] = self._opened(shard)
+            if len(self._files) > FILES_OPEN:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _opened(self, shard: int) -> ShardFile:
         try:
-            self.index.check_shard(shard)
-            return os.open(self.index.shards[shard], os.O_RDONLY)
+            return self.index.open_shard(shard)
         except OSError as error:
             raise BadDataError(
                 f"{self.index.shards[shard]}: cannot be read ({error.strerror or error}): the "

@@ -5,7 +5,6 @@ a record at a time.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from sailplan.data.columns import Columns, Damaged, pack, packed_strings, unpacked_strings
 from sailplan.data.manifest import Entry
+from sailplan.data.shard_files import Shard, open_shard, state_of
 from sailplan.data.tar import BLOCK, SAMPLED_BLOCKS, HeldOut, RecordPlace, fingerprint, scan
 from sailplan.errors import BadDataError
 
@@ -132,17 +132,19 @@ class Ids(Sequence[str]):
             raise self._table._damaged(error) from error
 
 
-def scanned(shard: Path, held_out: HeldOut | None) -> Entry:
+def scanned(shard: Shard, held_out: HeldOut | None) -> Entry:
     """Return the entry of a shard, read from its tar.
 
     Raises BadDataError for one that cannot be read or is no whole tar.
     """
     try:
-        status, found = os.stat(shard), scan(shard, held_out)
+        size, changed = state_of(shard, fresh=True)
+        found = scan(shard, held_out)
         records = found.records
         # the header lies one block before the content (long names add blocks before it, which does
         # not matter here)
-        mark = fingerprint(shard, [record.members[0][1] - BLOCK for record in records])
+        with open_shard(shard, changed, size) as file:
+            mark = fingerprint(file, [record.members[0][1] - BLOCK for record in records])
     except OSError as error:
         raise BadDataError(
             f"{shard}: cannot be read ({error.strerror or error}); check its permissions and the "
@@ -176,9 +178,10 @@ def scanned(shard: Path, held_out: HeldOut | None) -> Entry:
         "extensions": list(extensions),
         "passed": found.passed,
     }
-    version = status.st_mtime_ns if time.time_ns() - status.st_mtime_ns > YOUNG_SECONDS * 1e9 else 0
+    young = isinstance(shard, Path) and time.time_ns() - changed <= YOUNG_SECONDS * 1e9
+    version = 0 if young else changed
     return Entry(
-        status.st_size,
+        size,
         version,
         int(mark, 16),
         len(records),
@@ -189,7 +192,13 @@ def scanned(shard: Path, held_out: HeldOut | None) -> Entry:
 
 
 def has_changed(
-    shard: Path, size: int, version: int, mark: int, headers: Callable[[], list[int]]
+    shard: Shard,
+    size: int,
+    version: int,
+    mark: int,
+    headers: Callable[[], list[int]],
+    *,
+    fresh: bool = True,
 ) -> bool:
     """Return whether a shard is another than it was when it had this size, version and
     fingerprint. Raises OSError.
@@ -197,12 +206,13 @@ def has_changed(
     headers: where some of its records began. They are read only where the time of the last change
     is no proof: a copied file is the same, though younger.
     """
-    status = os.stat(shard)
-    if status.st_size != size:
+    found_size, found = state_of(shard, fresh=fresh)
+    if found_size != size:
         return True
-    return (not version or status.st_mtime_ns != version) and int(
-        fingerprint(shard, headers()), 16
-    ) != mark
+    if version and found == version:
+        return False
+    with open_shard(shard, found, found_size) as file:
+        return int(fingerprint(file, headers()), 16) != mark
 
 
 def _content(records: Sequence[RecordPlace]) -> int:

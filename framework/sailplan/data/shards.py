@@ -1,36 +1,25 @@
-"""From the `shards` key of a data set to local tar files: a folder, a brace pattern, or URLs
-fetched into the cache.
-
-Whatever webdataset's gopen opens can be a shard: `http://...`, `pipe:aws s3 cp s3://... -`,
-`pipe:gsutil cat ...`.
-A remote shard is fetched whole, once per machine (a lock file makes other ranks wait), because the
-plan reads records by position; the index and the reader then see a local file.
+"""From the `shards` key of a data set to its shards: local tar files, and URLs that are read where
+they lie (`data.stream`).
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
-import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import braceexpand
-import webdataset
 
 from sailplan.config.schema import ARTIFACT
+from sailplan.data.config import StreamConfig
 from sailplan.data.names import is_sidecar
-from sailplan.data.places import cache_root, explained
-from sailplan.errors import BadDataError, ConfigurationError
+from sailplan.data.shard_files import Shard
+from sailplan.data.stream.address import ENDINGS, compression, has_ranges, is_remote, scheme
+from sailplan.data.stream.client import open_streams
+from sailplan.data.stream.shard import RemoteShard
+from sailplan.errors import ConfigurationError
 
 MOST_ASKED = 1000  # shards of which each is asked for
-
-
-def is_remote(name: str) -> bool:
-    return re.match(r"^[a-z0-9+]+:", name) is not None and not name.startswith("file:")
 
 
 def resolve(
@@ -38,14 +27,14 @@ def resolve(
     shards: str,
     cache: Path | None = None,
     progress: Callable[[], None] = lambda: None,
-) -> list[Path]:
-    """Local paths of the data set's shards, in reading order (as listed, a folder's sorted by
-    name). progress: called for each.
+    stream: StreamConfig | None = None,
+) -> list[Shard]:
+    """The data set's shards, in reading order (as listed, a folder's sorted by name). progress:
+    called for each.
 
-    shards: a folder (its *.tar), one tar, or a brace pattern of paths or URLs such as
-    `train-{000..009}.tar`.
-    Raises ConfigurationError naming `data.sets.DATASET.shards` when nothing is there, BadDataError
-    when a fetch fails.
+    shards: a folder (its *.tar, also compressed), one tar, or a brace pattern of paths or URLs
+    such as `s3://bucket/train-{000..009}.tar`; `s3://bucket/folder/` is a folder of a store.
+    Raises ConfigurationError naming `data.sets.DATASET.shards` when nothing is there.
     """
     key = f"data.sets.{dataset}.shards"
     if not shards:
@@ -58,25 +47,36 @@ def resolve(
             "within a run"
         )
     if not is_remote(shards) and os.path.isdir(shards):
-        found = _listed(key, Path(shards))
-        if not found:
-            raise ConfigurationError(
-                f"{key}={shards}: the folder holds no .tar file; expected webdataset shards"
-            )
-        return found
-    names = list(braceexpand.braceexpand(shards))
-    paths = []
+        names = [str(path) for path in _listed(key, Path(shards))]
+    elif has_ranges(shards) and shards.endswith("/"):
+        names = _listed_there(key, shards, cache, stream)
+    else:
+        names = list(braceexpand.braceexpand(shards))
+    result: list[Shard] = []
     for name in names:
-        paths.append(fetch(name, cache) if is_remote(name) else Path(name.removeprefix("file:")))
+        local = name.removeprefix("file:")
+        if is_remote(name):
+            result.append(RemoteShard(name, open_streams(cache, stream)))
+        elif compression(name):  # its members have no place of their own until it is unpacked
+            url = f"file:{os.path.abspath(local)}"
+            result.append(RemoteShard(url, open_streams(cache, stream)))
+        else:
+            result.append(Path(local))
         progress()
-    missing = _absent(paths)
+    missing = _absent(
+        [
+            shard if isinstance(shard, Path) else Path(shard.url.removeprefix("file:"))
+            for shard in result
+            if isinstance(shard, Path) or scheme(shard.url) == "file"
+        ]
+    )
     if missing:
         raise ConfigurationError(
-            f"{key}={shards}: {len(missing)} of {len(paths)} shards do not exist, first "
+            f"{key}={shards}: {len(missing)} of {len(result)} shards do not exist, first "
             f"{missing[0]}; expected a folder of .tar shards or existing files; "
             "data.root=FOLDER says where the sets of conf/data lie"
         )
-    return paths
+    return result
 
 
 def _absent(paths: list[Path]) -> list[str]:
@@ -104,40 +104,34 @@ def _absent(paths: list[Path]) -> list[str]:
 def _listed(key: str, folder: Path) -> list[Path]:
     """The folder's shards, without what a file system put beside them."""
     try:
-        return [
-            folder / name
-            for name in sorted(os.listdir(folder))
-            if name.endswith(".tar") and not is_sidecar(name)
-        ]
+        names = sorted(os.listdir(folder))
     except OSError as error:
         raise ConfigurationError(
             f"{key}={folder}: the folder cannot be read ({error.strerror or error}); check its "
             "permissions"
         ) from error
+    found = [folder / name for name in names if name.endswith(ENDINGS) and not is_sidecar(name)]
+    if not found:
+        raise ConfigurationError(
+            f"{key}={folder}: the folder holds no .tar file; expected webdataset shards"
+        )
+    return found
 
 
-def fetch(url: str, cache: Path | None = None) -> Path:
-    """The local copy of a remote shard, fetched through webdataset's gopen if it is not there
-    yet.
-    """
-    folder = cache_root(cache) / "shards"
-    base = re.sub(r"[^A-Za-z0-9._-]", "_", url.rstrip(" -").rpartition("/")[2]).removesuffix(
-        ".tar"
-    )[-60:]
-    path = folder / f"{base}-{hashlib.sha256(url.encode()).hexdigest()[:12]}.tar"
-    with explained(folder, cache):
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
-    with opened as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            temporary = path.with_suffix(".part")
-            try:
-                with webdataset.gopen(url) as stream, open(temporary, "wb") as file:
-                    shutil.copyfileobj(stream, file, 1 << 20)
-            except (OSError, ValueError, subprocess.SubprocessError) as error:
-                raise BadDataError(
-                    f"{url}: could not fetch this shard ({error}); check the URL and the network"
-                ) from error
-            os.replace(temporary, path)
-    return path
+def _listed_there(
+    key: str, folder: str, cache: Path | None, stream: StreamConfig | None
+) -> list[str]:
+    """The shards of a folder of an object store."""
+    if scheme(folder) in ("http", "https"):
+        raise ConfigurationError(
+            f"{key}={folder}: found a folder of a web server, which cannot be listed; expected a "
+            "pattern such as https://host/train-{000..099}.tar"
+        )
+    found = [
+        url
+        for url in sorted(open_streams(cache, stream).names(folder))
+        if url.endswith(ENDINGS) and not is_sidecar(url.rpartition("/")[2])
+    ]
+    if not found:
+        raise ConfigurationError(f"{key}={folder}: there is no .tar; expected webdataset shards")
+    return found

@@ -22,6 +22,9 @@ from sailplan.data.columns import Columns, Damaged, mapped
 from sailplan.data.filling import Progress, fill
 from sailplan.data.manifest import ROW, Entry, Manifest, Rows
 from sailplan.data.places import kept_places, place_to_write
+from sailplan.data.shard_files import Shard
+from sailplan.data.stream.published import Published, published
+from sailplan.data.stream.shard import RemoteShard
 from sailplan.errors import BadDataError
 
 ATTEMPTS = 3  # to index shards that are stale again when they have just been indexed
@@ -36,6 +39,7 @@ class Source:
 
     file: Path
     manifest: Manifest
+    published: Published | None = None  # beside shards that lie elsewhere: tables lie there, too
 
 
 class Tables:
@@ -95,13 +99,16 @@ class Tables:
         Raises BadDataError where the file of tables went away or is damaged.
         """
         number = int(self._source[shard])
+        published, row = self._sources[number].published, self.rows[shard]
         try:
+            if published is not None:
+                manifest = self._sources[number].manifest
+                published.ensure(manifest.blob, manifest.end, int(row["offset"]), int(row["bytes"]))
             if number not in self._blobs:
                 one = self._sources[number]
                 self._blobs[number] = mapped(
                     one.file.with_name(one.manifest.blob), one.manifest.end
                 )
-            row = self.rows[shard]
             return Columns(self._blobs[number], int(row["offset"]), int(row["bytes"]))
         except (OSError, Damaged) as error:
             raise self.damaged(shard, error) from error
@@ -118,7 +125,7 @@ class Tables:
 
 
 def open_tables(
-    shards: Sequence[Path],
+    shards: Sequence[Shard],
     kind: str,
     cache: Path | None,
     make: Callable[[int], Entry],
@@ -163,26 +170,42 @@ def open_tables(
         )
 
 
-def relative_names(shards: Sequence[Path]) -> list[str]:
+def relative_names(shards: Sequence[Shard]) -> list[str]:
     """Return the shards' paths relative to the folder of the first."""
     base = str(shards[0].parent)
     start = "" if base == "." else base if base.endswith(os.sep) else base + os.sep
-    paths = map(str, shards)
+    paths, remote = map(str, shards), isinstance(shards[0], RemoteShard)
     return [
-        path[len(start) :] if path.startswith(start) else os.path.relpath(path, base)
+        path[len(start) :]
+        if path.startswith(start)
+        else path
+        if remote
+        else os.path.relpath(path, base)
         for path in paths
     ]
 
 
 def _look(
-    first: Path, names: list[str], file: str, cache: Path | None, stale: Stale, thorough: bool
+    first: Shard, names: list[str], file: str, cache: Path | None, stale: Stale, thorough: bool
 ) -> tuple[Tables, list[int]]:
     """Return the tables that there are, and the numbers of the shards without a current one."""
     sources: list[Source] = []
     source, row = np.full(len(names), -1, dtype=np.int64), np.full(len(names), -1, dtype=np.int64)
-    for place in kept_places(first, file, cache):
+    places: list[Path | None] = [*kept_places(first, file, cache)]
+    if isinstance(first, RemoteShard):
+        places.append(None)  # beside the shards
+    for place in places:
         missing = np.flatnonzero(source < 0)
-        manifest = Manifest.load(place) if len(missing) else None
+        if not len(missing):
+            break
+        beside = None
+        if place is None and isinstance(first, RemoteShard):
+            beside = published(first, file, cache)
+            if beside is None:
+                continue
+            place = beside.file
+        assert place is not None
+        manifest = Manifest.load(place, alone=beside is not None)
         if manifest is None:
             continue
         known = {name: number for number, name in enumerate(manifest.names)}
@@ -191,7 +214,7 @@ def _look(
         )
         there, found = missing[found >= 0], found[found >= 0]
         source[there], row[there] = len(sources), found
-        sources.append(Source(place, manifest))
+        sources.append(Source(place, manifest, beside))
         source[there[stale(Tables(sources, source, row), there)]] = -1
     tables = Tables(sources, source, row)
     if thorough:

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from sailplan.data.kinds import Place, choose
 from sailplan.data.names import given, is_sidecar, readable, samples, split_name
 from sailplan.data.parse import parse_json
+from sailplan.data.shard_files import Shard, ShardFile, open_shard
 from sailplan.errors import BadDataError
 
 BLOCK = 512
@@ -82,17 +81,17 @@ class HeldOut:
         return "held_out" if word < int(self.fraction * 2**64) else "train"
 
 
-def scan(shard: Path, held_out: HeldOut | None = None) -> Scan:
+def scan(shard: Shard, held_out: HeldOut | None = None) -> Scan:
     """Return all records of a tar. held_out: splits those that name no split.
 
     A record without a JSON `id` is called SHARD/KEY, so that plain shards with keys 000000.. stay
     unique. A JSON that cannot be parsed keeps its record (id SHARD/KEY): reading it later is one
     bad sample, not the end of the run.
     Raises BadDataError naming shard and offset when the archive is truncated, compressed or
-    damaged.
+    damaged, OSError for a file that cannot be read.
     """
     found, stem = Scan(), readable(shard.stem)
-    with open(shard, "rb") as file:
+    with open_shard(shard) as file:
         members = _resolved(list(_members(shard, file, found)), found)
         for _, run in groupby(members, key=lambda member: split_name(member[0])[0]):
             own = list(run)
@@ -101,21 +100,21 @@ def scan(shard: Path, held_out: HeldOut | None = None) -> Scan:
                 record.members = [
                     (readable(extension), *own[number][1:]) for number, extension in places
                 ]
-                _read_identity(file.fileno(), record, held_out)
+                _read_identity(file, record, held_out)
                 found.records.append(record)
     return found
 
 
-def _members(shard: Path, file: BinaryIO, found: Scan) -> Iterator[tuple[str, tarfile.TarInfo]]:
+def _members(shard: Shard, file: ShardFile, found: Scan) -> Iterator[tuple[str, tarfile.TarInfo]]:
     """Yield name and header of all members that may belong to a record, of all archives that the
     file joins.
     """
-    size = os.fstat(file.fileno()).st_size
+    size = file.size
     start: int | None = 0
     while start is not None:
         file.seek(start)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
+            with tarfile.open(fileobj=cast(BinaryIO, file), mode="r:") as archive:
                 for member in archive:
                     if member.isdir():
                         continue
@@ -138,26 +137,27 @@ def _members(shard: Path, file: BinaryIO, found: Scan) -> Iterator[tuple[str, ta
         if start and end == start:  # what follows an end mark need not be an archive
             found.pass_over("bytes after an end mark", f"byte {start}", size - start)
             return
-        _expect_end_mark(shard, file.fileno(), end, size)
-        start = _next_archive(file.fileno(), end, size)
+        _expect_end_mark(shard, file, end)
+        start = _next_archive(file, end)
 
 
-def _expect_end_mark(shard: Path, descriptor: int, end: int, size: int) -> None:
+def _expect_end_mark(shard: Shard, file: ShardFile, end: int) -> None:
+    size = file.size
     if end >= size:
         raise BadDataError(
             f"{shard}: the tar stops at byte {size} without its end mark, it was probably cut off: "
             "copy or write it again"
         )
-    if os.pread(descriptor, BLOCK, end).strip(b"\0"):
+    if file.scan_at(end, BLOCK).strip(b"\0"):
         raise BadDataError(
             f"{shard}: damaged tar header at byte {end} of {size}: copy or write it again"
         )
 
 
-def _next_archive(descriptor: int, end: int, size: int) -> int | None:
+def _next_archive(file: ShardFile, end: int) -> int | None:
     """Return where the first block after an end mark lies that is not empty, None where all are."""
-    for offset in range(end, size, READ_AT_ONCE):
-        content = os.pread(descriptor, READ_AT_ONCE, offset)
+    for offset in range(end, file.size, READ_AT_ONCE):
+        content = file.scan_at(offset, READ_AT_ONCE)
         rest = content.lstrip(b"\0")
         if rest:
             return offset + (len(content) - len(rest)) // BLOCK * BLOCK
@@ -204,26 +204,29 @@ def _target(name: str, header: tarfile.TarInfo) -> str:
     )
 
 
-def _read_identity(descriptor: int, record: RecordPlace, held_out: HeldOut | None) -> None:
+def _read_identity(file: ShardFile, record: RecordPlace, held_out: HeldOut | None) -> None:
     place, body = choose(record.members).json, dict[str, Any]()
     if place is not None:
         with suppress(ValueError):  # reported when the record is read, see RecordReader
-            body = parse_json(os.pread(descriptor, place[2], place[1]))
+            body = parse_json(file.scan_at(place[1], place[2]))
     record.id = given(body.get("id")) or record.id
     record.split = given(body.get("split")) or (
         record.split if held_out is None else held_out.split(record.id, body)
     )
 
 
-def fingerprint(shard: Path, header_offsets: list[int]) -> str:
+def fingerprint(file: ShardFile, header_offsets: list[int]) -> str:
     """A hash of up to 32 evenly spread record starts (header block and the block behind it):
     equal for a copied file, different for a shard that was written anew with other records.
     `header_offsets`: first header
     of each record."""
     digest = hashlib.sha256()
     count = min(len(header_offsets), SAMPLED_BLOCKS)
-    with open(shard, "rb") as file:
-        for turn in range(count):
-            offset = header_offsets[turn * (len(header_offsets) - 1) // max(count - 1, 1)]
-            digest.update(os.pread(file.fileno(), 2 * BLOCK, offset))
+    chosen = [
+        header_offsets[turn * (len(header_offsets) - 1) // max(count - 1, 1)]
+        for turn in range(count)
+    ]
+    file.want([(offset, min(offset + 2 * BLOCK, file.size)) for offset in chosen])
+    for offset in chosen:
+        digest.update(file.read_at(offset, 2 * BLOCK))
     return digest.hexdigest()[:16]

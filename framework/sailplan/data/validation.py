@@ -28,6 +28,7 @@ from sailplan.data.inspection import VERSION, Findings, inspect
 from sailplan.data.places import explained, kept_places, place_to_write
 from sailplan.data.processor import processor_of
 from sailplan.data.reader import RecordReader
+from sailplan.data.shard_files import Shard, state_of
 from sailplan.data.tar import scan
 from sailplan.errors import BadDataError
 
@@ -186,7 +187,7 @@ def _key(config: Config, reader: RecordReader, shard: int) -> str:
     settings = {
         key: value
         for key, value in asdict(config.data).items()
-        if key not in ("sets", "cache", "workers", "prefetch")
+        if key not in ("sets", "cache", "stream", "workers", "prefetch")
     }
     corpus = (
         []
@@ -204,9 +205,8 @@ def _key(config: Config, reader: RecordReader, shard: int) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _state(shard: Path) -> list[Any]:
-    status = shard.stat()
-    return [str(shard), status.st_size, status.st_mtime_ns]
+def _state(shard: Shard) -> list[Any]:
+    return [str(shard), *state_of(shard)]
 
 
 def duplicates(reader: RecordReader, cache: Path | None) -> list[str]:

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from sailplan.data.kinds import choose
 from sailplan.data.parse import parse_json
-from sailplan.data.shards import is_remote, resolve
+from sailplan.data.shard_files import Shard, open_shard, state_of
+from sailplan.data.shards import resolve
+from sailplan.data.stream.address import is_remote
 from sailplan.data.tar import scan
 from sailplan.errors import BadDataError, ConfigurationError
 
@@ -23,7 +24,7 @@ class TarContents:
     records all shards have.
     """
 
-    shards: list[Path]
+    shards: list[Shard]
     records: int = 0  # of the first shard
     media: Counter[str] = field(default_factory=Counter)
     fields: Counter[str] = field(default_factory=Counter)
@@ -32,7 +33,7 @@ class TarContents:
     @property
     def estimate(self) -> int:
         """Return about how many records there are: the first shard's, by the bytes of all."""
-        sizes = [path.stat().st_size for path in self.shards]
+        sizes = [state_of(shard)[0] for shard in self.shards]
         return self.records * sum(sizes) // max(sizes[0], 1)
 
 
@@ -49,13 +50,12 @@ def look_at_tars(shards: str) -> TarContents:
     found = TarContents(resolve("import", shards))
     places = scan(found.shards[0]).records
     found.records = len(places)
-    with open(found.shards[0], "rb") as file:
+    with open_shard(found.shards[0]) as file:
         for place in places[:LOOKED_AT]:
             chosen, body = choose(place.members), {}
             if chosen.json is not None:
-                file.seek(chosen.json[1])
                 try:
-                    body = parse_json(file.read(chosen.json[2]))
+                    body = parse_json(file.read_at(chosen.json[1], chosen.json[2]))
                 except ValueError:
                     continue  # a bad sample, which `data validate` names
             for role, has in (

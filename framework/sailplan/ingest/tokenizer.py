@@ -14,11 +14,12 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from sailplan.data.kinds import kind_of
 from sailplan.data.names import readable, split_name
 from sailplan.data.parse import decode_text, parse_json
+from sailplan.data.shard_files import Shard, open_shard
 from sailplan.data.tar import HeldOut
 from sailplan.errors import BadDataError
 from sailplan.runtime.files import write_whole
@@ -32,7 +33,7 @@ MARGIN = 8  # tokens of a prompt
 
 
 def training_texts(
-    sets: Sequence[tuple[Sequence[Path], HeldOut | None]], most: int = TEXTS
+    sets: Sequence[tuple[Sequence[Shard], HeldOut | None]], most: int = TEXTS
 ) -> Iterator[str]:
     """Yield texts of the training records of data sets (shards, rule of its held-out records),
     about `most` in all.
@@ -48,12 +49,12 @@ def training_texts(
                 yield text[:LONGEST]
 
 
-def _texts(shard: Path, held_out: HeldOut | None) -> Iterator[str]:
+def _texts(shard: Shard, held_out: HeldOut | None) -> Iterator[str]:
     """Texts of a shard's training records, read from its beginning."""
     key, body, captions = "", dict[str, Any](), list[str]()
     with (
-        open(shard, "rb", buffering=1 << 20) as file,
-        tarfile.open(fileobj=file, mode="r|") as archive,
+        open_shard(shard) as file,
+        tarfile.open(fileobj=cast(BinaryIO, file), mode="r|") as archive,
     ):
         for member in archive:
             name, extension = split_name(member.name)
@@ -77,7 +78,7 @@ def _texts(shard: Path, held_out: HeldOut | None) -> Iterator[str]:
 
 
 def _training(
-    shard: Path, key: str, body: dict[str, Any], captions: list[str], held_out: HeldOut | None
+    shard: Shard, key: str, body: dict[str, Any], captions: list[str], held_out: HeldOut | None
 ) -> Iterator[str]:
     record_id = body.get("id") or f"{shard.stem}/{readable(key)}"
     split = body.get("split") or (

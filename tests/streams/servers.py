@@ -1,0 +1,95 @@
+"""Servers on loopback: one of the tests' own that misbehaves as told, and an S3-compatible one."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+@dataclass
+class WebServer:
+    """Files by path, served by ranges. `counts`: requests by method, and bytes of bodies."""
+
+    files: dict[str, bytes]
+    fail_every: int = 0  # so many requests for a range are answered 500
+    drop_every: int = 0  # so many end in the middle of their body
+    pause: float = 0.0  # seconds before each answer
+    ranges: bool = True
+    counts: Counter[str] = field(default_factory=Counter)
+    url: str = ""
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def running(self) -> Iterator[WebServer]:
+        """Serve on a free port."""
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+            def do_HEAD(self) -> None:
+                owner.answer(self, body=False)
+
+            def do_GET(self) -> None:
+                owner.answer(self, body=True)
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        self.url = f"http://127.0.0.1:{server.server_address[1]}"
+        try:
+            yield self
+        finally:
+            server.shutdown()
+            server.server_close()
+
+    def answer(self, handler: BaseHTTPRequestHandler, *, body: bool) -> None:
+        """Answer one request, or misbehave."""
+        with self._lock:
+            self.counts["GET" if body else "HEAD"] += 1
+            number = self.counts["GET"]
+        time.sleep(self.pause)
+        content = self.files.get(handler.path.lstrip("/"))
+        if content is None or (body and self.fail_every and number % self.fail_every == 0):
+            handler.send_response(404 if content is None else 500)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return
+        part, asked = content, handler.headers.get("Range")
+        if body and asked and self.ranges:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            part = content[int(first) : int(last) + 1]
+            handler.send_response(206)
+            handler.send_header(
+                "Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
+            )
+        else:
+            handler.send_response(200)
+        handler.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
+        handler.send_header("Content-Length", str(len(part)))
+        handler.end_headers()
+        if not body:
+            return
+        if self.drop_every and number % self.drop_every == 0:
+            part = part[: len(part) // 2]
+            handler.close_connection = True
+        handler.wfile.write(part)
+        with self._lock:
+            self.counts["bytes"] += len(part)
+
+
+def files_of(folder: Path, prefix: str = "") -> dict[str, bytes]:
+    """Return the files right in a folder, as a server's."""
+    return {prefix + path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
