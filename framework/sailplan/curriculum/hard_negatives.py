@@ -21,12 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import DatasetConfig, HardNegativeConfig, PatternKey
 from sailplan.curriculum.matches import Matches, find_matches, write_keys
 from sailplan.curriculum.rounds import Rounds
@@ -117,7 +117,7 @@ def mine(
     rounds: Rounds,
     step: int,
     subsets: Mapping[str, Positions] | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """Mine for every named pattern over the train split, or over `subsets` (data set ->
     positions); put the round in force and return what it notes of each pattern. Collective.
 
@@ -129,7 +129,7 @@ def mine(
     finished = on_main(parallel, f"looking into {working}", partial(rounds.begin, step, model))
     if finished:
         return dict(finished)
-    about: dict[str, dict[str, Any]] = {}
+    about: dict[str, JsonObject] = {}
     for name, names in patterns.items():
         reader = run.readers[name]
         check_minable(name, reader.config, names)
@@ -167,9 +167,7 @@ def mine(
     return about
 
 
-def _keep(
-    miner: PatternMiner, found: MinedPattern, note: dict[str, Any], done: Path
-) -> dict[str, Any]:
+def _keep(miner: PatternMiner, found: MinedPattern, note: JsonObject, done: Path) -> JsonObject:
     """Write a pattern's note, which says that it is done, and remove what it needed until then."""
     note = note | {"examples": miner.examples(found.counts)}
     write_whole(done, json.dumps(note))
@@ -225,7 +223,7 @@ class PatternMiner:
         counts = self._search(matches, KeyFiles(files), full.value)
         return MinedPattern(full, shorter, counts)
 
-    def examples(self, counts: NDArray[np.int64]) -> list[dict[str, Any]]:
+    def examples(self, counts: NDArray[np.int64]) -> list[JsonObject]:
         """Return [{"query", "positive", "negatives": [{..., "score"}]}] of a few records that have
         negatives.
         """
@@ -234,7 +232,7 @@ class PatternMiner:
         sides, reader = self._reader.config.patterns[self._pattern], self._reader
         query, target = reader.config.views[sides.query], reader.config.views[sides.target]
         negatives, scores = (np.load(array.path, mmap_mode="r") for array in self._arrays)
-        result: list[dict[str, Any]] = []
+        result: list[JsonObject] = []
         for number in numbers:
             block = int(np.searchsorted(upto, number, side="right")) - 1
             position = int(np.load(self._done / f"{block:07d}.npy")[number - upto[block]])

@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import PatternKey
 from sailplan.curriculum.rounds import Rounds
 from sailplan.data.negatives import ROUND
@@ -109,7 +109,7 @@ def read_mined(
     per_query: int,
     source: Path,
     rounds: Rounds,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """Put negatives that `write_mined` wrote in force as the round of step 0; return what it notes
     of each pattern. Collective.
 
@@ -118,7 +118,7 @@ def read_mined(
     """
     wanted = [PatternKey(name, pattern) for name, names in patterns.items() for pattern in names]
 
-    def look() -> dict[str, Any]:
+    def look() -> JsonObject:
         if not (source / ROUND).is_file():
             raise ConfigurationError(
                 f"hard_negatives.from_folder={source}: found no {ROUND}, expected a folder that `sailplan "
@@ -146,7 +146,7 @@ def read_mined(
     found = on_main(parallel, f"looking into {source}", look)
     working = rounds.working(0)
     arrays: dict[PatternKey, list[SharedArray]] = {}
-    about: dict[str, dict[str, Any]] = {}
+    about: dict[str, JsonObject] = {}
     for number, key in enumerate(wanted):
         name, shape = str(key), (len(readers[key.dataset]), per_query)
         arrays[key] = [

@@ -17,8 +17,8 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.negatives import ROUND
 from sailplan.runtime.files import write_whole
 
@@ -39,7 +39,7 @@ class Rounds:
         """Return the folder of an unfinished round."""
         return self.folder / WORKING / f"round-{step:08d}"
 
-    def begin(self, step: int, model: str) -> dict[str, Any]:
+    def begin(self, step: int, model: str) -> JsonObject:
         """Return the patterns of a whole round of this model; {}: it is to be made, and what
         another model's unfinished one had is gone.
         """
@@ -53,7 +53,7 @@ class Rounds:
             write_whole(note, model)
         return {}
 
-    def publish(self, step: int, model: str, patterns: dict[str, Any]) -> None:
+    def publish(self, step: int, model: str, patterns: JsonObject) -> None:
         """Put a round that is whole in force."""
         working, path = self.working(step), self.path(step)
         note = {"step": step, "model": model, "patterns": patterns}

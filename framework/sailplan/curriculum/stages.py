@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import ARTIFACT, BalanceConfig, Config, PatternKey, StageConfig
 from sailplan.curriculum.artifact import stage_artifacts
 from sailplan.curriculum.artifacts import TEACHERS, TEACHERS_FILE, make_artifacts
@@ -75,7 +76,7 @@ class StageState:
     thresholds: dict[PatternKey, float] = field(
         default_factory=dict
     )  # lambda*, where in-batch masking is on
-    stats: dict[str, Any] = field(default_factory=dict)  # the content of state.json
+    stats: JsonObject = field(default_factory=dict)  # the content of state.json
 
 
 def check_stage(name: str, stage: StageConfig, config: Config) -> None:
@@ -126,9 +127,9 @@ def prepare_stage(context: RunContext, name: str, folder: Path) -> StageState:
         "seed": context.config.seed,
     }
     on_main(parallel, f"stage {name}: looking into {folder}", lambda: _begin(folder, about))
-    stats: dict[str, Any] = {"stage": name}
+    stats: JsonObject = {"stage": name}
 
-    def artifacts() -> dict[str, Any]:
+    def artifacts() -> JsonObject:
         return make_artifacts(embedder, name, stage, folder)
 
     if stage.artifacts:
@@ -263,8 +264,8 @@ def _patterns(stage: StageConfig, reader: RecordReader) -> list[str]:
 
 
 def _once(
-    parallel: Parallel, folder: Path, what: str, work: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
+    parallel: Parallel, folder: Path, what: str, work: Callable[[], JsonObject]
+) -> JsonObject:
     """Return what `work` returned, now or in a start before this one. Collective."""
     note = folder / f"made-{what}.json"
     known = on_main(
@@ -281,7 +282,7 @@ def _once(
 
 def _balanced(
     embedder: Embedder, stage: StageConfig, benchmark: dict[str, Summary], settings: BalanceConfig
-) -> dict[str, Any]:
+) -> JsonObject:
     found = balance_sets(embedder, stage, benchmark, settings)
     return {
         "weights": with_floor(found.weights, stage.data, settings.floor),
@@ -356,7 +357,7 @@ def _listed(parallel: Parallel, positions: Positions, folder: Path, name: str) -
     return np.load(array.path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
-def _load_subsets(folder: Path, stats: dict[str, Any]) -> dict[str, NDArray[np.int64]]:
+def _load_subsets(folder: Path, stats: JsonObject) -> dict[str, NDArray[np.int64]]:
     if (folder / FORMER_SUBSETS).is_file():
         with np.load(folder / FORMER_SUBSETS) as arrays:
             return {dataset: arrays[dataset] for dataset in arrays.files}
@@ -383,7 +384,7 @@ def _mine(
     folder: Path,
     subsets: Mapping[str, NDArray[np.int64]],
     step: int,
-) -> dict[str, Any]:
+) -> JsonObject:
     hard, run, rounds = stage.hard_negatives, embedder.context, Rounds(folder / ROUNDS)
     assert hard is not None
     patterns = chosen_patterns(hard, stage.data, run.config.data.sets)
@@ -409,7 +410,7 @@ def _teachers(folder: Path) -> Teachers | None:
     return TeacherTable.load(folder / TEACHERS_FILE) if (folder / TEACHERS_FILE).is_file() else None
 
 
-def _begin(folder: Path, about: dict[str, Any]) -> None:
+def _begin(folder: Path, about: JsonObject) -> None:
     """Keep what a start before this one left of the same model and settings; remove all else:
     refreshed negatives of an attempt that was given up must not be taken for this one's.
     """
@@ -423,5 +424,5 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
         write_whole(note, json.dumps(about))
 
 
-def _write_state(folder: Path, stats: dict[str, Any]) -> None:
+def _write_state(folder: Path, stats: JsonObject) -> None:
     write_whole(folder / STATE, json.dumps(stats, ensure_ascii=False, indent=1))

@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.config import StreamConfig
 from sailplan.data.places import cache_root, explained
 from sailplan.data.stream.disk import range_name, whole_name
@@ -51,10 +52,10 @@ class Streams:
         self._process: subprocess.Popen[bytes] | None = None
         self._local, self._lock = threading.local(), threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"folder": self.folder, "settings": self.settings, "_address": self._address}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(state["folder"], state["settings"])  # type: ignore[misc]
         self._address = state["_address"]
 
@@ -142,7 +143,7 @@ class Streams:
                 self._process, self._address = None, None
 
     # ---------------------------------------------------------------- parts
-    def _ask(self, **request: Any) -> dict[str, Any]:
+    def _ask(self, **request: Any) -> JsonObject:
         self.start()
         try:
             stream = self._connection()
@@ -155,7 +156,7 @@ class Streams:
             raise self._ended() from error
         if not line:
             raise self._ended()
-        found: dict[str, Any] = json.loads(line)
+        found: JsonObject = json.loads(line)
         if "error" in found:
             raise self._error(request.get("url", ""), found["error"], found["reason"])
         return found

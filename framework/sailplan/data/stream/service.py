@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.stream.disk import DiskCache, NoRoom, range_name, whole_name
 from sailplan.data.stream.stores import Changed, Gone, NoRanges, OutOfTime, Stores
 from sailplan.data.stream.whole import Unreadable, keep_whole
@@ -28,7 +29,7 @@ POLL = 0.01  # seconds, while another process writes the same file
 PARENT_POLL = 1.0
 LONGEST_LINE = 16 << 20  # bytes of a request
 ATTEMPTS = 5  # to keep a file whose room is given away while it is written
-Answer = dict[str, Any]
+Answer = JsonObject
 
 
 class Service:
@@ -57,7 +58,7 @@ class Service:
                     self._start(f"ahead {id(work)}", work)
         writer.close()
 
-    async def answer(self, request: dict[str, Any]) -> Answer:
+    async def answer(self, request: JsonObject) -> Answer:
         """Return the answer to a request; errors as `error` (their kind) and `reason`."""
         try:
             return await getattr(self, f"_{request.pop('what')}")(
