@@ -73,8 +73,8 @@ docs: $(VENV)/docs/.ready
 cluster-packages:
 	@for program in slurmctld slurmd munged ip unshare; do PATH="$$PATH:/usr/sbin" command -v $$program > /dev/null || missing="$$missing $$program"; done; \
 	  [ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
-	    && { apt-get install --quiet --yes --no-install-recommends slurm-wlm munge iproute2 util-linux > /dev/null 2>&1 \
-	      || { apt-get --quiet update > /dev/null 2>&1 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends slurm-wlm munge iproute2 util-linux > /dev/null 2>&1; }; }; } \
+	    && { DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install --quiet --yes --no-install-recommends slurm-wlm munge iproute2 util-linux > /dev/null 2>&1 \
+	      || { timeout 120 apt-get --quiet update > /dev/null 2>&1 && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install --quiet --yes --no-install-recommends slurm-wlm munge iproute2 util-linux > /dev/null 2>&1; }; }; } \
 	  || echo "sailplan:$$missing not found, and no root or apt-get to install them: tests of hosts and Slurm are SKIPPED"
 
 chaos: $(READY)
@@ -83,10 +83,10 @@ chaos: $(READY)
 test-nightly: $(READY) cluster-packages
 	NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch
 
-# By files on WORKERS processes; faults by themselves, as their limits of seconds are those of a machine that does nothing else.
+# By files on WORKERS processes; launches and faults by themselves, as their limits of seconds are those of a machine that does nothing else.
 test: lint $(TRITONS) cluster-packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/faults
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/launch --ignore tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch tests/faults
 
 clean:
 	rm -rf $(VENV) runs

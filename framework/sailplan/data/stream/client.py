@@ -55,7 +55,7 @@ class Streams:
     def __getstate__(self) -> dict[str, object]:
         return {"folder": self.folder, "settings": self.settings, "_address": self._address}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
+    def __setstate__(self, state: JsonObject) -> None:
         self.__init__(state["folder"], state["settings"])  # type: ignore[misc]
         self._address = state["_address"]
 
