@@ -285,7 +285,7 @@ def test_an_exported_family_stands_alone(project: Path) -> None:
         ("model.lora.rank=-1", "model.lora.rank=-1: expected a number at least 0"),
         ("data.max_tokens=6", "data.max_tokens=6: the prompt 'name' alone takes"),
         (
-            "data.sets.things.views.tags.modalities=[vision]",
+            "data.sets.things.views.tags.modalities=[vision,text]",
             "views.tags shows vision, but model.modalities is text",
         ),
         ("model.encoder=omny", "model.encoder=omny: expected one of omni, transformers"),

@@ -45,8 +45,6 @@ ELSEWHERE: dict[str, str] = {
     "Config.resume": "train/run.py",
     "Config.tracking": "config/compose.py",  # of version 0.1.0: carried over to `loggers`
     "DataConfig.lanes": "",  # of version 0.1.0: accepted, of no effect
-    "DataConfig.image_patch": "data/views.py",
-    "DataConfig.prefetch": "data/loader.py",
     "DataConfig.root": "",  # in other settings of the YAML files, as ${data.root}
     "HeldOutConfig.by": "data/datasets.py",
     "HeldOutConfig.fraction": "data/datasets.py",
@@ -67,6 +65,10 @@ ELSEWHERE |= {
 ELSEWHERE |= {
     f"TeacherConfig.{name}": "data/teacher_files.py"
     for name in ("dimension", "ids", "path", "vector")
+}
+ELSEWHERE |= {
+    f"StreamConfig.{name}": "data/stream/client.py"
+    for name in ("cache_bytes", "deadline_seconds", "folder", "in_flight", "timeout_seconds")
 }
 # The run's values of these are the stages' own where a stage has none.
 INHERITED = {"clip_norm", "final_learning_rate", "schedule", "warmup_steps"}

@@ -38,6 +38,7 @@ from sailplan.parity.bfloat16 import (
 from sailplan.runtime.process import Parallel
 from sailplan.step.training_step import TrainingStep
 from sailplan.train import plan, run
+from sailplan.train.callbacks.checkpoint import Checkpoint
 from sailplan.train.testing import SMALL
 from sailplan_kernels.exchange import AllGather, RowSplit
 from sailplan_kernels.testing import run_ranks
@@ -284,7 +285,7 @@ def test_a_run_says_what_its_losses_go_through(triton_here, monkeypatch, tmp_pat
             yield there(parallel)
 
     monkeypatch.setattr(run, "started", started_there)
-    monkeypatch.setattr(run.Trainer, "save", lambda *_: None)
+    monkeypatch.setattr(Checkpoint, "save", lambda *_: None)
     monkeypatch.setattr(plan, "device_type", lambda: DEVICE.type)
     words = [
         *SMALL,

@@ -30,7 +30,7 @@ def _flop(rank: int, world_size: int) -> tuple[dict[int, float], list[float]]:
         step = build_step(join_layout(1), kept_graphs=kept)
         batches = rank_batches(step, 4, datasets=("pairs",))
         forward = []
-        for _, view in sorted(batches[0].views.items()):
+        for _, view in sorted(batches[0].views.items(), key=lambda item: str(item[0])):
             for inputs in view.micro_batches:
                 with FlopCounterMode(display=False) as counter, torch.no_grad():
                     step.encoder(inputs)
