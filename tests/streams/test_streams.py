@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 
 from sailplan.config.schema import Config
+from sailplan.data.ahead import _TensorPickler
 from sailplan.data.config import DatasetConfig, PatternConfig, StreamConfig, ViewConfig
 from sailplan.data.datasets import open_datasets
 from sailplan.data.index import ShardIndex
-from sailplan.data.loader import StepLoader, _TensorPickler
+from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.shards import resolve
 from sailplan.data.stream.client import open_streams
