@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Slurm]:
-    with slurm(3) as started:
+    with ExitStack() as stack:
+        try:
+            started = stack.enter_context(slurm(3))
+        except (AssertionError, OSError) as error:  # the machine's Slurm, not what is tested here
+            pytest.skip(f"SKIPPED, nothing ran under Slurm, which did not start: {error}")
         yield started
 
 
