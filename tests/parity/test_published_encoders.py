@@ -217,18 +217,19 @@ def _apart(found: dict[str, Any], exact: dict[str, Tensor]) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("kind", TINY)
-def test_bfloat16_is_as_near_as_its_rounding(kind: str) -> None:
+@pytest.mark.parametrize("kind", [*TINY, "clap"])
+def test_bfloat16_is_as_near_as_its_rounding(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Two ranks and cut micro-batches against one rank that encodes each view at once: both
     round, none loses a gradient.
     """
+    monkeypatch.setitem(TINY, kind, (TINY | MORE)[kind])
     _, exact = reference({"infonce": 1.0}, ("items",), encoder=kind)
     plain, found = (
         run_ranks(_bfloat16, world, kind, world == 1, timeout=120)[0] for world in (1, 2)
     )
     assert found.keys() == exact.keys() == plain.keys()
     assert (
-        0 < _apart(plain, exact) < 0.06
+        0 < _apart(plain, exact) < (0.06 if kind in ("bert", "clip") else 0.1)
         and _apart(found, exact) <= 1.25 * _apart(plain, exact) + 5e-3
     )
 

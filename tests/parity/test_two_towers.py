@@ -8,7 +8,9 @@ that is frozen with another.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +21,12 @@ from torch import nn
 from sailplan.model.encoders.transformers import TransformersConfig
 from sailplan.model.encoders.two_towers import TwoTowersConfig
 from sailplan.parity import testing
-from sailplan.parity.layouts import compare
+from sailplan.parity.layouts import compare, reference
 from sailplan.parity.published import BOTH, tiny_inputs, tiny_settings
+from sailplan_kernels.testing import run_ranks
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_published_encoders import _apart, _bfloat16
 
 LIMIT = 1e-10
 SHAPE: dict[str, Any] = {
@@ -59,6 +65,17 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_gradients_are_the_full_batchs(towers: str, world: int, micro: int) -> None:
     for row in compare(world, 1, ((micro, 0),), encoder=towers):
         assert row.error <= LIMIT, row
+
+
+def test_bfloat16_trains_beside_statistics_in_float32(towers: str) -> None:
+    """BatchNorm's statistics stay float32 where its inputs and weights are bfloat16."""
+    _, exact = reference({"infonce": 1.0}, ("items",), encoder=towers)
+    plain, found = (
+        run_ranks(_bfloat16, world, towers, world == 1, timeout=120)[0] for world in (1, 2)
+    )
+    assert found.keys() == exact.keys() == plain.keys()
+    assert 0 < _apart(plain, exact) < 0.1
+    assert _apart(found, exact) <= 1.25 * _apart(plain, exact) + 5e-3
 
 
 def test_parts_are_the_towers_and_their_projections() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sailplan.data.reader import RecordReader
-from sailplan.embed.selection import MarkedPositions, Positions
+from sailplan.embed.selection import MarkedPositions, Positions, numbers_of
 from sailplan.runtime.arrays import save
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.turns import any_over_ranks, in_turns
@@ -34,11 +34,7 @@ class ItemPlaces:
         return self._count
 
     def __getitem__(self, wanted: slice | NDArray[np.int64]) -> NDArray[np.int64]:
-        numbers = (
-            np.arange(*wanted.indices(self._count), dtype=np.int64)
-            if isinstance(wanted, slice)
-            else np.asarray(wanted, dtype=np.int64)
-        )
+        numbers = numbers_of(wanted, self._count)
         parts, found = numbers // self._size, np.empty(len(numbers), dtype=np.int64)
         for part in np.unique(parts).tolist():
             here = parts == part

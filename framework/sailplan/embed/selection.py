@@ -25,6 +25,13 @@ class Positions(Protocol):
     def __getitem__(self, wanted: slice | NDArray[np.int64], /) -> NDArray[np.int64]: ...
 
 
+def numbers_of(wanted: slice | NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Return what is asked of `count` things as their numbers, int64 [n]."""
+    if isinstance(wanted, slice):
+        return np.arange(*wanted.indices(count), dtype=np.int64)
+    return np.asarray(wanted, dtype=np.int64)
+
+
 class SplitPositions:
     """The positions of a split's records; None: of all records."""
 
@@ -37,11 +44,7 @@ class SplitPositions:
         return self._count
 
     def __getitem__(self, wanted: slice | NDArray[np.int64]) -> NDArray[np.int64]:
-        numbers = (
-            np.arange(*wanted.indices(self._count), dtype=np.int64)
-            if isinstance(wanted, slice)
-            else np.asarray(wanted, dtype=np.int64)
-        )
+        numbers = numbers_of(wanted, len(self))
         return numbers if self._split is None else self._reader.select(self._split, numbers)
 
 
@@ -62,11 +65,7 @@ class MarkedPositions:
         return int(self._upto[-1])
 
     def __getitem__(self, wanted: slice | NDArray[np.int64]) -> NDArray[np.int64]:
-        numbers = (
-            np.arange(*wanted.indices(len(self)), dtype=np.int64)
-            if isinstance(wanted, slice)
-            else np.asarray(wanted, dtype=np.int64)
-        )
+        numbers = numbers_of(wanted, len(self))
         blocks = np.searchsorted(self._upto, numbers, side="right") - 1
         found = np.empty(len(numbers), dtype=np.int64)
         for block in np.unique(blocks).tolist():

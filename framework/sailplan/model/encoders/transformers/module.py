@@ -6,11 +6,13 @@ Shape legend: b rows, t tokens, h the model's size, D the vector's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
 from sailplan.data.record import NamedInputs
@@ -58,7 +60,9 @@ class TransformersEncoder(Encoder):
         if settings.lora.rank:
             add_lora(model, settings.lora)
         self.to(dtype)
-        self.train(self.training)  # as `train` below has it, before anybody calls it
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                module.forward = MethodType(_by_kept_statistics, module)  # type: ignore[method-assign]
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         found: dict[str, list[nn.Parameter]] = {name: [] for name in self.settings.part_names()}
@@ -112,16 +116,6 @@ class TransformersEncoder(Encoder):
             return self._text(named)
         name = {"vision": "pixel_values", "audio": RECORDINGS}[modality]
         return self._media(modality, named[name], named[PRESENT[modality]], named.get(LENGTHS))
-
-    def train(self, mode: bool = True) -> TransformersEncoder:
-        """As nn.Module's, but BatchNorm keeps its published statistics: those of a micro-batch
-        would make a row's vector depend on how
-        rows are cut, and a replay would count them twice."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
 
     def _text(self, named: dict[str, Tensor]) -> Tensor:
         """Return [b, D]; zeros in rows that are said to have no text."""
@@ -207,6 +201,20 @@ class TransformersEncoder(Encoder):
         if self.projection is not None:
             pooled = self.projection(pooled.to(self.compute_dtype or pooled.dtype))
         return pooled.to(_wide(pooled))
+
+
+def _by_kept_statistics(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """Return x normalised by the published statistics, in training too, in their dtype.
+
+    Those of a micro-batch would make a row's vector depend on how rows are cut, and a replay would
+    count them twice.
+    """
+    assert norm.running_mean is not None
+    kept = norm.running_mean.dtype  # float32 where x and the weights are bfloat16
+    weight, bias = (None if one is None else one.to(kept) for one in (norm.weight, norm.bias))
+    return F.batch_norm(
+        x.to(kept), norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps
+    ).to(x.dtype)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
