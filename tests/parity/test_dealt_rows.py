@@ -1,5 +1,5 @@
-"""Risk: rows that are dealt by length, or cut by a token budget, change the loss or the
-gradients of the full batch.
+"""Risk: rows that are dealt by length, or cut by a token budget, and items that are encoded once
+for several rows, change the loss or the gradients of the full batch.
 
 From shards to gradients in float64: 1, 2 and 4 ranks, each with its own collator, must have the
 same loss and the same full gradients, whatever the number and sizes of the micro-batches; and a
@@ -8,6 +8,8 @@ resume in the middle sees the same steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ from sailplan.config.schema import (
 from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
-from sailplan.data.testing import made_up_config, write_shards
+from sailplan.data.record import StepBatch
+from sailplan.data.testing import made_up_config, micro_batches_of, write_shards
 from sailplan.embed.exchange import exchange_of
 from sailplan.errors import BadDataError
 from sailplan.model.build import build_encoder
-from sailplan.model.testing import join_layout
+from sailplan.model.testing import join_layout, rows_of
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
 from sailplan.step.training_step import TrainingStep
@@ -70,8 +73,32 @@ def configuration(shards: Path, budget: int, dealing: str) -> Config:
     return config
 
 
+def apart(batch: StepBatch) -> StepBatch:
+    """The same rows, each encoded by itself."""
+    views = {}
+    for key, view in batch.views.items():
+        rows = [
+            rows_of(inputs, row, row + 1)
+            for inputs in micro_batches_of(batch, key)
+            for row in range(inputs.rows)
+        ]
+        views[key] = replace(
+            view,
+            micro_batches=[rows[place] for place in view.order.tolist()],
+            order=torch.arange(len(view.order)),
+            encoded_with=None,
+        )
+    return replace(batch, views=views)
+
+
 def _steps(
-    rank: int, world_size: int, shards: Path, budget: int, dealing: str, first: int
+    rank: int,
+    world_size: int,
+    shards: Path,
+    budget: int,
+    dealing: str,
+    first: int,
+    change: Callable[[StepBatch], StepBatch] = lambda batch: batch,
 ) -> list[tuple[float, dict[str, torch.Tensor], str, int]]:
     parallel = join_layout(1)
     config = configuration(shards, budget, dealing)
@@ -95,7 +122,8 @@ def _steps(
         "data_parallel_size": parallel.data_parallel_size,
     }
     with StepLoader(plan, readers, config, stage, start_step=first, stop_step=4, **ranks) as loader:
-        for number, batches in enumerate(loader, start=first):
+        for number, read in enumerate(loader, start=first):
+            batches = [change(batch) for batch in read]
             loss, *_ = step.gradients(batches, OBJECTIVES, step=number, stage="first")
             gradients = {
                 name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
@@ -147,6 +175,22 @@ def test_loss_and_gradients_are_the_full_batch_s(
     assert [[step[3] for step in own] for own in ranks] == [
         [step[3] for step in ranks[0]]
     ] * world_size, "as many micro-batches on all ranks"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_items_encoded_once_have_the_gradients_of_all_rows_that_show_them(
+    world_size: int, shards: Path, alone: Any
+) -> None:
+    ranks = run_ranks(_steps, world_size, shards, 0, "length", 0, apart)
+    for number, (loss, gradients, _, calls) in enumerate(ranks[0]):
+        expected, full, _, fewer = alone[number]
+        assert calls * world_size > 3 * fewer
+        assert loss == pytest.approx(expected, rel=EXACT, abs=EXACT)
+        assert gradients.keys() == full.keys()
+        for name, gradient in gradients.items():
+            assert (gradient - full[name]).norm() <= EXACT * max(1.0, float(full[name].norm())), (
+                name
+            )
 
 
 def _disagreement(rank: int, world_size: int, shards: Path) -> str:

@@ -1,9 +1,10 @@
-"""From a step's plan to this rank's StepBatch: read, decode every needed view once, sort by
-length, cut into micro-batches.
+"""From a step's plan to this rank's StepBatch: read, decode every needed view once, sort the
+distinct items by length, cut them into micro-batches.
 
 Which rows are this rank's, and how many micro-batches a view has, `shares` tells. Everything random
-about a row comes from (seed, stage, step, data set, row number) through `row_seeds`, so it is the
-same on any rank, worker and restart.
+about a row comes from (seed, stage, step, data set, row number) through `row_seeds`, all that is
+random about an item from its place in its data set through `item_seed`: it is the same on any rank,
+worker and restart, and an item that several rows show is encoded once for all of them.
 A record that cannot be used (broken bytes or JSON, unknown ids) is replaced by the plan's spare for
 that row, which is equally deterministic, and reported in `quarantined`. An item that merely lacks a
 declared modality is no error: its row is not valid in that view and the pattern's mean leaves it
@@ -19,15 +20,16 @@ import numpy as np
 import torch
 
 from sailplan.config.schema import Config, DatasetConfig, PatternKey, StageConfig, ViewConfig
-from sailplan.data.costs import RowCosts
+from sailplan.data.costs import RowCosts, item_seed
 from sailplan.data.dealing import cut
 from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.order import keyed_integer
 from sailplan.data.plan import Plan, PlannedRows
-from sailplan.data.processor import ViewRow, processor_of
+from sailplan.data.processor import Processor, ViewRow, processor_of
 from sailplan.data.read_ahead import ReadAhead
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import (
+    EncoderInputs,
     HardNegatives,
     Item,
     Record,
@@ -36,7 +38,7 @@ from sailplan.data.record import (
     ViewBatch,
     ViewKey,
 )
-from sailplan.data.shares import OWN_NEGATIVES, PartShares, StepShares, row_seeds, shown_views
+from sailplan.data.shares import PartShares, ShownViews, StepShares, row_seeds, shown_views
 from sailplan.data.teachers import Teachers
 from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
@@ -52,6 +54,44 @@ class _Rows:
     records: list[Record] = field(default_factory=list)
     views: dict[ViewKey, list[ViewRow]] = field(default_factory=dict)  # view -> r * g rows
     quarantined: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class _Decoder:
+    """Decodes the items of a data set's rows in one step."""
+
+    processor: Processor
+    dataset: DatasetConfig
+    step_seed: int
+    encoded: Mapping[ViewKey, str]  # view batch -> the view that has its micro-batches
+    _known: dict[tuple[str, int, int], ViewRow] = field(default_factory=dict)
+
+    def view(self, key: ViewKey) -> ViewConfig:
+        """Return how a view batch shows items."""
+        return self.dataset.views[self.encoded[key] if isinstance(key, HardNegatives) else key]
+
+    def rows(
+        self, items: Sequence[Item | None], key: ViewKey, count: int | None = None
+    ) -> list[ViewRow]:
+        """Decode items for a view batch; `count` of them, filled up with rows of nothing."""
+        wanted = list(items[:count])
+        wanted += [None] * ((count or 0) - len(wanted))
+        return [ViewRow() if item is None else self._row(item, key) for item in wanted]
+
+    def _row(self, item: Item, key: ViewKey) -> ViewRow:
+        view = self.encoded[key]
+        place = (view, *item.source)
+        if place not in self._known:
+            seed = item_seed(self.step_seed, view, item)
+            self._known[place] = self.processor.row(item, self.view(key), self.dataset, seed)
+        return self._known[place]
+
+    def record(self, record: Record, name: str) -> list[ViewRow]:
+        """Decode what a record shows in a view."""
+        view = self.dataset.views[name]
+        if view.of == "history":
+            return self.rows(record.history, name, self.dataset.history_length)
+        return self.rows([view_item(record, view)], name)
 
 
 def view_item(record: Record, view: ViewConfig) -> Item | None:
@@ -109,35 +149,30 @@ class Collator:
         of_rows = row_seeds(
             self.config.seed, self.plan.stage_name, step, part.dataset, part.first_row + own
         )
+        decoder = _Decoder(
+            self.processor,
+            dataset,
+            derive(self.config.seed, self.plan.stage_name, step, part.dataset),
+            {key: view for view, keys in shown.encoded.items() for key in keys},
+        )
         for row, position, seed in zip(
             (part.first_row + own).tolist(), part.at(own).tolist(), of_rows.tolist(), strict=True
         ):
-            used = self._add_row(rows, reader, names, step, row, position, seed)
+            used = self._add_row(rows, reader, decoder, names, step, row, position, seed)
             for name, (count, of_record) in shown.negatives.items():
-                view = dataset.patterns[name].target
                 places = (
                     mined[PatternKey(part.dataset, name)][used]
                     if count
                     else np.empty(0, dtype=np.int64)
                 )
-                rows.views[HardNegatives(name)] += self._negatives(rows, reader, view, places, seed)
-                rows.views[HardNegatives(name)] += self._own_negatives(
-                    rows.records[-1], of_record, dataset.views[view], dataset, seed
-                )
-        views = {}
-        for key in shown.keys:
-            if isinstance(key, HardNegatives):
-                show = dataset.views[dataset.patterns[key.pattern].target]
-                group = sum(shown.negatives[key.pattern])
-            else:
-                show = dataset.views[key]
-                group = dataset.history_length if show.of == "history" else 1
-            views[key] = self._view_batch(rows.views[key], show, group, shares.micro_batches[key])
+                key = HardNegatives(name)
+                rows.views[key] += self._negatives(rows, reader, decoder, key, places)
+                rows.views[key] += decoder.rows(rows.records[-1].negatives, key, of_record)
         return StepBatch(
             step=step,
             dataset=part.dataset,
             record_ids=[record.id for record in rows.records],
-            views=views,
+            views=self._view_batches(rows.views, shown, dataset, shares.micro_batches),
             scores=torch.tensor([record.score for record in rows.records], dtype=torch.float32)
             if reader.scored
             else None,
@@ -153,6 +188,7 @@ class Collator:
         self,
         rows: _Rows,
         reader: RecordReader,
+        decoder: _Decoder,
         names: list[str],
         step: int,
         row: int,
@@ -160,8 +196,7 @@ class Collator:
         seed: int,
     ) -> int:
         """Decode one record in all views; on a bad sample its spare. Returns the position used."""
-        dataset = reader.config
-        views = {name: dataset.views[name] for name in names}
+        views = {name: reader.config.views[name] for name in names}
         media, needs = (
             media_of(list(views.values())),
             {view.of for view in views.values()} | {"negatives"},
@@ -175,10 +210,7 @@ class Collator:
                     raise BadSample(
                         record.id, "has no `score`, but the data set's first pair has one"
                     )
-                decoded = {
-                    name: self._decode(record, name, view, dataset, seed)
-                    for name, view in views.items()
-                }
+                decoded = {name: decoder.record(record, name) for name in views}
             except BadSample as problem:
                 rows.quarantined.append(_named(reader.ids([position])[0], problem))
                 position = self.plan.spare(reader.name, step, row, attempt)
@@ -193,40 +225,21 @@ class Collator:
             rows.quarantined,
         )
 
-    def _decode(
-        self, record: Record, name: str, view: ViewConfig, dataset: DatasetConfig, seed: int
-    ) -> list[ViewRow]:
-        if view.of != "history":
-            return [
-                self.processor.row(
-                    view_item(record, view),
-                    view,
-                    dataset,
-                    keyed_integer(seed, derive("view", name), 0) >> 1,
-                )
-            ]
-        length, key = dataset.history_length, derive("view", name)
-        items: list[Item | None] = [*record.history, *[None] * (length - len(record.history))]
-        return [
-            self.processor.row(item, view, dataset, keyed_integer(seed, key, place) >> 1)
-            for place, item in enumerate(items)
-        ]
-
     def _negatives(
-        self, rows: _Rows, reader: RecordReader, view_name: str, positions: np.ndarray, seed: int
+        self,
+        rows: _Rows,
+        reader: RecordReader,
+        decoder: _Decoder,
+        key: HardNegatives,
+        positions: np.ndarray,
     ) -> list[ViewRow]:
-        view, key, result = reader.config.views[view_name], derive("negative", view_name), []
-        for place, position in enumerate(positions.tolist()):
+        view, result = decoder.view(key), []
+        for position in positions.tolist():
             row = ViewRow()
             if position >= 0:
                 try:
                     record = reader.read(position, media=media_of([view]), needs={view.of})
-                    row = self.processor.row(
-                        view_item(record, view),
-                        view,
-                        reader.config,
-                        keyed_integer(seed, key, place) >> 1,
-                    )
+                    (row,) = decoder.rows([view_item(record, view)], key)
                 except BadSample as problem:  # one negative less: the row stays not valid
                     rows.quarantined.append(
                         (reader.ids([position])[0], f"as a hard negative: {problem}")
@@ -234,22 +247,45 @@ class Collator:
             result.append(row)
         return result
 
-    def _own_negatives(
-        self, record: Record, count: int, view: ViewConfig, dataset: DatasetConfig, seed: int
-    ) -> list[ViewRow]:
-        items: list[Item | None] = [
-            *record.negatives[:count],
-            *[None] * (count - len(record.negatives)),
-        ]
-        return [
-            self.processor.row(item, view, dataset, keyed_integer(seed, OWN_NEGATIVES, place) >> 1)
-            for place, item in enumerate(items)
-        ]
+    def _view_batches(
+        self,
+        rows: Mapping[ViewKey, list[ViewRow]],
+        shown: ShownViews,
+        dataset: DatasetConfig,
+        micro_batches: Mapping[str, int],
+    ) -> dict[ViewKey, ViewBatch]:
+        views = {}
+        for view, keys in shown.encoded.items():
+            distinct: dict[tuple[str, int | None] | None, int] = {}
+            first: list[ViewRow] = []
+            numbers = {}
+            for key in keys:
+                for row in rows[key]:
+                    if distinct.setdefault(row.shown, len(first)) == len(first):
+                        first.append(row)
+                numbers[key] = torch.tensor(
+                    [distinct[row.shown] for row in rows[key]], dtype=torch.int64
+                )
+            encoded, order = self._micro_batches(first, dataset.views[view], micro_batches[view])
+            for key in keys:
+                views[key] = ViewBatch(
+                    micro_batches=encoded if key == view else (),
+                    order=order[numbers[key]],
+                    valid=torch.tensor([row.valid for row in rows[key]], dtype=torch.bool),
+                    ids=torch.tensor([row.id for row in rows[key]], dtype=torch.int64),
+                    group=shown.group(key, dataset),
+                    encoded_with=None if key == view else view,
+                )
+        return {key: views[key] for key in shown.keys}
 
-    def _view_batch(
-        self, rows: list[ViewRow], view: ViewConfig, group: int, count: int
-    ) -> ViewBatch:
-        """The rows of a view in `count` micro-batches of rows of nearly equal costs."""
+    def _micro_batches(
+        self, rows: list[ViewRow], view: ViewConfig, count: int
+    ) -> tuple[list[EncoderInputs], torch.Tensor]:
+        """Cut rows of a view into `count` micro-batches of nearly equal costs.
+
+        Returns with them the place of each row in them one behind the other, int64 [len(rows)].
+        Spares may bring more distinct items than were foreseen: then all parts grow a little.
+        """
         tokens = self.processor.tokens(rows, view)
         costs = np.array(
             [
@@ -258,7 +294,8 @@ class Collator:
             ],
             dtype=np.int64,
         )
-        rising, size = np.argsort(costs, kind="stable"), self.config.step.micro_batch
+        rising = np.argsort(costs, kind="stable")
+        size = max(self.config.step.micro_batch, -(-len(rows) // count))
         parts = [
             slice(start, start + size) for start in range(0, count * size, size)
         ]  # the last are empty where other ranks have more rows
@@ -273,13 +310,7 @@ class Collator:
             )
         order = torch.empty(len(rows), dtype=torch.int64)
         order[torch.from_numpy(rising)] = torch.arange(len(rows))
-        return ViewBatch(
-            micro_batches=micro_batches,
-            order=order,
-            valid=torch.tensor([row.valid for row in rows]),
-            ids=torch.tensor([row.id for row in rows]),
-            group=group,
-        )
+        return micro_batches, order
 
     def _teachers(
         self, records: list[Record], views: dict[str, ViewConfig]

@@ -3,8 +3,9 @@ a step.
 
 A row's cost is its prompt and text tokens, and what its encoder's processor says of media: the
 positions that they fill, and their own encoders' work in positions that cost as much.
-Foreseen costs come from the shards' length tables and repeat the row's draws of language and
+Foreseen costs come from the shards' length tables and repeat the item's draws of language and
 dropped fields. They are integers throughout, so that ranks on different machines foresee the same.
+With them it is foreseen which rows show the same item, which a step encodes once.
 
 Foreseen exactly but for: `pick: one`, whose entries count with their mean; a text that two fields
 share; tokens that a tokenizer merges across fields; a sequence that draws from `items`; and a spare
@@ -14,7 +15,7 @@ in the place of a broken sample.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +32,10 @@ from sailplan.data.lengths import (
     LengthIndex,
     Lengths,
 )
-from sailplan.data.order import keyed, seeds
+from sailplan.data.order import keyed, keyed_integer, seeds
 from sailplan.data.processor import Processor
 from sailplan.data.reader import RecordReader
+from sailplan.data.record import Item
 from sailplan.data.text import (
     DROP_DRAW,
     LANGUAGE_DRAW,
@@ -44,8 +46,19 @@ from sailplan.data.text import (
     label,
     weight_units,
 )
+from sailplan.runtime.seeds import derive
 
-RowSeeds = Callable[[int], Integers]  # number of a row's item -> seeds of its draws, int64 [n]
+# Positions of the records that hold items, int64 [n], and which of their parts these are
+# (record.Item.source) -> seeds of the items' draws, int64 [n]
+Draws = Callable[[Integers, int], Integers]
+ABSENT, UNKNOWN = -1, -2  # no item; an item of which the tables cannot tell which it will be
+
+
+class Foreseen(NamedTuple):
+    """What is known of the items that n records show, g each."""
+
+    costs: Integers  # [n, g]
+    items: Integers  # [n, g]; equal numbers from 0 on are the same item, else ABSENT or UNKNOWN
 
 
 class RowCosts:
@@ -65,61 +78,57 @@ class RowCosts:
         )
 
     def foreseen(
-        self, reader: RecordReader, view: ViewConfig, positions: Integers, draws: RowSeeds | None
-    ) -> Integers:
-        """Return the cost of each item that records show in a view: int64 [n] positions -> [n,
+        self, reader: RecordReader, view: ViewConfig, positions: Integers, draws: Draws | None
+    ) -> Foreseen:
+        """Return what each item costs that records show in a view: int64 [n] positions -> [n,
         g], g as in ViewBatch.
 
-        draws: seeds of the rows' draws; None: evaluation. Without length tables all rows cost the
+        draws: seeds of the items' draws; None: evaluation. Without length tables all rows cost the
         same.
         """
         group = reader.config.history_length if view.of == "history" else 1
         catalogue = reader.catalogue
         if reader.lengths is None or (catalogue is not None and catalogue.lengths is None):
-            return np.full((len(positions), group), self.longest(view), dtype=np.int64)
+            return self._unknown(len(positions), group, view)
         lengths = reader.lengths.lengths(positions)
+        drawn = draws(positions, 0) if draws else None
+        held = _held(reader, positions, 0)
         if reader.config.kind == "items" or (
             view.of == "query" and not (lengths.role == ROLES.index("query")).any()
         ):
-            return self._items(
-                reader.lengths,
-                lengths,
-                len(positions),
-                view,
-                reader.config,
-                draws(0) if draws else None,
-            )[:, None]
+            own = self._items(reader.lengths, lengths, len(positions), view, reader.config, drawn)
+            return Foreseen(own[:, None], held[:, None])
         if (
             reader.config.kind == "pairs"
         ):  # the rows that hold the item themselves, or have a text instead
             part = "target" if view.of == "target" else ""
             own = self._items(
-                reader.lengths,
-                lengths,
-                len(positions),
-                view,
-                reader.config,
-                draws(0) if draws else None,
-                part,
-            )[:, None]
+                reader.lengths, lengths, len(positions), view, reader.config, drawn, part
+            )
             if catalogue is None:
-                return own
+                return Foreseen(own[:, None], held[:, None])
         named = _named(lengths, len(positions), view.of, group)
-        costs = self._named_items(reader, lengths, named, view, draws)
-        return np.where(named >= 0, costs, own) if reader.config.kind == "pairs" else costs
+        costs, items = self._named_items(reader, lengths, named, view, draws)
+        if reader.config.kind == "pairs":
+            there = named >= 0
+            return Foreseen(
+                np.where(there, costs, own[:, None]), np.where(there, items, held[:, None])
+            )
+        return Foreseen(costs, items)
 
     def foreseen_mined(
-        self, reader: RecordReader, view: ViewConfig, mined: Integers, draws: RowSeeds
-    ) -> Integers:
-        """Return the costs of mined negatives of n rows: int64 [n, k] positions, -1 for none, ->
-        int64 [n, k].
+        self, reader: RecordReader, view: ViewConfig, mined: Integers, draws: Draws
+    ) -> Foreseen:
+        """Return what mined negatives of n rows cost: int64 [n, k] positions, -1 for none, ->
+        [n, k].
         """
         costs = np.full(mined.shape, self.processor.overhead(view), dtype=np.int64)
-        for number in range(mined.shape[1]):
-            there = np.flatnonzero(mined[:, number] >= 0)
-            drawn = partial(_constant, draws(number)[there])
-            costs[there, number] = self.foreseen(reader, view, mined[there, number], drawn)[:, 0]
-        return costs
+        items = np.full(mined.shape, ABSENT, dtype=np.int64)
+        there = mined >= 0
+        if there.any():
+            found = self.foreseen(reader, view, mined[there], draws)
+            costs[there], items[there] = found.costs[:, 0], found.items[:, 0]
+        return Foreseen(costs, items)
 
     def foreseen_own(
         self,
@@ -127,13 +136,11 @@ class RowCosts:
         view: ViewConfig,
         positions: Integers,
         count: int,
-        draws: RowSeeds,
-    ) -> Integers:
-        """Return the costs of `count` negatives that each of n records names itself, int64 [n,
-        count].
-        """
+        draws: Draws,
+    ) -> Foreseen:
+        """Return what `count` negatives cost that each of n records names itself, [n, count]."""
         if not count or reader.lengths is None:
-            return np.full((len(positions), count), self.longest(view), dtype=np.int64)
+            return self._unknown(len(positions), count, view)
         lengths = reader.lengths.lengths(positions)
         if reader.catalogue is None:
             held = [
@@ -143,12 +150,13 @@ class RowCosts:
                     len(positions),
                     view,
                     reader.config,
-                    draws(n),
+                    draws(positions, 1 + n),
                     f"negatives/{n}",
                 )
                 for n in range(count)
             ]
-            return np.stack(held, axis=1)
+            items = [_held(reader, positions, 1 + n) for n in range(count)]
+            return Foreseen(np.stack(held, axis=1), np.stack(items, axis=1))
         return self._named_items(
             reader, lengths, _ranked(lengths, len(positions), "negatives", count), view, draws
         )
@@ -160,26 +168,39 @@ class RowCosts:
         lengths: Lengths,
         named: Integers,
         view: ViewConfig,
-        draws: RowSeeds | None,
-    ) -> Integers:
-        """Cost of catalogue items that n records name: int64 [n, g] places among the references,
-        -1 for none, -> int64 [n, g].
+        draws: Draws | None,
+    ) -> Foreseen:
+        """What catalogue items cost that n records name: int64 [n, g] places among the references,
+        -1 for none, -> [n, g].
         """
         catalogue = reader.catalogue
         assert catalogue is not None and catalogue.lengths is not None, (
             "pairs and sequences have a catalogue"
         )
         costs = np.full(named.shape, self.processor.overhead(view), dtype=np.int64)
-        for number in range(named.shape[1]):
-            there = np.flatnonzero(named[:, number] >= 0)
-            places = catalogue.index.find_hashes(lengths.hash[named[there, number]])
-            there, places = there[places >= 0], places[places >= 0]
-            found = catalogue.lengths.lengths(places)
-            drawn = draws(number)[there] if draws else None
-            costs[there, number] = self._items(
-                catalogue.lengths, found, len(there), view, reader.config, drawn
-            )
-        return costs
+        items = np.full(named.shape, ABSENT, dtype=np.int64)
+        there = np.flatnonzero(named >= 0)
+        places = catalogue.index.find_hashes(lengths.hash[named.flat[there]])
+        there, places = there[places >= 0], places[places >= 0]
+        # Each item once, however many records name it.
+        places, which = np.unique(places, return_inverse=True)
+        costs.flat[there] = self._items(
+            catalogue.lengths,
+            catalogue.lengths.lengths(places),
+            len(places),
+            view,
+            reader.config,
+            draws(places, 0) if draws else None,
+        )[which]
+        chosen = lengths.role[named.flat[there]] != ROLES.index("items")
+        items.flat[there] = np.where(chosen, 2 * places[which], UNKNOWN)
+        return Foreseen(costs, items)
+
+    def _unknown(self, count: int, group: int, view: ViewConfig) -> Foreseen:
+        return Foreseen(
+            np.full((count, group), self.longest(view), dtype=np.int64),
+            np.full((count, group), UNKNOWN, dtype=np.int64),
+        )
 
     def _items(
         self,
@@ -356,13 +377,19 @@ def _named(lengths: Lengths, count: int, of: str, group: int) -> Integers:
     return np.where((present > 0)[:, None], latest, drawn)
 
 
-def _constant(drawn: Integers, _: int) -> Integers:
-    """Return the same seeds for any of a row's items."""
-    return drawn
+def _held(reader: RecordReader, positions: Integers, part: int) -> Integers:
+    """Numbers of the items that records hold themselves; a catalogue's have the even ones."""
+    return 2 * (positions * (1 + reader.config.negatives) + part) + 1
 
 
-def draw_seeds(row_seeds: Integers, key: int) -> RowSeeds:
-    """Return the seeds of the items of rows: those that `collate` gives the rows' items under
-    the same key.
+def item_draws(step_seed: int, view: str) -> Draws:
+    """Return the seeds of items in a view, those of `item_seed`."""
+    key = derive("view", view)
+    return lambda positions, part: seeds(step_seed, key, positions, part)
+
+
+def item_seed(step_seed: int, view: str, item: Item) -> int:
+    """Return the seed of all that is drawn of an item in a view of a step: the same in every row
+    that shows it.
     """
-    return lambda place: seeds(row_seeds, key, place)
+    return keyed_integer(step_seed, derive("view", view), *item.source) >> 1

@@ -132,7 +132,7 @@ class EvaluationRows:
         return (
             RowCosts(self.config, self.processor)
             .foreseen(self.reader, self.view, self.positions[:: self.group], None)
-            .reshape(-1)
+            .costs.reshape(-1)
         )
 
     def _rows(self, position: int, text: str | None) -> list[ViewRow]:

@@ -25,6 +25,7 @@ class Content:
 
     read: Callable[[Place], bytes]
     media: frozenset[str]
+    position: int  # of the record
 
     def item(
         self,
@@ -33,10 +34,12 @@ class Content:
         caption: str,
         chosen: Chosen,
         body: Mapping[str, Any],
+        part: int = 0,
     ) -> Item:
         """Return an item.
 
-        caption: the field that a text member becomes, where the fields lack it.
+        caption: the field that a text member becomes, where the fields lack it. part: which of the
+        record's, see `Item.source`.
         """
         if chosen.text is not None and caption not in fields:
             fields[caption] = {"en": decode_text(self.read(chosen.text)).text}
@@ -49,10 +52,11 @@ class Content:
             if chosen.video is not None and "vision" in self.media
             else None,
             {key: value for key, value in body.items() if key not in ("id", "fields")},
+            (self.position, part),
         )
 
 
-def inline_item(name: str, value: Any, chosen: Chosen, content: Content) -> Item:
+def inline_item(name: str, value: Any, chosen: Chosen, content: Content, part: int = 0) -> Item:
     """Return a part of a pair. name: its id where its object gives none.
 
     Raises BadSample for values that are no texts.
@@ -71,6 +75,7 @@ def inline_item(name: str, value: Any, chosen: Chosen, content: Content) -> Item
         "text",
         chosen,
         {key: entry for key, entry in body.items() if key != "text"},
+        part,
     )
 
 

@@ -38,6 +38,8 @@ class ViewRow:
     """
 
     id: int = -1  # the same document, or for text-only views the same text; -1: not valid
+    # Equal in rows of a view that show the encoder the same; None: nothing
+    shown: tuple[str, int | None] | None = None
     text: str = ""
     images: tuple[Tensor, ...] = ()  # f pictures, as the processor decodes them
     augmentation: tuple[float, ...] | None = None
@@ -117,6 +119,7 @@ class Processor(ABC):
             row.id = (
                 derive("text", row.text.casefold()) if text_only else derive("document", item.id)
             )
+            row.shown = (row.text, None) if text_only else (item.id, seed)
         return row
 
     def picture(self, pixels: Tensor) -> Tensor:

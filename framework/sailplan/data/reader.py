@@ -457,6 +457,7 @@ class RecordReader:
                         value,
                         choose(own),
                         self._content(position, media),
+                        1 + number,
                     )
                 )
         return tuple(found)
@@ -475,7 +476,7 @@ class RecordReader:
 
     def _content(self, position: int, media: frozenset[str]) -> Content:
         shard = self.index.locate(position)[0]
-        return Content(lambda place: self.member(shard, place), media)
+        return Content(lambda place: self.member(shard, place), media, position)
 
     def find_item(self, value: Any) -> int | None:
         """Position in the catalogue of the item with an id as a record gives it; None where

@@ -35,6 +35,9 @@ class Item:
     extra: Mapping[str, Any] = field(
         default_factory=dict
     )  # other JSON keys: group, held_out_tags, ...
+    # Position of the record that holds it in its own data set, and which of the record's parts it
+    # is: 0, the record's own negatives from 1 on
+    source: tuple[int, int] = (-1, 0)
 
 
 @dataclass(frozen=True)
@@ -137,16 +140,19 @@ ViewKey = str | HardNegatives  # of a step's rows: a view's name, or a pattern's
 
 @dataclass
 class ViewBatch:
-    """This rank's rows of one view in a step, cut into micro-batches (the same number on every
-    rank).
+    """This rank's rows of one view in a step.
+
+    Each distinct item is encoded once, in one of the micro-batches (the same number on every rank),
+    however many rows show it. Views that show items alike share one view's micro-batches.
     """
 
-    micro_batches: Sequence[EncoderInputs]
-    # int64 [r * g]; encoded = cat(micro_batches)[order] puts the rows back into the step's order
+    micro_batches: Sequence[EncoderInputs]  # none where another view has them
+    # int64 [r * g]; cat(micro_batches)[order] are the rows in the step's order
     order: Tensor
     valid: Tensor  # bool [r * g]; False where the item lacks every declared modality, or is padding
     ids: Tensor  # int64 [r * g]; equal ids = the same document (text-only views: the same text)
     group: int = 1  # g
+    encoded_with: str | None = None  # the view whose micro-batches have its items; None: its own
 
 
 @dataclass

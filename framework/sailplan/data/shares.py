@@ -2,20 +2,21 @@
 same on all ranks.
 
 A pure function of the step: the plan names its rows, the length tables tell what each costs in
-every view that the step's patterns show, hard negatives included, and `dealing` shares them out.
+every view that the step's patterns show, hard negatives included, and `dealing` shares them out. A rank
+encodes each distinct item of its rows once.
 The order of the rows and so the digest of a step know nothing of it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sailplan.config.schema import Config, DatasetConfig, PatternKey, StageConfig
-from sailplan.data.costs import RowCosts, draw_seeds
+from sailplan.data.costs import UNKNOWN, Foreseen, RowCosts, item_draws
 from sailplan.data.dealing import Integers, deal, micro_batches_needed
 from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.order import seeds
@@ -23,8 +24,6 @@ from sailplan.data.plan import Plan, PlannedRows
 from sailplan.data.reader import RecordReader
 from sailplan.data.record import HardNegatives, ViewKey
 from sailplan.runtime.seeds import derive
-
-OWN_NEGATIVES = derive("own negative")
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,18 @@ class ShownViews:
     negatives: dict[
         str, tuple[int, int]
     ]  # pattern -> how many a row brings: mined for it, and the record's own; those with any
+    encoded: dict[str, list[ViewKey]]  # view -> the view batches that its micro-batches hold
 
     @property
     def keys(self) -> list[ViewKey]:
         """Return the keys of a step's view batches."""
         return [*self.views, *(HardNegatives(name) for name in self.negatives)]
+
+    def group(self, key: ViewKey, dataset: DatasetConfig) -> int:
+        """Return how many items each row of a view batch has."""
+        if isinstance(key, HardNegatives):
+            return sum(self.negatives[key.pattern])
+        return dataset.history_length if dataset.views[key].of == "history" else 1
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class PartShares:
     """How the rows of one data set of a step are shared out."""
 
     owners: Integers  # [n] data-parallel rank of each row
-    micro_batches: dict[ViewKey, int]  # view batch -> number, equal on all ranks
+    micro_batches: dict[str, int]  # view of `ShownViews.encoded` -> number, equal on all ranks
 
 
 def stage_patterns(stage: StageConfig, name: str, dataset: DatasetConfig) -> dict[str, float]:
@@ -78,16 +84,42 @@ def shown_views(
             else 0
         )
         counts[pattern] = (mined.shape[1] if mined is not None else 0, own)
-    return ShownViews(
-        patterns,
-        list(dict.fromkeys(sides)),
-        {pattern: brought for pattern, brought in counts.items() if sum(brought)},
-    )
+    views = list(dict.fromkeys(sides))
+    negatives = {pattern: brought for pattern, brought in counts.items() if sum(brought)}
+    return ShownViews(patterns, views, negatives, _encoded(dataset, views, negatives))
+
+
+def _encoded(
+    dataset: DatasetConfig, views: Iterable[str], negatives: Iterable[str]
+) -> dict[str, list[ViewKey]]:
+    """Views -> the view batches whose items are encoded together.
+
+    Negatives go with their pattern's target, a history with a target that is shown alike. No two
+    other views do: of the same item they are meant to draw differently, or they would be equal.
+    """
+    targets = [name for name in views if dataset.views[name].of == "target"]
+    having = {
+        name: next(
+            (
+                target
+                for target in targets
+                if replace(dataset.views[target], of="history") == dataset.views[name]
+            ),
+            name,
+        )
+        for name in views
+    }
+    encoded: dict[str, list[ViewKey]] = {view: [] for view in views if view in having.values()}
+    for name, view in having.items():
+        encoded[view].append(name)
+    for pattern in negatives:
+        encoded[having[dataset.patterns[pattern].target]].append(HardNegatives(pattern))
+    return encoded
 
 
 def row_seeds(seed: int, stage: str, step: int, dataset: str, rows: Integers) -> Integers:
-    """Return the seeds of everything random about rows, int64 [n], from their numbers in the
-    data set's stream [n].
+    """Return the seeds of what is drawn of records, int64 [n], from their rows' numbers in the
+    data set's stream [n]; of items, `costs.item_seed` tells.
     """
     return seeds(derive(seed, stage, step, dataset), rows)
 
@@ -111,7 +143,7 @@ class StepShares:
     def step(self, step: int) -> list[PartShares]:
         """Return the shares of each part of a step, in the plan's order."""
         loads, result = np.zeros(self.size, dtype=np.int64), []
-        by_length = self.config.step.dealing == "length" and self.size > 1
+        by_length = self.config.step.dealing == "length"
         for part in self.plan.step(step).parts:
             dataset = self.readers[part.dataset].config
             shown, count = shown_views(self.stage, part.dataset, dataset, self.negatives), len(part)
@@ -119,32 +151,43 @@ class StepShares:
                 found = self.foreseen(step, part)
             else:  # nothing depends on them
                 found = {
-                    key: np.zeros((count, group), dtype=np.int64)
-                    for key, group in self._groups(shown, dataset).items()
+                    key: Foreseen(
+                        np.zeros((count, group), dtype=np.int64),
+                        np.full((count, group), UNKNOWN, dtype=np.int64),
+                    )
+                    for key in shown.keys
+                    for group in [shown.group(key, dataset)]
                 }
             if by_length:
                 owners = deal(
-                    np.sum([costs.sum(1) for costs in found.values()], axis=0), self.size, loads
+                    np.sum([one.costs.sum(1) for one in found.values()], axis=0), self.size, loads
                 )
             else:
                 owners = np.arange(count, dtype=np.int64) % self.size
-            counts = np.bincount(owners, minlength=self.size)
-            places = np.arange(count) - np.repeat(
-                np.cumsum(counts) - counts, counts
-            )  # of a rank's rows, in its order
-            by_rank = np.argsort(owners, kind="stable")
-            needed = {}
-            for key, costs in found.items():
-                lines = np.zeros(
-                    (self.size, max(1, int(counts.max())), costs.shape[1]), dtype=np.int64
-                )
-                lines[owners[by_rank], places] = costs[by_rank]
-                micro_batch, budget = self.config.step.micro_batch, self.config.step.token_budget
-                needed[key] = micro_batches_needed(
-                    lines.reshape(self.size, -1), micro_batch, budget, counts * costs.shape[1]
-                )
+            needed = {
+                view: self._micro_batches(owners, [found[key] for key in keys])
+                for view, keys in shown.encoded.items()
+            }
             result.append(PartShares(owners, needed))
         return result
+
+    def _micro_batches(self, owners: Integers, shown: Sequence[Foreseen]) -> int:
+        """Return into how many micro-batches all ranks cut the distinct items of their rows."""
+        items = np.concatenate([one.items for one in shown], axis=1)
+        costs = np.concatenate([one.costs for one in shown], axis=1).ravel()
+        ranks = np.repeat(owners, items.shape[1])
+        unknown = items.ravel() == UNKNOWN
+        _, numbers = np.unique(
+            np.where(unknown, UNKNOWN - np.arange(items.size), items.ravel()), return_inverse=True
+        )
+        _, first = np.unique(ranks * items.size + numbers, return_index=True)
+        ranks, costs = ranks[first], costs[first]  # of each rank's items, rank by rank
+        counts = np.bincount(ranks, minlength=self.size)
+        places = np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
+        lines = np.zeros((self.size, max(1, int(counts.max(initial=0)))), dtype=np.int64)
+        lines[ranks, places] = costs
+        step = self.config.step
+        return micro_batches_needed(lines, step.micro_batch, step.token_budget, counts)
 
     def fingerprint(self, step: int) -> str:
         """Return 16 hex digits of the shares of a step: equal on ranks that see the same shards,
@@ -156,20 +199,17 @@ class StepShares:
             digest.update(part.owners.tobytes() + repr(numbers).encode())
         return digest.hexdigest()[:16]
 
-    def foreseen(self, step: int, part: PlannedRows) -> dict[ViewKey, Integers]:
-        """Return the costs of the rows of a part in each view batch, int64 [n, g]."""
+    def foreseen(self, step: int, part: PlannedRows) -> dict[ViewKey, Foreseen]:
+        """Return what is known of the items that the rows of a part show in each view batch."""
         reader = self.readers[part.dataset]
         dataset = reader.config
         shown = shown_views(self.stage, part.dataset, dataset, self.negatives)
-        rows = part.first_row + np.arange(len(part), dtype=np.int64)
-        of_rows = row_seeds(self.config.seed, self.plan.stage_name, step, part.dataset, rows)
-        found: dict[ViewKey, Integers] = {
-            name: self.costs.foreseen(
-                reader,
-                dataset.views[name],
-                part.positions,
-                draw_seeds(of_rows, derive("view", name)),
-            )
+        step_seed = derive(self.config.seed, self.plan.stage_name, step, part.dataset)
+        draws = {
+            key: item_draws(step_seed, view) for view, keys in shown.encoded.items() for key in keys
+        }
+        found: dict[ViewKey, Foreseen] = {
+            name: self.costs.foreseen(reader, dataset.views[name], part.positions, draws[name])
             for name in shown.views
         }
         for pattern, (mined, own) in shown.negatives.items():
@@ -182,28 +222,15 @@ class StepShares:
             places = (
                 store[part.positions]
                 if store is not None
-                else np.empty((len(rows), 0), dtype=np.int64)
+                else np.empty((len(part), 0), dtype=np.int64)
             )
-            drawn = (
-                draw_seeds(of_rows, derive("negative", target)),
-                draw_seeds(of_rows, OWN_NEGATIVES),
+            key = HardNegatives(pattern)
+            view = dataset.views[target]
+            brought = (
+                self.costs.foreseen_mined(reader, view, places, draws[key]),
+                self.costs.foreseen_own(reader, view, part.positions, own, draws[key]),
             )
-            found[HardNegatives(pattern)] = np.concatenate(
-                [
-                    self.costs.foreseen_mined(reader, dataset.views[target], places, drawn[0]),
-                    self.costs.foreseen_own(
-                        reader, dataset.views[target], part.positions, own, drawn[1]
-                    ),
-                ],
-                axis=1,
+            found[key] = Foreseen(
+                *(np.concatenate(each, axis=1) for each in zip(*brought, strict=True))
             )
         return found
-
-    def _groups(self, shown: ShownViews, dataset: DatasetConfig) -> dict[ViewKey, int]:
-        groups: dict[ViewKey, int] = {
-            name: dataset.history_length if dataset.views[name].of == "history" else 1
-            for name in shown.views
-        }
-        return groups | {
-            HardNegatives(pattern): sum(brought) for pattern, brought in shown.negatives.items()
-        }

@@ -26,6 +26,7 @@ from sailplan.config.schema import (
 )
 from sailplan.data.index import ShardIndex
 from sailplan.data.manifest import Manifest
+from sailplan.data.record import EncoderInputs, StepBatch, ViewKey
 from sailplan.data.tables import Tables
 
 WORDS = [
@@ -264,3 +265,8 @@ def made_up_config(
         step=StepConfig(micro_batch=micro_batch),
         data=DataConfig(**options),
     )
+
+
+def micro_batches_of(batch: StepBatch, key: ViewKey) -> Sequence[EncoderInputs]:
+    """Return the micro-batches that hold the items of a view batch."""
+    return batch.views[batch.views[key].encoded_with or key].micro_batches

@@ -119,6 +119,7 @@ class GradientCache:
             )
             for number, (batch, wanted) in enumerate(zip(batches, per_modality, strict=True))
             for view, rows in sorted(batch.views.items(), key=lambda item: str(item[0]))
+            if rows.encoded_with is None
             for trainable in [view_is_trainable(self.encoder, rows.micro_batches[0].modalities)]
             for index, inputs in enumerate(rows.micro_batches)
         ]
@@ -193,18 +194,19 @@ class GradientCache:
 
     def _assemble(self, number: int, batch: StepBatch, device: torch.device) -> EncodedStep:
         """One batch's encodings, rows back in the step's order."""
+        parts: dict[ViewKey, list[dict[str, Tensor]]] = {}
+        for micro_batch in self.micro_batches:
+            if micro_batch.batch == number:
+                parts.setdefault(micro_batch.view, []).append(micro_batch.leaves)
+        encoded = {
+            view: {vector: torch.cat([leaves[vector] for leaves in each]) for vector in each[0]}
+            for view, each in parts.items()
+        }
         views = {}
         for name, rows in batch.views.items():
-            parts = [
-                micro_batch.leaves
-                for micro_batch in self.micro_batches
-                if micro_batch.batch == number and micro_batch.view == name
-            ]
             order = to_device(rows.order, device)
-            vectors = {
-                vector: torch.cat([leaves[vector] for leaves in parts])[order]
-                for vector in parts[0]
-            }
+            held = encoded[rows.encoded_with or name]
+            vectors = {vector: every[order] for vector, every in held.items()}
             fused, valid, ids = (
                 vectors.pop(FUSED),
                 to_device(rows.valid, device),

@@ -18,9 +18,9 @@ from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.packing import OmniInputs
 from sailplan.data.plan import Plan
 from sailplan.data.reader import BadSample
-from sailplan.data.record import HardNegatives, StepBatch, TeacherKey, ViewBatch
+from sailplan.data.record import HardNegatives, StepBatch, TeacherKey, ViewKey
 from sailplan.data.teachers import TeacherTable
-from sailplan.data.testing import item_record, json_member, png, write_set
+from sailplan.data.testing import item_record, json_member, micro_batches_of, png, write_set
 from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
 
@@ -52,12 +52,12 @@ def one(batches: list[StepBatch]) -> StepBatch:
     return batches[0]
 
 
-def in_step_order(view: ViewBatch) -> list[dict[str, torch.Tensor]]:
+def in_step_order(batch: StepBatch, key: ViewKey) -> list[dict[str, torch.Tensor]]:
     """Each row's tensors, without the padding that its micro-batch happens to need, in the
     step's order.
     """
     rows = []
-    for inputs in view.micro_batches:
+    for inputs in micro_batches_of(batch, key):
         for row in range(inputs.rows):
             length = int(inputs.token_mask[row].sum())
             entry = {
@@ -69,7 +69,7 @@ def in_step_order(view: ViewBatch) -> list[dict[str, torch.Tensor]]:
                 if tensor is not None:
                     entry[name] = tensor[row]
             rows.append(entry)
-    return [rows[place] for place in view.order.tolist()]
+    return [rows[place] for place in batch.views[key].order.tolist()]
 
 
 def test_rows_are_cut_by_length_and_put_back_in_order(make_config: Make) -> None:
@@ -98,7 +98,7 @@ def test_rows_are_cut_by_length_and_put_back_in_order(make_config: Make) -> None
     assert costs == sorted(costs) and len(set(costs)) > 3
     decoder, reader = maker.processor, maker.readers["things"]
     for place, (record_id, shown) in enumerate(
-        zip(batch.record_ids, in_step_order(batch.views["image"]), strict=True)
+        zip(batch.record_ids, in_step_order(batch, "image"), strict=True)
     ):
         item = reader.read(int(reader.find(record_id) or 0)).item
         assert item is not None
@@ -107,10 +107,10 @@ def test_rows_are_cut_by_length_and_put_back_in_order(make_config: Make) -> None
             "one document, one id"
         )
         assert torch.equal(batch.views["full"].valid, torch.ones(16, dtype=torch.bool))
-        heard = in_step_order(batch.views["full"])[place]
+        heard = in_step_order(batch, "full")[place]
         assert bool(heard["audio_mask"].any()) == (item.audio is not None)
     prompt = decoder.tokenizer.prompt("Find the:")
-    for shown in in_step_order(batch.views["title"]):
+    for shown in in_step_order(batch, "title"):
         assert shown["tokens"][: len(prompt)].tolist() == prompt
         assert shown["text"].tolist() == [False] * len(prompt) + [True] * (
             len(shown["text"]) - len(prompt)
@@ -133,13 +133,13 @@ def test_a_row_is_the_same_on_any_number_of_ranks(
             for name, view in batch.views.items():
                 counts = {len(share[part].views[name].micro_batches) for share in shares}
                 assert len(counts) == 1, "the same number of micro-batches on all ranks"
-                mine = in_step_order(view)
+                mine = in_step_order(batch, name)
                 owners = collator(config, weights, 0, size, mixed).shares.step(3)[part].owners
                 assert sorted(
                     record_id for share in shares for record_id in share[part].record_ids
                 ) == sorted(batch.record_ids)
                 for rank, share in enumerate(shares):
-                    theirs = in_step_order(share[part].views[name])
+                    theirs = in_step_order(share[part], name)
                     for row, place in enumerate(np.flatnonzero(owners == rank)):
                         assert share[part].record_ids[row] == batch.record_ids[place], (
                             "in the step's order"
@@ -187,7 +187,7 @@ def test_scores_and_text_ids(make_config: Make) -> None:
     config = make_config(global_batch=64)
     config.data.sets["things"].language_weights = {"en": 1.0}
     batch = one(collator(config, {"things": 1.0}).batches(0))
-    shown = in_step_order(batch.views["keyword"])
+    shown = in_step_order(batch, "keyword")
     for first in range(0, 64, 7):
         for second in range(64):
             same = torch.equal(shown[first]["tokens"], shown[second]["tokens"])
@@ -237,7 +237,9 @@ def test_hard_negatives_and_teachers_join_their_rows(make_config: Make, tmp_path
         for place in range(2):
             title = maker.readers["things"].body((number + place + 1) % 64)["fields"]["title"]["en"]
             assert (
-                in_step_order(negatives)[row * 3 + place]["tokens"].tolist()
+                in_step_order(batch, HardNegatives("image_title"))[row * 3 + place][
+                    "tokens"
+                ].tolist()
                 == prompt + tokenizer.texts([title], "Find the:")[0]
             )
         expected = float(number + 1) if number < 32 else 0.0

@@ -127,9 +127,9 @@ def test_what_such_rows_cost_is_foreseen_as_it_then_is(make_config: Make, tmp_pa
             processor.cost(row, len(tokens), view)
             for row, tokens in zip(rows, processor.tokens(rows, view), strict=True)
         ]
-        assert costs.foreseen(reader, view, positions, None)[:, 0].tolist() == counted, name
+        assert costs.foreseen(reader, view, positions, None).costs[:, 0].tolist() == counted, name
     view = reader.config.views["target"]
-    foreseen = costs.foreseen_own(reader, view, positions, 3, lambda place: positions)
+    foreseen = costs.foreseen_own(reader, view, positions, 3, lambda held, _: held).costs
     for position in positions.tolist():
         rows = [
             processor.row(item, view, reader.config) for item in reader.read(position).negatives
