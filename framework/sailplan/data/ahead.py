@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sailplan.errors import SailplanError
 
@@ -130,11 +130,18 @@ def pack(value: Any) -> Packed:
     file = io.BytesIO()
     pickler = _TensorPickler(file)
     pickler.dump(value)
-    buffer, offset = torch.empty(pickler.offset, dtype=torch.uint8), 0
+    buffer, offset = _buffer(pickler.offset), 0
     for tensor in pickler.tensors:
         buffer[offset : offset + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
         offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return file.getvalue(), buffer
+
+
+def _buffer(size: int) -> Tensor:
+    """Return uint8 [size]; in a worker in shared memory, where it would be copied to else."""
+    if get_worker_info() is None or not size:
+        return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
 
 
 def unpack(packed: Packed) -> Any:

@@ -21,7 +21,7 @@ import torch
 
 from sailplan.config.schema import Config, DatasetConfig, PatternKey, StageConfig, ViewConfig
 from sailplan.data.costs import RowCosts, item_seed
-from sailplan.data.dealing import cut
+from sailplan.data.dealing import cut, micro_batches_needed
 from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.order import keyed_integer
 from sailplan.data.plan import Plan, PlannedRows
@@ -266,7 +266,9 @@ class Collator:
                 numbers[key] = torch.tensor(
                     [distinct[row.shown] for row in rows[key]], dtype=torch.int64
                 )
-            encoded, order = self._micro_batches(first, dataset.views[view], micro_batches[view])
+            encoded, order = self._micro_batches(
+                first, dataset.views[view], micro_batches.get(view)
+            )
             for key in keys:
                 views[key] = ViewBatch(
                     micro_batches=encoded if key == view else (),
@@ -279,9 +281,10 @@ class Collator:
         return {key: views[key] for key in shown.keys}
 
     def _micro_batches(
-        self, rows: list[ViewRow], view: ViewConfig, count: int
+        self, rows: list[ViewRow], view: ViewConfig, count: int | None
     ) -> tuple[list[EncoderInputs], torch.Tensor]:
-        """Cut rows of a view into `count` micro-batches of nearly equal costs.
+        """Cut rows of a view into `count` micro-batches of nearly equal costs (None: as many as
+        they need).
 
         Returns with them the place of each row in them one behind the other, int64 [len(rows)].
         Spares may bring more distinct items than were foreseen: then all parts grow a little.
@@ -294,12 +297,15 @@ class Collator:
             ],
             dtype=np.int64,
         )
-        rising = np.argsort(costs, kind="stable")
-        size = max(self.config.step.micro_batch, -(-len(rows) // count))
+        rising, step = np.argsort(costs, kind="stable"), self.config.step
+        if count is None:
+            needed = micro_batches_needed(costs[None], step.micro_batch, step.token_budget)
+            count = max(1, needed)
+        size = max(step.micro_batch, -(-len(rows) // count))
         parts = [
             slice(start, start + size) for start in range(0, count * size, size)
         ]  # the last are empty where other ranks have more rows
-        if self.config.step.token_budget:
+        if step.token_budget:
             parts = cut(costs[rising], count, size)
         micro_batches = []
         for part in parts:

@@ -15,6 +15,7 @@ in the place of a broken sample.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -384,12 +385,16 @@ def _held(reader: RecordReader, positions: Integers, part: int) -> Integers:
 
 def item_draws(step_seed: int, view: str) -> Draws:
     """Return the seeds of items in a view, those of `item_seed`."""
-    key = derive("view", view)
-    return lambda positions, part: seeds(step_seed, key, positions, part)
+    return lambda positions, part: seeds(step_seed, derive("view", view), positions, part)
 
 
 def item_seed(step_seed: int, view: str, item: Item) -> int:
     """Return the seed of all that is drawn of an item in a view of a step: the same in every row
     that shows it.
     """
-    return keyed_integer(step_seed, derive("view", view), *item.source) >> 1
+    return keyed_integer(*item.source, key=_draw_key(step_seed, view)) >> 1
+
+
+@lru_cache(maxsize=1024)
+def _draw_key(step_seed: int, view: str) -> int:
+    return keyed_integer(step_seed, derive("view", view))

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,15 @@ TABLES_KEPT = 1024  # mapped, so each costs its head, not its size
 CHECKED = 1000  # shards that are looked at when a set is opened
 REMOTE_CHECKED = 8  # of those that lie elsewhere: each is a request
 ASKED_TOGETHER = 32
+
+
+class RecordEntry(NamedTuple):
+    """What the table of its shard says of a record."""
+
+    shard: int
+    id: str
+    split: str
+    members: list[tuple[str, int, int]]  # (extension, offset, size)
 
 
 class ShardIndex:
@@ -76,6 +85,7 @@ class ShardIndex:
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
         self._lock = threading.RLock()
         self.loaded = 0  # tables looked at so far, for counting
+        self._last: tuple[int, RecordEntry | None] = (-1, None)
         self._ids: IdTable | None = None
         self._use(
             open_tables(
@@ -192,8 +202,18 @@ class ShardIndex:
         """Shard number, the shard's table, and the record's row in it."""
         if not 0 <= position < len(self):
             raise IndexError(f"record {position} of {len(self)}")
-        shard = int(np.searchsorted(self.starts, position, side="right")) - 1
+        shard = int(self.starts.searchsorted(position, side="right")) - 1
         return shard, self._table(shard), position - int(self.starts[shard])
+
+    def entry(self, position: int) -> RecordEntry:
+        """Return what the table says of the record at a position; the last one is kept."""
+        known, entry = self._last
+        if known != position:
+            shard, table, row = self.locate(position)
+            entry = RecordEntry(shard, table.ids[row], table.split(row), table.members(row))
+            self._last = position, entry
+        assert entry is not None
+        return entry
 
     def ids(self, positions: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """Record ids of the positions, in their order."""
@@ -244,8 +264,7 @@ class ShardIndex:
 
     def size(self, position: int) -> int:
         """Bytes of the record's members."""
-        _, table, row = self.locate(position)
-        return sum(size for _, _, size in table.members(row))
+        return sum(size for _, _, size in self.entry(position).members)
 
     def find(self, record_id: str) -> int | None:
         """Position of the (first) record with this id, or None."""

@@ -59,6 +59,9 @@ class Chosen:
         return bool(self.pictures or self.text or self.sound or self.video)
 
 
+NOTHING = Chosen()
+
+
 def choose(members: Iterable[Place]) -> Chosen:
     """Return what a record's item shows of its members.
 
@@ -69,6 +72,8 @@ def choose(members: Iterable[Place]) -> Chosen:
     by_kind: dict[Kind | None, list[Place]] = {}
     for member in members:
         by_kind.setdefault(kind_of(member[0]), []).append(member)
+    if not by_kind:
+        return NOTHING
     chosen = Chosen(unread=by_kind.pop(None, []))
     for kind, found in by_kind.items():
         assert kind is not None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 WORD = re.compile(r"[a-z_][a-z_\-]*", re.IGNORECASE)  # the kind of a companion: mask, depth_map
@@ -98,6 +99,7 @@ def samples(names: Sequence[str]) -> list[tuple[str, list[tuple[int, str]]]]:
     return order
 
 
+@lru_cache(maxsize=4096)
 def part_of(extension: str) -> tuple[str, str]:
     """Return which part of a pair a member belongs to, and its extension there: 'query.jpg' ->
     ('query', 'jpg'), 'negative.1.txt' ->

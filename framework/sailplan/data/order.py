@@ -51,11 +51,12 @@ def keyed(*parts: int | Integers) -> Words:
     return key
 
 
-def keyed_integer(*parts: int) -> int:
+def keyed_integer(*parts: int, key: int = 0) -> int:
     """Return `keyed(*parts)` of plain integers, as an integer of 64 bits (ten times faster than
     an array of one).
+
+    key: what the parts before these gave.
     """
-    key = 0
     for part in parts:
         key = _mix_integer(key * 3 + _mix_integer(part + 0x9E3779B97F4A7C15) + 0x9E3779B97F4A7C15)
     return key

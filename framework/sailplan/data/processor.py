@@ -103,16 +103,16 @@ class Processor(ABC):
         """
         if item is None:
             return ViewRow()
-        source = random.Random(seed) if seed is not None else None
         row = ViewRow()
         if "text" in view.modalities:
             row.text = compose(item.fields, view, dataset, seed) if text is None else text
-        strength = dataset.image_augmentation if source is not None else 0.0
+        strength = dataset.image_augmentation if seed is not None else 0.0
         if "vision" in view.modalities and (item.images or item.video is not None):
             row.images = self._pictures(item, view, seed)
-            if source is not None and strength > 0:
-                row.augmentation = draw_augmentation(source, strength)
+            if strength > 0:
+                row.augmentation = draw_augmentation(random.Random(seed), strength)
         if "audio" in view.modalities and item.audio is not None:
+            source = None if seed is None else random.Random(derive("sound", seed))
             row.audio = self.sound(item.id, item.audio, source, strength)
         if row.text or row.images or row.audio is not None:
             text_only = list(view.modalities) == ["text"]

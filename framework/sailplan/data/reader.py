@@ -13,7 +13,7 @@ import random
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,15 @@ ALL_MEDIA = frozenset({"vision", "audio"})
 CACHE_BYTES = 64 << 20
 FILES_OPEN = 128
 READ_TOGETHER = 64  # records of a pass over a shard that lies elsewhere
+
+
+class _Opened(NamedTuple):
+    """A record whose JSON is read; `parts` are the members of those that it holds itself."""
+
+    id: str
+    body: Mapping[str, Any]
+    parts: Mapping[str, list[Place]]
+    content: Content
 
 
 class RecordReader:
@@ -100,8 +109,7 @@ class RecordReader:
 
     def split(self, position: int) -> str:
         """Split of the record at a position."""
-        _, table, row = self.index.locate(position)
-        return table.split(row)
+        return self.index.entry(position).split
 
     def find(self, record_id: str) -> int | None:
         """Position of the record with this id, or None."""
@@ -131,11 +139,11 @@ class RecordReader:
             if needs is not None
             else frozenset({"item", "query", "target", "history", "negatives"})
         )
-        record_id, split = self.ids([position])[0], self.split(position)
+        entry = self.index.entry(position)
+        record_id, split = entry.id, entry.split
+        opened = _Opened(record_id, body, self._parts(position), self._content(position, media))
         used = {"id", "split", "negatives"}
-        negatives = (
-            self._negatives(record_id, body, position, media, seed) if "negatives" in wanted else ()
-        )
+        negatives = self._negatives(opened, seed) if "negatives" in wanted else ()
         if self.config.kind == "pairs":
             used |= {"text", "query", "item", "score"} | (
                 {"target"} if self.catalogue is None else set()
@@ -143,12 +151,8 @@ class RecordReader:
             return Record(
                 record_id,
                 split,
-                query=self._side(record_id, body, position, "query", media)
-                if "query" in wanted
-                else None,
-                target=self._side(record_id, body, position, "target", media)
-                if "target" in wanted
-                else None,
+                query=self._side(opened, "query") if "query" in wanted else None,
+                target=self._side(opened, "target") if "target" in wanted else None,
                 negatives=negatives,
                 score=score(record_id, body),
                 extra={key: value for key, value in body.items() if key not in used},
@@ -205,7 +209,7 @@ class RecordReader:
 
     def sequence_ids(self, position: int, seed: int | None = None) -> tuple[list[str], str]:
         """History ids and target id of a sequence without reading the items."""
-        record_id = self.ids([position])[0]
+        record_id = self.index.entry(position).id
         return self.draw(record_id, self._read_body(position)[0], seed)
 
     def body(self, position: int) -> dict[str, Any]:
@@ -222,7 +226,7 @@ class RecordReader:
         """All item ids that a sequence names, in its order: its `items`, else its history, then
         its target. [] for a broken record,
         which a warning names."""
-        record_id, body = self.ids([position])[0], self.body(position)
+        record_id, body = self.index.entry(position).id, self.body(position)
         try:
             target = given(body.get("target"))
             return events(record_id, body) or ids(record_id, body, "history") + (
@@ -235,7 +239,7 @@ class RecordReader:
     def score(self, position: int) -> float | None:
         """The score of a graded pair; None where the record has none that can be used."""
         try:
-            return score(self.ids([position])[0], self.body(position))
+            return score(self.index.entry(position).id, self.body(position))
         except BadSample as problem:
             logger.warning("%s: left out: %s", self.name, problem)
             return None
@@ -260,7 +264,7 @@ class RecordReader:
         if known is not None:
             return known
         body, chosen = self._read_body(position)
-        item = self._item(self.ids([position])[0], body, chosen, position, media)
+        item = self._item(self.index.entry(position).id, body, chosen, position, media)
         self._items.put((position, media), item, self.index.size(position) * 2)
         return item
 
@@ -275,9 +279,9 @@ class RecordReader:
         for positions in groups:
             wanted: dict[int, list[tuple[int, int]]] = {}
             for position in positions.tolist():
-                shard, table, row = self.index.locate(position)
-                wanted.setdefault(shard, []).extend(
-                    (offset, offset + size) for _, offset, size in table.members(row)
+                entry = self.index.entry(position)
+                wanted.setdefault(entry.shard, []).extend(
+                    (offset, offset + size) for _, offset, size in entry.members
                 )
             for shard, ranges in wanted.items():
                 with self._lock:
@@ -346,8 +350,8 @@ class RecordReader:
 
     # ---------------------------------------------------------------- parts
     def _read_body(self, position: int) -> tuple[dict[str, Any], Chosen]:
-        shard, table, row = self.index.locate(position)
-        members, body = table.members(row), dict[str, Any]()
+        shard, record_id, _, members = self.index.entry(position)
+        body = dict[str, Any]()
         if self.streamed:
             with self._lock:
                 self._file(shard).want([(at, at + size) for _, at, size in members], wait=True)
@@ -359,11 +363,11 @@ class RecordReader:
                 reason = (
                     f"broken JSON in {self.index.shards[shard]} at byte {chosen.json[1]}: {error}"
                 )
-                raise BadSample(table.ids[row], " ".join(reason.split())[:300]) from error
+                raise BadSample(record_id, " ".join(reason.split())[:300]) from error
         found = given(body.get("id"))
-        if found is not None and found != table.ids[row]:
+        if found is not None and found != record_id:
             raise BadSample(
-                table.ids[row],
+                record_id,
                 f"{self.index.shards[shard]} changed while in use: found the record {found} in its "
                 "place",
             )
@@ -382,62 +386,44 @@ class RecordReader:
             record_id, fields_of(record_id, body.get("fields")), "title", chosen, body
         )
 
-    def _side(
-        self,
-        record_id: str,
-        body: Mapping[str, Any],
-        position: int,
-        part: str,
-        media: frozenset[str],
-    ) -> Item:
+    def _side(self, opened: _Opened, part: str) -> Item:
         """Query or target of a pair: an item of the catalogue that the record names, or what the
         record holds itself.
         """
+        record_id, body, parts, content = opened
+        own = parts.get(part, [])
         value = next((body[key] for key in SIDES[part] if given(body.get(key)) is not None), None)
-        own = self._parts(position).get(part, [])
         if (
             part == "query"
             and given(body.get("query")) is None
             and given(body.get("text")) is not None
         ):
-            return inline_item(
-                f"{record_id}#query",
-                {"text": body["text"]},
-                choose(own),
-                self._content(position, media),
-            )
+            text = {"text": body["text"]}
+            return inline_item(f"{record_id}#query", text, choose(own), content)
         if self.catalogue is not None and not isinstance(value, dict) and not own:
             if part == "query" and value is None:
                 raise BadSample(record_id, "a pair needs `text` or `query`; found neither")
-            return self._catalogue_item(record_id, value, media)
+            return self._catalogue_item(record_id, value, content.media)
         if value is None and not own:
             raise BadSample(
                 record_id,
                 f"a pair without a catalogue needs {' or '.join(SIDES[part])}, or members "
                 f"KEY.{part}.*; found none",
             )
-        return inline_item(
-            f"{record_id}#{part}", value, choose(own), self._content(position, media)
-        )
+        return inline_item(f"{record_id}#{part}", value, choose(own), content)
 
-    def _negatives(
-        self,
-        record_id: str,
-        body: Mapping[str, Any],
-        position: int,
-        media: frozenset[str],
-        seed: int | None,
-    ) -> tuple[Item, ...]:
+    def _negatives(self, opened: _Opened, seed: int | None) -> tuple[Item, ...]:
         """As many of the record's own negatives as the data set takes: all of a short list, a
         random part of a long one.
         """
         count = self.config.negatives
         if not count:
             return ()
+        record_id, body, members_of, content = opened
         values = dict(enumerate(listed(record_id, body, "negatives")))
         parts = {
             int(part.partition("/")[2]): members
-            for part, members in self._parts(position).items()
+            for part, members in members_of.items()
             if part.startswith("negatives/")
         }
         numbers = sorted(values.keys() | parts.keys())
@@ -449,33 +435,25 @@ class RecordReader:
         for number in numbers:
             value, own = values.get(number), parts.get(number, [])
             if self.catalogue is not None and not isinstance(value, dict) and not own:
-                found.append(self._catalogue_item(record_id, value, media))
+                found.append(self._catalogue_item(record_id, value, content.media))
             else:
-                found.append(
-                    inline_item(
-                        f"{record_id}#negatives/{number}",
-                        value,
-                        choose(own),
-                        self._content(position, media),
-                        1 + number,
-                    )
-                )
+                name = f"{record_id}#negatives/{number}"
+                found.append(inline_item(name, value, choose(own), content, 1 + number))
         return tuple(found)
 
     def _parts(self, position: int) -> dict[str, list[Place]]:
         """Members of a pair's parts that it holds itself: part -> (extension within the part,
         offset, size).
         """
-        _, table, row = self.index.locate(position)
         parts: dict[str, list[Place]] = {}
-        for extension, offset, size in table.members(row):
+        for extension, offset, size in self.index.entry(position).members:
             part, own = part_of(extension)
             if part:
                 parts.setdefault(part, []).append((own, offset, size))
         return parts
 
     def _content(self, position: int, media: frozenset[str]) -> Content:
-        shard = self.index.locate(position)[0]
+        shard = self.index.entry(position).shard
         return Content(lambda place: self.member(shard, place), media, position)
 
     def find_item(self, value: Any) -> int | None:

@@ -54,7 +54,8 @@ class PartShares:
     """How the rows of one data set of a step are shared out."""
 
     owners: Integers  # [n] data-parallel rank of each row
-    micro_batches: dict[str, int]  # view of `ShownViews.encoded` -> number, equal on all ranks
+    # View of `ShownViews.encoded` -> number, equal on all ranks; one rank alone cuts as it needs
+    micro_batches: dict[str, int]
 
 
 def stage_patterns(stage: StageConfig, name: str, dataset: DatasetConfig) -> dict[str, float]:
@@ -142,6 +143,9 @@ class StepShares:
 
     def step(self, step: int) -> list[PartShares]:
         """Return the shares of each part of a step, in the plan's order."""
+        if self.size == 1:
+            alone = (np.zeros(len(part), dtype=np.int64) for part in self.plan.step(step).parts)
+            return [PartShares(owners, {}) for owners in alone]
         loads, result = np.zeros(self.size, dtype=np.int64), []
         by_length = self.config.step.dealing == "length"
         for part in self.plan.step(step).parts:

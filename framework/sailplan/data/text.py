@@ -54,8 +54,10 @@ def compose(
     entries: dict[int, list[str]] = {}
     seen: set[str] = set()
     for number, name in enumerate(view.fields):
-        word = None if seed is None else keyed_integer(seed, LANGUAGE_DRAW, number)
-        language = choose_language(fields.get(name) or {}, dataset.language_weights, word)
+        languages = fields.get(name) or {}
+        drawn = seed is not None and len(languages) > 1
+        word = keyed_integer(seed, LANGUAGE_DRAW, number) if drawn and seed is not None else None
+        language = choose_language(languages, dataset.language_weights, word)
         if language is None:
             continue
         value = fields[name][language]
@@ -71,7 +73,7 @@ def compose(
     if seed is not None and view.pick == "one":
         every = [text for kept in entries.values() for text in kept]
         return every[keyed_integer(seed, ENTRY_DRAW) * len(every) >> 64]
-    if seed is not None:
+    if seed is not None and len(entries) > 1:
         entries = _drop(entries, dataset.field_drop, seed)
     if len(entries) == 1:
         return ", ".join(next(iter(entries.values())))
