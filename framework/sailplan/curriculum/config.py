@@ -5,7 +5,7 @@ at its start.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from sailplan.config.components import INHERITS
 from sailplan.config.fields import (
@@ -17,6 +17,7 @@ from sailplan.config.fields import (
     ShareAboveZero,
     ShareBelowOne,
     Size,
+    When,
 )
 from sailplan.errors import ConfigurationError
 from sailplan.step.config import StageOptimizerConfig
@@ -123,6 +124,9 @@ class StageConfig:
     mixed_fraction: Share = (
         0.0  # share of steps whose batch mixes data sets in homogeneous sub-batches
     )
+    # Rows of a sub-batch, all of one data set that is drawn for it; 0: a quarter of the batch. Sub-
+    # batches of one set are contrasted with each other. Where 8 divides the batch, a multiple of 8.
+    mixed_rows: Annotated[Count, When("mixed_fraction")] = 0
     patterns: dict[str, list[str]] = field(
         default_factory=dict
     )  # data set -> patterns used; missing: all

@@ -27,7 +27,7 @@ from sailplan.data.order import keyed, positions, uniform
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.seeds import derive
 
-MIXED_PARTS = 4  # sub-batches of a mixed step; equal ones are merged
+MIXED_PARTS = 4  # sub-batches of a mixed step unless the stage says; equal ones are merged
 BLOCK_STEPS = 16384
 SPLIT = "train"
 STREAMS = 8  # lanes of the order, see order.py; of no matter to how many ranks there are
@@ -149,7 +149,8 @@ class Plan:
             1 if self.global_batch % STREAMS else STREAMS
         )  # equally many rows of each lane, where that can be
         units = self.global_batch // unit
-        parts = min(MIXED_PARTS, units)
+        wanted = stage.mixed_rows
+        parts = min(-(-self.global_batch // wanted) if wanted else MIXED_PARTS, units)
         self._part_rows = [
             (units // parts + (turn < units % parts)) * unit for turn in range(parts)
         ]

@@ -29,6 +29,7 @@ REFUSED = {
     "data.sets.prompts.views.speech={modalities:[text],fields:[asr],prompt:sound}": "no view shows a picture or sound",
     "data.sets.prompts.views.speech.pick=one": "in a view that shows no text",
     "data.sets.prompts.views.transcript.frames=spread": "in a view that shows no vision",
+    "+stages.seq2item.mixed_rows=64": "has no effect with",
     f"{ALONE} stages.seq2item.mixed_fraction=0.5": "has no effect on the one data set",
     "+stages.id2item.subset={sets:[emoji]}": "keeps every record: expected nearest or drop_noisy",
     "stages.hard.patterns={emoji:[keyword_to_image]}": "image_to_name is not trained",

@@ -99,6 +99,23 @@ def test_data_sets_are_drawn_by_weight_and_steps_are_pure_or_mixed(
         assert sum(len(part.positions) for part in plan.step(step).parts) == 32
 
 
+@pytest.mark.parametrize(("batch", "rows"), [(64, 16), (64, 4), (30, 10), (64, 100)])
+def test_a_mixed_step_has_sub_batches_of_the_rows_that_are_asked_for(
+    make_config: Make, readers: dict[str, RecordReader], batch: int, rows: int
+) -> None:
+    weights = {"things": 2.0, "choices": 1.0, "histories": 1.0}
+    stage = StageConfig(steps=100, mixed_fraction=1.0, mixed_rows=rows)
+    plan = Plan(make_config(global_batch=batch), "first", stage, weights, readers)
+    unit = 8 if batch % 8 == 0 else 1
+    size = min(max(rows, unit), batch)
+    found = {len(part) for step in range(40) for part in plan.step(step).parts}
+    assert all(count % size == 0 for count in found)
+    assert size in found
+    assert all(sum(map(len, plan.step(step).parts)) == batch for step in range(40))
+    mixtures = [len(plan.step(step).parts) for step in range(40)]
+    assert max(mixtures) == (1 if size == batch else 3)
+
+
 def test_stage_seed_and_step_change_the_draw(
     make_config: Make, readers: dict[str, RecordReader]
 ) -> None:
