@@ -149,11 +149,25 @@ def test_an_unreadable_override_of_one_run_names_the_way_to_a_sweep() -> None:
 
 @pytest.mark.parametrize("group", sorted(TYPED_GROUPS))
 def test_a_file_of_a_typed_group_may_begin_with_its_schema(project: Path, group: str) -> None:
-    folder = project / "conf" / group
-    folder.mkdir()
-    (folder / "mine.yaml").write_text("# Ours.\ndefaults: [schema, _self_]\n")
-    found = getattr(compose([f"{group}=mine"]), group)
-    assert found == TYPED_GROUPS[group]()
-    (folder / "mine.yaml").write_text("# Ours.\ndefaults: [schema, _self_]\nstepz: 3\n")
+    package = {"stage": "stages.mine", "data": "data.sets.mine"}.get(group)
+    first = "# Ours." if package is None else f"# @package {package}"
+    begin = f"{first}\ndefaults: [schema@_here_, _self_]\n"
+    file = project / "conf" / group / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(begin)
+    config = compose([f"{group}=mine" if package is None else f"+{group}=mine"])
+    found = {"stage": config.stages, "data": config.data.sets}.get(group, {}).get("mine")
+    assert (found or getattr(config, group)) == TYPED_GROUPS[group]()
+    file.write_text(f"{begin}stepz: 3\n")
     with pytest.raises(ConfigurationError, match=rf"{group}/mine\.yaml: .*stepz"):
-        compose([f"{group}=mine"])
+        compose([f"{group}=mine" if package is None else f"+{group}=mine"])
+
+
+def test_a_stage_with_its_schema_still_takes_the_run_s_optimizer(project: Path) -> None:
+    file = project / "conf" / "stage" / "mine.yaml"
+    file.parent.mkdir()
+    text = "# @package stages.mine\ndefaults: [schema@_here_, _self_]\n"
+    file.write_text(f"{text}optimizer: {{warmup_steps: 3}}\n")
+    config = compose(["+stage=mine", "optimizer.learning_rate=0.5"])
+    optimizer = config.stages["mine"].optimizer
+    assert (optimizer.learning_rate, optimizer.warmup_steps) == (0.5, 3)

@@ -36,10 +36,12 @@ from sailplan.config.overrides import apply, explain_value, is_value, nearest, p
 from sailplan.config.schema import (
     CheckpointConfig,
     Config,
+    DatasetConfig,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    StageConfig,
     TrackingConfig,
 )
 from sailplan.config.words import plain_words
@@ -88,8 +90,11 @@ class _Schema(schema_of(Config)):  # type: ignore[misc]
 
 
 ConfigStore.instance().store(name="schema", node=_Schema)
-# A file of these groups may begin with `defaults: [schema, _self_]`: every key with its default.
+# A file of these groups may begin with `defaults: [schema@_here_, _self_]`: every key with its
+# default.
 TYPED_GROUPS = {
+    "stage": StageConfig,
+    "data": DatasetConfig,
     "model": ModelConfig,
     "optimizer": OptimizerConfig,
     "parallel": ParallelConfig,
