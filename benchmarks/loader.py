@@ -8,15 +8,18 @@ seconds are the operating system's, of the process and its workers, from the fir
 to the workers' end; making the index is not in it (`sailplan data index`), starting workers is.
 
     python benchmarks/loader.py [--samples 4096] [--pairs 5] [--workers 0 1 2] [--out FILE]
+    python benchmarks/loader.py --table docs/performance.md --out FILE  # from the results in FILE
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import io
 import json
 import multiprocessing
 import os
+import platform
 import random
 import resource
 import statistics
@@ -200,13 +203,40 @@ def measure(contender: str, *arguments: Any) -> float:
     return 1000 * float(seconds) / int(loaded)
 
 
+BEGIN, END = "<!-- loader:begin -->", "<!-- loader:end -->"
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "| set | workers | ours, CPU s per 1,000 | webdataset | ratio, median (lowest to highest) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        spread = f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"
+        lines.append(
+            f"| {row['set']} | {row['workers']} | {row['ours']:.3f} | {row['webdataset']:.3f} | "
+            f"{row['ratio']:.2f} ({spread}) |"
+        )
+    return "\n".join(lines)
+
+
+def write_table(document: Path, results: Path) -> None:
+    text = document.read_text()
+    first, rest = text.split(BEGIN)
+    found = table(json.loads(results.read_text()))
+    document.write_text(f"{first}{BEGIN}\n{found}\n{END}{rest.split(END)[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="a document whose table is made of --out")
     options = parser.parse_args()
+    if options.table:
+        return write_table(options.table, options.out)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +268,16 @@ def main() -> None:
                     flush=True,
                 )
     if options.out:
-        result = {"samples": options.samples, "batch": BATCH, "side": SIDE, "rows": rows}
+        result = {
+            "date": datetime.date.today().isoformat(),
+            "device": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+            "torch": torch.__version__,
+            "webdataset": webdataset.__version__,
+            "samples": options.samples,
+            "batch": BATCH,
+            "side": SIDE,
+            "rows": rows,
+        }
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
