@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from sailplan.objective.infonce import InfoNCE
     from sailplan.objective.late_fusion import LateFusion
     from sailplan.objective.micl import MICL
+    from sailplan.objective.multi_positive import MultiPositive
     from sailplan.objective.protocol import Objective
+    from sailplan.objective.score_distillation import ScoreDistillation
     from sailplan.objective.seq2item import Seq2Item
+    from sailplan.objective.sigmoid import Sigmoid
     from sailplan.train.callback import Callback
     from sailplan.train.python import Trainer
 
@@ -34,8 +37,11 @@ _HOMES = {
     "LateFusion": "sailplan.objective.late_fusion",
     "MICL": "sailplan.objective.micl",
     "Model": "sailplan.export.load",
+    "MultiPositive": "sailplan.objective.multi_positive",
     "Objective": "sailplan.objective.protocol",
+    "ScoreDistillation": "sailplan.objective.score_distillation",
     "Seq2Item": "sailplan.objective.seq2item",
+    "Sigmoid": "sailplan.objective.sigmoid",
     "Trainer": "sailplan.train.python",
     "compose": "sailplan.config.compose",
     "load": "sailplan.export.load",
@@ -50,8 +56,11 @@ __all__ = [
     "InfoNCE",
     "LateFusion",
     "Model",
+    "MultiPositive",
     "Objective",
+    "ScoreDistillation",
     "Seq2Item",
+    "Sigmoid",
     "Trainer",
     "compose",
     "load",

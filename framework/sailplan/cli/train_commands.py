@@ -28,7 +28,10 @@ def _check(config: Config) -> None:
         allowed_targets=config.allowed_targets,
     )
     check_objectives(
-        objectives, {name: config.stages[name] for name in config.order}, config.data.sets
+        objectives,
+        {name: config.stages[name] for name in config.order},
+        config.data.sets,
+        config.model.prefixes,
     )
     logger_classes(config.loggers, config.allowed_targets)
     build_callbacks(config)

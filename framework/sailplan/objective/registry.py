@@ -6,6 +6,7 @@ subclass `objective.protocol.Objective`, and add your module's prefix to `allowe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from sailplan.config.targets import check_options, class_at
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import Objective
 from sailplan.runtime.seeds import derive
+
+OF_ALL = ("matryoshka", "prefix_weights")  # options of every loss, see Objective.pay_at
 
 
 def build_objectives(
@@ -42,11 +45,21 @@ def build_objectives(
                 f"objectives.{name}: found a dot in the name, expected none; rename it"
             )
         cls = objective_class(name, options.get("_target_"), allowed_targets)
-        arguments = {key: value for key, value in options.items() if key != "_target_"}
-        check_options(f"objectives.{name}", cls, arguments, ("embedding", "datasets"))
+        key = f"objectives.{name}"
+        shared = set(OF_ALL) - set(inspect.signature(cls).parameters)
+        arguments = {
+            option: value
+            for option, value in options.items()
+            if option != "_target_" and option not in shared
+        }
+        check_options(key, cls, arguments, ("embedding", "datasets"), also=sorted(shared))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("objective", seed, name))
-            built[name] = cls(embedding=embedding, datasets=datasets, **arguments)
+            objective = cls(embedding=embedding, datasets=datasets, **arguments)
+        if shared:
+            weights = options.get("prefix_weights")
+            objective.pay_at(options.get("matryoshka", cls.matryoshka), weights, key=key)
+        built[name] = objective
     return built
 
 
@@ -54,8 +67,11 @@ def check_objectives(
     objectives: nn.ModuleDict,
     stages: Mapping[str, StageConfig],
     datasets: Mapping[str, DatasetConfig],
+    prefixes: Sequence[int] | None = None,
 ) -> None:
-    """Raise ConfigurationError where a stage names an objective that was not built, or draws a
+    """prefixes: model.prefixes; None: not looked at.
+
+    Raise ConfigurationError where a stage names an objective that was not built, or draws a
     data set that none of its objectives has a meaning for: said before the first step, not in the
     stage's first step with
     that set."""
@@ -90,6 +106,8 @@ def check_objectives(
 
     for name, module in objectives.items():
         one: Any = module
+        if prefixes is not None:
+            one.matryoshka_sizes(prefixes)
         users = [stage for stage in stages.values() if stage.objectives.get(name)]
         if users:
             one.check_use(f"objectives.{name}", users, datasets)

@@ -36,6 +36,9 @@ ALONE = {
     "late_fusion": "pairs",
     "seq2item": "sequences",
     "id2item": "items",
+    "sigmoid": "items",
+    "multi_positive": "items",
+    "score_distillation": "pairs",
 }
 STEPS = 20
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}

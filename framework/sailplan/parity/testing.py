@@ -2,7 +2,8 @@
 plain autograd.
 
 Three data sets: items with pictures, names and speech (InfoNCE over patterns that share views,
-mined hard negatives, mICL, late fusion, id2item), graded pairs (CoSENT) and histories (seq2item).
+mined hard negatives, mICL, late fusion, id2item, classes for the multi-positive loss), graded pairs
+with negatives that a teacher scored (CoSENT, score distillation) and histories (seq2item).
 Rows lack modalities, ids repeat, some rows are not valid. `global_batches` makes the whole batch;
 `share` cuts a rank's rows and micro-batches out of it.
 """
@@ -57,6 +58,9 @@ WEIGHTS = {
     "late_fusion": 0.5,
     "seq2item": 0.7,
     "id2item": 0.6,
+    "sigmoid": 0.2,
+    "multi_positive": 0.5,
+    "score_distillation": 0.4,
 }
 THRESHOLDS = {PatternKey("items", "name_to_item"): 0.6}
 ROWS = {"items": 32, "pairs": 16, "sequences": 8}
@@ -92,6 +96,7 @@ def step_config(
             "speech_to_name": PatternConfig("speech", "name", 0.3),
         },
         temperature=0.2,
+        label="class",
     )
     both: list[Modality] = ["vision", "text"]
     pairs = DatasetConfig(
@@ -100,6 +105,8 @@ def step_config(
         patterns={"item_to_item": PatternConfig("query", "item")},
         temperature=0.1,
         symmetric=False,
+        negatives=HARD_NEGATIVES,
+        teacher_scores="scores",
     )
     sequences = DatasetConfig(
         kind="sequences",
@@ -132,6 +139,18 @@ def step_config(
                 "_target_": "sailplan.objective.id2item.ID2Item",
                 "teachers": TEACHERS,
                 "form": "relational",
+            },
+            "sigmoid": {
+                "_target_": "sailplan.objective.sigmoid.Sigmoid",
+                "bias": -2.0,
+                "by": "modality",
+                "matryoshka": True,
+            },
+            "multi_positive": {"_target_": "sailplan.objective.multi_positive.MultiPositive"},
+            "score_distillation": {
+                "_target_": "sailplan.objective.score_distillation.ScoreDistillation",
+                "temperature": 0.2,
+                "matryoshka": True,
             },
         },
     )
@@ -178,7 +197,7 @@ def build_modules(
     objectives = build_objectives(
         config.objectives, config.model.embedding, config.data.sets, seed=config.seed
     ).double()
-    temperatures = Temperatures(config.data.sets).double()
+    temperatures = Temperatures(config.data.sets, config.data.temperature_by).double()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in objectives.parameters():
@@ -237,6 +256,11 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
             views[HardNegatives("image_to_name")] = _view(
                 ["text"], rows, HARD_NEGATIVES, seed + 50, vision
             )
+        if "item_to_item" in dataset.patterns:
+            shown = dataset.views["item"].modalities
+            views[HardNegatives("item_to_item")] = _view(
+                shown, rows, HARD_NEGATIVES, seed + 70, vision
+            )
         generator = torch.Generator().manual_seed(seed + 60)
         unknown = torch.rand(rows, 1, generator=generator) < 0.2
         teachers = {
@@ -245,6 +269,8 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
             )
             for teacher, size in TEACHERS.items()
         }
+        teacher_scores = torch.rand(rows, 1 + HARD_NEGATIVES, generator=generator)
+        teacher_scores[torch.rand(teacher_scores.shape, generator=generator) < 0.1] = torch.nan
         batches.append(
             StepBatch(
                 step=step,
@@ -255,6 +281,10 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
                 if name == "pairs"
                 else None,
                 teachers=teachers if name == "items" else {},
+                teacher_scores=teacher_scores if name == "pairs" else None,
+                labels=torch.randint(-1, 6, (rows,), generator=generator)
+                if name == "items"
+                else None,
                 patterns={
                     pattern: declared.weight for pattern, declared in dataset.patterns.items()
                 },
@@ -308,6 +338,8 @@ def share(
         views=views,
         scores=None if batch.scores is None else batch.scores[own],
         teachers={name: vectors[own] for name, vectors in batch.teachers.items()},
+        teacher_scores=None if batch.teacher_scores is None else batch.teacher_scores[own],
+        labels=None if batch.labels is None else batch.labels[own],
         target_log_probability=None
         if batch.target_log_probability is None
         else batch.target_log_probability[own],
@@ -358,6 +390,8 @@ def full_batch_gradients(
             batch.patterns,
             batch.scores,
             batch.teachers,
+            batch.teacher_scores,
+            batch.labels,
             batch.target_log_probability,
         )
         for name, weight in weights.items():

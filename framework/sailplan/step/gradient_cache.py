@@ -223,6 +223,10 @@ class GradientCache:
             target_log_probability=None
             if batch.target_log_probability is None
             else to_device(batch.target_log_probability, device),
+            teacher_scores=None
+            if batch.teacher_scores is None
+            else to_device(batch.teacher_scores, device),
+            labels=batch.labels,
             teachers={name: to_device(vectors, device) for name, vectors in batch.teachers.items()},
             host_scores=batch.scores,
             rank_rows=batch.rank_rows,

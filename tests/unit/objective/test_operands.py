@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from sailplan.objective import patterns
+import sailplan_kernels
+from sailplan.objective import patterns, sigmoid
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
@@ -92,7 +93,12 @@ def _losses(
             calls.append({"queries": call["queries"], "keys": call["keys"]} | hard)
         return infonce_sum(given, *rest, **options)
 
+    def spy_sigmoid(queries: Tensor, keys: Tensor, *rest: Any, **options: Any) -> Any:
+        calls.append({"queries": queries, "keys": keys})
+        return sailplan_kernels.sigmoid(queries, keys, *rest, **options)
+
     monkeypatch.setattr(patterns, "infonce_sum", spy)
+    monkeypatch.setattr(sigmoid, "sigmoid", spy_sigmoid)
     config = step_config()
     del config.objectives["infonce"][
         "margin_absolute"
@@ -129,7 +135,15 @@ def _losses(
             total = (
                 total
                 + objective(
-                    EncodedStep(batch.dataset, views, batch.patterns, batch.scores, batch.teachers),
+                    EncodedStep(
+                        batch.dataset,
+                        views,
+                        batch.patterns,
+                        batch.scores,
+                        batch.teachers,
+                        batch.teacher_scores,
+                        batch.labels,
+                    ),
                     place,
                 ).loss
             )
@@ -152,12 +166,14 @@ def test_every_loss_gives_its_kernels_rounded_vectors_and_its_views_float32_grad
     for view, gradient in gradients.items():
         assert gradient.dtype is torch.float32
         assert cosine_similarity(gradient.flatten(), expected[view].flatten(), dim=0) > 0.999, view
-    assert bool(calls) == (name not in ("cosent", "id2item"))  # these two call no kernel
+    assert bool(calls) == (
+        name not in ("cosent", "id2item", "score_distillation")
+    )  # these call no kernel
     for call in calls:
         assert {tensor.dtype for tensor in call.values()} == {torch.bfloat16}
     if name == "infonce":
         hard = [call["hard"] for call in calls if "hard" in call]
-        assert len(hard) == 1 and hard[0].shape[1] == HARD_NEGATIVES
+        assert [each.shape[1] for each in hard] == 2 * [HARD_NEGATIVES]
         # The names' view is a side of three patterns: one memory.
         assert len(
             {call["keys"].data_ptr() for call in calls}
