@@ -7,6 +7,7 @@ subclass `objective.protocol.Objective`, and add your module's prefix to `allowe
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,11 @@ def build_objectives(
         check_options(key, cls, arguments, ("embedding", "datasets"), also=sorted(shared))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("objective", seed, name))
-            objective = cls(embedding=embedding, datasets=datasets, **arguments)
+            try:
+                objective = cls(embedding=embedding, datasets=datasets, **arguments)
+            except ConfigurationError as error:  # a constructor does not know its entry's name
+                message = re.sub(r"^objectives\.\w+", key, str(error))
+                raise ConfigurationError(message) from error
         if shared:
             weights = options.get("prefix_weights")
             objective.pay_at(options.get("matryoshka", cls.matryoshka), weights, key=key)
