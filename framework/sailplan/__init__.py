@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sailplan.objective.id2item import ID2Item
     from sailplan.objective.infonce import InfoNCE
     from sailplan.objective.late_fusion import LateFusion
+    from sailplan.objective.late_interaction import LateInteraction
     from sailplan.objective.micl import MICL
     from sailplan.objective.multi_positive import MultiPositive
     from sailplan.objective.protocol import Objective
@@ -35,6 +36,7 @@ _HOMES = {
     "ID2Item": "sailplan.objective.id2item",
     "InfoNCE": "sailplan.objective.infonce",
     "LateFusion": "sailplan.objective.late_fusion",
+    "LateInteraction": "sailplan.objective.late_interaction",
     "MICL": "sailplan.objective.micl",
     "Model": "sailplan.export.load",
     "MultiPositive": "sailplan.objective.multi_positive",
@@ -55,6 +57,7 @@ __all__ = [
     "ID2Item",
     "InfoNCE",
     "LateFusion",
+    "LateInteraction",
     "Model",
     "MultiPositive",
     "Objective",

@@ -151,6 +151,28 @@ def test_a_teachers_scores_of_varying_numbers_of_negatives_are_distilled(project
     assert code == 64 and "teacher_scores=scores: has no effect" in err
 
 
+def test_late_interaction_trains_where_the_encoder_gives_tokens(project: Path) -> None:
+    lines = ["+objective=late_interaction", "+stages.only.objectives.late_interaction=1.0"]
+    found = trained(project, "tokens", "experiment=small", *lines)
+    assert len({line["loss/late_interaction"] for line in found}) == 2
+    assert all(0 <= line["late_interaction/things/image_to_name/accuracy"] <= 1 for line in found)
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    (project / "bag.py").write_text(text.split("`bag.py`:\n\n```python\n")[1].split("```")[0])
+    (project / "conf" / "model").mkdir(exist_ok=True)
+    (project / "conf" / "model" / "bag.yaml").write_text(
+        "_target_: bag.Bag\nembedding: 12\nprefixes: [6, 12]\nbuckets: 50\n"
+    )
+    code, _, err = command(
+        project,
+        "plan",
+        "experiment=texts",
+        "model=bag",
+        "allowed_targets=[sailplan., bag.]",
+        *lines,
+    )
+    assert code == 64 and "LateInteraction scores the vectors of tokens" in err
+
+
 def test_a_mistake_names_the_entry_as_it_is_called(project: Path) -> None:
     lines = [
         "+objectives.mine={_target_:sailplan.objective.infonce.InfoNCE,margin_absolute:-1.0}",

@@ -36,6 +36,8 @@ class EncodedView:
     by_modality: dict[str, Tensor] = field(
         default_factory=dict
     )  # modality -> [r * g, D], where an objective asked for them
+    tokens: Tensor | None = None  # [r * g, t, D] of positions, where an objective asked for them
+    token_mask: Tensor | None = None  # bool [r * g, t]: which there are
     host_valid: Tensor | None = None  # `valid` on the CPU, where the loader made it
     host_ids: Tensor | None = None
 
@@ -78,6 +80,7 @@ class EncodedStep:
                 by_modality={
                     modality: each.detach() for modality, each in view.by_modality.items()
                 },
+                tokens=None if view.tokens is None else view.tokens.detach(),
             )
             for name, view in self.views.items()
         }
@@ -154,6 +157,8 @@ class Objective(nn.Module):
     objective cuts the vectors and calls `forward` for each size."""
 
     per_modality = False  # True: the encoder must return the modalities' own vectors too
+    # True: it must return the vectors of positions too; few can (`Encoder.gives_tokens`)
+    per_token = False
     # True: it scores rows in sailplan_kernels (patterns.contrast); else in torch alone, in float32
     # or float64
     calls_kernels = False

@@ -73,8 +73,10 @@ def check_objectives(
     stages: Mapping[str, StageConfig],
     datasets: Mapping[str, DatasetConfig],
     prefixes: Sequence[int] | None = None,
+    gives_tokens: bool = True,
 ) -> None:
-    """prefixes: model.prefixes; None: not looked at.
+    """prefixes: model.prefixes; None: not looked at. gives_tokens: whether the encoder gives the
+    vectors of positions.
 
     Raise ConfigurationError where a stage names an objective that was not built, or draws a
     data set that none of its objectives has a meaning for: said before the first step, not in the
@@ -89,6 +91,12 @@ def check_objectives(
             )
         used: list[Any] = [objectives[name] for name, weight in stage.objectives.items() if weight]
         for objective in used:
+            if objective.per_token and not gives_tokens:
+                raise ConfigurationError(
+                    f"{key}: {type(objective).__name__} scores the vectors of tokens, which this "
+                    "model's encoder does not give; leave it out, or take model.encoder omni, or "
+                    "transformers with modalities: [text]"
+                )
             if objective.artifact is not None and objective.artifact not in stage.artifacts:
                 raise ConfigurationError(
                     f"{key}: {type(objective).__name__} learns from the artifact "

@@ -165,12 +165,15 @@ def of_objective(objective: type[Objective]) -> Loss:
         exchange = AllGather() if dist.get_world_size() > 1 else Local()
         first, rows = dist.get_rank() * len(queries), len(queries)
         ids = torch.arange(first, first + rows)
+        token_mask = torch.arange(3) <= (ids % 3)[:, None]
         views: dict[ViewKey, EncodedView] = {
             name: EncodedView(
                 fused=side,
                 valid=torch.ones(rows, dtype=torch.bool),
                 ids=ids + offset,
                 by_modality={"vision": side, "text": side},
+                tokens=tokens_of(side),
+                token_mask=token_mask,
             )
             for name, side, offset in (
                 ("query", queries, 0),
@@ -181,7 +184,12 @@ def of_objective(objective: type[Objective]) -> Loss:
         # Negatives of a row depend on the row alone: its key with other dimensions' values.
         other = torch.stack([keys.roll(1, 1), keys.flip(1)], 1).flatten(0, 1)
         views[HardNegatives("checked")] = EncodedView(
-            other, torch.ones(2 * rows, dtype=torch.bool), torch.arange(2 * rows) - 2 * rows, 2
+            other,
+            torch.ones(2 * rows, dtype=torch.bool),
+            torch.arange(2 * rows) - 2 * rows,
+            2,
+            tokens=tokens_of(other),
+            token_mask=torch.ones(2 * rows, 3, dtype=torch.bool),
         )
         teacher_scores = torch.stack([(ids * step) % 4 / 2.0 for step in (3, 5, 7)], 1)
         context = ObjectiveContext(sets, exchange, Temperatures(sets).double(), (SIZE // 2, SIZE))
@@ -200,6 +208,11 @@ def of_objective(objective: type[Objective]) -> Loss:
         return loss
 
     return loss
+
+
+def tokens_of(rows: Tensor) -> Tensor:
+    """Three positions of each row [r, D] that depend on it alone, [r, 3, D]."""
+    return torch.stack([rows, rows.roll(1, 1) ** 2, rows.flip(1)], 1)
 
 
 def _last_line(failure: RankFailure) -> str:

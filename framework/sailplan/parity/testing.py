@@ -147,6 +147,10 @@ def step_config(
                 "matryoshka": True,
             },
             "multi_positive": {"_target_": "sailplan.objective.multi_positive.MultiPositive"},
+            "late_interaction": {
+                "_target_": "sailplan.objective.late_interaction.LateInteraction",
+                "dimension": 6,
+            },
             "score_distillation": {
                 "_target_": "sailplan.objective.score_distillation.ScoreDistillation",
                 "temperature": 0.2,
@@ -377,12 +381,19 @@ def full_batch_gradients(
     ]
     rows = sum(len(batch.record_ids) for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
+    asked = {"tokens": True} if any(objectives[name].per_token for name in weights) else {}
     for batch in batches:
         views = {}
         for name, view in batch.views.items():
-            vectors = module(view.micro_batches[0], per_modality=True)
+            vectors = module(view.micro_batches[0], per_modality=True, **asked)
             views[name] = EncodedView(
-                vectors.fused, view.valid, view.ids, view.group, vectors.by_modality
+                vectors.fused,
+                view.valid,
+                view.ids,
+                view.group,
+                vectors.by_modality,
+                vectors.tokens,
+                vectors.token_mask,
             )
         encoded = EncodedStep(
             batch.dataset,

@@ -235,10 +235,14 @@ class TrainingStep:
         with torch.random.fork_rng(devices=devices):
             began = time.perf_counter()
             place = (self.config.seed, stage, step, self.parallel.data_parallel_rank)
-            wanted = [
-                any(self._objective(name).per_modality for name in names) for names in applied
-            ]
-            encoded = self.cache.encode(batches, wanted, self.parallel.device, place)
+            used = [[self._objective(name) for name in names] for names in applied]
+            encoded = self.cache.encode(
+                batches,
+                [any(each.per_modality for each in some) for some in used],
+                [any(each.per_token for each in some) for some in used],
+                self.parallel.device,
+                place,
+            )
             seconds["encode"] = time.perf_counter() - began
 
             began = time.perf_counter()

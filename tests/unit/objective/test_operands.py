@@ -21,6 +21,8 @@ from sailplan.parity.testing import HARD_NEGATIVES, WEIGHTS, global_batches, ste
 from sailplan_kernels.exchange import Local
 from sailplan_kernels.infonce import infonce_sum
 
+NO_KERNELS = ("cosent", "id2item", "score_distillation", "late_interaction")
+
 
 def context(dtype: torch.dtype = torch.bfloat16) -> ObjectiveContext:
     return ObjectiveContext({}, Local(), None, (8,), compute_dtype=dtype)
@@ -123,13 +125,19 @@ def _losses(
                 ).requires_grad_()
                 for kind in ("fused", "vision", "text")
             }
+            if only == "late_interaction":
+                shape = (len(view.ids), 4, config.model.embedding)
+                mine["tokens"] = torch.randn(shape, generator=generator).requires_grad_()
             leaves |= {f"{batch.dataset}/{name}/{kind}": leaf for kind, leaf in mine.items()}
+            tokens = mine.pop("tokens", None)
             views[name] = EncodedView(
                 valid=view.valid,
                 ids=view.ids,
                 group=view.group,
                 fused=mine.pop("fused"),
                 by_modality=mine,
+                tokens=tokens,
+                token_mask=None if tokens is None else tokens[..., 0] < 1,
             )
         if objective.applies(config.data.sets[batch.dataset]):
             total = (
@@ -155,7 +163,7 @@ def _losses(
     )  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", sorted(WEIGHTS))
+@pytest.mark.parametrize("name", [*sorted(WEIGHTS), "late_interaction"])
 def test_every_loss_gives_its_kernels_rounded_vectors_and_its_views_float32_gradients(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -166,9 +174,7 @@ def test_every_loss_gives_its_kernels_rounded_vectors_and_its_views_float32_grad
     for view, gradient in gradients.items():
         assert gradient.dtype is torch.float32
         assert cosine_similarity(gradient.flatten(), expected[view].flatten(), dim=0) > 0.999, view
-    assert bool(calls) == (
-        name not in ("cosent", "id2item", "score_distillation")
-    )  # these call no kernel
+    assert bool(calls) == (name not in NO_KERNELS)
     for call in calls:
         assert {tensor.dtype for tensor in call.values()} == {torch.bfloat16}
     if name == "infonce":
