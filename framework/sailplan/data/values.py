@@ -46,7 +46,7 @@ def score(record_id: str, body: Mapping[str, Any]) -> float | None:
     return value
 
 
-def label(record_id: str, value: Any, key: str) -> str | None:
+def label(record_id: str, value: object, key: str) -> str | None:
     """Return the class of a record; of a text by language the English one, else the first."""
     if isinstance(value, Mapping) and value:
         value = value["en"] if "en" in value else value[min(value)]
@@ -61,7 +61,7 @@ def label(record_id: str, value: Any, key: str) -> str | None:
 
 
 def teacher_scores(
-    record_id: str, body: Mapping[str, Any], key: str, negatives: int, chosen: Iterable[int]
+    record_id: str, body: Mapping[str, object], key: str, negatives: int, chosen: Iterable[int]
 ) -> tuple[float, ...]:
     """Return a teacher's score of the target and of the chosen ones of the record's negatives,
     NaN where it gives none.

@@ -39,7 +39,7 @@ ALONE = {
     "id2item": "items",
     "sigmoid": "items",
     "multi_positive": "items",
-    "score_distillation": "pairs",
+    "score_distillation": "scored",
     "late_interaction": "items",
 }
 STEPS = 20

@@ -1,9 +1,9 @@
 """A mixed step that uses every loss at once, in miniature, and the same step's gradients by
 plain autograd.
 
-Three data sets: items with pictures, names and speech (InfoNCE over patterns that share views,
+Four data sets: items with pictures, names and speech (InfoNCE over patterns that share views,
 mined hard negatives, mICL, late fusion, id2item, classes for the multi-positive loss), graded pairs
-with negatives that a teacher scored (CoSENT, score distillation) and histories (seq2item).
+(CoSENT), histories (seq2item), and pairs with negatives that a teacher scored (score distillation).
 Rows lack modalities, ids repeat, some rows are not valid. `global_batches` makes the whole batch;
 `share` cuts a rank's rows and micro-batches out of it.
 """
@@ -63,7 +63,7 @@ WEIGHTS = {
     "score_distillation": 0.4,
 }
 THRESHOLDS = {PatternKey("items", "name_to_item"): 0.6}
-ROWS = {"items": 32, "pairs": 16, "sequences": 8}
+ROWS = {"items": 32, "pairs": 16, "sequences": 8, "scored": 8}
 HISTORY, HARD_NEGATIVES = 3, 2
 TEACHERS = {"svd": 3, "nmf": 5}
 
@@ -76,7 +76,7 @@ def step_config(
     vision: str = "own",
     encoder: str = OMNI,
 ) -> Config:
-    """A configuration with three data sets and all objectives over model.testing's small
+    """A configuration with four data sets and all objectives over model.testing's small
     encoder; vision: as there.
 
     encoder: omni, or one of parity.published, without the views that it cannot encode.
@@ -105,6 +105,11 @@ def step_config(
         patterns={"item_to_item": PatternConfig("query", "item")},
         temperature=0.1,
         symmetric=False,
+    )
+    scored = DatasetConfig(
+        kind="pairs",
+        views={"query": ViewConfig("query", ["text"]), "item": ViewConfig("target", both)},
+        patterns={"query_to_item": PatternConfig("query", "item")},
         negatives=HARD_NEGATIVES,
         teacher_scores="scores",
     )
@@ -114,7 +119,7 @@ def step_config(
         patterns={"history_to_item": PatternConfig("history", "item")},
         history_length=HISTORY,
     )
-    sets = {"items": items, "pairs": pairs, "sequences": sequences}
+    sets = {"items": items, "pairs": pairs, "sequences": sequences, "scored": scored}
     if encoder != OMNI:
         for dataset in sets.values():
             _show_only(dataset, TINY[encoder][0])
@@ -260,11 +265,9 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
             views[HardNegatives("image_to_name")] = _view(
                 ["text"], rows, HARD_NEGATIVES, seed + 50, vision
             )
-        if "item_to_item" in dataset.patterns:
-            shown = dataset.views["item"].modalities
-            views[HardNegatives("item_to_item")] = _view(
-                shown, rows, HARD_NEGATIVES, seed + 70, vision
-            )
+        for pattern, declared in dataset.patterns.items() if dataset.negatives else ():
+            shown = dataset.views[declared.target].modalities
+            views[HardNegatives(pattern)] = _view(shown, rows, HARD_NEGATIVES, seed + 70, vision)
         generator = torch.Generator().manual_seed(seed + 60)
         unknown = torch.rand(rows, 1, generator=generator) < 0.2
         teachers = {
@@ -273,6 +276,7 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
             )
             for teacher, size in TEACHERS.items()
         }
+        scores = torch.randint(0, 4, (rows,), generator=generator) / 4
         teacher_scores = torch.rand(rows, 1 + HARD_NEGATIVES, generator=generator)
         teacher_scores[torch.rand(teacher_scores.shape, generator=generator) < 0.1] = torch.nan
         batches.append(
@@ -281,11 +285,9 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
                 dataset=name,
                 record_ids=[f"{name}/{row}" for row in range(rows)],
                 views=views,
-                scores=torch.randint(0, 4, (rows,), generator=generator) / 4
-                if name == "pairs"
-                else None,
+                scores=scores if name == "pairs" else None,
                 teachers=teachers if name == "items" else {},
-                teacher_scores=teacher_scores if name == "pairs" else None,
+                teacher_scores=teacher_scores if dataset.teacher_scores else None,
                 labels=torch.randint(-1, 6, (rows,), generator=generator)
                 if name == "items"
                 else None,

@@ -78,16 +78,18 @@ def test_of_several_sizes_a_loss_is_the_weighted_sum(name: str) -> None:
     for step in encoded_steps():
         if not several.applies(context.datasets[step.dataset]):
             continue
-        applied += 1
         parts = {size: whole(step.cut(size), context).loss for size in sizes}
+        if not any(parts.values()):  # pairs without a grade, which CoSENT has nothing to say about
+            continue
+        applied += 1
         expected = sum(weights[size] * part for size, part in parts.items())
         output = several(step, context)
         torch.testing.assert_close(output.loss, expected)
         assert len({float(part) for part in parts.values()}) == len(sizes)
         paid = {name: value for name, value in output.metrics.items() if f"loss@{sizes[0]}" in name}
         assert paid
-        if len(paid) == 1 and len(step.patterns) == 1:
-            torch.testing.assert_close(next(iter(paid.values())), parts[sizes[0]])
+        if several.prefix_support == "cut":
+            assert paid == {f"loss@{sizes[0]}": parts[sizes[0]]}
     assert applied
 
 

@@ -173,6 +173,9 @@ def test_every_loss_gives_its_kernels_rounded_vectors_and_its_views_float32_grad
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
     for view, gradient in gradients.items():
         assert gradient.dtype is torch.float32
+        if not expected[view].any():  # nothing there for this loss
+            assert not gradient.any(), view
+            continue
         assert cosine_similarity(gradient.flatten(), expected[view].flatten(), dim=0) > 0.999, view
     assert bool(calls) == (name not in NO_KERNELS)
     for call in calls:
