@@ -151,9 +151,7 @@ class RecordReader:
         record_id, split = entry.id, entry.split
         opened = _Opened(record_id, body, self._parts(position), self._content(position, media))
         used = {"id", "split", "negatives"}
-        negatives, teacher = (
-            self._negatives(opened, seed) if "negatives" in wanted else ((), ())
-        )
+        negatives, teacher = self._negatives(opened, seed) if "negatives" in wanted else ((), ())
         key = self.config.label
         own_label = None if key is None else label(record_id, body.get(key), key)
         if self.config.kind == "pairs":

@@ -209,7 +209,9 @@ class GradientCache:
             if micro_batch.batch == number:
                 parts.setdefault(micro_batch.view, []).append(micro_batch)
         encoded = {
-            view: {vector: _joined([one.leaves[vector] for one in each]) for vector in each[0].leaves}
+            view: {
+                vector: _joined([one.leaves[vector] for one in each]) for vector in each[0].leaves
+            }
             for view, each in parts.items()
         }
         masks_of = {
