@@ -47,13 +47,14 @@ def build_objectives(
             )
         cls = objective_class(name, options.get("_target_"), allowed_targets)
         key = f"objectives.{name}"
-        shared = set(OF_ALL) - set(inspect.signature(cls).parameters)
+        # A loss that takes them itself sees to its own sizes.
+        shared = () if set(OF_ALL) & set(inspect.signature(cls).parameters) else OF_ALL
         arguments = {
             option: value
             for option, value in options.items()
             if option != "_target_" and option not in shared
         }
-        check_options(key, cls, arguments, ("embedding", "datasets"), also=sorted(shared))
+        check_options(key, cls, arguments, ("embedding", "datasets"), also=shared)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("objective", seed, name))
             try:
@@ -75,13 +76,13 @@ def check_objectives(
     prefixes: Sequence[int] | None = None,
     gives_tokens: bool = True,
 ) -> None:
-    """prefixes: model.prefixes; None: not looked at. gives_tokens: whether the encoder gives the
-    vectors of positions.
-
-    Raise ConfigurationError where a stage names an objective that was not built, or draws a
+    """Raise ConfigurationError where a stage names an objective that was not built, or draws a
     data set that none of its objectives has a meaning for: said before the first step, not in the
-    stage's first step with
-    that set."""
+    stage's first step with that set.
+
+    prefixes: model.prefixes; None: not looked at. gives_tokens: whether the encoder gives the
+    vectors of positions.
+    """
     for stage_name, stage in stages.items():
         key = f"stages.{stage_name}.objectives"
         unknown = [name for name in stage.objectives if name not in objectives]
@@ -119,11 +120,11 @@ def check_objectives(
 
     for name, module in objectives.items():
         one: Any = module
-        if prefixes is not None:
-            one.matryoshka_sizes(prefixes)
         users = [stage for stage in stages.values() if stage.objectives.get(name)]
         if users:
             one.check_use(f"objectives.{name}", users, datasets)
+            if prefixes is not None:
+                one.matryoshka_sizes(prefixes)
 
 
 def objective_class(name: str, target: object, allowed: Sequence[str]) -> type[Objective]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sailplan.config.schema import StageConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import (
     EncodedStep,
@@ -154,4 +155,5 @@ def test_weights_of_other_sizes_are_refused_before_the_run() -> None:
     target = {"_target_": "sailplan.objective.cosent.CoSENT", "matryoshka": True}
     built = build_objectives({"any": {**target, "prefix_weights": {7: 1.0}}}, 16, config.data.sets)
     with pytest.raises(ConfigurationError, match=r"found sizes \[7\], expected model\.prefixes"):
-        check_objectives(built, {}, config.data.sets, config.model.prefixes)
+        stage = StageConfig(data={"pairs": 1.0}, objectives={"any": 1.0})
+        check_objectives(built, {"one": stage}, config.data.sets, config.model.prefixes)
