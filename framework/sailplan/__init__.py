@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     from sailplan.objective.id2item import ID2Item
     from sailplan.objective.infonce import InfoNCE
     from sailplan.objective.late_fusion import LateFusion
+    from sailplan.objective.late_interaction import LateInteraction
     from sailplan.objective.micl import MICL
+    from sailplan.objective.multi_positive import MultiPositive
     from sailplan.objective.protocol import Objective
+    from sailplan.objective.score_distillation import ScoreDistillation
     from sailplan.objective.seq2item import Seq2Item
+    from sailplan.objective.sigmoid import Sigmoid
     from sailplan.train.callback import Callback
     from sailplan.train.python import Trainer
 
@@ -32,10 +36,14 @@ _HOMES = {
     "ID2Item": "sailplan.objective.id2item",
     "InfoNCE": "sailplan.objective.infonce",
     "LateFusion": "sailplan.objective.late_fusion",
+    "LateInteraction": "sailplan.objective.late_interaction",
     "MICL": "sailplan.objective.micl",
     "Model": "sailplan.export.load",
+    "MultiPositive": "sailplan.objective.multi_positive",
     "Objective": "sailplan.objective.protocol",
+    "ScoreDistillation": "sailplan.objective.score_distillation",
     "Seq2Item": "sailplan.objective.seq2item",
+    "Sigmoid": "sailplan.objective.sigmoid",
     "Trainer": "sailplan.train.python",
     "compose": "sailplan.config.compose",
     "load": "sailplan.export.load",
@@ -49,9 +57,13 @@ __all__ = [
     "ID2Item",
     "InfoNCE",
     "LateFusion",
+    "LateInteraction",
     "Model",
+    "MultiPositive",
     "Objective",
+    "ScoreDistillation",
     "Seq2Item",
+    "Sigmoid",
     "Trainer",
     "compose",
     "load",

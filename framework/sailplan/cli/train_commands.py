@@ -21,6 +21,7 @@ def _check(config: Config) -> None:
     """Raise ConfigurationError for losses, model shapes and published weights that no world
     could run.
     """
+    component: EncoderComponent = config.model.component()
     objectives = build_objectives(
         config.objectives,
         config.model.embedding,
@@ -28,12 +29,15 @@ def _check(config: Config) -> None:
         allowed_targets=config.allowed_targets,
     )
     check_objectives(
-        objectives, {name: config.stages[name] for name in config.order}, config.data.sets
+        objectives,
+        {name: config.stages[name] for name in config.order},
+        config.data.sets,
+        config.model.prefixes,
+        component.gives_tokens,
     )
     logger_classes(config.loggers, config.allowed_targets)
     build_callbacks(config)
     check_optimizer(config)
-    component: EncoderComponent = config.model.component()
     component.check_shapes(config.parallel)
     component.check_files()
 

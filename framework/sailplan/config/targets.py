@@ -44,23 +44,28 @@ def class_at(key: str, target: str, base: type[Base], allowed: Sequence[str] | N
 
 
 def check_options(
-    key: str, cls: type, options: Mapping[str, Any], supplied: Collection[str]
+    key: str,
+    cls: type,
+    options: Mapping[str, Any],
+    supplied: Collection[str],
+    also: Collection[str] = (),
 ) -> None:
     """Raise ConfigurationError for an option that a class's constructor does not take, or misses.
 
-    key: dotted key of the options. supplied: arguments that the program gives itself.
+    key: dotted key of the options. supplied: arguments that the program gives itself. also:
+    options that somebody else reads.
     """
     parameters = inspect.signature(cls).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     known = [parameter for parameter in parameters if parameter not in supplied]
     for option in options:
-        if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
+        if option not in (*known, *also):
+            close = difflib.get_close_matches(option, [*known, *also], n=1)
             hint = (
                 f"did you mean '{close[0]}'?"
                 if close
-                else f"expected one of: {', '.join(known) or 'none'}"
+                else f"expected one of: {', '.join([*known, *also]) or 'none'}"
             )
             raise ConfigurationError(f"{key}.{option}: {cls.__name__} has no such option; {hint}")
     missing = [

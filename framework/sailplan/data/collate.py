@@ -176,6 +176,10 @@ class Collator:
             scores=torch.tensor([record.score for record in rows.records], dtype=torch.float32)
             if reader.scored
             else None,
+            teacher_scores=None
+            if dataset.teacher_scores is None
+            else _teacher_scores(rows.records, dataset.negatives),
+            labels=None if dataset.label is None else _labels(rows.records),
             target_log_probability=_log_probabilities(rows.records, dataset.negatives),
             teachers=self._teachers(rows.records, {name: dataset.views[name] for name in names}),
             patterns=shown.patterns,
@@ -337,6 +341,25 @@ class Collator:
 def _named(record_id: str, problem: BadSample) -> tuple[str, str]:
     """(record id, reason); a reason that lies in another record names that."""
     return record_id, problem.reason if problem.record_id == record_id else str(problem)
+
+
+def _teacher_scores(records: list[Record], negatives: int) -> torch.Tensor:
+    """float32 [r, 1 + negatives]: a teacher's scores of target and negatives, NaN where unknown."""
+    result = torch.full((len(records), 1 + negatives), torch.nan)
+    for row, record in enumerate(records):
+        found = record.teacher_scores
+        result[row, : len(found)] = torch.tensor(found, dtype=torch.float32)
+    return result
+
+
+def _labels(records: list[Record]) -> torch.Tensor:
+    """int64 [r]: a number of each record's class, the same on all ranks without a table of the
+    classes; -1 where there is none.
+    """
+    return torch.tensor(
+        [-1 if record.label is None else derive("label", record.label) for record in records],
+        dtype=torch.int64,
+    )
 
 
 def _log_probabilities(records: list[Record], negatives: int) -> torch.Tensor | None:

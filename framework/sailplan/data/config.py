@@ -22,6 +22,7 @@ MODALITIES = ("text", "vision", "audio")
 Modality = Literal["text", "vision", "audio"]
 Kind = Literal["items", "pairs", "sequences"]
 Part = Literal["item", "query", "target", "history"]  # of a record
+Grouping = Literal["pattern", "modality"]  # of patterns that share a learned number
 InterestView = Literal[
     "content_single", "content_multi", "collaboration_single", "collaboration_multi"
 ]
@@ -255,6 +256,12 @@ class DatasetConfig:
     # pairs/sequences: how many of a record's own `negatives` join the denominators, beside the
     # other rows' targets
     negatives: int = 0
+    # pairs: key of the records' JSON that lists a teacher's score of the target and of each of the
+    # record's `negatives`, for score_distillation; null: none has
+    teacher_scores: Annotated[str | None, When("negatives")] = None
+    # Key of the records' JSON, or text field of their items, whose value is a record's class, for
+    # multi_positive; null: they have none
+    label: str | None = None
     symmetric: bool = True  # InfoNCE in both directions
     # Graded pairs: only pairs above this score are positives of contrastive losses; CoSENT takes
     # all
@@ -279,6 +286,11 @@ class DatasetConfig:
             raise ConfigurationError(
                 f"{path}.negatives={self.negatives}: expected 0 or more for pairs and sequences, "
                 "whose records list them, and 0 for items"
+            )
+        if self.teacher_scores is not None and self.kind != "pairs":
+            raise ConfigurationError(
+                f"{path}.teacher_scores={self.teacher_scores}: expected a data set of kind pairs, "
+                f"found {self.kind}"
             )
         for name, view in self.views.items():
             if view.of not in KINDS[self.kind]:
@@ -396,6 +408,9 @@ class DataConfig:
     )
     stream: StreamConfig = field(default_factory=StreamConfig)
     sets: dict[str, DatasetConfig] = field(default_factory=dict)
+    # One learned temperature for each pattern of each data set, or for all patterns that match the
+    # same modalities (text to vision, ...), whatever their data sets
+    temperature_by: Grouping = "pattern"
     # What id2item distils; empty: the artifact `teachers` factorises the training histories
     # instead.
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)

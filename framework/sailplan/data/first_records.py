@@ -35,7 +35,8 @@ def check_views(config: Config, readers: Mapping[str, RecordReader]) -> None:
     """Raise for views and patterns of the run's stages that no record fits: training would be at
     loss 0.
 
-    Raises ConfigurationError for a text field or a medium that no record has, naming what there is;
+    Raises ConfigurationError for a text field or a medium that no record has, naming what there is,
+    and for a key of labels or of a teacher's scores that none of READ records has;
     BadDataError for a pattern of which no record has both sides, or nothing to tell its targets
     from.
     """
@@ -52,8 +53,9 @@ def check_views(config: Config, readers: Mapping[str, RecordReader]) -> None:
         for name, pattern in used
         for side in _sides(readers[name].config, pattern)
     }
-    for name, _ in used:
+    for name in dict.fromkeys(name for name, _ in used):
         _check_readable(readers[name])
+        _check_keys(readers[name])
     for name, side in sides:
         if len(readers[name]):
             _check_view(readers[name], side)
@@ -88,6 +90,32 @@ def _check_readable(reader: RecordReader) -> None:
         raise BadDataError(
             f"data.sets.{reader.name}: none of the first records can be used, {first}{hint}"
         )
+
+
+def _check_keys(reader: RecordReader) -> None:
+    """Raise ConfigurationError for a `label` or `teacher_scores` that none of READ records,
+    spread evenly over the data set, has.
+    """
+    key, settings, count = f"data.sets.{reader.name}", reader.config, reader.count(SPLIT)
+    wanted = {"label": settings.label, "teacher_scores": settings.teacher_scores}
+    missing = {setting: name for setting, name in wanted.items() if name is not None}
+    numbers = np.unique(np.linspace(0, max(count - 1, 0), min(READ, count), dtype=np.int64))
+    for position in reader.select(SPLIT, numbers).tolist() if missing else ():
+        try:
+            record = reader.read(position, media=frozenset())
+        except BadSample:  # named where it is drawn
+            continue
+        missing = {
+            setting: name for setting, name in missing.items() if not getattr(record, setting)
+        }
+        if not missing:
+            return
+    for setting, name in missing.items():
+        if count:
+            raise ConfigurationError(
+                f"{key}.{setting}={name}: none of {len(numbers)} records, spread over the data "
+                "set, has one; expected a key of their JSON; correct the name, or leave it out"
+            )
 
 
 def _tables(reader: RecordReader) -> list[LengthIndex]:

@@ -124,6 +124,12 @@ def _record(
     _add(found.splits, {record.split: 1})
     if reader.scored and record.score is None:
         raise BadSample(record.id, "has no `score`, but the data set's first pair has one")
+    for key, lacks in (
+        (reader.config.label, record.label is None),
+        (reader.config.teacher_scores, not record.teacher_scores),
+    ):
+        if key is not None and lacks:
+            found.count(f"records without `{key}`", record.id, where="counted")
     shown: dict[str, bool] = {}
     for name, view in reader.config.views.items():
         numbers, items = (

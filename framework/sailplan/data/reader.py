@@ -30,7 +30,15 @@ from sailplan.data.record import Item, Record
 from sailplan.data.shard_files import ShardFile
 from sailplan.data.stream.shard import RemoteShard
 from sailplan.data.values import BadSample as BadSample
-from sailplan.data.values import fields_of, ids, listed, probability, score
+from sailplan.data.values import (
+    fields_of,
+    ids,
+    label,
+    listed,
+    probability,
+    score,
+    teacher_scores,
+)
 from sailplan.data.windows import events, window
 from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
@@ -132,7 +140,7 @@ class RecordReader:
         """
         if self.config.kind == "items":
             item = self.item(position, media)
-            return Record(item.id, self.split(position), item=item)
+            return Record(item.id, self.split(position), item=item, label=self._label(item))
         body, _ = self._read_body(position)
         wanted = (
             frozenset(needs)
@@ -143,7 +151,9 @@ class RecordReader:
         record_id, split = entry.id, entry.split
         opened = _Opened(record_id, body, self._parts(position), self._content(position, media))
         used = {"id", "split", "negatives"}
-        negatives = self._negatives(opened, seed) if "negatives" in wanted else ()
+        negatives, teacher = self._negatives(opened, seed) if "negatives" in wanted else ((), ())
+        key = self.config.label
+        own_label = None if key is None else label(record_id, body.get(key), key)
         if self.config.kind == "pairs":
             used |= {"text", "query", "item", "score"} | (
                 {"target"} if self.catalogue is None else set()
@@ -155,6 +165,8 @@ class RecordReader:
                 target=self._side(opened, "target") if "target" in wanted else None,
                 negatives=negatives,
                 score=score(record_id, body),
+                label=own_label,
+                teacher_scores=teacher,
                 extra={key: value for key, value in body.items() if key not in used},
             )
         used |= {"target_probability", "negative_probability"}
@@ -163,6 +175,7 @@ class RecordReader:
             record_id,
             split,
             negatives=negatives,
+            label=own_label,
             target_probability=probability(record_id, body, "target_probability"),
             negative_probability=probability(record_id, body, "negative_probability"),
             history=tuple(self._catalogue_item(record_id, name, media) for name in history)
@@ -412,13 +425,15 @@ class RecordReader:
             )
         return inline_item(f"{record_id}#{part}", value, choose(own), content)
 
-    def _negatives(self, opened: _Opened, seed: int | None) -> tuple[Item, ...]:
-        """As many of the record's own negatives as the data set takes: all of a short list, a
-        random part of a long one.
+    def _negatives(
+        self, opened: _Opened, seed: int | None
+    ) -> tuple[tuple[Item, ...], tuple[float, ...]]:
+        """As many of the record's own negatives as the data set takes, all of a short list, a
+        random part of a long one; and a teacher's scores of the target and of these.
         """
-        count = self.config.negatives
+        count, key = self.config.negatives, self.config.teacher_scores
         if not count:
-            return ()
+            return (), ()
         record_id, body, members_of, content = opened
         values = dict(enumerate(listed(record_id, body, "negatives")))
         parts = {
@@ -427,6 +442,7 @@ class RecordReader:
             if part.startswith("negatives/")
         }
         numbers = sorted(values.keys() | parts.keys())
+        total = len(numbers)
         if len(numbers) > count:
             numbers = random.Random(
                 derive("negatives", record_id if seed is None else seed)
@@ -439,7 +455,15 @@ class RecordReader:
             else:
                 name = f"{record_id}#negatives/{number}"
                 found.append(inline_item(name, value, choose(own), content, 1 + number))
-        return tuple(found)
+        teacher = () if key is None else teacher_scores(record_id, body, key, total, numbers)
+        return tuple(found), teacher
+
+    def _label(self, item: Item) -> str | None:
+        """The class of a record of items."""
+        key = self.config.label
+        if key is None:
+            return None
+        return label(item.id, item.extra.get(key, item.fields.get(key)), key)
 
     def _parts(self, position: int) -> dict[str, list[Place]]:
         """Members of a pair's parts that it holds itself: part -> (extension within the part,

@@ -51,6 +51,9 @@ class Record:
     target: Item | None = None  # kinds pairs and sequences
     history: tuple[Item, ...] = ()  # kind sequences
     score: float | None = None  # graded pairs, 0..1
+    label: str | None = None  # its class, where the data set names a key for it
+    # Pairs: a teacher's score of the target, then of each of `negatives`, NaN where unknown
+    teacher_scores: tuple[float, ...] = ()
     negatives: tuple[
         Item, ...
         # Pairs and sequences: items that are no answer, the data set's `negatives` of them at most
@@ -164,6 +167,12 @@ class StepBatch:
     record_ids: list[str]  # r, in the step's order
     views: dict[ViewKey, ViewBatch]
     scores: Tensor | None = None  # float32 [r] graded pair scores
+    # float32 [r, 1 + n] a teacher's scores of the target and of the record's own n negatives, NaN
+    # where unknown; None where the data set has none
+    teacher_scores: Tensor | None = None
+    labels: Tensor | None = (
+        None  # int64 [r], equal where classes are, -1 where unknown; None: the data set names none
+    )
     teachers: dict[TeacherKey, Tensor] = field(
         default_factory=dict
     )  # float32 [r, d]; zero rows where unknown

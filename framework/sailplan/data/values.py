@@ -7,7 +7,7 @@ Null, "" and a table's NaN count as not given, 0 does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sailplan.data.names import given
@@ -44,6 +44,43 @@ def score(record_id: str, body: Mapping[str, Any]) -> float | None:
             "that there can be",
         )
     return value
+
+
+def label(record_id: str, value: object, key: str) -> str | None:
+    """Return the class of a record; of a text by language the English one, else the first."""
+    if isinstance(value, Mapping) and value:
+        value = value["en"] if "en" in value else value[min(value)]
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    if isinstance(value, list | Mapping):
+        raise BadSample(
+            record_id,
+            f"{key} is a {type(value).__name__} of {len(value)}, expected one value: the class",
+        )
+    return given(value)
+
+
+def teacher_scores(
+    record_id: str, body: Mapping[str, object], key: str, negatives: int, chosen: Iterable[int]
+) -> tuple[float, ...]:
+    """Return a teacher's score of the target and of the chosen ones of the record's negatives,
+    NaN where it gives none.
+
+    negatives: how many the record has.
+    """
+    values = body.get(key)
+    if values is None:
+        return ()
+    if not isinstance(values, list) or len(values) != 1 + negatives:
+        found = f"{len(values)} values" if isinstance(values, list) else repr(values)[:60]
+        raise BadSample(
+            record_id,
+            f"{key}: found {found}, expected a list of {1 + negatives}: the score of the target, "
+            "then of each of its negatives, null where there is none",
+        )
+    scores = [number(record_id, {key: value}, key) for value in values]
+    wanted = [scores[place] for place in (0, *(1 + place for place in chosen))]
+    return tuple(math.nan if one is None else one for one in wanted)
 
 
 def probability(record_id: str, body: Mapping[str, Any], key: str) -> float | None:

@@ -10,12 +10,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sailplan.data.reader import RecordReader
+from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
 from sailplan.embed.encoding import evaluating
 from sailplan.embed.rows import EmbeddedRows
 from sailplan.embed.scoring import unit
 from sailplan.evaluate.retrieval_task import index_of
 from sailplan.objective.protocol import HistoryObjective
+
+
+def history_objective(context: RunContext) -> HistoryObjective | None:
+    """Return the objective that represents histories, whatever its entry is called; None where
+    the run has none.
+
+    Of several it is the one that the run trains, in its last stage that trains any: an entry that
+    is only there would be its own baseline.
+    """
+    found = {
+        name: each
+        for name, each in context.objectives.items()
+        if isinstance(each, HistoryObjective)
+    }
+    for stage in reversed(context.config.order):
+        weights = context.config.stages[stage].objectives
+        trained = [name for name in found if weights.get(name)]
+        if trained:
+            return found[max(trained, key=lambda name: weights[name])]
+    return next(iter(found.values()), None)
 
 
 def represent(
@@ -25,7 +46,7 @@ def represent(
     the device.
 
     shown: catalogue positions of each history, at most `length`. The model's are those of the
-    objective that represents histories where the run has one, else the means.
+    objective that represents histories (`history_objective`) where the run has one, else the means.
     """
     index = np.full((len(shown), length), -1, dtype=np.int64)
     for row, history in enumerate(shown):
@@ -35,14 +56,7 @@ def represent(
     valid = torch.from_numpy(index >= 0).to(device)
     fused = embedder.on_device(items)[torch.from_numpy(index.clip(min=0)).to(device)]
     content = (unit(fused) * valid.unsqueeze(-1)).sum(1) / valid.sum(1, keepdim=True).clamp_min(1)
-    learned = next(
-        (
-            each
-            for each in embedder.context.objectives.values()
-            if isinstance(each, HistoryObjective)
-        ),
-        None,
-    )
+    learned = history_objective(embedder.context)
     if learned is None:
         return content, content
     with evaluating(learned):

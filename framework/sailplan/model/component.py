@@ -29,6 +29,11 @@ class EncoderComponent(ABC):
     def __init__(self, model: Any) -> None:
         self.model = model
 
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether its encoder gives the vectors of positions (see `Encoder.gives_tokens`)."""
+        return False
+
     @abstractmethod
     def processor(self, config: Config) -> Processor:
         """Return what turns items into this encoder's inputs."""

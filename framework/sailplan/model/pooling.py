@@ -28,6 +28,20 @@ def row_means(
     return sums / counts.clamp(min=1).to(values.dtype)[:, None]
 
 
+def unpacked_rows(
+    values: Tensor, offsets: Tensor, slot: Tensor, longest: int
+) -> tuple[Tensor, Tensor]:
+    """Packed [p, h] as [b, longest, h], zeros behind a row's positions, and bool [b, longest]
+    where these are. offsets and slot as of `row_means`.
+    """
+    first, after = offsets[:-1].index_select(0, slot), offsets[1:].index_select(0, slot)
+    places = first[:, None] + torch.arange(longest, device=values.device)
+    present = places < after[:, None]
+    found = values.index_select(0, torch.where(present, places, 0).flatten())
+    rows = found.unflatten(0, present.shape)
+    return rows * present[..., None].to(values.dtype), present
+
+
 def last_positions(values: Tensor, last: Tensor) -> Tensor:
     """Packed [p, h] at each row's last position [b]; zeros where it is -1."""
     return values.index_select(0, last.clamp(min=0)) * (last >= 0).to(values.dtype)[:, None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from torch.utils import _pytree
 
-FUSED = "fused"
+FUSED, TOKENS = "fused", "tokens"
 
 
 @dataclass
@@ -25,10 +25,20 @@ class Embeddings:
     by_modality: dict[str, Tensor] = field(
         default_factory=dict
     )  # modality -> [b, D], zero rows where absent; only when asked for
+    # [b, t, D] of each position, and bool [b, t] which there are; only when asked for
+    tokens: Tensor | None = None
+    token_mask: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """Return all vectors by name: `fused`, and the modalities'."""
-        return {FUSED: self.fused, **self.by_modality}
+        """Return all vectors by name: `fused`, the modalities', and `tokens` where there are any."""
+        tokens = {} if self.tokens is None else {TOKENS: self.tokens}
+        return {FUSED: self.fused, **self.by_modality, **tokens}
+
+    def without_rows(self) -> Embeddings:
+        """Return the same of no row, with their graph: what a micro-batch of 0 rows gives."""
+        return _pytree.tree_map(  # type: ignore[no-any-return]
+            lambda vector: None if vector is None else vector[:0], self
+        )
 
 
 # FSDP2 looks for the outputs that need gradients through pytree: it must see into our dataclass.
@@ -45,6 +55,8 @@ class Encoder(nn.Module, ABC):
 
     modalities: tuple[str, ...]  # that it can encode
     dimension: int  # D
+    # Whether `forward` takes `tokens=True`, and then gives the vectors of positions too
+    gives_tokens = False
     compute_dtype: torch.dtype | None = (
         None  # of the computation, where it is not the parameters'; `parallelize.shard` says so
     )

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from sailplan.config.schema import AudioConfig, ModelConfig, VisionConfig
 from sailplan.data.config import MODALITIES
@@ -60,7 +59,7 @@ from sailplan.model.check import check_model
 from sailplan.model.lora import add_lora, is_lora
 from sailplan.model.parallelize import checkpoint_activations
 from sailplan.model.pixels import normalise
-from sailplan.model.pooling import LatentAttention, last_positions, row_means
+from sailplan.model.pooling import LatentAttention, last_positions, row_means, unpacked_rows
 from sailplan.model.protocol import Embeddings, Encoder, reach_backward
 from sailplan.model.sharing import encode_own_rows, mark_shared
 from sailplan.model.vision import PackedRows, Perceiver, VisionEncoder
@@ -165,6 +164,8 @@ class OmniEncoder(Encoder):
     sequence_parallel: of the tower's blocks (see `model.blocks.Blocks`).
     """
 
+    gives_tokens = True
+
     def __init__(
         self,
         config: ModelConfig,
@@ -253,13 +254,16 @@ class OmniEncoder(Encoder):
     def checkpoint_activations(self) -> None:
         checkpoint_activations(self)
 
-    def forward(self, inputs: OmniInputs, *, per_modality: bool = False) -> Embeddings:
+    def forward(
+        self, inputs: OmniInputs, *, per_modality: bool = False, tokens: bool = False
+    ) -> Embeddings:
         """Encodes one micro-batch; vectors are float32 (float64 in a float64 model), not
         normalised.
 
         A row with nothing present gets a zero vector. `per_modality` adds the vectors pooled over
         the visual positions and the sound's, where these are declared, and over the item's own text
-        positions (`text_mask`).
+        positions (`text_mask`). `tokens` adds those of all present positions: sound, pictures, text
+        with its prompt.
         A micro-batch of 0 rows runs one absent row, so that this rank meets the others in every
         collective.
         Inputs without `packing` are packed here: where their masks are on a GPU, the host waits for
@@ -272,11 +276,13 @@ class OmniEncoder(Encoder):
                 "with OmniEncoder.layout"
             )
         if inputs.rows == 0:
-            embeddings = self._encode(_one_absent_row(inputs), packing, per_modality)
-            return _pytree.tree_map(lambda vector: vector[:0], embeddings)
-        return self._encode(inputs, packing, per_modality)
+            one = _one_absent_row(inputs)
+            return self._encode(one, packing, per_modality, tokens).without_rows()
+        return self._encode(inputs, packing, per_modality, tokens)
 
-    def _encode(self, inputs: OmniInputs, packing: Packing, per_modality: bool) -> Embeddings:
+    def _encode(
+        self, inputs: OmniInputs, packing: Packing, per_modality: bool, per_token: bool
+    ) -> Embeddings:
         lists = packing.lists()
         pieces: list[
             Tensor
@@ -341,7 +347,8 @@ class OmniEncoder(Encoder):
         hidden = self.tower(
             sequence, rows, places if self.layout.dimensions == 3 else places[0], features, at
         )
-        return self._read_out(hidden, lists, inputs.modalities, per_modality)
+        longest = max(length for _, length in packing.runs["tower"]) if per_token else None
+        return self._read_out(hidden, lists, inputs.modalities, per_modality, longest)
 
     def _read_out(
         self,
@@ -349,8 +356,9 @@ class OmniEncoder(Encoder):
         lists: dict[str, Tensor],
         modalities: Collection[str],
         per_modality: bool,
+        longest: int | None,
     ) -> Embeddings:
-        """hidden packed [p, h]."""
+        """hidden packed [p, h]; longest: positions of a row, where these are asked for."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         hidden = hidden.to(wide)
         if self.config.pooling == "tanh_mean":
@@ -376,7 +384,11 @@ class OmniEncoder(Encoder):
         wanted = [
             name for name in read_outs if per_modality and (name in modalities or name == "text")
         ]
-        return Embeddings(fused, {name: pooled(*read_outs[name]) for name in wanted})
+        by_modality = {name: pooled(*read_outs[name]) for name in wanted}
+        if longest is None:
+            return Embeddings(fused, by_modality)
+        positions = unpacked_rows(hidden, lists["offsets"], lists["slot"], longest)
+        return Embeddings(fused, by_modality, *positions)
 
     def _see(
         self,

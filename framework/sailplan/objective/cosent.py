@@ -41,7 +41,6 @@ class CoSENT(Objective):
 
     temperature: of this loss, fixed; the patterns' learnable temperatures belong to InfoNCE and
     would shrink without end here once all pairs are in order.
-    matryoshka: the loss at every prefix, summed; False: at the full size.
 
     Rows without a score (`scores` missing or NaN) or without a side do not count. Raises
     ConfigurationError for a temperature that is not above 0.
@@ -55,12 +54,10 @@ class CoSENT(Objective):
         embedding: int,
         datasets: Mapping[str, DatasetConfig],
         temperature: float = 0.05,
-        matryoshka: bool = False,
     ) -> None:
         super().__init__()
         check_positive("cosent.temperature", temperature)
         self.temperature = temperature
-        self.matryoshka = matryoshka
 
     def applies(self, dataset: DatasetConfig) -> bool:
         return dataset.kind == "pairs" and any(
@@ -81,12 +78,9 @@ class CoSENT(Objective):
             scores = torch.where(query.valid & target.valid, scores, torch.nan)
             scores = context.exchange.gather(scores)
             graded = ~scores.isnan()
-            for prefix in context.prefixes if self.matryoshka else (query.fused.shape[1],):
-                cosines = context.exchange.gather(
-                    cosine_similarity(query.fused[:, :prefix], target.fused[:, :prefix], dim=1)
-                )
-                total = total + pattern.weight * cosent(
-                    cosines[graded], scores[graded], self.temperature
-                )
+            cosines = context.exchange.gather(cosine_similarity(query.fused, target.fused, dim=1))
+            total = total + pattern.weight * cosent(
+                cosines[graded], scores[graded], self.temperature
+            )
             metrics[f"{pattern.name}/graded_pairs"] = graded.sum().to(total.dtype)
         return ObjectiveOutput(total, metrics)

@@ -49,6 +49,7 @@ class ID2Item(Objective):
 
     artifact = "teachers"
     uses_hard_negatives = False
+    prefix_support = None  # projections are of the whole vector
 
     def __init__(
         self,

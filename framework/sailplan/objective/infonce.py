@@ -28,6 +28,7 @@ from sailplan.objective.patterns import (
     contrast_sum,
     has_history,
     negatives_of,
+    pair_masks,
     patterns_of,
 )
 from sailplan.objective.protocol import (
@@ -37,14 +38,12 @@ from sailplan.objective.protocol import (
     ObjectiveContext,
     ObjectiveOutput,
 )
-from sailplan_kernels import Masks, Negatives, Prefixes
+from sailplan_kernels import Negatives
 
 
 class InfoNCE(Objective):
     """The main loss.
 
-    matryoshka: a loss at every prefix of `model.prefixes`; False: at the full size only.
-    prefix_weights: prefix -> weight (default 1 each, the plain sum of the recipe).
     symmetric: True, False, or None for each data set's own switch.
     mask_same_ids: keys that are the same document as the positive, or belong to the same query, are
     no negatives.
@@ -57,14 +56,14 @@ class InfoNCE(Objective):
     """
 
     calls_kernels = True
+    prefix_support = "own"
+    matryoshka = True
 
     def __init__(
         self,
         *,
         embedding: int,
         datasets: Mapping[str, DatasetConfig],
-        matryoshka: bool = True,
-        prefix_weights: Mapping[int, float] | None = None,
         symmetric: bool | None = None,
         mask_same_ids: bool = True,
         margin_absolute: float | None = None,
@@ -75,25 +74,6 @@ class InfoNCE(Objective):
     ) -> None:
         super().__init__()
         check_margins("infonce", margin_absolute, margin_relative)
-        if prefix_weights is not None:
-            if not matryoshka:
-                raise ConfigurationError(
-                    "objectives.infonce.prefix_weights: found beside matryoshka=false, expected "
-                    "one of them"
-                )
-            if any(weight < 0 for weight in prefix_weights.values()) or not any(
-                prefix_weights.values()
-            ):
-                raise ConfigurationError(
-                    f"objectives.infonce.prefix_weights={dict(prefix_weights)}: expected at least "
-                    "0, one above 0"
-                )
-        self.matryoshka = matryoshka
-        self.prefix_weights = (
-            None
-            if prefix_weights is None
-            else {int(size): float(weight) for size, weight in prefix_weights.items()}
-        )
         self.symmetric = symmetric
         self.mask_same_ids = mask_same_ids
         self.shared_hard_negatives = shared_hard_negatives
@@ -129,39 +109,14 @@ class InfoNCE(Objective):
                 pattern,
                 pattern.query.fused,
                 pattern.target.fused,
-                masks=self._masks(pattern),
+                masks=pair_masks(pattern, same_ids=self.mask_same_ids),
                 negatives=self._negatives(encoded, pattern, context),
                 symmetric=self.symmetric,
-                prefixes=self._prefixes(context.prefixes),
+                prefixes=self.matryoshka_sizes(context.prefixes),
             )
             for pattern in patterns_of(encoded, context, histories=False)
         ]
         return contrast_sum(contrasts, encoded, context)
-
-    def _prefixes(self, prefixes: tuple[int, ...]) -> Prefixes | None:
-        """The lengths at which the loss is paid, with their weights where there are any; None:
-        the full size alone.
-        """
-        if not self.matryoshka or self.prefix_weights is None:
-            return prefixes if self.matryoshka else None
-        if set(self.prefix_weights) != set(prefixes):
-            raise ConfigurationError(
-                f"objectives.infonce.prefix_weights: found sizes {sorted(self.prefix_weights)}, "
-                f"expected model.prefixes {sorted(prefixes)}"
-            )
-        return {prefix: self.prefix_weights[prefix] for prefix in prefixes}
-
-    def _masks(self, pattern: Pattern) -> Masks:
-        query, target = pattern.query, pattern.target
-        valid = {"query_valid": query.known_valid, "key_valid": target.known_valid}
-        if not self.mask_same_ids:
-            return Masks(**valid)
-        return Masks(
-            query_ids=query.known_ids,
-            key_ids=target.known_ids,
-            key_query_ids=query.known_ids,
-            **valid,
-        )
 
     def _negatives(
         self, encoded: EncodedStep, pattern: Pattern, context: ObjectiveContext

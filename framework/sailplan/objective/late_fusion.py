@@ -38,11 +38,11 @@ class LateFusion(Objective):
     """InfoNCE over gated vectors.
 
     symmetric: True, False, or None for each data set's own switch.
-    matryoshka: the loss at every prefix, summed; False: at the full size.
     """
 
     per_modality = True
     calls_kernels = True
+    prefix_support = "own"
     uses_hard_negatives = False
 
     def __init__(
@@ -51,12 +51,10 @@ class LateFusion(Objective):
         embedding: int,
         datasets: Mapping[str, DatasetConfig],
         symmetric: bool | None = None,
-        matryoshka: bool = False,
     ) -> None:
         super().__init__()
         self.gate = nn.Linear(2 * embedding, embedding)
         self.symmetric = symmetric
-        self.matryoshka = matryoshka
 
     def applies(self, dataset: DatasetConfig) -> bool:
         return any(
@@ -91,7 +89,7 @@ class LateFusion(Objective):
                     key_valid=pattern.target.known_valid,
                 ),
                 symmetric=self.symmetric,
-                prefixes=context.prefixes if self.matryoshka else None,
+                prefixes=self.matryoshka_sizes(context.prefixes),
             )
             contrasts.append(found)
         return contrast_sum(contrasts, encoded, context)

@@ -6,7 +6,7 @@ go lazy.
 n_v and n_t are the read-outs of the vision and text positions (NoteLLM-2, arXiv 2405.16789, section
 4.2, which weighs text to vision 9:1). A modality counts in a pattern where both sides were declared
 with it and at least one side has another modality too; where both are unimodal the fused vector is
-that modality already. Same temperature as the pattern's InfoNCE, full size only.
+that modality already. Same temperature as the pattern's InfoNCE.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class MICL(Objective):
 
     per_modality = True
     calls_kernels = True
+    prefix_support = "own"
     uses_hard_negatives = False
 
     def __init__(
@@ -102,7 +103,7 @@ class MICL(Objective):
                         key_valid=pattern.target.valid & present(keys),
                     ),
                     symmetric=self.symmetric,
-                    prefixes=None,
+                    prefixes=self.matryoshka_sizes(context.prefixes),
                     name=modality,
                     weight=self.weights[modality],
                 )

@@ -19,7 +19,7 @@ from sailplan.data.record import HardNegatives
 from sailplan.errors import ConfigurationError
 from sailplan.objective.backends import described
 from sailplan.objective.protocol import EncodedStep, EncodedView, ObjectiveContext, ObjectiveOutput
-from sailplan_kernels import LossOptions, Masks, Negatives, Prefixes, infonce_sum
+from sailplan_kernels import LossOptions, Masks, Negatives, PositiveIds, Prefixes, infonce_sum
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,41 @@ def zero_loss(encoded: EncodedStep) -> Tensor:
     return next(iter(encoded.views.values())).fused.new_zeros(())
 
 
+def pair_masks(pattern: Pattern, *, same_ids: bool = True) -> Masks:
+    """Return masks of a pattern's rows: padding, absent sides and, with `same_ids`, keys that are
+    the same document as the positive or belong to the same query.
+    """
+    query, target = pattern.query, pattern.target
+    valid = {"query_valid": query.known_valid, "key_valid": target.known_valid}
+    if not same_ids:
+        return Masks(**valid)
+    return Masks(
+        query_ids=query.known_ids, key_ids=target.known_ids, key_query_ids=query.known_ids, **valid
+    )
+
+
+def both(one: Tensor, other: Tensor) -> Tensor:
+    """Return `one & other` [r] on the device of `one`, whatever `other`'s."""
+    return one & (other if other.device == one.device else other.to(one.device, non_blocking=True))
+
+
+def without_low_grades(encoded: EncodedStep, context: ObjectiveContext, masks: Masks) -> Masks:
+    """Return masks in which a graded pair whose score is not above the data set's
+    `positive_score` is no positive: its row does not count, its key is still a negative of others.
+    """
+    scores = encoded.scores if encoded.host_scores is None else encoded.host_scores
+    if scores is None or masks.query_valid is None:
+        return masks
+    graded = ~(scores <= context.datasets[encoded.dataset].positive_score)
+    return replace(masks, query_valid=both(masks.query_valid, graded))
+
+
+def loss_options(encoded: EncodedStep, context: ObjectiveContext) -> LossOptions:
+    """Return the kernels' options of a step's part, one query and one key a row."""
+    sizes = None if encoded.rank_rows is None else [(rows, rows) for rows in encoded.rank_rows]
+    return LossOptions(backend=context.backend, sizes=sizes)
+
+
 @dataclass(frozen=True)
 class Contrast:
     """InfoNCE of row i's query with row i's key, to be summed with others: its arguments, and
@@ -109,6 +144,7 @@ def contrast(
     prefixes: Prefixes | None,
     negatives: Negatives | None = None,
     key_log_probability: Tensor | None = None,
+    positives: PositiveIds | None = None,
     name: str = "",
     weight: float = 1.0,
 ) -> Contrast:
@@ -116,38 +152,21 @@ def contrast(
     times the pattern's weight and `weight`.
 
     `symmetric` None: as the data set says. `name` goes into the metrics' names. The rest is as of
-    `sailplan_kernels.infonce`; ids and masks may lie on the CPU. A graded pair whose score is not
-    above the data set's `positive_score` is no positive: its row does not count, its key is still a
-    negative of others.
+    `sailplan_kernels.infonce`; ids and masks may lie on the CPU.
     """
-    scores = encoded.scores if encoded.host_scores is None else encoded.host_scores
-    if scores is not None and masks.query_valid is not None:
-        graded, valid = (
-            ~(scores <= context.datasets[encoded.dataset].positive_score),
-            masks.query_valid,
-        )
-        masks = replace(
-            masks,
-            query_valid=valid
-            & (
-                graded
-                if graded.device == valid.device
-                else graded.to(valid.device, non_blocking=True)
-            ),
-        )
-    sizes = None if encoded.rank_rows is None else [(rows, rows) for rows in encoded.rank_rows]
     arguments = {
         "queries": queries,
         "keys": keys,
         "temperature": context.temperatures.get(PatternKey(encoded.dataset, pattern.name)),
-        "masks": masks,
+        "masks": without_low_grades(encoded, context, masks),
         "negatives": negatives,
+        "positives": positives,
         "key_log_probability": key_log_probability,
         "symmetric": context.datasets[encoded.dataset].symmetric
         if symmetric is None
         else symmetric,
         "prefixes": prefixes,
-        "options": LossOptions(backend=context.backend, sizes=sizes),
+        "options": loss_options(encoded, context),
     }
     return Contrast(
         pattern.weight * weight, f"{pattern.name}/{name}" if name else pattern.name, arguments

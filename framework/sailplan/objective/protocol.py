@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from sailplan.config.schema import DatasetConfig, PatternKey, StageConfig
 from sailplan.data.record import TeacherKey, ViewKey
+from sailplan.errors import ConfigurationError
 from sailplan.objective.operands import HALF, Rounded
 from sailplan.objective.temperature import Temperatures
 
@@ -35,6 +36,8 @@ class EncodedView:
     by_modality: dict[str, Tensor] = field(
         default_factory=dict
     )  # modality -> [r * g, D], where an objective asked for them
+    tokens: Tensor | None = None  # [r * g, t, D] of positions, where an objective asked for them
+    token_mask: Tensor | None = None  # bool [r * g, t]: which there are
     host_valid: Tensor | None = None  # `valid` on the CPU, where the loader made it
     host_ids: Tensor | None = None
 
@@ -60,6 +63,8 @@ class EncodedStep:
     patterns: dict[str, float]  # pattern name -> weight
     scores: Tensor | None = None
     teachers: dict[TeacherKey, Tensor] = field(default_factory=dict)
+    teacher_scores: Tensor | None = None  # [r, 1 + n], see data.record.StepBatch
+    labels: Tensor | None = None  # [r] on the CPU, see data.record.StepBatch
     target_log_probability: Tensor | None = None  # [r], see data.record.StepBatch
     host_scores: Tensor | None = None  # `scores` on the CPU
     rank_rows: tuple[int, ...] | None = (
@@ -75,6 +80,21 @@ class EncodedStep:
                 by_modality={
                     modality: each.detach() for modality, each in view.by_modality.items()
                 },
+                tokens=None if view.tokens is None else view.tokens.detach(),
+            )
+            for name, view in self.views.items()
+        }
+        return replace(self, views=views)
+
+    def cut(self, size: int) -> EncodedStep:
+        """The same with the first `size` dimensions of every vector."""
+        views = {
+            name: replace(
+                view,
+                fused=view.fused[..., :size],
+                by_modality={
+                    modality: each[..., :size] for modality, each in view.by_modality.items()
+                },
             )
             for name, view in self.views.items()
         }
@@ -88,7 +108,7 @@ class ObjectiveContext:
     datasets: dict[str, DatasetConfig]
     exchange: Any  # sailplan_kernels.exchange.Exchange over the data-parallel group
     temperatures: Temperatures
-    prefixes: tuple[int, ...]
+    prefixes: tuple[int, ...]  # model.prefixes, see Objective.matryoshka_sizes
     backend: str = "auto"
     thresholds: dict[PatternKey, float] = field(
         default_factory=dict
@@ -132,15 +152,25 @@ class Objective(nn.Module):
     """Base of all losses.
 
     Constructor keyword arguments are the options of conf/objective/NAME.yaml,
-    plus `embedding` (D), `datasets` (dict[str, DatasetConfig])."""
+    plus `embedding` (D), `datasets` (dict[str, DatasetConfig]). Every loss has the options
+    `matryoshka` and `prefix_weights` besides (`pay_at`), and need not know of them: a call of an
+    objective cuts the vectors and calls `forward` for each size."""
 
     per_modality = False  # True: the encoder must return the modalities' own vectors too
+    # True: it must return the vectors of positions too; few can (`Encoder.gives_tokens`)
+    per_token = False
     # True: it scores rows in sailplan_kernels (patterns.contrast); else in torch alone, in float32
     # or float64
     calls_kernels = False
-    # False: mined hard negatives, and records' own, mean nothing to it; a stage whose losses all say
-    # so mines none
+    # False: mined hard negatives mean nothing to it; a stage whose losses all say so mines none
     uses_hard_negatives = True
+    # How `matryoshka` makes it a loss of several sizes. cut: `forward` gets the vectors cut to each
+    # size in turn; own: `forward` itself pays at `matryoshka_sizes`, as the kernels do in one pass;
+    # None: it needs whole vectors, and refuses
+    prefix_support: Literal["cut", "own"] | None = "cut"
+    matryoshka = False  # unless an entry says otherwise
+    _matryoshka: bool | None = None
+    _prefix_weights: Mapping[int, float] | None = None
     artifact: str | None = (
         # What a stage must list in its `artifacts` for this loss to have anything to learn from
         None
@@ -158,6 +188,77 @@ class Objective(nn.Module):
 
     def forward(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
         raise NotImplementedError
+
+    def pay_at(
+        self,
+        matryoshka: bool,
+        prefix_weights: Mapping[int, float] | None = None,
+        *,
+        key: str = "objective",
+    ) -> Self:
+        """Make it a loss at every prefix of the model's, or at the full size only; return itself.
+
+        prefix_weights: size -> weight; None: 1 each. key: of the options, with which messages
+        begin. Raises ConfigurationError where the loss needs whole vectors, and for weights that
+        mean nothing.
+        """
+        if not isinstance(matryoshka, bool):
+            raise ConfigurationError(
+                f"{key}.matryoshka={matryoshka}: expected true or false; weights of sizes are "
+                "prefix_weights"
+            )
+        if matryoshka and self.prefix_support is None:
+            raise ConfigurationError(
+                f"{key}.matryoshka=True: {type(self).__name__} needs whole vectors; leave it out"
+            )
+        if prefix_weights is not None:
+            if not matryoshka:
+                raise ConfigurationError(
+                    f"{key}.prefix_weights: found beside matryoshka=false, expected one of them"
+                )
+            prefix_weights = {int(size): float(each) for size, each in prefix_weights.items()}
+            if not all(each >= 0 for each in prefix_weights.values()) or not any(
+                prefix_weights.values()
+            ):
+                raise ConfigurationError(
+                    f"{key}.prefix_weights={prefix_weights}: expected at least 0, one above 0"
+                )
+        self._matryoshka, self._prefix_weights = matryoshka, prefix_weights
+        return self
+
+    def matryoshka_sizes(self, prefixes: Sequence[int]) -> dict[int, float] | None:
+        """Return the sizes of the embedding at which the loss is paid, with their weights, of
+        model.prefixes; None: the full size alone.
+
+        Raises ConfigurationError for weights of other sizes.
+        """
+        if not (type(self).matryoshka if self._matryoshka is None else self._matryoshka):
+            return None
+        weights = self._prefix_weights or dict.fromkeys(prefixes, 1.0)
+        if set(weights) != set(prefixes):
+            raise ConfigurationError(
+                f"objectives.*.prefix_weights: found sizes {sorted(weights)}, expected "
+                f"model.prefixes {sorted(prefixes)}"
+            )
+        return {size: weights[size] for size in prefixes}
+
+    def __call__(self, encoded: EncodedStep, context: ObjectiveContext) -> ObjectiveOutput:
+        """Return the loss of a step's part; of several sizes their weighted sum, and the metrics
+        of the last.
+        """
+        sizes = self.matryoshka_sizes(context.prefixes) if self.prefix_support == "cut" else None
+        if sizes is None:
+            output: ObjectiveOutput = super().__call__(encoded, context)
+            return output
+        parts = {
+            size: super(Objective, self).__call__(encoded.cut(size), context)
+            for size, weight in sizes.items()
+            if weight
+        }
+        *_, last = parts.values()
+        total = torch.stack([sizes[size] * part.loss for size, part in parts.items()]).sum()
+        paid = {f"loss@{size}": part.loss.detach() for size, part in parts.items()}
+        return ObjectiveOutput(total, last.metrics | (paid if len(paid) > 1 else {}))
 
 
 class HistoryObjective(Objective):

@@ -6,6 +6,8 @@ subclass `objective.protocol.Objective`, and add your module's prefix to `allowe
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ from sailplan.config.targets import check_options, class_at
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import Objective
 from sailplan.runtime.seeds import derive
+
+OF_ALL = ("matryoshka", "prefix_weights")  # options of every loss, see Objective.pay_at
 
 
 def build_objectives(
@@ -42,11 +46,26 @@ def build_objectives(
                 f"objectives.{name}: found a dot in the name, expected none; rename it"
             )
         cls = objective_class(name, options.get("_target_"), allowed_targets)
-        arguments = {key: value for key, value in options.items() if key != "_target_"}
-        check_options(f"objectives.{name}", cls, arguments, ("embedding", "datasets"))
+        key = f"objectives.{name}"
+        # A loss that takes them itself sees to its own sizes.
+        shared = () if set(OF_ALL) & set(inspect.signature(cls).parameters) else OF_ALL
+        arguments = {
+            option: value
+            for option, value in options.items()
+            if option != "_target_" and option not in shared
+        }
+        check_options(key, cls, arguments, ("embedding", "datasets"), also=shared)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("objective", seed, name))
-            built[name] = cls(embedding=embedding, datasets=datasets, **arguments)
+            try:
+                objective = cls(embedding=embedding, datasets=datasets, **arguments)
+            except ConfigurationError as error:  # a constructor does not know its entry's name
+                message = re.sub(r"^objectives\.\w+", key, str(error))
+                raise ConfigurationError(message) from error
+        if shared:
+            weights = options.get("prefix_weights")
+            objective.pay_at(options.get("matryoshka", cls.matryoshka), weights, key=key)
+        built[name] = objective
     return built
 
 
@@ -54,11 +73,16 @@ def check_objectives(
     objectives: nn.ModuleDict,
     stages: Mapping[str, StageConfig],
     datasets: Mapping[str, DatasetConfig],
+    prefixes: Sequence[int] | None = None,
+    gives_tokens: bool = True,
 ) -> None:
     """Raise ConfigurationError where a stage names an objective that was not built, or draws a
     data set that none of its objectives has a meaning for: said before the first step, not in the
-    stage's first step with
-    that set."""
+    stage's first step with that set.
+
+    prefixes: model.prefixes; None: not looked at. gives_tokens: whether the encoder gives the
+    vectors of positions.
+    """
     for stage_name, stage in stages.items():
         key = f"stages.{stage_name}.objectives"
         unknown = [name for name in stage.objectives if name not in objectives]
@@ -68,6 +92,12 @@ def check_objectives(
             )
         used: list[Any] = [objectives[name] for name, weight in stage.objectives.items() if weight]
         for objective in used:
+            if objective.per_token and not gives_tokens:
+                raise ConfigurationError(
+                    f"{key}: {type(objective).__name__} scores the vectors of tokens, which this "
+                    "model's encoder does not give; leave it out, or take model.encoder omni, or "
+                    "transformers with modalities: [text]"
+                )
             if objective.artifact is not None and objective.artifact not in stage.artifacts:
                 raise ConfigurationError(
                     f"{key}: {type(objective).__name__} learns from the artifact "
@@ -93,6 +123,8 @@ def check_objectives(
         users = [stage for stage in stages.values() if stage.objectives.get(name)]
         if users:
             one.check_use(f"objectives.{name}", users, datasets)
+            if prefixes is not None:
+                one.matryoshka_sizes(prefixes)
 
 
 def objective_class(name: str, target: object, allowed: Sequence[str]) -> type[Objective]:

@@ -58,7 +58,6 @@ class Seq2Item(HistoryObjective):
     have no time order.
     dropout: of the encoder.
     symmetric: True, False, or None for each data set's own switch.
-    matryoshka: the loss at every prefix, summed.
     sampling_correction: gamma, 0 (none) to 1 (full); needs records with `target_probability`, as
     the artifact `interests` has.
 
@@ -66,6 +65,8 @@ class Seq2Item(HistoryObjective):
     """
 
     calls_kernels = True
+    prefix_support = "own"
+    matryoshka = True
 
     def __init__(
         self,
@@ -78,7 +79,6 @@ class Seq2Item(HistoryObjective):
         dropout: float = 0.0,
         positions: bool = False,
         symmetric: bool | None = None,
-        matryoshka: bool = True,
         sampling_correction: float = 0.0,
     ) -> None:
         super().__init__()
@@ -107,7 +107,6 @@ class Seq2Item(HistoryObjective):
             )
         self.sampling_correction = sampling_correction
         self.symmetric = symmetric
-        self.matryoshka = matryoshka
         self.encoder: nn.TransformerEncoder | None = None
         self.positions: nn.Parameter | None = None
         if pooling == "encoder":
@@ -196,7 +195,7 @@ class Seq2Item(HistoryObjective):
                     max_cosine=context.thresholds.get(PatternKey(encoded.dataset, pattern.name)),
                 ),
                 symmetric=self.symmetric,
-                prefixes=context.prefixes if self.matryoshka else None,
+                prefixes=self.matryoshka_sizes(context.prefixes),
                 key_log_probability=self._correction(encoded),
             )
             contrasts.append(found)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sailplan.config.schema import DatasetConfig, PatternConfig, ViewConfig
 from sailplan.data.config import Kind, Part
-from sailplan.data.record import ViewKey
+from sailplan.data.record import HardNegatives, ViewKey
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
 from sailplan.objective.temperature import Temperatures
@@ -132,8 +132,8 @@ def check_loss(function: Loss, world_size: int = 4, timeout: float = 60.0) -> Lo
 
 def of_objective(objective: type[Objective]) -> Loss:
     """An Objective class, with its options' defaults, as a function of queries and keys: the two
-    views of one pattern, in a data set of items or, where the loss does not apply to these, of
-    graded pairs. Raises ConfigurationError where it applies to neither.
+    views of one pattern, in a data set of items with classes or, where the loss does not apply to
+    these, of graded pairs with negatives that a teacher scored. Raises ConfigurationError where it applies to neither.
     """
     parts: dict[Kind, tuple[Part, Part]] = {
         "items": ("item", "item"),
@@ -147,6 +147,9 @@ def of_objective(objective: type[Objective]) -> Loss:
                 for name, part in zip(("query", "target"), shown, strict=True)
             },
             patterns={"checked": PatternConfig("query", "target")},
+            label="class",
+            negatives=2 if kind == "pairs" else 0,
+            teacher_scores="scores" if kind == "pairs" else None,
         )
         for kind, shown in parts.items()
     }
@@ -162,12 +165,15 @@ def of_objective(objective: type[Objective]) -> Loss:
         exchange = AllGather() if dist.get_world_size() > 1 else Local()
         first, rows = dist.get_rank() * len(queries), len(queries)
         ids = torch.arange(first, first + rows)
+        token_mask = torch.arange(3) <= (ids % 3)[:, None]
         views: dict[ViewKey, EncodedView] = {
             name: EncodedView(
                 fused=side,
                 valid=torch.ones(rows, dtype=torch.bool),
                 ids=ids + offset,
                 by_modality={"vision": side, "text": side},
+                tokens=tokens_of(side),
+                token_mask=token_mask,
             )
             for name, side, offset in (
                 ("query", queries, 0),
@@ -175,13 +181,38 @@ def of_objective(objective: type[Objective]) -> Loss:
             )
         }
         scores = ((ids * 7) % 5 + 1) / 5.0 if kind == "pairs" else None
+        # Negatives of a row depend on the row alone: its key with other dimensions' values.
+        other = torch.stack([keys.roll(1, 1), keys.flip(1)], 1).flatten(0, 1)
+        views[HardNegatives("checked")] = EncodedView(
+            other,
+            torch.ones(2 * rows, dtype=torch.bool),
+            torch.arange(2 * rows) - 2 * rows,
+            2,
+            tokens=tokens_of(other),
+            token_mask=torch.ones(2 * rows, 3, dtype=torch.bool),
+        )
+        teacher_scores = torch.stack([(ids * step) % 4 / 2.0 for step in (3, 5, 7)], 1)
         context = ObjectiveContext(sets, exchange, Temperatures(sets).double(), (SIZE // 2, SIZE))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # an objective's own weights are the same on all ranks
             module = objective(embedding=SIZE, datasets=sets).double()
-        return module(EncodedStep(kind, views, {"checked": 1.0}, scores=scores), context).loss
+        step = EncodedStep(
+            kind,
+            views,
+            {"checked": 1.0},
+            scores=scores,
+            teacher_scores=teacher_scores,
+            labels=ids % 4 - 1,
+        )
+        loss: Tensor = module(step, context).loss
+        return loss
 
     return loss
+
+
+def tokens_of(rows: Tensor) -> Tensor:
+    """Three positions of each row [r, D] that depend on it alone, [r, 3, D]."""
+    return torch.stack([rows, rows.roll(1, 1) ** 2, rows.flip(1)], 1)
 
 
 def _last_line(failure: RankFailure) -> str:

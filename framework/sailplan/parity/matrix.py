@@ -4,7 +4,8 @@
 Four parts. The mixed step of all losses at every layout: worlds of 1, 2 and 4 ranks,
 tensor-parallel sizes 1 and 2, every sharding, every exchange, several micro-batch counts and
 numbers of kept graphs. The same in float32, whose rounding is larger. Each loss alone, because in
-the mixed step one loss's error could hide behind another's larger gradient. And twenty optimizer
+the mixed step one loss's error could hide behind another's larger gradient; late interaction, whose
+tokens not every encoder gives, in no other way. And twenty optimizer
 steps, whose losses and parameters must stay together.
 """
 
@@ -36,6 +37,10 @@ ALONE = {
     "late_fusion": "pairs",
     "seq2item": "sequences",
     "id2item": "items",
+    "sigmoid": "items",
+    "multi_positive": "items",
+    "score_distillation": "scored",
+    "late_interaction": "items",
 }
 STEPS = 20
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}

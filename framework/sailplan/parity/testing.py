@@ -1,8 +1,9 @@
 """A mixed step that uses every loss at once, in miniature, and the same step's gradients by
 plain autograd.
 
-Three data sets: items with pictures, names and speech (InfoNCE over patterns that share views,
-mined hard negatives, mICL, late fusion, id2item), graded pairs (CoSENT) and histories (seq2item).
+Four data sets: items with pictures, names and speech (InfoNCE over patterns that share views,
+mined hard negatives, mICL, late fusion, id2item, classes for the multi-positive loss), graded pairs
+(CoSENT), histories (seq2item), and pairs with negatives that a teacher scored (score distillation).
 Rows lack modalities, ids repeat, some rows are not valid. `global_batches` makes the whole batch;
 `share` cuts a rank's rows and micro-batches out of it.
 """
@@ -57,9 +58,12 @@ WEIGHTS = {
     "late_fusion": 0.5,
     "seq2item": 0.7,
     "id2item": 0.6,
+    "sigmoid": 0.2,
+    "multi_positive": 0.5,
+    "score_distillation": 0.4,
 }
 THRESHOLDS = {PatternKey("items", "name_to_item"): 0.6}
-ROWS = {"items": 32, "pairs": 16, "sequences": 8}
+ROWS = {"items": 32, "pairs": 16, "sequences": 8, "scored": 8}
 HISTORY, HARD_NEGATIVES = 3, 2
 TEACHERS = {"svd": 3, "nmf": 5}
 
@@ -72,7 +76,7 @@ def step_config(
     vision: str = "own",
     encoder: str = OMNI,
 ) -> Config:
-    """A configuration with three data sets and all objectives over model.testing's small
+    """A configuration with four data sets and all objectives over model.testing's small
     encoder; vision: as there.
 
     encoder: omni, or one of parity.published, without the views that it cannot encode.
@@ -92,6 +96,7 @@ def step_config(
             "speech_to_name": PatternConfig("speech", "name", 0.3),
         },
         temperature=0.2,
+        label="class",
     )
     both: list[Modality] = ["vision", "text"]
     pairs = DatasetConfig(
@@ -101,13 +106,20 @@ def step_config(
         temperature=0.1,
         symmetric=False,
     )
+    scored = DatasetConfig(
+        kind="pairs",
+        views={"query": ViewConfig("query", ["text"]), "item": ViewConfig("target", both)},
+        patterns={"query_to_item": PatternConfig("query", "item")},
+        negatives=HARD_NEGATIVES,
+        teacher_scores="scores",
+    )
     sequences = DatasetConfig(
         kind="sequences",
         views={"history": ViewConfig("history", both), "item": ViewConfig("target", both)},
         patterns={"history_to_item": PatternConfig("history", "item")},
         history_length=HISTORY,
     )
-    sets = {"items": items, "pairs": pairs, "sequences": sequences}
+    sets = {"items": items, "pairs": pairs, "sequences": sequences, "scored": scored}
     if encoder != OMNI:
         for dataset in sets.values():
             _show_only(dataset, TINY[encoder][0])
@@ -132,6 +144,22 @@ def step_config(
                 "_target_": "sailplan.objective.id2item.ID2Item",
                 "teachers": TEACHERS,
                 "form": "relational",
+            },
+            "sigmoid": {
+                "_target_": "sailplan.objective.sigmoid.Sigmoid",
+                "bias": -2.0,
+                "by": "modality",
+                "matryoshka": True,
+            },
+            "multi_positive": {"_target_": "sailplan.objective.multi_positive.MultiPositive"},
+            "late_interaction": {
+                "_target_": "sailplan.objective.late_interaction.LateInteraction",
+                "dimension": 6,
+            },
+            "score_distillation": {
+                "_target_": "sailplan.objective.score_distillation.ScoreDistillation",
+                "temperature": 0.2,
+                "matryoshka": True,
             },
         },
     )
@@ -178,7 +206,7 @@ def build_modules(
     objectives = build_objectives(
         config.objectives, config.model.embedding, config.data.sets, seed=config.seed
     ).double()
-    temperatures = Temperatures(config.data.sets).double()
+    temperatures = Temperatures(config.data.sets, config.data.temperature_by).double()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in objectives.parameters():
@@ -237,6 +265,9 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
             views[HardNegatives("image_to_name")] = _view(
                 ["text"], rows, HARD_NEGATIVES, seed + 50, vision
             )
+        for pattern, declared in dataset.patterns.items() if dataset.negatives else ():
+            shown = dataset.views[declared.target].modalities
+            views[HardNegatives(pattern)] = _view(shown, rows, HARD_NEGATIVES, seed + 70, vision)
         generator = torch.Generator().manual_seed(seed + 60)
         unknown = torch.rand(rows, 1, generator=generator) < 0.2
         teachers = {
@@ -245,16 +276,21 @@ def global_batches(config: Config, step: int) -> list[StepBatch]:
             )
             for teacher, size in TEACHERS.items()
         }
+        scores = torch.randint(0, 4, (rows,), generator=generator) / 4
+        teacher_scores = torch.rand(rows, 1 + HARD_NEGATIVES, generator=generator)
+        teacher_scores[torch.rand(teacher_scores.shape, generator=generator) < 0.1] = torch.nan
         batches.append(
             StepBatch(
                 step=step,
                 dataset=name,
                 record_ids=[f"{name}/{row}" for row in range(rows)],
                 views=views,
-                scores=torch.randint(0, 4, (rows,), generator=generator) / 4
-                if name == "pairs"
-                else None,
+                scores=scores if name == "pairs" else None,
                 teachers=teachers if name == "items" else {},
+                teacher_scores=teacher_scores if dataset.teacher_scores else None,
+                labels=torch.randint(-1, 6, (rows,), generator=generator)
+                if name == "items"
+                else None,
                 patterns={
                     pattern: declared.weight for pattern, declared in dataset.patterns.items()
                 },
@@ -308,6 +344,8 @@ def share(
         views=views,
         scores=None if batch.scores is None else batch.scores[own],
         teachers={name: vectors[own] for name, vectors in batch.teachers.items()},
+        teacher_scores=None if batch.teacher_scores is None else batch.teacher_scores[own],
+        labels=None if batch.labels is None else batch.labels[own],
         target_log_probability=None
         if batch.target_log_probability is None
         else batch.target_log_probability[own],
@@ -345,12 +383,19 @@ def full_batch_gradients(
     ]
     rows = sum(len(batch.record_ids) for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
+    asked = {"tokens": True} if any(objectives[name].per_token for name in weights) else {}
     for batch in batches:
         views = {}
         for name, view in batch.views.items():
-            vectors = module(view.micro_batches[0], per_modality=True)
+            vectors = module(view.micro_batches[0], per_modality=True, **asked)
             views[name] = EncodedView(
-                vectors.fused, view.valid, view.ids, view.group, vectors.by_modality
+                vectors.fused,
+                view.valid,
+                view.ids,
+                view.group,
+                vectors.by_modality,
+                vectors.tokens,
+                vectors.token_mask,
             )
         encoded = EncodedStep(
             batch.dataset,
@@ -358,6 +403,8 @@ def full_batch_gradients(
             batch.patterns,
             batch.scores,
             batch.teachers,
+            batch.teacher_scores,
+            batch.labels,
             batch.target_log_probability,
         )
         for name, weight in weights.items():

@@ -27,10 +27,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from sailplan.data.record import EncoderInputs, StepBatch, ViewKey
 from sailplan.model.parallelize import set_gradient_sync
-from sailplan.model.protocol import FUSED, Embeddings, Encoder
+from sailplan.model.protocol import FUSED, TOKENS, Embeddings, Encoder
 from sailplan.objective.protocol import EncodedStep, EncodedView
 from sailplan.runtime.seeds import derive, seed_torch
 from sailplan.runtime.transfer import to_device
@@ -50,13 +51,15 @@ class MicroBatch:
     view: ViewKey
     inputs: EncoderInputs
     per_modality: bool
+    tokens: bool
     seed: int
     trainable: bool
     keep_graph: bool = False
     outputs: Embeddings | None = None  # with its graph, where kept
     leaves: dict[str, Tensor] = field(
         default_factory=dict
-    )  # vector name -> [b, D], what the losses see
+    )  # vector name -> [b, D], of tokens [b, t, D], what the losses see
+    token_mask: Tensor | None = None  # bool [b, t]
     gradients: dict[str, Tensor | None] = field(
         default_factory=dict
     )  # of the leaves, once the losses are through
@@ -97,12 +100,14 @@ class GradientCache:
         self,
         batches: Sequence[StepBatch],
         per_modality: Sequence[bool],
+        tokens: Sequence[bool],
         device: torch.device,
         seed_parts: Sequence[int | str],
     ) -> list[EncodedStep]:
         """(A): the batches' views as leaves that require a gradient where their encoder does.
 
-        per_modality: for each batch, whether its losses need the modalities' own vectors.
+        per_modality, tokens: for each batch, whether its losses need the modalities' own vectors,
+        and those of all positions.
         seed_parts: what the seeds are derived from, besides the micro-batch's own place: run seed,
         stage, step, data-parallel rank. The order of encoding is that of the batches and, inside,
         of the views' names: the same on all ranks.
@@ -113,11 +118,14 @@ class GradientCache:
                 number,
                 view,
                 inputs,
-                wanted,
+                modalities,
+                positions,
                 derive(*seed_parts, number, str(view), index),
                 trainable,
             )
-            for number, (batch, wanted) in enumerate(zip(batches, per_modality, strict=True))
+            for number, (batch, modalities, positions) in enumerate(
+                zip(batches, per_modality, tokens, strict=True)
+            )
             for view, rows in sorted(batch.views.items(), key=lambda item: str(item[0]))
             if rows.encoded_with is None
             for trainable in [view_is_trainable(self.encoder, rows.micro_batches[0].modalities)]
@@ -133,6 +141,7 @@ class GradientCache:
             outputs = self._run(micro_batch, next(uploads), micro_batch.keep_graph)
             for name, vector in outputs.named().items():
                 micro_batch.leaves[name] = vector.detach().requires_grad_(micro_batch.trainable)
+            micro_batch.token_mask = outputs.token_mask
             micro_batch.outputs = outputs if micro_batch.keep_graph else None
         return [self._assemble(number, batch, device) for number, batch in enumerate(batches)]
 
@@ -190,22 +199,29 @@ class GradientCache:
             torch.set_grad_enabled(graph),
             self.kept_graphs.measuring() if graph else nullcontext(),
         ):
-            return self.encoder(inputs, per_modality=micro_batch.per_modality)
+            asked = {"tokens": True} if micro_batch.tokens else {}  # few encoders know the word
+            return self.encoder(inputs, per_modality=micro_batch.per_modality, **asked)
 
     def _assemble(self, number: int, batch: StepBatch, device: torch.device) -> EncodedStep:
         """One batch's encodings, rows back in the step's order."""
-        parts: dict[ViewKey, list[dict[str, Tensor]]] = {}
+        parts: dict[ViewKey, list[MicroBatch]] = {}
         for micro_batch in self.micro_batches:
             if micro_batch.batch == number:
-                parts.setdefault(micro_batch.view, []).append(micro_batch.leaves)
+                parts.setdefault(micro_batch.view, []).append(micro_batch)
         encoded = {
-            view: {vector: torch.cat([leaves[vector] for leaves in each]) for vector in each[0]}
+            view: {
+                vector: _joined([one.leaves[vector] for one in each]) for vector in each[0].leaves
+            }
+            for view, each in parts.items()
+        }
+        masks_of = {
+            view: [one.token_mask for one in each if one.token_mask is not None]
             for view, each in parts.items()
         }
         views = {}
         for name, rows in batch.views.items():
             order = to_device(rows.order, device)
-            held = encoded[rows.encoded_with or name]
+            held, masks = encoded[rows.encoded_with or name], masks_of[rows.encoded_with or name]
             vectors = {vector: every[order] for vector, every in held.items()}
             fused, valid, ids = (
                 vectors.pop(FUSED),
@@ -213,7 +229,15 @@ class GradientCache:
                 to_device(rows.ids, device),
             )
             views[name] = EncodedView(
-                fused, valid, ids, rows.group, vectors, host_valid=rows.valid, host_ids=rows.ids
+                fused,
+                valid,
+                ids,
+                rows.group,
+                tokens=vectors.pop(TOKENS, None),
+                token_mask=_joined(masks)[order] if masks else None,
+                by_modality=vectors,
+                host_valid=rows.valid,
+                host_ids=rows.ids,
             )
         return EncodedStep(
             dataset=batch.dataset,
@@ -223,7 +247,22 @@ class GradientCache:
             target_log_probability=None
             if batch.target_log_probability is None
             else to_device(batch.target_log_probability, device),
+            teacher_scores=None
+            if batch.teacher_scores is None
+            else to_device(batch.teacher_scores, device),
+            labels=batch.labels,
             teachers={name: to_device(vectors, device) for name, vectors in batch.teachers.items()},
             host_scores=batch.scores,
             rank_rows=batch.rank_rows,
         )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of all micro-batches, [b, ...] each; of those of positions [b, t, ...] the shorter ones
+    padded with zeros.
+    """
+    if parts[0].ndim == 1 or len({part.shape[1] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    longest = max(part.shape[1] for part in parts)
+    padding = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
+    return torch.cat([pad(part, lengths) for part, lengths in zip(parts, padding, strict=True)])

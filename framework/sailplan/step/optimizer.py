@@ -22,6 +22,7 @@ from sailplan.config.schema import Config, OptimizerConfig, StageOptimizerConfig
 from sailplan.config.targets import check_options, class_at
 from sailplan.errors import ConfigurationError
 from sailplan.model.parallelize import reshard
+from sailplan.objective.temperature import score_parameters
 from sailplan.step.config import ADAMW
 from sailplan.step.schedules import build_schedule
 
@@ -142,17 +143,21 @@ def build_optimizer(
     Loshchilov & Hutter's, arXiv 1711.05101.
 
     Call it after the encoder was sharded. Groups, empty ones left out: encoder_decay,
-    encoder_no_decay, objectives_decay, objectives_no_decay, temperatures. A frozen parameter has no
+    encoder_no_decay, objectives_decay, objectives_no_decay, temperatures (also those that lie in a
+    loss). A frozen parameter has no
     gradient and is not touched, not even by decay. allowed: prefixes that the class's path may
     have; None: any. Raises ConfigurationError where the class refuses groups or options.
     """
     reshard(encoder)
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    learned = _learned_numbers(objectives, temperatures)
     for prefix, module in (("encoder", encoder), ("objectives", objectives)):
         for parameter in module.parameters():
+            if id(parameter) in learned:
+                continue
             name = f"{prefix}_decay" if parameter.ndim >= 2 else f"{prefix}_no_decay"
             groups.setdefault((name, isinstance(parameter, DTensor)), []).append(parameter)
-    groups[("temperatures", False)] = list(temperatures.parameters())
+    groups[("temperatures", False)] = list(learned.values())
     cls = optimizer_class(config, allowed)
     if cls.__module__.startswith("apex.") and any(sharded for _, sharded in groups):
         raise ConfigurationError(
@@ -170,6 +175,12 @@ def build_optimizer(
     )
     configure(optimizer, config)
     return optimizer
+
+
+def _learned_numbers(objectives: nn.Module, temperatures: nn.Module) -> dict[int, nn.Parameter]:
+    """Temperatures and the like, those inside of losses too, by identity."""
+    modules = [temperatures, *score_parameters(objectives)]
+    return {id(parameter): parameter for module in modules for parameter in module.parameters()}
 
 
 def _build(
@@ -248,10 +259,11 @@ def set_trainable(
             f"stages.*.trainable: found {found}, expected some of all, {', '.join(own)}, "
             "objectives, temperatures"
         )
+    learned = _learned_numbers(objectives, temperatures)
     chosen = {name: list(parameters) for name, parameters in own.items()}
     chosen |= {
-        "objectives": list(objectives.parameters()),
-        "temperatures": list(temperatures.parameters()),
+        "objectives": [one for one in objectives.parameters() if id(one) not in learned],
+        "temperatures": list(learned.values()),
     }
     for name, parameters in chosen.items():
         for parameter in parameters:

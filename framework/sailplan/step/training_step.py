@@ -31,7 +31,7 @@ from sailplan.errors import ConfigurationError
 from sailplan.model.parallelize import clip_gradient_norm, finish_gradients, reshard
 from sailplan.objective.backends import described
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext
-from sailplan.objective.temperature import Temperatures
+from sailplan.objective.temperature import Temperatures, score_parameters
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.seeds import derive, seed_torch
 from sailplan.runtime.transfer import to_device
@@ -52,7 +52,7 @@ class StepResult:
     loss: float  # weighted sum of the objectives
     losses: dict[str, float]  # objective name -> its unweighted loss
     metrics: dict[str, float]  # "OBJECTIVE/DATASET/METRIC" -> value
-    temperatures: dict[PatternKey, float]  # that the step used
+    temperatures: dict[str, float]  # group of patterns -> what the step used
     grad_norm: float  # before clipping, over all parameters
     skipped: bool  # the guard kept the optimizer from stepping
     suspects: list[str]  # this rank's records to quarantine, if skipped
@@ -168,12 +168,13 @@ class TrainingStep:
         wanted = told[len(digest) :]
         averaged.drop_unused(list(islice(numbers, averaged.used.numel())))
         values = dict(zip(averaged.names, numbers, strict=False))
-        temperatures = dict(zip(self.temperatures.keys, numbers, strict=True))
+        temperatures = dict(zip(self.temperatures.names, numbers, strict=True))
         suspects: list[str] = []
         finite = self.guard.allows(math.isfinite(norm) and not diverged)
         if finite:
             self.optimizer.step()
-            self.temperatures.clamp_()
+            for learned in score_parameters(self.objectives, self.temperatures):
+                learned.clamp_()
         else:
             suspects = self.guard.suspects(batches, encoded)
         clear_gradients(self.optimizer)
@@ -234,10 +235,14 @@ class TrainingStep:
         with torch.random.fork_rng(devices=devices):
             began = time.perf_counter()
             place = (self.config.seed, stage, step, self.parallel.data_parallel_rank)
-            wanted = [
-                any(self._objective(name).per_modality for name in names) for names in applied
-            ]
-            encoded = self.cache.encode(batches, wanted, self.parallel.device, place)
+            used = [[self._objective(name) for name in names] for names in applied]
+            encoded = self.cache.encode(
+                batches,
+                [any(each.per_modality for each in some) for some in used],
+                [any(each.per_token for each in some) for some in used],
+                self.parallel.device,
+                place,
+            )
             seconds["encode"] = time.perf_counter() - began
 
             began = time.perf_counter()

@@ -51,7 +51,7 @@ def build_bundle(config: Config, parallel: Parallel) -> ModelBundle:
         allowed_targets=config.allowed_targets,
         seed=config.seed,
     )
-    temperatures = Temperatures(config.data.sets)
+    temperatures = Temperatures(config.data.sets, config.data.temperature_by)
     if config.parallel.dtype == "float64":
         objectives, temperatures = objectives.double(), temperatures.double()
     objectives, temperatures = objectives.to(parallel.device), temperatures.to(parallel.device)

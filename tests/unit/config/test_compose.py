@@ -67,8 +67,10 @@ def test_every_data_set_is_used_by_the_quickstart(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", options("objective"))
-def test_every_objective_is_on_by_default(name: str) -> None:
-    assert name in compose([]).objectives
+def test_every_objective_is_on_by_default_or_one_word_adds_it(name: str) -> None:
+    default = compose([]).objectives
+    if name not in default:
+        assert {*default, name} == set(compose([f"+objective={name}"]).objectives)
 
 
 def test_quickstart_is_short_enough_to_read() -> None:

@@ -5,6 +5,9 @@ and senseless options.
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from sailplan.config.fields import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
-from sailplan.config.schema import DatasetConfig, PatternConfig, PatternKey, ViewConfig
+from sailplan.config.schema import PatternKey
 from sailplan.data.record import HardNegatives, TeacherKey
 from sailplan.errors import ConfigurationError
 from sailplan.objective.cosent import CoSENT, cosent
@@ -21,74 +24,12 @@ from sailplan.objective.id2item import ID2Item
 from sailplan.objective.infonce import InfoNCE
 from sailplan.objective.late_fusion import LateFusion
 from sailplan.objective.micl import MICL
-from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
+from sailplan.objective.protocol import Objective
 from sailplan.objective.seq2item import Seq2Item
 from sailplan.objective.temperature import Temperatures
-from sailplan_kernels.exchange import Local
 
-D, ROWS = 8, 6
-BOTH = ["vision", "text"]
-ITEMS = DatasetConfig(
-    views={
-        "image": ViewConfig(modalities=["vision"]),
-        "name": ViewConfig(modalities=["text"]),
-        "item": ViewConfig(modalities=BOTH),
-    },
-    patterns={
-        "image_to_name": PatternConfig("image", "name", 2.0),
-        "name_to_item": PatternConfig("name", "item", 0.5),
-    },
-    temperature=0.1,
-    symmetric=False,
-)
-PAIRS = DatasetConfig(
-    kind="pairs",
-    views={"query": ViewConfig("query", BOTH), "item": ViewConfig("target", BOTH)},
-    patterns={"item_to_item": PatternConfig("query", "item")},
-    temperature=0.1,
-    symmetric=False,
-)
-SEQUENCES = DatasetConfig(
-    kind="sequences",
-    views={"history": ViewConfig("history", BOTH), "item": ViewConfig("target", BOTH)},
-    patterns={"history_to_item": PatternConfig("history", "item")},
-    history_length=3,
-    temperature=0.1,
-    symmetric=False,
-)
-DATASETS = {"items": ITEMS, "pairs": PAIRS, "sequences": SEQUENCES}
-
-
-def context(**changes: Any) -> ObjectiveContext:
-    return ObjectiveContext(
-        DATASETS, Local(), Temperatures(DATASETS).double(), (4, D), "reference", **changes
-    )
-
-
-def view(seed: int, group: int = 1, **changes: Any) -> EncodedView:
-    generator = torch.Generator().manual_seed(seed)
-
-    def vectors() -> Tensor:
-        return torch.randn(ROWS * group, D, generator=generator, dtype=torch.float64)
-
-    rows = ROWS * group
-    given = {
-        "valid": torch.ones(rows, dtype=torch.bool),
-        "ids": torch.arange(rows) + 100 * seed,
-        "group": group,
-    } | changes
-    return EncodedView(
-        fused=vectors(), by_modality={"vision": vectors(), "text": vectors()}, **given
-    )
-
-
-def step(dataset: str, views: dict[str, EncodedView], **changes: Any) -> EncodedStep:
-    return EncodedStep(
-        dataset,
-        views,
-        {name: pattern.weight for name, pattern in DATASETS[dataset].patterns.items()},
-        **changes,
-    )
+sys.path.insert(0, str(Path(__file__).parent))
+from loss_inputs import DATASETS, ITEMS, PAIRS, ROWS, SEQUENCES, D, context, step, view
 
 
 def naive_infonce(
@@ -178,7 +119,7 @@ def test_infonce_masks_by_threshold_and_weights_prefixes() -> None:
     scores = normalize(views["image"].fused, dim=1) @ normalize(views["name"].fused, dim=1).T
     encoded = step("items", views)
     encoded.patterns = {"image_to_name": 1.0}
-    objective = InfoNCE(embedding=D, datasets=DATASETS, prefix_weights={4: 0.0, D: 1.0})
+    objective = InfoNCE(embedding=D, datasets=DATASETS).pay_at(True, {4: 0.0, D: 1.0})
     output = objective(
         encoded,
         context(
@@ -200,17 +141,18 @@ def test_symmetric_is_the_data_sets_choice_unless_the_objective_says() -> None:
     encoded.patterns = {"image_to_name": 1.0}
     one_way = naive_infonce(views["image"].fused, views["name"].fused, torch.ones(ROWS).bool())
     other_way = naive_infonce(views["name"].fused, views["image"].fused, torch.ones(ROWS).bool())
-    options: dict[str, Any] = {"embedding": D, "datasets": DATASETS, "matryoshka": False}
-    torch.testing.assert_close(InfoNCE(**options)(encoded, context()).loss, one_way)
+    options: dict[str, Any] = {"embedding": D, "datasets": DATASETS}
+    torch.testing.assert_close(InfoNCE(**options).pay_at(False)(encoded, context()).loss, one_way)
     torch.testing.assert_close(
-        InfoNCE(**options, symmetric=True)(encoded, context()).loss, (one_way + other_way) / 2
+        InfoNCE(**options, symmetric=True).pay_at(False)(encoded, context()).loss,
+        (one_way + other_way) / 2,
     )
 
 
 def test_pairs_graded_as_unrelated_are_no_positives() -> None:
     views = {"query": view(1), "item": view(2)}
     scores = torch.tensor([0.5, 0.0, 0.2, 0.0, float("nan"), 0.1])  # nan: not graded
-    objective = InfoNCE(embedding=D, datasets=DATASETS, matryoshka=False)
+    objective = InfoNCE(embedding=D, datasets=DATASETS).pay_at(False)
     output = objective(step("pairs", views, scores=scores), context())
     similarities = normalize(views["query"].fused, dim=1) @ normalize(views["item"].fused, dim=1).T
     expected = -(similarities / 0.1).log_softmax(1).diagonal()[[0, 2, 4, 5]].mean()
@@ -319,7 +261,7 @@ def test_seq2item_does_not_see_absent_items_and_starts_from_the_mean(
 
 
 def test_seq2item_masks_rows_without_history() -> None:
-    objective = Seq2Item(embedding=D, datasets=DATASETS, matryoshka=False)
+    objective = Seq2Item(embedding=D, datasets=DATASETS).pay_at(False)
     views = {"history": view(1, 3), "item": view(2)}
     views["history"].valid[3:6] = False
     output = objective(step("sequences", views), context())
@@ -335,9 +277,7 @@ def test_seq2item_masks_rows_without_history() -> None:
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 def test_seq2item_sampling_correction(gamma: float) -> None:
-    objective = Seq2Item(
-        embedding=D, datasets=DATASETS, matryoshka=False, sampling_correction=gamma
-    )
+    objective = Seq2Item(embedding=D, datasets=DATASETS, sampling_correction=gamma).pay_at(False)
     views = {"history": view(1, 3), "item": view(2)}
     probability = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
     found = objective(
@@ -356,7 +296,7 @@ def test_seq2item_sampling_correction(gamma: float) -> None:
 
 
 def test_seq2item_takes_the_records_negatives_of_all_rows() -> None:
-    objective = Seq2Item(embedding=D, datasets=DATASETS, matryoshka=False, sampling_correction=1.0)
+    objective = Seq2Item(embedding=D, datasets=DATASETS, sampling_correction=1.0).pay_at(False)
     views = {"history": view(1, 3), "item": view(2), HardNegatives("history_to_item"): view(3, 2)}
     negatives = views[HardNegatives("history_to_item")]
     negatives.valid[3] = False
@@ -445,7 +385,7 @@ def test_a_step_without_any_valid_row_costs_nothing_and_gives_no_nan(
 
 def test_temperatures_start_as_configured_stay_in_bounds_and_can_come_back() -> None:
     temperatures = Temperatures(DATASETS)
-    assert temperatures.values()[PatternKey("items", "image_to_name")] == pytest.approx(0.1)
+    assert temperatures.values()["items/image_to_name"] == pytest.approx(0.1)
     parameter = temperatures.logarithms["items/image_to_name"]
     for value, bound in ((-20.0, LOWEST_TEMPERATURE), (5.0, HIGHEST_TEMPERATURE)):
         with torch.no_grad():
@@ -455,6 +395,39 @@ def test_temperatures_start_as_configured_stay_in_bounds_and_can_come_back() -> 
         parameter.grad = None
         temperatures.get(PatternKey("items", "image_to_name")).backward()
         assert parameter.grad is not None and parameter.grad != 0
-        assert math.isclose(
-            temperatures.values()[PatternKey("items", "image_to_name")], bound, rel_tol=1e-4
-        )
+        assert math.isclose(temperatures.values()["items/image_to_name"], bound, rel_tol=1e-4)
+
+
+def test_temperatures_are_of_patterns_or_of_pairs_of_modalities() -> None:
+    by_modality = Temperatures(DATASETS, "modality")
+    assert by_modality.names == [
+        "vision_to_text",
+        "text_to_text+vision",
+        "text+vision_to_text+vision",
+    ]
+    pairs, histories = (
+        PatternKey("pairs", "item_to_item"),
+        PatternKey("sequences", "history_to_item"),
+    )
+    assert by_modality.group(pairs) == by_modality.group(histories)
+    assert Temperatures(DATASETS).group(pairs) != Temperatures(DATASETS).group(histories)
+    (by_modality.get(pairs) + by_modality.get(histories)).backward()
+    both = by_modality.logarithms["text+vision_to_text+vision"]
+    assert both.grad is not None
+    torch.testing.assert_close(both.grad.item(), 2 * 0.1, rtol=1e-5, atol=0)
+    other = {**DATASETS, "pairs": replace(PAIRS, temperature=0.2)}
+    with pytest.raises(ConfigurationError, match=r"data\.sets\.sequences\.temperature=0\.1.* 0\.2"):
+        Temperatures(other, "modality")
+    Temperatures(other, "pattern")
+
+
+def test_an_objective_steps_with_one_temperature_for_patterns_of_the_same_modalities() -> None:
+    views = {"query": view(1), "item": view(2), "image": view(3), "name": view(4)}
+    temperatures = Temperatures(DATASETS, "modality").double()
+    with torch.no_grad():
+        temperatures.logarithms["text+vision_to_text+vision"].fill_(math.log(0.3))
+    found = InfoNCE(embedding=D, datasets=DATASETS).pay_at(False)(
+        step("pairs", views), replace(context(), temperatures=temperatures)
+    )
+    scores = normalize(views["query"].fused, dim=1) @ normalize(views["item"].fused, dim=1).T
+    torch.testing.assert_close(found.loss, -(scores / 0.3).log_softmax(1).diagonal().mean())

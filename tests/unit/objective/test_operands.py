@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from sailplan.objective import patterns
+import sailplan_kernels
+from sailplan.objective import patterns, sigmoid
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
 from sailplan.parity.testing import HARD_NEGATIVES, WEIGHTS, global_batches, step_config
 from sailplan_kernels.exchange import Local
 from sailplan_kernels.infonce import infonce_sum
+
+NO_KERNELS = ("cosent", "id2item", "score_distillation", "late_interaction")
 
 
 def context(dtype: torch.dtype = torch.bfloat16) -> ObjectiveContext:
@@ -92,7 +95,12 @@ def _losses(
             calls.append({"queries": call["queries"], "keys": call["keys"]} | hard)
         return infonce_sum(given, *rest, **options)
 
+    def spy_sigmoid(queries: Tensor, keys: Tensor, *rest: Any, **options: Any) -> Any:
+        calls.append({"queries": queries, "keys": keys})
+        return sailplan_kernels.sigmoid(queries, keys, *rest, **options)
+
     monkeypatch.setattr(patterns, "infonce_sum", spy)
+    monkeypatch.setattr(sigmoid, "sigmoid", spy_sigmoid)
     config = step_config()
     del config.objectives["infonce"][
         "margin_absolute"
@@ -117,19 +125,33 @@ def _losses(
                 ).requires_grad_()
                 for kind in ("fused", "vision", "text")
             }
+            if only == "late_interaction":
+                shape = (len(view.ids), 4, config.model.embedding)
+                mine["tokens"] = torch.randn(shape, generator=generator).requires_grad_()
             leaves |= {f"{batch.dataset}/{name}/{kind}": leaf for kind, leaf in mine.items()}
+            tokens = mine.pop("tokens", None)
             views[name] = EncodedView(
                 valid=view.valid,
                 ids=view.ids,
                 group=view.group,
                 fused=mine.pop("fused"),
                 by_modality=mine,
+                tokens=tokens,
+                token_mask=None if tokens is None else tokens[..., 0] < 1,
             )
         if objective.applies(config.data.sets[batch.dataset]):
             total = (
                 total
                 + objective(
-                    EncodedStep(batch.dataset, views, batch.patterns, batch.scores, batch.teachers),
+                    EncodedStep(
+                        batch.dataset,
+                        views,
+                        batch.patterns,
+                        batch.scores,
+                        batch.teachers,
+                        batch.teacher_scores,
+                        batch.labels,
+                    ),
                     place,
                 ).loss
             )
@@ -141,7 +163,7 @@ def _losses(
     )  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", sorted(WEIGHTS))
+@pytest.mark.parametrize("name", [*sorted(WEIGHTS), "late_interaction"])
 def test_every_loss_gives_its_kernels_rounded_vectors_and_its_views_float32_gradients(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -151,13 +173,16 @@ def test_every_loss_gives_its_kernels_rounded_vectors_and_its_views_float32_grad
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
     for view, gradient in gradients.items():
         assert gradient.dtype is torch.float32
+        if not expected[view].any():  # nothing there for this loss
+            assert not gradient.any(), view
+            continue
         assert cosine_similarity(gradient.flatten(), expected[view].flatten(), dim=0) > 0.999, view
-    assert bool(calls) == (name not in ("cosent", "id2item"))  # these two call no kernel
+    assert bool(calls) == (name not in NO_KERNELS)
     for call in calls:
         assert {tensor.dtype for tensor in call.values()} == {torch.bfloat16}
     if name == "infonce":
         hard = [call["hard"] for call in calls if "hard" in call]
-        assert len(hard) == 1 and hard[0].shape[1] == HARD_NEGATIVES
+        assert [each.shape[1] for each in hard] == 2 * [HARD_NEGATIVES]
         # The names' view is a side of three patterns: one memory.
         assert len(
             {call["keys"].data_ptr() for call in calls}

@@ -38,6 +38,10 @@ def test_every_shipped_objective_builds() -> None:
     config = compose([])
     objectives = build_objectives(config.objectives, config.model.embedding, config.data.sets)
     assert set(objectives) == {"infonce", "cosent", "micl", "late_fusion", "seq2item", "id2item"}
+    others = ("sigmoid", "multi_positive", "score_distillation", "late_interaction")
+    more = compose([f"+objective=[{','.join(others)}]"])
+    built = build_objectives(more.objectives, more.model.embedding, more.data.sets)
+    assert set(built) == {*objectives, *others}
     changed = compose(
         [
             "objectives.seq2item.pooling=encoder",

@@ -198,6 +198,19 @@ def _groups(rank: int, world_size: int) -> None:
     configure(step.optimizer, OptimizerConfig(learning_rate=1e-3, temperature_learning_rate=5e-2))
     set_learning_rate(step.optimizer, 0.5)
     assert groups["encoder_decay"]["lr"] == 5e-4 and groups["temperatures"]["lr"] == 2.5e-2
+    # Scale and bias of the sigmoid loss learn as temperatures do, and are trained with them.
+    learned = list(step.objectives["sigmoid"].parameters())
+    assert len(learned) == 10 and {id(p) for p in learned} <= {
+        id(p) for p in groups["temperatures"]["params"]
+    }
+    for parts, trained in ((["objectives"], False), (["temperatures"], True)):
+        set_trainable(step.encoder, step.objectives, step.temperatures, parts)
+        assert all(p.requires_grad == trained for p in learned)
+    with torch.no_grad():
+        next(iter(step.objectives["sigmoid"].temperatures.parameters())).fill_(5.0)
+    set_trainable(step.encoder, step.objectives, step.temperatures, ["all"])
+    step.run(_make()[1], {"sigmoid": 1.0}, step=1, stage="s")
+    assert all(value.item() <= 0 for value in step.objectives["sigmoid"].temperatures.parameters())
     with pytest.raises(ConfigurationError, match="found wings"):
         set_trainable(step.encoder, step.objectives, step.temperatures, ["wings"])
 

@@ -116,7 +116,9 @@ def _measured(rank: int, world_size: int) -> list[tuple[int, int]]:
             [*encoder.parameters(), *(parameter.grad for parameter in encoder.parameters())]
         )
         with live:
-            (encoded,) = cache.encode([batch], [False], parallel.device, (1, "stage", 1, 0))
+            (encoded,) = cache.encode(
+                [batch], [False], [False], parallel.device, (1, "stage", 1, 0)
+            )
             F.normalize(encoded.views["item"].fused, dim=1).sum().backward()
             del encoded
             cache.backward()

@@ -83,7 +83,8 @@ class Metrics(Callback):
             values["skipped"] = 1
         for batch in batches:
             keys = [PatternKey(batch.dataset, pattern) for pattern in batch.patterns]
-            values |= {f"temperature/{key}": result.temperatures[key] for key in keys}
+            groups = [run.bundle.temperatures.group(key) for key in keys]
+            values |= {f"temperature/{group}": result.temperatures[group] for group in groups}
         return values
 
     def after_step(self, run: Run, done: StepDone, flags: Sequence[bool]) -> None:

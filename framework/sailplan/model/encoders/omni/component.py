@@ -36,6 +36,10 @@ class Omni(EncoderComponent):
 
     model: ModelConfig
 
+    @property
+    def gives_tokens(self) -> bool:
+        return True
+
     def processor(self, config: Config) -> Processor:
         return OmniProcessor(config)
 

@@ -34,6 +34,10 @@ class Transformers(EncoderComponent):
 
     model: TransformersConfig
 
+    @property
+    def gives_tokens(self) -> bool:
+        return list(self.model.modalities) == ["text"]
+
     def processor(self, config: Config) -> Processor:
         return TransformersProcessor(self.model, config)
 

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree
 
 from sailplan.data.record import NamedInputs
 from sailplan.errors import ConfigurationError
@@ -47,6 +46,7 @@ class TransformersEncoder(Encoder):
         super().__init__()
         self.settings, self.dtype = settings, dtype
         self.modalities, self.dimension = tuple(settings.modalities), settings.embedding
+        self.gives_tokens = self.modalities == ("text",) and not hasattr(model, FEATURES["text"])
         self.model = model
         size = vector_size(model)
         self.projection = (
@@ -92,8 +92,11 @@ class TransformersEncoder(Encoder):
     def checkpoint_activations(self) -> None:
         self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
-    def forward(self, inputs: NamedInputs, *, per_modality: bool = False) -> Embeddings:
-        """Encode one micro-batch.
+    def forward(
+        self, inputs: NamedInputs, *, per_modality: bool = False, tokens: bool = False
+    ) -> Embeddings:
+        """Encode one micro-batch; `tokens`, of a model of text alone, adds the vectors of all
+        tokens, projected as the pooled ones are.
 
         One of 0 rows runs one row of padding, so that this rank meets the others in every
         collective.
@@ -104,11 +107,19 @@ class TransformersEncoder(Encoder):
         named = inputs.named
         if not inputs.rows:
             named = {name: tensor.new_ones(1, *tensor.shape[1:]) for name, tensor in named.items()}
-        vectors = {modality: self.encode(modality, named) for modality in inputs.modalities}
+        positions: list[Tensor] = []
+        vectors = {
+            modality: self._text(named, positions if tokens else None)
+            if modality == "text"
+            else self.encode(modality, named)
+            for modality in inputs.modalities
+        }
         found = Embeddings(
-            reach_backward(mean_of_units(list(vectors.values()))), vectors if per_modality else {}
+            reach_backward(mean_of_units(list(vectors.values()))),
+            vectors if per_modality else {},
+            *positions,
         )
-        return found if inputs.rows else _pytree.tree_map(lambda vector: vector[:0], found)
+        return found if inputs.rows else found.without_rows()
 
     def encode(self, modality: str, named: dict[str, Tensor]) -> Tensor:
         """Return [b, D] of one modality."""
@@ -117,8 +128,10 @@ class TransformersEncoder(Encoder):
         name = {"vision": "pixel_values", "audio": RECORDINGS}[modality]
         return self._media(modality, named[name], named[PRESENT[modality]], named.get(LENGTHS))
 
-    def _text(self, named: dict[str, Tensor]) -> Tensor:
-        """Return [b, D]; zeros in rows that are said to have no text."""
+    def _text(self, named: dict[str, Tensor], positions: list[Tensor] | None = None) -> Tensor:
+        """Return [b, D]; zeros in rows that are said to have no text. positions: takes the tokens'
+        vectors [b, t, D] and their mask.
+        """
         given: dict[str, Tensor] = {
             name: named[name] for name in ("input_ids", "attention_mask") if name in named
         }
@@ -126,7 +139,10 @@ class TransformersEncoder(Encoder):
             pooled = self._features("text", given)
         else:
             mask = given.get("attention_mask", torch.ones_like(given["input_ids"]))
-            pooled = self._pooled(self.model(**given), mask)
+            output = self.model(**given)
+            pooled = self._pooled(output, mask)
+            if positions is not None:
+                positions += [self._read_out(output.last_hidden_state), mask.bool()]
         vectors = self._read_out(pooled)
         present = named.get(PRESENT["text"])
         return vectors if present is None else vectors.masked_fill(~present[:, None], 0.0)

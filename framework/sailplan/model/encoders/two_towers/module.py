@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree
 
 from sailplan.data.config import Modality
 from sailplan.data.record import NamedInputs
@@ -78,4 +77,4 @@ class TwoTowers(Encoder):
         found = Embeddings(
             reach_backward(mean_of_units(list(vectors.values()))), vectors if per_modality else {}
         )
-        return found if inputs.rows else _pytree.tree_map(lambda vector: vector[:0], found)
+        return found if inputs.rows else found.without_rows()
