@@ -8,11 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from sailplan.config.compose import choices, compose
+from sailplan.config.fields import JsonObject
 from sailplan.config.overrides import nearest
 from sailplan.config.schema import DatasetConfig
 from sailplan.data.shards import resolve
@@ -26,6 +26,9 @@ from sailplan.runtime.files import write_whole
 LANES = 8  # of conf/data/reading.yaml
 LARGEST_BATCH = 256
 PASSES = 10  # over the training records
+# For a published model: the upper end of what BERT's authors fine-tune with (arXiv 1810.04805, A.3);
+# the optimizer's own is for weights that are drawn.
+LEARNING_RATES = {"learning_rate": 5e-5, "final_learning_rate": 5e-6}
 STEPS = (20, 20_000)  # fewest, most
 
 
@@ -47,7 +50,7 @@ def write_experiment(
     model: str | None = None,
     steps: int | None = None,
     tokenizer: str | None = None,
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, JsonObject]:
     """Write conf/experiment/NAME.yaml; return its path and what was chosen.
 
     sets: data sets of conf/data. Raises ConfigurationError for sets that are not there, or have no
@@ -56,7 +59,7 @@ def write_experiment(
     check_name(name)
     path = target_file(name, "experiment")
     data = _with_catalogues(sets)
-    config = compose([f"data=[reading,{','.join(data)}]"])
+    config = compose([f"data=[reading,{','.join(data)}]", *([f"model={model}"] if model else [])])
     datasets = {one: config.data.sets[one] for one in data}
     known = {one: _known(one, datasets[one]) for one in data}
     trained = [
@@ -82,7 +85,8 @@ def write_experiment(
     )
     objectives |= {"cosent": 0.1} if any(known[one].scored for one in trained) else {}
     chosen, tokens = _tokenizer(name, tokenizer, data, datasets, known)
-    content: dict[str, Any] = {
+    pretrained = config.model.pretrained()
+    content: JsonObject = {
         "defaults": [
             *([{"override /model": model}] if model else []),
             {"override /data": ["reading", *data]},
@@ -92,14 +96,21 @@ def write_experiment(
         "name": name,
         "global_batch": batch,
         "step": {"micro_batch": min(batch, 64)},
-        "data": {"tokenizer": chosen, "max_tokens": tokens},
+        "data": {
+            "tokenizer": chosen,
+            "max_tokens": tokens,
+            **({"sets": {one: _as_published(datasets[one]) for one in data}} if pretrained else {}),
+        },
         "order": ["main"],
         "stages": {
             "main": {
                 "steps": length,
                 "data": dict.fromkeys(trained, 1),
                 "objectives": objectives,
-                "optimizer": {"warmup_steps": max(1, length // 20)},
+                "optimizer": {
+                    **(LEARNING_RATES if pretrained else {}),
+                    "warmup_steps": max(1, length // 20),
+                },
             }
         },
     }
@@ -120,6 +131,16 @@ def write_experiment(
         "global_batch": batch,
         "tasks": list(tasks),
         "without_held_out": without,
+    }
+
+
+def _as_published(dataset: DatasetConfig) -> JsonObject:
+    """Return what shows items as a published model was trained to see them: without our prompts,
+    pictures unchanged.
+    """
+    return {
+        **({"image_augmentation": 0.0} if dataset.image_augmentation else {}),
+        "views": {view: {"prompt": ""} for view in dataset.views},
     }
 
 
@@ -169,7 +190,7 @@ def _batch(counts: Sequence[int | None]) -> int:
     return batch
 
 
-def _tasks(name: str, dataset: DatasetConfig) -> dict[str, Any]:
+def _tasks(name: str, dataset: DatasetConfig) -> JsonObject:
     """An evaluation task for each pattern."""
     sequence = {"kind": "sequence", "candidates": "all"} if dataset.kind == "sequences" else {}
     by_id = {"candidates": "all"} if dataset.kind == "pairs" and dataset.catalogue else {}
