@@ -44,7 +44,7 @@ from sailplan.curriculum.mined_files import read_mined
 from sailplan.curriculum.rounds import Rounds
 from sailplan.curriculum.subset import PART, Scores, keep_highest, nearness
 from sailplan.data.datasets import open_datasets
-from sailplan.data.negatives import HardNegativeStore
+from sailplan.data.negatives import HardNegativeStore, MatchThreshold
 from sailplan.data.reader import RecordReader
 from sailplan.data.teacher_files import MANIFEST, TeacherFiles
 from sailplan.data.teachers import Teachers, TeacherTable
@@ -73,7 +73,7 @@ class StageState:
     )  # data set -> sorted record positions; others: the train split
     negatives: HardNegativeStore | None = None
     teachers: Teachers | None = None
-    thresholds: dict[PatternKey, float] = field(
+    thresholds: dict[PatternKey, MatchThreshold] = field(
         default_factory=dict
     )  # lambda*, where in-batch masking is on
     stats: JsonObject = field(default_factory=dict)  # the content of state.json
@@ -193,6 +193,8 @@ def load_stage(
         and stage.hard_negatives is not None
         and stage.hard_negatives.mask_in_batch
     )
+    if negatives is not None and masked:
+        _check_prefixes(config, name, negatives.thresholds)
     return StageState(
         weights=stats["weights"],
         subsets=_load_subsets(folder, stats),
@@ -402,6 +404,23 @@ def _mine(
         },
         "examples": {key: pattern["examples"] for key, pattern in found.items()},
     }
+
+
+def _check_prefixes(
+    config: Config, stage: str, thresholds: Mapping[PatternKey, MatchThreshold]
+) -> None:
+    """Raise ConfigurationError where negatives of another model have no lambda* of a prefix that
+    the loss is paid at.
+    """
+    shorter = {size for size in config.model.prefixes if size < config.model.embedding}
+    for key, found in thresholds.items():
+        if found.prefixes is not None and shorter - set(found.prefixes):
+            raise ConfigurationError(
+                f"stages.{stage}.hard_negatives.mask_in_batch: found lambda* of {key} at "
+                f"{', '.join(map(str, sorted(found.prefixes))) or 'the full size alone'}, expected "
+                f"model.prefixes, {', '.join(map(str, sorted(shorter)))}; mine with these prefixes, "
+                "or set mask_in_batch=false"
+            )
 
 
 def _teachers(folder: Path) -> Teachers | None:
