@@ -170,6 +170,8 @@ def measure(rank: int, world_size: int, root: Path, dimension: int, blocks: int)
     encoder = BagEncoder(config.model)
     context = RunContext(config, parallel, encoder, {}, {"pairs": reader}, work / "warm")
     Embedder(context).table(reader, "query", np.arange(2000))
+    for dtype in (torch.float32, torch.float64):  # the products' own buffers: a model's, too
+        torch.ones(512, dimension, dtype=dtype) @ torch.ones(dimension, 512, dtype=dtype)
     embedder = Embedder(
         RunContext(config, parallel, encoder, {}, {"pairs": reader}, work / "store")
     )

@@ -148,8 +148,11 @@ def count_negatives(
     `tile` scores at once. Raises ValueError when there is
     no positive pair.
     """
-    queries, candidates = unit(queries), unit(candidates)
-    scores = pair_scores(queries, candidates, positives)
+    start, stop = share(len(queries), exchange.rank, exchange.world_size)
+    parts = zip(positives.rows.split(512), positives.columns.split(512), strict=True)
+    found = [(unit(queries[q]) * unit(candidates[c])).sum(-1).float() for q, c in parts]
+    scores = torch.cat(found) if found else torch.zeros(0, device=queries.device)
+    count, queries, candidates = len(queries), unit(queries[start:stop]), unit(candidates)
     if not len(scores):
         raise ValueError("positives is empty: expected at least one positive pair")
     values, multiplicity = torch.unique(scores, return_counts=True)
@@ -158,9 +161,7 @@ def count_negatives(
         u + 1, dtype=torch.int64, device=queries.device
     )  # [j]: pairs with exactly j values <= score
     more_than = torch.zeros_like(at_least)
-    for _, scored in tiles(
-        queries, candidates, share(len(queries), exchange.rank, exchange.world_size), tile
-    ):
+    for _, scored in tiles(queries, candidates, (0, len(queries)), tile):
         flat = scored.flatten()
         at_least += torch.bincount(torch.searchsorted(values, flat, right=True), minlength=u + 1)
         more_than += torch.bincount(torch.searchsorted(values, flat), minlength=u + 1)
@@ -174,5 +175,5 @@ def count_negatives(
         positives=multiplicity,
         at_or_above=(ahead[0] - own).clamp_min(0),
         above=(ahead[1] - (own - multiplicity)).clamp_min(0),
-        negatives=len(queries) * len(candidates) - len(scores),
+        negatives=count * len(candidates) - len(scores),
     )
