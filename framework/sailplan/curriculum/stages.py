@@ -50,8 +50,8 @@ from sailplan.data.teacher_files import MANIFEST, TeacherFiles
 from sailplan.data.teachers import Teachers, TeacherTable
 from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
-from sailplan.embed.scoring import unit
 from sailplan.embed.selection import Positions, SplitPositions
+from sailplan.embed.sides import unit
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.arrays import SharedArray
 from sailplan.runtime.files import write_whole
