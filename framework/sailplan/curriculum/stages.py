@@ -185,7 +185,13 @@ def load_stage(
         )
     stats = json.loads((folder / STATE).read_text(encoding="utf-8"))
     negatives = None
-    if stage.hard_negatives is not None and (found := _last_round(folder, done)) is not None:
+    if stage.hard_negatives is not None:
+        found = _last_round(folder, done)
+        if found is None:
+            raise ConfigurationError(
+                f"{folder / ROUNDS}: found no round up to step {done} of the stage, expected the one "
+                "that it trained on; go on from a newer checkpoint, or train under another name"
+            )
         negatives = HardNegativeStore.load(found)
     _open_artifacts(config, readers, stage, folder)
     masked = (

@@ -287,3 +287,16 @@ def test_a_later_run_is_given_what_was_mined(config: Config, tmp_path: Path) -> 
 
     run_ranks(run, 2)
     assert json.loads((out / "round.json").read_text())["patterns"]
+
+
+def test_rounds_that_checkpoints_go_on_from_stay(tmp_path: Path) -> None:
+    rounds = Rounds(tmp_path)
+    for step in range(0, 100, 10):
+        rounds.begin(step, "model")
+        rounds.publish(step, "model", {})
+    rounds.prune([35, 60])  # of a checkpoint after 35 steps of the stage, and one after 60
+    left = sorted(path.name for path in tmp_path.glob("round-*"))
+    assert left == [f"round-{step:08d}" for step in (30, 60, 80, 90)]
+    assert rounds.last(35) == rounds.path(30) and rounds.last(60) == rounds.path(60)
+    rounds.prune([-5])  # of a stage before this one
+    assert len(list(tmp_path.glob("round-*"))) == 2 and rounds.last(25) is None
