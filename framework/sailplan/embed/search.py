@@ -44,7 +44,7 @@ class KeyFiles:
 
     def __init__(self, files: Sequence[tuple[Path, Path]]) -> None:
         self.files = files
-        self.reads = 0  # tiles read so far, for counting
+        self.bytes = 0  # of vectors, read so far
 
     def tiles(self, size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Yield rows [t] and vectors float32 [t, D] of at most `size` keys."""
@@ -55,7 +55,7 @@ class KeyFiles:
                 for start in range(0, len(rows), size):
                     some = rows[start : start + size]
                     flat = np.fromfile(file, mapped.dtype, len(some) * mapped.shape[1])
-                    self.reads += 1
+                    self.bytes += flat.nbytes
                     yield some, flat.reshape(len(some), -1).astype(np.float32, copy=False)
 
 
