@@ -81,19 +81,26 @@ def stage_cost(
     are left out.
     """
     wanted, mined, search = _Wanted(), _Wanted(), 0.0
+    judged = wanted  # what the balancing's model embeds, which may be another
     dimension = config.model.embedding
     sizes = {name: readers[name].count("train") for name in stage.data if name in readers}
     similarity = stage.balance is not None and stage.balance.weights == "similarity"
     nearest = stage.subset is not None and stage.subset.nearest is not None
     settings = stage.balance or BalanceConfig()
-    if similarity or nearest:
+    if settings.initialise_from is not None:
+        judged = _Wanted()
+    asking = [judged] * similarity + [wanted] * (
+        nearest and (judged is not wanted or not similarity)
+    )
+    if asking:
         for task in (config.evaluation.tasks[name] for name in config.evaluation.benchmark):
             reader = readers[task.dataset]
             count = reader.count("train") or len(reader)
             for view in kind_views(
                 reader, [one for one in (task.query, task.target) if one]
             ).values():
-                wanted.ask(reader, view, count, settings.sample)
+                for each in asking:
+                    each.ask(reader, view, count, settings.sample)
     for name, count in sizes.items():
         reader = readers[name]
         views = kind_views(
@@ -101,7 +108,7 @@ def stage_cost(
         )
         if similarity:
             for view in views.values():
-                wanted.ask(reader, view, count, settings.sample)
+                judged.ask(reader, view, count, settings.sample)
         if nearest and (stage.subset is not None and name in (stage.subset.sets or sizes)):
             chosen = [views["fused"]] if "fused" in views else list(views.values())
             for view in chosen:
@@ -137,13 +144,19 @@ def stage_cost(
                 beside = 4 * dimension + MATCH_BYTES + 12 * hard.per_query
                 written = max(written, kept[name] * beside)
     number = 2 if config.store.precision == "float16" else 4
-    tokens = sum(rows * _tokens(processor, wanted.views[key]) for key, rows in wanted.rows.items())
+    models = [wanted] if judged is wanted else [wanted, judged]
+    total = sum(each.total for each in models)
+    tokens = sum(
+        rows * _tokens(processor, each.views[key])
+        for each in models
+        for key, rows in each.rows.items()
+    )
     return {
-        "rows": wanted.total,
-        "vector_bytes": wanted.total * dimension * number,
+        "rows": total,
+        "vector_bytes": total * dimension * number,
         "encoder_flop": 2.0 * parameters * tokens,
         "search_flop": search,
-        "disk_bytes": wanted.total * dimension * number + written,
+        "disk_bytes": total * dimension * number + written,
         "refreshes": refreshes,
         "refresh_rows": mined.total if refreshes else 0,
     }

@@ -33,6 +33,7 @@ from sailplan.curriculum.artifact import stage_artifacts
 from sailplan.curriculum.artifacts import TEACHERS, TEACHERS_FILE, make_artifacts
 from sailplan.curriculum.balance import Balance, Summary, balance, by_size, with_floor
 from sailplan.curriculum.hard_negatives import check_minable, chosen_patterns, matched, mine
+from sailplan.curriculum.judge import judge_of
 from sailplan.curriculum.kinds import (
     KindTables,
     kind_tables,
@@ -60,6 +61,7 @@ from sailplan.runtime.process import Parallel
 from sailplan.runtime.turns import apart
 
 STATE, SUBSETS, ROUNDS, VECTORS = "state.json", "subsets", "hard_negatives", "vectors"
+JUDGE = "balance_vectors"  # of the model that `balance.initialise_from` names
 BEGUN, FORMER_SUBSETS = "begun.json", "subsets.npz"
 
 
@@ -135,15 +137,19 @@ def prepare_stage(context: RunContext, name: str, folder: Path) -> StageState:
     if stage.artifacts:
         stats["artifacts"] = _once(parallel, folder, "artifacts", artifacts)
     _open_artifacts(context.config, readers, stage, folder)
-    needed = (stage.balance is not None and stage.balance.weights == "similarity") or (
+    settings = stage.balance or BalanceConfig()
+    own = settings.initialise_from is None
+    needed = (stage.balance is not None and stage.balance.weights == "similarity" and own) or (
         stage.subset is not None and stage.subset.nearest is not None
     )
-    settings = stage.balance or BalanceConfig()
     benchmark = summarise_benchmark(embedder, settings) if needed else {}
     stats["weights"] = dict(stage.data)
     if stage.balance is not None:
         stats |= _once(
-            parallel, folder, "balance", lambda: _balanced(embedder, stage, benchmark, settings)
+            parallel,
+            folder,
+            "balance",
+            lambda: _balanced(embedder, stage, benchmark, settings, folder / JUDGE),
         )
     subsets = _subsets(embedder, stage, benchmark, folder / SUBSETS)
     stats["subsets"] = {dataset: len(kept) for dataset, kept in subsets.items()}
@@ -289,10 +295,21 @@ def _once(
 
 
 def _balanced(
-    embedder: Embedder, stage: StageConfig, benchmark: dict[str, Summary], settings: BalanceConfig
+    embedder: Embedder,
+    stage: StageConfig,
+    benchmark: dict[str, Summary],
+    settings: BalanceConfig,
+    folder: Path,
 ) -> JsonObject:
-    found = balance_sets(embedder, stage, benchmark, settings)
+    judge = judge_of(embedder, settings, folder)
+    if judge is not embedder:
+        benchmark = summarise_benchmark(judge, settings)
+    found = balance_sets(judge, stage, benchmark, settings)
+    if judge is not embedder:
+        judge.close()
+    similar = settings.weights == "similarity"
     return {
+        "balance_model": (settings.initialise_from or "the run's own") if similar else None,
         "weights": with_floor(found.weights, stage.data, settings.floor),
         "balance": {
             dataset: {**pairs, "mean": found.scores[dataset]}
@@ -443,7 +460,7 @@ def _begin(folder: Path, about: JsonObject) -> None:
     same = note.is_file() and json.loads(note.read_text(encoding="utf-8")) == about
     if not same or (folder / STATE).is_file():
         for path in folder.iterdir() if folder.is_dir() else ():
-            if path.name == VECTORS:
+            if path.name in (VECTORS, JUDGE):
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_whole(note, json.dumps(about))
