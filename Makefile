@@ -12,7 +12,7 @@ TRITONS := $(patsubst requirements/%.txt,$(VENV)/%/.ready,$(wildcard requirement
 
 # Tests that start no ranks and no commands.
 FAST := tests/unit/test_layers.py tests/unit/data tests/unit/objective tests/unit/config/test_words.py \
-  tests/unit/curriculum/test_collaboration.py tests/unit/evaluate/test_semantic_ids.py tests/unit/observe/test_metric_files.py \
+  tests/unit/curriculum/test_collaboration.py tests/unit/observe/test_metric_files.py \
   tests/kernels/test_definition.py tests/kernels/test_calls.py tests/kernels/test_layers.py
 
 .PHONY: help environment quickstart weights lint test test-fast test-nightly chaos cluster-packages docs clean

@@ -6,7 +6,8 @@ candidates, and searches the first blocks of queries of each rank against all ca
 needs the same memory whichever it is). The peak is the kernel's (VmHWM, reset after a warm-up),
 pages of mapped files included.
 
-    python benchmarks/store_memory.py [--records 200000] [--ranks 1 2] [--blocks 2] [--out FILE]
+    python benchmarks/store_memory.py [--records 50000 200000] [--ranks 1 2 4] [--blocks 2] [--out FILE]
+    python benchmarks/store_memory.py --table docs/recipe.md      # its table, from the results
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ from sailplan.model.testing import join_layout
 from sailplan.runtime.arrays import SharedArray
 from sailplan_kernels.testing import run_ranks
 
+RESULTS = Path(__file__).parent / "results" / "store_memory.json"
+BEGIN, END = "<!-- store-memory:begin -->", "<!-- store-memory:end -->"
+PHASES = ("embed queries", "embed targets", "mining")
 WORDS, SHARD = 4, 10_000
 
 
@@ -170,6 +174,8 @@ def measure(rank: int, world_size: int, root: Path, dimension: int, blocks: int)
     encoder = BagEncoder(config.model)
     context = RunContext(config, parallel, encoder, {}, {"pairs": reader}, work / "warm")
     Embedder(context).table(reader, "query", np.arange(2000))
+    for dtype in (torch.float32, torch.float64):  # the products' own buffers: a model's, too
+        torch.ones(512, dimension, dtype=dtype) @ torch.ones(dimension, 512, dtype=dtype)
     embedder = Embedder(
         RunContext(config, parallel, encoder, {}, {"pairs": reader}, work / "store")
     )
@@ -223,34 +229,71 @@ def measure(rank: int, world_size: int, root: Path, dimension: int, blocks: int)
     return found
 
 
+def table(result: dict[str, Any]) -> str:
+    """Return the results as Markdown: of each phase the largest peak of any rank."""
+    lines = [
+        "| records | ranks | limit, MB | "
+        + " | ".join(f"{name}, MB" for name in PHASES)
+        + " | s |",
+        "|" + "---|" * (len(PHASES) + 4),
+    ]
+    for records, at in result["sizes"].items():
+        for ranks, found in at.items():
+            peaks = [max(rank[name]["peak_bytes"] for rank in found) / 1e6 for name in PHASES]
+            seconds = sum(found[0][name]["seconds"] for name in PHASES)
+            limit = found[0]["mining"]["limit_bytes"] / 1e6
+            cells = [f"{int(records):,}", ranks, f"{limit:.1f}"]
+            cells += [f"{peak:.1f}" for peak in peaks] + [f"{seconds:.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    note = (
+        f"Peak above what a rank had before the phase, of {result['dimension']} float32 numbers a "
+        f"vector; seconds on {result['cores']} cores that other work shared (load average "
+        f"{result['load_average']}). `{result['command']}`"
+    )
+    return "\n".join([*lines, "", note])
+
+
+def write_table(path: Path) -> None:
+    """Put the results' table between its marks in a document."""
+    text = path.read_text()
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    found = table(json.loads(RESULTS.read_text()))
+    path.write_text(f"{before}{BEGIN}\n{found}\n{END}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=int, default=200_000)
+    parser.add_argument("--records", type=int, nargs="+", default=[50_000, 200_000])
     parser.add_argument("--dimension", type=int, default=256)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--blocks", type=int, default=2, help="of queries that a rank searches")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--table", type=Path, default=None, help="document to write it into")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        write_pairs(root / "pairs", options.records)
-        open_datasets(configuration(root, options.dimension))
-        ranks = {
-            str(world_size): run_ranks(
-                measure, world_size, root, options.dimension, options.blocks, timeout=3000
-            )
-            for world_size in options.ranks
-        }
+    if options.table is not None:
+        write_table(options.table)
+        return
+    sizes: dict[str, Any] = {}
+    for records in options.records:
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            write_pairs(root / "pairs", records)
+            open_datasets(configuration(root, options.dimension))
+            arguments = (root, options.dimension, options.blocks)
+            sizes[str(records)] = {
+                str(ranks): run_ranks(measure, ranks, *arguments, timeout=3000)
+                for ranks in options.ranks
+            }
+    given = {"records": options.records, "ranks": options.ranks, "blocks": [options.blocks]}
+    flags = "".join(f" --{name} {' '.join(map(str, each))}" for name, each in given.items())
     result = {
-        "command": "python benchmarks/store_memory.py --ranks "
-        + " ".join(map(str, options.ranks))
-        + f" --blocks {options.blocks}",
-        "records": options.records,
+        "command": f"python benchmarks/store_memory.py{flags}",
         "dimension": options.dimension,
-        "rows_bytes": options.records * options.dimension * 4,
         "torch": torch.__version__,
         "cores": os.cpu_count(),
-        "ranks": ranks,
+        "load_average": round(os.getloadavg()[0], 1),
+        "sizes": sizes,
     }
     text = json.dumps(result, indent=1)
     print(text)

@@ -71,10 +71,9 @@ class Negatives:
     shared: bool = False  # everybody's hard negatives are every row's
     queries: bool = False  # other queries, scored against the query, join the row's denominator
     keys: bool = False  # other keys, scored against the positive, join the row's denominator
-    max_cosine: float | Tensor | None = (
-        None  # a number, or float [N], one a row; infinity: no limit. Ranks may
-    )
-    # differ in values, not in whether it is a tensor.
+    # A number; prefix length -> number, one for each of the prefixes; or float [N], one a row.
+    # Infinity: no limit. Ranks may differ in a tensor's values, in nothing else.
+    max_cosine: float | Mapping[int, float] | Tensor | None = None
     margin_absolute: float | None = None
     margin_relative: float | None = None
 

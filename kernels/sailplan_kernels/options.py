@@ -89,6 +89,10 @@ def samples(n: int = N, m: int = M, d: int = D) -> list[tuple[str, dict[str, Any
             {**by_id, "symmetric": True, "key_negatives": True},
         ),
         ("`negatives.max_cosine`", {"max_cosine": 0.3}),
+        (
+            "`negatives.max_cosine` of each prefix",
+            {"prefixes": (d // 4, d), "max_cosine": {d // 4: 0.6, d: 0.3}},
+        ),
         ("`negatives.max_cosine` [N]", {"max_cosine": torch.rand(n, generator=g)}),
         ("`negatives.margin_absolute`", {"margin_absolute": 0.1}),
         ("`negatives.margin_relative`", {"margin_relative": 0.95}),

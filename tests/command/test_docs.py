@@ -70,7 +70,7 @@ def test_its_loss_is_exact(project: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_every_command_of_the_docs_is_a_command() -> None:
     for name, text in TEXTS.items():
         for line in re.findall(
-            r"^(?:[A-Z_]+=\S+ )*(?:sailplan|launch/local\.sh \d+|launch/torchrun\.sh) (\w+)",
+            r"^(?:[A-Z_]+=\S+ )*(?:sailplan|launch/local\.sh \d+|launch/torchrun\.sh) ([\w-]+)",
             text,
             flags=re.MULTILINE,
         ):

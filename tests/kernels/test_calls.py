@@ -50,6 +50,8 @@ Q, K = torch.randn(4, 8), torch.randn(5, 8)
         ),
         ("negatives.max_cosine", {"max_cosine": torch.ones(5)}),
         ("negatives.max_cosine", {"max_cosine": torch.ones(4, dtype=torch.int64)}),
+        ("negatives.max_cosine", {"max_cosine": {4: 0.3}, "prefixes": (4, 8)}),
+        ("negatives.max_cosine", {"max_cosine": {4: 0.3, 8: 0.2}}),
         ("options.score_dtype", {"score_dtype": torch.bfloat16}),
         ("options.backend", {"backend": "triton", "score_dtype": torch.float64}),
         ("options.backend", {"backend": "triton"}),

@@ -42,12 +42,7 @@ def loops(case: dict) -> tuple[float, int, float]:
         else torch.ones(hard.shape[:2], dtype=torch.bool)
     )
 
-    highest = case.get("max_cosine")
-    highest = (
-        highest.tolist()
-        if isinstance(highest, torch.Tensor)
-        else [math.inf if highest is None else highest] * n
-    )
+    max_cosine = case.get("max_cosine")
 
     def kept(cosine: float, start: float, below: float) -> bool:
         return (
@@ -84,6 +79,12 @@ def loops(case: dict) -> tuple[float, int, float]:
         q, k, h = (
             unit(x[..., :prefix], dim=-1)
             for x in (case["queries"], case["keys"], hard.to(case["queries"]))
+        )
+        highest = max_cosine[prefix] if isinstance(max_cosine, dict) else max_cosine
+        highest = (
+            highest.tolist()
+            if isinstance(highest, torch.Tensor)
+            else [math.inf if highest is None else highest] * n
         )
         losses, right = [], 0
         for i in counted:
@@ -183,6 +184,8 @@ def test_reference_equals_the_definition_in_loops(make_case, data):
     )
     if case["prefixes"] and len(case["prefixes"]) == 2:
         case["prefix_weights"] = (0.3, 1.0)
+        if "max_cosine" not in case and draw(st.booleans()):
+            case["max_cosine"] = dict(zip(case["prefixes"], (0.5, 0.2), strict=True))
     out = infonce(**grouped(case | {"backend": "reference"}))
     loss, valid, accuracy = loops(case)
     assert out.valid_rows == valid

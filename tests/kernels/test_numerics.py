@@ -231,6 +231,8 @@ def test_options_equal_the_reference(make_case, run, backend, data):
         **filters,
         **threshold,
     )
+    if not threshold and case["prefixes"] and draw(st.booleans()):
+        case["max_cosine"] = {size: 0.6 - 0.05 * size for size in case["prefixes"]}
     budget = draw(st.sampled_from([1, 2000, 5000, None]))
     expected, expected_gradients = run(case, "reference", upstream=0.7)
     out, gradients = run(case, backend, upstream=0.7, memory_budget=budget)
@@ -445,3 +447,21 @@ class TestDegenerate:
         out, gradients = run(case, backend, torch.float32, symmetric=symmetric)
         assert out.loss.isfinite() and all(g.isfinite().all() for g in gradients.values())
         assert (gradients["queries"][0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_each_prefix_has_its_own_highest_cosine(make_case, run, backend, symmetric, dtype):
+    _, case = make_case(4, (12,), (12,), 8, symmetric=symmetric, dtype=dtype)
+    highest = {4: 0.35, 8: 0.1}
+    out, gradients = run(case, backend, dtype, prefixes=(4, 8), max_cosine=highest)
+    alone = [run(case, backend, dtype, prefixes=(d,), max_cosine=x) for d, x in highest.items()]
+    close = {"rtol": 2e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {}
+    torch.testing.assert_close(
+        out.prefix_losses, torch.cat([one.prefix_losses for one, _ in alone]), **close
+    )
+    for name, found in gradients.items():
+        torch.testing.assert_close(found, sum(each[name] for _, each in alone), **close)
+    other = run(case, backend, dtype, prefixes=(4, 8), max_cosine=0.1)[0]
+    assert (other.prefix_losses[0] - out.prefix_losses[0]).abs() > 0.05  # the full size's is lower

@@ -58,6 +58,8 @@ OPTIONS = [
     {"sampling": True, "symmetric": True, "masks": True},
     {"key_negatives": True, "masks": True},
     {"prefixes": (3, 7), "prefix_weights": (0.5, 1.0), "symmetric": True},
+    {"prefixes": (3, 7), "max_cosine": {3: 0.5, 7: 0.2}, "symmetric": True, "positives": True},
+    {"prefixes": (3, 7), "max_cosine": {3: 0.5, 7: 0.2}, "by_id": True, "symmetric": True},
     {
         "symmetric": True,
         "query_negatives": True,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sailplan.checkpoint.source import initial_source
 from sailplan.checkpoint.store import folder_of, save
 from sailplan.config.schema import Config, LoraConfig, ParallelConfig
 from sailplan.curriculum.testing import write_pack
@@ -19,7 +20,7 @@ from sailplan.export.merge import merge
 from sailplan.export.weights import export_weights
 from sailplan.model.testing import join_layout, whole_tensor
 from sailplan.train.bundle import build_bundle
-from sailplan.train.load_pretrained import initial_source, initialise
+from sailplan.train.load_pretrained import initialise
 from sailplan_kernels.testing import RankFailure, run_ranks
 
 ALL = ("encoder", "objectives", "temperatures")

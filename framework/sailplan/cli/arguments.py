@@ -35,6 +35,7 @@ COMMANDS = {
     "balance": "compute data weights with a run's newest checkpoint",
     "evaluate": "evaluate a run's newest checkpoint on all tasks, or --model PATH on --data FOLDER in BEIR's form; JSON out",
     "embed": "embed a data set's view: vectors, ids and, if asked, semantic IDs",
+    "semantic-ids": "turn the vectors of embed into short tuples of codes: parquet, code books, collision rate; resumable",
     "encode": "encode a file of items with a trained or published model: .npy, .parquet or a faiss index; resumable",
     "export": "write a run's model as a folder: --to sentence-transformers for other programs; sailplan export merge: an average of checkpoints",
     "report": "write report.html of a run folder",
@@ -195,10 +196,37 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--view", required=True, help="view of the data set")
             command.add_argument(
                 "--semantic-ids",
-                default=None,
+                action="append",
+                default=[],
                 metavar="SIZES",
-                help="also write residual k-means codes, e.g. 64,64,64",
+                help="also write residual k-means codes, e.g. 64,64,64; may be given several times",
             )
+            command.add_argument(
+                "--label",
+                default=None,
+                metavar="KEY",
+                help="also write the records' values of this key, which semantic IDs are compared with",
+            )
+        if name == "semantic-ids":
+            command.add_argument("--vectors", required=True, help="folder that embed wrote")
+            command.add_argument(
+                "--sizes",
+                action="append",
+                default=[],
+                metavar="SIZES",
+                help="code books to fit, e.g. 64,64,64; may be given several times",
+            )
+            command.add_argument(
+                "--code-books",
+                action="append",
+                default=[],
+                metavar="FOLDER",
+                help="code books of an earlier call, for new items; may be given several times",
+            )
+            command.add_argument(
+                "--out", default=None, help="where to write (default: VECTORS/semantic_ids)"
+            )
+            command.add_argument("--seed", type=int, default=0, help="of the fit (default: 0)")
         if name == "evaluate":
             add_evaluate_arguments(command)
         if name == "encode":

@@ -120,6 +120,10 @@ def run(arguments: list[str]) -> int:
         from sailplan.cli import train_commands
 
         return int(getattr(train_commands, options.command)(options))
+    if options.command == "semantic-ids":
+        from sailplan.cli import semantic_ids_command
+
+        return semantic_ids_command.run(options)
     if options.command == "encode":
         from sailplan.cli import encode_command
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -157,14 +156,10 @@ def evaluate(options: argparse.Namespace) -> int:
 def embed(options: argparse.Namespace) -> int:
     """All records of a view: vectors, ids, and semantic IDs where sizes are given."""
     from sailplan.export.embeddings import export_embeddings
+    from sailplan.export.semantic_ids import parse_sizes
 
-    given = options.semantic_ids
-    if given is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
-        raise ConfigurationError(
-            f"--semantic-ids {given}: expected sizes of code books, such as 64,64,64"
-        )
+    sizes = parse_sizes("--semantic-ids", options.semantic_ids)
     _check_out(options.out)
-    sizes = [int(size) for size in given.split(",")] if given else []
     if options.dataset not in options.config.data.sets:
         raise ConfigurationError(
             f"--dataset {options.dataset}: expected one of {', '.join(options.config.data.sets)}"
@@ -188,6 +183,7 @@ def embed(options: argparse.Namespace) -> int:
             parallel=run.parallel,
             config=run.config,
             semantic_id_sizes=sizes,
+            label=options.label,
         )
         _say(run, json.dumps(told, indent=1))
     return EXIT_DONE

@@ -97,6 +97,9 @@ class BalanceConfig:
     weights: Literal["similarity", "uniform", "size", "sqrt_size"] = (
         "similarity"  # the others look at no vector
     )
+    # Run folder, checkpoint or exported folder whose weights embed the samples; None: the run's own
+    # as they are at the stage's start, which say nothing before they have learned something
+    initialise_from: Annotated[str | None, When("weights", ("similarity",))] = None
 
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for an error that is not measured."""

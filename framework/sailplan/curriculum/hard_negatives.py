@@ -53,6 +53,9 @@ PERMUTED = (
     1 << 22
 )  # rows of which a sample is drawn by shuffling all; of more, without listing them
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}  # of the queries that a rank searches for at once
+# In how many blocks, at least, a rank searches for its share, so that a block falls with the ranks
+BLOCKS = {"cpu": 48, "cuda": 4}
+BLOCK_ROWS = 1024  # that a block may have, however small the share
 KEY_ROWS = 4096  # of a file of candidates
 GAP = 1 << 16  # records without negatives that are written at once
 
@@ -290,8 +293,10 @@ class PatternMiner:
         """
         parallel, count = self._parallel, matches.count
         dimension = self._queries.read(0, 1).fused.shape[1]
-        most = BLOCK_BYTES.get(parallel.device.type, BLOCK_BYTES["cpu"]) // (4 * dimension)
-        size = max(1, min(most, -(-count // parallel.world_size)))
+        kind, share = parallel.device.type, -(-count // parallel.world_size)
+        most = BLOCK_BYTES.get(kind, BLOCK_BYTES["cpu"]) // (4 * dimension)
+        size = min(most, share // BLOCKS.get(kind, BLOCKS["cpu"]))
+        size = max(1, size, min(BLOCK_ROWS, most, share))
         blocks = range(-(-count // size))
         self._done = done = self.folder / f"blocks-{size}"
         done.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from sailplan.config.fields import JsonObject
@@ -23,6 +24,7 @@ from sailplan.data.negatives import ROUND
 from sailplan.runtime.files import write_whole
 
 CURRENT, WORKING, MODEL = "CURRENT", "working", "model"
+KEPT = 2  # rounds that stay whatever the checkpoints
 
 
 class Rounds:
@@ -63,12 +65,25 @@ class Rounds:
         write_whole(self.folder / CURRENT, path.name)
         shutil.rmtree(self.folder / WORKING, ignore_errors=True)
 
+    def prune(self, needed: Iterable[int]) -> None:
+        """Remove rounds but the last KEPT, and those that were in force after each of these numbers
+        of steps: what a run that goes on from a checkpoint reads.
+        """
+        kept = {path for done in needed if (path := self.last(done)) is not None}
+        kept |= {self.path(step) for step in sorted(self._whole())[-KEPT:]}
+        for step in self._whole():
+            if self.path(step) not in kept:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
     def last(self, done: int) -> Path | None:
         """Return the last whole round up to a step, None where there is none."""
-        found = {
-            int(match[1]): path
+        step = max((step for step in self._whole() if step <= done), default=None)
+        return None if step is None else self.path(step)
+
+    def _whole(self) -> list[int]:
+        """Return the steps of the rounds that are whole."""
+        return [
+            int(match[1])
             for path in self.folder.glob("round-*")
             if (match := re.fullmatch(r"round-(\d+)", path.name)) and (path / ROUND).is_file()
-        }
-        step = max((step for step in found if step <= done), default=None)
-        return None if step is None else found[step]
+        ]

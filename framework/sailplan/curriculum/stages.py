@@ -33,6 +33,7 @@ from sailplan.curriculum.artifact import stage_artifacts
 from sailplan.curriculum.artifacts import TEACHERS, TEACHERS_FILE, make_artifacts
 from sailplan.curriculum.balance import Balance, Summary, balance, by_size, with_floor
 from sailplan.curriculum.hard_negatives import check_minable, chosen_patterns, matched, mine
+from sailplan.curriculum.judge import judge_of
 from sailplan.curriculum.kinds import (
     KindTables,
     kind_tables,
@@ -44,14 +45,14 @@ from sailplan.curriculum.mined_files import read_mined
 from sailplan.curriculum.rounds import Rounds
 from sailplan.curriculum.subset import PART, Scores, keep_highest, nearness
 from sailplan.data.datasets import open_datasets
-from sailplan.data.negatives import HardNegativeStore
+from sailplan.data.negatives import HardNegativeStore, MatchThreshold
 from sailplan.data.reader import RecordReader
 from sailplan.data.teacher_files import MANIFEST, TeacherFiles
 from sailplan.data.teachers import Teachers, TeacherTable
 from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
-from sailplan.embed.scoring import unit
 from sailplan.embed.selection import Positions, SplitPositions
+from sailplan.embed.sides import unit
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.arrays import SharedArray
 from sailplan.runtime.files import write_whole
@@ -60,6 +61,7 @@ from sailplan.runtime.process import Parallel
 from sailplan.runtime.turns import apart
 
 STATE, SUBSETS, ROUNDS, VECTORS = "state.json", "subsets", "hard_negatives", "vectors"
+JUDGE = "balance_vectors"  # of the model that `balance.initialise_from` names
 BEGUN, FORMER_SUBSETS = "begun.json", "subsets.npz"
 
 
@@ -73,7 +75,7 @@ class StageState:
     )  # data set -> sorted record positions; others: the train split
     negatives: HardNegativeStore | None = None
     teachers: Teachers | None = None
-    thresholds: dict[PatternKey, float] = field(
+    thresholds: dict[PatternKey, MatchThreshold] = field(
         default_factory=dict
     )  # lambda*, where in-batch masking is on
     stats: JsonObject = field(default_factory=dict)  # the content of state.json
@@ -135,15 +137,19 @@ def prepare_stage(context: RunContext, name: str, folder: Path) -> StageState:
     if stage.artifacts:
         stats["artifacts"] = _once(parallel, folder, "artifacts", artifacts)
     _open_artifacts(context.config, readers, stage, folder)
-    needed = (stage.balance is not None and stage.balance.weights == "similarity") or (
+    settings = stage.balance or BalanceConfig()
+    own = settings.initialise_from is None
+    needed = (stage.balance is not None and stage.balance.weights == "similarity" and own) or (
         stage.subset is not None and stage.subset.nearest is not None
     )
-    settings = stage.balance or BalanceConfig()
     benchmark = summarise_benchmark(embedder, settings) if needed else {}
     stats["weights"] = dict(stage.data)
     if stage.balance is not None:
         stats |= _once(
-            parallel, folder, "balance", lambda: _balanced(embedder, stage, benchmark, settings)
+            parallel,
+            folder,
+            "balance",
+            lambda: _balanced(embedder, stage, benchmark, settings, folder / JUDGE),
         )
     subsets = _subsets(embedder, stage, benchmark, folder / SUBSETS)
     stats["subsets"] = {dataset: len(kept) for dataset, kept in subsets.items()}
@@ -185,7 +191,13 @@ def load_stage(
         )
     stats = json.loads((folder / STATE).read_text(encoding="utf-8"))
     negatives = None
-    if stage.hard_negatives is not None and (found := _last_round(folder, done)) is not None:
+    if stage.hard_negatives is not None:
+        found = _last_round(folder, done)
+        if found is None:
+            raise ConfigurationError(
+                f"{folder / ROUNDS}: found no round up to step {done} of the stage, expected the one "
+                "that it trained on; go on from a newer checkpoint, or train under another name"
+            )
         negatives = HardNegativeStore.load(found)
     _open_artifacts(config, readers, stage, folder)
     masked = (
@@ -193,6 +205,8 @@ def load_stage(
         and stage.hard_negatives is not None
         and stage.hard_negatives.mask_in_batch
     )
+    if negatives is not None and masked:
+        _check_prefixes(config, name, negatives.thresholds)
     return StageState(
         weights=stats["weights"],
         subsets=_load_subsets(folder, stats),
@@ -281,10 +295,21 @@ def _once(
 
 
 def _balanced(
-    embedder: Embedder, stage: StageConfig, benchmark: dict[str, Summary], settings: BalanceConfig
+    embedder: Embedder,
+    stage: StageConfig,
+    benchmark: dict[str, Summary],
+    settings: BalanceConfig,
+    folder: Path,
 ) -> JsonObject:
-    found = balance_sets(embedder, stage, benchmark, settings)
+    judge = judge_of(embedder, settings, folder)
+    if judge is not embedder:
+        benchmark = summarise_benchmark(judge, settings)
+    found = balance_sets(judge, stage, benchmark, settings)
+    if judge is not embedder:
+        judge.close()
+    similar = settings.weights == "similarity"
     return {
+        "balance_model": (settings.initialise_from or "the run's own") if similar else None,
         "weights": with_floor(found.weights, stage.data, settings.floor),
         "balance": {
             dataset: {**pairs, "mean": found.scores[dataset]}
@@ -404,6 +429,23 @@ def _mine(
     }
 
 
+def _check_prefixes(
+    config: Config, stage: str, thresholds: Mapping[PatternKey, MatchThreshold]
+) -> None:
+    """Raise ConfigurationError where negatives of another model have no lambda* of a prefix that
+    the loss is paid at.
+    """
+    shorter = {size for size in config.model.prefixes if size < config.model.embedding}
+    for key, found in thresholds.items():
+        if found.prefixes is not None and shorter - set(found.prefixes):
+            raise ConfigurationError(
+                f"stages.{stage}.hard_negatives.mask_in_batch: found lambda* of {key} at "
+                f"{', '.join(map(str, sorted(found.prefixes))) or 'the full size alone'}, expected "
+                f"model.prefixes, {', '.join(map(str, sorted(shorter)))}; mine with these prefixes, "
+                "or set mask_in_batch=false"
+            )
+
+
 def _teachers(folder: Path) -> Teachers | None:
     if (folder / TEACHERS / MANIFEST).is_file():
         return TeacherFiles(folder / TEACHERS)
@@ -418,7 +460,7 @@ def _begin(folder: Path, about: JsonObject) -> None:
     same = note.is_file() and json.loads(note.read_text(encoding="utf-8")) == about
     if not same or (folder / STATE).is_file():
         for path in folder.iterdir() if folder.is_dir() else ():
-            if path.name == VECTORS:
+            if path.name in (VECTORS, JUDGE):
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_whole(note, json.dumps(about))

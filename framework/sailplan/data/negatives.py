@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,16 +19,33 @@ from sailplan.config.schema import PatternKey
 ROUND = "round.json"  # of a round of mining, in its folder: patterns, files, thresholds
 
 
+@dataclass(frozen=True)
+class MatchThreshold:
+    """lambda* of a pattern, a cosine: of the full size and of shorter Matryoshka prefixes.
+
+    prefixes None: a file of version 0.1.0, whose full-size value served every prefix.
+    """
+
+    full: float
+    prefixes: Mapping[int, float] | None = None
+
+    def at(self, sizes: Iterable[int] | None) -> float | dict[int, float]:
+        """Return the value of each size; None: of the full size alone."""
+        if sizes is None:
+            return self.full
+        return {size: (self.prefixes or {}).get(size, self.full) for size in sizes}
+
+
 @dataclass
 class HardNegativeStore:
-    """Hold positions int64 [n, K] of each pattern, in memory or mapped, and its lambda* (a cosine).
+    """Hold positions int64 [n, K] of each pattern, in memory or mapped, and its lambda*.
 
     Row i = negatives of the record at position i (n = records of the set), each the position of a
     record of the same set whose target item is the negative, -1 where absent.
     """
 
     positions: dict[PatternKey, NDArray[np.int64]] = field(default_factory=dict)
-    thresholds: dict[PatternKey, float] = field(default_factory=dict)
+    thresholds: dict[PatternKey, MatchThreshold] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write one .npz, complete or not at all."""
@@ -36,7 +54,7 @@ class HardNegativeStore:
             f"positions:{key}": value.astype(np.int64) for key, value in self.positions.items()
         }
         thresholds = {
-            f"threshold:{key}": np.float64(value) for key, value in self.thresholds.items()
+            f"threshold:{key}": np.float64(value.full) for key, value in self.thresholds.items()
         }
         save_arrays(path, {**arrays, **thresholds})
 
@@ -49,7 +67,10 @@ class HardNegativeStore:
             for written, found in note["patterns"].items():
                 key = PatternKey.parse(written)
                 store.positions[key] = np.load(path / found["negatives"], mmap_mode="r")
-                store.thresholds[key] = float(found["threshold"]["value"])
+                store.thresholds[key] = MatchThreshold(
+                    float(found["threshold"]["value"]),
+                    {int(size): float(one["value"]) for size, one in found["prefixes"].items()},
+                )
             return store
         with np.load(path) as arrays:
             for name in arrays.files:
@@ -58,7 +79,7 @@ class HardNegativeStore:
                 if kind == "positions":
                     store.positions[key] = arrays[name]
                 else:
-                    store.thresholds[key] = float(arrays[name])
+                    store.thresholds[key] = MatchThreshold(float(arrays[name]))
         return store
 
 

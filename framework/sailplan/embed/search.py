@@ -32,7 +32,7 @@ from sailplan_kernels.topk.search import packed, unpacked
 
 MARGIN = 28  # candidates beside k
 MANY = 64  # excluded keys of a query that are struck out together with its like
-KEYS, ROWS = 1024, 512  # of a tile of scores on a CPU; on a device 16 times as many keys
+KEYS, ROWS = 512, 512  # of a tile of scores on a CPU; on a device 16 times as many
 EXACT_PAIRS = 512  # scored again at once
 _UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
 
@@ -44,7 +44,7 @@ class KeyFiles:
 
     def __init__(self, files: Sequence[tuple[Path, Path]]) -> None:
         self.files = files
-        self.reads = 0  # tiles read so far, for counting
+        self.bytes = 0  # of vectors, read so far
 
     def tiles(self, size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Yield rows [t] and vectors float32 [t, D] of at most `size` keys."""
@@ -55,7 +55,7 @@ class KeyFiles:
                 for start in range(0, len(rows), size):
                     some = rows[start : start + size]
                     flat = np.fromfile(file, mapped.dtype, len(some) * mapped.shape[1])
-                    self.reads += 1
+                    self.bytes += flat.nbytes
                     yield some, flat.reshape(len(some), -1).astype(np.float32, copy=False)
 
 
@@ -182,9 +182,8 @@ def nearest(
         if not len(left):
             break
         stats.again[str(dtype)] = stats.again.get(str(dtype), 0) + len(left)
-        search = _Search(
-            queries[torch.from_numpy(left)], keys, k, max_score, excluded.take(left), device, dtype
-        )
+        some = queries if len(left) == len(queries) else queries[torch.from_numpy(left)]
+        search = _Search(some, keys, k, max_score, excluded.take(left), device, dtype)
         found, places, proved = search.run(progress)
         scores[torch.from_numpy(left[proved])] = found[torch.from_numpy(proved)]
         rows[left[proved]] = places[proved]
@@ -225,11 +224,9 @@ class _Search:
         count = self._k if self._exact else self._k + MARGIN
         values = torch.full((len(self._queries), count), -torch.inf, device=self._device)
         rows = torch.full(values.shape, -1, dtype=torch.int64, device=self._device)
-        own = (
-            torch.cat([self._unit(part) for part in self._queries.split(4 * ROWS)])
-            if len(self._queries)
-            else self._queries
-        )
+        own = torch.empty(self._queries.shape, dtype=self._dtype, device=self._device)
+        for part in self._slices:
+            own[part] = self._unit(self._queries[part])
         for key_rows, vectors in self._keys.tiles(self._tile):
             progress()
             others = self._unit(torch.from_numpy(vectors))

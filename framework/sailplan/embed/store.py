@@ -36,6 +36,7 @@ from sailplan.runtime.turns import sum_over_ranks
 from sailplan.runtime.watch import meet
 
 FUSED = "fused"
+SHARDS, FEWEST_ROWS = 16, 1024  # of a rank's share, unless a shard had fewer rows
 
 
 class EmbeddingStore:
@@ -82,9 +83,11 @@ class ViewStore:
         if name in self._complete:
             return self._complete[name], []
         parallel, settings = self.store.parallel, self.store.settings
-        # As many shards for each rank, of at most shard_rows
+        # As many shards for each rank, of at most shard_rows, and small ones of a small share: a
+        # rank holds one
         ranks = parallel.data_parallel_size
-        each = -(-len(positions) // (ranks * settings.shard_rows))
+        share = -(-len(positions) // ranks)
+        each = -(-share // min(settings.shard_rows, max(FEWEST_ROWS, -(-share // SHARDS))))
         about |= {
             "count": len(positions),
             "size": max(1, -(-len(positions) // max(1, ranks * each))),

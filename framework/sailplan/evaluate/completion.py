@@ -21,6 +21,7 @@ from sailplan.data.excerpt import show
 from sailplan.data.reader import RecordReader
 from sailplan.embed.embedder import Embedder
 from sailplan.embed.scoring import Pairs
+from sailplan.embed.sides import StoredSide
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate import metrics
 from sailplan.evaluate.examples import answers, spread
@@ -42,8 +43,8 @@ def set_completion_task(
     split = read_histories(reader, None if task.split == "all" else task.split)
     pool = split.used() if task.candidates == "split" else np.arange(len(catalogue), dtype=np.int64)
     view, target_view = item_view(config.views[task.query]), item_view(config.views[task.target])
-    candidates = embedder.rows(catalogue, target_view, pool)
-    candidates = candidates.where(candidates.valid)
+    table = embedder.table(catalogue, target_view, pool)
+    candidates = StoredSide.of(table, embedder.context.parallel.device)
     items = embedder.rows(catalogue, view, pool if view == target_view else split.used())
     shown, wanted = metrics.set_completion(
         dict(zip(split.users, split.items, strict=True)), config.history_length
@@ -63,7 +64,7 @@ def set_completion_task(
             index_of(candidates.positions, np.array(history, dtype=np.int64)) for history in shown
         )
     ]
-    device, where = embedder.context.parallel.device, embedder.on_device(candidates)
+    device = embedder.context.parallel.device
     excluded = Pairs.of(
         torch.from_numpy(np.repeat(np.arange(len(shown)), [len(own) for own in left_out])),
         torch.from_numpy(np.concatenate(left_out)),
@@ -73,7 +74,9 @@ def set_completion_task(
     vectors, content = represent(embedder, items, shown, config.history_length)
     result: dict[str, float] = {}
     for prefix, queries in (("", vectors), ("content_mean/", content)):
-        ranks = metrics.best_positive_ranks(queries, where, positives, excluded, embedder.exchange)
+        ranks = metrics.best_positive_ranks(
+            queries, candidates, positives, excluded, embedder.exchange
+        )
         result |= {
             prefix + key: value
             for key, value in metrics.recall(ranks, task.recall_at).items()

@@ -15,9 +15,9 @@ from sailplan.config.fields import JsonObject
 from sailplan.config.schema import EvaluationTask, ViewConfig
 from sailplan.data.excerpt import show
 from sailplan.data.reader import RecordReader
-from sailplan.embed.rows import EmbeddedRows
+from sailplan.embed.scoring import Pairs, best_columns
+from sailplan.embed.sides import InMemory, StoredSide
 from sailplan.evaluate.retrieval_task import RetrievalTask
-from sailplan_kernels.topk import topk
 
 QUERIES, ANSWERS = 6, 5
 
@@ -30,7 +30,7 @@ def spread(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 def answers(
     vectors: Tensor,
     excluded: Sequence[Sequence[int]],
-    candidates: EmbeddedRows,
+    candidates: StoredSide,
     reader: RecordReader,
     view: ViewConfig,
     correct: Callable[[int, int], bool],
@@ -39,10 +39,10 @@ def answers(
 
     correct(place, candidate) tells the right ones.
     """
-    hidden = torch.full((len(vectors), max([1, *map(len, excluded)])), -1, dtype=torch.int64)
-    for place, columns in enumerate(excluded):
-        hidden[place, : len(columns)] = torch.tensor(list(columns), dtype=torch.int64)
-    scores, found = topk(vectors.float().cpu(), candidates.fused, ANSWERS, exclude_ids=hidden)
+    pairs = [(place, column) for place, columns in enumerate(excluded) for column in columns]
+    index = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T.to(vectors.device)
+    hidden = Pairs.of(index[0], index[1])
+    scores, found = best_columns(InMemory(vectors), candidates, ANSWERS, None, hidden)
     return [
         [
             show(reader, int(candidates.positions[column]), view)
@@ -70,7 +70,7 @@ def retrieval_examples(
             sides.excluded.columns[sides.excluded.rows == row].tolist() for row in rows.tolist()
         ]
     found = answers(
-        sides.queries.fused[torch.from_numpy(rows)],
+        sides.queries.take(torch.from_numpy(rows)),
         excluded,
         sides.candidates,
         sides.candidate_reader,

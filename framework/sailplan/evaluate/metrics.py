@@ -1,8 +1,9 @@
-"""The metrics of recipe section 5 as pure functions of embeddings; each says what it measures.
+"""The metrics of recipe section 5 as functions of two sides of embeddings; each says what it
+measures.
 
-All similarities are cosines. Functions over the full score matrix take an `exchange`: every rank
-passes the same full tensors, scores its share of the query rows, and the counts are summed (see
-scoring.py).
+All similarities are cosines. A side is a tensor, or rows of the store that are read in parts
+(`embed.sides`). Functions over the full score matrix take an `exchange`: every rank passes the same
+sides, scores its share of the query rows, and the counts are summed (see scoring.py).
 
 Shape legend: n queries, m candidates, D dimensions, p positive pairs.
 """
@@ -10,23 +11,38 @@ Shape legend: n queries, m candidates, D dimensions, p positive pairs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import gammaln
 from scipy.stats import kendalltau
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
 from sailplan.embed.clustering import k_means
-from sailplan.embed.scoring import ALONE, Pairs, count_negatives, pair_scores, share, tiles, unit
+from sailplan.embed.scoring import (
+    ALONE,
+    Pairs,
+    best_columns,
+    count_negatives,
+    pair_scores,
+    share,
+    shared_pair_scores,
+    tiles,
+)
+from sailplan.embed.sides import InMemory, Side, side_of
 from sailplan.runtime.seeds import derive, generator
+from sailplan.runtime.watch import beat, together
 from sailplan_kernels.exchange.base import Exchange
-from sailplan_kernels.topk import topk
+
+BACK = 1024  # candidates whose nearest queries are looked for at once
 
 
 def best_positive_ranks(
-    queries: Tensor,
-    candidates: Tensor,
+    queries: Tensor | Side,
+    candidates: Tensor | Side,
     positives: Pairs,
     excluded: Pairs | None = None,
     exchange: Exchange = ALONE,
@@ -37,28 +53,24 @@ def best_positive_ranks(
     Other positives of the same query never push the best one down; `excluded` candidates (a
     history's own items) are not ranked. A negative that ties with the positive is ranked before it,
     so a collapsed model scores zero. queries [n, D] and candidates [m, D] are the same on all
-    ranks, and so is the result.
+    ranks, and so is the result; pairs are sorted by row.
     """
-    queries, candidates = unit(queries), unit(candidates)
-    start, stop = share(len(queries), exchange.rank, exchange.world_size)
-    ranks = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    for first, scores in tiles(queries, candidates, (start, stop)):
-        ranks[first : first + len(scores)] = _ranks_in(
-            scores, positives.slice(first, first + len(scores)), excluded, first
-        )
+    left, right = side_of(queries), side_of(candidates)
+    start, stop = share(len(left), exchange.rank, exchange.world_size)
+    own = positives.slice(start, stop)
+    best = torch.full((stop - start,), -torch.inf, device=left.device)
+    best.scatter_reduce_(0, own.rows, pair_scores(left, right, own, start), "amax")
+    before = torch.zeros(stop - start, dtype=torch.int64, device=left.device)
+    for here, there, scores in tiles(left, right, exchange):
+        for pairs in (positives, excluded):
+            if pairs is not None:
+                left_out = pairs.within(here, there)
+                scores[left_out.rows, left_out.columns] = -torch.inf
+        rows = slice(here.start - start, here.stop - start)
+        before[rows] += (scores >= best[rows].unsqueeze(1)).sum(1)
+    ranks = torch.zeros(len(left), dtype=torch.int64, device=left.device)
+    ranks[start:stop] = torch.where(torch.isinf(best), 0, 1 + before)
     return exchange.sum(ranks)
-
-
-def _ranks_in(scores: Tensor, positives: Pairs, excluded: Pairs | None, first: int) -> Tensor:
-    scores = scores.clone()
-    best = torch.full((len(scores),), -torch.inf, device=scores.device)
-    best.scatter_reduce_(0, positives.rows, scores[positives.rows, positives.columns], "amax")
-    if excluded is not None:
-        left_out = excluded.slice(first, first + len(scores))
-        scores[left_out.rows, left_out.columns] = -torch.inf
-    scores[positives.rows, positives.columns] = -torch.inf
-    ranks = 1 + (scores >= best.unsqueeze(1)).sum(1)
-    return torch.where(torch.isinf(best), torch.zeros_like(ranks), ranks)
 
 
 def recall(ranks: Tensor, at: Sequence[int]) -> dict[str, float]:
@@ -76,7 +88,31 @@ def recall(ranks: Tensor, at: Sequence[int]) -> dict[str, float]:
     return result
 
 
-def auc(queries: Tensor, candidates: Tensor, positives: Pairs, exchange: Exchange = ALONE) -> float:
+def chance(positives: Pairs, candidates: int, at: Sequence[int]) -> dict[str, float]:
+    """Return chance/recall@k: the recall that a random order of the candidates has, over queries
+    with a positive.
+
+    Of a query with p positives among m candidates it is 1 - C(m - p, k) / C(m, k).
+    """
+    counts = np.unique(positives.rows.cpu().numpy(), return_counts=True)[1].astype(np.float64)
+    if not len(counts):
+        return {}
+    found = {}
+    for k in at:
+        left = candidates - counts - min(k, candidates)
+        log_none = gammaln(candidates - counts + 1) - gammaln(np.maximum(left, 0) + 1)
+        log_none -= gammaln(candidates + 1) - gammaln(candidates - min(k, candidates) + 1)
+        none = np.where(left < 0, 0.0, np.exp(log_none))
+        found[f"chance/recall@{k}"] = float((1 - none).mean())
+    return found
+
+
+def auc(
+    queries: Tensor | Side,
+    candidates: Tensor | Side,
+    positives: Pairs,
+    exchange: Exchange = ALONE,
+) -> float:
     """Area under the ROC curve with the cosine as score: P(positive > negative) + P(equal) / 2
     over all positive-negative
     pairs (Mann-Whitney). Exact, from integer counts; nan when every pair is positive."""
@@ -91,20 +127,21 @@ def auc(queries: Tensor, candidates: Tensor, positives: Pairs, exchange: Exchang
 
 
 def gap(
-    queries: Tensor, candidates: Tensor, positives: Pairs, exchange: Exchange = ALONE
+    queries: Tensor | Side,
+    candidates: Tensor | Side,
+    positives: Pairs,
+    exchange: Exchange = ALONE,
 ) -> dict[str, float]:
     """How far the positive and the negative cosine distributions lie apart: positive_mean,
     negative_mean, gap = their
     difference, d_prime = gap / sqrt(mean of the two variances)."""
-    queries, candidates = unit(queries), unit(candidates)
-    own = pair_scores(queries, candidates, positives).double()
-    sums = torch.zeros(2, dtype=torch.float64, device=queries.device)
-    for _, scores in tiles(
-        queries, candidates, share(len(queries), exchange.rank, exchange.world_size)
-    ):
+    left, right = side_of(queries), side_of(candidates)
+    own = shared_pair_scores(left, right, positives, exchange).double()
+    sums = torch.zeros(2, dtype=torch.float64, device=left.device)
+    for _, _, scores in tiles(left, right, exchange):
         sums += torch.stack([scores.double().sum(), scores.double().square().sum()])
     total, square = exchange.sum(sums).tolist()
-    negatives = len(queries) * len(candidates) - len(own)
+    negatives = len(left) * len(right) - len(own)
     if not len(own) or negatives <= 0:
         return {"gap": float("nan"), "d_prime": float("nan")}
     negative_mean = (total - float(own.sum())) / negatives
@@ -122,8 +159,8 @@ def gap(
 
 
 def bijection(
-    queries: Tensor,
-    candidates: Tensor,
+    queries: Tensor | Side,
+    candidates: Tensor | Side,
     query_labels: Tensor | None = None,
     exchange: Exchange = ALONE,
 ) -> float:
@@ -131,31 +168,34 @@ def bijection(
 
     With query_labels (int64 [n]) a return to an equal query (the same text twice) counts too.
     """
-    queries, candidates = unit(queries), unit(candidates)
-    labels = (
-        torch.arange(len(queries), device=queries.device) if query_labels is None else query_labels
-    )
-    hits = torch.zeros((), dtype=torch.int64, device=queries.device)
-    for first, scores in tiles(
-        queries, candidates, share(len(queries), exchange.rank, exchange.world_size)
-    ):
-        nearest = scores.argmax(1)
-        back = torch.cat(
-            [part.argmax(1) for _, part in tiles(candidates[nearest], queries, (0, len(nearest)))]
-        )
-        hits += (labels[back] == labels[first : first + len(scores)]).sum()
-    return int(exchange.sum(hits)) / max(1, len(queries))
+    left, right = side_of(queries), side_of(candidates)
+    labels = torch.arange(len(left)) if query_labels is None else query_labels
+    labels = labels.to(left.device)
+    nearest = best_columns(left, right, 1, exchange)[1][:, 0]
+    start, stop = share(len(left), exchange.rank, exchange.world_size)
+    own, hits = labels[start:stop], torch.zeros((), dtype=torch.int64, device=left.device)
+    for first in range(0, -(-len(left) // exchange.world_size), BACK):
+        together()
+        # Each candidate that is somebody's nearest looks back once a block
+        asked, place = torch.unique(nearest[first : first + BACK], return_inverse=True)
+        back = best_columns(InMemory(right.take(asked)), left, 1, None)[1][:, 0]
+        hits += (labels[back[place]] == own[first : first + BACK]).sum()
+    return int(exchange.sum(hits)) / max(1, len(left))
 
 
-def neighbour_overlap(first: Tensor, second: Tensor, k: int) -> float:
+def neighbour_overlap(
+    first: Tensor | Side, second: Tensor | Side, k: int, exchange: Exchange = ALONE
+) -> float:
     """Top-k overlap of two similarity orders of the same n rows: mean over rows of |top-k by
     first ∩ top-k by second| / k,
     the row itself left out. first [n, D1], second [n, D2]; k is cut to n - 1, n is at least 2."""
-    n = len(first)
+    sides = side_of(first), side_of(second)
+    n = len(sides[0])
     k = min(k, n - 1)
-    itself = torch.arange(n, device=first.device).unsqueeze(1)
-    one, two = (topk(vectors, vectors, k, exclude_ids=itself)[1] for vectors in (first, second))
-    return float((one.unsqueeze(2) == two.unsqueeze(1)).sum()) / (n * k)
+    rows = torch.arange(n, device=sides[0].device)
+    itself = Pairs(rows, rows)
+    one, two = (best_columns(side, side, k, exchange, itself)[1] for side in sides)
+    return int(exchange.sum((one.unsqueeze(2) == two.unsqueeze(1)).sum())) / (n * k)
 
 
 def graded_order(
@@ -176,7 +216,7 @@ def graded_order(
     }
 
 
-def cluster_agreement(vectors: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
+def cluster_agreement(vectors: NDArray[np.float64], labels: Sequence[str]) -> dict[str, float]:
     """nmi = normalised mutual information between k-means clusters of the unit vectors [n, D]
     and the labels;
     k = number of labels. Deterministic (fixed seed, three starts)."""
@@ -190,30 +230,34 @@ def cluster_agreement(vectors: np.ndarray, labels: Sequence[str]) -> dict[str, f
 
 
 def pair_agreement(
-    queries: np.ndarray, targets: np.ndarray, clusters: int, most: int = 10_000
+    queries: Tensor | Side,
+    targets: Tensor | Side,
+    pairs: Pairs,
+    clusters: int,
+    most: int = 10_000,
 ) -> dict[str, float]:
     """Return nmi: normalised mutual information between the clusters that queries and their
-    targets, both [p, D], fall into.
+    targets fall into, of pairs of a row of `queries` and one of `targets`.
 
     One k-means of all the unit vectors gives both assignments, so 1 means that every cluster of
     queries has its targets in one cluster of its own. clusters: at most one for four pairs; of more
     than `most` pairs a fixed random part is taken.
     """
-    if len(queries) > most:
-        chosen = np.sort(generator("evaluation", "nmi").permutation(len(queries))[:most])
-        queries, targets = queries[chosen], targets[chosen]
-    both = np.concatenate([queries, targets]).astype(np.float64)
-    both /= np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)
-    found, _ = k_means(both, max(1, min(clusters, len(queries) // 4)), "nmi", starts=3)
-    return {
-        "nmi": float(normalized_mutual_info_score(found[: len(queries)], found[len(queries) :]))
-    }
+    rows, columns = pairs.rows, pairs.columns
+    count = len(rows)
+    if count > most:
+        chosen = np.sort(generator("evaluation", "nmi").permutation(count)[:most])
+        rows, columns = (one[torch.from_numpy(chosen)] for one in (rows, columns))
+        count = most
+    both = torch.cat([side_of(queries).take(rows), side_of(targets).take(columns)]).cpu().numpy()
+    found, _ = k_means(both, max(1, min(clusters, count // 4)), "nmi", starts=3)
+    return {"nmi": float(normalized_mutual_info_score(found[:count], found[count:]))}
 
 
 def ranking_agreement(
-    queries: Tensor,
-    candidates: Tensor,
-    rankings: Sequence[np.ndarray],
+    queries: Tensor | Side,
+    candidates: Tensor | Side,
+    rankings: Rankings,
     at: Sequence[int],
     excluded: Pairs | None = None,
     exchange: Exchange = ALONE,
@@ -227,45 +271,59 @@ def ranking_agreement(
     of the listed candidates and the reference's order, over queries with at least two. `excluded`
     candidates are not ranked by the model.
     """
-    queries, candidates = unit(queries), unit(candidates)
-    sums = torch.zeros(len(at) + 3, dtype=torch.float64, device=queries.device)
-    for first, scores in tiles(
-        queries, candidates, share(len(queries), exchange.rank, exchange.world_size)
-    ):
-        listed = scores.cpu().numpy().copy()
-        if excluded is not None:
-            hidden = excluded.slice(first, first + len(scores))
-            listed[hidden.rows.cpu().numpy(), hidden.columns.cpu().numpy()] = -np.inf
-        for row, ranking in enumerate(rankings[first : first + len(scores)]):
-            if len(ranking):
-                sums += torch.tensor(
-                    _agreement(listed[row], ranking, at), dtype=torch.float64, device=sums.device
-                )
-    *overlaps, kendall, pairs, counted = exchange.sum(sums).tolist()
+    left, right = side_of(queries), side_of(candidates)
+    start, stop = share(len(left), exchange.rank, exchange.world_size)
+    k = min(max(at), len(right))
+    best = best_columns(left, right, k, exchange, excluded)[1].cpu().numpy()
+    sums = np.zeros(len(at) + 3)
+    for row in range(start, stop):
+        ranking = rankings[row]
+        if len(ranking):
+            beat()
+            listed = torch.from_numpy(np.ascontiguousarray(ranking))
+            pairs = Pairs(torch.full_like(listed, row), listed)
+            scores = pair_scores(left, right, pairs).cpu().numpy()
+            if excluded is not None:
+                hidden = excluded.slice(row, row + 1).columns.cpu().numpy()
+                scores[np.isin(ranking, hidden)] = -np.inf
+            sums += _agreement(scores, best[row - start], ranking, at)
+    found = exchange.sum(torch.from_numpy(sums).to(left.device)).tolist()
+    *overlaps, kendall, counted_pairs, counted = found
     result = {
         f"reference/overlap@{k}": value / max(counted, 1)
         for k, value in zip(at, overlaps, strict=True)
     }
     return result | {
-        "reference/kendall": kendall / pairs if pairs else float("nan"),
+        "reference/kendall": kendall / counted_pairs if counted_pairs else float("nan"),
         "reference/queries": counted,
     }
 
 
-def _agreement(scores: np.ndarray, ranking: np.ndarray, at: Sequence[int]) -> list[float]:
+class Rankings(Protocol):
+    """A ranking of each query: candidates int64 [r], best first; a list is one."""
+
+    def __getitem__(self, row: int, /) -> NDArray[np.int64]: ...
+
+
+def _agreement(
+    scores: NDArray[np.float32],
+    best: NDArray[np.int64],
+    ranking: NDArray[np.int64],
+    at: Sequence[int],
+) -> NDArray[np.float64]:
     """Overlaps at each k, Kendall's tau-b (0 where there is none), whether there is one, and 1
     for the query.
+
+    scores: of the listed candidates; best: all candidates as the model orders them.
     """
     sizes = [min(k, len(ranking)) for k in at]
-    best = np.argpartition(-scores, max(sizes) - 1)[: max(sizes)]
-    best = best[np.lexsort((best, -scores[best]))]
     overlaps = [len(np.intersect1d(best[:size], ranking[:size])) / size for size in sizes]
     tau = (
-        float(kendalltau(scores[ranking], -np.arange(len(ranking))).statistic)
+        float(kendalltau(scores, -np.arange(len(ranking))).statistic)
         if len(ranking) > 1
         else float("nan")
     )
-    return [*overlaps, 0.0 if np.isnan(tau) else tau, float(not np.isnan(tau)), 1.0]
+    return np.array([*overlaps, 0.0 if np.isnan(tau) else tau, float(not np.isnan(tau)), 1.0])
 
 
 def popularity_ranks(

@@ -25,8 +25,8 @@ from sailplan.data.names import given
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.values import ids
 from sailplan.embed.embedder import Embedder
-from sailplan.embed.rows import EmbeddedRows
 from sailplan.embed.scoring import Pairs
+from sailplan.embed.sides import StoredSide
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate import metrics
 from sailplan.evaluate.examples import answers, spread
@@ -99,8 +99,8 @@ def next_item_task(
     catalogue, config = reader.catalogue, reader.config
     pool = asked.used() if task.candidates == "split" else np.arange(len(catalogue), dtype=np.int64)
     view, target_view = item_view(config.views[task.query]), item_view(config.views[task.target])
-    candidates = embedder.rows(catalogue, target_view, pool)
-    candidates = candidates.where(candidates.valid)
+    table = embedder.table(catalogue, target_view, pool)
+    candidates = StoredSide.of(table, embedder.context.parallel.device)
     shown = [history[-config.history_length :].tolist() for history in asked.histories]
     items = embedder.rows(catalogue, view, pool if view == target_view else asked.used())
     vectors, content = represent(embedder, items, shown, config.history_length)
@@ -126,10 +126,8 @@ def next_item_task(
     }
     rows = np.flatnonzero(targets >= 0)
     if "nmi" in task.metrics and len(rows):
-        on_host = vectors.cpu()[torch.from_numpy(rows)].numpy()
-        result |= metrics.pair_agreement(
-            on_host, candidates.fused.numpy()[targets[rows]], task.clusters
-        )
+        pairs = Pairs(torch.from_numpy(rows), torch.from_numpy(targets[rows]))
+        result |= metrics.pair_agreement(vectors, candidates, pairs, task.clusters)
     chosen = spread(rows)
     found = answers(
         vectors[torch.from_numpy(chosen).to(vectors.device)],
@@ -155,14 +153,14 @@ def _ranked(
     embedder: Embedder,
     task: EvaluationTask,
     reader: RecordReader,
-    candidates: EmbeddedRows,
+    candidates: StoredSide,
     queries: tuple[Tensor, Tensor],
     targets: NDArray[np.int64],
     left_out: list[NDArray[np.int64]],
     repeated: NDArray[np.bool_],
 ) -> dict[str, float]:
     """Vanilla and filtered recall of the model and of both baselines."""
-    device, where = embedder.context.parallel.device, embedder.on_device(candidates)
+    device = embedder.context.parallel.device
     excluded = Pairs.of(
         torch.from_numpy(np.repeat(np.arange(len(left_out)), [len(own) for own in left_out])),
         torch.from_numpy(np.concatenate(left_out)),
@@ -176,7 +174,7 @@ def _ranked(
         positives = Pairs(torch.from_numpy(rows), torch.from_numpy(targets[rows])).to(device)
         for who, vectors in zip(("", "content_mean/"), queries, strict=True):
             ranks = metrics.best_positive_ranks(
-                vectors, where, positives, excluded if way else None, embedder.exchange
+                vectors, candidates, positives, excluded if way else None, embedder.exchange
             )
             found = metrics.recall(ranks, task.recall_at)
             result |= {

@@ -1,5 +1,5 @@
 """Who is asked and what can be found: a task's queries, candidates and the relation of right
-answers, before any metric.
+answers, before any metric. Vectors stay in the store.
 
 Right answers are told by ids, not by rows: queries with the same text share all their items, and
 candidates with the same text (or the same document) are all right. So a name that two emoji share
@@ -19,21 +19,21 @@ from sailplan.config.schema import EvaluationTask, ViewConfig
 from sailplan.curriculum.hard_negatives import matched
 from sailplan.data.reader import RecordReader
 from sailplan.embed.embedder import Embedder
-from sailplan.embed.rows import EmbeddedRows
 from sailplan.embed.scoring import Pairs, labelled_pairs
+from sailplan.embed.sides import StoredSide
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.seeds import generator
 
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """A retrieval task, embedded.
+    """A retrieval task, embedded; `own` and the pairs say who belongs to whom, by row.
 
     Row i's own candidate is what its record says, or -1 where that is not among the candidates.
     """
 
-    queries: EmbeddedRows
-    candidates: EmbeddedRows
+    queries: StoredSide
+    candidates: StoredSide
     own: NDArray[np.int64]  # [n] index of the candidate that the query's record names
     positives: Pairs
     excluded: Pairs | None  # the query item itself, where queries are catalogue items too
@@ -85,8 +85,9 @@ def prepare(
     """
     positions = query_positions(reader, task, name)
     target_view = reader.config.views[task.target]
-    queries = embedder.rows(reader, task.query, positions, text_from=task.query_text)
-    queries = queries.where(queries.valid)
+    device = embedder.context.parallel.device
+    table = embedder.table(reader, task.query, positions, text_from=task.query_text)
+    queries = StoredSide.of(table, device)
     own_query: NDArray[np.int64] | None = None
     if (
         reader.config.kind == "items" or reader.catalogue is None
@@ -103,8 +104,8 @@ def prepare(
             if task.candidates == "all"
             else np.unique(wanted[wanted >= 0])
         )
-    candidates = embedder.rows(target_reader, target_view, pool.astype(np.int64))
-    candidates = candidates.where(candidates.valid)
+    table = embedder.table(target_reader, target_view, pool.astype(np.int64))
+    candidates = StoredSide.of(table, device)
     own = index_of(candidates.positions, wanted)
     labels = candidates.ids[torch.from_numpy(own.clip(min=0))]
     if task.kind == "classification":

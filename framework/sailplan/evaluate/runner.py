@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +20,17 @@ from sailplan.config.schema import EvaluationTask
 from sailplan.data.reader import RecordReader
 from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
-from sailplan.embed.scoring import Pairs, pair_scores, unit
+from sailplan.embed.scoring import Pairs, share, shared_pair_scores
+from sailplan.embed.sides import StoredSide
 from sailplan.errors import ConfigurationError
 from sailplan.evaluate import metrics
 from sailplan.evaluate.completion import set_completion_task
 from sailplan.evaluate.examples import retrieval_examples
 from sailplan.evaluate.next_item import next_item_task
 from sailplan.evaluate.retrieval_task import RetrievalTask, index_of, prepare, query_positions
+from sailplan.runtime.seeds import generator
+
+CLUSTERED = 20_000  # rows of a clustering; of more a fixed random part
 
 
 @dataclass
@@ -69,10 +72,10 @@ class Runner:
     def _retrieval(
         self, task: EvaluationTask, reader: RecordReader, sides: RetrievalTask
     ) -> dict[str, float]:
-        device = self.context.parallel.device
-        queries, candidates = (
-            self.embedder.on_device(sides.queries),
-            self.embedder.on_device(sides.candidates),
+        device, queries, candidates = (
+            self.context.parallel.device,
+            sides.queries,
+            sides.candidates,
         )
         positives = sides.positives.to(device)
         result: dict[str, float] = {}
@@ -82,6 +85,7 @@ class Runner:
                 queries, candidates, positives, excluded, self.embedder.exchange
             )
             result |= metrics.recall(ranks, task.recall_at)
+            result |= metrics.chance(positives, len(candidates), task.recall_at)
             result["candidates"] = float(len(candidates))
         if "prefixes" in task.metrics:
             result |= self._prefixes(task, sides)
@@ -95,16 +99,14 @@ class Runner:
             )
         if "nmi" in task.metrics:
             rows = np.flatnonzero(sides.own >= 0)
-            pairs = (
-                sides.queries.fused.numpy()[rows],
-                sides.candidates.fused.numpy()[sides.own[rows]],
-            )
-            result |= metrics.pair_agreement(*pairs, task.clusters) if len(rows) else {}
+            pairs = Pairs(torch.from_numpy(rows), torch.from_numpy(sides.own[rows]))
+            if len(rows):
+                result |= metrics.pair_agreement(queries, candidates, pairs, task.clusters)
         if task.reference is not None:
             found = metrics.ranking_agreement(
                 queries,
                 candidates,
-                self._reference(task, task.reference, reader, sides),
+                _References(task.reference, reader, sides),
                 task.recall_at,
                 sides.excluded,
                 self.embedder.exchange,
@@ -115,6 +117,12 @@ class Runner:
                 if key.partition("@")[0].removeprefix("reference/") in task.metrics
             }
             result["reference/queries"] = found["reference/queries"]
+            if not found["reference/queries"]:
+                raise ConfigurationError(
+                    f"evaluation.tasks with reference={task.reference}: no record of "
+                    f"'{task.dataset}' has a list of candidates' ids under this key; expected some, "
+                    "best first"
+                )
         elif "kendall" in task.metrics or "overlap" in task.metrics:
             found = self._graded(reader, sides)
             result |= {
@@ -129,17 +137,15 @@ class Runner:
         excluded = (
             None if sides.excluded is None else sides.excluded.to(self.context.parallel.device)
         )
-        queries, candidates = (
-            self.embedder.on_device(sides.queries),
-            self.embedder.on_device(sides.candidates),
-        )
+        queries, candidates = sides.queries, sides.candidates
+        dimension = self.context.config.model.embedding
         result: dict[str, float] = {}
         for size in self.context.config.model.prefixes:
-            if size < queries.shape[1]:
+            if size < dimension:
                 positives = sides.positives.to(self.context.parallel.device)
                 ranks = metrics.best_positive_ranks(
-                    queries[:, :size],
-                    candidates[:, :size],
+                    queries.cut(size),
+                    candidates.cut(size),
                     positives,
                     excluded,
                     self.embedder.exchange,
@@ -152,69 +158,70 @@ class Runner:
                 }
                 if len(queries) > 1:
                     result[f"prefix_{size}/neighbours@10"] = metrics.neighbour_overlap(
-                        queries, queries[:, :size], 10
+                        queries, queries.cut(size), 10, self.embedder.exchange
                     )
         return result
 
-    def _reference(
-        self, task: EvaluationTask, key: str, reader: RecordReader, sides: RetrievalTask
-    ) -> list[NDArray[np.int64]]:
-        """Candidates of each query in the order that its record's ranking gives, best first;
-        those that are no candidates are left out.
-        """
-        rankings = []
-        for position in sides.queries.positions.tolist():
-            names = reader.body(position).get(key)
-            found = (
-                [self._candidate(reader, name) for name in names] if isinstance(names, list) else []
-            )
-            places = index_of(
-                sides.candidates.positions,
-                np.array([-1 if place is None else place for place in found], dtype=np.int64),
-            )
-            rankings.append(
-                np.array(list(dict.fromkeys(places[places >= 0].tolist())), dtype=np.int64)
-            )
-        if not any(len(ranking) for ranking in rankings):
-            raise ConfigurationError(
-                f"evaluation.tasks with reference={key}: no record of '{task.dataset}' has a list "
-                "of candidates' ids under this key; expected some, best first"
-            )
-        return rankings
-
-    @staticmethod
-    def _candidate(reader: RecordReader, name: Any) -> int | None:
-        """Position of an id of a ranking in the set that candidates come from."""
-        return reader.find_item(name) if reader.catalogue is not None else reader.find(str(name))
-
     def _graded(self, reader: RecordReader, sides: RetrievalTask) -> dict[str, float]:
-        scores = [reader.score(int(position)) for position in sides.queries.positions]
-        rows = np.array(
-            [row for row, score in enumerate(scores) if score is not None and sides.own[row] >= 0],
-            dtype=np.int64,
-        )
+        exchange, count = self.embedder.exchange, len(sides.queries)
+        start, stop = share(count, exchange.rank, exchange.world_size)
+        known = np.zeros((2, count))  # scores, and whether there is one
+        for row in range(start, stop):
+            score = reader.score(int(sides.queries.positions[row]))
+            if score is not None and sides.own[row] >= 0:
+                known[:, row] = score, 1
+        device = self.context.parallel.device
+        scores, graded = exchange.sum(torch.from_numpy(known).to(device)).cpu().numpy()
+        rows = np.flatnonzero(graded)
         own = Pairs(torch.from_numpy(rows), torch.from_numpy(sides.own[rows]))
-        cosines = pair_scores(unit(sides.queries.fused), unit(sides.candidates.fused), own).numpy()
-        return metrics.graded_order(
-            cosines, np.array([scores[row] for row in rows], dtype=np.float64)
-        )
+        cosines = shared_pair_scores(sides.queries, sides.candidates, own, exchange)
+        return metrics.graded_order(cosines.cpu().numpy(), scores[rows])
 
     def _clustering(
         self, name: str, task: EvaluationTask, reader: RecordReader
     ) -> dict[str, float]:
         assert task.label is not None, "check_task asks for it"
-        rows = self.embedder.rows(reader, task.query, query_positions(reader, task, name))
-        labels = [reader.body(int(position)).get(task.label) for position in rows.positions]
-        keep = rows.valid & np.array([label is not None for label in labels])
+        table = self.embedder.table(reader, task.query, query_positions(reader, task, name))
+        side = StoredSide.of(table, self.context.parallel.device)
+        if len(side) > CLUSTERED:
+            chosen = np.zeros(len(side), dtype=bool)
+            chosen[generator("evaluation", name).permutation(len(side))[:CLUSTERED]] = True
+            side = side.where(chosen)
+        labels = [reader.body(int(position)).get(task.label) for position in side.positions]
+        keep = np.array([label is not None for label in labels], dtype=bool)
         if not keep.any():
             raise ConfigurationError(
                 f"evaluation.tasks.{name}.label={task.label}: no record of '{task.dataset}' has "
                 "this key; name one that they have"
             )
+        labelled = side.where(keep)
         found = metrics.cluster_agreement(
-            rows.fused.numpy()[keep], [str(labels[row]) for row in np.flatnonzero(keep)]
+            labelled.part(0, len(labelled)).cpu().numpy(),
+            [str(labels[row]) for row in np.flatnonzero(keep)],
         )
         return {key: value for key, value in found.items() if key in ("nmi", "clusters")}
+
+
+class _References:
+    """Candidates of each query in the order that its record's ranking gives, best first, read when
+    they are asked for; those that are no candidates are left out.
+    """
+
+    def __init__(self, key: str, reader: RecordReader, sides: RetrievalTask) -> None:
+        self._key, self._reader, self._sides = key, reader, sides
+
+    def __getitem__(self, row: int) -> NDArray[np.int64]:
+        names = self._reader.body(int(self._sides.queries.positions[row])).get(self._key)
+        found = [self._candidate(name) for name in names] if isinstance(names, list) else []
+        wanted = np.array([-1 if place is None else place for place in found], dtype=np.int64)
+        places = index_of(self._sides.candidates.positions, wanted)
+        return np.array(list(dict.fromkeys(places[places >= 0].tolist())), dtype=np.int64)
+
+    def _candidate(self, name: object) -> int | None:
+        """Position of an id of a ranking in the set that candidates come from."""
+        if self._reader.catalogue is not None:
+            return self._reader.find_item(name)
+        return self._reader.find(str(name))
 
 
 def evaluate(context: RunContext, only: Sequence[str] | None = None) -> Evaluation:

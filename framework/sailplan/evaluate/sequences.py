@@ -14,7 +14,7 @@ from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
 from sailplan.embed.encoding import evaluating
 from sailplan.embed.rows import EmbeddedRows
-from sailplan.embed.scoring import unit
+from sailplan.embed.sides import unit
 from sailplan.evaluate.retrieval_task import index_of
 from sailplan.objective.protocol import HistoryObjective
 

@@ -1,5 +1,5 @@
-"""A data set's view as embedding files: unit vectors in .npy shards, and their record ids line
-by line.
+"""A data set's view as a folder of vectors (`export.vector_folder`): unit vectors in .npy shards,
+and their record ids line by line.
 
 The ranks encode into the embedding store (`embed.store`), then share the shards and write them, so
 memory stays at a part of a shard whatever the data set's size. `embeddings.json` is written last: a
@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
 from torch.nn.functional import normalize
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config
 from sailplan.data.reader import RecordReader
 from sailplan.embed.context import RunContext
@@ -24,7 +24,8 @@ from sailplan.embed.embedder import Embedder
 from sailplan.embed.selection import SplitPositions
 from sailplan.embed.table import READ_ROWS
 from sailplan.errors import ConfigurationError
-from sailplan.export.semantic_ids import SemanticIds, semantic_ids, write_semantic_ids
+from sailplan.export.semantic_ids import semantic_ids
+from sailplan.export.vector_folder import MANIFEST, embeddings_file, ids_file, labels_file
 from sailplan.runtime.arrays import SharedArray
 from sailplan.runtime.files import write_whole
 from sailplan.runtime.main_rank import on_main
@@ -32,7 +33,7 @@ from sailplan.runtime.process import Parallel
 from sailplan.runtime.turns import in_turns, sum_over_ranks
 from sailplan.runtime.watch import alone
 
-MANIFEST, BEGUN, WORK = "embeddings.json", "begun.json", "vectors"
+BEGUN, WORK, CODES = "begun.json", "vectors", "semantic_ids"
 
 
 def export_embeddings(
@@ -44,18 +45,21 @@ def export_embeddings(
     parallel: Parallel,
     config: Config,
     split: str | None = None,
-    semantic_id_sizes: Sequence[int] = (),
+    semantic_id_sizes: Sequence[Sequence[int]] = (),
+    label: str | None = None,
     shard_rows: int = 65536,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Embeds a view of a data set (all records, or one split's) into `out`; returns the
     manifest. Collective.
 
     Per shard: embeddings-00000.npy, float32 [k, D] rows of length one (normalise again after
     cutting to a Matryoshka prefix), and ids-00000.txt, k lines. Records without any of the view's
     modalities are left out and counted.
-    semantic_id_sizes: code-book sizes, such as 64, 64, 64; then semantic IDs of all rows are
-    written too (in one memory).
-    Raises ConfigurationError for an unknown view, a history view, or a split without records.
+    semantic_id_sizes: code-book sizes, such as [[64, 64, 64]]; then semantic IDs of all rows are
+    written, too (`export.semantic_ids`). label: a key of the records, whose values are written line
+    by line and compared with the codes.
+    Raises ConfigurationError for an unknown view, a history view, a split without records or a
+    label that no record has.
     """
     if view not in reader.config.views:
         raise ConfigurationError(
@@ -74,24 +78,29 @@ def export_embeddings(
     context = RunContext(config, parallel, encoder, {}, {reader.name: reader}, out / WORK)
     embedder = Embedder(context)
     model = embedder.store.folder.name
-    about: dict[str, Any] = {
+    about: JsonObject = {
         "model": model,
         "view": repr(reader.config.views[view]),
         "split": split,
+        "label": label,
     }
     about |= {"records": reader.identity, "shard_rows": shard_rows}
     on_main(parallel, f"looking into {out}", lambda: _begin(out, about))
     table = embedder.table(reader, view, SplitPositions(reader, split))
-    sizes = np.zeros((-(-len(table) // shard_rows), 2), dtype=np.int64)  # kept, left out
+    sizes = np.zeros((-(-len(table) // shard_rows), 3), dtype=np.int64)  # kept, left out, labelled
 
     def write(number: int) -> None:
-        name, stop = f"{number:05d}", min(len(table), (number + 1) * shard_rows)
+        stop = min(len(table), (number + 1) * shard_rows)
         identified = table.identify(number * shard_rows, stop)
-        sizes[number] = identified.valid.sum(), (~identified.valid).sum()
-        if (out / f"ids-{name}.txt").is_file():
+        kept = identified.positions[identified.valid]
+        sizes[number, :2] = len(kept), len(identified.positions) - len(kept)
+        if (out / ids_file(number)).is_file():
+            if label is not None:
+                names = (out / labels_file(number)).read_text(encoding="utf-8").splitlines()
+                sizes[number, 2] = sum(map(bool, names))
             return
         shape = (int(sizes[number, 0]), config.model.embedding)
-        array = SharedArray(out / f"embeddings-{name}.npy", shape, "float32")
+        array = SharedArray(out / embeddings_file(number), shape, "float32")
         array.create()
         written = 0
         for start in range(number * shard_rows, stop, READ_ROWS):
@@ -100,25 +109,34 @@ def export_embeddings(
             vectors = normalize(found.where(found.valid).fused, dim=-1).numpy()
             array.write(written, vectors)
             written += len(vectors)
-        ids = reader.ids(identified.positions[identified.valid])
-        write_whole(out / f"ids-{name}.txt", "".join(f"{record_id}\n" for record_id in ids))
+        if label is not None:
+            names = [_label(reader, position, label) for position in kept.tolist()]
+            sizes[number, 2] = sum(map(bool, names))
+            write_whole(out / labels_file(number), "".join(f"{name}\n" for name in names))
+        ids = reader.ids(kept)
+        write_whole(out / ids_file(number), "".join(f"{record_id}\n" for record_id in ids))
 
     in_turns(parallel, f"writing embeddings to {out}", range(len(sizes)), write)
     counts = sum_over_ranks(sizes).tolist()
+    if label is not None and not any(labelled for _, _, labelled in counts):
+        raise ConfigurationError(
+            f"label {label}: no record of '{reader.name}' has this key; name one that they have"
+        )
     manifest = {
         "dataset": reader.name,
         "view": view,
-        "rows": sum(kept for kept, _ in counts),
-        "left_out": sum(dropped for _, dropped in counts),
+        "rows": sum(kept for kept, _, _ in counts),
+        "left_out": sum(dropped for _, dropped, _ in counts),
         "dimensions": config.model.embedding,
         "prefixes": config.model.prefixes,
+        "label": label,
         "shards": [
             {
-                "embeddings": f"embeddings-{number:05d}.npy",
-                "ids": f"ids-{number:05d}.txt",
+                "embeddings": embeddings_file(number),
+                "ids": ids_file(number),
                 "rows": kept,
             }
-            for number, (kept, _) in enumerate(counts)
+            for number, (kept, _, _) in enumerate(counts)
         ],
     }
 
@@ -128,50 +146,19 @@ def export_embeddings(
 
     on_main(parallel, f"writing {out / MANIFEST}", publish)
     embedder.close()
-    return manifest | (
-        {"semantic_ids": write_codes(out, semantic_id_sizes, parallel, config.seed)}
-        if semantic_id_sizes
-        else {}
-    )
+    if not semantic_id_sizes:
+        return manifest
+    found = semantic_ids(parallel, out, out / CODES, sizes=semantic_id_sizes, seed=config.seed)
+    return manifest | {"semantic_ids": found}
 
 
-def read_embeddings(folder: Path) -> tuple[np.ndarray, list[str]]:
-    """(float32 [n, D], ids) of a folder that `export_embeddings` completed.
-
-    Raises ConfigurationError for any other folder.
-    """
-    if not (folder / MANIFEST).is_file():
-        raise ConfigurationError(
-            f"{folder}: no {MANIFEST}; expected a folder that `sailplan embed` has completed"
-        )
-    shards = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]
-    vectors = np.concatenate([np.load(folder / shard["embeddings"]) for shard in shards])
-    ids = [
-        line
-        for shard in shards
-        for line in (folder / shard["ids"]).read_text(encoding="utf-8").splitlines()
-    ]
-    return vectors, ids
+def _label(reader: RecordReader, position: int, key: str) -> str:
+    """Return a record's label as one line, "" where it has none."""
+    found = reader.body(position).get(key)
+    return "" if found is None else " ".join(str(found).split())
 
 
-def write_codes(
-    folder: Path, sizes: Sequence[int], parallel: Parallel, seed: int = 0
-) -> dict[str, Any]:
-    """Semantic IDs of a folder's embeddings, written beside them by rank 0; returns errors and
-    statistics on all ranks.
-    """
-
-    def work() -> dict[str, Any]:
-        vectors, ids = read_embeddings(folder)
-        found: SemanticIds = semantic_ids(vectors, sizes, seed)
-        write_semantic_ids(found, ids, folder)
-        return {"errors": found.errors, **found.statistics}
-
-    result: dict[str, Any] = on_main(parallel, "semantic ids", work)
-    return result
-
-
-def _begin(out: Path, about: dict[str, Any]) -> None:
+def _begin(out: Path, about: JsonObject) -> None:
     """Keep what an export of the same that was stopped left; else remove files of an older one, so
     that two never mix.
     """
@@ -182,8 +169,7 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
         MANIFEST,
         "embeddings-*.npy",
         "ids-*.txt",
-        "semantic_ids.json",
-        "code_books.npz",
+        "labels-*.txt",
     ):
         for path in out.glob(pattern):
             path.unlink()

@@ -8,8 +8,8 @@ and three kinds of masks against false negatives.
 with s the cosine of the first d dimensions, each prefix normalised anew (Kusupati et al.,
 "Matryoshka Representation Learning", arXiv 2205.13147), and t the pattern's learnable temperature.
 In-batch negatives are the keys of all data-parallel ranks. Not negatives of a row: keys with the id
-of its positive, keys of the same query, keys whose cosine reaches the data set's lambda* (recipe
-2.1), and, by option, keys above a margin over the positive (Qwen3-Embedding: s_ij > s_ii + 0.1;
+of its positive, keys of the same query, keys whose cosine reaches the pattern's lambda* of that prefix
+(recipe 2.1), and, by option, keys above a margin over the positive (Qwen3-Embedding: s_ij > s_ii + 0.1;
 NV-Retriever: s_ij > 0.95 s_ii).
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sailplan.config.schema import DatasetConfig, PatternKey, StageConfig
+from sailplan.config.schema import DatasetConfig, StageConfig
 from sailplan.data.record import HardNegatives
 from sailplan.errors import ConfigurationError
 from sailplan.objective.patterns import (
@@ -132,7 +132,8 @@ class InfoNCE(Objective):
                 & (ids != pattern.target.known_ids[:, None])
                 & (ids != pattern.query.known_ids[:, None])
             )
-        highest = context.thresholds.get(PatternKey(encoded.dataset, pattern.name))
+        prefixes = self.matryoshka_sizes(context.prefixes)
+        highest = context.max_cosine(encoded.dataset, pattern.name, prefixes)
         return replace(
             self.negatives, hard=found.hard, hard_valid=valid, shared=shared, max_cosine=highest
         )

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from sailplan.config.schema import DatasetConfig, PatternKey, StageConfig
+from sailplan.data.negatives import MatchThreshold
 from sailplan.data.record import TeacherKey, ViewKey
 from sailplan.errors import ConfigurationError
 from sailplan.objective.operands import HALF, Rounded
 from sailplan.objective.temperature import Temperatures
+from sailplan_kernels import Prefixes
 
 Datasets = Mapping[str, DatasetConfig]
 
@@ -110,7 +112,7 @@ class ObjectiveContext:
     temperatures: Temperatures
     prefixes: tuple[int, ...]  # model.prefixes, see Objective.matryoshka_sizes
     backend: str = "auto"
-    thresholds: dict[PatternKey, float] = field(
+    thresholds: dict[PatternKey, MatchThreshold] = field(
         default_factory=dict
     )  # lambda*, while in-batch masking is on
     compute_dtype: torch.dtype = (
@@ -122,6 +124,15 @@ class ObjectiveContext:
     ran: set[str] = field(
         default_factory=set, init=False
     )  # "BACKEND DTYPE" of the calls of kernels so far, see objective.backends
+
+    def max_cosine(
+        self, dataset: str, pattern: str, prefixes: Prefixes | None
+    ) -> float | dict[int, float] | None:
+        """Return the cosine that in-batch negatives of a pattern stay below, for each prefix that
+        the loss is paid at; None: no limit.
+        """
+        found = self.thresholds.get(PatternKey(dataset, pattern))
+        return None if found is None else found.at(prefixes)
 
     def operands(self, vectors: Tensor) -> Tensor:
         """Vectors [..., D] as a loss's kernels should read and exchange them: normalised and

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from sailplan.config.schema import DatasetConfig, PatternKey
+from sailplan.config.schema import DatasetConfig
 from sailplan.errors import ConfigurationError
 from sailplan.objective.patterns import (
     contrast,
@@ -178,6 +178,7 @@ class Seq2Item(HistoryObjective):
         for pattern in patterns_of(encoded, context, histories=True):
             history, target = pattern.query, pattern.target
             negatives = negatives_of(encoded, pattern, context)
+            prefixes = self.matryoshka_sizes(context.prefixes)
             found = contrast(
                 encoded,
                 context,
@@ -192,10 +193,10 @@ class Seq2Item(HistoryObjective):
                 negatives=replace(
                     negatives,
                     shared=negatives.hard is not None,
-                    max_cosine=context.thresholds.get(PatternKey(encoded.dataset, pattern.name)),
+                    max_cosine=context.max_cosine(encoded.dataset, pattern.name, prefixes),
                 ),
                 symmetric=self.symmetric,
-                prefixes=self.matryoshka_sizes(context.prefixes),
+                prefixes=prefixes,
                 key_log_probability=self._correction(encoded),
             )
             contrasts.append(found)

@@ -200,7 +200,29 @@ def _balance(similarities: Any) -> JsonObject:
         }
         for name, row in pairs.items()
     ]
-    return {"columns": columns, "rows": rows}
+    return {"columns": columns, "rows": rows, "chart": _intervals(rows)}
+
+
+def _intervals(rows: list[JsonObject]) -> list[JsonObject]:
+    """Where each set's mean similarity and two standard errors around it lie, in percent of the
+    range of all; empty without errors.
+    """
+    known = [row for row in rows if row["mean"] is not None and row["error"] is not None]
+    if not known:
+        return []
+    low = min(row["mean"] - 2 * row["error"] for row in known)
+    high = max(row["mean"] + 2 * row["error"] for row in known)
+    unit = 100 / max(high - low, 1e-12)
+    return [
+        {
+            "name": row["name"],
+            "mean": row["mean"],
+            "place": (row["mean"] - low) * unit,
+            "start": (row["mean"] - 2 * row["error"] - low) * unit,
+            "width": 4 * row["error"] * unit,
+        }
+        for row in sorted(known, key=lambda row: -row["mean"])
+    ]
 
 
 def _weights(data: RunData) -> list[JsonObject]:
@@ -233,6 +255,7 @@ def _weights(data: RunData) -> list[JsonObject]:
                 "stage": name,
                 "bars": bars,
                 "balance": _balance(state.get("balance")),
+                "model": state.get("balance_model"),
                 "subsets": subsets,
             }
         )

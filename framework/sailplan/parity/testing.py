@@ -30,6 +30,7 @@ from sailplan.config.schema import (
     ViewConfig,
 )
 from sailplan.data.config import Modality
+from sailplan.data.negatives import MatchThreshold
 from sailplan.data.record import (
     EncoderInputs,
     HardNegatives,
@@ -62,7 +63,7 @@ WEIGHTS = {
     "multi_positive": 0.5,
     "score_distillation": 0.4,
 }
-THRESHOLDS = {PatternKey("items", "name_to_item"): 0.6}
+THRESHOLDS = {PatternKey("items", "name_to_item"): MatchThreshold(0.6, {4: 0.75, 8: 0.65})}
 ROWS = {"items": 32, "pairs": 16, "sequences": 8, "scored": 8}
 HISTORY, HARD_NEGATIVES = 3, 2
 TEACHERS = {"svd": 3, "nmf": 5}

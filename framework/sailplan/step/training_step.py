@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sailplan.config.schema import Config, PatternKey
+from sailplan.data.negatives import MatchThreshold
 from sailplan.data.record import StepBatch
 from sailplan.errors import ConfigurationError
 from sailplan.model.parallelize import clip_gradient_norm, finish_gradients, reshard
@@ -118,7 +119,7 @@ class TrainingStep:
         *,
         step: int,
         stage: str,
-        thresholds: Mapping[PatternKey, float] | None = None,
+        thresholds: Mapping[PatternKey, MatchThreshold] | None = None,
         clip_norm: float = 1.0,
         wishes: Callable[[], Sequence[bool]] = tuple,
     ) -> StepResult:
@@ -200,7 +201,7 @@ class TrainingStep:
         *,
         step: int,
         stage: str,
-        thresholds: Mapping[PatternKey, float] | None = None,
+        thresholds: Mapping[PatternKey, MatchThreshold] | None = None,
         seconds: dict[str, float] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], list[EncodedStep], int]:
         """The step up to the full-batch gradients in `.grad`.
@@ -227,7 +228,7 @@ class TrainingStep:
         weights: Mapping[str, float],
         step: int,
         stage: str,
-        thresholds: Mapping[PatternKey, float] | None,
+        thresholds: Mapping[PatternKey, MatchThreshold] | None,
         seconds: dict[str, float],
     ) -> tuple[Averaged, list[EncodedStep], int, dict[str, str]]:
         applied = self._applied(batches, weights)
@@ -308,7 +309,7 @@ class TrainingStep:
         encoded: Sequence[EncodedStep],
         applied: Sequence[Sequence[str]],
         weights: Mapping[str, float],
-        thresholds: dict[PatternKey, float],
+        thresholds: dict[PatternKey, MatchThreshold],
     ) -> _Losses:
         """The losses, and their gradients in the leaves of `encoded` and in the small
         parameters.
@@ -327,7 +328,7 @@ class TrainingStep:
         encoded: Sequence[EncodedStep],
         applied: Sequence[Sequence[str]],
         weights: Mapping[str, float],
-        thresholds: dict[PatternKey, float],
+        thresholds: dict[PatternKey, MatchThreshold],
     ) -> _Losses:
         context = ObjectiveContext(
             datasets=self.config.data.sets,

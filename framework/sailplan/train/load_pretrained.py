@@ -10,30 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sailplan.checkpoint.exported import is_exported
-from sailplan.checkpoint.seal import is_complete
-from sailplan.checkpoint.store import latest, load_model_only
+from sailplan.checkpoint.store import load_model_only
 from sailplan.errors import ConfigurationError
 from sailplan.model.lora import is_lora
 from sailplan.runtime.process import Parallel
 from sailplan.train.bundle import ModelBundle
-from sailplan.train.run_folder import RunFolder
-
-
-def initial_source(given: str) -> Path:
-    """The checkpoint or exported folder that `initialise_from` means: itself, or the newest
-    complete checkpoint of a run folder.
-    """
-    path = Path(given)
-    if is_exported(path) or is_complete(path):
-        return path
-    newest = latest(RunFolder(path).checkpoints)
-    if newest is None:
-        raise ConfigurationError(
-            f"initialise_from={given}: found neither, expected a run folder with a complete "
-            "checkpoint, such a checkpoint, or an exported folder"
-        )
-    return newest
 
 
 def initialise(bundle: ModelBundle, source: Path, parts: Sequence[str], parallel: Parallel) -> None:

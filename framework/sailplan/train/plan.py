@@ -20,8 +20,10 @@ from sailplan.config.compose import config_hash
 from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config, StageConfig
 from sailplan.config.sharding import sharding_of
+from sailplan.curriculum.costs import stage_cost
 from sailplan.data.datasets import open_datasets
 from sailplan.data.plan import Plan
+from sailplan.data.processor import processor_of
 from sailplan.data.reader import RecordReader
 from sailplan.errors import ConfigurationError
 from sailplan.model.count import count_parameters
@@ -54,6 +56,7 @@ def describe(config: Config, world_size: int) -> JsonObject:
         for view in config.data.sets[name].views.values()
     ]
     memory = estimate_memory(config, shown, world_size=world_size, nodes=nodes, rank_rows=rank_rows)
+    parameters = count_parameters(config.model)
     return {
         "name": config.name,
         "config_hash": config_hash(config),
@@ -64,11 +67,11 @@ def describe(config: Config, world_size: int) -> JsonObject:
             "sharding": sharding,
             "copies": copies,
         },
-        "parameters": count_parameters(config.model),
+        "parameters": parameters,
         "memory_bytes": asdict(memory) | {"total": memory.total},
         "records": {name: len(reader) for name, reader in readers.items()},
         "backends": _backends(config),
-        "stages": [_stage(config, span, readers) for span in spans(config)],
+        "stages": [_stage(config, span, readers, parameters["total"]) for span in spans(config)],
     }
 
 
@@ -114,7 +117,9 @@ def _views(config: Config, stage: StageConfig) -> int:
     )
 
 
-def _stage(config: Config, span: StageSpan, readers: dict[str, RecordReader]) -> JsonObject:
+def _stage(
+    config: Config, span: StageSpan, readers: dict[str, RecordReader], parameters: int
+) -> JsonObject:
     stage = config.stages[span.name]
     scales = [
         learning_rate_scale(stage.optimizer, step, span.steps) * stage.optimizer.learning_rate
@@ -136,6 +141,9 @@ def _stage(config: Config, span: StageSpan, readers: dict[str, RecordReader]) ->
         "trainable": list(stage.trainable),
         "learning_rate": {"first": scales[0], "peak": max(scales), "last": scales[-1]},
         "at_start": [name for name, value in made.items() if value],
+        "preparation": stage_cost(config, stage, readers, parameters, processor_of(config))
+        if stage.balance or stage.subset or stage.hard_negatives
+        else None,
         "digests": _digests(config, span, stage, readers),
     }
 
@@ -150,6 +158,20 @@ def _digests(
         return None
     plan = Plan(config, span.name, stage, stage.data, readers)
     return [plan.digest(step) for step in range(span.steps)]
+
+
+def _cost(cost: JsonObject) -> str:
+    """The cost of a stage's preparation in words."""
+    again = (
+        f"; {cost['refreshes']} times again for hard negatives, {cost['refresh_rows']:,} rows each"
+        if cost["refreshes"]
+        else ""
+    )
+    return (
+        f"{cost['rows']:,} rows to embed ({cost['encoder_flop']:.1e} FLOP), vectors of "
+        f"{cost['vector_bytes'] / 2**20:,.1f} MiB, searches of {cost['search_flop']:.1e} FLOP, "
+        f"{cost['disk_bytes'] / 2**20:,.1f} MiB of disk{again}"
+    )
 
 
 def render(plan: JsonObject) -> str:
@@ -221,4 +243,8 @@ def render(plan: JsonObject) -> str:
             order,
         )
     console.print(table)
+    for stage in plan["stages"]:
+        if stage["preparation"] is not None:
+            text = f"{stage['name']} at its start, at most: {_cost(stage['preparation'])}"
+            console.print(text, highlight=False, soft_wrap=True)
     return stream.getvalue().rstrip()

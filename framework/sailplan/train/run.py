@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from sailplan.checkpoint.source import initial_source
 from sailplan.checkpoint.store import damaged, newest_whole
 from sailplan.config.compose import as_dict, config_hash, identity, shared_settings
 from sailplan.config.schema import Config
@@ -23,7 +24,7 @@ from sailplan.runtime.session import started
 from sailplan.runtime.shared_folder import check_shared
 from sailplan.runtime.watch import computing, phase, report_to
 from sailplan.train.bundle import build_bundle
-from sailplan.train.load_pretrained import initial_source, initialise
+from sailplan.train.load_pretrained import initialise
 from sailplan.train.run_folder import RunFolder, check_identity
 from sailplan.train.trainer import Trainer
 

@@ -123,9 +123,7 @@ def check_pairing(
 
 
 def check_negatives(negatives: Negatives, n: int, device: torch.device) -> None:
-    """Hard negatives with their validity, and the highest cosine: none, a number, or one a row;
-    shapes of ``hard`` are checked already.
-    """
+    """Hard negatives with their validity, and the highest cosine where it is one a row; shapes of ``hard`` are checked already."""
     if negatives.hard is not None:
         check_vector(
             "negatives.hard_valid",

@@ -66,7 +66,7 @@ class LossInputs:
     plain: bool  # no ids and no masks: key i belongs to query i, and every row counts
     any_row: bool  # whether this rank's host knows of a row that counts
     key_log_probability: Tensor | None  # [M] in the scores' dtype
-    max_cosine: float | Tensor | None  # of all rows, or [N] in the scores' dtype
+    max_cosine: tuple[float, ...] | Tensor | None  # of each prefix, or [N] in the scores' dtype
     temperature: Tensor  # 0-d or [N], differentiable, in the scores' dtype
     tags_in_use: tuple[int, ...]
     query_sizes: list[int]
@@ -135,15 +135,14 @@ class LossInputs:
         """[N]"""
         return self.inverse_temperature.expand(len(self.raw_queries))
 
-    @property
-    def row_highest(self) -> Tensor | None:
-        """[N] max_cosine of each row."""
+    def row_highest(self, prefix: int) -> Tensor | None:
+        """[N] max_cosine of each row at the prefix of this number."""
         highest = self.max_cosine
         if highest is None or isinstance(highest, Tensor):
             return highest
         return torch.full(
             (len(self.raw_queries),),
-            highest,
+            highest[prefix],
             dtype=self.score_dtype,
             device=self.raw_queries.device,
         )
@@ -202,7 +201,7 @@ def build_inputs(
     leaves = (queries, keys, negatives.hard, temperature)
     needs = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in leaves]
     hard = queries.new_empty(n, 0, queries.shape[1]) if negatives.hard is None else negatives.hard
-    h, max_cosine = hard.shape[1], negatives.max_cosine
+    h = hard.shape[1]
     positive_ids = positives.ids if isinstance(positives, PositiveIds) else None
     index = None if isinstance(positives, PositiveIds) else positives
     given = [
@@ -241,10 +240,14 @@ def build_inputs(
         else combine(known_ids, n, m, h, offset, device)
     )
 
-    if isinstance(max_cosine, Tensor):
+    max_cosine: tuple[float, ...] | Tensor | None
+    if isinstance(negatives.max_cosine, Tensor):
         # In the scores' dtype from the start: a row's limit and its column's must be the same
         # number.
-        max_cosine = max_cosine.detach().to(device, compute)
+        max_cosine = negatives.max_cosine.detach().to(device, compute)
+    else:
+        assert not isinstance(options.max_cosine, bool), "True goes with a tensor"
+        max_cosine = options.max_cosine
     number = (
         temperature.to(device, compute)
         if isinstance(temperature, Tensor)

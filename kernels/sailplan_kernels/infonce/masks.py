@@ -96,12 +96,19 @@ def negatives(anchor_tags: Tensor, candidates: Candidates, tags_in_use: tuple[in
     return cached
 
 
+@lru_cache(maxsize=64)
+def just_below(cosines: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[P] the highest numbers of a dtype below cosines, uploaded once for all calls."""
+    found = torch.tensor(cosines, dtype=dtype)
+    return torch.nextafter(found, torch.full_like(found, -torch.inf)).to(device)
+
+
 def limits(
-    positive: Tensor, highest: float | Tensor | None, options: InfoNCEOptions
+    positive: Tensor, highest: tuple[float, ...] | Tensor | None, options: InfoNCEOptions
 ) -> Tensor | None:
     """Cosines [P, n] above which a pair is no negative of its anchor; None: there is no limit.
 
-    positive [P, n]: the anchors' own cosines; highest: their max_cosine, [n] or one for all, which
+    positive [P, n]: the anchors' own cosines; highest: their max_cosine, [n] or one a prefix, which
     a negative must stay below.
     """
     if not options.filters:
@@ -112,11 +119,8 @@ def limits(
             torch.nextafter(highest, torch.full_like(highest, -torch.inf)).expand_as(positive)
         )
     elif highest is not None:
-        below = torch.nextafter(
-            torch.tensor(highest, dtype=positive.dtype),
-            torch.tensor(-torch.inf, dtype=positive.dtype),
-        )
-        found.append(torch.full_like(positive, below.item()))
+        below = just_below(highest, positive.dtype, positive.device)
+        found.append(below[:, None].expand_as(positive))
     if options.margin_absolute is not None:
         found.append(positive + options.margin_absolute)
     if options.margin_relative is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from sailplan_kernels.exchange.row_split import peers_of
 from sailplan_kernels.infonce.forward_context import numbers
 from sailplan_kernels.infonce.loss_inputs import LossInputs
-from sailplan_kernels.infonce.masks import excluded, own_keys
+from sailplan_kernels.infonce.masks import excluded, just_below, own_keys
 from sailplan_kernels.tiling.normalize import SAFE_LENGTH, project_
 from sailplan_kernels.tiling.products import (
     add_product,
@@ -232,9 +232,8 @@ class OneTile:
         own, of_own = self.cosine.permute(2, 0, 1), logits[:, :, count:]
         own_logits, hidden = own / self.temperature, self.inputs.hidden
         if highest is not None:
-            below = torch.nextafter(
-                torch.tensor(highest, dtype=self.fp), torch.tensor(-torch.inf, dtype=self.fp)
-            ).item()
+            assert isinstance(highest, tuple), "fits asks for it"
+            below = just_below(highest, self.fp, self.device)[:, None, None]
             mask, hidden = mask | (of_keys > below), hidden | (own > below)
             of_keys.div_(self.temperature)
         of_keys.masked_fill_(mask, MASKED_SCORE)

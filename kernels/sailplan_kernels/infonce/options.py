@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -21,11 +22,11 @@ class InfoNCEOptions:
 
     The three filters apply to every negative, hard ones included; a negative must pass all that are
     set: cosine < max_cosine, cosine <= positive + margin_absolute, cosine <= margin_relative *
-    positive. max_cosine is a number for all rows, or True where each row has one of its own (a
+    positive. max_cosine is a number for each prefix, or True where each row has one of its own (a
     tensor, in LossInputs).
     """
 
-    max_cosine: float | bool | None = None
+    max_cosine: tuple[float, ...] | bool | None = None
     margin_absolute: float | None = None
     margin_relative: float | None = None
     symmetric: bool = False
@@ -57,7 +58,7 @@ class InfoNCEOptions:
                 f"options.memory_budget: found {memory_budget}, expected a positive number of bytes"
             )
         return cls(
-            max_cosine=True if isinstance(negatives.max_cosine, Tensor) else negatives.max_cosine,
+            max_cosine=_max_cosine(negatives, sizes),
             margin_absolute=negatives.margin_absolute,
             margin_relative=negatives.margin_relative,
             symmetric=symmetric,
@@ -93,3 +94,18 @@ class InfoNCEOptions:
         """
         same = {name: value for name, value in vars(self).items() if name != "memory_budget"}
         return zlib.crc32(repr((sorted(same.items()), more)).encode())
+
+
+def _max_cosine(negatives: Negatives, prefixes: tuple[int, ...]) -> tuple[float, ...] | bool | None:
+    """Return what the options hold of a highest cosine. Raises ValueError for other prefixes."""
+    highest = negatives.max_cosine
+    if highest is None or isinstance(highest, Tensor):
+        return None if highest is None else True
+    if not isinstance(highest, Mapping):
+        return (float(highest),) * len(prefixes)
+    if set(highest) != set(prefixes):
+        raise ValueError(
+            f"negatives.max_cosine: found the lengths {sorted(highest)}, expected those of the "
+            f"prefixes, {sorted(prefixes)}"
+        )
+    return tuple(float(highest[size]) for size in prefixes)

@@ -24,9 +24,9 @@ def reference_loss(inputs: GatheredInputs) -> tuple[Tensor, Tensor, Tensor, Tens
     cosines [N] and whether each row is right [N]."""
     losses, options = [], inputs.options
     whole = inputs.queries, inputs.keys, inputs.hard
-    for prefix in options.prefixes:
+    for number, prefix in enumerate(options.prefixes):
         q, k, h = (normalize(x[..., :prefix]) for x in whole)
-        loss, positive, correct = _prefix_loss(inputs, q, k, h)
+        loss, positive, correct = _prefix_loss(inputs, number, q, k, h)
         losses.append(loss)
     total = torch.stack(
         [weight * loss for weight, loss in zip(options.prefix_weights, losses, strict=True)]
@@ -35,10 +35,10 @@ def reference_loss(inputs: GatheredInputs) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def _prefix_loss(
-    inputs: GatheredInputs, queries: Tensor, keys: Tensor, hard: Tensor
+    inputs: GatheredInputs, number: int, queries: Tensor, keys: Tensor, hard: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's loss (0-d), its positives' mean cosines [N] and whether each row is right [N],
-    of one prefix.
+    of the prefix of this number.
 
     Arguments: normalised [N, d], [M, d], [N, H, d].
     """
@@ -79,7 +79,7 @@ def _prefix_loss(
         [block.new_zeros(block.shape[1]) if shift is None else shift for block, _, shift in blocks]
     )
     best = pairs.best(own_cosine.detach()[None])[0]
-    highest = inputs.row_highest
+    highest = inputs.row_highest(number)
     cached &= _within(cosine, limits(best[None], highest, options), rows)
     inverse = inputs.row_inverse_temperature[rows]
     own = own_cosine * inverse - (
@@ -96,7 +96,7 @@ def _prefix_loss(
         cached = negatives(inputs.all_keys.tags[pairs.keys], inputs.all_queries, tags)
         cached &= _within(
             cosine,
-            column_max_cosines(inputs, own_cosine.detach()[None], inputs.exchange.max),
+            column_max_cosines(inputs, own_cosine.detach()[None], highest),
             pairs.keys,
         )
         inverse = _column_inverse_temperature(inputs)[pairs.keys]
@@ -105,20 +105,24 @@ def _prefix_loss(
     return total, positive, correct
 
 
-def column_max_cosines(inputs: GatheredInputs, cosine: Tensor, highest_of) -> Tensor | None:
-    """[P, all keys] ``limits`` of the columns, from the pairs' ``cosine`` [P, E].
+def column_max_cosines(
+    inputs: GatheredInputs, cosine: Tensor, highest: Tensor | None
+) -> Tensor | None:
+    """[1, all keys] ``limits`` of the columns, from the pairs' ``cosine`` [1, E] and the rows'
+    max_cosine [N].
 
     Where several rows, of any rank, share a key, its margins start from its best positive, and it
-    has the lowest max_cosine. ``highest_of`` takes the maximum over all who hold rows.
+    has the lowest max_cosine.
     """
     pairs, options = inputs.pairs, inputs.options
     if not options.filters:
         return None
     below = cosine.new_full((1, len(pairs.rows)), torch.inf)
-    if inputs.row_highest is not None:
-        below = inputs.row_highest[pairs.rows][None]
-    found = highest_of(best_at(pairs.keys, torch.cat([cosine, -below]), sum(inputs.key_sizes)))
-    return limits(found[:-1], -found[-1] if inputs.max_cosine is not None else None, options)
+    if highest is not None:
+        below = highest[pairs.rows][None]
+    found = best_at(pairs.keys, torch.cat([cosine, -below]), sum(inputs.key_sizes))
+    found = inputs.exchange.max(found)
+    return limits(found[:-1], None if highest is None else -found[-1], options)
 
 
 def _column_inverse_temperature(inputs: GatheredInputs) -> Tensor:

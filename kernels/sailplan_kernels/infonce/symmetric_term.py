@@ -106,7 +106,7 @@ class SymmetricTerm:
         assert self.context.keys.layout is not None
         return self.context.keys.layout.total
 
-    def _limits(self, highest: float | Tensor | None) -> Tensor | None:
+    def _limits(self, highest: tuple[float, ...] | Tensor | None) -> Tensor | None:
         """[P, C]: where several rows share a key, its margins start from its best positive, and
         it has the lowest max_cosine.
         """

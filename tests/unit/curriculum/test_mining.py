@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import normalize
 
 from sailplan.config.schema import Config, HardNegativeConfig, StageConfig
+from sailplan.curriculum import hard_negatives
 from sailplan.curriculum.hard_negatives import PatternMiner
 from sailplan.curriculum.mined_files import read_mined, write_mined
 from sailplan.curriculum.rounds import CURRENT, Rounds
@@ -287,3 +288,62 @@ def test_a_later_run_is_given_what_was_mined(config: Config, tmp_path: Path) -> 
 
     run_ranks(run, 2)
     assert json.loads((out / "round.json").read_text())["patterns"]
+
+
+def test_rounds_that_checkpoints_go_on_from_stay(tmp_path: Path) -> None:
+    rounds = Rounds(tmp_path)
+    for step in range(0, 100, 10):
+        rounds.begin(step, "model")
+        rounds.publish(step, "model", {})
+    rounds.prune([35, 60])  # of a checkpoint after 35 steps of the stage, and one after 60
+    left = sorted(path.name for path in tmp_path.glob("round-*"))
+    assert left == [f"round-{step:08d}" for step in (30, 60, 80, 90)]
+    assert rounds.last(35) == rounds.path(30) and rounds.last(60) == rounds.path(60)
+    rounds.prune([-5])  # of a stage before this one
+    assert len(list(tmp_path.glob("round-*"))) == 2 and rounds.last(25) is None
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_candidates_are_read_twice_a_block_and_ranks_share_the_blocks(
+    tmp_path: Path, world_size: int
+) -> None:
+    n, dimension, block = 3000, 16, 250
+    random = torch.Generator().manual_seed(0)
+    vectors = torch.randn(n, dimension, generator=random)
+    noise = 0.5 * torch.randn(n, dimension, generator=random)
+    queries = rows(vectors + noise, list(range(n, 2 * n)), list(range(n)))
+    targets = rows(vectors, list(range(n)), list(range(n)))
+
+    def mined(rank: int, world: int) -> tuple[int, dict[str, int]]:
+        opened: list[KeyFiles] = []
+
+        def kept(files: Any) -> KeyFiles:
+            opened.append(KeyFiles(files))
+            return opened[-1]
+
+        module: Any = hard_negatives
+        module.KeyFiles, module.BLOCK_ROWS = kept, block
+        arrays = [
+            SharedArray(tmp_path / f"{kind}.npy", (n, 3), dtype)
+            for kind, dtype in (("negatives", "int64"), ("scores", "float32"))
+        ]
+        reader: Any = Records(name="set", scored=False)
+        settings = HardNegativeConfig(per_query=3, sample=500)
+        miner = PatternMiner(
+            join_layout(1),
+            reader,
+            "pattern",
+            queries,
+            targets,
+            queries.positions,
+            settings,
+            tmp_path / "work",
+            arrays,
+        )
+        miner.run(0, [dimension])
+        return opened[0].bytes, miner.stats.again
+
+    found = run_ranks(mined, world_size)
+    for read, again in found:
+        assert set(again) == {"torch.float32"}  # nothing had to be searched again
+        assert read == 2 * (n // (block * world_size)) * n * dimension * 4

@@ -23,7 +23,8 @@ from sailplan.curriculum.balance import (
 )
 from sailplan.curriculum.subset import keep_highest, nearness
 from sailplan.curriculum.threshold import f1_threshold
-from sailplan.embed.scoring import Pairs, unit
+from sailplan.embed.scoring import Pairs
+from sailplan.embed.sides import unit
 from sailplan.model.testing import join_layout
 from sailplan_kernels.exchange import AllGather
 from sailplan_kernels.testing import run_ranks

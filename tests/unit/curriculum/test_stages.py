@@ -72,7 +72,7 @@ def prepared(rank: int, world_size: int, config: Config, name: str, folder: Path
         "weights": state.weights,
         "subsets": {key: value.tolist() for key, value in state.subsets.items()},
         "negatives": {str(key): value.tolist() for key, value in negatives.items()},
-        "thresholds": {str(key): value for key, value in state.thresholds.items()},
+        "thresholds": {str(key): value.full for key, value in state.thresholds.items()},
         "made": {
             name: [reader.body(position) for position in range(len(reader))]
             for name, reader in context.readers.items()

@@ -14,7 +14,7 @@ import torch
 from sailplan.config.schema import Config, PatternKey, StageConfig
 from sailplan.data.collate import Collator
 from sailplan.data.datasets import open_datasets
-from sailplan.data.negatives import HardNegativeStore
+from sailplan.data.negatives import HardNegativeStore, MatchThreshold
 from sailplan.data.packing import OmniInputs
 from sailplan.data.plan import Plan
 from sailplan.data.reader import BadSample
@@ -212,9 +212,13 @@ def test_items_without_a_declared_modality_are_not_valid_but_no_error(make_confi
 def test_hard_negatives_and_teachers_join_their_rows(make_config: Make, tmp_path: Path) -> None:
     positions = np.stack([np.array([(row + 1) % 64, (row + 2) % 64, -1]) for row in range(64)])
     key = PatternKey("things", "image_title")
-    HardNegativeStore({key: positions}, {key: 0.25}).save(tmp_path / "negatives.npz")
+    HardNegativeStore({key: positions}, {key: MatchThreshold(0.25)}).save(
+        tmp_path / "negatives.npz"
+    )
     store = HardNegativeStore.load(tmp_path / "negatives.npz")
-    assert store.thresholds == {key: 0.25} and np.array_equal(store.positions[key], positions)
+    assert store.thresholds == {key: MatchThreshold(0.25)} and np.array_equal(
+        store.positions[key], positions
+    )
     vectors = {
         "svd": np.arange(1, 33, dtype=np.float32)[:, None].repeat(3, 1),
         "nmf": np.ones((32, 2), dtype=np.float32),

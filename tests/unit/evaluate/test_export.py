@@ -5,11 +5,11 @@ layout.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +22,8 @@ from sailplan.curriculum.testing import write_pack
 from sailplan.data.datasets import open_datasets
 from sailplan.embed.embedding import embed_view
 from sailplan.errors import ConfigurationError
-from sailplan.export.embeddings import export_embeddings, read_embeddings
+from sailplan.export.embeddings import export_embeddings
+from sailplan.export.vector_folder import VectorFolder
 from sailplan.export.weights import export_weights, load_exported, read_whole
 from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout
@@ -51,7 +52,8 @@ def test_embeddings_are_whole_ordered_and_the_same_on_any_number_of_ranks(
             out,
             parallel=parallel,
             config=config,
-            semantic_id_sizes=[4, 4],
+            semantic_id_sizes=[[4, 4], [8]],
+            label="subgroup",
             shard_rows=20,
         )
 
@@ -60,17 +62,19 @@ def test_embeddings_are_whole_ordered_and_the_same_on_any_number_of_ranks(
     assert (
         manifests[0] == manifests[1] == manifests[2]
         and codes[1] == codes[2]
-        and codes[0]["unique"] <= 16
+        and codes[0]["4-4"]["unique"] <= 16
     )
-    vectors, ids = read_embeddings(tmp_path / "one")
+    assert codes[1]["8"]["labelled_rows"] == 48 and len(codes[1]["8"]["nmi"]) == 1
+    one, two = VectorFolder(tmp_path / "one"), VectorFolder(tmp_path / "two")
+    ids = [name for shard in range(3) for name in one.ids(shard)]
     assert (
         ids == [f"things/{number:03d}" for number in range(48)] and len(manifests[0]["shards"]) == 3
     )
+    vectors = one.take(np.arange(48))
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
-    assert np.allclose(vectors, read_embeddings(tmp_path / "two")[0], atol=1e-5)
-    assert set(json.loads((tmp_path / "one" / "semantic_ids.json").read_text())["codes"]) == set(
-        ids
-    )
+    assert np.allclose(vectors, two.take(np.arange(48)), atol=1e-5)
+    tables = sorted((tmp_path / "one" / "semantic_ids" / "4-4").glob("part-*.parquet"))
+    assert [name for path in tables for name in parquet.read_table(path)["id"].to_pylist()] == ids
 
 
 @pytest.mark.parametrize(("world_size", "tensor"), [(1, 1), (2, 2), (2, 1)])
@@ -124,7 +128,7 @@ def test_unfinished_folders_are_refused(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="not a complete checkpoint"):
         export_weights(tmp_path, tmp_path / "out", config=config)
     with pytest.raises(ConfigurationError, match=r"no embeddings\.json"):
-        read_embeddings(tmp_path)
+        VectorFolder(tmp_path)
     with pytest.raises(ConfigurationError, match=r"no model\.json"):
         load_exported(tmp_path)
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from sailplan.embed.scoring import Pairs, pair_scores, unit
+from sailplan.embed import scoring
+from sailplan.embed.scoring import Pairs, pair_scores
+from sailplan.embed.sides import InMemory, unit
 from sailplan.evaluate import metrics
 from sailplan_kernels.exchange import AllGather
 from sailplan_kernels.testing import run_ranks
@@ -147,11 +149,12 @@ def test_tile_shape_does_not_change_scores(monkeypatch: pytest.MonkeyPatch) -> N
         metrics.best_positive_ranks(queries, candidates, positives).tolist(),
     )
     original = metrics.tiles
-    monkeypatch.setattr(metrics, "tiles", lambda *arguments: original(*arguments, tile=60))
+    monkeypatch.setattr(metrics, "tiles", lambda *arguments: original(*arguments, scores=60))
+    monkeypatch.setattr(scoring, "CANDIDATES", 7)
     assert metrics.best_positive_ranks(queries, candidates, positives).tolist() == whole[1]
     right = (unit(queries) @ unit(candidates).T).float()[positives.rows, positives.columns]
     torch.testing.assert_close(
-        pair_scores(unit(queries), unit(candidates), positives), right, rtol=2**-23, atol=0
+        pair_scores(InMemory(queries), InMemory(candidates), positives), right, rtol=2**-23, atol=0
     )  # one rounding apart
 
 

@@ -228,16 +228,18 @@ def test_nmi_of_queries_and_targets_is_scikit_learns() -> None:
     asked = random.integers(0, 6, 600)
     answered = np.where(random.random(600) < 0.3, random.integers(0, 6, 600), asked)
     vectors = [
-        5 * centres[labels] + 0.05 * random.standard_normal((600, 16))
+        torch.from_numpy(5 * centres[labels] + 0.05 * random.standard_normal((600, 16)))
         for labels in (asked, answered)
     ]
-    found = metrics.pair_agreement(vectors[0], vectors[1], 6)
+    pairs = Pairs(torch.arange(600), torch.arange(600))
+    found = metrics.pair_agreement(vectors[0], vectors[1], pairs, 6)
     assert (
         found["nmi"] == pytest.approx(normalized_mutual_info_score(asked, answered), abs=1e-12)
         and 0.3 < found["nmi"] < 0.8
     )
-    assert metrics.pair_agreement(vectors[0], vectors[0], 6)["nmi"] == pytest.approx(1.0)
-    assert metrics.pair_agreement(vectors[0], vectors[0][random.permutation(600)], 6)["nmi"] < 0.1
+    assert metrics.pair_agreement(vectors[0], vectors[0], pairs, 6)["nmi"] == pytest.approx(1.0)
+    shuffled = Pairs(torch.arange(600), torch.from_numpy(random.permutation(600)))
+    assert metrics.pair_agreement(vectors[0], vectors[0], shuffled, 6)["nmi"] < 0.1
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from sailplan.config.fields import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from sailplan.config.schema import PatternKey
+from sailplan.data.negatives import MatchThreshold
 from sailplan.data.record import HardNegatives, TeacherKey
 from sailplan.errors import ConfigurationError
 from sailplan.objective.cosent import CoSENT, cosent
@@ -124,14 +125,28 @@ def test_infonce_masks_by_threshold_and_weights_prefixes() -> None:
         encoded,
         context(
             thresholds={
-                PatternKey("items", "image_to_name"): 0.2,
-                PatternKey("items", "name_to_item"): -1.0,
+                PatternKey("items", "image_to_name"): MatchThreshold(0.2, {4: -1.0}),
+                PatternKey("items", "name_to_item"): MatchThreshold(-1.0, {4: -1.0}),
             }
         ),
     )
     expected = naive_infonce(
         views["image"].fused, views["name"].fused, torch.ones(ROWS).bool(), scores < 0.2
     )
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_each_prefix_masks_by_its_own_threshold() -> None:
+    views = {"image": view(1), "name": view(2), "item": view(3)}
+    encoded = step("items", views)
+    encoded.patterns = {"image_to_name": 1.0}
+    thresholds = {PatternKey("items", "image_to_name"): MatchThreshold(0.2, {4: 0.5})}
+    output = InfoNCE(embedding=D, datasets=DATASETS)(encoded, context(thresholds=thresholds))
+    expected = torch.zeros((), dtype=torch.float64)
+    for prefix, highest in ((4, 0.5), (D, 0.2)):
+        left, right = (normalize(views[one].fused[:, :prefix], dim=1) for one in ("image", "name"))
+        allowed = left @ right.T < highest
+        expected += naive_infonce(left, right, torch.ones(ROWS).bool(), allowed)
     torch.testing.assert_close(output.loss, expected)
 
 

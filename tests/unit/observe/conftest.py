@@ -186,13 +186,14 @@ def make_run(folder: Path) -> Path:
         },
     )
     similar = {
-        "emoji": {"benchmark_one": 0.5, "benchmark_two": 0.54, "mean": 0.52},
-        "icons": {"benchmark_one": 0.48, "mean": 0.48},
+        "emoji": {"benchmark_one": 0.5, "benchmark_two": 0.54, "mean": 0.52, "error": 0.01},
+        "icons": {"benchmark_one": 0.48, "mean": 0.48, "error": 0.005},
     }
     weights = {"emoji": 0.6, "icons": 0.3, "prompts": 0.1}
     balance = {
         "weights": weights,
         "balance": similar,
+        "balance_model": "the run's own",
         "subsets": {"icons": 5000},
         "subsets_of": {"icons": 6470},
         "seconds": 30.0,

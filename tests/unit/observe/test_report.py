@@ -165,3 +165,16 @@ def test_thinning_and_smoothing_keep_the_mean_and_a_constant() -> None:
     assert all(
         value == pytest.approx(3.0) for _, value in smooth([(step, 3.0) for step in range(20)])
     )
+
+
+def test_similarities_are_drawn_with_their_intervals_and_whose_weights_embedded(
+    run_folder: Path,
+) -> None:
+    html, _ = page(run_folder)
+    # 0.52 +- 0.02 and 0.48 +- 0.01 in a range from 0.47 to 0.54
+    places = re.findall(
+        r'class="interval"><span title="(\w+)">.*?left:([\d.]+)%;width:([\d.]+)%.*?left:([\d.]+)%',
+        html,
+    )
+    assert places == [("emoji", "42.9", "57.1", "71.4"), ("icons", "0.0", "28.6", "14.3")]
+    assert "weights from a model that has learned nothing mean nothing" in html

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from sailplan.curriculum.stages import refresh_hard_negatives
+import re
+
+from sailplan.curriculum.rounds import Rounds
+from sailplan.curriculum.stages import ROUNDS, refresh_hard_negatives
+from sailplan.runtime.main_rank import on_main
 from sailplan.runtime.watch import phase
 from sailplan.train.callback import Callback, Run, StageRun
 
@@ -29,6 +33,14 @@ class MiningRefresh(Callback):
                 stage.state = refresh_hard_negatives(
                     run.context, name, run.folder.curriculum(name), stage.state, done
                 )
+            rounds = Rounds(run.folder.curriculum(name) / ROUNDS)
+
+            def prune() -> None:
+                names = [path.name for path in run.folder.checkpoints.glob("*step-*")]
+                steps = [int(found[1]) for one in names if (found := re.search(r"step-(\d+)", one))]
+                rounds.prune(step + 1 - stage.span.first for step in steps)
+
+            on_main(run.context.parallel, "removing old rounds", prune)
 
 
 def _every(stage: StageRun) -> int:
