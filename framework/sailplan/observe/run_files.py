@@ -22,12 +22,13 @@ from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInf
 from sailplan.runtime.environment import world_size_from_environment
 from sailplan.runtime.files import write_whole
 
-METRICS, PREVIOUS, STAGES, EVALUATION, QUARANTINE = (
+METRICS, PREVIOUS, STAGES, EVALUATION, QUARANTINE, SKIPPED = (
     "metrics.jsonl",
     "metrics.previous.jsonl",
     "stages.json",
     "evaluation",
     "quarantine.jsonl",
+    "skipped_steps.jsonl",
 )
 
 
@@ -121,8 +122,9 @@ class RunFiles(Logger):
             if (folder / STAGES).exists():
                 stages = json.loads((folder / STAGES).read_text(encoding="utf-8"))
                 self.stages = [stage for stage in stages if stage["first_step"] <= resumed_step + 1]
-        if (folder / QUARANTINE).exists():
-            drop_after(folder / QUARANTINE, resumed_step or 0)
+        for records in (folder / QUARANTINE, folder / SKIPPED):
+            if records.exists():
+                drop_after(records, resumed_step or 0)
         self._drop_evaluations(-1 if resumed_step is None else resumed_step)
         self.file: TextIO = metrics.open(
             "a", encoding="utf-8", buffering=1

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,11 @@ class RunFolder:
     @property
     def quarantine(self) -> Path:
         return self.root / "quarantine.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        """Steps whose loss or gradient was not finite, with their records."""
+        return self.root / "skipped_steps.jsonl"
 
     def evaluation(self, step: int) -> Path:
         return self.root / "evaluation" / f"step-{step:08d}.json"
@@ -74,11 +78,6 @@ class RunFolder:
         if not Path(config.data.tokenizer).is_file() and self.tokenizer.is_file():
             config.data.tokenizer = str(self.tokenizer)
         return config
-
-    def add_quarantined(self, records: list[JsonObject]) -> None:
-        if records:
-            with self.quarantine.open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def check_identity(saved: JsonObject, config: Config, where: Path) -> None:

@@ -211,6 +211,8 @@ class Trainer:
             stop_step=until,
             negatives=stage.state.negatives,
             teachers=stage.state.teachers,
+            exclusions=self.state.exclusions,
+            first_step=stage.span.first,
         )
         check_shares(self.parallel, loader.collator.shares, first, stage.span.name)
         if self.config.data.workers:

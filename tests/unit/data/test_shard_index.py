@@ -135,7 +135,10 @@ def test_a_shard_with_the_same_size_names_and_beginnings_is_read_again_and_said(
 ) -> None:
     def write(letter: bytes) -> Path:
         records = [
-            [json_member(f"{number}", {"id": f"r{number}"}), (f"{number}.bin", b"x" * 2000 + letter)]
+            [
+                json_member(f"{number}", {"id": f"r{number}"}),
+                (f"{number}.bin", b"x" * 2000 + letter),
+            ]
             for number in range(3)
         ]
         return write_set(tmp_path / "set", records)
