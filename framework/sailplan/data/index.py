@@ -340,7 +340,7 @@ class ShardIndex:
         if changed:
             line = (
                 f"{self.shards[changed[0]]}{f' and {len(changed) - 1} more' if changed[1:] else ''}: "
-                "written or changed since the index was made, read again"
+                "changed since its index was made, or the index is damaged: read again"
             )
             if first_to_say(line, None):
                 say(line)

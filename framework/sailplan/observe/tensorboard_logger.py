@@ -39,6 +39,9 @@ class TensorBoardLogger(Logger):
                 if not isinstance(value, str):
                     self.writer.add_scalar(name, value, step)
 
+    def log_alert(self, step: int, name: str, text: str) -> None:
+        self.writer.add_text(f"alert/{name}", text, step)
+
     def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
         for task, metrics in results.items():
             for metric, value in metrics.items():
