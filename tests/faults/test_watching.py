@@ -4,6 +4,8 @@ every run logs of tokens, FLOP, memory and waits.
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -106,3 +108,36 @@ def test_counted_flop_are_those_of_the_matrix_products(pack: Path, tmp_path: Pat
         )
         found[rows] = last["flop_per_step"]
     assert 1.7 < found[16] / found[8] < 2.3, found
+
+
+def test_every_panel_of_the_dashboard_has_its_series(pack: Path, tmp_path: Path) -> None:
+    """In a run with an evaluation, a broken record and a step that is not finite."""
+    import data_faults
+    import test_quarantine
+
+    from sailplan.observe.dashboard import dashboard, series_of
+
+    broken = tmp_path / "pack"
+    shutil.copytree(pack, broken)
+    data_faults.overwrite(broken, 3, ".webp", b"")
+
+    def work(rank: int) -> None:
+        test_quarantine.poison()
+        config = settings(broken, tmp_path)
+        config.data.bad_sample_limit = 0.5
+        config.evaluation = job(broken, tmp_path).evaluation
+        train(config)
+
+    ended = launch(work, 1, timeout=90)
+    assert ended.codes == [0], ended.said
+    names = {name for line in metrics(tmp_path / "job") for name in line}
+    for file in (tmp_path / "job" / "evaluation").glob("*.json"):
+        for task, found in json.loads(file.read_text())["tasks"].items():
+            names |= {f"evaluation/{task}/{metric}" for metric in found}
+    empty = {
+        panel
+        for panels in dashboard().values()
+        for panel, patterns in panels.items()
+        if not series_of(patterns, names)
+    }
+    assert not empty and sum(map(len, dashboard().values())) > 15

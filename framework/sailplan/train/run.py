@@ -123,6 +123,7 @@ def _agreed_start(
         )
         with _writable(config, folder):
             folder.write_config(config)
+            folder.write_versions(software()["versions"])
         return str(source or "")
 
     source = on_main(parallel, "writing the configuration", look)

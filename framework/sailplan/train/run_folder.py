@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from sailplan.config.compose import config_hash, from_dict, identity, identity_d
 from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
+from sailplan.observe.report_facts import VERSIONS
 from sailplan.runtime.files import write_whole
 
 
@@ -64,6 +66,10 @@ class RunFolder:
         if source.is_file() and source.resolve() != self.tokenizer.resolve():
             shutil.copyfile(source, self.tokenizer)
         write_whole(self.config, f"# hash: {config_hash(config)}\n{to_yaml(config)}")
+
+    def write_versions(self, versions: JsonObject) -> None:
+        """Write versions.json: what this start of the run is installed with."""
+        write_whole(self.root / VERSIONS, json.dumps(versions, indent=1))
 
     def load_config(self) -> Config:
         """Return the resolved configuration of this run, with the run's copy of a tokenizer that
