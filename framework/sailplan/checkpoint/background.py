@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sailplan.checkpoint.layout import WholeTensorView
+from sailplan.checkpoint.plans import SavePlans
 from sailplan.checkpoint.store import Snapshot, prune, state_of, write
 from sailplan.errors import SailplanError
 from sailplan.runtime.groups import default_timeout
@@ -35,15 +36,19 @@ class Saver:
     that waits at its end.
 
     All ranks make one and call its methods alike. keep: newest complete checkpoints that stay in a
-    saved one's folder.
+    saved one's folder; keep_every: those of steps that it divides stay, too (0: none).
     """
 
-    def __init__(self, parallel: Parallel, *, asynchronous: bool, keep: int) -> None:
-        self.parallel, self.asynchronous, self.keep = parallel, asynchronous, keep
+    def __init__(
+        self, parallel: Parallel, *, asynchronous: bool, keep: int, keep_every: int = 0
+    ) -> None:
+        self.parallel, self.asynchronous = parallel, asynchronous
+        self.keep, self.keep_every = keep, keep_every
         self._group = (
             dist.new_group(backend="gloo", timeout=default_timeout()) if asynchronous else None
         )
         self._copies: dict[str, Tensor] = {}
+        self._plans = SavePlans()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -129,6 +134,6 @@ class Saver:
                 self._failure.__cause__ = error
 
     def _write(self, folder: Path, snapshot: Snapshot) -> None:
-        write(folder, snapshot, self.parallel, self._group)
+        write(folder, snapshot, self.parallel, self._group, self._plans)
         if self.parallel.is_main:
-            prune(folder.parent, self.keep)
+            prune(folder.parent, self.keep, self.keep_every)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sailplan.checkpoint.exported import is_exported
+from sailplan.checkpoint.loading import load_model_only
 from sailplan.checkpoint.seal import is_complete
-from sailplan.checkpoint.store import latest, load_model_only
+from sailplan.checkpoint.store import latest
 from sailplan.errors import ConfigurationError
 from sailplan.model.lora import is_lora
 from sailplan.runtime.process import Parallel

@@ -18,7 +18,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from sailplan.checkpoint.store import load
+from sailplan.checkpoint.loading import load
 from sailplan.config.schema import Config
 from sailplan.curriculum.stages import StageState, load_stage, prepare_stage
 from sailplan.data.loader import StepLoader

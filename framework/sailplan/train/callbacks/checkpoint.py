@@ -33,7 +33,12 @@ class Checkpoint(Callback):
     @contextmanager
     def running(self, run: Run) -> Iterator[None]:
         options = run.config.checkpoint
-        with Saver(run.parallel, asynchronous=options.asynchronous, keep=options.keep) as saver:
+        with Saver(
+            run.parallel,
+            asynchronous=options.asynchronous,
+            keep=options.keep,
+            keep_every=options.keep_every,
+        ) as saver:
             self._saver, self._saved_at, self._whole = saver, time.monotonic(), run.saved_step
             yield
             self._wait(must=True, run=run)
