@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sailplan.checkpoint.copies import Copies
 from sailplan.checkpoint.layout import WholeTensorView
 from sailplan.checkpoint.plans import SavePlans
 from sailplan.checkpoint.store import Snapshot, prune, state_of, write
@@ -37,10 +38,17 @@ class Saver:
 
     All ranks make one and call its methods alike. keep: newest complete checkpoints that stay in a
     saved one's folder; keep_every: those of steps that it divides stay, too (0: none).
+    copies: where each is copied to.
     """
 
     def __init__(
-        self, parallel: Parallel, *, asynchronous: bool, keep: int, keep_every: int = 0
+        self,
+        parallel: Parallel,
+        *,
+        asynchronous: bool,
+        keep: int,
+        keep_every: int = 0,
+        copies: Copies | None = None,
     ) -> None:
         self.parallel, self.asynchronous = parallel, asynchronous
         self.keep, self.keep_every = keep, keep_every
@@ -48,7 +56,7 @@ class Saver:
             dist.new_group(backend="gloo", timeout=default_timeout()) if asynchronous else None
         )
         self._copies: dict[str, Tensor] = {}
-        self._plans = SavePlans()
+        self._plans, self._copies_to = SavePlans(), copies
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -137,3 +145,11 @@ class Saver:
         write(folder, snapshot, self.parallel, self._group, self._plans)
         if self.parallel.is_main:
             prune(folder.parent, self.keep, self.keep_every)
+        if self._copies_to is not None:
+            try:
+                self._copies_to.send(folder, self._group)
+            except SailplanError as error:  # of a copy: the checkpoint is whole
+                if is_lost_peer(error.__cause__ or error):
+                    raise
+                if self.parallel.is_main:
+                    say(f"{error}; the run folder has it, the next save is copied again")

@@ -18,12 +18,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from sailplan.config.fields import JsonObject
-from sailplan.observe.console import duration
 from sailplan.observe.report_data import RunData, Series, read_run
 from sailplan.observe.report_facts import machine, versions
 from sailplan.observe.report_pictures import SERIES_COLOURS, curves, smooth
 from sailplan.observe.report_results import baselines, evaluation_table
 from sailplan.runtime.files import write_whole
+from sailplan.runtime.progress import duration
 
 _PICTURE = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=\s]+")
 SHOWN_EXAMPLES = 6  # queries shown per task or pattern

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from sailplan.checkpoint.background import Saver
+from sailplan.checkpoint.copies import Copies
 from sailplan.checkpoint.store import folder_of
 from sailplan.config.compose import config_hash, identity
 from sailplan.data.record import StepBatch
@@ -38,6 +39,7 @@ class Checkpoint(Callback):
             asynchronous=options.asynchronous,
             keep=options.keep,
             keep_every=options.keep_every,
+            copies=Copies(options.copy_to, run.config.name) if options.copy_to else None,
         ) as saver:
             self._saver, self._saved_at, self._whole = saver, time.monotonic(), run.saved_step
             yield
