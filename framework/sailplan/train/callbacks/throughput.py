@@ -78,7 +78,8 @@ class Throughput(Callback):
         if flop is not None and rows:
             self._flop_per_row = flop / rows
         self._add(done, rows)
-        if (self._stage_steps + 1) % self.every and not done.is_last:
+        step = run.step - done.stage.span.first + 1  # of the stage, at any start alike
+        if step % self.every and not done.is_last:
             return {}
         found = self._of_all_ranks(run)
         self._reset()
