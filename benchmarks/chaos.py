@@ -46,9 +46,8 @@ from sailplan.config.schema import Config  # noqa: E402
 from sailplan.curriculum.testing import write_pack  # noqa: E402
 from sailplan.data.datasets import open_datasets  # noqa: E402
 from sailplan.train.run import train  # noqa: E402
-from sailplan.train.testing import metrics  # noqa: E402
+from sailplan.train.testing import MEASURED, metrics  # noqa: E402
 
-TIMES = ("time", "seconds", "rows_per_second", "data/wait_seconds", "data/wait_share")
 TOGETHER = ("parameters and optimizer", "metrics", "evaluations", "quarantine", "left over")
 
 
@@ -108,7 +107,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
     dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
     small = torch.load(newest / SMALL, weights_only=True)
-    lines = [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in metrics(folder)]
+    lines = [
+        {k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in metrics(folder)
+    ]
     evaluations = {
         p.name: json.loads(p.read_text()) for p in (folder / "evaluation").glob("*.json")
     }

@@ -191,7 +191,12 @@ def test_the_profiler_writes_a_trace_and_a_table_of_the_ranks_that_it_is_told(
 
 def test_the_group_has_a_file_for_each_and_lists_them_in_the_order_of_their_calls() -> None:
     config = compose(["experiment=quickstart"])
-    assert list(config.callbacks.items()) == list(built_in_callbacks().items())
+    targets = {name: {"_target_": one["_target_"]} for name, one in config.callbacks.items()}
+    assert list(targets.items()) == list(built_in_callbacks().items())
+    for name, one in build_callbacks(config).items():  # files say what the classes' defaults are
+        options = {key: value for key, value in config.callbacks[name].items() if key != "_target_"}
+        plain = type(one)()
+        assert {key: getattr(plain, key) for key in options} == options, name
     shorter = compose(["experiment=quickstart", "callback=[metrics,checkpoint]"])
     assert list(build_callbacks(shorter)) == ["metrics", "checkpoint"]
     with_profiler = compose(["experiment=quickstart", "+callback=profiler"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sailplan.checkpoint import store
+from sailplan.checkpoint import loading, store
 from sailplan.model import parallelize
 from sailplan.model.testing import (
     join_layout,
@@ -63,7 +63,7 @@ def one_step(rank, world, tensor, folder, kind):
     statistics = encoder.audio["encoder"].tower.bin_mean
     store.save(folder, model=encoder, optimizer=optimizer, extra={"step": 1}, parallel=parallel)
     statistics.zero_()
-    store.load(folder, model=encoder, optimizer=optimizer, parallel=parallel)
+    loading.load(folder, model=encoder, optimizer=optimizer, parallel=parallel)
     assert torch.equal(statistics, torch.arange(6, dtype=torch.float64) - 1)
     return start, found.fused.detach(), gradients
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from sailplan.checkpoint import seal, store
+from sailplan.checkpoint import loading, seal, store
 from sailplan.checkpoint.background import Saver
 from sailplan.errors import SailplanError
 from sailplan.model.testing import join_layout
@@ -69,7 +69,7 @@ def test_steps_run_during_a_save_and_the_saved_state_is_that_of_its_step(tmp_pat
             torch.distributed.barrier()
             go.set()
         assert not saver.busy
-        extra = store.load(
+        extra = loading.load(
             store.folder_of(tmp_path, 1), model=model, optimizer=optimizer, parallel=parallel
         )
         return (

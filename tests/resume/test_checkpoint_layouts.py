@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from sailplan.checkpoint import seal, store
+from sailplan.checkpoint import loading, seal, store
 from sailplan.errors import ConfigurationError, SailplanError
 from sailplan.model import parallelize
 from sailplan.model.testing import join_layout, random_inputs, rows_of, small_config, whole_tensor
@@ -118,7 +118,7 @@ def load_runs(rank, world, tensor, folders, sharded):
             bundle.encoder(
                 random_inputs(("vision", "text"), 2, 50)
             )  # gathered parameters must not be what is filled
-        extra = store.load(folder, model=bundle, optimizer=optimizer, parallel=parallel)
+        extra = loading.load(folder, model=bundle, optimizer=optimizer, parallel=parallel)
         assert (
             extra["step"] == 2
             and extra["thresholds"] == {"icons/image": 0.25}
@@ -177,7 +177,7 @@ def test_encoder_alone_loads_in_another_dtype(saved):
     def load_encoder(rank, world):
         parallel = join_layout(1)
         encoder = OmniEncoder(small_config(), dtype=torch.float32, seed=3)
-        extra = store.load_model_only(folder, model=encoder, parallel=parallel, prefix="encoder.")
+        extra = loading.load_model_only(folder, model=encoder, parallel=parallel, prefix="encoder.")
         return extra["step"], {name: p.detach() for name, p in encoder.named_parameters()}
 
     step, parameters = run_ranks(load_encoder, 1)[0]
@@ -200,7 +200,7 @@ def tiny_save(folder, weight=None):
 
 def tiny_load(folder, model):
     def work(rank, world):
-        store.load(folder, model=model, optimizer=None, parallel=join_layout(1))
+        loading.load(folder, model=model, optimizer=None, parallel=join_layout(1))
         return model.weight.detach()
 
     return run_ranks(work, 1)[0]
@@ -300,7 +300,7 @@ def test_a_rank_that_cannot_read_stops_all(saved):
         parallel, bundle, optimizer = build(1)
         path = folder if rank == 0 else folder.with_name("missing")
         try:
-            store.load(path, model=bundle, optimizer=optimizer, parallel=parallel)
+            loading.load(path, model=bundle, optimizer=optimizer, parallel=parallel)
         except ConfigurationError as error:
             return str(error)
         return None

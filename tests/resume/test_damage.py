@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from sailplan.checkpoint import seal, store
+from sailplan.checkpoint import loading, seal, store
 from sailplan.checkpoint.index import IndexReader
 from sailplan.errors import ConfigurationError
 from sailplan.model.testing import join_layout
@@ -60,14 +60,14 @@ def test_any_flipped_bit_is_noticed_and_the_checkpoint_before_is_taken(tmp_path:
         parallel = join_layout(1)
         assert store.newest_whole(tmp_path, parallel) == store.folder_of(tmp_path, 1)
         try:
-            store.load(newest, model=nn.Linear(64, 64), optimizer=None, parallel=parallel)
+            loading.load(newest, model=nn.Linear(64, 64), optimizer=None, parallel=parallel)
         except ConfigurationError as error:
             return str(error)
         return ""
 
     assert all("__0_0.distcp is damaged" in told for told in run_ranks(work, 2))
     with pytest.raises(ConfigurationError, match="__0_0"):
-        store.WholeCheckpoint(newest)
+        loading.WholeCheckpoint(newest)
 
 
 class Crafted:
@@ -93,5 +93,6 @@ def test_a_seal_of_before_still_loads(tmp_path: Path) -> None:
     )
     assert seal.is_complete(folder) and seal.first_damage(folder) == ""
     assert torch.equal(
-        store.WholeCheckpoint(folder).read("weight"), store.WholeCheckpoint(folder).read("weight")
+        loading.WholeCheckpoint(folder).read("weight"),
+        loading.WholeCheckpoint(folder).read("weight"),
     )

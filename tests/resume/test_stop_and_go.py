@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 
 from sailplan.errors import EXIT_STOPPED
-from sailplan.train.testing import SMALL, metrics, run, run_until
-
-IGNORED = ("time", "seconds", "rows_per_second", "data/wait_seconds", "data/wait_share")
+from sailplan.train.testing import MEASURED, SMALL, metrics, run, run_until
 
 
 def essence(folder: Path) -> list[dict[str, object]]:
     return [
-        {key: value for key, value in line.items() if not key.startswith(IGNORED)}
+        {key: value for key, value in line.items() if not key.startswith(MEASURED)}
         for line in metrics(folder)
     ]
 

@@ -22,7 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sailplan.checkpoint.copies import Copies
 from sailplan.checkpoint.layout import WholeTensorView
+from sailplan.checkpoint.plans import SavePlans
 from sailplan.checkpoint.store import Snapshot, prune, state_of, write
 from sailplan.errors import SailplanError
 from sailplan.runtime.groups import default_timeout
@@ -35,15 +37,26 @@ class Saver:
     that waits at its end.
 
     All ranks make one and call its methods alike. keep: newest complete checkpoints that stay in a
-    saved one's folder.
+    saved one's folder; keep_every: those of steps that it divides stay, too (0: none).
+    copies: where each is copied to.
     """
 
-    def __init__(self, parallel: Parallel, *, asynchronous: bool, keep: int) -> None:
-        self.parallel, self.asynchronous, self.keep = parallel, asynchronous, keep
+    def __init__(
+        self,
+        parallel: Parallel,
+        *,
+        asynchronous: bool,
+        keep: int,
+        keep_every: int = 0,
+        copies: Copies | None = None,
+    ) -> None:
+        self.parallel, self.asynchronous = parallel, asynchronous
+        self.keep, self.keep_every = keep, keep_every
         self._group = (
             dist.new_group(backend="gloo", timeout=default_timeout()) if asynchronous else None
         )
         self._copies: dict[str, Tensor] = {}
+        self._plans, self._copies_to = SavePlans(), copies
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -129,6 +142,14 @@ class Saver:
                 self._failure.__cause__ = error
 
     def _write(self, folder: Path, snapshot: Snapshot) -> None:
-        write(folder, snapshot, self.parallel, self._group)
+        write(folder, snapshot, self.parallel, self._group, self._plans)
         if self.parallel.is_main:
-            prune(folder.parent, self.keep)
+            prune(folder.parent, self.keep, self.keep_every)
+        if self._copies_to is not None:
+            try:
+                self._copies_to.send(folder, self._group)
+            except SailplanError as error:  # of a copy: the checkpoint is whole
+                if is_lost_peer(error.__cause__ or error):
+                    raise
+                if self.parallel.is_main:
+                    say(f"{error}; the run folder has it, the next save is copied again")

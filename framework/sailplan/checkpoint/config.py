@@ -12,6 +12,8 @@ class CheckpointConfig:
     every_steps: Count = 200
     every_minutes: Positive = 10.0
     keep: Size = 2
+    keep_every: Count = 0  # checkpoints of steps that this divides stay for good; 0: none
+    copy_to: str | None = None  # URL (fsspec) for a copy of each checkpoint, below the run's name
     asynchronous: bool = (
         True  # training goes on while a checkpoint is written, from a copy in the CPU's memory
     )

@@ -6,6 +6,7 @@ to call. This reader makes the classes that an index consists of, and refuses ev
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,24 @@ class _Unpickler(pickle.Unpickler):
 
 
 class IndexReader(dcp.FileSystemReader):
-    """torch's reader of checkpoint folders, which unpickles an index and nothing else."""
+    """torch's reader of checkpoint folders, which unpickles an index and nothing else, once.
 
-    def __init__(self, path: str | Path) -> None:
+    content: of the index, where another rank has read it.
+    """
+
+    def __init__(self, path: str | Path, content: bytes | None = None) -> None:
         super().__init__(path)
-        self._folder = Path(path)
+        self._folder, self._content = Path(path), content
+        self._index: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the index. Raises ConfigurationError for a file that is none."""
+        if self._index is not None:
+            return self._index
         file = self._folder / ".metadata"
         try:
-            with open(file, "rb") as source:
-                found = _Unpickler(source).load()
+            content = file.read_bytes() if self._content is None else self._content
+            found = _Unpickler(io.BytesIO(content)).load()
         except (
             pickle.UnpicklingError,
             EOFError,
@@ -78,4 +85,5 @@ class IndexReader(dcp.FileSystemReader):
         storage = getattr(found, "storage_meta", None)
         if storage is not None:
             storage.load_id = self.load_id
+        self._index, self._content = found, None
         return found

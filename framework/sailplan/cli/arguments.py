@@ -144,6 +144,13 @@ def build_parser() -> argparse.ArgumentParser:
                 default=None,
                 help="run folder (default: runs/NAME of the overrides)",
             )
+        if name == "report":
+            command.add_argument(
+                "--compare", nargs="+", default=None, help="run folders to show beside each other"
+            )
+            command.add_argument(
+                "--out", default="comparison.html", help="with --compare: the page"
+            )
         if name == "export":
             command.add_argument(
                 "--checkpoint",

@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import sys
-import time
 from collections.abc import Sequence
 
-import rich.progress
 from rich.console import Console
 from rich.table import Table
 
@@ -18,8 +15,7 @@ from sailplan.config.schema import Config
 from sailplan.data.filling import Progress
 from sailplan.data.validation import Validation
 from sailplan.errors import EXIT_BAD_DATA, EXIT_DONE, ConfigurationError
-
-REDRAWN_SECONDS = 0.1
+from sailplan.runtime.progress import Meter
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,24 +41,28 @@ def run(options: argparse.Namespace) -> int:
     return EXIT_BAD_DATA if count else EXIT_DONE
 
 
-class _Bar(Progress):
-    """A progress bar of shards on the terminal.
+class _Shown(Progress):
+    """Shards of a table as they are done.
 
     It is drawn by this thread: another would not survive the fork of helpers.
     """
 
-    def __init__(self, bar: rich.progress.Progress) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._bar, self._task, self._drawn = bar, bar.add_task("", visible=False), 0.0
+        self._meter: Meter | None = None
 
     def expect(self, what: str, shards: int) -> None:
-        self._bar.reset(self._task, total=shards, description=what, visible=True)
+        self.close()
+        self._meter = Meter(what, shards, "shards")
 
     def advance(self, shards: int) -> None:
-        self._bar.advance(self._task, shards)
-        if time.monotonic() - self._drawn > REDRAWN_SECONDS:
-            self._bar.refresh()
-            self._drawn = time.monotonic()
+        if self._meter is not None:
+            self._meter.advance(shards)
+
+    def close(self) -> None:
+        """Leave nothing on a terminal."""
+        if self._meter is not None:
+            self._meter.close()
 
 
 def _index(config: Config, processes: int) -> int:
@@ -71,15 +71,11 @@ def _index(config: Config, processes: int) -> int:
     """
     from sailplan.data.datasets import open_datasets
 
-    columns = [*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn()]
-    with rich.progress.Progress(
-        *columns,
-        console=Console(stderr=True),
-        transient=True,
-        auto_refresh=False,
-        disable=not sys.stderr.isatty(),  # else it writes an empty line into a log
-    ) as bar:
-        readers = open_datasets(config, progress=_Bar(bar), processes=processes, thorough=True)
+    shown = _Shown()
+    try:
+        readers = open_datasets(config, progress=shown, processes=processes, thorough=True)
+    finally:
+        shown.close()
     for name, reader in readers.items():
         print(f"{name}: {len(reader)} records, {reader.count('train')} of them train")
     return EXIT_DONE

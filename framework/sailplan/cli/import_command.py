@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from sailplan.errors import EXIT_DONE, ConfigurationError
+from sailplan.runtime.progress import progress
 
 SOURCES = """SOURCE is one of
   a table          .csv .tsv .jsonl .parquet .arrow, a .txt of captions; files that it names are looked for beside it, or in --media
@@ -163,7 +161,7 @@ def run(options: argparse.Namespace) -> int:
         columns=parse_told(options.column),
         workers=workers,
     )
-    with _progress() as advance:
+    with progress("importing", None, "rows") as advance:
         result = import_data(told, advance)
     for name, one in result.sets.items():
         splits = ", ".join(f"{count} {split}" for split, count in one["splits"].items())
@@ -231,18 +229,3 @@ def _check(options: argparse.Namespace) -> None:
             f"--tokenizer {options.tokenizer}: no such file; expected a tokenizer.json of the "
             "tokenizers library"
         )
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int], None]]:
-    """Yield what counts rows, shown on a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda rows: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("rows", total=None)
-        yield lambda rows: progress.advance(task, rows)

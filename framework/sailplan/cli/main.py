@@ -21,6 +21,7 @@ from sailplan.cli.import_command import add_import_arguments
 from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError
 from sailplan.runtime.environment import fill_in_launcher
 from sailplan.runtime.leaving import NOTES, end_now, first_to_say, name_lines, note_code, say
+from sailplan.runtime.progress import show_progress
 
 
 def _check_overrides(overrides: list[str]) -> None:
@@ -89,6 +90,8 @@ def run(arguments: list[str]) -> int:
         raise ConfigurationError(
             "check --loss: expected the word parity: sailplan check parity --loss module:function"
         )
+    if options.command not in LAUNCHED:  # training has a screen of its own
+        show_progress()
     options.merge = options.command == "export" and options.overrides[:1] == ["merge"]
     if options.merge:
         del options.overrides[0]

@@ -1,4 +1,4 @@
-"""`sailplan report`: the run folder as one self-contained page."""
+"""`sailplan report`: a run folder, or several beside each other, as one self-contained page."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from pathlib import Path
 
 from sailplan.config.compose import compose
 from sailplan.errors import ConfigurationError
+from sailplan.observe.comparison import write_comparison
 from sailplan.observe.report import write_report
 
 
 def run(options: argparse.Namespace) -> int:
+    """Write the page of a run, or of several beside each other."""
+    if options.compare:
+        print(write_comparison([Path(one) for one in options.compare], Path(options.out)))
+        return 0
     folder = Path(options.run_folder) if options.run_folder else _folder(options.overrides)
     if not (folder / "config.yaml").is_file():
         raise ConfigurationError(

@@ -6,7 +6,8 @@ about a row comes from (seed, stage, step, data set, row number) through `row_se
 random about an item from its place in its data set through `item_seed`: it is the same on any rank,
 worker and restart, and an item that several rows show is encoded once for all of them.
 A record that cannot be used (broken bytes or JSON, unknown ids) is replaced by the plan's spare for
-that row, which is equally deterministic, and reported in `quarantined`. An item that merely lacks a
+that row, which is equally deterministic, and reported in `quarantined`; so is one on the list of
+exclusions, of which nothing is read or reported. An item that merely lacks a
 declared modality is no error: its row is not valid in that view and the pattern's mean leaves it
 out.
 """
@@ -22,6 +23,7 @@ import torch
 from sailplan.config.schema import Config, DatasetConfig, PatternKey, StageConfig, ViewConfig
 from sailplan.data.costs import RowCosts, item_seed
 from sailplan.data.dealing import cut, micro_batches_needed
+from sailplan.data.exclusions import Exclusions
 from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.order import keyed_integer
 from sailplan.data.plan import Plan, PlannedRows
@@ -29,6 +31,7 @@ from sailplan.data.processor import Processor, ViewRow, processor_of
 from sailplan.data.read_ahead import ReadAhead
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import (
+    BadRecord,
     EncoderInputs,
     HardNegatives,
     Item,
@@ -43,7 +46,8 @@ from sailplan.data.teachers import Teachers
 from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
 
-SPARES = 16  # replacements tried for one row
+SPARES = 16  # replacements read for one row
+DRAWS = 1024  # and drawn, those that are left out included
 SEQUENCE = derive("sequence")
 
 
@@ -53,7 +57,8 @@ class _Rows:
 
     records: list[Record] = field(default_factory=list)
     views: dict[ViewKey, list[ViewRow]] = field(default_factory=dict)  # view -> r * g rows
-    quarantined: list[tuple[str, str]] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    quarantined: list[BadRecord] = field(default_factory=list)
 
 
 @dataclass
@@ -107,7 +112,11 @@ def media_of(views: Sequence[ViewConfig]) -> frozenset[str]:
 
 
 class Collator:
-    """Makes the step batches of one data-parallel rank; a pure function of the step number."""
+    """Makes the step batches of one data-parallel rank; a pure function of the step number and
+    of the records that are left out.
+
+    first_step: of the stage, as `exclusions` count them.
+    """
 
     def __init__(
         self,
@@ -119,9 +128,13 @@ class Collator:
         size: int = 1,
         negatives: HardNegativeStore | None = None,
         teachers: Teachers | None = None,
+        exclusions: Exclusions | None = None,
+        first_step: int = 1,
     ) -> None:
         self.config, self.stage, self.plan, self.readers = config, stage, plan, dict(readers)
         self.rank, self.size, self.negatives, self.teachers = rank, size, negatives, teachers
+        self.exclusions = exclusions if exclusions is not None else Exclusions()
+        self.first_step = first_step
         self.processor = processor_of(config)
         self.costs = RowCosts(config, self.processor)
         self.shares = StepShares(config, stage, plan, self.readers, self.costs, size, negatives)
@@ -166,7 +179,7 @@ class Collator:
                     else np.empty(0, dtype=np.int64)
                 )
                 key = HardNegatives(name)
-                rows.views[key] += self._negatives(rows, reader, decoder, key, places)
+                rows.views[key] += self._negatives(rows, reader, decoder, key, places, step)
                 rows.views[key] += decoder.rows(rows.records[-1].negatives, key, of_record)
         return StepBatch(
             step=step,
@@ -183,6 +196,7 @@ class Collator:
             target_log_probability=_log_probabilities(rows.records, dataset.negatives),
             teachers=self._teachers(rows.records, {name: dataset.views[name] for name in names}),
             patterns=shown.patterns,
+            positions=rows.positions,
             quarantined=rows.quarantined,
             digest=digest,
             rank_rows=tuple(np.bincount(shares.owners, minlength=self.size).tolist()),
@@ -205,7 +219,11 @@ class Collator:
             media_of(list(views.values())),
             {view.of for view in views.values()} | {"negatives"},
         )
-        for attempt in range(SPARES + 1):
+        bad: list[BadRecord] = []
+        for attempt in range(DRAWS):
+            if self._left_out(reader, position, step):
+                position = self.plan.spare(reader.name, step, row, attempt)
+                continue
             try:
                 record = reader.read(
                     position, seed=keyed_integer(seed, SEQUENCE) >> 1, media=media, needs=needs
@@ -216,18 +234,27 @@ class Collator:
                     )
                 decoded = {name: decoder.record(record, name) for name in views}
             except BadSample as problem:
-                rows.quarantined.append(_named(reader.ids([position])[0], problem))
+                bad.append(_named(reader.ids([position])[0], problem, position))
+                if len(bad) > SPARES:
+                    break
                 position = self.plan.spare(reader.name, step, row, attempt)
                 continue
+            rows.quarantined += bad
+            rows.positions.append(position)
             rows.records.append(record)
             for name in names:
                 rows.views[name] += decoded[name]
             return position
+        rows.quarantined += bad
+        last = f", last {bad[-1].id}: {bad[-1].reason}" if bad else ", all of them left out before"
         raise BadDataError(
-            f"data.sets.{reader.name}: {SPARES + 1} records in a row cannot be used, last "
-            f"{': '.join(rows.quarantined[-1])}; run `sailplan data validate`",
-            rows.quarantined,
+            f"data.sets.{reader.name}: {len(bad) or DRAWS} records in a row cannot be used{last}; "
+            "run `sailplan data validate`",
+            [(one.id, one.reason) for one in rows.quarantined],
         )
+
+    def _left_out(self, reader: RecordReader, position: int, step: int) -> bool:
+        return self.exclusions.holds(reader.name, position, self.first_step + step)
 
     def _negatives(
         self,
@@ -236,17 +263,20 @@ class Collator:
         decoder: _Decoder,
         key: HardNegatives,
         positions: np.ndarray,
+        step: int,
     ) -> list[ViewRow]:
         view, result = decoder.view(key), []
         for position in positions.tolist():
             row = ViewRow()
-            if position >= 0:
+            if position >= 0 and not self._left_out(reader, position, step):
                 try:
                     record = reader.read(position, media=media_of([view]), needs={view.of})
                     (row,) = decoder.rows([view_item(record, view)], key)
                 except BadSample as problem:  # one negative less: the row stays not valid
                     rows.quarantined.append(
-                        (reader.ids([position])[0], f"as a hard negative: {problem}")
+                        BadRecord(
+                            reader.ids([position])[0], f"as a hard negative: {problem}", position
+                        )
                     )
             result.append(row)
         return result
@@ -338,9 +368,10 @@ class Collator:
         return result
 
 
-def _named(record_id: str, problem: BadSample) -> tuple[str, str]:
-    """(record id, reason); a reason that lies in another record names that."""
-    return record_id, problem.reason if problem.record_id == record_id else str(problem)
+def _named(record_id: str, problem: BadSample, position: int) -> BadRecord:
+    """The record and the reason; a reason that lies in another record names that."""
+    reason = problem.reason if problem.record_id == record_id else str(problem)
+    return BadRecord(record_id, reason, position)
 
 
 def _teacher_scores(records: list[Record], negatives: int) -> torch.Tensor:

@@ -34,6 +34,8 @@ INTEREST_VIEWS: tuple[InterestView, ...] = (
 )
 MOST_LABELS = 64  # positive labels: bits of a number
 ARTIFACT = "artifact:"  # shards of a data set that a stage makes at its start
+# How many steps a loader may be ahead of training; of records that are left out it must know in time
+STEPS_AHEAD = 99
 # Kind of a data set -> the parts that its records have.
 KINDS: dict[Kind, tuple[Part, ...]] = {
     "items": ("item",),
@@ -417,8 +419,14 @@ class DataConfig:
 
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for a name that no parameter can have, an item corpus that is
-        none, and sound that its front end
-        does not take."""
+        none, sound that its front end does not take, and loaders that are too far ahead.
+        """
+        if self.workers * self.prefetch > STEPS_AHEAD:
+            raise ConfigurationError(
+                f"{path}.workers={self.workers} x {path}.prefetch={self.prefetch}: expected at "
+                f"most {STEPS_AHEAD} steps ahead, as records that are left out are from the next "
+                "step on; lower prefetch"
+            )
         for name in self.teachers:
             _check_name(f"{path}.teachers.{name}", name)
         for name, dataset in self.sets.items():

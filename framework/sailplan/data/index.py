@@ -31,6 +31,7 @@ from sailplan.data.stream.shard import RemoteShard
 from sailplan.data.tables import Tables, open_tables
 from sailplan.data.tar import HeldOut
 from sailplan.errors import BadDataError
+from sailplan.runtime.leaving import first_to_say, say
 
 TABLES_KEPT = 1024  # mapped, so each costs its head, not its size
 CHECKED = 1000  # shards that are looked at when a set is opened
@@ -335,6 +336,14 @@ class ShardIndex:
         self._look_at(tables, numbers, result, range(0, len(numbers), step))
         if step > 1 and result.any():
             self._look_at(tables, numbers, result, np.flatnonzero(~result).tolist())
+        changed = numbers[result].tolist()
+        if changed:
+            line = (
+                f"{self.shards[changed[0]]}{f' and {len(changed) - 1} more' if changed[1:] else ''}: "
+                "changed since its index was made, or the index is damaged: read again"
+            )
+            if first_to_say(line, None):
+                say(line)
         return result
 
     def _look_at(
@@ -366,6 +375,7 @@ class ShardIndex:
             self.shards[shard],
             int(row["size"]),
             int(row["version"]),
+            int(row["scanned"]),
             int(row["fingerprint"]),
             lambda: self._opened(tables, shard).headers(),
         )

@@ -33,7 +33,7 @@ from sailplan.data.processor import TokenCounts
 from sailplan.data.tables import Tables, open_tables
 from sailplan.data.text import clean
 
-VERSION = 3
+VERSION = 4
 TABLES_KEPT = 4096  # mapped, so each costs a few pages of address space, not its size
 MOST_REFERENCES = (
     64  # of one kind that a record keeps: of a longer history its latest, else the first
@@ -210,7 +210,7 @@ class LengthIndex:
         differs: NDArray[np.bool_] = (known["size"] != own["size"]) | (
             known["fingerprint"] != own["fingerprint"]
         )
-        return differs
+        return differs | (known["scanned"] != own["scanned"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": OrderedDict(), "_lock": None}
@@ -267,6 +267,7 @@ class LengthIndex:
         return Entry(
             int(row["size"]),
             0,
+            int(row["scanned"]),
             int(row["fingerprint"]),
             len(starts) - 1,
             0,

@@ -27,6 +27,7 @@ ROW = np.dtype(
             "version",
             "<i8",
         ),  # time of its last change in ns; 0: too young to be relied on, the fingerprint decides
+        ("scanned", "<i8"),  # when it was read, ns: what is written later is another shard
         ("fingerprint", "<u8"),  # hash of up to 32 of its record starts (`tar.fingerprint`)
         ("records", "<i8"),
         ("content", "<u8"),  # hash of the ids and splits of its records, in order
@@ -46,6 +47,7 @@ class Entry:
 
     size: int
     version: int
+    scanned: int
     fingerprint: int
     records: int
     content: int
@@ -76,6 +78,7 @@ class Manifest:
             rows[number] = (
                 entry.size,
                 entry.version,
+                entry.scanned,
                 entry.fingerprint,
                 entry.records,
                 entry.content,

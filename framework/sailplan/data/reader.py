@@ -511,16 +511,28 @@ class RecordReader:
         return self.catalogue.item(position, media)
 
     def member(self, shard: int, place: Place) -> bytes:
-        """Return the content of a member (extension, offset, size) of a shard."""
+        """Return the content of a member (extension, offset, size) of a shard.
+
+        Raises BadSample where the disk does not give it, BadDataError where the shard was written
+        to since it was opened.
+        """
         _, offset, size = place
+        name = self.index.shards[shard].name
         with self._lock:
-            content = self._file(shard).read_at(offset, size)
-        if len(content) != size:
-            raise BadSample(
-                self.index.shards[shard].name,
-                f"read {len(content)} of {size} bytes at byte {offset}: the shard was cut while in "
-                "use",
+            file = self._file(shard)
+            try:
+                content, changed = file.read_at(offset, size), file.changed()
+            except OSError as error:
+                raise BadSample(
+                    name, f"byte {offset} cannot be read ({error.strerror or error})"
+                ) from error
+        if changed:
+            raise BadDataError(
+                f"{self.index.shards[shard]}: was written to while in use, expected shards that stay "
+                "as they are; run `sailplan data index`, then resume=auto"
             )
+        if len(content) != size:
+            raise BadSample(name, f"read {len(content)} of {size} bytes at byte {offset}")
         return content
 
     def _file(self, shard: int) -> ShardFile:

@@ -117,6 +117,14 @@ class NamedInputs(EncoderInputs):
         return list(self.named.values())
 
 
+class BadRecord(NamedTuple):
+    """A record that cannot be used, and its position in the data set."""
+
+    id: str
+    reason: str
+    position: int
+
+
 class HardNegatives(NamedTuple):
     """Key of the rows that are negatives of a pattern: those mined for it, and the records' own."""
 
@@ -177,9 +185,8 @@ class StepBatch:
         default_factory=dict
     )  # float32 [r, d]; zero rows where unknown
     patterns: dict[str, float] = field(default_factory=dict)  # pattern name -> weight, of this step
-    quarantined: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # (record id, reason), replaced by spares
+    positions: list[int] = field(default_factory=list)  # r, of these records in the data set
+    quarantined: list[BadRecord] = field(default_factory=list)  # replaced by spares
     # Plan.digest: 16 hex digits over the records of the whole step's global batch; equal on all
     # ranks
     digest: str = ""

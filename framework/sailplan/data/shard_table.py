@@ -20,7 +20,7 @@ from sailplan.data.shard_files import Shard, open_shard, state_of
 from sailplan.data.tar import BLOCK, SAMPLED_BLOCKS, HeldOut, RecordPlace, fingerprint, scan
 from sailplan.errors import BadDataError
 
-VERSION = 4  # of what the columns mean
+VERSION = 5  # of what the columns mean
 CHECK_BITS = 24
 # A file may change again without another time of change, as clocks of file systems are coarse
 YOUNG_SECONDS = 2.0
@@ -138,6 +138,7 @@ def scanned(shard: Shard, held_out: HeldOut | None) -> Entry:
     Raises BadDataError for one that cannot be read or is no whole tar.
     """
     try:
+        began = time.time_ns()
         size, changed = state_of(shard, fresh=True)
         found = scan(shard, held_out)
         records = found.records
@@ -183,6 +184,7 @@ def scanned(shard: Shard, held_out: HeldOut | None) -> Entry:
     return Entry(
         size,
         version,
+        max(began, changed),  # a file server's clock may be ahead of this machine's
         int(mark, 16),
         len(records),
         _content(records),
@@ -195,6 +197,7 @@ def has_changed(
     shard: Shard,
     size: int,
     version: int,
+    scanned: int,
     mark: int,
     headers: Callable[[], list[int]],
     *,
@@ -203,14 +206,18 @@ def has_changed(
     """Return whether a shard is another than it was when it had this size, version and
     fingerprint. Raises OSError.
 
-    headers: where some of its records began. They are read only where the time of the last change
-    is no proof: a copied file is the same, though younger.
+    scanned: when it was read, in ns. A file that was written later is taken for another one: only
+    some of its bytes are in the fingerprint. headers: where some of its records began. They are
+    read only where no time is a proof: a file that was copied before is the same, with another
+    time.
     """
     found_size, found = state_of(shard, fresh=fresh)
     if found_size != size:
         return True
     if version and found == version:
         return False
+    if isinstance(shard, Path) and found > scanned:
+        return True
     with open_shard(shard, found, found_size) as file:
         return int(fingerprint(file, headers()), 16) != mark
 

@@ -31,6 +31,7 @@ from sailplan.data.reader import RecordReader
 from sailplan.data.shard_files import Shard, state_of
 from sailplan.data.tar import scan
 from sailplan.errors import BadDataError
+from sailplan.runtime.progress import progress
 
 IDS_AT_ONCE = 1 << 22  # hashes that are compared in one go
 MOST_LISTED = 1000  # problems of a kind that are listed; the others are counted
@@ -114,8 +115,10 @@ def validations(
         _opened = config, readers
         processor_of(config)  # made once, before the workers are forked
         shards = range(len(readers[name].index.shards))
-        for _, found in _over(shards, name, processes or len(os.sched_getaffinity(0))):
-            result.findings.add(found)
+        with progress(f"validating {name}", len(shards), "shards") as advance:
+            for _, found in _over(shards, name, processes or len(os.sched_getaffinity(0))):
+                result.findings.add(found)
+                advance(1)
         result.problems += [Problem(name, *problem) for problem in result.findings.problems]
         result.problems += [
             Problem(name, record, "this id occurs more than once")

@@ -36,6 +36,7 @@ from sailplan.embed.selection import Positions
 from sailplan.embed.shards import Shards
 from sailplan.embed.store import FUSED, ViewStore
 from sailplan.model.parallelize import reshard
+from sailplan.runtime.progress import progress
 from sailplan.runtime.watch import together
 from sailplan.step.upload import Uploads
 
@@ -103,7 +104,13 @@ class ShardEncoder:
         waves = -(-len(missing) // parallel.data_parallel_size)
         turns: deque[tuple[_Shard, NDArray[np.int64], Tensor] | None] = deque()
         encoder = self._run.encoder
-        with evaluating(encoder):
+        name = f"{self._reader.name}, {'+'.join(self._view.modalities)}"
+        parts = [self._shards.part(number) for number in own]
+        rows = sum(part.stop - part.start for part in parts) * self._maker.group
+        # Entries of a record's key are counted when they are read
+        total = None if self._text_from is not None else rows
+        shown = progress(f"encoding {name}", total, "rows")
+        with evaluating(encoder), shown as advance:
             inputs = self._inputs(own, waves, turns)
             try:
                 uploads = Uploads(inputs, parallel.device)
@@ -114,6 +121,7 @@ class ShardEncoder:
                     if turn is not None:
                         by_kind = {FUSED: encoded.fused, **encoded.by_modality}
                         self._keep(*turn, by_kind)
+                        advance(len(turn[1]))
                     del encoded
             finally:
                 inputs.close()

@@ -28,6 +28,7 @@ from sailplan.errors import BadDataError, ConfigurationError, SailplanError
 from sailplan.evaluate import beir_files as files
 from sailplan.evaluate.rankings import measures, ordered
 from sailplan.runtime.process import Parallel
+from sailplan.runtime.progress import progress
 from sailplan.runtime.watch import beat
 from sailplan_kernels.topk import topk
 
@@ -149,24 +150,26 @@ def _search(
         folder / files.CORPUS, parallel.data_parallel_rank, parallel.data_parallel_size
     )
     asked, count, more = queries.double(), 0, True
-    while more:
-        with _Together(parallel) as together:
-            shard = list(itertools.islice(remaining, shard_rows))
-            if shard:
-                vectors = torch.as_tensor(
-                    encode([files.item(record, folder) for _, record in shard]), device=device
-                ).double()
-                starts = torch.tensor([place for place, _ in shard], device=device)
-                score, index = topk(asked, vectors, min(depth, len(shard)))
-                place = torch.where(index >= 0, starts[index.clamp(min=0)], -1)
-                # Earlier documents stand first, and the sort is stable: ties go to the earlier
-                # place, at any number of ranks.
-                scores, places = _best(
-                    torch.cat([scores, score], 1), torch.cat([places, place], 1), depth
-                )
-                count += len(shard)
-                beat()
-            more = together.say(len(shard) == shard_rows)
+    with progress("encoding and comparing", None, "documents of this rank") as advance:
+        while more:
+            with _Together(parallel) as together:
+                shard = list(itertools.islice(remaining, shard_rows))
+                if shard:
+                    vectors = torch.as_tensor(
+                        encode([files.item(record, folder) for _, record in shard]), device=device
+                    ).double()
+                    starts = torch.tensor([place for place, _ in shard], device=device)
+                    score, index = topk(asked, vectors, min(depth, len(shard)))
+                    place = torch.where(index >= 0, starts[index.clamp(min=0)], -1)
+                    # Earlier documents stand first, and the sort is stable: ties go to the earlier
+                    # place, at any number of ranks.
+                    scores, places = _best(
+                        torch.cat([scores, score], 1), torch.cat([places, place], 1), depth
+                    )
+                    count += len(shard)
+                    beat()
+                    advance(len(shard))
+                more = together.say(len(shard) == shard_rows)
     return scores, places, count
 
 

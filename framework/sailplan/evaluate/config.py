@@ -91,6 +91,7 @@ class EvaluationTask:
 class EvaluationConfig:
     batch: Size = 256
     tasks: dict[str, EvaluationTask] = field(default_factory=dict)
+    at_start: bool = False  # before the first step, for the report's baselines
     at_stage_end: bool = True
     every_steps: Count = 0
     benchmark: list[str] = field(

@@ -27,6 +27,7 @@ from sailplan.errors import BadDataError, ConfigurationError
 from sailplan.export.load import Model
 from sailplan.export.standalone.items import KEYS, SUFFIXES
 from sailplan.runtime.files import write_whole
+from sailplan.runtime.progress import progress
 
 Precision = Literal["float32", "float16", "int8", "binary"]
 OUTPUTS, INPUTS = (".npy", ".parquet", ".faiss"), (".jsonl", ".txt", ".parquet")
@@ -90,28 +91,30 @@ def encode_file(
         )
     write_whole(parts / JOB, json.dumps(job))
     encoded = rows = shards = 0
-    for number, items in enumerate(_shards(read_items(source), shard_rows)):
-        file, rows, shards = parts / f"{number:05d}.npy", rows + len(items), number + 1
-        if file.is_file() and file.with_suffix(".txt").is_file():
-            continue
-        try:
-            vectors = model.encode(
-                [item for _, item in items],
-                view=view,
-                prompt=prompt,
-                dimension=size,
-                batch_size=batch_size,
-            )
-        except (ValueError, OSError) as error:
-            first, last = number * shard_rows, number * shard_rows + len(items) - 1
-            raise BadDataError(
-                f"{source}: items {first} to {last}: {error}; correct or leave out the item"
-            ) from error
-        write_whole(file.with_suffix(".txt"), "".join(f"{name}\n" for name, _ in items))
-        with open(file.with_suffix(".tmp"), "wb") as opened:
-            np.save(opened, quantised(vectors, precision, _scale(parts, vectors, number)))
-        os.replace(file.with_suffix(".tmp"), file)
-        encoded += 1
+    with progress("encoding", None, "items") as advance:
+        for number, items in enumerate(_shards(read_items(source), shard_rows)):
+            file, rows, shards = parts / f"{number:05d}.npy", rows + len(items), number + 1
+            if file.is_file() and file.with_suffix(".txt").is_file():
+                continue
+            try:
+                vectors = model.encode(
+                    [item for _, item in items],
+                    view=view,
+                    prompt=prompt,
+                    dimension=size,
+                    batch_size=batch_size,
+                )
+            except (ValueError, OSError) as error:
+                first, last = number * shard_rows, number * shard_rows + len(items) - 1
+                raise BadDataError(
+                    f"{source}: items {first} to {last}: {error}; correct or leave out the item"
+                ) from error
+            write_whole(file.with_suffix(".txt"), "".join(f"{name}\n" for name, _ in items))
+            with open(file.with_suffix(".tmp"), "wb") as opened:
+                np.save(opened, quantised(vectors, precision, _scale(parts, vectors, number)))
+            os.replace(file.with_suffix(".tmp"), file)
+            encoded += 1
+            advance(len(items))
     if not rows:
         raise BadDataError(f"{source}: found no item, expected at least one")
     scale = {"scale": _scale(parts, np.zeros((1, 1), np.float32), 1)} if precision == "int8" else {}

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, Entries, ExportedFolder, is_exported
+from sailplan.checkpoint.loading import WholeCheckpoint
 from sailplan.checkpoint.seal import is_complete
-from sailplan.checkpoint.store import WholeCheckpoint, newest
+from sailplan.checkpoint.store import newest
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 from sailplan.export.weights import begin, describe, finish

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, is_exported
+from sailplan.checkpoint.loading import WholeCheckpoint
 from sailplan.checkpoint.seal import is_complete
-from sailplan.checkpoint.store import WholeCheckpoint
 from sailplan.config.components import fill
 from sailplan.config.encoders import chosen
 from sailplan.config.schema import Config, EncoderConfig

@@ -25,16 +25,7 @@ from rich.text import Text
 
 from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
 from sailplan.observe.report_data import headline_metric
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a short text: "12 s", "3 min 05 s", "2 h 10 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+from sailplan.runtime.progress import duration
 
 
 def number(value: Value | None, digits: int = 4) -> str:

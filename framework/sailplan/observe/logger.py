@@ -73,6 +73,9 @@ class Logger:
     def log_step(self, step: int, stage: str, values: Mapping[str, Value]) -> None:
         """Take the values of one finished step."""
 
+    def log_alert(self, step: int, name: str, text: str) -> None:
+        """Take note that something goes wrong; may be called by another thread than the rest."""
+
     def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
         """Take the results of all evaluation tasks after `step`."""
 

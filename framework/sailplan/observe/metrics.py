@@ -122,6 +122,10 @@ class MetricWriter:
         """
         self._each(lambda logger: logger.log_step(step, stage, values))
 
+    def log_alert(self, step: int, name: str, text: str) -> None:
+        """Tell the loggers that something goes wrong, at or after step `step`."""
+        self._each(lambda logger: logger.log_alert(step, name, text))
+
     def log_evaluation(
         self, step: int, stage: str, results: Results, examples: Examples | None = None
     ) -> None:

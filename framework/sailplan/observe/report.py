@@ -13,22 +13,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from sailplan.config.fields import JsonObject
-from sailplan.observe.console import duration
-from sailplan.observe.report_data import (
-    BASELINES,
-    COUNTS,
-    RunData,
-    Series,
-    headline_metric,
-    is_baseline,
-    read_run,
-)
+from sailplan.observe.report_data import RunData, Series, read_run
+from sailplan.observe.report_facts import machine, versions
 from sailplan.observe.report_pictures import SERIES_COLOURS, curves, smooth
+from sailplan.observe.report_results import baselines, evaluation_table
 from sailplan.runtime.files import write_whole
+from sailplan.runtime.progress import duration
 
 _PICTURE = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=\s]+")
 SHOWN_EXAMPLES = 6  # queries shown per task or pattern
@@ -72,7 +67,7 @@ def _stages(data: RunData) -> list[JsonObject]:
         preparing = data.preparing(stage["name"])
         seconds = float(stage.get("seconds") or 0.0) + preparing
         rate = stage.get("learning_rate")
-        weights = stage.get("weights") or dict.fromkeys(stage.get("data") or [], None)
+        weights = shares(stage.get("weights")) or dict.fromkeys(stage.get("data") or [], None)
         done = min(
             max(data.steps - stage["first_step"] + 1, 0),
             stage["last_step"] - stage["first_step"] + 1,
@@ -167,7 +162,7 @@ def _time(data: RunData) -> list[JsonObject]:
     ]
 
 
-def _numbers(value: Any) -> dict[str, float]:
+def _numbers(value: object) -> dict[str, float]:
     """The numeric entries of a mapping."""
     entries = value.items() if isinstance(value, dict) else ()
     return {
@@ -175,6 +170,13 @@ def _numbers(value: Any) -> dict[str, float]:
         for key, number in entries
         if isinstance(number, (int, float)) and not isinstance(number, bool)
     }
+
+
+def shares(weights: object) -> dict[str, float]:
+    """Return data weights in the report's one unit: the probability that a step draws the set."""
+    numbers = _numbers(weights)
+    total = sum(numbers.values()) or 1.0
+    return {name: value / total for name, value in numbers.items()}
 
 
 def _balance(similarities: Any) -> JsonObject:
@@ -240,10 +242,9 @@ def _weights(data: RunData) -> list[JsonObject]:
     rows = []
     for name, weights in stages.items():
         state = data.curriculum.get(name, {})
-        total = sum(weights.values()) or 1.0
         bars = [
-            {"name": dataset, "share": value / total}
-            for dataset, value in sorted(weights.items(), key=lambda item: -item[1])
+            {"name": dataset, "share": share}
+            for dataset, share in sorted(shares(weights).items(), key=lambda item: -item[1])
         ]
         kept, whole = _numbers(state.get("subsets")), _numbers(state.get("subsets_of"))
         subsets = [
@@ -260,69 +261,6 @@ def _weights(data: RunData) -> list[JsonObject]:
             }
         )
     return [row for row in rows if row["bars"]]
-
-
-def _evaluation_table(data: RunData) -> JsonObject:
-    columns = data.last_evaluations
-    rows = []
-    for task in data.tasks:
-        metrics = dict.fromkeys(
-            metric
-            for column in columns
-            for metric in column["tasks"].get(task, {})
-            if not is_baseline(metric)
-        )
-        head = headline_metric({name: 0.0 for name in metrics})
-        for metric in metrics:
-            values = [column["tasks"].get(task, {}).get(metric) for column in columns]
-            before = [None, *values[:-1]]
-            cells = [
-                {"value": value, "change": None if None in (value, old) else value - old}
-                for value, old in zip(values, before, strict=True)
-            ]
-            rows.append(
-                {
-                    "task": task,
-                    "metric": metric,
-                    "head": metric == head,
-                    "count": metric in COUNTS,
-                    "cells": cells,
-                }
-            )
-    return {
-        "columns": [{"stage": column["stage"], "step": column["step"]} for column in columns],
-        "rows": rows,
-    }
-
-
-def _baselines(data: RunData) -> list[JsonObject]:
-    """Tasks whose results carry simple methods beside the model: one row per metric of the last
-    evaluation.
-    """
-    rows = []
-    for task in data.tasks:
-        metrics = [
-            evaluation["tasks"][task]
-            for evaluation in data.evaluations
-            if task in evaluation["tasks"]
-        ][-1]
-        for metric, value in metrics.items():
-            simple = {
-                name: [
-                    v for m, v in metrics.items() if name in m and metric in re.split(r"[/:]", m)
-                ]
-                for name in BASELINES
-            }
-            if not is_baseline(metric) and any(simple.values()):
-                rows.append(
-                    {
-                        "task": task,
-                        "metric": metric,
-                        "model": value,
-                        **{name: values[0] if values else None for name, values in simple.items()},
-                    }
-                )
-    return rows
 
 
 def _item(item: Any) -> JsonObject:
@@ -406,32 +344,44 @@ def _quarantine(data: RunData) -> JsonObject:
     }
 
 
-def render(data: RunData) -> str:
-    """The page of a run as a string of HTML."""
-    environment = Environment(
+def environment() -> Environment:
+    """Return the template engine of all pages."""
+    found = Environment(
         loader=PackageLoader("sailplan.observe", "templates"),
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
+    found.filters["number"] = _number
+    return found
+
+
+def render(data: RunData) -> str:
+    """The page of a run as a string of HTML."""
     order = [stage["name"] for stage in data.stages]
-    return environment.get_template("report.html.j2").render(
-        data=data,
-        duration=duration(data.seconds),
-        summary=_summary(data),
-        stages=_stages(data),
-        colour={name: position % SERIES_COLOURS for position, name in enumerate(order)},
-        curves=_curves(data),
-        weights=_weights(data),
-        time=_time(data),
-        evaluations=_evaluation_table(data),
-        baselines=_baselines(data),
-        hard_negatives=_hard_negatives(data),
-        neighbours=_neighbours(data),
-        thresholds=_thresholds(data),
-        quarantine=_quarantine(data),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            data=data,
+            duration=duration(data.seconds),
+            summary=_summary(data),
+            stages=_stages(data),
+            colour={name: position % SERIES_COLOURS for position, name in enumerate(order)},
+            curves=_curves(data),
+            weights=_weights(data),
+            time=_time(data),
+            evaluations=evaluation_table(data),
+            baselines=baselines(data),
+            hard_negatives=_hard_negatives(data),
+            neighbours=_neighbours(data),
+            thresholds=_thresholds(data),
+            quarantine=_quarantine(data),
+            configuration=yaml.safe_dump(data.settings, sort_keys=False, allow_unicode=True),
+            versions=versions(data),
+            machine=machine(data),
+        )
     )
 
 

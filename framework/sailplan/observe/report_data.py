@@ -69,6 +69,7 @@ def _lines(path: Path) -> list[JsonObject]:
 class RunData:
     """The contents of runs/NAME that a report shows."""
 
+    folder: Path
     name: str
     config_hash: str | None
     settings: JsonObject
@@ -231,6 +232,7 @@ def read_run(folder: Path) -> RunData:
     evaluations = [_json(path) for path in sorted((folder / EVALUATION).glob("step-*.json"))]
     states = sorted((folder / "curriculum").glob("*/state.json"))
     return RunData(
+        folder=folder,
         name=str(settings.get("name") or folder.resolve().name),
         config_hash=marked.group(1) if marked else settings.get("hash"),
         settings=settings,

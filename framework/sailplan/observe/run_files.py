@@ -8,26 +8,30 @@ no NaN, so a value that is not finite is written as null.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from sailplan.config.fields import JsonObject
 from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
 from sailplan.runtime.environment import world_size_from_environment
 from sailplan.runtime.files import write_whole
+from sailplan.runtime.leaving import say
 
-METRICS, PREVIOUS, STAGES, EVALUATION, QUARANTINE = (
+METRICS, PREVIOUS, STAGES, EVALUATION, QUARANTINE, SKIPPED = (
     "metrics.jsonl",
     "metrics.previous.jsonl",
     "stages.json",
     "evaluation",
     "quarantine.jsonl",
+    "skipped_steps.jsonl",
 )
 
 
@@ -46,9 +50,13 @@ def finite(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to `path` atomically (temporary file in the same folder, then
-    rename).
+    rename). What a full disk refuses is said, and left as it was.
     """
-    write_whole(path, json.dumps(finite(value), ensure_ascii=False, indent=1, allow_nan=False))
+    text = json.dumps(finite(value), ensure_ascii=False, indent=1, allow_nan=False)
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        say(f"{path}: cannot be written ({error.strerror or error}); training goes on")
 
 
 def read_lines(path: Path) -> Iterator[JsonObject]:
@@ -95,6 +103,43 @@ def drop_after(path: Path, step: int) -> int:
     return kept
 
 
+class Lines:
+    """A file that grows by whole lines, each on the disk's side when `add` returns: a crash loses
+    no finished step. What a full disk refuses is kept, said once, and written with a later line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._kept = path, list[bytes]()
+        self._file = path.open("ab", buffering=0)
+        self._whole = self._file.tell()  # bytes of whole lines
+
+    def add(self, line: str) -> None:
+        """Write a line, and those that could not be written before."""
+        self._kept.append(line.encode() + b"\n")
+        content = b"".join(self._kept)
+        try:
+            written = self._file.write(content)
+            if written != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(self._whole)  # no part of a line stays
+            if len(self._kept) == 1:
+                say(
+                    f"{self._path}: cannot be written ({error.strerror or error}); training goes "
+                    "on, and lines are kept until it can"
+                )
+            return
+        self._whole += len(content)
+        self._kept = []
+
+    def close(self) -> None:
+        """Close the file; says how many lines are lost."""
+        if self._kept:
+            say(f"{self._path}: {len(self._kept)} lines could not be written")
+        self._file.close()
+
+
 class RunFiles(Logger):
     """Writes the records of a run into its folder.
 
@@ -121,12 +166,11 @@ class RunFiles(Logger):
             if (folder / STAGES).exists():
                 stages = json.loads((folder / STAGES).read_text(encoding="utf-8"))
                 self.stages = [stage for stage in stages if stage["first_step"] <= resumed_step + 1]
-        if (folder / QUARANTINE).exists():
-            drop_after(folder / QUARANTINE, resumed_step or 0)
+        for records in (folder / QUARANTINE, folder / SKIPPED):
+            if records.exists():
+                drop_after(records, resumed_step or 0)
         self._drop_evaluations(-1 if resumed_step is None else resumed_step)
-        self.file: TextIO = metrics.open(
-            "a", encoding="utf-8", buffering=1
-        )  # line buffered: a crash loses no finished step
+        self.lines = Lines(metrics)
 
     def _drop_evaluations(self, step: int) -> None:
         for path in (self.folder / EVALUATION).glob("step-*.json"):
@@ -165,7 +209,7 @@ class RunFiles(Logger):
 
     def log_step(self, step: int, stage: str, values: Mapping[str, Value]) -> None:
         line = {"step": step, "stage": stage, "time": round(time.time(), 3), **finite(values)}
-        self.file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self.lines.add(json.dumps(line, ensure_ascii=False, allow_nan=False))
         self._note_backends(values)
 
     def _note_backends(self, values: Mapping[str, Value]) -> None:
@@ -195,4 +239,4 @@ class RunFiles(Logger):
 
     def close(self, finished: bool) -> None:
         self._add_seconds()
-        self.file.close()
+        self.lines.close()

@@ -1,6 +1,6 @@
 """The run's numbers as TensorBoard event files in the run folder: `tensorboard --logdir runs`.
 
-Everything is drawn over the global step. A resumed run says from which step it goes on, so that
+Everything is drawn over the global step; the tab "custom scalars" is the run's dashboard. A resumed run says from which step it goes on, so that
 TensorBoard hides the steps that are done again.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sailplan.observe.dashboard import custom_scalars
 from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
 
 
@@ -24,6 +25,7 @@ class TensorBoardLogger(Logger):
         self.stage: StageInfo | None = None
         purge = None if run.resumed_step is None else run.resumed_step + 1
         self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge)
+        self.writer.add_custom_scalars(custom_scalars())
 
     def start_stage(self, stage: StageInfo) -> None:
         self.stage = stage
@@ -38,6 +40,9 @@ class TensorBoardLogger(Logger):
             for name, value in values.items():
                 if not isinstance(value, str):
                     self.writer.add_scalar(name, value, step)
+
+    def log_alert(self, step: int, name: str, text: str) -> None:
+        self.writer.add_text(f"alert/{name}", text, step)
 
     def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
         for task, metrics in results.items():

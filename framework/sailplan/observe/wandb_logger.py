@@ -31,10 +31,12 @@ def run_id(project: str, name: str) -> str:
 class WandbLogger(Logger):
     """Log to the run `run_id(project, folder name)`. mode: offline or online.
 
-    every: steps between values.
+    every: steps between values. tags, group, notes: of the run, as the tracker shows and sorts it.
+    alerts: whether `log_alert` is passed on.
 
     Charts: every value over the global step; losses and accuracy once more per stage over the
-    stage's own step; `progress/*`; `evaluation/TASK/METRIC`; tables of the stages' data-set and
+    stage's own step (each name is given its axis by itself: of patterns that overlap the tracker
+    takes any); `progress/*`; `evaluation/TASK/METRIC`; tables of the stages' data-set and
     objective weights and of the results.
     """
 
@@ -45,6 +47,10 @@ class WandbLogger(Logger):
         mode: Literal["offline", "online"] = "offline",
         project: str = "sailplan",
         every: int = 10,
+        tags: list[str] | None = None,
+        group: str | None = None,
+        notes: str | None = None,
+        alerts: bool = True,
     ) -> None:
         super().__init__(run)
         if mode not in ("offline", "online"):
@@ -53,7 +59,9 @@ class WandbLogger(Logger):
                 "logger=[console]"
             )
         self.folder, self.mode, self.project = run.folder, mode, project
-        self.every = max(1, every)
+        self.every, self.alerts = max(1, every), alerts
+        self.tags, self.group, self.notes = list(tags or []), group, notes
+        self.axes: set[str] = set()  # names that have theirs
         self.stage: StageInfo | None = None
         self.weights: list[list[Any]] = []
         self.results: list[list[Any]] = []
@@ -79,7 +87,7 @@ class WandbLogger(Logger):
             if name == stage.name:
                 self.log_step(step, name, values)
             elif step % self.every == 0:
-                self.run.log({"step": step, **values})
+                self._log({"step": step, **values})
 
     def _open(self) -> Any:
         (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
@@ -105,15 +113,28 @@ class WandbLogger(Logger):
             dir=str(self.folder),
             config=dict(self.run_info.settings),
             mode=mode,
+            tags=self.tags or None,
+            group=self.group,
+            notes=self.notes,
             resume="allow"
             if mode == "online"
             else None,  # offline runs of one id are joined when they are synced
             settings=wandb.Settings(silent=True, console="off", finish_timeout=300.0),
         )
         run.define_metric("step", hidden=True)
-        for group in ("*", "loss/*", "progress/*", "evaluation/*"):
-            run.define_metric(group, step_metric="step")
         return run
+
+    def _log(self, line: JsonObject) -> None:
+        """Log values; each name gets its axis before its first."""
+        for name in line.keys() - self.axes:
+            stage = name.partition("/")[0] if name.startswith("stage-") else ""
+            axis = f"{stage}/step" if stage else "step"
+            if name == axis:
+                self.run.define_metric(name, hidden=True)
+            else:
+                self.run.define_metric(name, step_metric=axis)
+            self.axes.add(name)
+        self.run.log(line)
 
     def start_stage(self, stage: StageInfo) -> None:
         self.stage = stage
@@ -124,9 +145,7 @@ class WandbLogger(Logger):
             [stage.name, "objective", name, float(weight)]
             for name, weight in stage.objectives.items()
         ]
-        self.run.define_metric(f"stage-{stage.name}/step", hidden=True)
-        self.run.define_metric(f"stage-{stage.name}/*", step_metric=f"stage-{stage.name}/step")
-        self.run.log(
+        self._log(
             {
                 "step": stage.first_step,
                 "progress/stage": stage.index,
@@ -159,7 +178,11 @@ class WandbLogger(Logger):
                 if name == "accuracy" or name.startswith("loss/")
             }
         )
-        self.run.log(line)
+        self._log(line)
+
+    def log_alert(self, step: int, name: str, text: str) -> None:
+        if self.alerts:
+            self.run.alert(f"{self.folder.name}: {name}", f"step {step}: {text}", level="WARN")
 
     def log_evaluation(self, step: int, stage: str, results: Results, examples: Examples) -> None:
         self.results += [
@@ -173,7 +196,7 @@ class WandbLogger(Logger):
             for metric, value in metrics.items()
         }
         table = self._table(["stage", "step", "task", "metric", "value"], self.results)
-        self.run.log({"step": step, "evaluations": table, **line})
+        self._log({"step": step, "evaluations": table, **line})
 
     def close(self, finished: bool) -> None:
         self.run.finish(exit_code=0 if finished else 1)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from sailplan.checkpoint.store import load, save
+from sailplan.checkpoint.loading import load
+from sailplan.checkpoint.store import save
 from sailplan.config.schema import (
     Config,
     DataConfig,

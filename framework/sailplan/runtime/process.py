@@ -41,6 +41,19 @@ class Parallel:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of all ranks, one rank's after the other's: int64 [k, c], k of each rank's own ->
+        int64 [n, c] on the CPU. Two messages: a number a rank, then the rows alone.
+        """
+        counts = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        counts[self.rank] = len(rows)
+        dist.all_reduce(counts)
+        ends = counts.cumsum(0).tolist()
+        result = torch.zeros(ends[-1], rows.shape[1], dtype=torch.int64, device=self.device)
+        result[ends[self.rank] - len(rows) : ends[self.rank]] = rows.to(self.device)
+        dist.all_reduce(result)
+        return result.cpu()
+
     def broadcast_text(self, text: str) -> str:
         """Rank 0's text on every rank."""
         box: list[str | None] = [text]

@@ -28,6 +28,7 @@ from sailplan.errors import (
 from sailplan.runtime.agreement import named_ranks
 from sailplan.runtime.environment import host_name
 from sailplan.runtime.process import Parallel
+from sailplan.runtime.progress import progress
 from sailplan.runtime.watch import alone, phase
 from sailplan.runtime.watch import meet as wait_for_all
 
@@ -44,16 +45,18 @@ def in_turns(
     the others a SailplanError (BadDataError for bad data) that quotes it.
     """
     turns = -(-len(units) // parallel.world_size)
-    for turn in range(turns):
-        number, problem = turn * parallel.world_size + parallel.rank, None
-        try:
-            if number < len(units):
-                with phase(what, local=True):
-                    alone()
-                    work(units[number])
-        except Exception as error:  # raised below, once the other ranks know
-            problem = error
-        meet(parallel, what, problem)
+    with progress(what, turns, "turns") as advance:
+        for turn in range(turns):
+            number, problem = turn * parallel.world_size + parallel.rank, None
+            try:
+                if number < len(units):
+                    with phase(what, local=True):
+                        alone()
+                        work(units[number])
+            except Exception as error:  # raised below, once the other ranks know
+                problem = error
+            meet(parallel, what, problem)
+            advance(1)
 
 
 def apart(parallel: Parallel, what: str, work: Callable[[], None]) -> None:

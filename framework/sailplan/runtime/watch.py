@@ -66,6 +66,10 @@ class Watch:
         if step is not None:
             self.note.step = step
 
+    def silent(self) -> float:
+        """Return the seconds since the latest beat that this rank knows of, its own or the job's."""
+        return time.monotonic() - max(self._last, self._job_last)
+
     @contextmanager
     def phase(self, name: str, local: bool = False) -> Iterator[None]:
         """Name what is done in the block; `local`: by this rank alone. Beats at its edges."""

@@ -8,7 +8,8 @@ that look guilty; too many skips in a row end the run, because then it is not th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,14 @@ from sailplan.data.record import StepBatch
 from sailplan.errors import SailplanError
 from sailplan.objective.protocol import EncodedStep
 from sailplan.runtime.process import Parallel
+
+
+class Suspect(NamedTuple):
+    """A record of a skipped step; position: in its data set, -1 where nobody knows."""
+
+    dataset: str
+    id: str
+    position: int
 
 
 class FiniteGuard:
@@ -44,27 +53,41 @@ class FiniteGuard:
             raise SailplanError(
                 f"loss or gradient norm: not finite in {self.skips} steps in a row, expected "
                 "finite values; "
-                "lower the learning rate, or look at the records in quarantine.jsonl"
+                "lower the learning rate, or look at the records in skipped_steps.jsonl"
             )
         return False
 
-    def suspects(self, batches: Sequence[StepBatch], encoded: Sequence[EncodedStep]) -> list[str]:
-        """This rank's records to quarantine after a skipped step. A collective.
+    def suspects(
+        self, batches: Sequence[StepBatch], encoded: Sequence[EncodedStep]
+    ) -> tuple[list[Suspect], bool]:
+        """This rank's records that a skipped step names, and whether by their own vectors. A
+        collective.
 
         Records with a vector that is not finite; if there are none on any rank, all records of the
         step.
         """
         guilty = [
-            record
+            suspect
             for batch, step in zip(batches, encoded, strict=True)
-            for record in _not_finite(batch, step)
+            for suspect in _not_finite(batch, step)
         ]
         if self.parallel.agree(bool(guilty)):
-            return guilty
-        return [record for batch in batches for record in batch.record_ids]
+            return guilty, True
+        return [one for batch in batches for one in _named(batch, range(len(batch.record_ids)))], (
+            False
+        )
 
 
-def _not_finite(batch: StepBatch, encoded: EncodedStep) -> list[str]:
+def _named(batch: StepBatch, rows: Iterable[int]) -> list[Suspect]:
+    return [
+        Suspect(
+            batch.dataset, batch.record_ids[row], batch.positions[row] if batch.positions else -1
+        )
+        for row in rows
+    ]
+
+
+def _not_finite(batch: StepBatch, encoded: EncodedStep) -> list[Suspect]:
     rows = len(batch.record_ids)
     bad = torch.zeros(
         rows, dtype=torch.bool, device=next(iter(encoded.views.values())).fused.device
@@ -74,4 +97,4 @@ def _not_finite(batch: StepBatch, encoded: EncodedStep) -> list[str]:
             # Padding may hold anything.
             row_bad = ~vectors.detach().isfinite().all(1) & view.valid
             bad |= row_bad.view(rows, view.group).any(1)
-    return [record for record, is_bad in zip(batch.record_ids, bad.tolist(), strict=True) if is_bad]
+    return _named(batch, bad.nonzero()[:, 0].tolist())

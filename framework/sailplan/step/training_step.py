@@ -38,7 +38,7 @@ from sailplan.runtime.seeds import derive, seed_torch
 from sailplan.runtime.transfer import to_device
 from sailplan.step import same_data
 from sailplan.step.gradient_cache import GradientCache
-from sailplan.step.guards import FiniteGuard
+from sailplan.step.guards import FiniteGuard, Suspect
 from sailplan.step.kept_graphs import KeptGraphs
 from sailplan.step.optimizer import clear_gradients
 from sailplan.step.reduction import Averaged, average_gradients
@@ -56,7 +56,8 @@ class StepResult:
     temperatures: dict[str, float]  # group of patterns -> what the step used
     grad_norm: float  # before clipping, over all parameters
     skipped: bool  # the guard kept the optimizer from stepping
-    suspects: list[str]  # this rank's records to quarantine, if skipped
+    suspects: list[Suspect]  # this rank's records that a skipped step names
+    guilty: bool  # they have vectors that are not finite, on some rank
     wishes: list[bool]  # for each wish, whether any rank of the world had it
     seconds: dict[str, float]  # phase -> wall seconds: encode, loss, backward, update
     backends: dict[str, str] = field(
@@ -170,14 +171,15 @@ class TrainingStep:
         averaged.drop_unused(list(islice(numbers, averaged.used.numel())))
         values = dict(zip(averaged.names, numbers, strict=False))
         temperatures = dict(zip(self.temperatures.names, numbers, strict=True))
-        suspects: list[str] = []
+        suspects: list[Suspect] = []
+        guilty = False
         finite = self.guard.allows(math.isfinite(norm) and not diverged)
         if finite:
             self.optimizer.step()
             for learned in score_parameters(self.objectives, self.temperatures):
                 learned.clamp_()
         else:
-            suspects = self.guard.suspects(batches, encoded)
+            suspects, guilty = self.guard.suspects(batches, encoded)
         clear_gradients(self.optimizer)
         seconds["update"] = time.perf_counter() - began
         return StepResult(
@@ -188,6 +190,7 @@ class TrainingStep:
             grad_norm=norm,
             skipped=not finite,
             suspects=suspects,
+            guilty=guilty,
             wishes=[bool(wish) for wish in wanted],
             seconds=seconds,
             backends=backends,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import nn
 
-from sailplan.checkpoint.store import latest, load_model_only
+from sailplan.checkpoint.loading import load_model_only
+from sailplan.checkpoint.store import latest
 from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config
 from sailplan.curriculum.stages import check_stage

@@ -23,6 +23,7 @@ from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config, StageConfig
 from sailplan.config.targets import check_options, class_at
 from sailplan.curriculum.stages import StageState
+from sailplan.data.exclusions import Exclusions
 from sailplan.data.plan import Plan
 from sailplan.data.record import StepBatch
 from sailplan.embed.context import RunContext
@@ -85,6 +86,7 @@ class Run:
     saved_step: int = -1
     stage: StageRun | None = None
     stop_requested: bool = False
+    exclusions: Exclusions = field(default_factory=Exclusions)  # records that are no longer drawn
 
     @property
     def config(self) -> Config:

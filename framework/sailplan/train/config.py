@@ -23,5 +23,7 @@ def built_in_callbacks() -> dict[str, Options]:
             ("evaluation", "Evaluation"),
             ("hard_negatives", "MiningRefresh"),
             ("empty_patterns", "EmptyPatterns"),
+            ("throughput", "Throughput"),
+            ("alerts", "Alerts"),
         )
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sailplan.checkpoint.store import load_model_only
+from sailplan.checkpoint.loading import load_model_only
 from sailplan.errors import ConfigurationError
 from sailplan.model.lora import is_lora
 from sailplan.runtime.process import Parallel

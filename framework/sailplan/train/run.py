@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from sailplan.checkpoint.copies import Copies
 from sailplan.checkpoint.source import initial_source
-from sailplan.checkpoint.store import damaged, newest_whole
+from sailplan.checkpoint.store import damaged, latest, newest_whole
 from sailplan.config.compose import as_dict, config_hash, identity, shared_settings
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
@@ -29,10 +30,21 @@ from sailplan.train.run_folder import RunFolder, check_identity
 from sailplan.train.trainer import Trainer
 
 
+def _fetch(copies: Copies, folder: RunFolder) -> None:
+    """Fetch a copy that is newer than all checkpoints of the run folder."""
+    known = latest(folder.checkpoints)
+    fetched = copies.fetch_newer(folder.checkpoints, known.name if known is not None else "")
+    if fetched is not None:
+        say(f"{fetched.name} fetched from {copies.url}")
+
+
 def _starting_point(config: Config, folder: RunFolder, parallel: Parallel) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start; ConfigurationError on all ranks
     rather than a lost or mixed run.
     """
+    copies = config.checkpoint.copy_to
+    if copies is not None and config.resume == "auto":
+        on_main(parallel, "looking for copies", lambda: _fetch(Copies(copies, config.name), folder))
     newest = newest_whole(folder.checkpoints, parallel)
 
     def check() -> None:
@@ -124,6 +136,7 @@ def _agreed_start(
         )
         with _writable(config, folder):
             folder.write_config(config)
+            folder.write_versions(software()["versions"])
         return str(source or "")
 
     source = on_main(parallel, "writing the configuration", look)

@@ -15,6 +15,7 @@ from sailplan.config.compose import config_hash, from_dict, identity, identity_d
 from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
+from sailplan.observe.report_facts import VERSIONS
 from sailplan.runtime.files import write_whole
 
 
@@ -35,6 +36,11 @@ class RunFolder:
     @property
     def quarantine(self) -> Path:
         return self.root / "quarantine.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        """Steps whose loss or gradient was not finite, with their records."""
+        return self.root / "skipped_steps.jsonl"
 
     def evaluation(self, step: int) -> Path:
         return self.root / "evaluation" / f"step-{step:08d}.json"
@@ -61,6 +67,10 @@ class RunFolder:
             shutil.copyfile(source, self.tokenizer)
         write_whole(self.config, f"# hash: {config_hash(config)}\n{to_yaml(config)}")
 
+    def write_versions(self, versions: JsonObject) -> None:
+        """Write versions.json: what this start of the run is installed with."""
+        write_whole(self.root / VERSIONS, json.dumps(versions, indent=1))
+
     def load_config(self) -> Config:
         """Return the resolved configuration of this run, with the run's copy of a tokenizer that
         is gone; ConfigurationError if there is none.
@@ -74,11 +84,6 @@ class RunFolder:
         if not Path(config.data.tokenizer).is_file() and self.tokenizer.is_file():
             config.data.tokenizer = str(self.tokenizer)
         return config
-
-    def add_quarantined(self, records: list[JsonObject]) -> None:
-        if records:
-            with self.quarantine.open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def check_identity(saved: JsonObject, config: Config, where: Path) -> None:

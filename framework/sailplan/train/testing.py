@@ -17,6 +17,24 @@ import psutil
 
 from sailplan.config.fields import JsonObject
 
+# Beginnings of values that depend on the clock, and on when a run was started again: no two runs
+# have the same
+MEASURED = (
+    "time",
+    "seconds",
+    "rows_per_second",
+    "data/wait_seconds",
+    "data/wait_share",
+    "tokens_per_second",
+    "flop_per_",
+    "mfu",
+    "memory/",
+    "phase/",
+    "ranks/",
+    "data/modality/",
+    "alert/",
+)
+
 # The five stages of the quick start, a few small steps each.
 SMALL = [
     "experiment=quickstart",

@@ -18,7 +18,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from sailplan.checkpoint.store import load
+from sailplan.checkpoint.loading import load
 from sailplan.config.schema import Config
 from sailplan.curriculum.stages import StageState, load_stage, prepare_stage
 from sailplan.data.loader import StepLoader
@@ -211,6 +211,8 @@ class Trainer:
             stop_step=until,
             negatives=stage.state.negatives,
             teachers=stage.state.teachers,
+            exclusions=self.state.exclusions,
+            first_step=stage.span.first,
         )
         check_shares(self.parallel, loader.collator.shares, first, stage.span.name)
         if self.config.data.workers:

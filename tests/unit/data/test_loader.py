@@ -1,4 +1,4 @@
-"""The loader: equal batches for any worker count and starting step, a limit on bad samples, no
+"""The loader: equal batches for any worker count and starting step, records that are left out, no
 processes left.
 """
 
@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ import torch
 from sailplan.config.schema import Config, StageConfig
 from sailplan.data.ahead import pack, unpack
 from sailplan.data.datasets import open_datasets
+from sailplan.data.exclusions import Exclusion, Exclusions
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
+from sailplan.data.reader import RecordReader
 from sailplan.data.record import StepBatch
 from sailplan.data.testing import item_record, write_set
 from sailplan.errors import BadDataError
@@ -32,6 +35,7 @@ def loader(
     start_step: int = 0,
     weights: dict[str, float] = WEIGHTS,
     mixed: float = 0.5,
+    exclusions: Exclusions | None = None,
 ) -> StepLoader:
     readers, stage = open_datasets(config), StageConfig(steps=steps, mixed_fraction=mixed)
     return StepLoader(
@@ -40,6 +44,7 @@ def loader(
         config,
         stage,
         start_step=start_step,
+        exclusions=exclusions,
     )
 
 
@@ -94,6 +99,16 @@ def test_closing_early_leaves_no_worker_and_no_thread(make_config: Make, workers
     assert not multiprocessing.active_children() and threading.active_count() <= before
 
 
+AFTER_READING = 12  # more steps than three workers are ahead
+
+
+def listed(position: int, step: int) -> Exclusions:
+    """A list with a record of things that is left out from a step of the stage on."""
+    exclusions = Exclusions()
+    exclusions.add([Exclusion("things", position, 1 + step)])
+    return exclusions
+
+
 @pytest.fixture
 def broken(make_config: Make, tmp_path: Path) -> Config:
     records = [item_record(number) for number in range(40)]
@@ -105,23 +120,61 @@ def broken(make_config: Make, tmp_path: Path) -> Config:
     return config
 
 
+def things(broken: Config, steps: int, **options: Any) -> StepLoader:
+    return loader(broken, steps, weights={"things": 1.0}, mixed=0.0, **options)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_one_broken_record_is_tolerated_and_a_low_limit_stops_the_run(
+def test_one_broken_record_is_replaced_and_named_with_its_position(
     broken: Config, workers: int
 ) -> None:
     broken.data.workers = workers
-    batches = [
-        batch for step in loader(broken, 9, weights={"things": 1.0}, mixed=0.0) for batch in step
-    ]
+    batches = [batch for step in things(broken, 9) for batch in step]
+    named = {one[:] for batch in batches for one in batch.quarantined}
+    assert {(name, position) for name, _, position in named} == {("things/1", 1)}
     assert sum(len(batch.quarantined) for batch in batches) in (3, 4, 5), (
         "144 rows are 4 epochs of 36 records, spares included"
     )
-    broken.data.bad_sample_limit = 0.001
-    with pytest.raises(
-        BadDataError,
-        match=r"2 bad samples in the latest .*data\.bad_sample_limit=0\.001; last: things/1: ",
-    ):
-        list(loader(broken, 9, weights={"things": 1.0}, mixed=0.0))
+    assert all(len(batch.positions) == len(batch.record_ids) == 16 for batch in batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_what_is_added_while_reading_is_left_out_from_its_step_on_by_all_workers(
+    broken: Config, workers: int
+) -> None:
+    """A record that is no broken one, so that only the list can keep it out."""
+    broken.data.workers = workers
+    steps, found, left_out = 40, 3, 3 + AFTER_READING
+    wanted = list(things(broken, steps, exclusions=listed(8, left_out)))
+    exclusions, batches = Exclusions(), []
+    for step in things(broken, steps, exclusions=exclusions):
+        batches.append(step)
+        if step[0].step == found:
+            exclusions.add([Exclusion("things", 8, 1 + left_out)])
+    for left, right in zip(wanted, batches, strict=True):
+        assert_equal(left, right)
+    seen = [batch[0].step for batch in batches if "things/8" in batch[0].record_ids]
+    assert len(seen) > 3 and max(seen) < left_out < steps
+    resumed = list(things(broken, steps, start_step=20, exclusions=exclusions))
+    for left, right in zip(wanted[20:], resumed, strict=True):
+        assert_equal(left, right)
+
+
+def test_a_broken_record_on_the_list_has_the_same_spare_and_is_not_read(
+    broken: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = list(things(broken, 9))
+    read, former = list[int](), RecordReader.read
+
+    def counted(self: RecordReader, position: int, **options: Any) -> Any:
+        read.append(position)
+        return former(self, position, **options)
+
+    monkeypatch.setattr(RecordReader, "read", counted)
+    found = list(things(broken, 9, exclusions=listed(1, 0)))
+    assert 1 not in read and not any(batch.quarantined for step in found for batch in step)
+    for left, right in zip(wanted, found, strict=True):
+        assert_equal(left, right)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

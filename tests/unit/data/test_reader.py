@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -168,9 +170,32 @@ def test_a_shard_that_changes_while_in_use_is_noticed(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", [[json_member("a", {"id": "one"})]])
     reader = open_items(folder)
     assert reader.read(0).id == "one"
+    (shard,) = folder.glob("*.tar")
+    known = shard.stat().st_mtime_ns
     write_set(folder, [[json_member("a", {"id": "two"})]])
-    with pytest.raises(BadSample, match="changed while in use"):
+    os.utime(shard, ns=(known, known + 10**7))  # the clock of a file system is coarse
+    with pytest.raises(BadDataError, match=r"part-000\.tar: was written to while in use"):
         reader.sequence_ids(0)  # not kept, as an item is
+    os.utime(shard, ns=(known, known))
+    with pytest.raises(BadSample, match="changed while in use"):
+        reader.sequence_ids(0)
+
+
+def test_a_disk_that_does_not_give_a_record_makes_one_bad_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [[json_member(name, {"id": name})] for name in ("one", "two")]
+    reader = open_items(write_set(tmp_path / "set", records))
+    assert reader.read(1).id == "two"
+
+    def broken(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sailplan.data.shard_files.os.pread", broken)
+        with pytest.raises(BadSample, match=r"cannot be read \(Input/output error\)"):
+            reader.read(0)
+    assert reader.read(0).id == "one"
 
 
 def test_a_shard_that_changed_before_it_is_opened_stops_the_run(tmp_path: Path) -> None:

@@ -128,3 +128,34 @@ def test_patterns_become_files(folder: Path) -> None:
         "part-001.tar",
         "part-002.tar",
     ]
+
+
+def test_a_shard_with_the_same_size_names_and_beginnings_is_read_again_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(letter: bytes) -> Path:
+        records = [
+            [
+                json_member(f"{number}", {"id": f"r{number}"}),
+                (f"{number}.bin", b"x" * 2000 + letter),
+            ]
+            for number in range(3)
+        ]
+        return write_set(tmp_path / "set", records)
+
+    folder = write(b"a")
+    first = open_index(folder)
+    (shard,) = folder.glob("*.tar")
+    scanned = int(first.tables.rows["scanned"][0])
+    write(b"b")  # what differs is in no beginning of a record
+    os.utime(shard, ns=(scanned, scanned + 10**7))
+    with pytest.raises(BadDataError, match=r"part-000\.tar: changed since it was indexed"):
+        first.open_shard(0)
+    capsys.readouterr()
+    again = open_index(folder)
+    assert "part-000.tar: changed since its index was made" in capsys.readouterr().err
+    assert again.identity == first.identity and again.tables.rows["scanned"][0] > scanned
+    with again.open_shard(0) as file:
+        assert file.size == shard.stat().st_size
+    open_index(folder)
+    assert not capsys.readouterr().err, "once"

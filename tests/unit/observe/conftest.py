@@ -122,6 +122,7 @@ def make_run(folder: Path) -> Path:
                 "popularity/recall@10": 0.08,
                 "content_mean/recall@10": 0.12,
                 "candidates": 7188.0,
+                "queries": 300.0,
             }
         neighbours = [
             {
@@ -157,7 +158,12 @@ def make_run(folder: Path) -> Path:
             "examples": {"emoji_image_to_name": neighbours, HOSTILE: worded},
         }
         write(folder / "evaluation" / f"step-{first - 1:08d}.json", value)
+    before = {"recall@1": 0.01, "recall@10": 0.03}
+    untrained = {"step": 0, "stage": STAGES[0][0], "tasks": {"emoji_image_to_name": before}}
+    write(folder / "evaluation" / "step-00000000.json", untrained)
     lines[5]["loss/total"] = None
+    lines[6] |= {"memory/peak_bytes": 5_000_000_000, "tokens_per_second": 1e6, "mfu": 0.4}
+    write(folder / "versions.json", {"torch": "2.13.0", "python": "3.11"})
     write(folder / "stages.json", stages)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     threshold = {

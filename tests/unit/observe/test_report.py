@@ -109,7 +109,52 @@ def test_baselines_stand_beside_the_model(run_folder: Path) -> None:
     html, _ = page(run_folder)
     table = html[html.index("<h2>Baselines</h2>") : html.index("<h2>Loss</h2>")]
     row = re.search(r"<td>set_completion</td><td>recall@10</td>.*?</tr>", table, flags=re.DOTALL)
-    assert row and re.findall(r"0\.\d+", row.group(0)) == ["0.08", "0.12", "0.18"]
+    assert row
+    # chance at 10 of 7,188, popularity, mean of items, this run with its interval of 300 queries
+    assert re.findall(r"0\.\d+", row.group(0)) == [
+        "0.00139",
+        "0.08",
+        "0.12",
+        "0.18",
+        "0.141",
+        "0.227",
+    ]
+    row = re.search(r"<td>emoji_image_to_name</td><td>recall@10</td>.*?</tr>", table, re.DOTALL)
+    assert row and '<td class="n">0.03</td>' in row.group(0), "the model before its first step"
+
+
+def test_the_mean_of_items_is_no_baseline_where_the_run_does_the_same(run_folder: Path) -> None:
+    path = sorted((run_folder / "evaluation").glob("*.json"))[-1]
+    known = json.loads(path.read_text())
+    known["tasks"]["set_completion"]["recall@10"] = 0.12
+    path.write_text(json.dumps(known))
+    html, _ = page(run_folder)
+    table = html[html.index("<h2>Baselines</h2>") : html.index("<h2>Loss</h2>")]
+    row = re.search(r"<td>set_completion</td><td>recall@10</td>.*?</tr>", table, flags=re.DOTALL)
+    assert row and re.findall(r">(0\.\d+|–)<", row.group(0)) == [
+        "0.00139",
+        "–",
+        "0.08",
+        "–",
+        "0.12",
+    ]
+
+
+def test_nothing_outside_a_box_that_scrolls_is_wider_than_a_phone(run_folder: Path) -> None:
+    html, _ = page(run_folder)
+    style = re.findall(r"<style.*?</style>", html, flags=re.DOTALL)[0]
+    widths = {
+        rule.split("{")[0].strip(): int(width)
+        for rule in style.split("}")
+        for width in re.findall(r"(?:min-width: |minmax\()(\d+)px", rule)
+        if not rule.strip().startswith("@media")
+    }
+    wide = {name for name, width in widths.items() if width > 390 - 2 * 14}
+    assert wide == {".chart svg"} and ".chart { overflow-x: auto; }" in style
+    for table in re.finditer(r"<table", html):
+        before = html[: table.start()]
+        boxes = [before.rfind(box) for box in ('scroll"', "scroll'", '<div class="confusion">')]
+        assert max(boxes) > 0
 
 
 @pytest.mark.parametrize(

@@ -181,3 +181,50 @@ def test_what_a_kill_cut_off_is_written_again_once(tmp_path: Path) -> None:
         again.start_stage(STAGE)
         again.close(finished=False)
         wait([1, 2, 3])
+
+
+@pytest.mark.usefixtures("keep_environment")
+def test_every_chart_has_its_axis_and_the_run_its_tags_group_notes_and_alerts(
+    tmp_path: Path,
+) -> None:
+    sink = WandbLogger(
+        RunInfo(tmp_path / "run"), every=1, tags=["a", "b"], group="sweep", notes="why"
+    )
+    for stage in (STAGE, StageInfo("second", 2, 2, 5, 6)):
+        sink.start_stage(stage)
+        for step in range(stage.first_step, stage.last_step + 1):
+            values = {"loss/total": 1.0, "loss/infonce": 1.0, "accuracy": 0.5, "tokens": 3}
+            sink.log_step(step, stage.name, values)
+    sink.log_alert(6, "straggler", "rank 3")
+    sink.log_evaluation(6, "second", {"emoji": {"recall@1": 0.5}}, {})
+    sink.close(finished=True)
+    [path] = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 30
+    while (
+        not any(one.WhichOneof("record_type") == "exit" for one in records(path))
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    found = list(records(path))
+    axes: dict[str, str] = {}
+    for record in found:
+        if record.WhichOneof("record_type") == "metric":
+            assert not record.metric.glob_name, "patterns that overlap give any of their axes"
+            axes[record.metric.name] = record.metric.step_metric
+    logged = {
+        item.key or "/".join(item.nested_key)
+        for record in found
+        if record.WhichOneof("record_type") == "history"
+        for item in record.history.item
+    }
+    tables = ("_", "weights/", "evaluations/")
+    named = {name for name in logged if not name.startswith(tables)}
+    assert len(named) > 12 and named <= set(axes), named - set(axes)
+    for name in named:
+        stage = next((one for one in ("first", "second") if name.startswith(f"stage-{one}/")), "")
+        axis = f"stage-{stage}/step" if stage else "step"
+        assert axes[name] == ("" if name == axis else axis), name
+    [run] = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+    assert list(run.tags) == ["a", "b"] and run.run_group == "sweep" and run.notes == "why"
+    [alert] = [record.alert for record in found if record.WhichOneof("record_type") == "alert"]
+    assert alert.title == "run: straggler" and "rank 3" in alert.text

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from sailplan.checkpoint.store import load, save
+from sailplan.checkpoint.loading import load
+from sailplan.checkpoint.store import save
 from sailplan.cli.testing import command, write_project
 from sailplan.config.compose import compose
 from sailplan.config.schema import Config, OptimizerConfig, StageOptimizerConfig

@@ -178,6 +178,10 @@ class RemoteFile:
                 return self.read_at(offset, cut - offset) + self.scan_at(cut, offset + size - cut)
         return self.read_at(offset, size)
 
+    def changed(self) -> bool:
+        """Return False: each request compares the version."""
+        return False
+
     def close(self) -> None:
         """Let go of the shard; nothing is held open."""
 

@@ -149,4 +149,5 @@ def version_of(meta: Any) -> int:
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    text = " ".join(str(error).partition("Debug source:")[0].split()).rstrip(": ")
+    return text[:300] or type(error).__name__

@@ -1,7 +1,9 @@
 """Checkpoints: by steps, by the clock, at a stage's end and at a stop, as `checkpoint` says.
 
 The clock is rank 0's alone; it travels as a flag of the step, so that all ranks save at the same
-one. A stage's end is saved before its evaluation, which may fail or take long.
+one. A stage's end is saved before its evaluation, which may fail or take long. A save that fails
+(a full disk) is said, and tried again at the next one's time; only that of a stop and that of the
+run's end must succeed.
 """
 
 from __future__ import annotations
@@ -11,9 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from sailplan.checkpoint.background import Saver
+from sailplan.checkpoint.copies import Copies
 from sailplan.checkpoint.store import folder_of
 from sailplan.config.compose import config_hash, identity
 from sailplan.data.record import StepBatch
+from sailplan.errors import SailplanError
+from sailplan.runtime.leaving import is_lost_peer, say
 from sailplan.runtime.watch import phase
 from sailplan.train.callback import Callback, Run, StageRun, StepDone
 
@@ -24,14 +29,21 @@ class Checkpoint(Callback):
     def __init__(self) -> None:
         self._saver: Saver | None = None
         self._saved_at = time.monotonic()
+        self._whole = -1  # step of the newest checkpoint that is known to be written
 
     @contextmanager
     def running(self, run: Run) -> Iterator[None]:
         options = run.config.checkpoint
-        with Saver(run.parallel, asynchronous=options.asynchronous, keep=options.keep) as saver:
-            self._saver, self._saved_at = saver, time.monotonic()
+        with Saver(
+            run.parallel,
+            asynchronous=options.asynchronous,
+            keep=options.keep,
+            keep_every=options.keep_every,
+            copies=Copies(options.copy_to, run.config.name) if options.copy_to else None,
+        ) as saver:
+            self._saver, self._saved_at, self._whole = saver, time.monotonic(), run.saved_step
             yield
-            self.join(run)
+            self._wait(must=True, run=run)
 
     def flags(self, run: Run, stage: StageRun, batches: Sequence[StepBatch]) -> Sequence[bool]:
         minutes = (time.monotonic() - self._saved_at) / 60
@@ -48,16 +60,19 @@ class Checkpoint(Callback):
 
     def interrupted(self, run: Run) -> None:
         if run.stage is not None:
-            self.save(run)
+            self.save(run, must=True)
 
     def join(self, run: Run) -> None:
-        assert self._saver is not None
-        with phase("waiting for the save"):
-            self._saver.wait()
+        self._wait(run)
 
-    def save(self, run: Run) -> None:
-        """Save the state after `run.step`, unless it is saved already. Collective."""
+    def save(self, run: Run, *, must: bool = False) -> None:
+        """Save the state after `run.step`, unless it is saved already. Collective.
+
+        must: return when it is written, raise SailplanError where it cannot be.
+        """
         assert self._saver is not None and run.stage is not None
+        if must:  # whether the one under way, which may be this step's, is written
+            self._wait(run)
         if run.saved_step == run.step:
             return
         extra = {
@@ -69,11 +84,34 @@ class Checkpoint(Callback):
                 name: state for name, one in run.callbacks.items() if (state := one.state())
             },
         }
-        with phase("saving"):
+        self._wait(run)
+        self._saved_at = time.monotonic()
+        with phase("saving"), self._surviving(run, must):
             self._saver.save(
                 folder_of(run.folder.checkpoints, run.step),
                 model=run.bundle.module,
                 optimizer=run.optimizer,
                 extra=extra,
             )
-        self._saved_at, run.saved_step = time.monotonic(), run.step
+            run.saved_step = run.step
+        if must:
+            self._wait(run, must=True)
+
+    def _wait(self, run: Run, *, must: bool = False) -> None:
+        assert self._saver is not None
+        with phase("waiting for the save"), self._surviving(run, must):
+            self._saver.wait()
+            self._whole = run.saved_step
+
+    @contextmanager
+    def _surviving(self, run: Run, must: bool) -> Iterator[None]:
+        """Go on where a save failed, which all ranks know of, unless it must not."""
+        try:
+            yield
+        except SailplanError as error:
+            run.saved_step = self._whole
+            if must or is_lost_peer(error.__cause__ or error):
+                raise
+            if run.parallel.is_main:
+                newest = f"step {self._whole}" if self._whole >= 0 else "none"
+                say(f"{error}; training goes on, the newest whole checkpoint is {newest}")

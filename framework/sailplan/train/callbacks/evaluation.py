@@ -11,7 +11,9 @@ from sailplan.train.schedule import StageSpan
 
 
 class Evaluation(Callback):
-    """Evaluate all tasks and log their numbers; the run's last step is always evaluated."""
+    """Evaluate all tasks and log their numbers; the run's last step is always evaluated, the model
+    before the first with `evaluation.at_start`.
+    """
 
     def resumed(self, run: Run, span: StageSpan) -> None:
         """Evaluate the step that the run goes on from, where a stop or a kill came between the
@@ -21,6 +23,11 @@ class Evaluation(Callback):
             run.parallel.is_main and run.folder.evaluation(run.step).is_file()
         ):
             self._evaluate(run, span)
+
+    def start_stage(self, run: Run, stage: StageRun) -> None:
+        options = run.config.evaluation
+        if run.step == 0 and options.at_start and options.tasks:
+            self._evaluate(run, stage.span)
 
     def after_step(self, run: Run, done: StepDone, flags: Sequence[bool]) -> None:
         if not (done.stopping or done.is_last) and self.due(run, done.stage.span):
