@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sailplan.checkpoint.source import initial_source
-from sailplan.checkpoint.store import load_model_only
+from sailplan.checkpoint.loading import load_model_only
 from sailplan.config.schema import BalanceConfig
 from sailplan.embed.embedder import Embedder
 from sailplan.errors import ConfigurationError
