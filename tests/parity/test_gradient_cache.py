@@ -81,8 +81,13 @@ def test_parameters_that_are_gathered_for_one_layer_at_a_time(
         assert row.error <= EXACT, row
 
 
-FEWER = {"items": (14, 3, 0, 15), "pairs": (0, 9, 6, 1), "sequences": (2, 0, 5, 1)}
-NONE = {"items": (32, 0), "pairs": (5, 11), "sequences": (8, 0)}
+FEWER = {
+    "items": (14, 3, 0, 15),
+    "pairs": (0, 9, 6, 1),
+    "sequences": (2, 0, 5, 1),
+    "scored": (3, 0, 4, 1),
+}
+NONE = {"items": (32, 0), "pairs": (5, 11), "sequences": (8, 0), "scored": (0, 8)}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +109,7 @@ def test_ranks_with_padded_rows_and_with_nothing_but_padding() -> None:
     """A last batch that was filled up: the last rank has no real pair, no real sequence and few
     real items.
     """
-    real = {"items": 19, "pairs": 6, "sequences": 4}
+    real = {"items": 19, "pairs": 6, "sequences": 4, "scored": 3}
 
     def padded(batch: StepBatch) -> StepBatch:
         for view in batch.views.values():
@@ -123,6 +128,9 @@ def test_ranks_with_padded_rows_and_with_nothing_but_padding() -> None:
         ("late_fusion", "pairs"),
         ("seq2item", "sequences"),
         ("id2item", "items"),
+        ("sigmoid", "items"),
+        ("multi_positive", "items"),
+        ("score_distillation", "scored"),
     ],
 )
 def test_each_loss_alone(objective: str, dataset: str) -> None:
