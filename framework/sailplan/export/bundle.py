@@ -37,9 +37,14 @@ GRAFTS = {
     "Rows": (
         "sailplan.model.encoders.transformers.processor",
         "TransformersProcessor",
-        ("_picture_shape", "_stacked", "_texts"),
+        ("_picture_shape", "_stacked", "_heard", "_texts"),
     ),
-    "PublishedEncoder": (
+    "Sounds": (
+        "sailplan.model.encoders.transformers.recordings",
+        "Recordings",
+        ("shape", "stacked", "masked", "lengths", "_cut", "_extracted", "_padding"),
+    ),
+    "PublishedTower": (
         "sailplan.model.encoders.transformers.module",
         "TransformersEncoder",
         (

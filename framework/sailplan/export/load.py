@@ -41,10 +41,8 @@ from sailplan.data.text import clean
 from sailplan.errors import ConfigurationError
 from sailplan.export.bundle import OMNI, bundle
 from sailplan.export.prompts import named_views
-from sailplan.export.published_settings import settings_in
 from sailplan.export.standalone.items import by_modality
 from sailplan.model.encoders.omni.processor import OmniProcessor
-from sailplan.model.encoders.transformers.config import TransformersConfig
 
 Vectors = NDArray[np.float32]
 ENCODER = "encoder."
@@ -222,7 +220,9 @@ def _opened(path: str, place: Path, chosen: torch.device, settings: Mapping[str,
         return _of_export(place, chosen)
     if saved and _model_type(place) == "sailplan_omni":
         return _of_omni_folder(place, chosen)
-    return _published(path, chosen, settings)
+    from sailplan.export.load_published import open_published
+
+    return Model(*open_published(path, settings), chosen)
 
 
 def _of_run(place: Path, run: Path, device: torch.device) -> Model:
@@ -274,36 +274,6 @@ def _of_omni_folder(folder: Path, device: torch.device) -> Model:
         for name, value in load_file(folder / "model.safetensors").items()
     }
     return Model(config, _module(model, weights), prompts, device)
-
-
-def _published(place: str, device: torch.device, settings: Mapping[str, Any]) -> Model:
-    from sailplan.model.encoders.transformers.files import open_config, published_model
-    from sailplan.model.encoders.transformers.module import TransformersEncoder, vector_size
-
-    known = settings_in(Path(place)) | dict(settings)
-    frames, longest = known.pop("frames", 1), known.pop("max_tokens", None)
-    projection: Tensor | None = known.pop("projection_weight", None)
-    try:
-        model = TransformersConfig(source=place, **known)
-    except TypeError as error:
-        raise ConfigurationError(
-            f"load({place}): {error}; expected settings of a published model, such as pooling"
-        ) from error
-    weights = published_model(model)
-    model.embedding = vector_size(weights) if projection is None else len(projection)
-    model.prefixes, model.projection = [model.embedding], projection is not None
-    model.validate("model")
-    encoder = TransformersEncoder(model, weights)
-    if encoder.projection is not None and projection is not None:
-        encoder.projection.weight.data = projection
-    most = longest or getattr(open_config(model).get_text_config(), "max_position_embeddings", 512)
-    config = Config(
-        model=model,
-        data=DataConfig(
-            max_tokens=min(int(most), 512) if longest is None else int(longest), frames=frames
-        ),
-    )
-    return Model(config, encoder, {name: name for name in model.prompts}, device)
 
 
 def _with(

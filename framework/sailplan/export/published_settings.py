@@ -5,6 +5,7 @@ length.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from sailplan.errors import ConfigurationError
 from sailplan.model.encoders.transformers.config import PromptTemplate
 
-MODULES = "modules.json"
+MODULES, OWN = "modules.json", "sailplan_encoder.json"
 POOLINGS = {
     "cls_token": "cls",
     "mean_tokens": "mean",
@@ -23,25 +24,29 @@ POOLINGS = {
 }
 
 
+def settings_of(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the settings of a model that an export describes, whose projection lies in `folder`."""
+    found = {
+        name: value
+        for name, value in values.items()
+        if name not in ("source", "embedding", "projection")
+    }
+    found["prompts"] = {
+        name: PromptTemplate(**template) for name, template in values["prompts"].items()
+    }
+    if (folder / "projection.safetensors").is_file():
+        found["projection_weight"] = load_file(folder / "projection.safetensors")["weight"]
+    return found
+
+
 def settings_in(folder: Path) -> dict[str, Any]:
     """Return the settings that a folder of sentence-transformers holds, an exported one's own
     file first.
     """
-    own = folder / "sailplan_encoder.json"
-    found: dict[str, Any] = {}
+    own = folder / OWN
     if own.is_file():
-        found = json.loads(own.read_text(encoding="utf-8"))
-        found = {
-            name: value
-            for name, value in found.items()
-            if name not in ("source", "embedding", "projection")
-        }
-        found["prompts"] = {
-            name: PromptTemplate(**template) for name, template in found["prompts"].items()
-        }
-        if (folder / "projection.safetensors").is_file():
-            found["projection_weight"] = load_file(folder / "projection.safetensors")["weight"]
-        return found
+        return settings_of(json.loads(own.read_text(encoding="utf-8")), folder)
+    found: dict[str, Any] = {}
     if not (folder / MODULES).is_file():
         return found
     for module in json.loads((folder / MODULES).read_text(encoding="utf-8")):

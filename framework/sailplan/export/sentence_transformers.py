@@ -1,7 +1,8 @@
 """One folder that other programs open: `AutoModel`, `AutoProcessor` and `SentenceTransformer`,
 with a run's own vectors.
 
-    model.safetensors, config.json         the encoder alone, low-rank updates merged
+    model.safetensors, config.json         the encoder alone, low-rank updates merged; of two_towers
+    text/, vision/, audio/                 such a folder for each
     tokenizer.json, tokenizer_config.json  and what else the processor needs
     modules.json, config_sentence_transformers.json   the steps from an item to a vector of length
     1, and the prompts by name
@@ -30,10 +31,15 @@ from sailplan.errors import ConfigurationError
 from sailplan.export.model_card import model_card
 from sailplan.export.omni_folder import write_omni
 from sailplan.export.prompts import Written
-from sailplan.export.transformers_folder import write_adapter, write_transformers
+from sailplan.export.transformers_folder import (
+    write_adapter,
+    write_towers,
+    write_transformers,
+)
 from sailplan.export.weights import ENCODER, check_model, exported_model, read_whole
 from sailplan.model.component import EncoderComponent
 from sailplan.model.encoders.transformers.config import TransformersConfig
+from sailplan.model.encoders.two_towers import TwoTowersConfig
 from sailplan.runtime.files import write_whole
 
 MODULES = "modules.json"
@@ -41,6 +47,7 @@ Writer = Callable[[Config, Any, dict[str, Tensor], Path], Written]
 WRITERS: dict[type[EncoderConfig], Writer] = {
     ModelConfig: write_omni,
     TransformersConfig: write_transformers,
+    TwoTowersConfig: write_towers,
 }
 
 
@@ -60,7 +67,7 @@ def export_sentence_transformers(
     if writer is None:
         raise ConfigurationError(
             f"--to sentence-transformers: model.encoder={model.encoder} has no such form; expected "
-            "omni or transformers"
+            "omni, transformers or two_towers"
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / MODULES).unlink(missing_ok=True)

@@ -1,5 +1,5 @@
-"""A trained published model as a folder of sentence-transformers: its own modules where these
-say all, else one of ours.
+"""Trained published models as a folder of sentence-transformers: its own modules where these say
+all, else one of ours.
 
 The model's files are of the published format either way, so that `AutoModel` opens the folder
 without any code in it.
@@ -18,19 +18,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sailplan.config.schema import Config
-from sailplan.errors import ConfigurationError
 from sailplan.export.bundle import PUBLISHED, bundle
 from sailplan.export.prompts import Written, named_views, own_modules
 from sailplan.export.weights import save_weights
 from sailplan.model.encoders.transformers.config import PromptTemplate, TransformersConfig
 from sailplan.model.encoders.transformers.files import (
     drawn_model,
+    names_in_file,
     open_config,
+    open_feature_extractor,
     open_image_processor,
     open_tokenizer,
 )
 from sailplan.model.encoders.transformers.module import FEATURES, LORA
 from sailplan.model.encoders.transformers.prompts import PublishedTokenizer
+from sailplan.model.encoders.two_towers import TwoTowersConfig
 from sailplan.runtime.files import write_whole
 
 MODEL = "model."
@@ -43,73 +45,99 @@ POOLINGS = {
     "weighted_mean": "weightedmean_tokens",
 }
 SETTINGS, PROJECTION = "sailplan_encoder.json", "projection.safetensors"
+KEPT = (
+    *("embedding", "modalities", "pooling", "projection", "special_tokens", "padding", "prompts"),
+    *("chat_template", "image_processor"),
+)
+INPUTS = ("max_tokens", "frames", "audio_chunks", "audio_chunk_seconds")  # keys of `data`
 
 
 def write_transformers(
     config: Config, model: TransformersConfig, weights: Mapping[str, Tensor], out: Path
 ) -> Written:
-    """Write the folder's model and processor; return its sentence-transformers modules and prompts.
-
-    Raises ConfigurationError for the encoder half of a sequence-to-sequence model, which AutoModel
-    would not open alone, and for a model that hears.
+    """Write the folder's model and processor; return its sentence-transformers modules and
+    prompts.
     """
-    if "audio" in model.modalities:
-        raise ConfigurationError(
-            f"--to sentence-transformers: model.modalities={list(model.modalities)}, expected text "
-            "and vision alone (sound of a published model has no such form yet); `sailplan export` "
-            "without --to writes a folder that `sailplan.load` opens"
-        )
-    described = open_config(model)
-    if getattr(described, "is_encoder_decoder", False):
-        raise ConfigurationError(
-            f"model.source={model.source}: found a sequence-to-sequence model, expected an "
-            "encoder; its encoder alone has no such form"
-        )
-    described.dtype = torch.float32
-    described.save_pretrained(out)
-    save_weights(
-        {
-            name.removeprefix(MODEL): value
-            for name, value in weights.items()
-            if name.startswith(MODEL)
-        },
-        out,
-    )
-    tokenizer = open_tokenizer(model) if "text" in model.modalities else None
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
-    pictures = open_image_processor(model) if "vision" in model.modalities else None
-    if pictures is not None:
-        pictures.save_pretrained(out)
-    projection = weights.get("projection.weight")
+    tokenizer = write_model(model, weights, out)
     if tokenizer is not None and stock(config, model, tokenizer):
         prompts = {
             name: template.before + template.middle
             for name, template in templates(config, model, tokenizer).items()
         }
-        return _stock_modules(
-            config, model, projection, int(described.get_text_config().hidden_size), out
-        ), prompts
-    kept = (
-        "embedding",
-        "modalities",
-        "pooling",
-        "projection",
-        "special_tokens",
-        "padding",
-        "prompts",
-        "chat_template",
-    )
-    settings = {name: value for name, value in asdict(model).items() if name in kept}
-    settings |= {
-        "source": "this folder",
-        "max_tokens": config.data.max_tokens,
-        "frames": config.data.frames,
+        size = int(open_config(model).get_text_config().hidden_size)
+        return _stock_modules(config, model, weights.get("projection.weight"), size, out), prompts
+    write_projection(weights, out)
+    return write_code(config, model_settings(model) | {"source": "this folder"}, out)
+
+
+def write_towers(
+    config: Config, model: TwoTowersConfig, weights: Mapping[str, Tensor], out: Path
+) -> Written:
+    """Write a folder of the published format for each tower, and what joins them."""
+    described = {}
+    for name in model.towers:
+        begins, tower = f"towers.{name}.", model.tower(name)
+        own = {
+            key.removeprefix(begins): value
+            for key, value in weights.items()
+            if key.startswith(begins)
+        }
+        (out / name).mkdir(exist_ok=True)
+        write_model(tower, own, out / name)
+        write_projection(own, out / name)
+        described[name] = model_settings(tower)
+    settings = {
+        "embedding": model.embedding,
+        "modalities": list(model.towers),
+        "towers": described,
     }
-    settings["image_processor"] = type(pictures).__name__ if pictures is not None else None
-    write_whole(out / SETTINGS, json.dumps(settings, ensure_ascii=False, indent=2))
-    if projection is not None:
-        save_file({"weight": projection.contiguous()}, out / PROJECTION)
+    return write_code(config, settings, out)
+
+
+def write_model(model: TransformersConfig, weights: Mapping[str, Tensor], out: Path) -> Any:
+    """Write what AutoModel and AutoProcessor open; return the tokenizer, None of a model that reads
+    no text.
+
+    Of an encoder-decoder the decoder is left out: AutoModel draws one, and its `get_encoder()` is
+    the run's.
+    """
+    described = open_config(model)
+    described.dtype = torch.float32
+    described.save_pretrained(out)
+    names = names_in_file(model)
+    own = {
+        name.removeprefix(MODEL): value for name, value in weights.items() if name.startswith(MODEL)
+    }
+    save_weights({names.get(name, name): value for name, value in own.items()}, out)
+    tokenizer = open_tokenizer(model) if "text" in model.modalities else None
+    for opened in (
+        tokenizer,
+        open_image_processor(model) if "vision" in model.modalities else None,
+        open_feature_extractor(model) if "audio" in model.modalities else None,
+    ):
+        if opened is not None:
+            opened.save_pretrained(out)
+    return tokenizer
+
+
+def model_settings(model: TransformersConfig) -> dict[str, Any]:
+    """Return what the code in a folder reads of one model's settings."""
+    settings = {name: value for name, value in asdict(model).items() if name in KEPT}
+    if "vision" in model.modalities:
+        settings["image_processor"] = type(open_image_processor(model)).__name__
+    return settings
+
+
+def write_projection(weights: Mapping[str, Tensor], out: Path) -> None:
+    """Write the trained projection, where there is one."""
+    if "projection.weight" in weights:
+        save_file({"weight": weights["projection.weight"].contiguous()}, out / PROJECTION)
+
+
+def write_code(config: Config, settings: Mapping[str, Any], out: Path) -> Written:
+    """Write the code of a folder and what it reads; return its modules and prompts."""
+    inputs = {name: getattr(config.data, name) for name in INPUTS}
+    write_whole(out / SETTINGS, json.dumps({**settings, **inputs}, ensure_ascii=False, indent=2))
     for name in PUBLISHED:
         write_whole(out / f"{name}_sailplan.py", bundle(name))
     return own_modules("published_sailplan.PublishedEncoder"), {
@@ -169,6 +197,7 @@ def stock(config: Config, model: TransformersConfig, tokenizer: Any) -> bool:
         towers = hasattr(drawn_model(model), FEATURES["text"])
     if (
         towers
+        or names_in_file(model)
         or tokenizer.padding_side != "right"
         or "attention_mask" not in tokenizer.model_input_names
     ):

@@ -26,6 +26,9 @@ from sailplan.runtime.files import write_whole
 LANES = 8  # of conf/data/reading.yaml
 LARGEST_BATCH = 256
 PASSES = 10  # over the training records
+# For a published model: the upper end of what BERT's authors fine-tune with (arXiv 1810.04805, A.3);
+# the optimizer's own is for weights that are drawn.
+LEARNING_RATES = {"learning_rate": 5e-5, "final_learning_rate": 5e-6}
 STEPS = (20, 20_000)  # fewest, most
 
 
@@ -56,7 +59,7 @@ def write_experiment(
     check_name(name)
     path = target_file(name, "experiment")
     data = _with_catalogues(sets)
-    config = compose([f"data=[reading,{','.join(data)}]"])
+    config = compose([f"data=[reading,{','.join(data)}]", *([f"model={model}"] if model else [])])
     datasets = {one: config.data.sets[one] for one in data}
     known = {one: _known(one, datasets[one]) for one in data}
     trained = [
@@ -82,6 +85,7 @@ def write_experiment(
     )
     objectives |= {"cosent": 0.1} if any(known[one].scored for one in trained) else {}
     chosen, tokens = _tokenizer(name, tokenizer, data, datasets, known)
+    pretrained = config.model.pretrained()
     content: dict[str, Any] = {
         "defaults": [
             *([{"override /model": model}] if model else []),
@@ -92,14 +96,21 @@ def write_experiment(
         "name": name,
         "global_batch": batch,
         "step": {"micro_batch": min(batch, 64)},
-        "data": {"tokenizer": chosen, "max_tokens": tokens},
+        "data": {
+            "tokenizer": chosen,
+            "max_tokens": tokens,
+            **({"sets": {one: _as_published(datasets[one]) for one in data}} if pretrained else {}),
+        },
         "order": ["main"],
         "stages": {
             "main": {
                 "steps": length,
                 "data": dict.fromkeys(trained, 1),
                 "objectives": objectives,
-                "optimizer": {"warmup_steps": max(1, length // 20)},
+                "optimizer": {
+                    **(LEARNING_RATES if pretrained else {}),
+                    "warmup_steps": max(1, length // 20),
+                },
             }
         },
     }
@@ -120,6 +131,16 @@ def write_experiment(
         "global_batch": batch,
         "tasks": list(tasks),
         "without_held_out": without,
+    }
+
+
+def _as_published(dataset: DatasetConfig) -> dict[str, Any]:
+    """Return what shows items as a published model was trained to see them: without our prompts,
+    pictures unchanged.
+    """
+    return {
+        **({"image_augmentation": 0.0} if dataset.image_augmentation else {}),
+        "views": {view: {"prompt": ""} for view in dataset.views},
     }
 
 

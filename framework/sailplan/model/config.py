@@ -42,6 +42,12 @@ class EncoderConfig:
         """Return the names of the encoder's parts that a stage's `trainable` may list."""
         return ("text",)
 
+    def pretrained(self) -> bool:
+        """Return whether whole encoders come as they were published, which know no prompts but
+        their own.
+        """
+        return False
+
     def validate(self, path: str) -> None:
         """Raise ConfigurationError for Matryoshka sizes that the vector does not have."""
         if (

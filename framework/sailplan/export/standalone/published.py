@@ -1,6 +1,6 @@
-"""A trained published model as a module of sentence-transformers, where its own modules do not
-say all: texts and pictures
-of a model with a tower for each, templates with text after the item's, other poolings."""
+"""Trained published models as a module of sentence-transformers, where its own modules do not say
+all: texts, pictures and sound, of one model or of several, templates with text after the item's,
+other poolings."""
 
 # A template: what it lacks or overrides comes together when `export.bundle` writes it.
 # mypy: disable-error-code="arg-type, attr-defined, override"
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sailplan.data.processor import ViewRow
 from sailplan.export.standalone.items import BITS, KEYS, by_modality
-from sailplan.export.standalone.media import pixels
+from sailplan.export.standalone.media import pixels, samples_of
 from sailplan.model.encoders.transformers.config import PromptTemplate
 from sailplan.model.encoders.transformers.module import mean_of_units
 from sailplan.model.encoders.transformers.processor import PRESENT, NoTokens
@@ -32,51 +32,64 @@ NAMES = {modality: key for key, modality in KEYS.items()}
 TransformersConfig = SimpleNamespace
 
 
-class Rows:
-    """Rows of named tensors."""
+class Sounds:
+    """Recordings as features: cut into chunks, each through the model's feature extractor."""
 
-    def __init__(self, settings: Any, tokenizer: Any, pictures: Any) -> None:
+    def __init__(self, extractor: Any, settings: Any) -> None:
+        self.extractor, self.chunks = extractor, settings.audio_chunks
+        self.rate = int(extractor.sampling_rate)
+        self.length = round(settings.audio_chunk_seconds * self.rate)
+
+    def features(self, sound: Any) -> Tensor:
+        return self._extracted(self._cut(samples_of(sound, self.rate), None))
+
+
+class Rows:
+    """Rows of named tensors. settings: the inputs' sizes; text: of the model that reads."""
+
+    def __init__(
+        self, settings: Any, text: Any, tokenizer: Any, pictures: Any, extractor: Any
+    ) -> None:
         self.settings, self.max_tokens, self._picture_processor = (
-            settings,
+            text,
             settings.max_tokens,
             pictures,
         )
+        self._recordings = Sounds(extractor, settings) if extractor is not None else None
         self.tokenizer = (
-            PublishedTokenizer(tokenizer, settings, settings.max_tokens)
+            PublishedTokenizer(tokenizer, text, settings.max_tokens)
             if tokenizer is not None
             else NoTokens()
         )
 
 
-class PublishedEncoder(InputModule):
-    """Items to `sentence_embedding` [b, D]."""
+class PublishedTower(nn.Module):
+    """One published model and its projection."""
 
-    def __init__(
-        self,
-        settings: Any,
-        model: nn.Module,
-        tokenizer: Any,
-        pictures: Any,
-        projection: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, settings: Any, model: nn.Module, projection: nn.Module | None) -> None:
         super().__init__()
         self.settings, self.model, self.projection = settings, model, projection
-        self.rows = Rows(settings, tokenizer, pictures)
-        self.tokenizer = tokenizer
         self.compute_dtype = None
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
+
+class PublishedEncoder(InputModule):
+    """Items to `sentence_embedding` [b, D]. towers: modality -> the model that encodes it."""
+
+    def __init__(self, settings: Any, towers: dict[str, PublishedTower], rows: Rows) -> None:
+        super().__init__()
+        self.settings, self.rows = settings, rows
+        self.towers = nn.ModuleDict(towers)
+        self.tokenizer = None
+
     @property
     def modalities(self) -> list[Any]:
         keys = [NAMES[modality] for modality in self.settings.modalities]
-        return [
-            *keys,
-            *permutations(keys, 2),
-            *(["message"] if len(keys) > 1 else []),
-        ]  # the last: unlike items in a batch
+        mixed = [each for size in range(2, len(keys) + 1) for each in permutations(keys, size)]
+        return [*keys, *mixed, *(["message"] if mixed else [])]  # the last: unlike items in a batch
 
     @property
     def max_seq_length(self) -> int:
@@ -105,6 +118,14 @@ class PublishedEncoder(InputModule):
         if any("vision" in row for row in rows):
             found |= self.rows._stacked(
                 [ViewRow(images=tuple(self._frames(row.get("vision")))) for row in rows]
+            )
+        if any("audio" in row for row in rows):
+            sounds = [row.get("audio") for row in rows]
+            found |= self.rows._heard(
+                [
+                    None if sound is None else self.rows._recordings.features(sound)
+                    for sound in sounds
+                ]
             )
         return found
 
@@ -137,7 +158,7 @@ class PublishedEncoder(InputModule):
                 for name, value in features.items()
                 if isinstance(value, Tensor)
             }
-            vectors = [self.encode(name, named) for name in BITS if kind & BITS[name]]
+            vectors = [self.towers[name].encode(name, named) for name in BITS if kind & BITS[name]]
             fused = fused.index_copy(0, rows, mean_of_units(vectors).to(fused.dtype))
         return features | {"sentence_embedding": fused}
 
@@ -146,42 +167,50 @@ class PublishedEncoder(InputModule):
 
     @classmethod
     def load(cls, model_name_or_path: str, **options: Any) -> PublishedEncoder:
+        names = ("token", "revision", "cache_folder", "local_files_only")
+        where = {name: options[name] for name in names if options.get(name) is not None}
         taken = {
-            name: options[name]
-            for name in ("token", "revision", "local_files_only")
-            if options.get(name) is not None
-        }
-        if options.get("cache_folder"):
-            taken["cache_dir"] = options["cache_folder"]
-        where = {
-            key: options[key]
-            for key in ("token", "revision", "cache_folder", "local_files_only")
-            if key in options
+            "cache_dir" if name == "cache_folder" else name: value for name, value in where.items()
         }
         file = cls.load_file_path(model_name_or_path, SETTINGS, **where)
         with open(str(file), encoding="utf-8") as opened:
-            values = json.load(opened)
-        settings = SimpleNamespace(**values)
-        settings.prompts = {
-            name: PromptTemplate(**template) for name, template in values["prompts"].items()
+            settings = SimpleNamespace(**json.load(opened))
+        # Folder of a model, "" the whole one -> its settings.
+        models = {
+            folder: SimpleNamespace(**values)
+            for folder, values in getattr(settings, "towers", {"": vars(settings)}).items()
         }
-        model = transformers.AutoModel.from_pretrained(
-            model_name_or_path, **taken, **(options.get("model_kwargs") or {})
-        )
-        tokenizer = (
-            transformers.AutoTokenizer.from_pretrained(model_name_or_path, **taken)
-            if "text" in settings.modalities
-            else None
-        )
-        pictures = None
-        if "vision" in settings.modalities:
-            pictures = getattr(transformers, settings.image_processor).from_pretrained(
-                model_name_or_path, **taken
+        towers: dict[str, PublishedTower] = {}
+        opened_for: dict[str, Any] = {"text": None, "vision": None, "audio": None}
+        reads: Any = None
+        for folder, own in models.items():
+            own.prompts = {
+                name: PromptTemplate(**template) for name, template in own.prompts.items()
+            }
+            reads = own if "text" in own.modalities else reads or own
+            at = taken | {"subfolder": folder}
+            model = transformers.AutoModel.from_pretrained(
+                model_name_or_path, **at, **(options.get("model_kwargs") or {})
             )
-        projection = None
-        if settings.projection:
-            held = cls.load_file_path(model_name_or_path, PROJECTION, **where)
-            weight = safetensors.torch.load_file(str(held))["weight"]
-            projection = nn.Linear(weight.size(1), weight.size(0), bias=False)
-            projection.weight.data = weight
-        return cls(settings, model.eval(), tokenizer, pictures, projection)
+            if getattr(model.config, "is_encoder_decoder", False) and not hasattr(
+                model, "get_text_features"
+            ):
+                model = model.get_encoder()
+            projection = None
+            if own.projection:
+                held = cls.load_file_path(model_name_or_path, PROJECTION, subfolder=folder, **where)
+                weight = safetensors.torch.load_file(str(held))["weight"]
+                projection = nn.Linear(weight.size(1), weight.size(0), bias=False)
+                projection.weight.data = weight
+            tower = PublishedTower(own, model.eval(), projection)
+            for modality in own.modalities:
+                towers[modality] = tower
+                named = {
+                    "text": "AutoTokenizer",
+                    "vision": own.image_processor,
+                    "audio": "AutoFeatureExtractor",
+                }[modality]
+                opened_for[modality] = getattr(transformers, named).from_pretrained(
+                    model_name_or_path, **at
+                )
+        return cls(settings, towers, Rows(settings, reads, *opened_for.values()))

@@ -22,9 +22,11 @@ from sailplan.model.encoders.transformers.files import (
     open_image_processor,
     open_tokenizer,
     published_model,
+    reads_media_as_text,
 )
 from sailplan.model.encoders.transformers.module import TransformersEncoder, merged
 from sailplan.model.encoders.transformers.processor import TransformersProcessor
+from sailplan.model.encoders.transformers.sequences import SequenceProcessor
 from sailplan.model.protocol import Encoder
 from sailplan.runtime.process import Parallel
 
@@ -35,7 +37,10 @@ class Transformers(EncoderComponent):
     model: TransformersConfig
 
     def processor(self, config: Config) -> Processor:
-        return TransformersProcessor(self.model, config)
+        alone = list(self.model.modalities) == ["text"]
+        within = not alone and reads_media_as_text(self.model)
+        kind = SequenceProcessor if within else TransformersProcessor
+        return kind(self.model, config)
 
     def module(self, dtype: torch.dtype) -> TransformersEncoder:
         return TransformersEncoder(self.model, drawn_model(self.model), dtype=dtype)

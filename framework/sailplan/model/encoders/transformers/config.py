@@ -82,9 +82,18 @@ class TransformersConfig(EncoderConfig):
         # The name of its class in transformers, one that ends in Pil; None: what the model names
         None
     )
+    image_processor_options: dict[str, Any] = field(
+        default_factory=dict
+    )  # changes to its settings, such as {max_pixels: 262144}
+    media_marks: dict[str, str] = field(
+        default_factory=dict
+    )  # vision | audio -> what stands for one in the text of a model that reads media as positions of it; by default its own token
     lora: PeftConfig = field(default_factory=PeftConfig)
 
     component_path: ClassVar[str] = "sailplan.model.encoders.transformers.component.Transformers"
+
+    def pretrained(self) -> bool:
+        return self.weights == "published"
 
     def validate(self, path: str) -> None:
         super().validate(path)
@@ -100,12 +109,21 @@ class TransformersConfig(EncoderConfig):
             )
 
     def check_effects(self, path: str) -> None:
-        """Raise ConfigurationError for a processor of pictures that nothing shows."""
-        if self.image_processor is not None and "vision" not in self.modalities:
-            raise ConfigurationError(
-                f"{path}.image_processor={self.image_processor}: has no effect with "
-                f"{path}.modalities={self.modalities}; leave it out, or add vision"
-            )
+        """Raise ConfigurationError for a processor of pictures that nothing shows, and marks of
+        what is not encoded.
+        """
+        for name in ("image_processor", "image_processor_options"):
+            if getattr(self, name) and "vision" not in self.modalities:
+                raise ConfigurationError(
+                    f"{path}.{name}={getattr(self, name)}: has no effect with "
+                    f"{path}.modalities={self.modalities}; leave it out, or add vision"
+                )
+        for modality in self.media_marks:
+            if modality == "text" or modality not in self.modalities:
+                raise ConfigurationError(
+                    f"{path}.media_marks.{modality}: has no effect with "
+                    f"{path}.modalities={self.modalities}; leave it out, or add {modality}"
+                )
 
     def part_names(self) -> tuple[str, ...]:
         return (

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import PushToHubMixin
 
 from sailplan.errors import ConfigurationError
 from sailplan.model.encoders.transformers.config import TransformersConfig
@@ -19,6 +21,7 @@ from sailplan.model.encoders.transformers.config import TransformersConfig
 T = TypeVar("T")
 logger = logging.getLogger("sailplan.model")
 AUTO = "auto"
+WORDS = {"vision": "image", "audio": "audio"}  # what processors and chat templates call them
 MOST_MISSING = (
     0.1  # of a model's parameters: a head that the files lack may be drawn, a model may not
 )
@@ -75,7 +78,7 @@ def open_image_processor(settings: TransformersConfig) -> Any:
                 str(values["image_processor_type"]).removesuffix("Fast").removesuffix("Pil") + "Pil"
             )
         return getattr(transformers, name).from_pretrained(
-            settings.source, revision=settings.revision
+            settings.source, revision=settings.revision, **settings.image_processor_options
         )
 
     return _opened(settings, "picture processor (model.image_processor)", read)
@@ -90,6 +93,43 @@ def open_feature_extractor(settings: TransformersConfig) -> Any:
             settings.source, revision=settings.revision
         ),
     )
+
+
+def reads_media_as_text(settings: TransformersConfig) -> bool:
+    """Return whether pictures or sound are positions of the model's text: it has tokens for them."""
+    names = [f"{word}_token_{kind}" for word in WORDS.values() for kind in ("id", "index")]
+    config = open_config(settings)
+    return any(getattr(config, name, None) is not None for name in names)
+
+
+class NoVideos(transformers.BaseVideoProcessor, PushToHubMixin):
+    """Stands where a processor wants one for videos, which need torchvision: frames are pictures."""
+
+    def __init__(self) -> None:
+        pass
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def open_processor(settings: TransformersConfig) -> Any:
+    """Return the processor of a model that reads media as positions of its text."""
+
+    def read() -> Any:
+        kind = open_config(settings).model_type
+        name = PROCESSOR_MAPPING_NAMES[kind]
+        processor = getattr(transformers, name)
+        made = {
+            "tokenizer": lambda: open_tokenizer(settings),
+            "image_processor": lambda: open_image_processor(settings),
+            "feature_extractor": lambda: open_feature_extractor(settings),
+            "video_processor": NoVideos,
+        }
+        values, _ = processor.get_processor_dict(settings.source, revision=settings.revision)
+        parts = [made[part]() for part in processor.get_attributes()]
+        return processor.from_args_and_dict(parts, values)
+
+    return _opened(settings, "processor", read)
 
 
 def drawn_model(settings: TransformersConfig) -> Any:
@@ -123,7 +163,12 @@ def published_model(settings: TransformersConfig) -> Any:
             output_loading_info=True,
         ),
     )
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    encodes = {id(parameter) for parameter in _encoder_of(model).parameters()}
+    sizes = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if id(parameter) in encodes
+    }
     missing = sorted(set(found["missing_keys"]) & sizes.keys())
     if sum(sizes[name] for name in missing) > MOST_MISSING * sum(sizes.values()):
         raise ConfigurationError(
@@ -138,18 +183,40 @@ def published_model(settings: TransformersConfig) -> Any:
     return _encoder_alone(model)
 
 
+def names_in_file(settings: TransformersConfig) -> dict[str, str]:
+    """Return, of an encoder-decoder, the encoder's tensors by name -> their names in the file that
+    AutoModel reads; of other models nothing.
+    """
+    with torch.device("meta"):
+        whole = transformers.AutoModel.from_config(open_config(settings), dtype=torch.float32)
+    encoder = _encoder_of(whole)
+    if encoder is whole:
+        return {}
+    held = {id(tensor): name for name, tensor in reversed(_tensors(whole))}  # the first name stays
+    return {name: held[id(tensor)] for name, tensor in _tensors(encoder)}
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+
+
 def _attention(settings: TransformersConfig) -> str | None:
     return None if settings.attention == AUTO else settings.attention
+
+
+def _encoder_of(model: Any) -> Any:
+    seq2seq = getattr(model.config, "is_encoder_decoder", False)
+    return model.get_encoder() if seq2seq and not hasattr(model, "get_text_features") else model
 
 
 def _encoder_alone(model: Any) -> nn.Module:
     """Return the encoder of an encoder-decoder, else the model; scalars become buffers, as FSDP2
     shards none (the temperature is the objective's).
     """
-    if getattr(model.config, "is_encoder_decoder", False) and not hasattr(
-        model, "get_text_features"
-    ):
-        model = model.get_encoder()
+    model = _encoder_of(model)
     for name, parameter in list(model.named_parameters()):
         if parameter.ndim == 0:
             owner, _, own = name.rpartition(".")

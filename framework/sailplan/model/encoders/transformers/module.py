@@ -18,8 +18,9 @@ from torch.utils import _pytree
 from sailplan.data.record import NamedInputs
 from sailplan.errors import ConfigurationError
 from sailplan.model.encoders.transformers.config import PeftConfig, TransformersConfig
+from sailplan.model.encoders.transformers.files import reads_media_as_text
 from sailplan.model.encoders.transformers.pooling import POOLINGS
-from sailplan.model.encoders.transformers.processor import LENGTHS, PRESENT, RECORDINGS
+from sailplan.model.encoders.transformers.processor import LENGTHS, PRESENT, RECORDINGS, ROWS
 from sailplan.model.protocol import Embeddings, Encoder, reach_backward
 
 LORA = "lora_"  # in the names of peft's factors
@@ -48,6 +49,8 @@ class TransformersEncoder(Encoder):
         self.settings, self.dtype = settings, dtype
         self.modalities, self.dimension = tuple(settings.modalities), settings.embedding
         self.model = model
+        alone = list(settings.modalities) == ["text"]
+        self.media_as_text = not alone and reads_media_as_text(settings)
         size = vector_size(model)
         self.projection = (
             nn.Linear(size, settings.embedding, bias=False) if settings.projection else None
@@ -82,12 +85,11 @@ class TransformersEncoder(Encoder):
             for modality, begins in TOWERS.items()
             if name.removeprefix("model.").startswith(begins)
         ]
-        return (
-            towers[0] if towers and hasattr(self.model, FEATURES[towers[0]]) else self.modalities[0]
-        )
+        apart = towers and (self.media_as_text or hasattr(self.model, FEATURES[towers[0]]))
+        return towers[0] if apart else "text" if self.media_as_text else self.modalities[0]
 
     def used_parts(self, modalities: Iterable[str]) -> set[str]:
-        return {"projection", "lora", *modalities}
+        return {"projection", "lora", *modalities, *(["text"] if self.media_as_text else [])}
 
     def checkpoint_activations(self) -> None:
         self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -102,6 +104,8 @@ class TransformersEncoder(Encoder):
         row without any gets zeros.
         """
         named = inputs.named
+        if ROWS in named:
+            return self._sequences(named, per_modality)
         if not inputs.rows:
             named = {name: tensor.new_ones(1, *tensor.shape[1:]) for name, tensor in named.items()}
         vectors = {modality: self.encode(modality, named) for modality in inputs.modalities}
@@ -116,6 +120,26 @@ class TransformersEncoder(Encoder):
             return self._text(named)
         name = {"vision": "pixel_values", "audio": RECORDINGS}[modality]
         return self._media(modality, named[name], named[PRESENT[modality]], named.get(LENGTHS))
+
+    def _sequences(self, named: dict[str, Tensor], per_modality: bool) -> Embeddings:
+        """Encode rows whose media are positions of their text; there may be one more than ROWS
+        says, which fills up.
+        """
+        if per_modality:
+            raise ConfigurationError(
+                f"model.source={self.settings.source} reads pictures and sound within a row's text: "
+                "found a loss of the modalities' own vectors, expected one of the row's; leave "
+                "late_fusion and micl out"
+            )
+        dtype, present = self.compute_dtype or self.dtype, named[ROWS]
+        given = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in named.items()
+            if name != ROWS
+        }
+        pooled = self._pooled(self.model(**given), given["attention_mask"])
+        vectors = self._read_out(pooled)[: len(present)].masked_fill(~present[:, None], 0.0)
+        return Embeddings(reach_backward(vectors))
 
     def _text(self, named: dict[str, Tensor]) -> Tensor:
         """Return [b, D]; zeros in rows that are said to have no text."""

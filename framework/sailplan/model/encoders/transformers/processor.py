@@ -31,6 +31,7 @@ from sailplan.model.encoders.transformers.recordings import Recordings
 PRESENT = {
     modality: f"{modality}_present" for modality in MODALITIES
 }  # ours, beside the model's own tensors: what a row has
+ROWS = "rows"  # ours too: which rows of `sequences` show anything, bool [b]
 RECORDINGS, LENGTHS = "audio_features", "audio_lengths"  # ours: models name them differently
 
 

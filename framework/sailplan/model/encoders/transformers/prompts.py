@@ -51,13 +51,20 @@ class PublishedTokenizer:
         model.prompts, or a sentence before the text.
         """
         if prompt not in self._templates:
-            named = self.settings.prompts.get(prompt or DEFAULT)
-            if named is None:
-                named = PromptTemplate(
-                    before=f"{prompt} " if prompt and not self.settings.chat_template else prompt
-                )
-            self._templates[prompt] = self._in_chat(named) if self.settings.chat_template else named
+            named = self.named(prompt)
+            self._templates[prompt] = (
+                self.in_chat(named, [], self._published) if self.settings.chat_template else named
+            )
         return self._templates[prompt]
+
+    def named(self, prompt: str) -> PromptTemplate:
+        """Return the template of a prompt as the settings have it, outside of a chat."""
+        found = self.settings.prompts.get(prompt or DEFAULT)
+        if found is None:
+            found = PromptTemplate(
+                before=f"{prompt} " if prompt and not self.settings.chat_template else prompt
+            )
+        return found
 
     def overhead(self, prompt: str) -> int:
         """Return the tokens of a row without a text.
@@ -89,6 +96,15 @@ class PublishedTokenizer:
             self._known.put(keys[place], ids, 200 + 2 * len(keys[place]) + 40 * len(ids))
         return [ids for ids in known if ids is not None]
 
+    def fitting(self, text: str, prompt: str) -> str:
+        """Return a text without its last characters, as far as the row has too many tokens."""
+        self.overhead(prompt)
+        template = self.template(prompt)
+        head = template.before + template.middle
+        (encoding,) = self._encode([head + text + template.after])
+        dropped = self._dropped(encoding, len(head), len(head) + len(text))
+        return text[: max(0, encoding.offsets[dropped[0]][0] - len(head))] if dropped else text
+
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, neither cut nor with special tokens."""
         parts = (
@@ -111,9 +127,14 @@ class PublishedTokenizer:
         """Return the ids without the last tokens of the characters start..stop, as far as there
         are too many.
         """
+        dropped = set(self._dropped(encoding, start, stop))
+        return [number for place, number in enumerate(encoding.ids) if place not in dropped]
+
+    def _dropped(self, encoding: tokenizers.Encoding, start: int, stop: int) -> list[int]:
+        """Return the places of the tokens that there are too many."""
         surplus = len(encoding.ids) - self.max_tokens
         if surplus <= 0:
-            return list(encoding.ids)
+            return []
         inside = [
             place
             for place, ((first, last), special) in enumerate(
@@ -121,14 +142,21 @@ class PublishedTokenizer:
             )
             if not special and first < stop and last > start
         ]
-        dropped = set(inside[max(0, len(inside) - surplus) :])
-        return [number for place, number in enumerate(encoding.ids) if place not in dropped]
+        return inside[max(0, len(inside) - surplus) :]
 
-    def _in_chat(self, template: PromptTemplate) -> PromptTemplate:
+    def in_chat(
+        self, template: PromptTemplate, media: Sequence[dict[str, str]], published: Any
+    ) -> PromptTemplate:
+        """Return a template as the model's chat has it. media: what the user's message holds before
+        its text; published: the model's tokenizer or processor, which renders it.
+        """
+        text: Any = template.middle + SLOT + template.after
+        if media:
+            text = [*media, {"type": "text", "text": text}]
         messages = [{"role": "system", "content": template.before}] if template.before else []
-        messages.append({"role": "user", "content": template.middle + SLOT + template.after})
+        messages.append({"role": "user", "content": text})
         try:
-            rendered: str = self._published.apply_chat_template(
+            rendered: str = published.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # jinja's and the library's own, of many kinds

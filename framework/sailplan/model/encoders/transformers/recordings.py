@@ -36,6 +36,7 @@ class Recordings:
         self.rate = int(extractor.sampling_rate)
         self.length = round(data.audio_chunk_seconds * self.rate)
         longest = _longest(extractor)
+        self.longest = longest
         if longest is not None and self.length > longest:
             raise ConfigurationError(
                 f"data.audio_chunk_seconds={data.audio_chunk_seconds}: expected at most "
@@ -63,6 +64,23 @@ class Recordings:
         kept = torch.from_numpy(samples) if long else found
         decoded.put(content, kept, kept.nbytes + len(content))
         return found
+
+    def whole(
+        self, item_id: str, content: bytes, source: random.Random | None
+    ) -> NDArray[np.float32]:
+        """Return a recording's samples [s], at most those of all chunks, for a model that takes them
+        as one; raises BadSample.
+        """
+        return np.concatenate(self._cut(self._samples(item_id, content), source))
+
+    def check_whole(self) -> None:
+        """Raise ConfigurationError where all chunks are longer than the extractor takes as one."""
+        if self.longest is not None and self.length * self.chunks > self.longest:
+            raise ConfigurationError(
+                f"data.audio_chunks={self.chunks}: expected at most "
+                f"{self.longest / self.rate:g} seconds in all, what the model's "
+                f"{type(self.extractor).__name__} takes whole; use fewer"
+            )
 
     @cached_property
     def shape(self) -> tuple[int, ...]:

@@ -36,6 +36,9 @@ class TwoTowersConfig(EncoderConfig):
         every: tuple[Modality, ...] = ("text", "vision", "audio")
         return tuple(name for name in every if getattr(self, name) is not None)
 
+    def pretrained(self) -> bool:
+        return any(self.tower(modality).pretrained() for modality in self.towers)
+
     def validate(self, path: str) -> None:
         super().validate(path)
         if len(self.towers) < 2:
