@@ -137,6 +137,7 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         f"global_batch={BATCH}",
         "step.micro_batch=8",  # rows of a length: short words and definitions are padded less
         "step.kept_graphs=-1",
+        "parallel.threads=1",
         "logger=[console]",
         "resume=auto",
     ]

@@ -39,16 +39,25 @@ GRAFTS = {
         "TransformersProcessor",
         ("_picture_shape", "_stacked", "_heard", "_texts"),
     ),
+    "Sequences": (
+        "sailplan.model.encoders.transformers.sequences",
+        "SequenceProcessor",
+        ("_sequences", "_written", "_around", "_mark"),
+    ),
     "Sounds": (
         "sailplan.model.encoders.transformers.recordings",
         "Recordings",
-        ("shape", "stacked", "masked", "lengths", "_cut", "_extracted", "_padding"),
+        (
+            *("shape", "stacked", "masked", "lengths"),
+            *("_cut", "_extracted", "_padding"),
+        ),
     ),
     "PublishedTower": (
         "sailplan.model.encoders.transformers.module",
         "TransformersEncoder",
         (
             "encode",
+            "_sequences",
             "_text",
             "_media",
             "_input_name",

@@ -29,7 +29,7 @@ def settings_of(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     found = {
         name: value
         for name, value in values.items()
-        if name not in ("source", "embedding", "projection")
+        if name not in ("source", "embedding", "projection", "media_as_text")
     }
     found["prompts"] = {
         name: PromptTemplate(**template) for name, template in values["prompts"].items()

@@ -26,9 +26,10 @@ from sailplan.model.encoders.transformers.files import (
     drawn_model,
     names_in_file,
     open_config,
-    open_feature_extractor,
     open_image_processor,
     open_tokenizer,
+    reads_media_as_text,
+    save_files,
 )
 from sailplan.model.encoders.transformers.module import FEATURES, LORA
 from sailplan.model.encoders.transformers.prompts import PublishedTokenizer
@@ -47,7 +48,7 @@ POOLINGS = {
 SETTINGS, PROJECTION = "sailplan_encoder.json", "projection.safetensors"
 KEPT = (
     *("embedding", "modalities", "pooling", "projection", "special_tokens", "padding", "prompts"),
-    *("chat_template", "image_processor"),
+    *("chat_template", "image_processor", "media_marks"),
 )
 INPUTS = ("max_tokens", "frames", "audio_chunks", "audio_chunk_seconds")  # keys of `data`
 
@@ -101,23 +102,13 @@ def write_model(model: TransformersConfig, weights: Mapping[str, Tensor], out: P
     Of an encoder-decoder the decoder is left out: AutoModel draws one, and its `get_encoder()` is
     the run's.
     """
-    described = open_config(model)
-    described.dtype = torch.float32
-    described.save_pretrained(out)
+    save_files(model, out)
     names = names_in_file(model)
     own = {
         name.removeprefix(MODEL): value for name, value in weights.items() if name.startswith(MODEL)
     }
     save_weights({names.get(name, name): value for name, value in own.items()}, out)
-    tokenizer = open_tokenizer(model) if "text" in model.modalities else None
-    for opened in (
-        tokenizer,
-        open_image_processor(model) if "vision" in model.modalities else None,
-        open_feature_extractor(model) if "audio" in model.modalities else None,
-    ):
-        if opened is not None:
-            opened.save_pretrained(out)
-    return tokenizer
+    return open_tokenizer(model) if "text" in model.modalities else None
 
 
 def model_settings(model: TransformersConfig) -> dict[str, Any]:
@@ -125,6 +116,7 @@ def model_settings(model: TransformersConfig) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(model).items() if name in KEPT}
     if "vision" in model.modalities:
         settings["image_processor"] = type(open_image_processor(model)).__name__
+    settings["media_as_text"] = model.modalities != ["text"] and reads_media_as_text(model)
     return settings
 
 

@@ -105,8 +105,8 @@ class LateFusion(Objective):
         vision = view.by_modality.get("vision")
         if vision is None:
             raise ConfigurationError(
-                "objectives.late_fusion: found no vision vectors, expected an encoder that honours "
-                "per_modality"
+                "objectives.late_fusion: found no vision vectors, expected an encoder that has them "
+                "apart from the row's (per_modality); leave late_fusion out of this stage"
             )
         gate = torch.sigmoid(self.gate(torch.cat([vision, view.fused], 1)))
         mixed = gate * vision + (1 - gate) * view.fused

@@ -86,8 +86,8 @@ class MICL(Objective):
                 keys = pattern.target.by_modality.get(modality)
                 if queries is None or keys is None:
                     raise ConfigurationError(
-                        f"objectives.micl: found no {modality} vectors, expected an encoder that "
-                        "honours per_modality"
+                        f"objectives.micl: found no {modality} vectors, expected an encoder that has "
+                        "them apart from the row's (per_modality); leave micl out of this stage"
                     )
                 found = contrast(
                     encoded,

@@ -37,6 +37,7 @@ from folders import (  # noqa: E402
     trained,
     valid,
 )
+from single_stream import configured  # noqa: E402
 from test_published_folder import source  # noqa: E402
 from test_published_sound import clap, spectrogram_transformer, wav2vec2, whisper  # noqa: E402
 
@@ -122,6 +123,16 @@ def three_towers(folder: Path) -> tuple[Any, float]:
     return replace(found, audio=hears), seconds
 
 
+def single_stream(kind: str) -> Any:
+    """A model that reads media within its text, asked with a chat template or with marks."""
+
+    def make(folder: Path) -> tuple[Any, float]:
+        chat = kind == "llava"
+        return configured(folder, kind, chat_template=chat, projection=True, **PROJECTED).model, 0.8
+
+    return make
+
+
 # Run -> what makes it, the views that it is asked for.
 RUNS: dict[str, tuple[Any, list[str]]] = {
     "whisper": (hears_whisper, ["audio"]),
@@ -130,6 +141,9 @@ RUNS: dict[str, tuple[Any, list[str]]] = {
     "ast": (hears_spectrograms, ["audio"]),
     "t5": (encoder_of_a_decoder, ["text"]),
     "two towers": (two_towers, ["text", "vision", "text_vision"]),
+    "qwen2_vl": (single_stream("qwen2_vl"), ["text", "vision", "text_vision"]),
+    "llava": (single_stream("llava"), ["text", "text_vision"]),
+    "qwen2_audio": (single_stream("qwen2_audio"), ["text", "audio"]),
     "three towers": (three_towers, ["text", "vision", "audio", "text_vision", "all"]),
 }
 # Folder with one thing changed -> run, view, the change.
@@ -137,6 +151,7 @@ CHANGED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fewer chunks": ("whisper", "audio", {"audio_chunks": 1}),
     "another pooling": ("wav2vec2", "audio", {"pooling": "mean"}),
     "longer chunks": ("three towers", "all", {"audio_chunk_seconds": 0.25}),
+    "another mark": ("qwen2_vl", "vision", {"media_marks": {"vision": "<|image_pad|>"}}),
     "shorter rows": ("two towers", "text", {"max_tokens": 8}),
 }
 

@@ -23,8 +23,9 @@ from sailplan.data.processor import ViewRow
 from sailplan.export.standalone.items import BITS, KEYS, by_modality
 from sailplan.export.standalone.media import pixels, samples_of
 from sailplan.model.encoders.transformers.config import PromptTemplate
+from sailplan.model.encoders.transformers.files import open_processor
 from sailplan.model.encoders.transformers.module import mean_of_units
-from sailplan.model.encoders.transformers.processor import PRESENT, NoTokens
+from sailplan.model.encoders.transformers.processor import PRESENT, ROWS, NoTokens
 from sailplan.model.encoders.transformers.prompts import PublishedTokenizer
 
 SETTINGS, PROJECTION = "sailplan_encoder.json", "projection.safetensors"
@@ -42,6 +43,9 @@ class Sounds:
 
     def features(self, sound: Any) -> Tensor:
         return self._extracted(self._cut(samples_of(sound, self.rate), None))
+
+    def whole(self, sound: Any) -> Tensor:
+        return torch.from_numpy(np.concatenate(self._cut(samples_of(sound, self.rate), None)))
 
 
 class Rows:
@@ -63,6 +67,30 @@ class Rows:
         )
 
 
+class Sequences:
+    """Rows of a model that reads pictures and sound within its text."""
+
+    def __init__(self, settings: Any, text: Any, tokenizer: Any, extractor: Any) -> None:
+        self.settings = text
+        self.tokenizer = PublishedTokenizer(tokenizer, text, settings.max_tokens)
+        self._published = open_processor(text)
+        self._prompts: dict[Any, Any] = {}
+        if extractor is not None:
+            self._recordings = Sounds(extractor, settings)
+            self.audio_rate = self._recordings.rate
+
+    def batch(self, rows: list[dict[str, Any]], images: list[Any], prompt: str) -> dict[str, Any]:
+        """Return the model's tensors; images: those of each row, uint8 [3, height, width]."""
+        shown = []
+        for row, pictures in zip(rows, images, strict=True):
+            sound = row.get("audio")
+            heard = None if sound is None else self._recordings.whole(sound)[None]
+            shown.append(ViewRow(text=row.get("text") or "", images=tuple(pictures), audio=heard))
+        found = self._sequences(shown, len(shown), prompt)
+        found[ROWS] |= torch.tensor([list(row) == ["text"] for row in rows])
+        return found
+
+
 class PublishedTower(nn.Module):
     """One published model and its projection."""
 
@@ -79,7 +107,9 @@ class PublishedTower(nn.Module):
 class PublishedEncoder(InputModule):
     """Items to `sentence_embedding` [b, D]. towers: modality -> the model that encodes it."""
 
-    def __init__(self, settings: Any, towers: dict[str, PublishedTower], rows: Rows) -> None:
+    def __init__(
+        self, settings: Any, towers: dict[str, PublishedTower], rows: Rows | Sequences
+    ) -> None:
         super().__init__()
         self.settings, self.rows = settings, rows
         self.towers = nn.ModuleDict(towers)
@@ -108,6 +138,9 @@ class PublishedEncoder(InputModule):
                     f"{', '.join(self.settings.modalities)}"
                 )
         found: dict[str, Any] = {"modalities": torch.tensor(shown)}
+        if isinstance(self.rows, Sequences):
+            images = [self._pictures(row.get("vision")) for row in rows]
+            return found | self.rows.batch(rows, images, prompt or "")
         if any("text" in row for row in rows):
             found |= self.rows._texts(
                 self.rows.tokenizer.texts([row.get("text") or "" for row in rows], prompt or "")
@@ -129,13 +162,16 @@ class PublishedEncoder(InputModule):
             )
         return found
 
-    def _frames(self, shown: Any) -> list[Tensor]:
+    def _pictures(self, shown: Any) -> list[Tensor]:
+        """Return uint8 [3, height, width] of each picture, at most the trained number."""
         several = (
             list(shown) if isinstance(shown, (list, tuple)) else [] if shown is None else [shown]
         )
+        return [pixels(picture) for picture in several[: self.settings.frames]]
+
+    def _frames(self, shown: Any) -> list[Tensor]:
         images = [
-            Image.fromarray(pixels(picture).permute(1, 2, 0).numpy())
-            for picture in several[: self.settings.frames]
+            Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in self._pictures(shown)
         ]
         return [
             torch.as_tensor(
@@ -146,6 +182,14 @@ class PublishedEncoder(InputModule):
         ]
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        if ROWS in features:
+            given = {
+                name: value
+                for name, value in features.items()
+                if isinstance(value, Tensor) and name != "modalities"
+            }
+            vectors = self.towers["text"]._sequences(given)
+            return features | {"sentence_embedding": vectors}
         bits = features["modalities"].tolist()
         device = features["modalities"].device
         fused = torch.zeros(len(bits), self.settings.embedding, device=device)
@@ -213,4 +257,10 @@ class PublishedEncoder(InputModule):
                 opened_for[modality] = getattr(transformers, named).from_pretrained(
                     model_name_or_path, **at
                 )
-        return cls(settings, towers, Rows(settings, reads, *opened_for.values()))
+        if reads.media_as_text:
+            reads.source, reads.revision = model_name_or_path, taken.get("revision")
+            reads.options, reads.image_processor_options = {}, {}
+            rows = Sequences(settings, reads, opened_for["text"], opened_for["audio"])
+        else:
+            rows = Rows(settings, reads, *opened_for.values())
+        return cls(settings, towers, rows)

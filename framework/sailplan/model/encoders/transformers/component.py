@@ -17,12 +17,9 @@ from sailplan.model.component import EncoderComponent
 from sailplan.model.encoders.transformers.config import PeftConfig, TransformersConfig
 from sailplan.model.encoders.transformers.files import (
     drawn_model,
-    open_config,
-    open_feature_extractor,
-    open_image_processor,
-    open_tokenizer,
     published_model,
     reads_media_as_text,
+    save_files,
 )
 from sailplan.model.encoders.transformers.module import TransformersEncoder, merged
 from sailplan.model.encoders.transformers.processor import TransformersProcessor
@@ -67,13 +64,7 @@ class Transformers(EncoderComponent):
         return settings, merged(weights, self.model.lora) if self.model.lora.rank else dict(weights)
 
     def write_files(self, config: Config, weights: dict[str, Tensor], out: Path) -> None:
-        open_config(self.model).save_pretrained(out)
-        if "text" in self.model.modalities:
-            open_tokenizer(self.model).save_pretrained(out)
-        if "vision" in self.model.modalities:
-            open_image_processor(self.model).save_pretrained(out)
-        if "audio" in self.model.modalities:
-            open_feature_extractor(self.model).save_pretrained(out)
+        save_files(self.model, out)
 
     def placed(self, folder: Path) -> Any:
-        return replace(self.model, source=str(folder), options={})
+        return replace(self.model, source=str(folder), options={}, image_processor_options={})

@@ -4,6 +4,7 @@ transformers.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,16 @@ import torch
 import transformers
 from torch import nn
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.utils import PushToHubMixin
+from transformers.utils import PushToHubMixin, cached_file
 
 from sailplan.errors import ConfigurationError
 from sailplan.model.encoders.transformers.config import TransformersConfig
+from sailplan.runtime.files import write_whole
 
 T = TypeVar("T")
 logger = logging.getLogger("sailplan.model")
 AUTO = "auto"
+VIDEOS = "video_preprocessor_config.json"
 WORDS = {"vision": "image", "audio": "audio"}  # what processors and chat templates call them
 MOST_MISSING = (
     0.1  # of a model's parameters: a head that the files lack may be drawn, a model may not
@@ -130,6 +133,38 @@ def open_processor(settings: TransformersConfig) -> Any:
         return processor.from_args_and_dict(parts, values)
 
     return _opened(settings, "processor", read)
+
+
+def save_files(settings: TransformersConfig, out: Path) -> None:
+    """Write the configuration and what makes a model's inputs, as AutoConfig and AutoProcessor read
+    them.
+    """
+    config = open_config(settings)
+    config.dtype = torch.float32
+    config.save_pretrained(out)
+    opened = {
+        "text": open_tokenizer,
+        "vision": open_image_processor,
+        "audio": open_feature_extractor,
+    }
+    for modality in settings.modalities:
+        opened[modality](settings).save_pretrained(out)
+    if list(settings.modalities) == ["text"] or not reads_media_as_text(settings):
+        return
+    processor = open_processor(settings)
+    values = json.loads(processor.to_json_string())
+    values.pop("video_processor", None)
+    write_whole(out / "processor_config.json", json.dumps(values, indent=2))
+    if processor.chat_template is not None:
+        write_whole(out / "chat_template.jinja", processor.chat_template)
+    held = cached_file(
+        settings.source,
+        VIDEOS,
+        revision=settings.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    if held is not None:
+        write_whole(out / VIDEOS, Path(held).read_text(encoding="utf-8"))
 
 
 def drawn_model(settings: TransformersConfig) -> Any:

@@ -105,7 +105,7 @@ class TransformersEncoder(Encoder):
         """
         named = inputs.named
         if ROWS in named:
-            return self._sequences(named, per_modality)
+            return Embeddings(reach_backward(self._sequences(named)))
         if not inputs.rows:
             named = {name: tensor.new_ones(1, *tensor.shape[1:]) for name, tensor in named.items()}
         vectors = {modality: self.encode(modality, named) for modality in inputs.modalities}
@@ -121,16 +121,10 @@ class TransformersEncoder(Encoder):
         name = {"vision": "pixel_values", "audio": RECORDINGS}[modality]
         return self._media(modality, named[name], named[PRESENT[modality]], named.get(LENGTHS))
 
-    def _sequences(self, named: dict[str, Tensor], per_modality: bool) -> Embeddings:
-        """Encode rows whose media are positions of their text; there may be one more than ROWS
-        says, which fills up.
+    def _sequences(self, named: dict[str, Tensor]) -> Tensor:
+        """Return [b, D] of rows whose media are positions of their text, also where the modalities'
+        own vectors are asked for; there may be one row more than ROWS says, which fills up.
         """
-        if per_modality:
-            raise ConfigurationError(
-                f"model.source={self.settings.source} reads pictures and sound within a row's text: "
-                "found a loss of the modalities' own vectors, expected one of the row's; leave "
-                "late_fusion and micl out"
-            )
         dtype, present = self.compute_dtype or self.dtype, named[ROWS]
         given = {
             name: value.to(dtype) if value.is_floating_point() else value
@@ -138,8 +132,7 @@ class TransformersEncoder(Encoder):
             if name != ROWS
         }
         pooled = self._pooled(self.model(**given), given["attention_mask"])
-        vectors = self._read_out(pooled)[: len(present)].masked_fill(~present[:, None], 0.0)
-        return Embeddings(reach_backward(vectors))
+        return self._read_out(pooled)[: len(present)].masked_fill(~present[:, None], 0.0)
 
     def _text(self, named: dict[str, Tensor]) -> Tensor:
         """Return [b, D]; zeros in rows that are said to have no text."""

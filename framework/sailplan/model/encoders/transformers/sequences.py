@@ -118,7 +118,10 @@ class SequenceProcessor(TransformersProcessor):
 
     def _sequences(self, rows: Sequence[ViewRow], count: int, prompt: str) -> dict[str, Tensor]:
         """Return the model's tensors of all rows, and ROWS of the first `count`."""
-        given: dict[str, Any] = {"text": [self._written(row, prompt) for row in rows]}
+        given: dict[str, Any] = {
+            "text": [self._written(row, prompt) for row in rows],
+            "add_special_tokens": self.settings.special_tokens,
+        }
         images = [
             [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in row.images] for row in rows
         ]
