@@ -1,82 +1,51 @@
 """Published models that read pictures or sound within their text, over layouts: the full batch's
 gradients.
-
-Their tensors are not rows that can be cut apart (the patches of all pictures lie behind each other),
-so a rank's share is put together by the processor, as it is in a run.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from sailplan.config.schema import ViewConfig
-from sailplan.data.record import ViewBatch
-from sailplan.data.processor import Processor, ViewRow
-from sailplan.data.record import NamedInputs
-from sailplan.parity import testing
-from sailplan.parity.layouts import compare
+from sailplan.parity.layouts import compare, reference
+from sailplan_kernels.testing import run_ranks
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "encoders"))
-from single_stream import configured, rows
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "unit" / "encoders")]
+from collated import prove  # noqa: E402
+from single_stream import configured, rows  # noqa: E402
+from test_published_encoders import _apart, _bfloat16  # noqa: E402
 
 WEIGHTS = {"infonce": 1.0, "seq2item": 0.5}
 
 
-@dataclass
-class Collated(NamedInputs):
-    """A batch that is put together anew of the rows that are taken from it."""
-
-    processor: Any = None
-    view: ViewConfig = field(default_factory=ViewConfig)
-    items: list[ViewRow] = field(default_factory=list)
-
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> Any:
-        return collated(
-            self.processor,
-            self.view,
-            [self.items[row] for row in change(torch.arange(len(self.items)))],
-        )
+@pytest.fixture
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    chosen: str = request.param
+    prove(
+        monkeypatch,
+        chosen,
+        configured(tmp_path, chosen),
+        lambda _processor, _view, count, seed: rows(chosen, count, seed),
+    )
+    return chosen
 
 
-def collated(processor: Processor, view: ViewConfig, items: list[ViewRow]) -> NamedInputs:
-    found: Any = processor.batch(items, processor.tokens(items, view), view)
-    return NamedInputs(found.modalities, found.named)
-
-
-@pytest.fixture(params=["qwen2_vl", "llava", "qwen2_audio"])
-def single_stream(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> str:
-    kind: str = request.param
-    config = configured(tmp_path, kind)
-    processor = config.model.component().processor(config)
-
-    def batch(
-        modalities: list[Any], count: int, group: int, seed: int, vision: str | None
-    ) -> ViewBatch:
-        view, items = ViewConfig(modalities=modalities), rows(kind, count * group, seed)
-        made = collated(processor, view, items)
-        whole = Collated(made.modalities, made.named, processor, view, items)
-        generator = torch.Generator().manual_seed(seed)
-        valid = torch.rand(count * group, generator=generator) < 0.9
-        ids = torch.randint(0, 3 * count, (count * group,), generator=generator)
-        return ViewBatch([whole], torch.arange(count * group), valid, ids, group)
-
-    monkeypatch.setitem(testing.TINY, kind, (list(config.model.modalities), {}))
-    monkeypatch.setattr(testing, "tiny_settings", lambda _: config.model)
-    monkeypatch.setattr(testing, "_view", batch)
-    return kind
-
-
-def test_gradients_are_the_full_batchs(single_stream: str) -> None:
+@pytest.mark.parametrize("kind", ["qwen2_vl", "llava", "qwen2_audio"], indirect=True)
+def test_gradients_are_the_full_batchs(kind: str) -> None:
     """Two ranks, three micro-batches each, some replayed: some have no picture, or no row."""
-    for row in compare(2, 1, ((3, 1),), weights=WEIGHTS, encoder=single_stream):
+    for row in compare(2, 1, ((3, 1),), weights=WEIGHTS, encoder=kind):
         assert row.error <= 1e-10, row
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl"], indirect=True)
+def test_bfloat16_is_as_near_as_its_rounding(kind: str) -> None:
+    _, exact = reference({"infonce": 1.0}, ("items",), encoder=kind)
+    plain, found = (
+        run_ranks(_bfloat16, world, kind, world == 1, timeout=120)[0] for world in (1, 2)
+    )
+    assert found.keys() == exact.keys() == plain.keys()
+    assert 0 < _apart(plain, exact) < 0.15
+    assert _apart(found, exact) <= 1.25 * _apart(plain, exact) + 5e-3
