@@ -164,7 +164,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict
         root = tmp_path_factory.mktemp("run")
         (root / "source").mkdir()
         model, seconds = make(root / "source")
-        data = DataConfig(max_tokens=9, frames=2, audio_chunk_seconds=seconds / 2, audio_chunks=2)
+        data = DataConfig(max_tokens=11, frames=2, audio_chunk_seconds=seconds / 2, audio_chunks=2)
         config = Config(name=run, model=model, data=data)
         checkpoint, vectors = trained(config, root, views)
         folder = export_sentence_transformers(checkpoint, root / "exported", config=config)

@@ -3,7 +3,7 @@ all: texts, pictures and sound, of one model or of several, templates with text 
 other poolings."""
 
 # A template: what it lacks or overrides comes together when `export.bundle` writes it.
-# mypy: disable-error-code="arg-type, attr-defined, override"
+# mypy: disable-error-code="arg-type, attr-defined, operator, override"
 from __future__ import annotations
 
 import json
@@ -107,11 +107,10 @@ class PublishedTower(nn.Module):
 class PublishedEncoder(InputModule):
     """Items to `sentence_embedding` [b, D]. towers: modality -> the model that encodes it."""
 
-    def __init__(
-        self, settings: Any, towers: dict[str, PublishedTower], rows: Rows | Sequences
-    ) -> None:
+    def __init__(self, settings: Any, towers: dict[str, PublishedTower], rows: Any) -> None:
         super().__init__()
-        self.settings, self.rows = settings, rows
+        self.settings = settings
+        self.rows = rows  # Rows or Sequences
         self.towers = nn.ModuleDict(towers)
         self.tokenizer = None
 
@@ -257,6 +256,7 @@ class PublishedEncoder(InputModule):
                 opened_for[modality] = getattr(transformers, named).from_pretrained(
                     model_name_or_path, **at
                 )
+        rows: Any
         if reads.media_as_text:
             reads.source, reads.revision = model_name_or_path, taken.get("revision")
             reads.options, reads.image_processor_options = {}, {}
