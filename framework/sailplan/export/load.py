@@ -177,7 +177,9 @@ class Model:
         )  # as data sets give it; published models: to the letter
 
 
-def load(path: str | Path, *, device: str | torch.device | None = None, **settings: Any) -> Model:
+def load(
+    path: str | Path, *, device: str | torch.device | None = None, **settings: object
+) -> Model:
     """Return the model of a run folder, a checkpoint, an exported folder, or a published model's
     folder or hub id.
 
@@ -195,7 +197,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **settin
     return model
 
 
-def _opened(path: str, place: Path, chosen: torch.device, settings: Mapping[str, Any]) -> Model:
+def _opened(path: str, place: Path, chosen: torch.device, settings: Mapping[str, object]) -> Model:
     run = (
         next(
             (

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config, DataConfig
 from sailplan.errors import ConfigurationError
 from sailplan.export.published_settings import OWN, settings_in, settings_of
@@ -23,7 +23,7 @@ Opened = tuple[Config, nn.Module, dict[str, str]]  # and the prompts by name
 INPUTS = ("max_tokens", "frames", "audio_chunks", "audio_chunk_seconds")  # keys of `data`
 
 
-def open_published(place: str, settings: Mapping[str, Any]) -> Opened:
+def open_published(place: str, settings: Mapping[str, object]) -> Opened:
     """Return the encoder in float32 on the CPU. place: a folder, or a model id of the hub.
 
     Raises ConfigurationError for settings that a published model does not have.
@@ -55,7 +55,7 @@ def open_published(place: str, settings: Mapping[str, Any]) -> Opened:
     return config, encoder, prompts
 
 
-def _towers(folder: Path, values: Mapping[str, Any]) -> Opened:
+def _towers(folder: Path, values: JsonObject) -> Opened:
     found = {name: settings_of(own, folder / name) for name, own in values["towers"].items()}
     projections = {name: own.pop("projection_weight") for name, own in found.items()}
     model = TwoTowersConfig(embedding=values["embedding"], prefixes=[values["embedding"]])
@@ -78,7 +78,7 @@ def _prompts(folder: Path) -> dict[str, str]:
     return found
 
 
-def _settings(place: str, known: Mapping[str, Any]) -> TransformersConfig:
+def _settings(place: str, known: JsonObject) -> TransformersConfig:
     try:
         return TransformersConfig(source=place, **known)
     except TypeError as error:
@@ -87,7 +87,8 @@ def _settings(place: str, known: Mapping[str, Any]) -> TransformersConfig:
         ) from error
 
 
-def _project(encoder: Any, weight: Tensor | None) -> None:
-    if encoder.projection is not None and weight is not None:
+def _project(encoder: nn.Module, weight: Tensor | None) -> None:
+    held = encoder.get_submodule("projection") if weight is not None else None
+    if isinstance(held, nn.Linear) and weight is not None:
         with torch.no_grad():
-            encoder.projection.weight.copy_(weight)
+            held.weight.copy_(weight)

@@ -5,12 +5,11 @@ length.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 
+from sailplan.config.fields import JsonObject
 from sailplan.errors import ConfigurationError
 from sailplan.model.encoders.transformers.config import PromptTemplate
 
@@ -24,7 +23,7 @@ POOLINGS = {
 }
 
 
-def settings_of(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def settings_of(values: JsonObject, folder: Path) -> JsonObject:
     """Return the settings of a model that an export describes, whose projection lies in `folder`."""
     found = {
         name: value
@@ -39,14 +38,14 @@ def settings_of(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return found
 
 
-def settings_in(folder: Path) -> dict[str, Any]:
+def settings_in(folder: Path) -> JsonObject:
     """Return the settings that a folder of sentence-transformers holds, an exported one's own
     file first.
     """
     own = folder / OWN
     if own.is_file():
         return settings_of(json.loads(own.read_text(encoding="utf-8")), folder)
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     if not (folder / MODULES).is_file():
         return found
     for module in json.loads((folder / MODULES).read_text(encoding="utf-8")):

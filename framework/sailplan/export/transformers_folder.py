@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config
 from sailplan.export.bundle import PUBLISHED, bundle
 from sailplan.export.prompts import Written, named_views, own_modules
@@ -111,7 +112,7 @@ def write_model(model: TransformersConfig, weights: Mapping[str, Tensor], out: P
     return open_tokenizer(model) if "text" in model.modalities else None
 
 
-def model_settings(model: TransformersConfig) -> dict[str, Any]:
+def model_settings(model: TransformersConfig) -> JsonObject:
     """Return what the code in a folder reads of one model's settings."""
     settings = {name: value for name, value in asdict(model).items() if name in KEPT}
     if "vision" in model.modalities:
@@ -126,7 +127,7 @@ def write_projection(weights: Mapping[str, Tensor], out: Path) -> None:
         save_file({"weight": weights["projection.weight"].contiguous()}, out / PROJECTION)
 
 
-def write_code(config: Config, settings: Mapping[str, Any], out: Path) -> Written:
+def write_code(config: Config, settings: JsonObject, out: Path) -> Written:
     """Write the code of a folder and what it reads; return its modules and prompts."""
     inputs = {name: getattr(config.data, name) for name in INPUTS}
     write_whole(out / SETTINGS, json.dumps({**settings, **inputs}, ensure_ascii=False, indent=2))
@@ -212,11 +213,11 @@ def _stock_modules(
         out / "sentence_bert_config.json",
         json.dumps({"max_seq_length": config.data.max_tokens, "do_lower_case": False}, indent=2),
     )
-    pooling: dict[str, Any] = {"word_embedding_dimension": size, "include_prompt": True}
+    pooling: JsonObject = {"word_embedding_dimension": size, "include_prompt": True}
     pooling |= {
         f"pooling_mode_{theirs}": ours == model.pooling for ours, theirs in POOLINGS.items()
     }
-    modules: list[tuple[str, dict[str, Any]]] = [("Transformer", {}), ("Pooling", pooling)]
+    modules: list[tuple[str, JsonObject]] = [("Transformer", {}), ("Pooling", pooling)]
     if projection is not None:
         dense = {
             "in_features": projection.size(1),

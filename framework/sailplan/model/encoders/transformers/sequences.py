@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config, ViewConfig
 from sailplan.data.cache import ByteCache
 from sailplan.data.processor import ViewRow
@@ -118,7 +118,7 @@ class SequenceProcessor(TransformersProcessor):
 
     def _sequences(self, rows: Sequence[ViewRow], count: int, prompt: str) -> dict[str, Tensor]:
         """Return the model's tensors of all rows, and ROWS of the first `count`."""
-        given: dict[str, Any] = {
+        given: JsonObject = {
             "text": [self._written(row, prompt) for row in rows],
             "add_special_tokens": self.settings.special_tokens,
         }
