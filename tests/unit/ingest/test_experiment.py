@@ -66,6 +66,19 @@ def test_several_sets_share_a_tokenizer_and_bring_their_items() -> None:
     )
 
 
+def test_a_published_model_sees_texts_as_it_was_trained_to_and_learns_slowly() -> None:
+    import_data(ImportOptions("pairs.jsonl", "pairs"))
+    found = {}
+    for name, model in (("tuned", "minilm"), ("fresh", None)):
+        write_experiment(name, ["pairs"], model=model)
+        config = compose([f"experiment={name}"])
+        check(config, world_size=1)
+        prompts = {view.prompt for view in config.data.sets["pairs"].views.values()}
+        found[name] = (prompts, config.stages["main"].optimizer.learning_rate)
+    assert found["tuned"] == ({""}, 5e-5)
+    assert "" not in found["fresh"][0] and found["fresh"][1] == 1e-3
+
+
 def test_what_cannot_be_trained_is_said_before_a_file_is_written() -> None:
     import_data(ImportOptions("used.csv", "shop", items="items.csv"))
     for sets, words in (

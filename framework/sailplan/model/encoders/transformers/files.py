@@ -19,7 +19,6 @@ from transformers.utils import PushToHubMixin, cached_file
 from sailplan.config.fields import JsonObject
 from sailplan.errors import ConfigurationError
 from sailplan.model.encoders.transformers.config import TransformersConfig
-from sailplan.runtime.files import write_whole
 
 T = TypeVar("T")
 logger = logging.getLogger("sailplan.model")
@@ -155,9 +154,9 @@ def save_files(settings: TransformersConfig, out: Path) -> None:
     processor = open_processor(settings)
     values = json.loads(processor.to_json_string())
     values.pop("video_processor", None)
-    write_whole(out / "processor_config.json", json.dumps(values, indent=2))
+    (out / "processor_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     if processor.chat_template is not None:
-        write_whole(out / "chat_template.jinja", processor.chat_template)
+        (out / "chat_template.jinja").write_text(processor.chat_template, encoding="utf-8")
     held = cached_file(
         settings.source,
         VIDEOS,
@@ -165,7 +164,7 @@ def save_files(settings: TransformersConfig, out: Path) -> None:
         _raise_exceptions_for_missing_entries=False,
     )
     if held is not None:
-        write_whole(out / VIDEOS, Path(held).read_text(encoding="utf-8"))
+        (out / VIDEOS).write_bytes(Path(held).read_bytes())
 
 
 def drawn_model(settings: TransformersConfig) -> Any:
