@@ -188,7 +188,9 @@ def table(record: dict[str, Any]) -> str:
             [100 * seed[name][metric] for seed in seeds] for metric in ("recall@1", "recall@10")
         ]
         cells = [
-            f"{sum(found) / len(found):.1f} ({min(found):.1f}-{max(found):.1f})" for found in values
+            f"{sum(found) / len(found):.1f}"
+            + (f" ({min(found):.1f}-{max(found):.1f})" if len(found) > 1 else "")
+            for found in values
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     said = (
