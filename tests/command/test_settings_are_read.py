@@ -45,6 +45,8 @@ ELSEWHERE: dict[str, str] = {
     "Config.resume": "train/run.py",
     "Config.tracking": "config/compose.py",  # of version 0.1.0: carried over to `loggers`
     "DataConfig.lanes": "",  # of version 0.1.0: accepted, of no effect
+    "DatasetConfig.field_drop": "data/text.py",  # of items that show several fields
+    "StepConfig.dealing": "data/shares.py",  # on several ranks
     "DataConfig.root": "",  # in other settings of the YAML files, as ${data.root}
     "HeldOutConfig.by": "data/datasets.py",
     "HeldOutConfig.fraction": "data/datasets.py",
