@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from sailplan.checkpoint.source import initial_source
 from sailplan.checkpoint.loading import load_model_only
+from sailplan.checkpoint.source import initial_source
 from sailplan.config.schema import BalanceConfig
 from sailplan.embed.embedder import Embedder
 from sailplan.errors import ConfigurationError
