@@ -14,33 +14,34 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from sailplan.config.schema import Config, DatasetConfig, PatternKey, StageConfig, ViewConfig
-from sailplan.data.costs import RowCosts, item_seed
+from sailplan.data.costs import RowCosts
 from sailplan.data.dealing import cut, micro_batches_needed
+from sailplan.data.decoding import ItemDecoder, media_of, view_item
 from sailplan.data.exclusions import Exclusions
 from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.order import keyed_integer
 from sailplan.data.plan import Plan, PlannedRows
-from sailplan.data.processor import Processor, ViewRow, processor_of
+from sailplan.data.processor import ViewRow, processor_of
 from sailplan.data.read_ahead import ReadAhead
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import (
     BadRecord,
     EncoderInputs,
     HardNegatives,
-    Item,
     Record,
     StepBatch,
     TeacherKey,
     ViewBatch,
     ViewKey,
 )
+from sailplan.data.row_values import labels, log_probabilities, teacher_scores
 from sailplan.data.shares import PartShares, ShownViews, StepShares, row_seeds, shown_views
 from sailplan.data.teachers import Teachers
 from sailplan.errors import BadDataError
@@ -59,56 +60,6 @@ class _Rows:
     views: dict[ViewKey, list[ViewRow]] = field(default_factory=dict)  # view -> r * g rows
     positions: list[int] = field(default_factory=list)
     quarantined: list[BadRecord] = field(default_factory=list)
-
-
-@dataclass
-class _Decoder:
-    """Decodes the items of a data set's rows in one step."""
-
-    processor: Processor
-    dataset: DatasetConfig
-    step_seed: int
-    encoded: Mapping[ViewKey, str]  # view batch -> the view that has its micro-batches
-    _known: dict[tuple[str, int, int], ViewRow] = field(default_factory=dict)
-
-    def view(self, key: ViewKey) -> ViewConfig:
-        """Return how a view batch shows items."""
-        return self.dataset.views[self.encoded[key] if isinstance(key, HardNegatives) else key]
-
-    def rows(
-        self, items: Sequence[Item | None], key: ViewKey, count: int | None = None
-    ) -> list[ViewRow]:
-        """Decode items for a view batch; `count` of them, filled up with rows of nothing."""
-        wanted = list(items[:count])
-        wanted += [None] * ((count or 0) - len(wanted))
-        return [ViewRow() if item is None else self._row(item, key) for item in wanted]
-
-    def _row(self, item: Item, key: ViewKey) -> ViewRow:
-        view = self.encoded[key]
-        place = (view, *item.source)
-        if place not in self._known:
-            seed = item_seed(self.step_seed, view, item)
-            self._known[place] = self.processor.row(item, self.view(key), self.dataset, seed)
-        return self._known[place]
-
-    def record(self, record: Record, name: str) -> list[ViewRow]:
-        """Decode what a record shows in a view."""
-        view = self.dataset.views[name]
-        if view.of == "history":
-            return self.rows(record.history, name, self.dataset.history_length)
-        return self.rows([view_item(record, view)], name)
-
-
-def view_item(record: Record, view: ViewConfig) -> Item | None:
-    """The item of a record that a view shows (for `history` use record.history)."""
-    return {"item": record.item, "query": record.query, "target": record.target}[view.of]
-
-
-def media_of(views: Sequence[ViewConfig]) -> frozenset[str]:
-    """Which bytes the views need to have read."""
-    return frozenset(
-        modality for view in views for modality in view.modalities if modality != "text"
-    )
 
 
 class Collator:
@@ -162,7 +113,7 @@ class Collator:
         of_rows = row_seeds(
             self.config.seed, self.plan.stage_name, step, part.dataset, part.first_row + own
         )
-        decoder = _Decoder(
+        decoder = ItemDecoder(
             self.processor,
             dataset,
             derive(self.config.seed, self.plan.stage_name, step, part.dataset),
@@ -191,9 +142,9 @@ class Collator:
             else None,
             teacher_scores=None
             if dataset.teacher_scores is None
-            else _teacher_scores(rows.records, dataset.negatives),
-            labels=None if dataset.label is None else _labels(rows.records),
-            target_log_probability=_log_probabilities(rows.records, dataset.negatives),
+            else teacher_scores(rows.records, dataset.negatives),
+            labels=None if dataset.label is None else labels(rows.records),
+            target_log_probability=log_probabilities(rows.records, dataset.negatives),
             teachers=self._teachers(rows.records, {name: dataset.views[name] for name in names}),
             patterns=shown.patterns,
             positions=rows.positions,
@@ -206,7 +157,7 @@ class Collator:
         self,
         rows: _Rows,
         reader: RecordReader,
-        decoder: _Decoder,
+        decoder: ItemDecoder,
         names: list[str],
         step: int,
         row: int,
@@ -260,7 +211,7 @@ class Collator:
         self,
         rows: _Rows,
         reader: RecordReader,
-        decoder: _Decoder,
+        decoder: ItemDecoder,
         key: HardNegatives,
         positions: np.ndarray,
         step: int,
@@ -372,42 +323,3 @@ def _named(record_id: str, problem: BadSample, position: int) -> BadRecord:
     """The record and the reason; a reason that lies in another record names that."""
     reason = problem.reason if problem.record_id == record_id else str(problem)
     return BadRecord(record_id, reason, position)
-
-
-def _teacher_scores(records: list[Record], negatives: int) -> torch.Tensor:
-    """float32 [r, 1 + negatives]: a teacher's scores of target and negatives, NaN where unknown."""
-    result = torch.full((len(records), 1 + negatives), torch.nan)
-    for row, record in enumerate(records):
-        found = record.teacher_scores
-        result[row, : len(found)] = torch.tensor(found, dtype=torch.float32)
-    return result
-
-
-def _labels(records: list[Record]) -> torch.Tensor:
-    """int64 [r]: a number of each record's class, the same on all ranks without a table of the
-    classes; -1 where there is none.
-    """
-    return torch.tensor(
-        [-1 if record.label is None else derive("label", record.label) for record in records],
-        dtype=torch.int64,
-    )
-
-
-def _log_probabilities(records: list[Record], negatives: int) -> torch.Tensor | None:
-    """float32 [r]: log of each record's target_probability; None unless every record has one.
-
-    Of records that bring negatives with a known probability each, the log of the ratio: how often
-    the target is a key of the batch for one time that a given item of the negatives' kind is one of
-    its negatives.
-    """
-    found = [
-        record.target_probability for record in records if record.target_probability is not None
-    ]
-    if len(found) != len(records):  # a rank without rows has it, too
-        return None
-    among = [negatives * (record.negative_probability or 0) or 1.0 for record in records]
-    return (
-        (torch.tensor(found, dtype=torch.float64) / torch.tensor(among, dtype=torch.float64))
-        .log()
-        .to(torch.float32)
-    )

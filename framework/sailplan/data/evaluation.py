@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sailplan.config.schema import Config, ViewConfig
-from sailplan.data.collate import media_of, view_item
 from sailplan.data.costs import RowCosts
 from sailplan.data.dealing import sorted_batches
+from sailplan.data.decoding import media_of, view_item
 from sailplan.data.processor import Processor, ViewRow, processor_of
 from sailplan.data.reader import BadSample, RecordReader
 from sailplan.data.record import EncoderInputs, Item
