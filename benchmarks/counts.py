@@ -219,14 +219,21 @@ def count_step(
 
 
 MIXED = ("items", "pairs", "sequences")
+RECIPE = {
+    name: steps.WEIGHTS[name]
+    for name in ("infonce", "cosent", "micl", "late_fusion", "seq2item", "id2item")
+}
 STEPS: dict[str, Callable[..., Any]] = {
     "items, infonce": count_step(("items",), {"infonce": 1.0}, 2, 0, None),
     "items, infonce, bfloat16": count_step(("items",), {"infonce": 1.0}, 2, 0, torch.bfloat16),
     "pairs without sound, infonce, bfloat16": count_step(
         ("pairs",), {"infonce": 1.0}, 2, 0, torch.bfloat16
     ),
-    "three sets, all objectives": count_step(MIXED, steps.WEIGHTS, 1, 1, None),
-    "three sets, all objectives, bfloat16": count_step(MIXED, steps.WEIGHTS, 1, 1, torch.bfloat16),
+    "three sets, all objectives": count_step(MIXED, RECIPE, 1, 1, None),
+    "three sets, all objectives, bfloat16": count_step(MIXED, RECIPE, 1, 1, torch.bfloat16),
+    "three sets, losses beside the recipe's too, bfloat16": count_step(
+        MIXED, steps.WEIGHTS, 1, 1, torch.bfloat16
+    ),
 }
 KEPT_STEPS = {
     str(kept): count_step(("pairs",), {"infonce": 1.0}, MICRO_BATCHES // 2, kept, None)

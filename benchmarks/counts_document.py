@@ -25,6 +25,8 @@ def _cell(before: dict[str, Any], after: dict[str, Any], key: str) -> str:
     one, other = before.get(key), after.get(key)
     if one is None and other is None:
         return "fails" if "error" in after else "-"
+    if not before:  # a case that there was not
+        return f"**{other:,}**"
     told = ["fails" if x is None else f"{x:,}" for x in (one, other)]
     return told[1] if told[0] == told[1] else f"{told[0]} -> **{told[1]}**"
 
@@ -34,7 +36,7 @@ def counted(before: dict[str, Any], after: dict[str, Any]) -> str:
     lines = [
         f"Rank 0 of two, counted on the stand-in device: before at {before['commit']} "
         f"({before['date']}), after at {after['commit']} "
-        f"({after['date']}), torch {after['torch']}. Where one number stands, nothing changed.",
+        f"({after['date']}), torch {after['torch']}. Where one number stands, nothing changed, or there was no such case (bold).",
         "",
         "| what | " + " | ".join(title for _, title in COLUMNS) + " |",
         "|---|" + "---|" * len(COLUMNS),
