@@ -153,7 +153,7 @@ def triton_here(monkeypatch) -> None:
     monkeypatch.setattr(triton_engine, "TritonEngine", Door)
 
 
-KERNELS = ("infonce", "late_fusion", "micl", "seq2item")
+KERNELS = ("infonce", "late_fusion", "micl", "multi_positive", "seq2item", "sigmoid")
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])

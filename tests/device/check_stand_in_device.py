@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from traffic import Traffic
 
 from sailplan.cli.main import main
-from sailplan.data.config import PatternKey
 from sailplan.data.packing import OmniInputs, pack
 from sailplan.data.record import StepBatch
 from sailplan.model.parallelize import shard
@@ -179,7 +178,7 @@ def test_a_step_waits_for_its_device_once():
     losses and the encoder have counts of their own.
     """
 
-    def work(rank: int, world_size: int) -> tuple[dict[str, int], list[bool], set[PatternKey]]:
+    def work(rank: int, world_size: int) -> tuple[dict[str, int], list[bool], set[str]]:
         there = dataclasses.replace(join_layout(1), device=DEVICE)
         for group in {dist.distributed_c10d._get_default_group(), there.data_parallel_group}:
             serve(group)
@@ -194,7 +193,7 @@ def test_a_step_waits_for_its_device_once():
 
     for waits, wishes, temperatures in run_ranks(work, 2, timeout=300):
         assert waits == {"_to_copy down": 1}, waits
-        assert wishes == [True, False] and PatternKey("items", "name_to_item") in temperatures
+        assert wishes == [True, False] and "items/name_to_item" in temperatures
 
 
 @pytest.mark.parametrize("kept_graphs", [0, 1])

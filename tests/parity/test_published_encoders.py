@@ -349,4 +349,5 @@ def test_all_losses_take_part() -> None:
         "late_fusion",
         "seq2item",
         "id2item",
+        "sigmoid",
     }

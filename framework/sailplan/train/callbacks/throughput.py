@@ -32,6 +32,18 @@ MASKS = {"vision": "image_mask", "audio": "audio_mask", "text": "text_mask"}
 MICRO = 1e6  # numbers travel as whole ones
 
 
+def _addmm_flop(
+    _: Sequence[int], a: Sequence[int], b: Sequence[int], *args: object, **options: object
+) -> int:
+    """Return 2 m k n of shapes [m, k] and [k, n], also where a product has another dtype than its
+    factors, which torch 2.13's own formula does not take.
+    """
+    return 2 * a[0] * a[1] * b[1]
+
+
+FORMULAS = {torch.ops.aten.addmm: _addmm_flop}
+
+
 @dataclass
 class Throughput(Callback):
     """Log every `every` steps of a stage what all ranks did since the last time.
@@ -92,7 +104,7 @@ class Throughput(Callback):
         self._stage_steps += 1
         eager = run.config.parallel.compile == "none"  # compiled layers would run as they are not
         if self.flop and eager and self._stage_steps == 1 and not (done.is_last or done.stopping):
-            self._counter = FlopCounterMode(display=False)
+            self._counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
             self._counter.__enter__()
 
     # ---------------------------------------------------------------- parts
