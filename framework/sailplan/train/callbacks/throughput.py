@@ -3,7 +3,8 @@
 Each rank counts for itself; every few steps its numbers, a dozen, are gathered from all. FLOP are
 counted, not computed from a formula: torch's counter looks at one step of each stage, the second,
 forward and backward with what activation checkpointing and the gradient cache do twice, and the rows
-of other steps are taken to cost the same. It sees matrix products, convolutions and attention of
+of other steps are taken to cost the same. It is the stage's second step at any start, as torch may
+round otherwise while it counts; a run that goes on later knows the number from its checkpoint. It sees matrix products, convolutions and attention of
 torch; it does not see Triton kernels of the loss, or inside compiled layers.
 """
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sailplan.config.fields import NotNegative, Size
+from sailplan.config.fields import JsonObject, NotNegative, Size
 from sailplan.data.record import EncoderInputs, NamedInputs, StepBatch
 from sailplan.observe.logger import Value
 from sailplan.train.callback import Callback, Run, StageRun, StepDone
@@ -58,6 +59,7 @@ class Throughput(Callback):
 
     def __post_init__(self) -> None:
         self._counter: FlopCounterMode | None = None
+        self._counted: dict[str, float] = {}  # stage -> FLOP a row
         self._flop_per_row = 0.0
         self._reset()
 
@@ -81,14 +83,16 @@ class Throughput(Callback):
 
     def start_stage(self, run: Run, stage: StageRun) -> None:
         self._stop_counting()
-        self._flop_per_row, self._stage_steps = 0.0, 0
+        self._flop_per_row = self._counted.get(stage.span.name, 0.0)
         self._reset()
+        if stage.span.steps > 1:
+            self._count_second(run, stage)
 
     def values(self, run: Run, done: StepDone) -> Mapping[str, Value]:
         rows = sum(len(batch.record_ids) for batch in done.batches)
         flop = self._stop_counting()
         if flop is not None and rows:
-            self._flop_per_row = flop / rows
+            self._flop_per_row = self._counted[done.stage.span.name] = flop / rows
         self._add(done, rows)
         step = run.step - done.stage.span.first + 1  # of the stage, at any start alike
         if step % self.every and not done.is_last:
@@ -101,13 +105,23 @@ class Throughput(Callback):
         """Begin to count after a stage's first step; last of the list, so that nothing but the
         step is counted.
         """
-        self._stage_steps += 1
+        if not (done.is_last or done.stopping):
+            self._count_second(run, done.stage)
+
+    def state(self) -> JsonObject:
+        return dict(self._counted)
+
+    def load_state(self, state: JsonObject) -> None:
+        self._counted = {name: float(value) for name, value in state.items()}
+
+    # ---------------------------------------------------------------- parts
+    def _count_second(self, run: Run, stage: StageRun) -> None:
+        """Count the step to come where it is the stage's second."""
         eager = run.config.parallel.compile == "none"  # compiled layers would run as they are not
-        if self.flop and eager and self._stage_steps == 1 and not (done.is_last or done.stopping):
+        if self.flop and eager and run.step + 1 - stage.span.first == 1:
             self._counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
             self._counter.__enter__()
 
-    # ---------------------------------------------------------------- parts
     def _stop_counting(self) -> float | None:
         counter, self._counter = self._counter, None
         if counter is None:
