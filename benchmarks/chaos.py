@@ -188,6 +188,7 @@ class Chaos:
         report.
         """
         deadline = time.monotonic() + 60 * minutes
+        others = set(psutil.Process().children())
         while True:
             more = sum(self.report.kills.values()) < kills and time.monotonic() < deadline
             if not more and not (self.folder / "runs").exists():
@@ -201,7 +202,8 @@ class Chaos:
             left = [p.name for p in self.temporary.iterdir() if not p.name.startswith("launch-")]
             self.report.different += unlike(found, self.expected)
             self.report.different += [f"temporary files: {left[:3]}"] if left else []
-            self.report.different += [f"process {child}" for child in psutil.Process().children()]
+            left_over = set(psutil.Process().children()) - others
+            self.report.different += [f"process {child}" for child in left_over]
             shutil.rmtree(self.folder / "runs")
 
     def _once(self, kill: bool) -> tuple[Ended, bool]:
