@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import cluster_arithmetic
+from documents import fill
 
 COLUMNS = (
     ("operations", "device operations"),
@@ -77,9 +78,5 @@ def write(document: Path, results: Path) -> None:
     step = results / "step_cpu.md"
     if step.is_file():
         parts["step"] = step.read_text().strip()
-    text = document.read_text()
     for name, found in parts.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        first, rest = text.split(begin)
-        text = f"{first}{begin}\n{found}\n{end}{rest.split(end)[1]}"
-    document.write_text(text)
+        fill(document, name, found)

@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from documents import fill
 from torch import Tensor
 
 from sailplan_kernels import LossOptions, infonce, sigmoid
@@ -47,7 +48,6 @@ BIAS = -10.0
 ERROR_SIZE = 1024
 Case = dict[str, Any]  # a workload
 PACKAGES = ("torch", "triton", "memeff", "inf-cl", "siglip-kernel", "sentence-transformers")
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
 
 # -------------------------------------------------------------------- contenders: leave gradients
@@ -567,9 +567,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 def write_table(options: argparse.Namespace) -> None:
     record = json.loads(Path(options.results).read_text())
-    readme = Path(options.readme)
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{table(record)}\n{END}{rest.split(END)[1]}")
+    fill(Path(options.readme), "benchmark", table(record))
     if options.plot:
         plot(record, Path(options.plot))
 

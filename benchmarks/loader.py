@@ -33,6 +33,7 @@ import numpy as np
 import tokenizers
 import torch
 import webdataset
+from documents import fill
 from PIL import Image
 
 from sailplan.config.schema import (
@@ -203,9 +204,6 @@ def measure(contender: str, *arguments: Any) -> float:
     return 1000 * float(seconds) / int(loaded)
 
 
-BEGIN, END = "<!-- loader:begin -->", "<!-- loader:end -->"
-
-
 def table(results: dict[str, Any]) -> str:
     lines = [
         "| set | workers | ours, CPU s per 1,000 | webdataset | ratio, median (lowest to highest) |",
@@ -221,10 +219,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write_table(document: Path, results: Path) -> None:
-    text = document.read_text()
-    first, rest = text.split(BEGIN)
-    found = table(json.loads(results.read_text()))
-    document.write_text(f"{first}{BEGIN}\n{found}\n{END}{rest.split(END)[1]}")
+    fill(document, "loader", table(json.loads(results.read_text())))
 
 
 def main() -> None:

@@ -23,13 +23,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from documents import fill
+
 ROWS = [
     ("emoji_image_to_name", "emoji picture -> name, R@10 of 192"),
     ("emoji_keyword_to_image", "unseen keyword -> emoji picture, R@10 of 1,899"),
 ]
 METRIC, SCRATCH_STAGE = "recall@10", "hard"  # the quick start's last stage of content
 SCRATCH = Path(__file__).resolve().parent / "results" / "quickstart.json"
-BEGIN, END = "<!-- pretrained:begin -->", "<!-- pretrained:end -->"
 
 
 def train(seed: int, runs: Path) -> Path:
@@ -102,13 +103,11 @@ def table(record: dict[str, Any], scratch: dict[str, Any]) -> str:
 
 
 def write_table(options: argparse.Namespace) -> None:
-    readme = Path(options.readme)
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     made = table(
         json.loads(Path(options.results).read_text(encoding="utf-8")),
         json.loads(SCRATCH.read_text(encoding="utf-8")),
     )
-    readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    fill(Path(options.readme), "pretrained", made)
 
 
 def main() -> None:

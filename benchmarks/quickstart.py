@@ -25,6 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from documents import fill
+
 # (task, metric, what the table calls it)
 ROWS = [
     ("emoji_image_to_name", "recall@10", "emoji picture -> name, R@10"),
@@ -40,7 +42,6 @@ ROWS = [
 # What a model knows before it has seen a history: in the collaborative stages' columns stands the
 # stage before them.
 CONTENT_ONLY, LAST_CONTENT_STAGE = "content_mean/recall@10", "hard"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def train(seed: int, runs: Path) -> Path:
@@ -150,13 +151,8 @@ def table(record: dict[str, Any]) -> str:
 
 
 def write_table(options: argparse.Namespace) -> None:
-    readme = Path(options.readme)
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(
-        f"{before}{BEGIN}\n{table(json.loads(Path(options.results).read_text()))}\n{END}{after}"
-    )
+    found = table(json.loads(Path(options.results).read_text()))
+    fill(Path(options.readme), "results", found)
 
 
 def count_words(_: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from documents import fill
 from torch import nn
 
 from sailplan.config.fields import Size
@@ -52,7 +53,6 @@ from sailplan.runtime.arrays import SharedArray
 from sailplan_kernels.testing import run_ranks
 
 RESULTS = Path(__file__).parent / "results" / "store_memory.json"
-BEGIN, END = "<!-- store-memory:begin -->", "<!-- store-memory:end -->"
 PHASES = ("embed queries", "embed targets", "mining")
 WORDS, SHARD = 4, 10_000
 
@@ -255,11 +255,7 @@ def table(result: dict[str, Any]) -> str:
 
 def write_table(path: Path) -> None:
     """Put the results' table between its marks in a document."""
-    text = path.read_text()
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    found = table(json.loads(RESULTS.read_text()))
-    path.write_text(f"{before}{BEGIN}\n{found}\n{END}{after}")
+    fill(path, "store-memory", table(json.loads(RESULTS.read_text())))
 
 
 def main() -> None:

@@ -24,10 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from documents import fill
+
 TRIPLETS, HELD_OUT, STEPS, BATCH = 12_000, 0.05, 300, 32
 TASK, METRICS = "wordnet_query_to_target", ("recall@1", "recall@10", "mrr", "queries")
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- wordnet:begin -->", "<!-- wordnet:end -->"
 
 
 def triplets(data: Path, seed: int) -> list[dict[str, str]]:
@@ -201,10 +202,8 @@ def table(record: dict[str, Any]) -> str:
 
 
 def write_table(options: argparse.Namespace) -> None:
-    page = Path(options.page)
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     made = table(json.loads(Path(options.results).read_text(encoding="utf-8")))
-    page.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    fill(Path(options.page), "wordnet", made)
 
 
 def main() -> None:
