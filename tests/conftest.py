@@ -1,13 +1,19 @@
-"""Order of the tests: what leaves threads in this process runs last.
+"""Threads of the tests' process: ranks and commands are forked from it, and threads do not survive
+a fork.
 
-Ranks are forked from it, and threads do not survive a fork: a rank forked after a process group of
-gloo was made here (unit/model), or after Weights & Biases started its service (unit/observe), can
-wait for ever.
+A rank forked after a process group of gloo was made here (unit/model), or after Weights & Biases
+started its service (unit/observe), can wait for ever: these tests run last. A process forked after
+OpenMP made its pool here waits for the pool's threads: OpenMP is held to one thread, whatever a
+command that is called in this process asks for.
 """
 
 from __future__ import annotations
 
-import pytest
+import os
+
+os.environ["OMP_THREAD_LIMIT"] = "1"  # read once, when torch is imported
+
+import pytest  # noqa: E402
 
 LAST = ("unit/model", "unit/observe")
 
