@@ -13,7 +13,7 @@ import os
 
 os.environ["OMP_THREAD_LIMIT"] = "1"  # read once, when torch is imported
 
-import pytest  # noqa: E402
+import pytest
 
 LAST = ("unit/model", "unit/observe")
 

@@ -59,7 +59,7 @@ def restricted(blocks: Mapping[str, Sequence[str]]) -> Any:
             for mask in (inputs.image_mask, inputs.audio_mask):
                 if mask is not None:
                     present = present | mask.any(1)
-            view.valid &= present
+            view.valid.logical_and_(present)
         return batch
 
     return change

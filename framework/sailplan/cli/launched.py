@@ -27,7 +27,7 @@ from sailplan.cli.main import run_safely
 from sailplan.runtime.leaving import NOTES
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ended:
     """How a job ended."""
 

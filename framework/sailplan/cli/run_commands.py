@@ -35,7 +35,7 @@ from sailplan.train.bundle import ModelBundle, load_whole, newest_checkpoint, op
 from sailplan.train.run_folder import RunFolder
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Run:
     command: str
     config: Config

@@ -42,7 +42,7 @@ LAUNCH = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Job:
     """What Hydra's launcher carries to a job: the overrides of one run."""
 

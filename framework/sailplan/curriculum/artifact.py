@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from sailplan.config.fields import JsonObject
-from sailplan.config.schema import ARTIFACT, Config, StageConfig
+from sailplan.config.schema import ARTIFACT, Config, StageConfig, ViewConfig
 from sailplan.config.targets import check_options, class_at
 from sailplan.data.reader import RecordReader
 from sailplan.data.writer import Record, write_shards
@@ -81,6 +81,10 @@ class Artifact(ABC):
         """Raise ConfigurationError for what the configuration alone says cannot be made: said
         before the run.
         """
+
+    def embedded(self, config: Config, stage: StageConfig) -> Sequence[tuple[str, ViewConfig]]:
+        """Return the data sets whose records `make` embeds, at most all of each, with the view."""
+        return ()
 
     @abstractmethod
     def make(self, context: ArtifactContext) -> JsonObject:

@@ -10,7 +10,7 @@ writes the rest, from sets that fit in one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,13 @@ class Interests(FromHistories):
         _history_view(config, name)
         assert dataset.interests is not None, "timed_set names such sets only"
         event_files(f"data.sets.{name}.interests.events", dataset.interests.events)
+
+    def embedded(self, config: Config, stage: StageConfig) -> Sequence[tuple[str, ViewConfig]]:
+        """Return the items of the histories, as a history shows them: their contents are compared."""
+        name = artifact_sets(config, stage, self.name)[0]
+        catalogue = config.data.sets[name].catalogue
+        assert catalogue is not None, "sequences have a catalogue"
+        return [(catalogue, replace(_history_view(config, name), of="item"))]
 
     def make(self, context: ArtifactContext) -> dict[str, Any]:
         """Write the sequences; return their statistics. Collective."""

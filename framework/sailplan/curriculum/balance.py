@@ -41,7 +41,7 @@ class Clusters:
     shares: np.ndarray  # float64 [k], cluster sizes, sum 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Balance:
     """Weights and everything they were made from, for the report."""
 

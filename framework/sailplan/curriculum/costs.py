@@ -3,7 +3,7 @@
 A view's vectors are made once for whoever asks for them (`embed.store`), so a view costs the most
 positions that anybody wants of it, and samples. Pairs that name items of a catalogue share its items' vectors.
 Numbers are upper bounds: records without the view's modalities, and items that many pairs name, cost
-less. What artifacts embed is not counted.
+less.
 
 FLOP of an encoder's forward pass are two a parameter and token, of a comparison two a dimension.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 from sailplan.config.schema import BalanceConfig, Config, StageConfig, ViewConfig
+from sailplan.curriculum.artifact import artifact
 from sailplan.curriculum.hard_negatives import chosen_patterns
 from sailplan.curriculum.kinds import kind_views, pattern_views
 from sailplan.data.processor import Processor
@@ -36,7 +37,7 @@ class StageCost(TypedDict):
     refresh_rows: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Wanted:
     """Views and how many rows of each are embedded."""
 
@@ -47,7 +48,13 @@ class _Wanted:
 
     def ask(self, reader: RecordReader, name: str, count: int, sample: int | None = None) -> None:
         """Want all of `count` records in a view, or a sample of them."""
-        view, place = reader.config.views[name], reader.name
+        self.ask_view(reader, reader.config.views[name], count, sample)
+
+    def ask_view(
+        self, reader: RecordReader, view: ViewConfig, count: int, sample: int | None = None
+    ) -> None:
+        """Want what `ask` does, in a view that may have no name."""
+        place = reader.name
         if reader.config.kind == "pairs" and view.of in SIDES and reader.catalogue is not None:
             view, place = replace(view, of="item"), reader.catalogue.name
             count = min(count, len(reader.catalogue))
@@ -84,6 +91,10 @@ def stage_cost(
     judged = wanted  # what the balancing's model embeds, which may be another
     dimension = config.model.embedding
     sizes = {name: readers[name].count("train") for name in stage.data if name in readers}
+    for name in stage.artifacts:
+        made = artifact(name, config.artifacts.get(name), config.allowed_targets)
+        for dataset, shown in made.embedded(config, stage):
+            wanted.ask_view(readers[dataset], shown, len(readers[dataset]))
     similarity = stage.balance is not None and stage.balance.weights == "similarity"
     nearest = stage.subset is not None and stage.subset.nearest is not None
     settings = stage.balance or BalanceConfig()

@@ -77,7 +77,7 @@ class EventBuckets:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cut:
     """What `cut_by_user` made and saw."""
 

@@ -65,7 +65,7 @@ JUDGE = "balance_vectors"  # of the model that `balance.initialise_from` names
 BEGUN, FORMER_SUBSETS = "begun.json", "subsets.npz"
 
 
-@dataclass
+@dataclass(frozen=True)
 class StageState:
     """What a stage trains on besides the configuration."""
 

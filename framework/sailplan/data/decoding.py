@@ -11,7 +11,7 @@ from sailplan.data.processor import Processor, ViewRow
 from sailplan.data.record import HardNegatives, Item, Record, ViewKey
 
 
-@dataclass
+@dataclass(frozen=True)
 class ItemDecoder:
     """Decodes the items of a data set's rows in one step."""
 

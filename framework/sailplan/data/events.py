@@ -40,7 +40,7 @@ class EventUnit:
     parts: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class EventBatch:
     """n events.
 

@@ -36,7 +36,7 @@ class MatchThreshold:
         return {size: (self.prefixes or {}).get(size, self.full) for size in sizes}
 
 
-@dataclass
+@dataclass(frozen=True)
 class HardNegativeStore:
     """Hold positions int64 [n, K] of each pattern, in memory or mapped, and its lambda*.
 

@@ -149,7 +149,7 @@ class TeacherKey(NamedTuple):
 ViewKey = str | HardNegatives  # of a step's rows: a view's name, or a pattern's negatives
 
 
-@dataclass
+@dataclass(frozen=True)
 class ViewBatch:
     """This rank's rows of one view in a step.
 
@@ -166,7 +166,7 @@ class ViewBatch:
     encoded_with: str | None = None  # the view whose micro-batches have its items; None: its own
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepBatch:
     """All that one rank needs for one step of one data set."""
 

@@ -44,7 +44,7 @@ class RecordPlace:
     )  # (extension, offset of the content in bytes, size in bytes)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Scan:
     """The records of a shard in the order in which they lie, and what was passed over: what ->
     how often, and the first.

@@ -31,7 +31,7 @@ class BuildError(SailplanError):
     """Something a person can mend (a missing tool, a changed source); printed as one line."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Record:
     """`body` becomes KEY.json, `webp` KEY.webp (64x64 RGB), `ogg` KEY.ogg (mono Opus)."""
 

@@ -33,7 +33,7 @@ from sailplan.runtime.seeds import generator
 CLUSTERED = 20_000  # rows of a clustering; of more a fixed random part
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
     """Numbers per task, and example queries with their nearest candidates in the report's form."""
 

@@ -71,7 +71,7 @@ GRAFTS = {
 Key = tuple[str, str]  # module, name of a top-level definition
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Module:
     """A source file: its definitions by name, and where its imported names come from."""
 

@@ -23,7 +23,7 @@ Form = Literal["tars", "retrieval", "table", "captioned files"]
 JUDGEMENTS = ("qrels", "default", "data")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Found:
     """A source and its form. media: the folder that names of files are relative to.
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree
 FUSED, TOKENS = "fused", "tokens"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Embeddings:
     """Vectors of b rows; float32 (float64 in exactness tests), not normalised: the objectives
     normalise each prefix.

@@ -27,7 +27,7 @@ from sailplan_kernels import Prefixes
 Datasets = Mapping[str, DatasetConfig]
 
 
-@dataclass
+@dataclass(frozen=True)
 class EncodedView:
     """Embeddings of one view in the step's row order (see data.record.ViewBatch)."""
 
@@ -56,7 +56,7 @@ class EncodedView:
         return self.ids if self.host_ids is None else self.host_ids
 
 
-@dataclass
+@dataclass(frozen=True)
 class EncodedStep:
     """One data set's part of a step, encoded."""
 
@@ -103,7 +103,7 @@ class EncodedStep:
         return replace(self, views=views)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ObjectiveContext:
     """What an objective may use besides the encodings."""
 
@@ -151,7 +151,7 @@ class ObjectiveContext:
         return self.rounded[id(vectors)].read()
 
 
-@dataclass
+@dataclass(frozen=True)
 class ObjectiveOutput:
     loss: Tensor  # 0-d
     metrics: dict[str, Tensor] = field(

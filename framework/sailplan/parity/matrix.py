@@ -95,7 +95,7 @@ class Group:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class References:
     """The full batch's gradients and the one-rank trajectory, computed when first asked for."""
 

@@ -22,7 +22,7 @@ from sailplan.runtime.process import Parallel
 from sailplan.runtime.transfer import to_device
 
 
-@dataclass
+@dataclass(frozen=True)
 class Averaged:
     """What `average_gradients` averaged, still on the device."""
 

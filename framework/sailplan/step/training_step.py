@@ -46,7 +46,7 @@ from sailplan.step.reduction import Averaged, average_gradients
 Number = TypeVar("Number", float, Tensor)
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepResult:
     """What a step did; numbers are the full batch's (averaged over data-parallel ranks)."""
 

@@ -32,7 +32,7 @@ from sailplan.step.optimizer import check_optimizer
 from sailplan.train.run_folder import RunFolder
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelBundle:
     """`module` holds the other three under their names: what a checkpoint holds."""
 

@@ -142,7 +142,7 @@ def _stage(
         "learning_rate": {"first": scales[0], "peak": max(scales), "last": scales[-1]},
         "at_start": [name for name, value in made.items() if value],
         "preparation": stage_cost(config, stage, readers, parameters, processor_of(config))
-        if stage.balance or stage.subset or stage.hard_negatives
+        if stage.balance or stage.subset or stage.hard_negatives or stage.artifacts
         else None,
         "digests": _digests(config, span, stage, readers),
     }

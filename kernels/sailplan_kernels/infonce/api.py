@@ -15,6 +15,7 @@ negatives included. Call backward on every rank, with the same factor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,7 +140,8 @@ def infonce_sum(
     if any(not weight >= 0 for weight in weights):
         raise ValueError(f"weights: found {weights}, expected none below 0")
     # Under autocast the matrix products would round the logits to half precision.
-    with torch.autocast(calls[0]["queries"].device.type, enabled=False):
+    kind = calls[0]["queries"].device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         made = [_problem(exchange=exchange, **call) for call in calls]
         total: Tensor | None = None
         outputs: dict[int, InfoNCEOutput] = {}

@@ -209,9 +209,11 @@ def build_inputs(
         for x in (index, masks.key_ids, masks.query_ids, key_log_probability, positive_ids)
     ]
     per_row = isinstance(temperature, Tensor) and temperature.dim() == 1
-    call = options.fingerprint(
-        queries.shape[1], h, queries.dtype, backend, score_dtype, per_row, *given
-    )
+    call = 0  # a lone rank agrees with itself
+    if exchange.world_size > 1:
+        call = options.fingerprint(
+            queries.shape[1], h, queries.dtype, backend, score_dtype, per_row, *given
+        )
     fast = scores_in_float64(queries, backend)
     low = low_temperature(temperature) if fast and score_dtype is None else False
     if per_row and fast and sizes is not None and exchange.world_size > 1:

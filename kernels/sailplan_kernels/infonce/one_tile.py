@@ -7,14 +7,14 @@ together. What is computed, and what ranks tell each other, is what fused.py com
 ranks may differ in which of the two they take. Rows' and columns' softmax weights come out of
 torch's softmax, which leaves a sum of exponentials as the inverse of its largest weight.
 
-Small tensors have the prefixes last, tiles have them first. Columns of the tile [P, n, C + 1 + H]
-are all ranks' keys, the row's positive (no part of any softmax: its place waits for its pull) and
-the row's own hard negatives.
+Columns of the tile [P, n, C + H] are all ranks' keys and the row's own hard negatives. The positive
+stands among the keys: it is read there, no part of any softmax, and its place then holds its gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,11 +22,11 @@ from torch import Tensor
 from sailplan_kernels.exchange.row_split import peers_of
 from sailplan_kernels.infonce.forward_context import numbers
 from sailplan_kernels.infonce.loss_inputs import LossInputs
-from sailplan_kernels.infonce.masks import excluded, just_below, own_keys
+from sailplan_kernels.infonce.masks import excluded, just_below
 from sailplan_kernels.tiling.normalize import SAFE_LENGTH, project_
 from sailplan_kernels.tiling.products import (
-    add_product,
     of_dimensions,
+    prefix_dots,
     product,
     segments,
     set_product,
@@ -61,12 +61,12 @@ def fits(inputs: LossInputs, engine: Engine, budget: int) -> bool:
     n, prefixes = len(inputs.raw_queries), len(options.prefixes)
     if not known or not n:
         return False
-    size, width, partners = (
+    size, width, hard = (
         inputs.score_dtype.itemsize,
         inputs.raw_queries.shape[1],
-        1 + inputs.raw_hard.shape[1],
+        inputs.raw_hard.shape[1],
     )
-    columns = max(inputs.key_sizes) * exchange.world_size + partners
+    columns = max(inputs.key_sizes) * exchange.world_size + hard
     tile = (
         n
         * columns
@@ -76,11 +76,18 @@ def fits(inputs: LossInputs, engine: Engine, budget: int) -> bool:
         )
     )
     return (
-        tile
-        + 3 * n * partners * width * size
-        + (n * (1 + partners) + len(inputs.raw_keys)) * width * size
+        tile + 3 * n * hard * width * size + (n * (2 + hard) + len(inputs.raw_keys)) * width * size
         <= budget
     )
+
+
+@lru_cache(maxsize=16)
+def even_weights(n: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[columns + n] the weights of a lone rank's columns and rows where every row counts; without
+    columns those of a loss of one direction.
+    """
+    each = torch.full((n,), (0.5 if columns else 1.0) / n, dtype=dtype)
+    return torch.cat([each, each.new_zeros(columns - n), each] if columns else [each]).to(device)
 
 
 class OneTile:
@@ -96,9 +103,12 @@ class OneTile:
             inputs.score_dtype,
             inputs.options.symmetric,
         )
-        longest = self.prefixes[-1]
-        given = [x[..., :longest] for x in (inputs.raw_queries, inputs.raw_keys, inputs.raw_hard)]
-        self.n, self.m, self.h = len(given[0]), len(given[1]), given[2].shape[1]
+        self.alone = inputs.exchange.world_size == 1
+        self.n, self.m, self.h = (
+            inputs.raw_queries.shape[0],
+            inputs.raw_keys.shape[0],
+            inputs.raw_hard.shape[1],
+        )
         self.layout = Layout(inputs.key_sizes, inputs.exchange)
         self.temperature = inputs.temperature.detach()
         self.device = self.temperature.device
@@ -108,149 +118,192 @@ class OneTile:
             if all(w == 1 for w in weights)
             else numbers(weights, self.fp, self.device)[:, None]
         )
-        flat = [
-            x.detach() if x.dim() == 2 else x.detach().flatten(0, 1)
-            for x in given
-            if x.numel() or x.dim() == 2
-        ]
-        self.x = torch.cat(flat).to(inputs.operand_dtype)
+        given = [inputs.raw_queries, inputs.raw_keys]
+        if self.h:
+            given.append(inputs.raw_hard.flatten(0, 1))
+        longest = self.prefixes[-1]
+        if longest != inputs.raw_queries.shape[1]:
+            given = [x[:, :longest] for x in given]
+        self.x = torch.cat(given).to(inputs.operand_dtype)
         if any(inputs.padding):
             self.x.masked_fill_(inputs.invalid[:, None], 0.0)
+        self.queries, self.keys = self.x[: self.n], self.x[self.n : self.n + self.m]
+        self._measure()
+
+    def _measure(self) -> None:
+        """Inverse lengths [P, ...] of the prefixes of all vectors."""
         self.norms = torch.empty(
-            (len(self.x), len(self.prefixes)), dtype=self.fp, device=self.device
+            (len(self.prefixes), len(self.x)), dtype=self.fp, device=self.device
         )
-        for p, end in enumerate(self.prefixes):
-            torch.linalg.vector_norm(self.x[:, :end], dim=1, dtype=self.fp, out=self.norms[:, p])
+        for norms, end in zip(self.norms, self.prefixes, strict=True):
+            torch.linalg.vector_norm(self.x[:, :end], dim=1, dtype=self.fp, out=norms)
+        safe = False
         if self.device.type == "cpu":
-            length = self.norms[:, -1]
-            low, high = length.aminmax()
+            low, high = self.norms.aminmax()
+            safe = low.item() > SAFE_LENGTH and high.item() < 1 / SAFE_LENGTH
+            length = self.norms[-1]
             if (
-                not (low > SAFE_LENGTH and high < 1 / SAFE_LENGTH)
+                not safe
                 and not (
                     (length == 0) | ((length > SAFE_LENGTH) & (length < 1 / SAFE_LENGTH))
                 ).all()
             ):
                 raise Unsafe
-        self.norms.reciprocal_().nan_to_num_(nan=torch.nan, posinf=0.0)
-        self._score_partners()
-
-    def _of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and hard negatives [n, H, ...] of what there is one of each."""
-        queries, keys, hard = x.split_with_sizes((self.n, self.m, self.n * self.h))
-        return queries, keys, hard.view(self.n, self.h, x.shape[1])
-
-    def _score_partners(self) -> None:
-        """Cosines [n, 1 + H, P] with the positive and the own hard negatives."""
-        self.queries, keys, hard = self._of(self.x)
-        self.row_norms, key_norms, hard_norms = self._of(self.norms)
-        partners, norms = keys[: self.n, None], key_norms[: self.n, None]
-        if self.h:
-            partners, norms = torch.cat([partners, hard], 1), torch.cat([norms, hard_norms], 1)
-        self.partners, self.partner_norms = partners, norms
-        both = partners * self.queries.to(self.fp)[:, None]
-        self.cosine = torch.empty(
-            (*both.shape[:2], len(self.prefixes)), dtype=self.fp, device=self.device
+        self.norms.reciprocal_()
+        if not safe:
+            self.norms.nan_to_num_(nan=torch.nan, posinf=0.0)
+        self.row_norms, self.key_norms = (
+            self.norms[:, : self.n],
+            self.norms[:, self.n : self.n + self.m],
         )
-        for p, end in enumerate(self.prefixes):
-            torch.sum(both[..., :end], -1, out=self.cosine[..., p])
-        self.cosine.mul_(norms).mul_(self.row_norms[:, None])
+
+    def _hard(self, x: Tensor) -> Tensor:
+        """[P, n, H] of the hard negatives, from [P, n + m + n H]."""
+        return x[:, self.n + self.m :].unflatten(1, (self.n, self.h))
 
     # ---------------------------------------------------------------- what ranks tell each other
     def vectors(self) -> list[Tensor]:
         """This rank's keys and their norms."""
-        return [
-            self.layout.padded(self._of(self.x)[1]),
-            self.layout.padded(self._of(self.norms)[1]),
-        ]
+        return [self.layout.padded(self.keys), self.layout.padded(self.key_norms.T)]
 
     def notes(self) -> list[Tensor]:
         told = [self.layout.padded(self.inputs.key_notes), self.inputs.row_count]
         if self.symmetric:
+            cosine = prefix_dots(self.queries, self.keys[: self.n], self.prefixes, self.fp)
+            cosine.mul_(self.row_norms).mul_(self.key_norms[:, : self.n])
             told.append(
-                self.layout.padded(
-                    torch.cat([self.cosine[:, 0], self.inputs.row_valid[:, None]], 1)
-                )
+                self.layout.padded(torch.cat([cosine.T, self.inputs.row_valid[:, None]], 1))
             )
         return told
 
     def learn(self, vectors: list[Tensor], notes: list[Tensor]) -> None:
         """Everybody's, as ``vectors`` and ``notes`` of all ranks."""
-        self.keys, self.key_norms = vectors
+        self.keys, self.key_norms = vectors[0], vectors[1].T
         self.valid_rows = notes[1].sum()
-        counted = self.valid_rows if self.inputs.any_row else self.valid_rows.clamp_min(1)
-        part = self.exchange.world_size / 2 if self.symmetric else self.exchange.world_size
-        each = numbers((part,), self.fp, self.device)[0] / counted
-        here = slice(self.layout.start, self.layout.start + self.n)
+        each = self._share_of_a_row()
         if self.symmetric:
-            self.all_cosines = notes[2][:, :-1]
-            self.column_weight = notes[2][:, -1] * each  # [C]
-            self.weight = self.column_weight[here]
+            columns = notes[2][:, -1] * each
+            self.positives_of_all = notes[2][:, :-1].T / self.temperature  # [P, C]
+            self.weight = columns[self.layout.start : self.layout.start + self.n]
+            self.weights = torch.cat([columns, self.weight])
         else:
-            self.weight = self.inputs.row_valid * each  # [n]
+            self.weight = self.weights = self.inputs.row_valid * each
         uneven = any(size != self.layout.longest for size in self.layout.sizes)
-        if (
-            self.inputs.plain and self.exchange.world_size == 1
-        ):  # who else was given ids or masks, nobody here knows
-            mask = own_keys(self.n, self.m, 0, self.device)
-        else:
-            rows_padded = self.symmetric and self.inputs.padding[0]
-            keys_padded = uneven or self.exchange.world_size > 1 or self.inputs.padding[1]
-            mask = excluded(
-                self.inputs.anchor_notes,
-                notes[0],
-                self.inputs.tags_in_use,
-                keys_padded,
-                rows_padded,
-            )
-        self._statistics(mask)
+        self._statistics(self._excluded(notes[0], uneven or not self.alone))
+
+    def learn_alone(self) -> None:
+        """``learn`` where there is no other rank."""
+        self.valid_rows = self.inputs.row_count.sum()
+        columns = self.m if self.symmetric else 0
+        if self.inputs.plain:
+            self.weights = even_weights(self.n, columns, self.device, self.fp)
+            self.weight = self.weights[-self.n :]
+            self._statistics(None)
+            return
+        self.weight = self.weights = self.inputs.row_valid * self._share_of_a_row()
+        if columns:
+            beyond = self.weight.new_zeros(columns - self.n)
+            self.weights = torch.cat([self.weight, beyond, self.weight])
+        self._statistics(self._excluded(self.inputs.key_notes, False))
+
+    def _share_of_a_row(self) -> Tensor:
+        """0-d weight of each row that counts, in each direction."""
+        counted = self.valid_rows if self.inputs.any_row else self.valid_rows.clamp_min(1)
+        part = self.exchange.world_size / (2 if self.symmetric else 1)
+        return numbers((part,), self.fp, self.device)[0] / counted
+
+    def _excluded(self, notes: Tensor, keys_padded: bool) -> Tensor | None:
+        """bool [n, C], see masks.py; None: no key but the own ones."""
+        rows_padded, some_keys_padded = (
+            self.symmetric and self.inputs.padding[0],
+            keys_padded or self.inputs.padding[1],
+        )
+        tags = tuple(tag for tag in self.inputs.tags_in_use if tag)  # numbers: known by the place
+        if not (tags or rows_padded or some_keys_padded):
+            return None
+        return excluded(self.inputs.anchor_notes, notes, tags, some_keys_padded, rows_padded)
 
     # ---------------------------------------------------------------- the tile
-    def _statistics(self, mask: Tensor) -> None:
-        """Scores, both softmaxes, and the rows' gaps between negatives and positive."""
-        n, count = self.n, len(self.keys)
-        columns = self.keys.T
+    def _statistics(self, mask: Tensor | None) -> None:
+        """Scores, both softmaxes, and the gaps [P, columns + n] between negatives and positive;
+        mask: what a row excludes beside its own key.
+        """
+        n, count, highest = self.n, self.keys.shape[0], self.options.max_cosine
         self.tiles = torch.empty(
-            (3 if self.symmetric else 2, len(self.prefixes), n, count + 1 + self.h),
+            (3 if self.symmetric else 2, len(self.prefixes), n, count + self.h),
             dtype=self.fp,
             device=self.device,
         )
         logits = self.tiles[1]
-        of_keys, start = logits[:, :, :count], 0
+        of_keys, columns, start = self._of_keys(logits), self.keys.T, 0
         for p, end in enumerate(self.prefixes):
             product(
-                self.x[:n, start:end],
+                self.queries[:, start:end],
                 columns[start:end],
                 of_keys[p],
                 None if p == 0 else of_keys[p - 1],
             )
             start = end
-        highest = self.options.max_cosine
-        self.row_scale = (self.row_norms / self.temperature).T[:, :, None]
-        of_keys.mul_(self.key_norms.T[:, None]).mul_(
-            self.row_scale if highest is None else self.row_norms.T[:, :, None]
+        self.row_scale = (self.row_norms / self.temperature)[:, :, None]
+        of_keys.mul_(self.key_norms[:, None]).mul_(
+            self.row_scale if highest is None else self.row_norms[:, :, None]
         )
-        own, of_own = self.cosine.permute(2, 0, 1), logits[:, :, count:]
-        own_logits, hidden = own / self.temperature, self.inputs.hidden
+        own = self._of_positives(logits)
+        self.positive = own.clone()  # [P, n]
+        hard = self._score_hard() if self.h else None
         if highest is not None:
             assert isinstance(highest, tuple), "fits asks for it"
             below = just_below(highest, self.fp, self.device)[:, None, None]
-            mask, hidden = mask | (of_keys > below), hidden | (own > below)
+            similar = of_keys > below
+            mask = similar if mask is None else similar.logical_or_(mask)
+            self.positive.div_(self.temperature)
             of_keys.div_(self.temperature)
-        of_keys.masked_fill_(mask, MASKED_SCORE)
-        torch.where(hidden, numbers((MASKED_SCORE,), self.fp, self.device), own_logits, out=of_own)
-        self.positive = own_logits[:, :, 0]  # [P, n]
+        if mask is not None:
+            of_keys.masked_fill_(mask, MASKED_SCORE)
+        own.fill_(MASKED_SCORE)
+        if hard is not None:
+            hidden = self.inputs.hidden[:, 1:]
+            if highest is not None:
+                hidden = hidden | (hard > below)
+            torch.where(
+                hidden,
+                numbers((MASKED_SCORE,), self.fp, self.device),
+                hard.div_(self.temperature),
+                out=logits[:, :, count:],
+            )
+        self._reduce(logits)
+
+    def _of_keys(self, tile: Tensor) -> Tensor:
+        """[..., n, C] without the hard negatives."""
+        return tile[..., : self.keys.shape[0]] if self.h else tile
+
+    def _of_positives(self, tile: Tensor) -> Tensor:
+        """[P, n] where rows meet their positives."""
+        return self._of_keys(tile).diagonal(self.layout.start, 1, 2)
+
+    def _score_hard(self) -> Tensor:
+        """Cosines [P, n, H] with the own hard negatives."""
+        self.hard = self.x[self.n + self.m :].view(self.n, self.h, -1)
+        self.hard_norms = self._hard(self.norms)
+        found = prefix_dots(self.hard, self.queries[:, None], self.prefixes, self.fp)
+        return found.mul_(self.hard_norms).mul_(self.row_norms[:, :, None])
+
+    def _reduce(self, logits: Tensor) -> None:
+        n, start = self.n, self.layout.start
+        columns = self.keys.shape[0] if self.symmetric else 0
         torch.softmax(logits, 2, out=self.tiles[0])
         largest, top = self.tiles[:2].amax(3)
-        self.gap = torch.empty(
-            (len(self.prefixes), (count if self.symmetric else 0) + n),
-            dtype=self.fp,
-            device=self.device,
-        )
+        self.gap = torch.empty((len(self.prefixes), columns + n), dtype=self.fp, device=self.device)
         self.above = top - self.positive
-        torch.sub(self.above, largest.log(), out=self.gap[:, -n:])
-        if self.symmetric:
-            torch.softmax(logits, 1, out=self.tiles[2])
-            top, largest = self.tiles[1:, :, :, :count].amax(2)
+        torch.sub(self.above, largest.log_(), out=self.gap[:, columns:])
+        if not self.symmetric:
+            return
+        torch.softmax(logits, 1, out=self.tiles[2])
+        top, largest = self._of_keys(self.tiles[1:]).amax(2)
+        if self.alone:
+            of_columns = torch.sub(top, largest.log_(), out=self.gap[:, :columns])
+            of_columns[:, start : start + n].sub_(self.positive)
+        else:
             self.own_sums = top.to(torch.float64).exp_().div_(largest)
 
     def sums(self) -> Tensor:
@@ -258,34 +311,26 @@ class OneTile:
         return self.own_sums
 
     def finish_columns(self, sums: Tensor) -> None:
-        """``sums`` of all ranks: the columns' gaps."""
-        self.share = (
-            None if self.exchange.world_size == 1 else self.own_sums / sums.clamp_min_(SMALLEST_SUM)
-        )
-        torch.addcdiv(
-            sums.log(),
-            self.all_cosines.T,
-            self.temperature,
-            value=-1,
-            out=self.gap[:, : len(self.keys)],
-        )
+        """``sums`` of all ranks: the columns' gaps, and this rank's share of their softmax."""
+        self.share = (self.own_sums / sums.clamp_min_(SMALLEST_SUM)).to(self.fp)
+        torch.sub(sums.log_(), self.positives_of_all, out=self.gap[:, : -self.n])
 
     def values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See fused_losses."""
         prefixes, n, width = len(self.prefixes), self.n, self.gap.shape[1]
-        shape, strides = (
-            ((prefixes, 2, n), (width, len(self.keys) - self.layout.start, 1))
-            if self.symmetric
-            else ((prefixes, 1, n), (width, n, 1))
-        )
-        of_rows = self.gap.as_strided(shape, strides, self.layout.start if self.symmetric else 0)
+        start = self.layout.start
+        if self.symmetric:
+            shape, strides = (prefixes, 2, n), (width, width - n - start, 1)
+        else:
+            shape, strides, start = (prefixes, 1, n), (width, n, 1), 0
+        of_rows = self.gap.as_strided(shape, strides, start)
         found = torch.empty((prefixes + 1, *shape[1:]), dtype=self.fp, device=self.device)
         torch._C._nn.softplus(of_rows, 1, 80, out=found[:prefixes])  # type: ignore[call-arg]
         # With both directions each weight is half of a row's, and the rows that are right count
         # twice.
         torch.lt(self.above[-1].expand(shape[1:]), 0, out=found[prefixes])
         sums = found.mul_(self.weight).sum((1, 2))
-        score = self.cosine[:, 0, -1]
+        score = self.positive[-1] * self.temperature
         return sums[:prefixes], score, sums[prefixes], self.valid_rows
 
     # ---------------------------------------------------------------- gradients
@@ -293,95 +338,97 @@ class OneTile:
         """All that this rank's rows do; what is to go home: [C, D] to the keys, with prefixes
         [C, P - 1] their moments.
         """
-        n, count, keys_needed = self.n, len(self.keys), self.inputs.needs.keys
-        negative_grad = self.gap.sigmoid_()
-        of_rows = negative_grad[:, -n:].mul_(self.weight)
-        if self.symmetric:
-            negative_grad[:, :count].mul_(self.column_weight)
+        columns = self.gap.shape[1] - self.n
+        negative_grad = self.gap.sigmoid_().mul_(self.weights)
         if self.prefix_weights is not None:
             negative_grad.mul_(self.prefix_weights)
+        positive_grad = of_rows = negative_grad[:, columns:]
         weights, logits = self.tiles[0].mul_(of_rows[:, :, None]), self.tiles[1]
-        positive_grad = weights[:, :, count]
         if self.symmetric:
-            of_columns = negative_grad[:, :count]
-            torch.add(
-                of_columns[:, self.layout.start : self.layout.start + n], of_rows, out=positive_grad
-            ).neg_()
-            if self.share is not None:
-                of_columns = torch.mul(of_columns, self.share, out=torch.empty_like(of_columns))
-            weights[:, :, :count].addcmul_(self.tiles[2][:, :, :count], of_columns[:, None])
-        else:
-            torch.neg(of_rows, out=positive_grad)
-        width = self.x.shape[1]
+            of_columns, start = negative_grad[:, :columns], self.layout.start
+            positive_grad = of_rows + of_columns[:, start : start + self.n]
+            if not self.alone:
+                of_columns.mul_(self.share)
+            self._of_keys(weights).addcmul_(self._of_keys(self.tiles[2]), of_columns[:, None])
+        own = self._of_positives(weights)
+        torch.neg(positive_grad, out=own)
         # One buffer, the temperature's last: the backward pass scales it in one piece.
+        width = self.x.shape[1]
         self.buffer = torch.empty(len(self.x) * width + 1, dtype=self.fp, device=self.device)
         self.gradient = self.buffer[:-1].view(-1, width)
-        self.moment: Tensor | None = None
-        home = []
-        if len(self.prefixes) > 1:
-            logits[:, :, count].copy_(self.positive)
-            logits.mul_(weights)
-            self.moment = torch.empty_like(self.norms)
-            of_queries, _, of_hard = self._of(self.moment)
-            torch.sum(logits, 2, out=of_queries.T)
-            if self.h:
-                of_hard.permute(2, 0, 1).copy_(logits[:, :, count + 1 :])
-            if keys_needed:
-                home.append(
-                    torch.empty((count, len(self.prefixes) - 1), dtype=self.fp, device=self.device)
-                )
-                torch.sum(logits[:-1, :, :count], 1, out=home[0].T)
+        home = self._moments(weights, logits) if len(self.prefixes) > 1 else []
         weights.mul_(self.row_scale)
-        weights[:, :, :count].mul_(self.key_norms.T[:, None])
-        weights[:, :, count:].mul_(self.partner_norms.permute(2, 0, 1))
-        segments(weights)
-        return self._products(weights, keys_needed) + home
-
-    def _products(self, weights: Tensor, keys_needed: bool) -> list[Tensor]:
-        count = len(self.keys)
-        queries, own_keys, hard = self._of(self.gradient)
-        self.of_dimensions = of_dimensions(
-            weights[:, :, count:], self.prefixes
-        )  # [n, 1 + H, D or 1]
-        torch.sum(self.partners * self.of_dimensions, 1, out=queries)
+        self._of_keys(weights).mul_(self.key_norms[:, None])
         if self.h:
-            torch.mul(self.of_dimensions[:, 1:], self.queries[:, None], out=hard)
-        home = (
-            own_keys
-            if self.exchange.world_size == 1
-            else self.gradient.new_empty(count, queries.shape[1])
-        )
-        start, factors = 0, weights[:, :, :count].to(self.x.dtype)
+            weights[:, :, self.keys.shape[0] :].mul_(self.hard_norms)
+        segments(weights)
+        return self._products(weights) + home
+
+    def _moments(self, weights: Tensor, logits: Tensor) -> list[Tensor]:
+        """Sums [P, ...] of each vector's gradients times scores; what is to go home of it."""
+        n, m, count = self.n, self.m, self.keys.shape[0]
+        self._of_positives(logits).copy_(self.positive)
+        logits.mul_(weights)
+        self.moment = torch.empty_like(self.norms)
+        torch.sum(logits, 2, out=self.moment[:, :n])
+        if self.h:
+            self._hard(self.moment).copy_(logits[:, :, count:])
+        if not self.inputs.needs.keys:
+            self.moment[:, n : n + m].zero_()
+            return []
+        home = torch.empty((count, len(self.prefixes) - 1), dtype=self.fp, device=self.device)
+        torch.sum(self._of_keys(logits)[:-1], 1, out=home.T)
+        return [home]
+
+    def _products(self, weights: Tensor) -> list[Tensor]:
+        n, m, count, needed = self.n, self.m, self.keys.shape[0], self.inputs.needs.keys
+        queries, own_keys = self.gradient[:n], self.gradient[n : n + m]
+        home = own_keys if self.alone else self.gradient.new_empty(count, queries.shape[1])
+        factors = self._of_keys(weights)
+        if self.x.dtype != self.fp:
+            # What is rounded is the sum of the others, not the largest weight.
+            own = self._of_positives(weights)
+            self.positive_grad = of_dimensions(own, self.prefixes)
+            own.zero_()
+            factors = factors.to(self.x.dtype)
+        start = 0
         for weight, end in zip(factors, self.prefixes, strict=True):
-            add_product(queries[:, start:end], weight, self.keys[:, start:end])
-            if keys_needed:
-                set_product(home[:, start:end], weight.T, self.x[: self.n, start:end])
+            set_product(queries[:, start:end], weight, self.keys[:, start:end])
+            if needed:
+                set_product(home[:, start:end], weight.T, self.queries[:, start:end])
             start = end
-        return [home] if keys_needed else []
+        if self.x.dtype != self.fp:
+            queries.addcmul_(self.positive_grad, self.x[n : 2 * n])
+            if needed:
+                home[self.layout.start : self.layout.start + n].addcmul_(
+                    self.positive_grad, self.queries
+                )
+        if self.h:
+            of_hard = of_dimensions(weights[:, :, count:], self.prefixes)  # [n, H, D or 1]
+            queries.add_((self.hard * of_hard).sum(1))
+            torch.mul(
+                of_hard,
+                self.queries[:, None],
+                out=self.gradient[n + m :].view(n, self.h, -1),
+            )
+        return [home] if needed else []
 
     def finish(self, home: Sequence[Tensor]) -> list[Tensor | None]:
         """Of queries, keys, hard negatives and temperature; ``home``: what has come of
         ``gradients``, of this rank's keys.
         """
-        n, m, (_, keys, _) = self.n, self.m, self._of(self.gradient)
-        if home:
-            torch.addcmul(home[0][:n], self.of_dimensions[:, 0], self.queries, out=keys[:n])
-            if m > n and self.exchange.world_size > 1:
-                keys[n:].copy_(home[0][n:m])
-            if self.moment is not None:
-                of_keys = self._of(self.moment)[1]
-                torch.add(
-                    home[1][:n], self.tiles[1][:-1, :, len(self.keys)].T, out=of_keys[:n, :-1]
-                )
-                if m > n:
-                    of_keys[n:, :-1].copy_(home[1][n:m])
-        elif not self.inputs.needs.keys:
+        n, m, several = self.n, self.m, len(self.prefixes) > 1
+        queries, keys, hard = self.gradient.split_with_sizes((n, m, n * self.h))
+        if not self.inputs.needs.keys:
             keys.zero_()
-            if self.moment is not None:
-                self._of(self.moment)[1].zero_()
-        moment = None if self.moment is None else self.moment.T
-        along = project_(self.gradient, self.x, self.norms.T, self.prefixes, moment)
-        total = along[:n].sum() if moment is None else moment[:, :n].sum()
+        elif not self.alone:
+            keys.copy_(home[0][:m])
+        if several and self.inputs.needs.keys:
+            self.moment[:-1, n : n + m].copy_(home[1][:m].T)
+        along = project_(
+            self.gradient, self.x, self.norms, self.prefixes, self.moment if several else None
+        )
+        total = self.moment[:, :n].sum() if several else along[:n].sum()
         torch.addcdiv(
             numbers((0.0,), self.fp, self.device)[0],
             total,
@@ -389,4 +436,4 @@ class OneTile:
             value=-1,
             out=self.buffer[-1],
         )
-        return [*self._of(self.gradient), self.buffer[-1]]
+        return [queries, keys, hard.view(n, self.h, -1) if self.h else hard, self.buffer[-1]]

@@ -25,6 +25,7 @@ STAGES = {
         data={"things": 1.0, "choices": 1.0}, balance=BalanceConfig(sample=12, bootstrap=2)
     ),
     "subset": StageConfig(data={"things": 1.0}, subset=SubsetConfig(nearest=0.5, drop_noisy=0.25)),
+    "interests": StageConfig(data={"sequences": 1.0}, artifacts=["interests"]),
     "mining": StageConfig(
         steps=100, data={"things": 1.0, "choices": 1.0}, hard_negatives=HardNegativeConfig()
     ),
@@ -63,7 +64,7 @@ def prepared(rank: int, ranks: int, config: Config, name: str, folder: Path) -> 
     return rows[0], size[0]
 
 
-@pytest.mark.parametrize("name", ["balance", "subset", "mining"])
+@pytest.mark.parametrize("name", ["balance", "subset", "mining", "interests"])
 def test_it_bounds_what_is_embedded(config: Config, tmp_path: Path, name: str) -> None:
     config = replace(config, stages={name: STAGES[name]}, order=[name])
     expected = cost(config, name)

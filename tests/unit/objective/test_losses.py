@@ -118,8 +118,7 @@ def test_infonce_sums_patterns_prefixes_and_hard_negatives() -> None:
 def test_infonce_masks_by_threshold_and_weights_prefixes() -> None:
     views = {"image": view(1), "name": view(2), "item": view(3)}
     scores = normalize(views["image"].fused, dim=1) @ normalize(views["name"].fused, dim=1).T
-    encoded = step("items", views)
-    encoded.patterns = {"image_to_name": 1.0}
+    encoded = replace(step("items", views), patterns={"image_to_name": 1.0})
     objective = InfoNCE(embedding=D, datasets=DATASETS).pay_at(True, {4: 0.0, D: 1.0})
     output = objective(
         encoded,
@@ -138,8 +137,7 @@ def test_infonce_masks_by_threshold_and_weights_prefixes() -> None:
 
 def test_each_prefix_masks_by_its_own_threshold() -> None:
     views = {"image": view(1), "name": view(2), "item": view(3)}
-    encoded = step("items", views)
-    encoded.patterns = {"image_to_name": 1.0}
+    encoded = replace(step("items", views), patterns={"image_to_name": 1.0})
     thresholds = {PatternKey("items", "image_to_name"): MatchThreshold(0.2, {4: 0.5})}
     output = InfoNCE(embedding=D, datasets=DATASETS)(encoded, context(thresholds=thresholds))
     expected = torch.zeros((), dtype=torch.float64)
@@ -152,8 +150,7 @@ def test_each_prefix_masks_by_its_own_threshold() -> None:
 
 def test_symmetric_is_the_data_sets_choice_unless_the_objective_says() -> None:
     views = {"image": view(1), "name": view(2), "item": view(3)}
-    encoded = step("items", views)
-    encoded.patterns = {"image_to_name": 1.0}
+    encoded = replace(step("items", views), patterns={"image_to_name": 1.0})
     one_way = naive_infonce(views["image"].fused, views["name"].fused, torch.ones(ROWS).bool())
     other_way = naive_infonce(views["name"].fused, views["image"].fused, torch.ones(ROWS).bool())
     options: dict[str, Any] = {"embedding": D, "datasets": DATASETS}

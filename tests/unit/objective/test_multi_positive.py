@@ -66,8 +66,9 @@ def test_rows_of_one_label_are_each_others_positives_and_rows_without_one_take_n
 
 def test_where_every_label_is_alone_it_is_infonce() -> None:
     views = {"image": view(1), "name": view(2), "item": view(3)}
-    encoded = step("items", views, labels=torch.arange(ROWS))
-    encoded.patterns = {"image_to_name": 1.0}
+    encoded = replace(
+        step("items", views, labels=torch.arange(ROWS)), patterns={"image_to_name": 1.0}
+    )
     scores = cosine_similarity(views["image"].fused[:, None], views["name"].fused, dim=2) / 0.1
     found = MultiPositive(embedding=D, datasets=LABELLED)(encoded, labelled()).loss
     torch.testing.assert_close(found, -scores.log_softmax(1).diagonal().mean())
