@@ -160,6 +160,59 @@ def test_an_array_of_jobs_embeds_what_one_command_does(cluster: Slurm, project: 
     assert np.allclose(wholes.take(rows), parts.take(rows), atol=1e-5)
 
 
+def sweep(cluster: Slurm, project: Path, name: str, *line: str) -> subprocess.Popen[bytes]:
+    """Start a sweep over two seeds, whose jobs have two ranks each, by submitit."""
+    command = [sys.executable, "-m", "sailplan", "train", "-m", "experiment=small", "seed=0,1"]
+    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2"]
+    with open(project / f"{name}.txt", "wb") as out:
+        return subprocess.Popen(
+            [*command, *launcher, f"name={name}", "resume=auto", *line],
+            cwd=project,
+            env=cluster.variables,
+            stdout=out,
+            stderr=out,
+        )
+
+
+def swept(project: Path, name: str, started: subprocess.Popen[bytes], *line: str) -> None:
+    """Wait for a sweep, whose runs equal local ones."""
+    try:
+        code = started.wait(200)
+    finally:
+        started.kill()
+    said = (project / f"{name}.txt").read_text()
+    assert code == 0 and said.count(": done") == 2, said
+    for seed in (0, 1):
+        local = [sys.executable, "-W", "ignore", "-m", "sailplan", "train", "experiment=small"]
+        local += [f"name={name}-local-{seed}", f"seed={seed}", *line]
+        subprocess.run(local, cwd=project, check=True, capture_output=True, timeout=200)
+        digests = [
+            [(each["step"], each["data/digest"]) for each in metrics(project / "runs" / run)]
+            for run in (f"{name}-seed={seed}", f"{name}-local-{seed}")
+        ]
+        assert digests[0] == digests[1] and digests[0]
+
+
+def test_submitit_starts_the_jobs_of_a_sweep(cluster: Slurm, project: Path) -> None:
+    swept(project, "sweep", sweep(cluster, project, "sweep"))
+
+
+@nightly
+def test_submitit_s_early_warning_is_a_save_and_a_job_that_goes_on(
+    cluster: Slurm, project: Path
+) -> None:
+    steps = (f"stages.only.steps={STEPS}", "checkpoint.every_steps=1000")
+    started = sweep(cluster, project, "warned", *steps)
+    run = project / "runs" / "warned-seed=0"
+    cluster.wait("step 8", lambda: len(metrics(run)) >= 8, 200)
+    queued = cluster.call("squeue", "--noheader", "--format=%i", "--name=sailplan").split()
+    warned = next(job for job in queued if job.endswith("_0"))
+    cluster.call("scancel", "--signal=USR2", warned)
+    cluster.wait("a checkpoint", lambda: any(run.glob("checkpoints/step-*/COMPLETE")), 60)
+    cluster.start_again(warned)
+    swept(project, "warned", started, *steps)
+
+
 @nightly
 def test_a_lost_node_puts_the_job_back_without_it(cluster: Slurm, project: Path) -> None:
     job = submit(cluster, project, *TRAIN, "name=lost")
