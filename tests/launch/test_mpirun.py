@@ -4,7 +4,6 @@ a refusal is its exit code.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
