@@ -104,7 +104,7 @@ def table(result: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
     note = (
         f"Peak above what a rank had before the phase, of {result['dimension']} float32 numbers a "
-        f"vector; seconds of {result['blocks']} blocks of 1,024 queries a rank, on "
+        f"vector; seconds with {result['blocks']} block of 1,024 queries a rank, on "
         f"{result['cores']} cores that other work shared (load average {result['load_average']}). "
         f"`{result['command']}`"
     )
