@@ -14,7 +14,6 @@ Both directions are one sum, so that there is no `symmetric` here. Hard negative
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -93,14 +92,15 @@ class Sigmoid(Objective):
         weights = [pattern.weight for pattern in patterns]
         total, found = sigmoid_sum(calls, weights, exchange=context.exchange)
         metrics: dict[str, Tensor] = {}
-        for pattern, call, one in zip(patterns, calls, found, strict=True):
-            context.ran.add(described(one.backend, call["queries"].dtype))
+        for pattern, one in zip(patterns, found, strict=True):
+            key = PatternKey(encoded.dataset, pattern.name)
+            context.ran.add(described(one.backend, context.operands(pattern.query.fused).dtype))
             rows = one.valid_rows.clamp_min(1).to(one.positive_score.dtype)
             mean = one.positive_score.sum() * context.exchange.world_size / rows
             metrics |= {
                 f"{pattern.name}/positive_score": mean,
-                f"{pattern.name}/temperature": call["temperature"].detach(),
-                f"{pattern.name}/bias": call["bias"].detach(),
+                f"{pattern.name}/temperature": self.temperatures.get(key).detach(),
+                f"{pattern.name}/bias": self.biases.get(key).detach(),
             }
             if sizes is not None and len(sizes) > 1:
                 metrics |= {
@@ -115,7 +115,7 @@ class Sigmoid(Objective):
         sizes: dict[int, float] | None,
         encoded: EncodedStep,
         context: ObjectiveContext,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         key = PatternKey(encoded.dataset, pattern.name)
         masks = pair_masks(pattern, same_ids=self.mask_same_ids)
         return {
