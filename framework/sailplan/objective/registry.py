@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -91,7 +91,9 @@ def check_objectives(
             raise ConfigurationError(
                 f"{key}: found {', '.join(unknown)}, expected some of {', '.join(objectives)}"
             )
-        used: list[Any] = [objectives[name] for name, weight in stage.objectives.items() if weight]
+        used = [
+            cast(Objective, objectives[name]) for name, weight in stage.objectives.items() if weight
+        ]
         for objective in used:
             if objective.per_token and not gives_tokens:
                 raise ConfigurationError(
@@ -121,7 +123,7 @@ def check_objectives(
 
     _check_read(objectives, stages, datasets)
     for name, module in objectives.items():
-        one: Any = module
+        one = cast(Objective, module)
         users = [stage for stage in stages.values() if stage.objectives.get(name)]
         if users:
             one.check_use(f"objectives.{name}", users, datasets)
