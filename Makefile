@@ -71,11 +71,11 @@ docs: $(VENV)/docs/.ready
 
 # What tests/launch makes hosts and a Slurm of. Where they cannot be installed, those tests say so and are skipped.
 cluster-packages:
-	@for program in slurmctld slurmd munged ip unshare; do PATH="$$PATH:/usr/sbin" command -v $$program > /dev/null || missing="$$missing $$program"; done; \
+	@for program in slurmctld slurmd munged ip unshare mpirun.openmpi mpiexec.hydra; do PATH="$$PATH:/usr/sbin" command -v $$program > /dev/null || missing="$$missing $$program"; done; \
 	  [ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
-	    && { DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install --quiet --yes --no-install-recommends slurm-wlm munge iproute2 util-linux > /dev/null 2>&1 \
-	      || { timeout 120 apt-get --quiet update > /dev/null 2>&1 && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install --quiet --yes --no-install-recommends slurm-wlm munge iproute2 util-linux > /dev/null 2>&1; }; }; } \
-	  || echo "sailplan:$$missing not found, and no root or apt-get to install them: tests of hosts and Slurm are SKIPPED"
+	    && { DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install --quiet --yes --no-install-recommends slurm-wlm munge iproute2 util-linux openmpi-bin mpich > /dev/null 2>&1 \
+	      || { timeout 120 apt-get --quiet update > /dev/null 2>&1 && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install --quiet --yes --no-install-recommends slurm-wlm munge iproute2 util-linux openmpi-bin mpich > /dev/null 2>&1; }; }; } \
+	  || echo "sailplan:$$missing not found, and no root or apt-get to install them: tests of hosts, Slurm and mpirun are SKIPPED"
 
 chaos: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/chaos.py --kills $(N) --seed $(SEED)

@@ -13,7 +13,7 @@ from sailplan_kernels.exchange import (
     SymmetricMemory,
 )
 from sailplan_kernels.infonce import InfoNCEOutput, infonce, infonce_sum
-from sailplan_kernels.sigmoid import SigmoidOutput, sigmoid
+from sailplan_kernels.sigmoid import SigmoidOutput, sigmoid, sigmoid_sum
 from sailplan_kernels.topk import rank_of, topk
 
 __version__ = "0.2.0"
@@ -39,5 +39,6 @@ __all__ = [
     "infonce_sum",
     "rank_of",
     "sigmoid",
+    "sigmoid_sum",
     "topk",
 ]

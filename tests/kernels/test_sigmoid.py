@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sailplan_kernels import EXCHANGES, Local, sigmoid
+from sailplan_kernels import EXCHANGES, Local, LossOptions, sigmoid, sigmoid_sum
 from sailplan_kernels.arguments import grouped
 from sailplan_kernels.testing import run_ranks
 
@@ -133,6 +133,70 @@ def test_ranks_equal_one_process(make_case, world_size, backend, kind):
             mine = [x[2][name] for x in part]
             together = torch.cat(mine) / world_size if gradient.dim() else torch.stack(mine).mean(0)
             torch.testing.assert_close(together, gradient, rtol=1e-10, atol=1e-11)
+
+
+def counted(exchange, name):
+    """Let an exchange note the calls of one of its methods; return the notes."""
+    calls, inner = [], getattr(exchange, name)
+
+    def noted(parts):
+        calls.append(len(parts))
+        return inner(parts)
+
+    setattr(exchange, name, noted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", EXCHANGES)
+def test_a_sum_of_losses_is_one_exchange_with_their_gradients(kind):
+    """Three losses, two of which share their keys, beside each by itself."""
+    weights = [1.0, 0.0, 0.5]
+
+    def work(rank, _):
+        g = torch.Generator().manual_seed(rank)
+        rows = (5, 3, 2, 4)[rank]
+        given = [torch.randn(rows, 8, generator=g, dtype=torch.float64) for _ in range(5)]
+        results = []
+        for together in (False, True):
+            queries, more, other, keys, others = (x.clone().requires_grad_() for x in given)
+            temperature = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+            bias = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+            exchange = EXCHANGES[kind]()
+            asked = [counted(exchange, x) for x in ("gather_parts", "reduce_scatter_parts")]
+            options = LossOptions(backend="chunked", memory_budget=1500)
+            calls = [
+                {"queries": queries, "keys": keys, "prefixes": (4, 8)},
+                {"queries": more, "keys": keys},
+                {"queries": other, "keys": others, "prefixes": {8: 2.0}},
+            ]
+            for one in calls:
+                one |= {"temperature": temperature, "bias": bias, "options": options}
+            if together:
+                total, found = sigmoid_sum(calls, weights, exchange=exchange)
+            else:
+                found = [sigmoid(**one, exchange=exchange) for one in calls]
+                total = sum(w * one.loss for w, one in zip(weights, found, strict=True))
+            total.backward()
+            gradients = [x.grad for x in (queries, more, other, keys, others, temperature, bias)]
+            losses = [one.loss.detach() for one in found]
+            scores = [one.positive_score for one in found]
+            results.append(((total.detach(), losses, scores, gradients), asked))
+        return results
+
+    for (alone, times), (together, once) in run_ranks(work, 4):
+        torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+        gathered, brought_home = zip(times, once, strict=True)
+        assert list(map(len, gathered)) == [3, 1]
+        assert len(brought_home[1]) <= 1 and len(brought_home[0]) <= 3
+
+
+def test_a_sum_without_losses_or_of_two_backends_is_refused():
+    with pytest.raises(ValueError, match=r"^calls: found 0"):
+        sigmoid_sum([])
+    call = {"queries": torch.randn(2, 3), "keys": torch.randn(2, 3), "temperature": 1.0, "bias": 0}
+    others = call | {"options": LossOptions(backend="reference")}
+    with pytest.raises(ValueError, match=r"^calls: found backends chunked, reference"):
+        sigmoid_sum([call | {"options": LossOptions(backend="chunked")}, others])
 
 
 def test_wrong_bias():

@@ -185,6 +185,47 @@ def test_slurm_starts_each_node_through_torchrun_and_resumes(tmp_path: Path) -> 
     assert shlex.split(kept.stdout)[-1] == "resume=never"
 
 
+@pytest.mark.parametrize(
+    ("task", "first", "last", "count", "parts", "code", "wanted"),
+    [
+        (2, 0, 3, 4, "", 0, "2/4"),
+        (2, 2, 2, 1, "4", 0, "2/4"),
+        (2, 2, 2, 1, "", 64, "submit with --array=0-0"),
+        (1, 1, 4, 4, "", 64, "submit with --array=0-3"),
+    ],
+)
+def test_a_task_of_a_job_array_embeds_its_part(
+    tmp_path: Path,
+    task: int,
+    first: int,
+    last: int,
+    count: int,
+    parts: str,
+    code: int,
+    wanted: str,
+) -> None:
+    commands = slurm_commands(tmp_path / "bin", 'shift 5; NODE_RANK=0 exec launch/torchrun.sh "$@"')
+    commands |= {
+        "SLURM_ARRAY_TASK_ID": str(task),
+        "SLURM_ARRAY_TASK_MIN": str(first),
+        "SLURM_ARRAY_TASK_MAX": str(last),
+        "SLURM_ARRAY_TASK_COUNT": str(count),
+        "PARTS": parts,
+    }
+    result = run("slurm.sbatch", "embed", "--dataset", "things", **commands)
+    assert result.returncode == code, result.stderr
+    if code == 0:
+        assert shlex.split(result.stdout)[-5:] == [
+            "embed",
+            "--dataset",
+            "things",
+            "--part",
+            wanted,
+        ]
+    else:
+        assert wanted in result.stderr and len(result.stderr.splitlines()) == 1
+
+
 def test_a_job_ends_when_a_node_does_not_follow_and_goes_on_without_it(tmp_path: Path) -> None:
     """node-b's launcher noted 70 and named node-b's neighbour; its task stays, as on a dead node."""
     step = 'echo 70 > "$SAILPLAN_JOB_NOTES/code-node-b"; touch "$SAILPLAN_JOB_NOTES/lost-node-c"\n'

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from sailplan.checkpoint.layout import local
 from sailplan.config.compose import compose
 from sailplan.config.schema import (
     AudioConfig,
@@ -37,6 +38,7 @@ from sailplan.model.build import build_encoder
 from sailplan.model.testing import join_layout, rows_of
 from sailplan.objective.registry import build_objectives
 from sailplan.objective.temperature import Temperatures
+from sailplan.runtime.config import Dtype
 from sailplan.step.training_step import TrainingStep
 from sailplan.train.trainer import check_shares
 from sailplan_kernels.testing import run_ranks
@@ -54,7 +56,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def configuration(shards: Path, budget: int, dealing: str) -> Config:
+def configuration(shards: Path, budget: int, dealing: str, dtype: Dtype = "float64") -> Config:
     config = made_up_config(shards, global_batch=16, micro_batch=6)
     small = TransformerShape(layers=1, hidden=16, heads=2, feed_forward=32)
     config.model = ModelConfig(
@@ -65,12 +67,17 @@ def configuration(shards: Path, budget: int, dealing: str) -> Config:
         vision=VisionConfig(stem_width=8, latents=2, encoder=small, perceiver=small),
         audio=AudioConfig(encoder=small, stem_width=8, mel_bins=16, output=16),
     )
-    config.parallel = ParallelConfig(dtype="float64")
+    config.parallel = ParallelConfig(dtype=dtype)
     config.step.token_budget, config.step.dealing = budget, dealing
     config.objectives = {
         name: {"_target_": compose([]).objectives[name]["_target_"]} for name in OBJECTIVES
     }
     return config
+
+
+def whole(batch: StepBatch) -> StepBatch:
+    """The rows as they are."""
+    return batch
 
 
 def apart(batch: StepBatch) -> StepBatch:
@@ -98,19 +105,26 @@ def _steps(
     budget: int,
     dealing: str,
     first: int,
-    change: Callable[[StepBatch], StepBatch] = lambda batch: batch,
+    change: Callable[[StepBatch], StepBatch] = whole,
+    dtype: Dtype = "float64",
 ) -> list[tuple[float, dict[str, torch.Tensor], str, int]]:
     parallel = join_layout(1)
-    config = configuration(shards, budget, dealing)
+    config = configuration(shards, budget, dealing, dtype)
     encoder = build_encoder(config.model, config.parallel, parallel, config.seed)
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    narrow = ParallelConfig(dtype="float32")  # the same weights, whatever computes
+    drawn = build_encoder(config.model, narrow, parallel, config.seed)
+    with torch.no_grad():
+        for one, other in zip(encoder.parameters(), drawn.parameters(), strict=True):
+            local(one).copy_(local(other))
     objectives = build_objectives(
         config.objectives,
         config.model.embedding,
         config.data.sets,
         allowed_targets=config.allowed_targets,
         seed=0,
-    ).double()
-    temperatures = Temperatures(config.data.sets).double()
+    ).to(wide)
+    temperatures = Temperatures(config.data.sets).to(wide)
     optimizer = torch.optim.SGD([*encoder.parameters(), *temperatures.parameters()], lr=0.0)
     step = TrainingStep(
         encoder, objectives, temperatures, optimizer, config, parallel, exchange_of(parallel)
@@ -191,6 +205,29 @@ def test_items_encoded_once_have_the_gradients_of_all_rows_that_show_them(
             assert (gradient - full[name]).norm() <= EXACT * max(1.0, float(full[name].norm())), (
                 name
             )
+
+
+def test_in_bfloat16_they_are_no_further_off_than_of_rows_by_themselves(
+    shards: Path, alone: Any
+) -> None:
+    """A shared item's gradient is the sum of its rows', rounded once where theirs are each."""
+    shared = run_ranks(_steps, 1, shards, 0, "length", 0, whole, "bfloat16")[0]
+    single = run_ranks(_steps, 1, shards, 0, "length", 0, apart, "bfloat16")[0]
+    for (true_loss, exact, digest, _), one, rows in zip(alone, shared, single, strict=True):
+        assert one[2] == rows[2] == digest and rows[3] > 3 * one[3]
+        assert one[0] == pytest.approx(true_loss, rel=1e-2)
+        assert one[1].keys() == exact.keys()
+        assert {gradient.dtype for gradient in one[1].values()} == {torch.float32}
+        found, by_rows = off(one[1], exact), off(rows[1], exact)
+        assert 1e-4 < by_rows < 0.1, "bfloat16's own rounding"
+        assert found <= 1.1 * by_rows, (found, by_rows)
+
+
+def off(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """Return the relative error of all gradients together."""
+    error = sum((found[name].double() - each).square().sum() for name, each in exact.items())
+    size = sum(each.square().sum() for each in exact.values())
+    return float((error / size) ** 0.5)
 
 
 def _disagreement(rank: int, world_size: int, shards: Path) -> str:

@@ -214,6 +214,18 @@ def build_parser() -> argparse.ArgumentParser:
                 metavar="KEY",
                 help="also write the records' values of this key, which semantic IDs are compared with",
             )
+            command.add_argument(
+                "--part",
+                default=None,
+                metavar="K/N",
+                help="embed part K (from 0) of N alone, beside the jobs of the other parts; the last one to end writes embeddings.json",
+            )
+            command.add_argument(
+                "--shard-rows",
+                type=int,
+                default=65536,
+                help="rows a file, which is the least that a part embeds (default: 65536)",
+            )
         if name == "semantic-ids":
             command.add_argument("--vectors", required=True, help="folder that embed wrote")
             command.add_argument(

@@ -155,10 +155,21 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def embed(options: argparse.Namespace) -> int:
     """All records of a view: vectors, ids, and semantic IDs where sizes are given."""
+    from sailplan.export.embedding_parts import Part
     from sailplan.export.embeddings import export_embeddings
     from sailplan.export.semantic_ids import parse_sizes
 
     sizes = parse_sizes("--semantic-ids", options.semantic_ids)
+    part = None if options.part is None else Part.parse(options.part)
+    if part is not None and sizes:
+        raise ConfigurationError(
+            "--semantic-ids: found --part beside it, expected all rows; run `sailplan semantic-ids` "
+            "when all parts are done"
+        )
+    if options.shard_rows < 1:
+        raise ConfigurationError(
+            f"--shard-rows: found {options.shard_rows}, expected at least 1; leave it out for 65536"
+        )
     _check_out(options.out)
     if options.dataset not in options.config.data.sets:
         raise ConfigurationError(
@@ -184,6 +195,8 @@ def embed(options: argparse.Namespace) -> int:
             config=run.config,
             semantic_id_sizes=sizes,
             label=options.label,
+            shard_rows=options.shard_rows,
+            part=part,
         )
         _say(run, json.dumps(told, indent=1))
     return EXIT_DONE

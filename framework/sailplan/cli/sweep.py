@@ -159,11 +159,20 @@ def job(config: DictConfig) -> int:
     if "SUBMITIT_EXECUTOR" in os.environ:
         from submitit.helpers import TorchDistributedEnvironment
 
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        address = os.environ.get("MASTER_ADDR")
+        place = TorchDistributedEnvironment()
+        place.export(set_cuda_visible_devices=False, overwrite=True)
+        if address is None and place.world_size == place.local_world_size:
+            address = "127.0.0.1"
+        # Else the first node's name in Slurm, which the nodes need not find
+        os.environ["MASTER_ADDR"] = address or place.master_addr
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    code = subprocess.run(
-        [sys.executable, "-m", "sailplan", "train", *config.overrides], env=environment, check=False
-    ).returncode
+    line = [sys.executable, "-m", "sailplan", "train", *config.overrides]
+    process = subprocess.Popen(line, env=environment)
+    try:
+        code = process.wait()
+    finally:  # submitit leaves from its handler of the early warning: not before the save
+        process.wait()
     if code == EXIT_STOPPED and "SUBMITIT_EXECUTOR" not in os.environ:
         raise _Stopped
     return code

@@ -48,6 +48,20 @@ class SplitPositions:
         return numbers if self._split is None else self._reader.select(self._split, numbers)
 
 
+class PositionsPart:
+    """Positions number start .. stop - 1 of others."""
+
+    def __init__(self, whole: Positions, start: int, stop: int) -> None:
+        self._whole, self._start, self._count = whole, start, stop - start
+        self.digest = f"{start}..{stop} of {digest_of(whole)}"
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, wanted: slice | NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._whole[numbers_of(wanted, self._count) + self._start]
+
+
 class MarkedPositions:
     """The places of the ones among bits, first bit first: an eighth of a byte a record."""
 

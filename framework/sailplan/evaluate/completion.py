@@ -45,7 +45,8 @@ def set_completion_task(
     view, target_view = item_view(config.views[task.query]), item_view(config.views[task.target])
     table = embedder.table(catalogue, target_view, pool)
     candidates = StoredSide.of(table, embedder.context.parallel.device)
-    items = embedder.rows(catalogue, view, pool if view == target_view else split.used())
+    known = pool if view == target_view else split.used()
+    items = embedder.table(catalogue, view, known)
     shown, wanted = metrics.set_completion(
         dict(zip(split.users, split.items, strict=True)), config.history_length
     )
@@ -71,7 +72,7 @@ def set_completion_task(
     ).to(device)
     rows = np.flatnonzero(targets >= 0)
     positives = Pairs(torch.from_numpy(rows), torch.from_numpy(targets[rows])).to(device)
-    vectors, content = represent(embedder, items, shown, config.history_length)
+    vectors, content = represent(embedder, items, known, shown, config.history_length)
     result: dict[str, float] = {}
     for prefix, queries in (("", vectors), ("content_mean/", content)):
         ranks = metrics.best_positive_ranks(

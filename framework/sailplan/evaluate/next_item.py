@@ -102,8 +102,9 @@ def next_item_task(
     table = embedder.table(catalogue, target_view, pool)
     candidates = StoredSide.of(table, embedder.context.parallel.device)
     shown = [history[-config.history_length :].tolist() for history in asked.histories]
-    items = embedder.rows(catalogue, view, pool if view == target_view else asked.used())
-    vectors, content = represent(embedder, items, shown, config.history_length)
+    known = pool if view == target_view else asked.used()
+    items = embedder.table(catalogue, view, known)
+    vectors, content = represent(embedder, items, known, shown, config.history_length)
     targets = index_of(candidates.positions, asked.targets)
     left_out = [
         place[place >= 0]

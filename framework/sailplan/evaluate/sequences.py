@@ -4,6 +4,8 @@ most training records have.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,10 +15,13 @@ from sailplan.data.reader import RecordReader
 from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
 from sailplan.embed.encoding import evaluating
-from sailplan.embed.rows import EmbeddedRows
 from sailplan.embed.sides import unit
+from sailplan.embed.table import Table
 from sailplan.evaluate.retrieval_task import index_of
 from sailplan.objective.protocol import HistoryObjective
+from sailplan.runtime.watch import together
+
+HISTORIES = 1024  # represented at once
 
 
 def history_objective(context: RunContext) -> HistoryObjective | None:
@@ -40,27 +45,52 @@ def history_objective(context: RunContext) -> HistoryObjective | None:
 
 
 def represent(
-    embedder: Embedder, items: EmbeddedRows, shown: list[list[int]], length: int
+    embedder: Embedder,
+    table: Table,
+    positions: NDArray[np.int64],
+    shown: Sequence[Sequence[int]],
+    length: int,
 ) -> tuple[Tensor, Tensor]:
     """Return (the model's sequence vectors, the means of the unit item vectors), both [n, D] on
-    the device.
+    the device. All ranks call it alike, as a learned representation may be a collective.
 
-    shown: catalogue positions of each history, at most `length`. The model's are those of the
-    objective that represents histories (`history_objective`) where the run has one, else the means.
+    table: of the items at rising catalogue positions [m]. shown: catalogue positions of each
+    history, at most `length`. The model's are those of the objective that represents histories
+    (`history_objective`) where the run has one, else the means. Items are read for HISTORIES
+    histories at a time: HISTORIES * length * D * 4 bytes beside the result.
     """
-    index = np.full((len(shown), length), -1, dtype=np.int64)
-    for row, history in enumerate(shown):
-        index[row, : len(history)] = index_of(items.positions, np.array(history, dtype=np.int64))
-    index[~items.valid[index.clip(min=0)]] = -1
+    learned, found, means = history_objective(embedder.context), [], []
+    for start in range(0, len(shown), HISTORIES):
+        together()
+        fused, valid = _items(embedder, table, positions, shown[start : start + HISTORIES], length)
+        rows = valid.sum(1, keepdim=True).clamp_min(1)
+        means.append((unit(fused) * valid.unsqueeze(-1)).sum(1) / rows)
+        if learned is not None:
+            with evaluating(learned):
+                found.append(learned.represent(fused.flatten(0, 1), valid.flatten(), length))
+    content = torch.cat(means)
+    return torch.cat(found) if found else content, content
+
+
+def _items(
+    embedder: Embedder,
+    table: Table,
+    positions: NDArray[np.int64],
+    shown: Sequence[Sequence[int]],
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the vectors [b, length, D] of histories' items, and bool [b, length] which there are."""
+    counts = np.array([len(history) for history in shown])
+    there = np.arange(length) < counts[:, None]
+    index = np.full(there.shape, -1, dtype=np.int64)
+    index[there] = index_of(positions, np.concatenate([np.asarray(each) for each in shown]))
+    wanted = np.unique(index[index >= 0])
+    items = table.take(wanted)
+    place = np.searchsorted(wanted, index).clip(max=len(wanted) - 1)
+    valid = (index >= 0) & np.asarray(items.valid)[place]
     device = embedder.context.parallel.device
-    valid = torch.from_numpy(index >= 0).to(device)
-    fused = embedder.on_device(items)[torch.from_numpy(index.clip(min=0)).to(device)]
-    content = (unit(fused) * valid.unsqueeze(-1)).sum(1) / valid.sum(1, keepdim=True).clamp_min(1)
-    learned = history_objective(embedder.context)
-    if learned is None:
-        return content, content
-    with evaluating(learned):
-        return learned.represent(fused.flatten(0, 1), valid.flatten(), length), content
+    fused = embedder.on_device(items)[torch.from_numpy(place).to(device)]
+    return fused, torch.from_numpy(valid).to(device)
 
 
 def popularity(embedder: Embedder, reader: RecordReader) -> NDArray[np.int64] | None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sailplan.embed.residual_k_means import BLOCK
 from sailplan.errors import ConfigurationError
 
-MANIFEST = "embeddings.json"
+MANIFEST, BEGUN = "embeddings.json", "begun.json"
 
 
 def embeddings_file(shard: int) -> str:

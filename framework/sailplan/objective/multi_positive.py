@@ -48,6 +48,7 @@ class MultiPositive(Objective):
     calls_kernels = True
     prefix_support = "own"
     uses_hard_negatives = False
+    reads = ("label",)
 
     def __init__(
         self,

@@ -175,6 +175,9 @@ class Objective(nn.Module):
     calls_kernels = False
     # False: mined hard negatives mean nothing to it; a stage whose losses all say so mines none
     uses_hard_negatives = True
+    # Settings of data sets, label or teacher_scores, whose values it learns from: one that no loss
+    # of a stage with that set names is refused
+    reads: tuple[Literal["label", "teacher_scores"], ...] = ()
     # How `matryoshka` makes it a loss of several sizes. cut: `forward` gets the vectors cut to each
     # size in turn; own: `forward` itself pays at `matryoshka_sizes`, as the kernels do in one pass;
     # None: it needs whole vectors, and refuses

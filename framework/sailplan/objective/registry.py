@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import Objective
 from sailplan.runtime.seeds import derive
 
+READ_BY = {"label": "multi_positive", "teacher_scores": "score_distillation"}
 OF_ALL = ("matryoshka", "prefix_weights")  # options of every loss, see Objective.pay_at
 
 
@@ -90,7 +91,9 @@ def check_objectives(
             raise ConfigurationError(
                 f"{key}: found {', '.join(unknown)}, expected some of {', '.join(objectives)}"
             )
-        used: list[Any] = [objectives[name] for name, weight in stage.objectives.items() if weight]
+        used = [
+            cast(Objective, objectives[name]) for name, weight in stage.objectives.items() if weight
+        ]
         for objective in used:
             if objective.per_token and not gives_tokens:
                 raise ConfigurationError(
@@ -118,13 +121,38 @@ def check_objectives(
                     f"({kind}), expected one that does; add it"
                 )
 
+    _check_read(objectives, stages, datasets)
     for name, module in objectives.items():
-        one: Any = module
+        one = cast(Objective, module)
         users = [stage for stage in stages.values() if stage.objectives.get(name)]
         if users:
             one.check_use(f"objectives.{name}", users, datasets)
             if prefixes is not None:
                 one.matryoshka_sizes(prefixes)
+
+
+def _check_read(
+    objectives: nn.ModuleDict,
+    stages: Mapping[str, StageConfig],
+    datasets: Mapping[str, DatasetConfig],
+) -> None:
+    """Raise ConfigurationError for values of records that a data set names and no loss reads."""
+    read = {
+        (dataset, setting)
+        for stage in stages.values()
+        for name, weight in stage.objectives.items()
+        if weight
+        for setting in cast(Objective, objectives[name]).reads
+        for dataset in stage.data
+    }
+    for name, dataset in datasets.items():
+        for setting, loss in READ_BY.items():
+            value = getattr(dataset, setting)
+            if value is not None and (name, setting) not in read:
+                raise ConfigurationError(
+                    f"data.sets.{name}.{setting}={value}: has no effect, as no stage draws '{name}' "
+                    f"with an objective that reads it; leave it out, or add {loss}"
+                )
 
 
 def objective_class(name: str, target: object, allowed: Sequence[str]) -> type[Objective]:

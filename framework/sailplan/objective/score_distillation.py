@@ -45,6 +45,7 @@ class ScoreDistillation(Objective):
     """
 
     uses_hard_negatives = False
+    reads = ("teacher_scores",)
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from sailplan.data.config import Grouping
 from sailplan.errors import ConfigurationError
 from sailplan.objective.backends import described
 from sailplan.objective.patterns import (
+    Pattern,
     has_history,
     loss_options,
     pair_masks,
@@ -32,7 +33,7 @@ from sailplan.objective.patterns import (
 )
 from sailplan.objective.protocol import EncodedStep, Objective, ObjectiveContext, ObjectiveOutput
 from sailplan.objective.temperature import Biases, Temperatures
-from sailplan_kernels import sigmoid
+from sailplan_kernels import sigmoid_sum
 
 GROUPINGS = ("pattern", "modality")
 
@@ -83,39 +84,46 @@ class Sigmoid(Objective):
         """Sum over patterns of weight times the loss; per pattern: mean cosine of the positives,
         t, b, loss of each prefix.
         """
-        total = zero_loss(encoded)
-        metrics: dict[str, Tensor] = {}
         sizes = self.matryoshka_sizes(context.prefixes)
-        for pattern in patterns_of(encoded, context, histories=False):
+        patterns = patterns_of(encoded, context, histories=False)
+        if not patterns:
+            return ObjectiveOutput(zero_loss(encoded))
+        calls = [self._call(pattern, sizes, encoded, context) for pattern in patterns]
+        weights = [pattern.weight for pattern in patterns]
+        total, found = sigmoid_sum(calls, weights, exchange=context.exchange)
+        metrics: dict[str, Tensor] = {}
+        for pattern, one in zip(patterns, found, strict=True):
             key = PatternKey(encoded.dataset, pattern.name)
-            queries, keys = (
-                context.operands(side.fused) for side in (pattern.query, pattern.target)
-            )
-            temperature, bias = self.temperatures.get(key), self.biases.get(key)
-            found = sigmoid(
-                queries,
-                keys,
-                temperature,
-                bias,
-                masks=without_low_grades(
-                    encoded, context, pair_masks(pattern, same_ids=self.mask_same_ids)
-                ),
-                prefixes=sizes,
-                exchange=context.exchange,
-                options=loss_options(encoded, context),
-            )
-            context.ran.add(described(found.backend, queries.dtype))
-            total = total + pattern.weight * found.loss
-            rows = found.valid_rows.clamp_min(1).to(found.positive_score.dtype)
-            mean = found.positive_score.sum() * context.exchange.world_size / rows
+            context.ran.add(described(one.backend, context.operands(pattern.query.fused).dtype))
+            rows = one.valid_rows.clamp_min(1).to(one.positive_score.dtype)
+            mean = one.positive_score.sum() * context.exchange.world_size / rows
             metrics |= {
                 f"{pattern.name}/positive_score": mean,
-                f"{pattern.name}/temperature": temperature.detach(),
-                f"{pattern.name}/bias": bias.detach(),
+                f"{pattern.name}/temperature": self.temperatures.get(key).detach(),
+                f"{pattern.name}/bias": self.biases.get(key).detach(),
             }
             if sizes is not None and len(sizes) > 1:
                 metrics |= {
                     f"{pattern.name}/loss@{size}": loss
-                    for size, loss in zip(sizes, found.prefix_losses, strict=True)
+                    for size, loss in zip(sizes, one.prefix_losses, strict=True)
                 }
         return ObjectiveOutput(total, metrics)
+
+    def _call(
+        self,
+        pattern: Pattern,
+        sizes: dict[int, float] | None,
+        encoded: EncodedStep,
+        context: ObjectiveContext,
+    ) -> dict[str, object]:
+        key = PatternKey(encoded.dataset, pattern.name)
+        masks = pair_masks(pattern, same_ids=self.mask_same_ids)
+        return {
+            "queries": context.operands(pattern.query.fused),
+            "keys": context.operands(pattern.target.fused),
+            "temperature": self.temperatures.get(key),
+            "bias": self.biases.get(key),
+            "masks": without_low_grades(encoded, context, masks),
+            "prefixes": sizes,
+            "options": loss_options(encoded, context),
+        }

@@ -31,10 +31,15 @@ class Claim:
     """The right to write into a run folder, until `release` or the end of the process."""
 
     def __init__(
-        self, folder: Path, *, heartbeat: float = HEARTBEAT, patience: float = PATIENCE
+        self,
+        folder: Path,
+        *,
+        heartbeat: float = HEARTBEAT,
+        patience: float = PATIENCE,
+        remedy: str = "wait for it, end it, or choose another name=",
     ) -> None:
-        """Raises ConfigurationError where another job works in the folder."""
-        self.path, self._done = folder / FILE, threading.Event()
+        """Raises ConfigurationError where another job works in the folder; remedy: what to do."""
+        self.path, self._done, self._remedy = folder / FILE, threading.Event(), remedy
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+")  # noqa: SIM115  held until the release
         self._wait_for_lock(patience)
@@ -81,8 +86,7 @@ class Claim:
     def _refusal(self, held: dict[str, Any]) -> ConfigurationError:
         who = f"host {held.get('host', '?')}, pid {held.get('pid', '?')}, job {held.get('job') or 'none'}, last heard of at {held.get('heartbeat', '?')}"
         return ConfigurationError(
-            f"{self.path.parent}: another job is writing here ({who}): wait for it, end it, or "
-            "choose another name="
+            f"{self.path.parent}: another job is writing here ({who}): {self._remedy}"
         )
 
     def _read(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from ipaddress import ip_address
 
 import psutil
@@ -64,6 +65,28 @@ def listening_address() -> tuple[str, str | None]:
     if not chosen:
         return f"own name {socket.gethostname()}", own_address()
     return f"{CHOSEN}={chosen}", next(iter(interfaces().get(chosen, [])), None)
+
+
+def check_first_node(seconds: float = 10.0) -> None:
+    """Raise ConfigurationError where this host finds no address for the first node's name.
+
+    Connecting to it would be tried until the start's limit. seconds: for name servers that are
+    slow to answer.
+    """
+    first = os.environ.get("MASTER_ADDR", "")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.getaddrinfo(first, None, type=socket.SOCK_STREAM)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigurationError(
+                    f"MASTER_ADDR: found {first!r}, for which host {host_name()} has no address "
+                    f"({error.strerror}), expected a name or address of the first node that all "
+                    "nodes know: export it"
+                ) from error
+        time.sleep(0.5)
 
 
 def check_reachable() -> None:

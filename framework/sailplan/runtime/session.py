@@ -33,7 +33,7 @@ from sailplan.runtime.environment import host_name, local_world_size, world_size
 from sailplan.runtime.groups import form_groups, leave_groups
 from sailplan.runtime.hang_report import lost_hosts, missing, stay, table
 from sailplan.runtime.leaving import code_of, end_now, first_to_say, is_lost_peer, note_lost, say
-from sailplan.runtime.network import check_reachable
+from sailplan.runtime.network import check_first_node, check_reachable
 from sailplan.runtime.process import Parallel, device_type
 from sailplan.runtime.signals import stop_flag
 from sailplan.runtime.watch import Watch, phase, watching
@@ -111,7 +111,9 @@ def _join(watch: Watch, config: ParallelConfig, device: torch.device, world_size
         return
     # torchrun's agent has the store already; without it rank 0 opens it when the group is formed.
     early = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if early:
+    if not early:
+        check_first_node()
+    else:
         _show_on(watch, Board.of_launch(config.timeout_seconds))
         _check_devices(watch, device)
     if world_size > local_world_size(world_size):

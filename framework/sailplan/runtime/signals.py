@@ -1,8 +1,8 @@
 """Stopping on request: a signal only sets a flag; the loop asks all ranks at a step's edge
 whether one was set.
 
-SIGTERM and SIGUSR1 (Slurm's early warning) and SIGINT ask for a stop: the run saves and exits with
-75.
+SIGTERM, SIGUSR1 (Slurm's early warning), SIGUSR2 (submitit's) and SIGINT ask for a stop: the run
+saves and exits with 75.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopFlag:

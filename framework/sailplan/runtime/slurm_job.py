@@ -5,7 +5,7 @@ srun waits for a task on a dead node until Slurm gives the node up, which takes 
 launcher therefore leaves its exit code in a folder that all nodes see, and ranks name hosts that did
 not answer; once one node has failed, the others have `GRACE` seconds. A job that was stopped (75)
 goes back into the queue, one that lost a rank or hung (70) as well, a limited number of times and
-without the hosts that were named. All other codes end the job.
+without the hosts that were named. All other codes end the job. A task of a job array embeds its part.
 Use: python -m sailplan.runtime.slurm_job train experiment=... name=... (see launch/slurm.sbatch)
 """
 
@@ -20,7 +20,13 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from sailplan.errors import EXIT_DONE, EXIT_FAILURE, EXIT_HANG, EXIT_STOPPED
+from sailplan.errors import (
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_HANG,
+    EXIT_STOPPED,
+    ConfigurationError,
+)
 from sailplan.runtime.environment import first_node
 from sailplan.runtime.leaving import JOB_NOTES, say
 
@@ -145,8 +151,32 @@ def _scancel(*arguments: str) -> None:
     subprocess.run(["scancel", *arguments], capture_output=True, check=False)
 
 
+def part_of_array() -> list[str]:
+    """Return the flags of `embed` that name this task's part of a job array; [] outside of one.
+
+    Raises ConfigurationError for an array of which Slurm's variables do not give the parts.
+    """
+    task, parts = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("PARTS")
+    if task is None:
+        return []
+    tasks = int(os.environ["SLURM_ARRAY_TASK_COUNT"])
+    if not parts and int(os.environ["SLURM_ARRAY_TASK_MAX"]) != tasks - 1:
+        first, last = os.environ["SLURM_ARRAY_TASK_MIN"], os.environ["SLURM_ARRAY_TASK_MAX"]
+        raise ConfigurationError(
+            f"--array: found {tasks} tasks from {first} to {last}, expected all from 0 on: submit "
+            f"with --array=0-{tasks - 1}, or export PARTS, the number of parts, to run some again"
+        )
+    return ["--part", f"{task}/{parts or tasks}"]
+
+
 def main(arguments: list[str]) -> int:
     """Run the batch step; return the job's exit code."""
+    if arguments[:1] == ["embed"] and "--part" not in arguments:
+        try:
+            arguments = [*arguments, *part_of_array()]
+        except ConfigurationError as error:
+            say(str(error))
+            return error.exit_code
     if arguments[:1] == ["train"] and not any(word.startswith("resume=") for word in arguments):
         arguments = [*arguments, "resume=auto"]
     folder = Path(os.environ.get("JOB_NOTES_FOLDER", ".slurm"))

@@ -74,6 +74,8 @@ class PairList:
 
     def share(self, rows: slice) -> PairList:
         """Those of consecutive rows, which are counted from 0 again."""
+        if rows.indices(len(self.counts)) == (0, len(self.counts), 1):
+            return self  # nothing to pick, which the host would wait for
         some = (self.rows >= rows.start) & (self.rows < rows.stop)
         return PairList(self.rows[some] - rows.start, self.keys[some], self.counts[rows])
 
@@ -89,6 +91,8 @@ class PairList:
         return best_at(self.rows, values, len(self.counts))
 
     def of_chunks(self, chunks: list[slice]) -> list[slice]:
+        if len(chunks) == 1:  # all rows: no answer to wait for
+            return [slice(0, len(self.rows))]
         edges = torch.tensor([chunk.start for chunk in chunks], device=self.rows.device)
         starts = [*torch.searchsorted(self.rows, edges).tolist(), len(self.rows)]
         return [slice(*edge) for edge in pairwise(starts)]
@@ -110,14 +114,14 @@ def pairs_by_id(wanted: Tensor, keys: Candidates) -> PairList:
 
     O((N + C) log C + E).
     """
-    places = keys.valid.nonzero()[:, 0]
-    ids, order = keys.tags[places, 1].sort(stable=True)
+    # Keys that are not valid come first, under an id that no row wants
+    ids, order = torch.where(keys.valid, keys.tags[:, 1], -1).sort(stable=True)
     first, behind = torch.searchsorted(ids, wanted), torch.searchsorted(ids, wanted, right=True)
     counts = torch.where(wanted >= 0, behind - first, 0)
     rows = torch.arange(len(wanted), device=wanted.device).repeat_interleave(counts)
     before = counts.cumsum(0) - counts
     place = torch.arange(len(rows), device=wanted.device) - before[rows] + first[rows]
-    return PairList(rows, places[order[place]], counts)
+    return PairList(rows, order[place], counts)
 
 
 def sum_at(index: Tensor, values: Tensor, n: int) -> Tensor:

@@ -111,7 +111,7 @@ class Positives:
             if context.options.key_negatives
             else None
         )
-        for shard in context.keys.shards():
+        for shard in context.keys.shards(at_once=True):
             for here in self._inside(shard, slice(0, pairs.count)):
                 rows, found = pairs.rows[here], shard.vectors[pairs.keys[here] - shard.start]
                 self.norm[:, here] = norms[:, rows] * inverse_norms(
@@ -240,10 +240,14 @@ class Positives:
 
     def _inside(self, shard: Shard, pairs: slice) -> Iterator[Tensor]:
         """Places in the list of those pairs whose key is in this shard, some at a time."""
-        assert isinstance(self.pairs, PairList)
-        keys = self.pairs.keys[pairs]
+        assert isinstance(self.pairs, PairList) and self.context.keys.layout is not None
+        keys, at_once = self.pairs.keys[pairs], self.context.rows_at_once
+        if len(shard.vectors) == self.context.keys.layout.total:  # all: nothing to wait for
+            places = torch.arange(len(keys), device=keys.device) + pairs.start
+            yield from places.split(at_once)
+            return
         here = (keys >= shard.start) & (keys < shard.start + len(shard.vectors))
-        yield from (here.nonzero()[:, 0] + pairs.start).split(self.context.rows_at_once)
+        yield from (here.nonzero()[:, 0] + pairs.start).split(at_once)
 
     # ---------------------------------------------------------------- denominators, once they are
     # complete

@@ -2,6 +2,6 @@
 as InfoNCE.
 """
 
-from sailplan_kernels.sigmoid.api import SigmoidOutput, sigmoid
+from sailplan_kernels.sigmoid.api import SigmoidOutput, sigmoid, sigmoid_sum
 
-__all__ = ["SigmoidOutput", "sigmoid"]
+__all__ = ["SigmoidOutput", "sigmoid", "sigmoid_sum"]

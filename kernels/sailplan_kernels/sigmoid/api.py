@@ -9,7 +9,8 @@ full batch's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor
 from sailplan_kernels.arguments import LossOptions, Masks, Negatives, Prefixes, with_former
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
-from sailplan_kernels.infonce.loss_inputs import build_inputs, gathered
+from sailplan_kernels.infonce.loss_inputs import LossInputs, build_inputs, gathered
 from sailplan_kernels.infonce.options import InfoNCEOptions
 from sailplan_kernels.sigmoid.reference import reference_loss
-from sailplan_kernels.sigmoid.tiled import tiled_loss
+from sailplan_kernels.sigmoid.tiled import Found, tiled_losses
 from sailplan_kernels.tiling.engines import make_engine
 
 
@@ -63,6 +64,76 @@ def sigmoid(
     if former:
         call = with_former({"prefixes": prefixes, "masks": masks, "options": options}, former)
         prefixes, masks, options = call["prefixes"], call["masks"], call["options"]
+    total, [found] = sigmoid_sum(
+        [
+            {
+                "queries": queries,
+                "keys": keys,
+                "temperature": temperature,
+                "bias": bias,
+                "positives": positives,
+                "masks": masks,
+                "prefixes": prefixes,
+                "options": options,
+            }
+        ],
+        exchange=exchange,
+    )
+    return replace(found, loss=total)
+
+
+def sigmoid_sum(
+    calls: Sequence[Mapping[str, Any]],
+    weights: Sequence[float] | None = None,
+    *,
+    exchange: Exchange | None = None,
+) -> tuple[Tensor, list[SigmoidOutput]]:
+    """Return the weighted sum of several losses, such as those of a step's patterns, whose ranks
+    meet once for all of them.
+
+    calls: arguments of ``sigmoid`` by name, without exchange, of one backend. weights: one a call;
+    None: 1 each. Returns the sum, 0-d and differentiable once (the reference: always), and the
+    outputs, whose losses are unweighted and detached. Raises ValueError on a wrong call.
+    """
+    weights = [1.0] * len(calls) if weights is None else [float(weight) for weight in weights]
+    if not calls or len(weights) != len(calls) or any(not weight >= 0 for weight in weights):
+        raise ValueError(
+            f"calls: found {len(calls)} with weights {weights}, expected at least one, and a "
+            "weight of at least 0 for each"
+        )
+    exchange = Local() if exchange is None else exchange
+    with torch.autocast(calls[0]["queries"].device.type, enabled=False):
+        made = [_inputs(exchange=exchange, **call) for call in calls]
+        backends = {chosen for _, _, chosen in made}
+        if len(backends) > 1:
+            raise ValueError(
+                f"calls: found backends {', '.join(sorted(backends))}, expected one of all: name "
+                "it in options"
+            )
+        all_inputs, biases, (chosen, *_) = zip(*made, strict=True)
+        if chosen == "reference":
+            total, found = _reference_losses(all_inputs, biases, weights)
+        else:
+            engine = make_engine(chosen)
+            total, found = tiled_losses(all_inputs, engine, biases, weights)
+            chosen = engine.name
+    outputs = [_output(inputs, *one, chosen) for inputs, one in zip(all_inputs, found, strict=True)]
+    return total.to(all_inputs[0].gradient_dtype), outputs
+
+
+def _inputs(
+    *,
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    bias: float | Tensor,
+    exchange: Exchange,
+    positives: Tensor | None = None,
+    masks: Masks | None = None,
+    prefixes: Prefixes | None = None,
+    options: LossOptions | None = None,
+) -> tuple[LossInputs, Tensor, str]:
+    """Check a call; return its inputs, its bias 0-d in the scores' dtype, and the backend."""
     masks, options = masks or Masks(), options or LossOptions()
     checks.check_embeddings(queries, keys, None)
     chosen = checks.choose_backend(options.backend, queries, options.score_dtype)
@@ -71,38 +142,45 @@ def sigmoid(
         raise ValueError(
             f"bias: found {bias.dtype} {tuple(bias.shape)}, expected a number or a 0-d float tensor"
         )
-    with torch.autocast(queries.device.type, enabled=False):
-        inputs = build_inputs(
-            queries,
-            keys,
-            temperature,
-            positives=positives,
-            masks=masks,
-            negatives=Negatives(),
-            options=InfoNCEOptions.checked(queries.shape[1], prefixes, options.memory_budget),
-            exchange=Local() if exchange is None else exchange,
-            backend=f"sigmoid {chosen}",
-            score_dtype=options.score_dtype,
-            sizes=options.sizes,
-        )
-        if not isinstance(bias, Tensor):
-            bias = torch.tensor(bias, dtype=torch.float64)
-        bias = bias.to(inputs.raw_queries.device, inputs.score_dtype)
-        if chosen == "reference":
-            whole = gathered(inputs)
-            total, losses, positive_score = reference_loss(whole, bias)
-            positive_score, valid_rows = (
-                positive_score.where(whole.row_valid, 0.0),
-                whole.valid_rows,
-            )
-        else:
-            engine = make_engine(chosen)
-            total, losses, positive_score, valid_rows = tiled_loss(inputs, engine, bias)
-            chosen = engine.name
+    inputs = build_inputs(
+        queries,
+        keys,
+        temperature,
+        positives=positives,
+        masks=masks,
+        negatives=Negatives(),
+        options=InfoNCEOptions.checked(queries.shape[1], prefixes, options.memory_budget),
+        exchange=exchange,
+        backend=f"sigmoid {chosen}",
+        score_dtype=options.score_dtype,
+        sizes=options.sizes,
+    )
+    if not isinstance(bias, Tensor):
+        bias = torch.tensor(bias, dtype=torch.float64)
+    return inputs, bias.to(inputs.raw_queries.device, inputs.score_dtype), chosen
+
+
+def _reference_losses(
+    all_inputs: Sequence[LossInputs], biases: Sequence[Tensor], weights: Sequence[float]
+) -> tuple[Tensor, list[Found]]:
+    totals, found = [], []
+    for inputs, bias, weight in zip(all_inputs, biases, weights, strict=True):
+        whole = gathered(inputs)
+        total, losses, positive_score = reference_loss(whole, bias)
+        totals.append(weight * total)
+        found.append((losses, positive_score.where(whole.row_valid, 0.0), whole.valid_rows))
+    return torch.stack(totals).sum(), found
+
+
+def _output(
+    inputs: LossInputs, losses: Tensor, positive_score: Tensor, valid_rows: Tensor, backend: str
+) -> SigmoidOutput:
+    dtype, weights = inputs.gradient_dtype, inputs.options.prefix_weights
+    paid = losses.sum() if all(w == 1 for w in weights) else losses @ losses.new_tensor(weights)
     return SigmoidOutput(
-        loss=total.to(inputs.gradient_dtype),
-        prefix_losses=losses.to(inputs.gradient_dtype),
+        loss=paid.to(dtype),
+        prefix_losses=losses.to(dtype),
         valid_rows=valid_rows,
-        positive_score=positive_score.to(inputs.gradient_dtype),
-        backend=chosen,
+        positive_score=positive_score.to(dtype),
+        backend=backend,
     )

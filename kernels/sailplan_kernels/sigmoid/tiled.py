@@ -8,12 +8,14 @@ Vectors, norms, what ranks show each other and how gradients come home are those
 (tiling/vectors.py): the positive never enters a tile, and a cosine is <x_p, y_p> a_p b_p with
 inverse prefix norms a, b.
 
-Collectives, all inside the forward, depend only on what all ranks agreed on in infonce/problem.py.
+Several losses, such as those of a step's patterns, show each other all their vectors in one
+collective and bring all gradients home in one. Collectives, all inside the forward, depend only on what all ranks agreed on in infonce/problem.py.
 Differentiable once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isqrt
 
 import torch
@@ -37,48 +39,70 @@ from sailplan_kernels.tiling.products import add_product, add_scaled_rows, prefi
 from sailplan_kernels.tiling.tile import Coefficients, Engine, MaskConfig, TileOperand
 from sailplan_kernels.tiling.vectors import Vectors, bring_home, prepare, send
 
+Found = tuple[Tensor, Tensor, Tensor]
 
-def tiled_loss(
-    inputs: LossInputs, engine: Engine, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This rank's weighted loss (0-d), loss of each prefix [P], the positives' cosines [N] of
-    the longest, and the valid rows of
-    all ranks (0-d); bias 0-d."""
-    longest = inputs.options.prefixes[-1]
-    queries, keys = inputs.raw_queries[:, :longest], inputs.raw_keys[:, :longest]
-    return _Tiled.apply(inputs, engine, queries, keys, inputs.row_inverse_temperature, bias)
+
+def tiled_losses(
+    all_inputs: Sequence[LossInputs],
+    engine: Engine,
+    biases: Sequence[Tensor],
+    weights: Sequence[float],
+) -> tuple[Tensor, list[Found]]:
+    """This rank's weighted sum (0-d) of the losses of one exchange; biases 0-d.
+
+    Of each loss, detached: its prefixes' losses [P], the positives' cosines [N] of the longest
+    prefix, and the valid rows of all ranks (0-d).
+    """
+    given: list[Tensor] = []
+    for inputs, bias in zip(all_inputs, biases, strict=True):
+        longest = inputs.options.prefixes[-1]
+        given += [inputs.raw_queries[:, :longest], inputs.raw_keys[:, :longest]]
+        given += [inputs.row_inverse_temperature, bias]
+    total, *found = _Tiled.apply(all_inputs, engine, weights, *given)
+    return total, [(found[i], found[i + 1], found[i + 2]) for i in range(0, len(found), 3)]
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        inputs: LossInputs,
-        engine: Engine,
-        queries: Tensor,
-        keys: Tensor,
-        inverse_temperature: Tensor,
-        bias: Tensor,
-    ):
-        work = _Work(
-            inputs,
-            engine,
-            queries,
-            keys,
-            inverse_temperature.detach(),
-            bias.detach(),
-            any(ctx.needs_input_grad),
-        )
-        for shard in work.keys.shards(accumulate=inputs.needs.keys):
-            work.add(shard)
-        losses, positive = work.positives()
+    def forward(ctx, all_inputs, engine, weights, *given: Tensor):
+        losses = []
+        for i, (inputs, weight) in enumerate(zip(all_inputs, weights, strict=True)):
+            queries, keys, inverse, bias = given[4 * i : 4 * i + 4]
+            wanted = any(ctx.needs_input_grad[3 + 4 * i : 7 + 4 * i])
+            losses.append(_Work(inputs, engine, weight, queries, keys, inverse, bias, wanted))
+        exchange, shown = all_inputs[0].exchange, [one.keys for one in losses]
+        budget = min(inputs.options.memory_budget for inputs in all_inputs)
+        vectors = [v for one in losses for v in (one.queries, one.keys)]
+        groups = prepare(vectors, budget, min(one.at_once for one in losses))
+        told = [x for one in losses for x in one.notes()]
+        notes = iter(send(exchange, shown, told).arrive())
+        for one in losses:
+            one.learn(next(notes), next(notes))
+            for shard in one.keys.shards(accumulate=one.inputs.needs.keys):
+                one.add(shard)
+        found = [one.positives() for one in losses]
+        total = torch.stack(
+            [
+                (paid * one.prefix_weights[:, 0]).sum()
+                for one, (paid, _) in zip(losses, found, strict=True)
+            ]
+        ).sum()
+        bring_home(exchange, shown, [])
+        for one in losses:
+            one.add_positives()
+        for group in groups:
+            group.finish(losses[0].peers)
+        gradients = [x for one in losses for x in one.gradients_of_all()]
         ctx.gradients = [
             x if needed else None
-            for x, needed in zip(work.finish(), ctx.needs_input_grad[2:], strict=True)
+            for x, needed in zip(gradients, ctx.needs_input_grad[3:], strict=True)
         ]
-        ctx.dtypes = [x.dtype for x in (queries, keys, inverse_temperature, bias)]
-        ctx.mark_non_differentiable(losses, positive, work.valid_rows)
-        return (losses * work.prefix_weights[:, 0]).sum(), losses, positive, work.valid_rows
+        ctx.dtypes = [x.dtype for x in given]
+        outputs = [
+            x for one, pair in zip(losses, found, strict=True) for x in (*pair, one.valid_rows)
+        ]
+        ctx.mark_non_differentiable(*outputs)
+        return total, *outputs
 
     @staticmethod
     @once_differentiable
@@ -91,6 +115,7 @@ class _Tiled(torch.autograd.Function):
         return (
             None,
             None,
+            None,
             *(
                 None if x is None else x.mul_(gradient).to(dtype)
                 for x, dtype in zip(gradients, ctx.dtypes, strict=True)
@@ -99,22 +124,24 @@ class _Tiled(torch.autograd.Function):
 
 
 class _Work:
-    """The working state of one forward, of this rank's share of the n rows.
+    """The working state of one loss's forward, of this rank's share of the n rows.
 
-    ``gradients``: whether this rank wants any.
+    weight: of the loss in the sum. ``gradients``: whether this rank wants any.
     """
 
     def __init__(
         self,
         inputs: LossInputs,
         engine: Engine,
+        weight: float,
         queries: Tensor,
         keys: Tensor,
         inverse: Tensor,
         bias: Tensor,
         gradients: bool,
     ) -> None:
-        self.inputs, self.engine, self.bias, needs = inputs, engine, bias, inputs.needs
+        self.inputs, self.engine, needs = inputs, engine, inputs.needs
+        self.bias, self.inverse = bias.detach(), inverse.detach()
         self.exchange, self.peers, self.prefixes = (
             inputs.exchange,
             peers_of(inputs.exchange),
@@ -122,9 +149,8 @@ class _Work:
         )
         self.share_sizes, self.share = shares(len(queries), self.peers)
         self.fp, self.at_once = inputs.score_dtype, rows_at_once(inputs)
-        self.prefix_weights = numbers(inputs.options.prefix_weights, self.fp, queries.device)[
-            :, None
-        ]
+        weights = tuple(weight * each for each in inputs.options.prefix_weights)
+        self.prefix_weights = numbers(weights, self.fp, queries.device)[:, None]
         kinds = self.prefixes, self.fp, inputs.operand_dtype, inputs.gradient_dtype
         masks = (inputs.query_valid, inputs.key_valid)
         self.queries, self.keys = (
@@ -132,33 +158,36 @@ class _Work:
             for x, m, p in zip((queries, keys), masks, inputs.padding[:2], strict=True)
         )
         self.keys.show(self.exchange, inputs.key_sizes, needs.keys)
-        self.groups = prepare([self.queries, self.keys], inputs.options.memory_budget, self.at_once)
+        # What others need is computed here too: their keys' gradient has a part in every rank's
+        # tiles.
+        self.gradients = gradients or needs.keys
+
+    def notes(self) -> list[Tensor]:
+        """What this rank tells the others of its rows, once vectors are prepared."""
         assert self.keys.layout is not None
-        notes = send(
-            self.exchange,
-            [self.keys],
-            [self.keys.layout.padded(inputs.key_notes), inputs.row_count],
-        ).arrive()
-        self.valid_rows = notes[1].sum()
+        return [self.keys.layout.padded(self.inputs.key_notes), self.inputs.row_count]
+
+    def learn(self, key_notes: Tensor, row_counts: Tensor) -> None:
+        """Take what all ranks told."""
+        inputs, needs = self.inputs, self.inputs.needs
+        self.valid_rows = row_counts.sum()
         share = self.exchange.world_size / self.valid_rows.clamp_min(1).to(self.fp)
         self.weight = inputs.row_valid[self.share] * share  # [n]
         self.negative_grad = self.weight * self.prefix_weights  # [P, n] d loss / d a row's sum
-        candidates = Candidates.of(self.keys.layout.rows(notes[0]))
+        assert self.keys.layout is not None
+        candidates = Candidates.of(self.keys.layout.rows(key_notes))
         count = len(candidates.valid)
         self.source = CandidateBlock(
             self.keys,
             candidates,
-            inverse.new_ones(count),
-            correction=(-bias).expand(count).contiguous(),
+            self.inverse.new_ones(count),
+            correction=(-self.bias).expand(count).contiguous(),
         )
-        # What others need is computed here too: their keys' gradient has a part in every rank's
-        # tiles.
-        self.gradients = gradients or needs.keys
         self.several = len(self.prefixes) > 1
         self.rule = MaskConfig(
             self.prefixes, inputs.tags_in_use, columns=False, moments=self.several, sigmoid=True
         )
-        self.inverse = inverse[self.share].contiguous()
+        self.inverse = self.inverse[self.share].contiguous()
         self.rows = TileOperand(
             self.queries.operand[self.share],
             self.queries.norms[:, self.share].contiguous(),
@@ -173,7 +202,7 @@ class _Work:
             torch.zeros_like(self.inverse),
             torch.zeros_like(self.negative_grad[0, :0].sum()),
         )
-        area = score_budget(inputs) // engine.pair_bytes(
+        area = score_budget(inputs) // self.engine.pair_bytes(
             self.rule, False, self.queries.operand.dtype
         )
         self.tile_rows = max(FEWEST_ROWS, min(len(self.inverse), isqrt(area)))
@@ -241,12 +270,9 @@ class _Work:
         found = positive[-1].masked_fill(~self.inputs.row_valid[self.share], 0.0)
         return self.peers.sum(losses), self.peers.gather(found, self.share_sizes)
 
-    def finish(self) -> tuple[Tensor | None, ...]:
-        """Gradients of queries [N, D], keys [M, D], inverse temperatures [N] and bias, all
-        peers' shares together.
-        """
+    def add_positives(self) -> None:
+        """Add the positives' part of the vectors' gradients, once the keys' have come home."""
         needs, index = self.inputs.needs, self.index
-        bring_home(self.exchange, [self.keys], [])
         positive_grad = self.positive_grad * self.norm
         for rows in self._pairs():
             first = 0
@@ -271,8 +297,12 @@ class _Work:
                 self.keys.moment.sub_(
                     sum_at(index, self.positive_moment, self.keys.moment.shape[1])
                 )
-        for group in self.groups:
-            group.finish(self.peers)
+
+    def gradients_of_all(self) -> tuple[Tensor | None, ...]:
+        """Gradients of queries [N, D], keys [M, D], inverse temperatures [N] and bias, all
+        peers' shares together.
+        """
+        needs = self.inputs.needs
         queries, keys = (
             v.gradient if needed else None
             for v, needed in ((self.queries, needs.queries), (self.keys, needs.keys))

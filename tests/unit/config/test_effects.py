@@ -11,6 +11,7 @@ from sailplan.config.compose import compose, from_dict
 from sailplan.config.rules import check
 from sailplan.errors import ConfigurationError
 
+QUICK = ["experiment=quickstart"]
 FROZEN = [f"+stages.{name}.trainable=[tower]" for name in ("diverse", "nearest", "hard")]
 FROZEN += [f"+stages.{name}.trainable=[tower]" for name in ("seq2item", "id2item")]
 ALONE = " ".join(f"~stages.seq2item.data.{name}" for name in ("emoji", "icon_choices", "prompts"))
@@ -41,17 +42,25 @@ REFUSED = {
     "objectives.id2item.similarity_temperature=0.5": "has no effect with form=cosine",
     "objectives.seq2item.layers=2": "expected pooling=encoder",
     "stages.hard.objectives={infonce:0,micl:1}": "takes no mined negatives",
+    "+data.sets.emoji.label=group": "data.sets.emoji.label=group: has no effect, as no stage draws 'emoji' with an objective that reads it",
+    "data.sets.icon_choices.negatives=1 +data.sets.icon_choices.teacher_scores=scores": "data.sets.icon_choices.teacher_scores=scores: has no effect",
+    "+data.sets.emoji.label=group +objective=multi_positive stages.hard.objectives={infonce:1,multi_positive:0}": "data.sets.emoji.label=group: has no effect",
     "objectives.infonce.shared_hard_negatives=true order=[nearest]": "has no effect, as no stage mines",
 }
 
 
 @pytest.mark.parametrize("lines", sorted(REFUSED))
 def test_a_setting_that_nothing_reads_is_refused_in_one_line(lines: str) -> None:
-    config = compose(["experiment=quickstart", *lines.split()])
+    config = compose([*QUICK, *lines.split()])
     with pytest.raises(ConfigurationError) as found:
         check(config, 1)
         _check(config)
     assert "\n" not in str(found.value) and REFUSED[lines] in str(found.value)
+
+
+def test_a_label_is_accepted_once_a_stage_learns_from_it() -> None:
+    lines = ["+data.sets.emoji.label=group", "+objective=multi_positive"]
+    _check(compose([*QUICK, *lines, "+stages.hard.objectives.multi_positive=1"]))
 
 
 def test_a_saved_run_may_hold_one_as_an_older_version_took_it() -> None:

@@ -4,8 +4,10 @@ for themselves share one encoding; ranks cut a view into other numbers of micro-
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +23,12 @@ from sailplan.config.schema import (
     ViewConfig,
 )
 from sailplan.data.collate import Collator
+from sailplan.data.costs import RowCosts
 from sailplan.data.datasets import open_datasets
+from sailplan.data.decoding import ItemDecoder
 from sailplan.data.negatives import HardNegativeStore
 from sailplan.data.plan import Plan
+from sailplan.data.reader import RecordReader
 from sailplan.data.record import HardNegatives, StepBatch, ViewKey
 from sailplan.data.shares import PartShares
 from sailplan.data.testing import item_record, json_member, micro_batches_of, write_set
@@ -174,3 +179,61 @@ def test_more_items_than_were_foreseen_still_fit(
     assert len(rows) == 2 and sum(rows) == int(
         torch.cat([view.order for view in batch.views.values()]).max() + 1
     )
+
+
+def looked_at(
+    config: Config, monkeypatch: pytest.MonkeyPatch, rows: int, ranks: int, dealing: str
+) -> dict[str, int]:
+    """Return what one of `ranks` ranks with `rows` rows each asks for in a step, counted."""
+    config.global_batch = rows * ranks
+    config.step.dealing, config.step.token_budget = dealing, 0  # type: ignore[assignment]
+    maker, found = collator(config, "sequences", ranks - 1, ranks), Counter[str]()
+    read, item, foreseen = RecordReader.read, ItemDecoder.rows, RowCosts.foreseen
+
+    def reading(self: RecordReader, *arguments: Any, **options: Any) -> Any:
+        found["records"] += 1
+        return read(self, *arguments, **options)
+
+    def showing(self: ItemDecoder, items: Any, key: ViewKey, *more: Any) -> Any:
+        shown = item(self, items, key, *more)
+        found[f"rows of {key}"] += len(shown)
+        return shown
+
+    def costing(self: RowCosts, reader: Any, view: Any, positions: Any, *more: Any) -> Any:
+        found["rows whose costs are looked up"] += len(positions)
+        found["look-ups of costs"] += 1
+        return foreseen(self, reader, view, positions, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordReader, "read", reading)
+        patch.setattr(ItemDecoder, "rows", showing)
+        patch.setattr(RowCosts, "foreseen", costing)
+        (batch,) = maker.batches(1)
+    found["encoded"] = encoded(batch, "target")
+    return dict(found)
+
+
+def test_what_a_rank_asks_for_grows_with_its_rows_not_with_the_ranks(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 64 ranks: records and shown items of its own rows alone; only rows that are dealt by
+    length are looked up whoever has them, once in each view, in one call of each.
+    """
+    config = sequences(make_config(micro_batch=4), tmp_path / "s", 48)
+    few, many, twice = (
+        looked_at(config, monkeypatch, rows, ranks, "lanes")
+        for rows, ranks in ((8, 4), (8, 64), (16, 64))
+    )
+    assert "look-ups of costs" not in many, "nothing depends on them"
+    for found, rows in ((few, 8), (many, 8), (twice, 16)):
+        assert rows <= found["records"] <= 2 * rows, "a bad record has a spare"
+        assert found["rows of target"] == rows and found["encoded"] <= rows * (4 + 1 + 1) + 1
+        assert found["rows of history"] == 4 * rows
+    dealt = {
+        (rows, ranks): looked_at(config, monkeypatch, rows, ranks, "length")
+        for rows, ranks in ((8, 4), (8, 64), (16, 64))
+    }
+    for (rows, ranks), found in dealt.items():
+        assert found["rows whose costs are looked up"] == rows * ranks * 2, "history and target"
+        assert found["look-ups of costs"] == 2
+        assert found["records"] <= 2 * rows

@@ -22,7 +22,7 @@ from sailplan.embed.context import RunContext
 from sailplan.embed.embedding import embed_view
 from sailplan.embed.scoring import Pairs
 from sailplan.errors import ConfigurationError
-from sailplan.evaluate import metrics
+from sailplan.evaluate import metrics, sequences
 from sailplan.evaluate.retrieval_task import item_view
 from sailplan.evaluate.runner import evaluate
 from sailplan.model.build import build_encoder
@@ -324,3 +324,26 @@ def test_a_reference_that_is_not_there_and_targets_that_nobody_knows_are_named(
         "no record of 'next' has a target and a history item"
         in run_ranks(attempt, 1, asked, str(tmp_path / "next"))[0]
     )
+
+
+def test_histories_are_represented_a_few_at_a_time(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_ranks(run, 1, config, ["next"])[0]["tasks"]["next"]
+    monkeypatch.setattr(sequences, "HISTORIES", 3)
+    asked: list[int] = []
+    take = sequences._items
+
+    def items(*arguments: Any) -> Any:
+        fused, valid = take(*arguments)
+        asked.append(valid.numel())
+        return fused, valid
+
+    def counted(rank: int, world_size: int) -> tuple[dict[str, float], list[int]]:
+        monkeypatch.setattr(sequences, "_items", items)
+        return run(rank, world_size, config, ["next"])["tasks"]["next"], asked
+
+    for found, sizes in run_ranks(counted, 2):
+        assert found == pytest.approx(whole)
+        length = config.data.sets["next"].history_length
+        assert len(sizes) == 13 and max(sizes) == 3 * length, "39 histories"

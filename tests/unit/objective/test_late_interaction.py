@@ -131,11 +131,12 @@ def test_it_is_refused_where_no_tokens_come() -> None:
     target = {"_target_": "sailplan.objective.late_interaction.LateInteraction"}
     built = build_objectives({"tokens": target}, D, DATASETS)
     stages = {"one": StageConfig(data={"items": 1.0}, objectives={"tokens": 1.0})}
-    check_objectives(built, stages, DATASETS)
+    datasets = {"items": DATASETS["items"]}
+    check_objectives(built, stages, datasets)
     with pytest.raises(
         ConfigurationError, match=r"stages\.one\.objectives: LateInteraction scores"
     ):
-        check_objectives(built, stages, DATASETS, gives_tokens=False)
+        check_objectives(built, stages, datasets, gives_tokens=False)
     with pytest.raises(ConfigurationError, match=r"objectives\.tokens\.dimension=0"):
         build_objectives({"tokens": {**target, "dimension": 0}}, D, DATASETS)
     with pytest.raises(ConfigurationError, match="needs whole vectors"):

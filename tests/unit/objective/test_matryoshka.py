@@ -156,4 +156,5 @@ def test_weights_of_other_sizes_are_refused_before_the_run() -> None:
     built = build_objectives({"any": {**target, "prefix_weights": {7: 1.0}}}, 16, config.data.sets)
     with pytest.raises(ConfigurationError, match=r"found sizes \[7\], expected model\.prefixes"):
         stage = StageConfig(data={"pairs": 1.0}, objectives={"any": 1.0})
-        check_objectives(built, {"one": stage}, config.data.sets, config.model.prefixes)
+        sets = {"pairs": replace(config.data.sets["pairs"], teacher_scores=None)}
+        check_objectives(built, {"one": stage}, sets, config.model.prefixes)

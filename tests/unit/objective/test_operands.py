@@ -95,12 +95,12 @@ def _losses(
             calls.append({"queries": call["queries"], "keys": call["keys"]} | hard)
         return infonce_sum(given, *rest, **options)
 
-    def spy_sigmoid(queries: Tensor, keys: Tensor, *rest: Any, **options: Any) -> Any:
-        calls.append({"queries": queries, "keys": keys})
-        return sailplan_kernels.sigmoid(queries, keys, *rest, **options)
+    def spy_sigmoid(given: Sequence[dict[str, Any]], *rest: Any, **options: Any) -> Any:
+        calls.extend({"queries": call["queries"], "keys": call["keys"]} for call in given)
+        return sailplan_kernels.sigmoid_sum(given, *rest, **options)
 
     monkeypatch.setattr(patterns, "infonce_sum", spy)
-    monkeypatch.setattr(sigmoid, "sigmoid", spy_sigmoid)
+    monkeypatch.setattr(sigmoid, "sigmoid_sum", spy_sigmoid)
     config = step_config()
     del config.objectives["infonce"][
         "margin_absolute"

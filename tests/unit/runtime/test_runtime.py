@@ -14,7 +14,7 @@ import pytest
 
 from sailplan.errors import EXIT_HANG
 from sailplan.runtime.seeds import derive, generator
-from sailplan.runtime.signals import stop_flag
+from sailplan.runtime.signals import STOP_SIGNALS, stop_flag
 from sailplan.runtime.watch import beat, watching
 
 
@@ -36,7 +36,7 @@ def test_seeds_are_stable_and_parts_do_not_run_together() -> None:
     assert generator(1, "a").integers(1 << 30) == generator(1, "a").integers(1 << 30)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_signal_sets_the_flag_and_does_not_interrupt(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_flag() as flag:

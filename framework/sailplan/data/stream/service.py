@@ -24,6 +24,7 @@ from sailplan.config.fields import JsonObject
 from sailplan.data.stream.disk import DiskCache, NoRoom, range_name, whole_name
 from sailplan.data.stream.stores import Changed, Gone, NoRanges, OutOfTime, Stores
 from sailplan.data.stream.whole import Unreadable, keep_whole
+from sailplan.runtime.signals import STOP_SIGNALS
 
 POLL = 0.01  # seconds, while another process writes the same file
 PARENT_POLL = 1.0
@@ -190,7 +191,7 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=kind, required=True)
     # A stop is the run's to handle: it still reads on while it saves
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     asyncio.run(_run(parser.parse_args()))
 
