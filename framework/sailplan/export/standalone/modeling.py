@@ -253,7 +253,11 @@ class OmniTower(nn.Module):
             if own_tokens
             else VISION[config.vision.backbone](config.vision, dtype)
         )
-        self.perceiver = nn.Module() if own_tokens else Perceiver(config.vision, hidden, dtype)
+        self.perceiver = (
+            nn.Module()
+            if own_tokens
+            else Perceiver(config.vision, self.vision.width, hidden, dtype)
+        )
         if config.audio.backbone == "own":
             sound: nn.Module = AudioEncoder(config.audio, config.rope_base, dtype)
         else:

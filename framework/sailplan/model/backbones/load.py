@@ -80,6 +80,11 @@ def published_parts(config: ModelConfig) -> dict[str, str]:
     return {part: place for part, place in places.items() if place is not None}
 
 
+def _adapted(config: ModelConfig, part: str) -> bool:
+    """Return whether a part is one of transformers' own, which opens its files itself."""
+    return part != "tower" and getattr(config, part).backbone == "published"
+
+
 FAMILIES = {
     "vision": {"siglip": siglip, "siglip2": naflex, "qwen3_vl": qwen_vl},
     "audio": {"whisper": whisper, "clap": clap, "clap_fusion": clap_fusion},
@@ -93,7 +98,7 @@ def _family(config: ModelConfig, part: str) -> Family:
     if backbone not in families:
         raise ConfigurationError(
             f"model.weights.{part} is set, but model.{part}.backbone is {backbone}: expected "
-            f"{' or '.join(families)}"
+            f"{' or '.join(['published', *families])}"
         )
     return cast(Family, families[backbone])
 
@@ -107,6 +112,8 @@ def open_sources(config: ModelConfig) -> list[Source]:
     """
     sources = []
     for part, place in published_parts(config).items():
+        if _adapted(config, part):
+            continue
         family, folder = _family(config, part), PublishedFolder(f"model.weights.{part}", place)
         reason = family.unsupported(folder.config)
         if reason is not None:

@@ -48,7 +48,7 @@ class NaflexVisionEncoder(nn.Module):
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        hidden = config.encoder.hidden
+        hidden = self.width = config.encoder.hidden
         self.grid = config.position_grid
         self.embedding = nn.Linear(3 * config.patch**2, hidden)
         self.positions = nn.Parameter(torch.empty(config.position_grid**2, hidden))

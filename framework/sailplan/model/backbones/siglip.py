@@ -27,7 +27,7 @@ class SiglipVisionEncoder(nn.Module):
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        hidden = config.encoder.hidden
+        hidden = self.width = config.encoder.hidden
         self.patch, self.grid = config.patch, config.position_grid
         self.embedding = nn.Conv2d(3, hidden, config.patch, stride=config.patch)
         self.positions = nn.Parameter(torch.empty(config.position_grid**2, hidden))
