@@ -108,8 +108,7 @@ class EncoderConfig:
             )
 
 
-PUBLISHED = ("published",)  # encoders that are transformers' own
-GRIDS, QWEN = ("siglip", "siglip2", "qwen3_vl"), ("qwen3_vl",)
+GRIDS, QWEN = ("siglip2", "qwen3_vl"), ("qwen3_vl",)
 CLAP = ("clap", "clap_fusion")  # the sound encoders of the shape model.audio.swin
 LATENT = ("latent_attention",)
 Part = Literal["tower", "vision", "perceiver", "audio"]
@@ -152,13 +151,13 @@ class VisionConfig:
     # published: any picture encoder of transformers' AutoModel (docs/encoders.md); siglip2: SigLIP2
     # naflex, whose pictures keep their sides' ratio (needs data.image_patches); qwen3_vl: Qwen3-VL's
     # image tower, which has no perceiver: its tokens are the tower's
-    backbone: Literal["own", "published", "siglip", "siglip2", "qwen3_vl"] = "own"
+    backbone: Literal["own", "published", "siglip2", "qwen3_vl"] = "own"
     # What stands in the encoder's config.json, in the place of `encoder`; {}: it is taken from the
-    # folder model.weights.vision
-    published: Annotated[Options, When("backbone", PUBLISHED)] = field(default_factory=dict)
+    # folder model.weights.vision. Read with backbone=published alone
+    published: Options = field(default_factory=dict)
     # What stands in its preprocessor_config.json, or of it image_mean and image_std alone, for
     # pictures squeezed to squares; {}: the folder's, and without one squares in [-1, 1]
-    processor: Annotated[Options, When("backbone", PUBLISHED)] = field(default_factory=dict)
+    processor: Options = field(default_factory=dict)
     # Side of the square grid of learned positions
     position_grid: Annotated[Size, When("backbone", GRIDS)] = 16
     # Side of the square of patches that become one token
@@ -212,7 +211,9 @@ class WeightsConfig:
     tower: str | None = (
         None  # text embedding and blocks: Qwen2, Qwen2.5, Qwen3 (dense) or Qwen3-VL (dense)
     )
-    vision: str | None = None  # model.vision.backbone=siglip, siglip2 or qwen3_vl: the image tower
+    vision: str | None = (
+        None  # model.vision.backbone=published, siglip2 or qwen3_vl: the image tower
+    )
     audio: str | None = (
         # model.audio.backbone=whisper: the encoder; clap, clap_fusion: the audio encoder and, where
         # the files have it, its projection

@@ -43,7 +43,6 @@ from sailplan.model.backbones.clap import ClapAudioEncoder
 from sailplan.model.backbones.clap_fusion import FusedClapAudioEncoder
 from sailplan.model.backbones.naflex import NaflexVisionEncoder
 from sailplan.model.backbones.qwen_vl import QwenVisionEncoder
-from sailplan.model.backbones.siglip import SiglipVisionEncoder
 from sailplan.model.backbones.whisper import WhisperAudioEncoder
 from sailplan.model.blocks import (
     Blocks,
@@ -67,7 +66,6 @@ from sailplan.model.vision import PackedRows, Perceiver, VisionEncoder
 VISION: dict[str, Callable[[VisionConfig, torch.dtype], nn.Module]] = {
     "own": VisionEncoder,
     "published": PublishedVisionEncoder,
-    "siglip": SiglipVisionEncoder,
     "siglip2": NaflexVisionEncoder,
 }
 SOUND: dict[

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sailplan.config.schema import ModelConfig
 from sailplan.errors import ConfigurationError
-from sailplan.model.backbones import clap, clap_fusion, naflex, qwen, qwen_vl, siglip, whisper
+from sailplan.model.backbones import clap, clap_fusion, naflex, qwen, qwen_vl, whisper
 from sailplan.model.backbones.folder import PublishedFolder
 from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap
 
@@ -80,15 +80,11 @@ def published_parts(config: ModelConfig) -> dict[str, str]:
     return {part: place for part, place in places.items() if place is not None}
 
 
-def _adapted(config: ModelConfig, part: str) -> bool:
-    """Return whether a part is one of transformers' own, which opens its files itself."""
-    return part != "tower" and getattr(config, part).backbone == "published"
-
-
 FAMILIES = {
-    "vision": {"siglip": siglip, "siglip2": naflex, "qwen3_vl": qwen_vl},
+    "vision": {"siglip2": naflex, "qwen3_vl": qwen_vl},
     "audio": {"whisper": whisper, "clap": clap, "clap_fusion": clap_fusion},
 }
+ADAPTED = {"vision": ("published",)}  # transformers' own, which open their files themselves
 
 
 def _family(config: ModelConfig, part: str) -> Family:
@@ -98,7 +94,7 @@ def _family(config: ModelConfig, part: str) -> Family:
     if backbone not in families:
         raise ConfigurationError(
             f"model.weights.{part} is set, but model.{part}.backbone is {backbone}: expected "
-            f"{' or '.join(['published', *families])}"
+            f"{' or '.join([*families, *ADAPTED.get(part, ())])}"
         )
     return cast(Family, families[backbone])
 
@@ -112,7 +108,7 @@ def open_sources(config: ModelConfig) -> list[Source]:
     """
     sources = []
     for part, place in published_parts(config).items():
-        if _adapted(config, part):
+        if part in ADAPTED and getattr(config, part).backbone in ADAPTED[part]:
             continue
         family, folder = _family(config, part), PublishedFolder(f"model.weights.{part}", place)
         reason = family.unsupported(folder.config)

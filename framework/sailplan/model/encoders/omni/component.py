@@ -31,6 +31,7 @@ from sailplan.model.encoders.omni.processor import OmniProcessor
 from sailplan.model.encoders.omni.published_files import (
     adapted_parts,
     check_folders,
+    check_tokens,
     load_published,
     resolved,
     standing_alone,
@@ -70,6 +71,7 @@ class Omni(EncoderComponent):
         check_model(
             self.model, parallel_config.tensor, share_encoders=parallel_config.encoders == "share"
         )
+        check_tokens(self.model)
 
     def check_files(self) -> None:
         for source in open_sources(self.model):

@@ -23,12 +23,14 @@ class PictureProcessor(Protocol):
     def __call__(self, images: Image.Image) -> dict[str, list[object]]: ...
 
 
-def open_processor_of(settings: JsonObject) -> PictureProcessor:
+def open_processor_of(settings: JsonObject) -> PictureProcessor | None:
     """Return the processor of a preprocessor_config.json's content, the one that works with
-    Pillow, so that pixels are the same everywhere.
+    Pillow, so that pixels are the same everywhere; None where it names no class.
 
     Raises ConfigurationError for one that transformers has not.
     """
+    if TYPE not in settings:
+        return None
     import transformers  # seconds, so only where it is wanted
 
     name = str(settings[TYPE]).removesuffix("Fast").removesuffix("Pil") + "Pil"

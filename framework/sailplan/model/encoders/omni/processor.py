@@ -15,7 +15,7 @@ from sailplan.data.audio import FUSED, SPECTROGRAMS
 from sailplan.data.packing import OmniInputs, SequenceLayout, pack
 from sailplan.data.processor import MediaCosts, ViewRow
 from sailplan.data.views import ViewDecoder
-from sailplan.model.encoders.omni.pictures import TYPE, check_sides, open_processor_of, sized
+from sailplan.model.encoders.omni.pictures import check_sides, open_processor_of, sized
 from sailplan.model.encoders.omni.published import work
 
 
@@ -29,8 +29,7 @@ class OmniProcessor(ViewDecoder):
         processor makes pictures of another size.
         """
         super().__init__(config.data)
-        vision = config.model.vision
-        self._published = open_processor_of(vision.processor) if TYPE in vision.processor else None
+        self._published = open_processor_of(config.model.vision.processor)
         if self._published is not None:
             check_sides(self._published, config.data.image_size)
         self.layout = SequenceLayout.planned(config.model, config.parallel)

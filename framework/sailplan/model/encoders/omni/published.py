@@ -73,7 +73,7 @@ def drawn_encoder(key: str, settings: JsonObject) -> PreTrainedModel:
         for each in parameters
         if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
     ]
-    if wanted != [model.main_input_name]:
+    if set(wanted) - {model.main_input_name}:
         raise ConfigurationError(
             f"{key}: {type(model).__name__} wants {', '.join(wanted)}: expected an encoder of "
             "pictures or of features of sound, which wants these alone; choose another"
@@ -118,19 +118,13 @@ class PublishedVisionEncoder(PublishedPart):
     """Frames [n, 3, height, width] in [-1, 1] to tokens [n, p, h], each frame alone."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
-        """Raises ConfigurationError for patches of another size than the model's."""
         super().__init__("model.vision.published", config.published, dtype)
         self.patch = config.patch
-        found = getattr(self.model.config, "patch_size", config.patch)
-        if found != config.patch:
-            raise ConfigurationError(
-                f"model.vision.patch is {config.patch}: expected {found}, the patch_size of "
-                "model.vision.published"
-            )
         half = [0.5] * 3
-        plain = config.processor.get("do_normalize") is False
+        processor = config.processor
+        plain = processor.get("do_normalize") is False
         self.mean, self.deviation = (
-            half if plain else list(config.processor.get(name) or half)
+            half if plain else list(processor.get(name) or half)
             for name in ("image_mean", "image_std")
         )
         resizes = RESIZES in inspect.signature(self.model.forward).parameters

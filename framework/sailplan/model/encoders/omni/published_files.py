@@ -17,14 +17,19 @@ from sailplan.config.schema import ModelConfig
 from sailplan.errors import ConfigurationError
 from sailplan.model.backbones.folder import PROCESSOR, PublishedFolder, resolve
 from sailplan.model.backbones.load import published_parts, tensors_of
-from sailplan.model.encoders.omni.published import PublishedPart, drawn_encoder, published_config
+from sailplan.model.encoders.omni.published import (
+    PublishedPart,
+    PublishedVisionEncoder,
+    drawn_encoder,
+    published_config,
+)
 from sailplan.model.lora import is_lora
 
 if TYPE_CHECKING:
     from sailplan.model.encoders.transformers.config import TransformersConfig
 
 PARTS = ("vision",)  # that can be published
-PUBLISHED = "published"
+PUBLISHED, SIDE = "published", 224  # pixels, of models that name none
 MOST_MISSING = 0.1  # of an encoder's tensors, that files may name otherwise
 # What a file says of itself beside the model's shape
 ASIDE = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
@@ -36,7 +41,7 @@ def adapted_parts(config: ModelConfig) -> list[str]:
 
 
 def resolved(config: ModelConfig) -> ModelConfig:
-    """Return the settings with the empty `published` and `processor` taken from the folders that
+    """Return the settings with the missing `published` and `processor` taken from the folders that
     `weights` names.
 
     Raises ConfigurationError where neither says what the encoder is.
@@ -61,6 +66,34 @@ def standing_alone(config: ModelConfig) -> ModelConfig:
     """Return resolved settings that need no folder any more."""
     gone = dict.fromkeys(adapted_parts(config))
     return replace(config, weights=replace(config.weights, **gone))
+
+
+def check_tokens(config: ModelConfig) -> None:
+    """Raise ConfigurationError where a (resolved) picture encoder has not one token for each
+    square of `vision.patch`, and less than as many before these; computes nothing.
+    """
+    if PARTS[0] not in adapted_parts(config):
+        return
+    with torch.device("meta"):
+        encoder = PublishedVisionEncoder(config.vision, torch.float32)
+        side = getattr(encoder.model.config, "image_size", None) or SIDE
+        side = side if isinstance(side, int) else side[0]
+        across = max(1, side // encoder.patch)
+        picture = torch.zeros(1, 3, across * encoder.patch, across * encoder.patch)
+        try:
+            found = encoder.states(picture, **encoder.options).size(1)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"model.vision.published: {type(encoder.model).__name__} takes no picture of "
+                f"{tuple(picture.shape[-2:])} pixels ({' '.join(str(error).split())[:200]}); "
+                "expected sides of a multiple of model.vision.patch; choose another encoder"
+            ) from error
+    if not 0 <= found - across**2 < across**2:
+        raise ConfigurationError(
+            f"model.vision.patch is {encoder.patch}, but {type(encoder.model).__name__} has "
+            f"{found} tokens of a picture of {picture.size(-1)} pixels: expected the side of the "
+            "square that becomes one token; set model.vision.patch"
+        )
 
 
 def check_folders(config: ModelConfig) -> None:
