@@ -22,6 +22,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from sailplan.config.compose import as_dict, compose, from_dict
 from sailplan.config.schema import ModelConfig, ParallelConfig
 from sailplan.data.packing import SequenceLayout
 from sailplan.errors import ConfigurationError
@@ -208,6 +209,13 @@ def test_what_does_not_fit_is_one_line(published: tuple[Path, Any], tmp_path: Pa
             check_weights(config)
             Omni(config).check_shapes(ParallelConfig())
         assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_the_former_tower_is_refused_in_one_line() -> None:
+    saved = as_dict(compose(["experiment=quickstart"]))
+    saved["model"]["vision"]["backbone"] = "siglip"
+    with pytest.raises(ConfigurationError, match=r"backbone=siglip: expected one of own, publish"):
+        from_dict(saved)
 
 
 @pytest.mark.parametrize("published", [False], indirect=True)
