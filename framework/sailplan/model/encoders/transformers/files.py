@@ -28,6 +28,7 @@ from sailplan.model.encoders.transformers.config import TransformersConfig
 T = TypeVar("T")
 logger = logging.getLogger("sailplan.model")
 AUTO, SOURCE = "auto", "model.source"
+INPUTS = "preprocessor_config.json"
 VIDEOS = "video_preprocessor_config.json"
 WORDS = {"vision": "image", "audio": "audio"}  # what processors and chat templates call them
 MOST_MISSING = (
@@ -146,8 +147,12 @@ def save_files(settings: TransformersConfig, out: Path) -> None:
         "vision": open_image_processor,
         "audio": open_feature_extractor,
     }
+    both: JsonObject = {}
     for modality in settings.modalities:
         opened[modality](settings).save_pretrained(out)
+        if modality != "text":  # pictures' and sound's have one file: neither may replace the other
+            both = _joined(both, json.loads((out / INPUTS).read_text(encoding="utf-8")), settings)
+            (out / INPUTS).write_text(json.dumps(both, indent=2), encoding="utf-8")
     if list(settings.modalities) == ["text"] or not reads_media_as_text(settings):
         return
     processor = open_processor(settings)
@@ -164,6 +169,19 @@ def save_files(settings: TransformersConfig, out: Path) -> None:
     )
     if held is not None:
         (out / VIDEOS).write_bytes(Path(held).read_bytes())
+
+
+def _joined(known: JsonObject, more: JsonObject, settings: TransformersConfig) -> JsonObject:
+    """Return both files' entries as one file's. Raises ConfigurationError where they differ."""
+    shared = {name for name in known.keys() & more.keys() if known[name] != more[name]}
+    unlike = sorted(shared - {"processor_class"})
+    if unlike:
+        raise ConfigurationError(
+            f"model.source={settings.source}: its picture processor and its feature extractor want "
+            f"{unlike[0]} {known[unlike[0]]} and {more[unlike[0]]}: expected equal ones, as they "
+            f"share {INPUTS}; export one modality, or use two_towers"
+        )
+    return known | more
 
 
 def drawn_model(settings: TransformersConfig) -> Any:
