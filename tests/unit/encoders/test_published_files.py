@@ -24,12 +24,13 @@ PICTURES = {"image_processor_type": "CLIPImageProcessor", "crop_size": {"height"
 SOUND = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 96}
 
 
-def published(folder: Path, **more: object) -> TransformersConfig:
-    """A folder as such models are published: both processors' entries in one file."""
+def published(folder: Path) -> TransformersConfig:
+    """A folder as such models are published: each processor's entries apart."""
     tokenizer = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     transformers.BertConfig(vocab_size=1).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({**PICTURES, **SOUND, **more}))
+    both = {"image_processor": PICTURES, "feature_extractor": SOUND}
+    (folder / "processor_config.json").write_text(json.dumps(both))
     return TransformersConfig(source=str(folder), modalities=["text", "vision", "audio"])
 
 
