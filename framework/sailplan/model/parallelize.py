@@ -44,8 +44,8 @@ TENSOR_PARALLEL_NOTES = (
 
 
 def checkpoint_activations(model: nn.Module) -> nn.Module:
-    """Every layer of a stack, CLAP's and published ones included, keeps its input alone and runs again in the
-    backward pass, with the random numbers it had; in place.
+    """Every layer of a stack, CLAP's and published ones included, keeps its input alone and runs
+    again in the backward pass, with the random numbers it had; in place.
 
     Memory of a micro-batch's graph: one [b, s, h] a layer instead of all that the layer saves;
     time: one more forward of the layers. Parameters' names stay. Call it before `shard`, so that a
