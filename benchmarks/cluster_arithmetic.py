@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sailplan.config.compose import compose
-from sailplan.config.schema import ModelConfig, TransformerShape
+from sailplan.config.schema import ModelConfig, TransformerShape, VisionConfig
 from sailplan.model.blocks import head_size
 from sailplan.model.count import count_parameters
+from sailplan.model.encoders.omni.published import published_config
 
 # An H100 SXM node: peak of dense bfloat16, one direction of NVLink, a 400 Gb/s port for each GPU.
 PEAK, NVLINK, NETWORK, NODE = 989e12, 450e9, 50e9, 8
@@ -36,6 +37,20 @@ def _layer_flop(shape: TransformerShape, positions: int) -> float:
     return 2 * positions * linear + 4 * positions**2 * query
 
 
+def picture_shape(vision: VisionConfig) -> TransformerShape:
+    """Return the picture encoder's stack; of a published one what its config.json says."""
+    if vision.backbone != "published":
+        return vision.encoder
+    said = published_config("model.vision.published", vision.published)
+    return TransformerShape(
+        layers=said.num_hidden_layers,
+        hidden=said.hidden_size,
+        heads=said.num_attention_heads,
+        feed_forward=said.intermediate_size,
+        gated=False,
+    )
+
+
 def row_flop(
     config: ModelConfig, modalities: tuple[str, ...], tokens: int, image_size: int, frames: int = 1
 ) -> float:
@@ -45,11 +60,12 @@ def row_flop(
     vision, positions, flop = config.vision, tokens, 0.0
     if "vision" in modalities:
         patches = (image_size // vision.patch) ** 2
-        flop += frames * vision.encoder.layers * _layer_flop(vision.encoder, patches)
+        encoder = picture_shape(vision)
+        flop += frames * encoder.layers * _layer_flop(encoder, patches)
         joint = vision.latents + frames * patches
         flop += vision.perceiver.layers * _layer_flop(vision.perceiver, joint)
         flop += (
-            2 * frames * patches * vision.encoder.hidden * vision.perceiver.hidden
+            2 * frames * patches * encoder.hidden * vision.perceiver.hidden
             + 2 * vision.latents * vision.perceiver.hidden * config.tower.hidden
         )
         positions += vision.latents

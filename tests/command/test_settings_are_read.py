@@ -157,6 +157,7 @@ def job(root: Path) -> Config:
 
 MODELS = [
     ["vision=siglip2_naflex"],
+    ["model=siglip2_qwen3_0b6"],
     ["audio=clap"],
     ["audio=clap_fusion"],
     ["audio=whisper_base"],

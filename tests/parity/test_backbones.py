@@ -16,11 +16,6 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    SiglipConfig,
-    SiglipModel,
-    SiglipTextConfig,
-    SiglipVisionConfig,
-    SiglipVisionModel,
     WhisperConfig,
     WhisperForConditionalGeneration,
     WhisperModel,
@@ -248,106 +243,6 @@ def test_a_missing_file_and_a_missing_folder(published, tmp_path):
         check_weights(configured(family, tmp_path / "nowhere"))
     with pytest.raises(ConfigurationError, match=r"model\.tower\.head_size is"):
         check_weights(configured("qwen2" if family == "qwen3" else "qwen3", folder))
-
-
-def vision_config(folder: Path | None) -> ModelConfig:
-    config = small_config()
-    shape = TransformerShape(
-        2, 32, 4, None, 48, norm="layer", activation="gelu_tanh", gated=False, bias=True
-    )
-    config.vision = dataclasses.replace(
-        config.vision, backbone="siglip", patch=4, position_grid=5, encoder=shape
-    )
-    config.weights.vision = None if folder is None else str(folder)
-    return config
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["both_towers", "image_tower"])
-def siglip(request, tmp_path_factory):
-    """(folder, image tower) of a SigLIP of two towers, or of its image tower alone."""
-    torch.manual_seed(4)
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-    }
-    vision = SiglipVisionConfig(**sizes, image_size=20, patch_size=4)
-    text = SiglipTextConfig(**sizes, vocab_size=20, max_position_embeddings=8)
-    whole = (
-        SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
-        if request.param
-        else SiglipVisionModel(vision)
-    )
-    with torch.no_grad():
-        for parameter in whole.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    folder = tmp_path_factory.mktemp("siglip")
-    whole.eval().save_pretrained(folder)
-    return folder, whole.vision_model if request.param else whole
-
-
-def seen(rank, world, folder, sizes):
-    parallel = join_layout(world)
-    config = vision_config(folder)
-    encoder = OmniEncoder(config, published=["vision"], share_encoders=False)
-    allocate(encoder)
-    (source,) = open_sources(config)
-    load(source, encoder, parallel.tensor_parallel_rank, world)
-    with torch.no_grad():
-        tokens = [encoder.vision(pictures(size)) for size in sizes]
-    return (
-        tokens,
-        {
-            name: whole_tensor(parameter, parameter, parallel)
-            for name, parameter in encoder.named_parameters()
-        },
-        source.folder.bytes_read,
-    )
-
-
-def pictures(size):
-    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2)) * 2 - 1
-
-
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_siglip_sees_as_transformers_does(siglip, tmp_path, tensor):
-    folder, model = siglip
-    sizes = [(20, 20), (12, 28)]  # its own grid, and one to which its positions are interpolated
-    tokens, whole, read = run_ranks(seen, tensor, folder, sizes)[0]
-    for size, found in zip(sizes, tokens, strict=True):
-        with torch.no_grad():
-            wanted = model(pictures(size), interpolate_pos_encoding=True).last_hidden_state
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    bytes_of_all = sum(value.nbytes for name, value in whole.items() if name.startswith("vision."))
-    assert read == bytes_of_all if tensor == 1 else read < 0.65 * bytes_of_all
-
-
-def test_siglip_files_of_another_size_are_one_line(siglip):
-    folder, _ = siglip
-    check_weights(vision_config(folder))
-    wrong = [
-        ({"position_grid": 6}, "model.vision.position_grid is 6.* 5"),
-        ({"backbone": "own"}, "model.vision.backbone is own: expected siglip"),
-    ]
-    for change, words in wrong:
-        config = vision_config(folder)
-        config.vision = dataclasses.replace(config.vision, **change)
-        with pytest.raises(ConfigurationError, match=words):
-            check_weights(config)
-
-
-def test_siglip2_files_of_any_image_size_are_refused_in_one_line(siglip, tmp_path):
-    folder = damaged(
-        siglip[0],
-        tmp_path / "naflex",
-        lambda _, config: config.update(model_type="siglip2_vision_model"),
-    )
-    with pytest.raises(
-        ConfigurationError,
-        match=r"model\.weights\.vision=.*model_type siglip2.*naflex.*choose a fixed size",
-    ):
-        check_weights(vision_config(folder))
 
 
 def audio_config(folder: Path | None) -> ModelConfig:

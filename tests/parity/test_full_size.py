@@ -108,6 +108,8 @@ def shallow(name: str) -> ModelConfig:
     config.vision = dataclasses.replace(
         config.vision, **two, deepstack=[0, 1] if config.vision.deepstack else []
     )
+    if config.vision.published:
+        config.vision.published = config.vision.published | {"num_hidden_layers": 2}
     config.audio.encoder.layers = config.tower.layers = 2
     config.audio.swin.layers = [2, 2, 2, 2]
     config.vocabulary = 4096

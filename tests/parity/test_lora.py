@@ -17,8 +17,8 @@ from sailplan_kernels.testing import run_ranks
 MODALITIES = ("vision", "audio", "text")
 
 
-def configured(targets=("all",), rank=2):
-    config = small_config()
+def configured(targets=("all",), rank=2, vision="own"):
+    config = small_config(vision=vision)
     config.lora = LoraConfig(rank, 8.0, list(targets), ["tower", "vision", "perceiver", "audio"])
     return config
 
@@ -43,9 +43,9 @@ def stir(model, parallel):
                 parameter.copy_(whole)
 
 
-def trained(rank, world, tensor):
+def trained(rank, world, tensor, vision):
     parallel = join_layout(tensor)
-    model = OmniEncoder(configured(), dtype=torch.float64, seed=1)
+    model = OmniEncoder(configured(vision=vision), dtype=torch.float64, seed=1)
     stir(model, parallel)
     parallelize.shard(model, parallel, shard=True)
     for name, parameters in model.parts().items():
@@ -72,15 +72,18 @@ def trained(rank, world, tensor):
     )
 
 
-@pytest.mark.parametrize(("tensor", "data"), [(2, 1), (1, 2), (2, 2)])
-def test_gradients_are_those_of_one_process(tensor, data):
-    [(_, fused, wanted, norm)] = run_ranks(trained, 1, 1)
+@pytest.mark.parametrize(
+    ("tensor", "data", "vision", "matrices"),
+    [(2, 1, "own", 4), (1, 2, "own", 4), (2, 2, "own", 4), (2, 2, "published", 12)],
+)
+def test_gradients_are_those_of_one_process(tensor, data, vision, matrices):
+    [(_, fused, wanted, norm)] = run_ranks(trained, 1, 1, vision)
     factors = [name for name in wanted if is_lora(name)]
-    assert len(factors) == 2 * 4 * 5 and all(
+    assert len(factors) == 2 * (4 * 4 + matrices) and all(
         wanted[name].abs().max() > 0 for name in factors
-    )  # 5 layers of 4 matrices
+    )  # 5 layers of 4 matrices; of a published picture encoder 2 of 6
     assert all((gradient is None) == (not is_lora(name)) for name, gradient in wanted.items())
-    for start, part, gradients, found in run_ranks(trained, tensor * data, tensor):
+    for start, part, gradients, found in run_ranks(trained, tensor * data, tensor, vision):
         torch.testing.assert_close(part, fused[start : start + len(part)], rtol=0, atol=1e-12)
         for name in factors:
             torch.testing.assert_close(
@@ -93,31 +96,41 @@ def test_gradients_are_those_of_one_process(tensor, data):
         assert abs(found - norm) <= 1e-10 * norm
 
 
-def fresh_and_merged(rank, world, targets):
+def fresh_and_merged(rank, world, targets, vision):
     parallel = join_layout(1)
     inputs = random_inputs(MODALITIES, 3, 0)
     with torch.no_grad():
-        plain = OmniEncoder(configured(rank=0), dtype=torch.float64, seed=1)(inputs).fused
-        model = OmniEncoder(configured(targets), dtype=torch.float64, seed=1)
+        plain = OmniEncoder(configured(rank=0, vision=vision), dtype=torch.float64, seed=1)(
+            inputs
+        ).fused
+        model = OmniEncoder(configured(targets, vision=vision), dtype=torch.float64, seed=1)
         fresh = model(inputs).fused
         names = {name.split(".")[-3] for name, _ in model.named_parameters() if is_lora(name)}
         stir(model, parallel)
         changed = model(inputs).fused
-        whole = OmniEncoder(configured(rank=0), dtype=torch.float64, seed=2)
+        whole = OmniEncoder(configured(rank=0, vision=vision), dtype=torch.float64, seed=2)
         whole.load_state_dict(merged(model.state_dict(), configured(targets).lora))
         return plain, fresh, changed, whole(inputs).fused, names
 
 
 @pytest.mark.parametrize(
-    ("targets", "expected"),
+    ("vision", "targets", "expected"),
     [
-        (["attention"], {"linear_qkv", "linear_proj"}),
-        (["mlp"], {"linear_fc1", "linear_fc2"}),
-        (["all"], {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}),
+        ("own", ["attention"], {"linear_qkv", "linear_proj"}),
+        ("own", ["mlp"], {"linear_fc1", "linear_fc2"}),
+        ("own", ["all"], {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}),
+        (
+            "published",
+            ["all"],
+            {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
+            | {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+        ),
     ],
 )
-def test_a_fresh_update_changes_nothing_and_a_merged_one_everything_alike(targets, expected):
-    plain, fresh, changed, whole, names = run_ranks(fresh_and_merged, 1, targets)[0]
+def test_a_fresh_update_changes_nothing_and_a_merged_one_everything_alike(
+    vision, targets, expected
+):
+    plain, fresh, changed, whole, names = run_ranks(fresh_and_merged, 1, targets, vision)[0]
     assert torch.equal(plain, fresh) and names == expected
     assert not torch.allclose(changed, fresh)
     torch.testing.assert_close(whole, changed, rtol=0, atol=1e-12)

@@ -30,6 +30,7 @@ from sailplan.model.testing import (
 )
 from sailplan.model.tower import OmniEncoder
 from sailplan.model.vision import frame_positions
+from sailplan.parity.layouts import relative_errors
 from sailplan_kernels.testing import run_ranks
 
 
@@ -295,10 +296,7 @@ def _against_the_padded_formula(
         )
     wanted, found = results
     assert wanted.keys() == found.keys(), wanted.keys() ^ found.keys()
-    return max(
-        float((wanted[name] - found[name]).abs().max() / wanted[name].abs().max().clamp(min=1e-7))
-        for name in wanted
-    )
+    return max(relative_errors(found, wanted).values())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""CLAP, with fusion and without, and the image towers of Qwen3-VL and SigLIP2 naflex compute one
-thing at every tensor- and data-parallel size, and a
-checkpoint keeps CLAP's statistics."""
+"""CLAP, with fusion and without, the image towers of Qwen3-VL and SigLIP2 naflex, and encoders of
+transformers compute one thing at every tensor- and data-parallel size, and a checkpoint keeps CLAP's
+statistics.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from sailplan.model.testing import (
 from sailplan.model.tower import OmniEncoder
 from sailplan_kernels.testing import run_ranks
 
-KINDS = ("qwen_clap", "naflex_fusion")
+KINDS = ("qwen_clap", "naflex_fusion", "siglip_whisper")
 CHANGED = {  # parameters whose gradients are not near zero
     "qwen_clap": (
         "vision.deepstack_mergers.1.mlp.linear_fc2.weight",
@@ -33,14 +34,21 @@ CHANGED = {  # parameters whose gradients are not near zero
         "audio.encoder.tower.crops.weight",
         "audio.encoder.tower.fusion.everywhere.4.shift",
     ),
+    "siglip_whisper": (
+        "vision.model.embeddings.patch_embedding.weight",
+        "vision.model.embeddings.position_embedding.weight",
+        "vision.model.encoder.layers.1.mlp.fc2.weight",
+        "vision.model.post_layernorm.bias",
+    ),
 }
 
 
 def model_of(kind, seed, dtype=torch.float64):
     model = OmniEncoder(published_config(kind), dtype=dtype, seed=seed)
     tower = model.audio["encoder"].tower
-    tower.bin_mean.copy_(torch.arange(6) - 2.0 + seed)
-    tower.bin_variance.fill_(1)  # the inputs are of that size
+    if kind != "siglip_whisper":
+        tower.bin_mean.copy_(torch.arange(6) - 2.0 + seed)
+        tower.bin_variance.fill_(1)  # the inputs are of that size
     return model
 
 
@@ -60,16 +68,29 @@ def one_step(rank, world, tensor, folder, kind):
     (loss * parallel.data_parallel_size).backward()
     parallelize.finish_gradients(encoder, parallel)
     gradients = {name: whole_tensor(p, p.grad, parallel) for name, p in encoder.named_parameters()}
-    statistics = encoder.audio["encoder"].tower.bin_mean
     store.save(folder, model=encoder, optimizer=optimizer, extra={"step": 1}, parallel=parallel)
-    statistics.zero_()
+    kept = {name: whole_tensor(p, p, parallel) for name, p in encoder.named_parameters()}
+    statistics = dict(encoder.named_buffers()).get("audio.encoder.tower.bin_mean")
+    with torch.no_grad():
+        for tensor in (*encoder.parameters(), *([] if statistics is None else [statistics])):
+            tensor.zero_()
     loading.load(folder, model=encoder, optimizer=optimizer, parallel=parallel)
-    assert torch.equal(statistics, torch.arange(6, dtype=torch.float64) - 1)
+    for name, parameter in encoder.named_parameters():
+        assert torch.equal(whole_tensor(parameter, parameter, parallel), kept[name]), name
+    if statistics is not None:
+        assert torch.equal(statistics, torch.arange(6, dtype=torch.float64) - 1)
     return start, found.fused.detach(), gradients
 
 
 @pytest.mark.parametrize(
-    ("kind", "tensor", "data"), [("qwen_clap", 2, 1), ("qwen_clap", 2, 2), ("naflex_fusion", 2, 2)]
+    ("kind", "tensor", "data"),
+    [
+        ("qwen_clap", 2, 1),
+        ("qwen_clap", 2, 2),
+        ("naflex_fusion", 2, 2),
+        ("siglip_whisper", 2, 1),
+        ("siglip_whisper", 2, 2),
+    ],
 )
 def test_vectors_and_gradients_are_the_same_at_every_layout(kind, tensor, data, tmp_path):
     [(_, whole, expected)] = run_ranks(one_step, 1, 1, store.folder_of(tmp_path / "one", 1), kind)
@@ -101,7 +122,9 @@ def in_bfloat16(rank, world, kind, checkpointed):
     encoder = parallelize.shard(encoder, parallel, shard=True, compute_dtype=torch.bfloat16)
     found = encoder(inputs).fused
     found.square().sum().backward()
-    assert encoder.audio["encoder"].tower.bin_mean.dtype == torch.float32
+    assert all(
+        buffer.dtype == torch.float32 for buffer in encoder.buffers() if buffer.is_floating_point()
+    )
     return (
         wanted,
         found.detach(),

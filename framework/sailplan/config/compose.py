@@ -268,6 +268,8 @@ def typed(raw: DictConfig) -> Config:
             list(whole.allowed_targets),
         )
         settings, named = chosen(given, allowed)  # type: ignore[arg-type]
+        # Hydra's lock off: a file may fill a mapping of the model, dataclasses keep to their keys
+        OmegaConf.set_struct(whole, None)  # type: ignore[arg-type]
         whole.model = OmegaConf.structured(schema_of(settings))  # type: ignore[arg-type]
         values = OmegaConf.to_container(
             OmegaConf.merge(whole, {"model": named}), resolve=True, throw_on_missing=True

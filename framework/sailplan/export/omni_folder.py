@@ -58,6 +58,7 @@ def write_omni(
     }
     write_whole(out / "config.json", json.dumps(described, ensure_ascii=False, indent=2))
     inputs = {key: getattr(config.data, key) for key in INPUT_KEYS}
+    inputs["picture_processor"] = model.vision.processor
     processor = {
         "processor_class": "SailplanProcessor",
         "auto_map": {"AutoProcessor": CODE["AutoProcessor"]},

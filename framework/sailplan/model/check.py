@@ -156,7 +156,8 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
     vision, audio = config.vision, config.audio
     cut = 1 if share_encoders else tensor_parallel
     _check_shape("model.tower", config.tower, tensor_parallel, rotary=True)
-    _check_shape("model.vision.encoder", vision.encoder, cut, rotary=False)
+    if vision.backbone != "published":
+        _check_shape("model.vision.encoder", vision.encoder, cut, rotary=False)
     if vision.backbone == "qwen3_vl":
         _check_qwen_vision(config, cut)
     else:
@@ -218,6 +219,15 @@ def check_model(config: ModelConfig, tensor_parallel: int, *, share_encoders: bo
             "[24, 20, 20] for heads of 128, or [] for none",
         )
     lora = config.lora
+    adapted = [part for part in ("vision",) if getattr(config, part).backbone == "published"]
+    if lora.rank and set(adapted) & set(lora.parts) and list(lora.targets) != ["all"]:
+        _fail(
+            "model.lora.targets",
+            list(lora.targets),
+            f"[all] with {adapted[0]} of transformers among model.lora.parts, whose layers have "
+            "other names",
+            "leave it out, or set [all]",
+        )
     for part, without in (
         ("audio", audio.backbone in CLAP),
         ("perceiver", vision.backbone == "qwen3_vl"),

@@ -8,7 +8,15 @@ import pkgutil
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from sailplan.config.fields import Count, Positive, Range, ShareBelowOne, Size, When
+from sailplan.config.fields import (
+    Count,
+    Options,
+    Positive,
+    Range,
+    ShareBelowOne,
+    Size,
+    When,
+)
 from sailplan.data.config import RATES
 from sailplan.errors import ConfigurationError
 
@@ -100,7 +108,7 @@ class EncoderConfig:
             )
 
 
-PUBLISHED_VISION, QWEN = ("siglip", "siglip2", "qwen3_vl"), ("qwen3_vl",)
+GRIDS, QWEN = ("siglip2", "qwen3_vl"), ("qwen3_vl",)
 CLAP = ("clap", "clap_fusion")  # the sound encoders of the shape model.audio.swin
 LATENT = ("latent_attention",)
 Part = Literal["tower", "vision", "perceiver", "audio"]
@@ -132,7 +140,7 @@ class TransformerShape:
 class VisionConfig:
     """Frame encoder and the perceiver that condenses its tokens."""
 
-    patch: Size = 8  # pixels
+    patch: Size = 8  # pixels; of a convolutional encoder, side of what becomes one token
     # convolutional: strided 3x3 convolutions down to the patch grid; patch: one linear patch
     # embedding
     stem: Literal["convolutional", "patch"] = "convolutional"
@@ -140,12 +148,18 @@ class VisionConfig:
     encoder: TransformerShape = field(default_factory=TransformerShape)
     perceiver: TransformerShape = field(default_factory=TransformerShape)
     latents: Size = 16
-    # siglip: SigLIP, and SigLIP2 of a fixed image size; siglip2: SigLIP2 naflex, whose pictures
-    # keep their sides' ratio (needs data.image_patches); qwen3_vl: Qwen3-VL's image tower, which
-    # has no perceiver: its tokens are the tower's
-    backbone: Literal["own", "siglip", "siglip2", "qwen3_vl"] = "own"
+    # published: any picture encoder of transformers' AutoModel (docs/encoders.md); siglip2: SigLIP2
+    # naflex, whose pictures keep their sides' ratio (needs data.image_patches); qwen3_vl: Qwen3-VL's
+    # image tower, which has no perceiver: its tokens are the tower's
+    backbone: Literal["own", "published", "siglip2", "qwen3_vl"] = "own"
+    # What stands in the encoder's config.json, in the place of `encoder`; {}: it is taken from the
+    # folder model.weights.vision. Read with backbone=published alone
+    published: Options = field(default_factory=dict)
+    # What stands in its preprocessor_config.json, or of it image_mean and image_std alone, for
+    # pictures squeezed to squares; {}: the folder's, and without one squares in [-1, 1]
+    processor: Options = field(default_factory=dict)
     # Side of the square grid of learned positions
-    position_grid: Annotated[Size, When("backbone", PUBLISHED_VISION)] = 16
+    position_grid: Annotated[Size, When("backbone", GRIDS)] = 16
     # Side of the square of patches that become one token
     merge: Annotated[Size, When("backbone", QWEN)] = 2
     # Tokens that stand before and behind each picture; empty: none
@@ -197,7 +211,9 @@ class WeightsConfig:
     tower: str | None = (
         None  # text embedding and blocks: Qwen2, Qwen2.5, Qwen3 (dense) or Qwen3-VL (dense)
     )
-    vision: str | None = None  # model.vision.backbone=siglip, siglip2 or qwen3_vl: the image tower
+    vision: str | None = (
+        None  # model.vision.backbone=published, siglip2 or qwen3_vl: the image tower
+    )
     audio: str | None = (
         # model.audio.backbone=whisper: the encoder; clap, clap_fusion: the audio encoder and, where
         # the files have it, its projection

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -28,21 +29,23 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from sailplan.config.schema import LoraConfig
+from sailplan.model.encoders.omni.published import PublishedPart
+from sailplan.model.protocol import repeated_layers
 
 TARGETS = {"attention": ("linear_qkv", "linear_proj"), "mlp": ("linear_fc1", "linear_fc2")}
 
 
 class LowRankUpdate(nn.Module):
-    """The factors beside one parallel linear layer; A is drawn whole and then cut, as the
-    layer's own weight.
+    """The factors beside one linear layer; beside a parallel one A is drawn whole and then cut, as
+    the layer's own weight.
     """
 
-    def __init__(
-        self, linear: ColumnParallelLinear | RowParallelLinear, rank: int, scale: float
-    ) -> None:
+    def __init__(self, linear: nn.Module, rank: int, scale: float) -> None:
         super().__init__()
-        weight, self.scale, self.group = linear.weight, scale, linear.tp_group
-        self.by_rows = isinstance(linear, ColumnParallelLinear)
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        self.scale = scale
+        self.group: dist.ProcessGroup | None = getattr(linear, "tp_group", None)
+        self.by_rows = not isinstance(linear, RowParallelLinear)
         parts = 1 if self.group is None else self.group.size()
         inputs = weight.shape[1] if self.by_rows else weight.shape[1] * parts
         whole = torch.randn(rank, inputs, dtype=torch.float32) / math.sqrt(inputs)
@@ -50,6 +53,8 @@ class LowRankUpdate(nn.Module):
             whole = whole.chunk(parts, 1)[0 if self.group is None else self.group.rank()].clone()
         self.a = nn.Parameter(whole.to(weight.dtype))
         self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, dtype=weight.dtype))
+        if isinstance(linear, nn.Linear):
+            return
         cut: Any = self.b if self.by_rows else self.a
         cut.tensor_model_parallel, cut.partition_dim = True, 0 if self.by_rows else 1
         cut.partition_stride = getattr(weight, "partition_stride", 1)
@@ -57,22 +62,26 @@ class LowRankUpdate(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs as the layer's own, [..., in]; returns what to add to its output."""
         inner = F.linear(inputs, self.a)
-        inner = (
-            copy_to_tensor_model_parallel_region(inner, self.group)
-            if self.by_rows
-            else reduce_from_tensor_model_parallel_region(inner, self.group)
-        )
+        if self.group is not None:
+            inner = (
+                copy_to_tensor_model_parallel_region(inner, self.group)
+                if self.by_rows
+                else reduce_from_tensor_model_parallel_region(inner, self.group)
+            )
         return F.linear(inner, self.b) * self.scale
 
 
 def _add_update(
-    linear: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Any]
-) -> tuple[Tensor, Any]:
-    return output[0] + linear.lora(inputs[0]), output[1]  # type: ignore[operator]
+    linear: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Any]
+) -> Tensor | tuple[Tensor, Any]:
+    update = linear.lora(inputs[0])  # type: ignore[operator]
+    return output + update if isinstance(output, Tensor) else (output[0] + update, output[1])
 
 
 def add_lora(parts: Mapping[str, nn.Module], config: LoraConfig) -> None:
-    """Puts updates beside the targeted layers of the named parts, as their child `lora`."""
+    """Puts updates beside the targeted layers of the named parts, as their child `lora`; of a
+    published encoder beside every linear one of its repeated layers.
+    """
     names = [
         name
         for target, names in TARGETS.items()
@@ -85,10 +94,22 @@ def add_lora(parts: Mapping[str, nn.Module], config: LoraConfig) -> None:
                 isinstance(module, (ColumnParallelLinear, RowParallelLinear))
                 and name.rsplit(".", 1)[-1] in names
             ):
-                module.add_module(
-                    "lora", LowRankUpdate(module, config.rank, config.alpha / config.rank)
-                )
-                module.register_forward_hook(_add_update)
+                _put_beside(module, config)
+        for encoder in parts[part].modules():
+            if isinstance(encoder, PublishedPart):
+                linears = [
+                    module
+                    for layer in repeated_layers(encoder)
+                    for module in layer.modules()
+                    if isinstance(module, nn.Linear)
+                ]
+                for module in dict.fromkeys(linears):
+                    _put_beside(module, config)
+
+
+def _put_beside(linear: nn.Module, config: LoraConfig) -> None:
+    linear.add_module("lora", LowRankUpdate(linear, config.rank, config.alpha / config.rank))
+    linear.register_forward_hook(_add_update)
 
 
 def is_lora(name: str) -> bool:

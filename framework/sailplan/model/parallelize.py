@@ -28,7 +28,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from sailplan.model.backbones.clap import WindowBlock
-from sailplan.model.protocol import Encoder
+from sailplan.model.encoders.omni.published import PublishedPart
+from sailplan.model.protocol import Encoder, repeated_layers
 from sailplan.runtime.groups import group_of
 from sailplan.runtime.process import Parallel
 
@@ -43,17 +44,34 @@ TENSOR_PARALLEL_NOTES = (
 
 
 def checkpoint_activations(model: nn.Module) -> nn.Module:
-    """Every transformer layer, CLAP's included, keeps its input alone and runs again in the
-    backward pass, with the random numbers it had; in place.
+    """Every layer of a stack, CLAP's and published ones included, keeps its input alone and runs
+    again in the backward pass, with the random numbers it had; in place.
 
     Memory of a micro-batch's graph: one [b, s, h] a layer instead of all that the layer saves;
     time: one more forward of the layers. Parameters' names stay. Call it before `shard`, so that a
     repeated layer finds its parameters gathered.
     """
-    for module in list(model.modules()):
-        if isinstance(module, (TransformerLayer, WindowBlock)):
-            checkpoint(module)
+    for module in [*layers_of(model), *_window_blocks(model)]:
+        checkpoint(module)  # type: ignore[arg-type]
     return model
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Return the transformer layers, and the innermost repeated layers of published encoders."""
+    layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
+    for part in model.modules():
+        if isinstance(part, PublishedPart):
+            repeated = set(repeated_layers(part))
+            layers += [
+                layer
+                for layer in repeated_layers(part)
+                if not repeated & (set(layer.modules()) - {layer})
+            ]
+    return layers
+
+
+def _window_blocks(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, WindowBlock)]
 
 
 def allow_sequence_parallel(seed: int) -> None:
@@ -164,12 +182,10 @@ def shard(
 
 
 def shard_units(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that are units of their own: what an encoder says, else its transformer
-    layers.
-    """
+    """Return the modules that are units of their own: what an encoder says, else its layers."""
     if isinstance(model, Encoder):
         return model.shard_units()
-    return [module for module in model.modules() if isinstance(module, TransformerLayer)]
+    return layers_of(model)
 
 
 def _accumulate_gradients_in(model: nn.Module, dtype: torch.dtype | None) -> None:

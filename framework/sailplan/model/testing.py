@@ -36,25 +36,48 @@ def small_config(
 ) -> ModelConfig:
     """Hidden 16, one or two layers a stack; can be built at tensor-parallel sizes 1 and 2.
 
-    vision: own or siglip2.
+    vision: own, siglip2, or published: one of transformers with a class token and its own means.
     """
 
     def shape(layers: int, key_value_heads: int | None = None) -> TransformerShape:
         return TransformerShape(layers, 16, 4, key_value_heads, 24, dropout, query_key_norm)
 
-    naflex: dict[str, Any] = (
-        {"backbone": "siglip2", "position_grid": 3} if vision == "siglip2" else {}
-    )
+    chosen: dict[str, dict[str, Any]] = {
+        "siglip2": {"backbone": "siglip2", "position_grid": 3},
+        "published": {
+            "backbone": "published",
+            "published": published_pictures("clip_vision_model"),
+            "processor": {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.2, 0.25]},
+        },
+    }
     return ModelConfig(
         vocabulary=40,
         embedding=16,
         prefixes=[4, 8, 16],
         tower=shape(2, 2),
         vision=VisionConfig(
-            patch=4, stem_width=4, encoder=shape(1), perceiver=shape(1), latents=3, **naflex
+            patch=4,
+            stem_width=4,
+            encoder=shape(1),
+            perceiver=shape(1),
+            latents=3,
+            **chosen.get(vision, {}),
         ),
         audio=AudioConfig(encoder=shape(1), stem_width=8, time_stride=2, mel_bins=6, output=12),
     )
+
+
+def published_pictures(model_type: str) -> dict[str, Any]:
+    """The content of a tiny config.json, for pictures of 12 pixels in patches of 4."""
+    return {
+        "model_type": model_type,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 24,
+        "image_size": 12,
+        "patch_size": 4,
+    }
 
 
 def random_inputs(
@@ -134,7 +157,9 @@ def published_config(kind: str) -> ModelConfig:
         config.audio = dataclasses.replace(config.audio, backbone="clap", swin=swin)
     else:
         config.vision = dataclasses.replace(
-            config.vision, backbone="siglip", position_grid=3, encoder=plain
+            config.vision,
+            backbone="published",
+            published=published_pictures("siglip_vision_model") | {"vision_use_head": False},
         )
         config.audio = dataclasses.replace(
             config.audio, backbone="whisper", encoder=dataclasses.replace(plain, activation="gelu")

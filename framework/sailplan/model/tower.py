@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import VocabParallelEmbedding
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from sailplan.config.schema import AudioConfig, ModelConfig, VisionConfig
@@ -44,7 +43,6 @@ from sailplan.model.backbones.clap import ClapAudioEncoder
 from sailplan.model.backbones.clap_fusion import FusedClapAudioEncoder
 from sailplan.model.backbones.naflex import NaflexVisionEncoder
 from sailplan.model.backbones.qwen_vl import QwenVisionEncoder
-from sailplan.model.backbones.siglip import SiglipVisionEncoder
 from sailplan.model.backbones.whisper import WhisperAudioEncoder
 from sailplan.model.blocks import (
     Blocks,
@@ -56,8 +54,9 @@ from sailplan.model.blocks import (
     uncut,
 )
 from sailplan.model.check import check_model
+from sailplan.model.encoders.omni.published import PublishedVisionEncoder
 from sailplan.model.lora import add_lora, is_lora
-from sailplan.model.parallelize import checkpoint_activations
+from sailplan.model.parallelize import checkpoint_activations, layers_of
 from sailplan.model.pixels import normalise
 from sailplan.model.pooling import LatentAttention, last_positions, row_means, unpacked_rows
 from sailplan.model.protocol import Embeddings, Encoder, reach_backward
@@ -66,7 +65,7 @@ from sailplan.model.vision import PackedRows, Perceiver, VisionEncoder
 
 VISION: dict[str, Callable[[VisionConfig, torch.dtype], nn.Module]] = {
     "own": VisionEncoder,
-    "siglip": SiglipVisionEncoder,
+    "published": PublishedVisionEncoder,
     "siglip2": NaflexVisionEncoder,
 }
 SOUND: dict[
@@ -207,7 +206,7 @@ class OmniEncoder(Encoder):
                     else:
                         self.vision = VISION[config.vision.backbone](config.vision, dtype)
                 self.perceiver = (
-                    Perceiver(config.vision, hidden, dtype)
+                    Perceiver(config.vision, self.vision.width, hidden, dtype)  # type: ignore[arg-type]
                     if config.vision.backbone != "qwen3_vl"
                     else nn.Module()
                 )  # nothing to condense
@@ -249,7 +248,7 @@ class OmniEncoder(Encoder):
         return used | ({"audio"} if "audio" in modalities else set())
 
     def shard_units(self) -> list[nn.Module]:
-        return [module for module in self.modules() if isinstance(module, TransformerLayer)]
+        return layers_of(self)
 
     def checkpoint_activations(self) -> None:
         checkpoint_activations(self)

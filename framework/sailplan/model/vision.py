@@ -69,7 +69,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        hidden = config.encoder.hidden
+        hidden = self.width = config.encoder.hidden
         self.patch = config.patch
         if config.stem == "convolutional":
             self.stem: nn.Module = convolutional_stem(
@@ -119,15 +119,16 @@ class Perceiver(nn.Module):
     width.
     """
 
-    def __init__(self, config: VisionConfig, output: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: VisionConfig, width: int, output: int, dtype: torch.dtype) -> None:
+        """width: of the visual tokens."""
         super().__init__()
         hidden = config.perceiver.hidden
         self.latents = nn.Parameter(torch.empty(config.latents, hidden))
-        self.input = nn.Linear(config.encoder.hidden, hidden, bias=False)
+        self.input = nn.Linear(width, hidden, bias=False)
         self.frame_gain = nn.Parameter(torch.full((hidden,), 0.1))
         self.output = nn.Linear(hidden, output, bias=False)
         nn.init.normal_(self.latents, std=0.1)
-        nn.init.normal_(self.input.weight, std=1 / math.sqrt(config.encoder.hidden))
+        nn.init.normal_(self.input.weight, std=1 / math.sqrt(width))
         nn.init.normal_(self.output.weight, std=initial_deviation(hidden))
         self.to(dtype)
         self.blocks = Blocks(config.perceiver, dtype)

@@ -77,6 +77,13 @@ def configured(run: str, folder: Path) -> Config:
         config.data.spectrogram, config.data.audio_rate = "clap", 48000
     if run == "siglip_whisper":
         config.data.spectrogram = "whisper"
+        config.model.vision.processor = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": 10},
+            "crop_size": {"height": 8, "width": 8},
+            "image_mean": [0.4, 0.5, 0.6],
+            "image_std": [0.3, 0.2, 0.25],
+        }
     if "LoRA" in run:
         config.model.lora = LoraConfig(rank=2, parts=["tower", "vision", "perceiver", "audio"])
     if run.startswith("causal"):

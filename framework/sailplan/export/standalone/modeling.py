@@ -32,16 +32,18 @@ from sailplan.model.blocks import ACTIVATIONS, head_size, rotary_angles
 from sailplan.model.tower import SOUND, VISION, Tower
 from sailplan.model.vision import Perceiver
 
+PUBLISHED = ("published", "processor")  # settings that transformers reads
+
 
 class Settings(SimpleNamespace):
     """Nested settings by attribute."""
 
     @classmethod
     def of(cls, values: Any) -> Any:
-        return (
-            cls(**{key: cls.of(value) for key, value in values.items()})
-            if isinstance(values, dict)
-            else values
+        if not isinstance(values, dict):
+            return values
+        return cls(
+            **{key: each if key in PUBLISHED else cls.of(each) for key, each in values.items()}
         )
 
 
@@ -253,7 +255,11 @@ class OmniTower(nn.Module):
             if own_tokens
             else VISION[config.vision.backbone](config.vision, dtype)
         )
-        self.perceiver = nn.Module() if own_tokens else Perceiver(config.vision, hidden, dtype)
+        self.perceiver = (
+            nn.Module()
+            if own_tokens
+            else Perceiver(config.vision, self.vision.width, hidden, dtype)
+        )
         if config.audio.backbone == "own":
             sound: nn.Module = AudioEncoder(config.audio, config.rope_base, dtype)
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +16,13 @@ from sailplan.data.image import patch_grid, resized, to_patches
 from sailplan.data.text import clean
 from sailplan.export.standalone.items import BITS, by_modality
 from sailplan.export.standalone.media import pixels, samples_of
+from sailplan.model.encoders.omni.pictures import PictureProcessor, open_processor_of, sized
+
+
+@lru_cache
+def opened(settings: str) -> PictureProcessor | None:
+    """Return the picture processor of settings written as JSON."""
+    return open_processor_of(json.loads(settings))
 
 
 class SailplanProcessor(ProcessorMixin):
@@ -115,6 +124,9 @@ class SailplanProcessor(ProcessorMixin):
         return [self._sized(pixels(picture)) for picture in several[: self.inputs["frames"]]]
 
     def _sized(self, picture: Tensor) -> Tensor:
+        published = opened(json.dumps(self.inputs.get("picture_processor") or {}))
+        if published is not None:
+            return sized(published, picture)
         patch, most, size = (
             self.inputs["image_patch"],
             self.inputs["image_patches"],

@@ -19,6 +19,7 @@ from torch import Tensor
 from sailplan.errors import ConfigurationError
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+PROCESSOR = "preprocessor_config.json"
 DTYPES = ("F64", "F32", "BF16", "F16", "I64")  # the last: indices, which are compared or copied
 
 
@@ -34,7 +35,9 @@ def resolve(key: str, place: str) -> Path:
             "files, or a hub id OWNER/NAME"
         )
     try:
-        return Path(snapshot_download(place, allow_patterns=[CONFIG, "*.safetensors", INDEX]))
+        return Path(
+            snapshot_download(place, allow_patterns=[CONFIG, PROCESSOR, "*.safetensors", INDEX])
+        )
     except Exception as error:  # of many kinds: offline, unknown id, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigurationError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sailplan.config.schema import ModelConfig
 from sailplan.errors import ConfigurationError
-from sailplan.model.backbones import clap, clap_fusion, naflex, qwen, qwen_vl, siglip, whisper
+from sailplan.model.backbones import clap, clap_fusion, naflex, qwen, qwen_vl, whisper
 from sailplan.model.backbones.folder import PublishedFolder
 from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap
 
@@ -81,9 +81,10 @@ def published_parts(config: ModelConfig) -> dict[str, str]:
 
 
 FAMILIES = {
-    "vision": {"siglip": siglip, "siglip2": naflex, "qwen3_vl": qwen_vl},
+    "vision": {"siglip2": naflex, "qwen3_vl": qwen_vl},
     "audio": {"whisper": whisper, "clap": clap, "clap_fusion": clap_fusion},
 }
+ADAPTED = {"vision": ("published",)}  # transformers' own, which open their files themselves
 
 
 def _family(config: ModelConfig, part: str) -> Family:
@@ -93,7 +94,7 @@ def _family(config: ModelConfig, part: str) -> Family:
     if backbone not in families:
         raise ConfigurationError(
             f"model.weights.{part} is set, but model.{part}.backbone is {backbone}: expected "
-            f"{' or '.join(families)}"
+            f"{' or '.join([*families, *ADAPTED.get(part, ())])}"
         )
     return cast(Family, families[backbone])
 
@@ -107,6 +108,8 @@ def open_sources(config: ModelConfig) -> list[Source]:
     """
     sources = []
     for part, place in published_parts(config).items():
+        if part in ADAPTED and getattr(config, part).backbone in ADAPTED[part]:
+            continue
         family, folder = _family(config, part), PublishedFolder(f"model.weights.{part}", place)
         reason = family.unsupported(folder.config)
         if reason is not None:

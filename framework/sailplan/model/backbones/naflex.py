@@ -3,8 +3,11 @@
 
 A picture keeps its sides' ratio: it comes as the patches of its own grid, row by row, filled up to
 the same number for all (`data.image_patches`). The square grid of learned positions is resized to
-each picture's grid, antialiased bilinear; what was filled up is left out. Blocks, norms and names
-are SigLIP's, without the attention-pooling head.
+each picture's grid, antialiased bilinear; what was filled up is left out. Pre-norm blocks with
+LayerNorm and biases, a last norm; the attention-pooling head and the text tower are left out.
+
+transformers' own computes a picture's filling too, and resizes the positions picture by picture,
+waiting for the host to know each one's sides; here neither.
 
 Shape legend: n pictures in all, p patches a picture, filled up ones included, g side of the square
 grid of positions.
@@ -19,11 +22,12 @@ from torch import Tensor, nn
 
 from sailplan.config.schema import ModelConfig, VisionConfig
 from sailplan.model.attention import Sequences
-from sailplan.model.backbones import siglip
-from sailplan.model.backbones.weight_map import WeightMap
+from sailplan.model.backbones.plain import Names, block_entries, expected_shape
+from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap, same
 from sailplan.model.blocks import Blocks, initial_deviation
 
 MODEL_TYPES = ("siglip2", "siglip2_vision_model")
+NAMES = Names("layer_norm1", "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2")
 
 
 def resize_weights(place: Tensor, length: Tensor, grid: int) -> Tensor:
@@ -48,7 +52,7 @@ class NaflexVisionEncoder(nn.Module):
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        hidden = config.encoder.hidden
+        hidden = self.width = config.encoder.hidden
         self.grid = config.position_grid
         self.embedding = nn.Linear(3 * config.patch**2, hidden)
         self.positions = nn.Parameter(torch.empty(config.position_grid**2, hidden))
@@ -84,7 +88,24 @@ class NaflexVisionEncoder(nn.Module):
 
 
 def weight_map(config: ModelConfig) -> WeightMap:
-    return siglip.weight_map(config)
+    shape = config.vision.encoder
+    entries: list[Entry] = [
+        same("vision.embedding.weight", "embeddings.patch_embedding.weight"),
+        same("vision.embedding.bias", "embeddings.patch_embedding.bias"),
+        same("vision.positions", "embeddings.position_embedding.weight"),
+    ]
+    for kind in ("weight", "bias"):
+        entries.append(
+            same(f"vision.blocks.block.final_layernorm.{kind}", f"post_layernorm.{kind}")
+        )
+        for layer in range(shape.layers):
+            theirs = f"encoder.layers.{layer}"
+            query, key, value = (Piece(f"{theirs}.self_attn.{name}_proj.{kind}") for name in "qkv")
+            entries += block_entries(
+                f"vision.blocks.block.layers.{layer}", theirs, kind, shape, NAMES, query, key, value
+            )
+    left_out = (r"(vision_model\.)?head\..*", r"text_model\..*", r"logit_(scale|bias)")
+    return WeightMap(tuple(entries), anchor="embeddings.patch_embedding.weight", left_out=left_out)
 
 
 def unsupported(found: dict[str, Any]) -> str | None:
@@ -96,9 +117,27 @@ def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str,
     SigLIP2 base's value.
     """
     vision = config.vision
-    same = siglip.expected(config, found)
-    del same["image_size / patch_size"]
-    number = found.get("vision_config", found).get("num_patches", 256)
-    return same | {
-        "num_patches": ("model.vision.position_grid squared", vision.position_grid**2, number)
+    found = found.get("vision_config", found)
+    sizes = {
+        "hidden": ("hidden_size", 768),
+        "layers": ("num_hidden_layers", 12),
+        "heads": ("num_attention_heads", 12),
+        "feed_forward": ("intermediate_size", 3072),
+    }
+    activation = ("hidden_act", "gelu_pytorch_tanh")
+    return {
+        "patch_size": ("model.vision.patch", vision.patch, found.get("patch_size", 16)),
+        "num_patches": (
+            "model.vision.position_grid squared",
+            vision.position_grid**2,
+            found.get("num_patches", 256),
+        ),
+        **expected_shape(
+            "model.vision.encoder",
+            vision.encoder,
+            found,
+            sizes,
+            activation,
+            found.get("layer_norm_eps", 1e-6),
+        ),
     }

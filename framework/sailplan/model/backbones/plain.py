@@ -1,4 +1,4 @@
-"""What SigLIP, Whisper's encoder and Qwen3-VL's image tower have in common: pre-norm blocks with
+"""What SigLIP2, Whisper's encoder and Qwen3-VL's image tower have in common: pre-norm blocks with
 LayerNorm and biases,
 every position attending to all, a feed-forward of two matrices."""
 

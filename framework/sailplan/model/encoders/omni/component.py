@@ -18,10 +18,24 @@ from sailplan.data.packing import OmniInputs, SequenceLayout, pack
 from sailplan.data.processor import Processor
 from sailplan.data.views import largest_inputs
 from sailplan.errors import ConfigurationError
-from sailplan.model.backbones.load import allocate, check_shapes, load, open_sources
+from sailplan.model.backbones.load import (
+    allocate,
+    check_shapes,
+    load,
+    open_sources,
+    published_parts,
+)
 from sailplan.model.check import check_model
 from sailplan.model.component import EncoderComponent
 from sailplan.model.encoders.omni.processor import OmniProcessor
+from sailplan.model.encoders.omni.published_files import (
+    adapted_parts,
+    check_folders,
+    check_tokens,
+    load_published,
+    resolved,
+    standing_alone,
+)
 from sailplan.model.fused import chosen_extension, fuse
 from sailplan.model.lora import merged
 from sailplan.model.parallelize import allow_sequence_parallel
@@ -36,12 +50,16 @@ class Omni(EncoderComponent):
 
     model: ModelConfig
 
+    def __init__(self, model: ModelConfig) -> None:
+        """Raises ConfigurationError where a published encoder is described nowhere."""
+        super().__init__(resolved(model))
+
     @property
     def gives_tokens(self) -> bool:
         return True
 
     def processor(self, config: Config) -> Processor:
-        return OmniProcessor(config)
+        return OmniProcessor(replace(config, model=self.model))
 
     def largest(self, config: Config, modalities: Sequence[str], rows: int) -> OmniInputs:
         inputs = largest_inputs(config.data, modalities, rows)
@@ -53,10 +71,12 @@ class Omni(EncoderComponent):
         check_model(
             self.model, parallel_config.tensor, share_encoders=parallel_config.encoders == "share"
         )
+        check_tokens(self.model)
 
     def check_files(self) -> None:
         for source in open_sources(self.model):
             check_shapes(source, self.skeleton(ParallelConfig()))
+        check_folders(self.model)
 
     def check_processor(self, config: Config, processor: Processor) -> None:
         """Raises ConfigurationError where the tokenizer has ids that the model has no embedding
@@ -78,7 +98,8 @@ class Omni(EncoderComponent):
         return OmniEncoder(self.model, dtype=dtype, **options)
 
     def exported(self, weights: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-        return replace(self.model, lora=LoraConfig()), merged(weights, self.model.lora)
+        model = standing_alone(replace(self.model, lora=LoraConfig()))
+        return model, merged(weights, self.model.lora)
 
     def write_files(self, config: Config, weights: dict[str, Tensor], out: Path) -> None:
         tokenizer = Path(config.data.tokenizer)
@@ -105,17 +126,23 @@ class Omni(EncoderComponent):
         check_model(self.model, parallel.tensor_parallel_size, share_encoders=share)
         extension = chosen_extension(parallel_config, parallel.device.type)
         sources = open_sources(self.model)
+        adapted = [
+            part for part in adapted_parts(self.model) if part in published_parts(self.model)
+        ]
         module = self.module(
             torch.float64 if parallel_config.dtype == "float64" else torch.float32,
             seed=seed,
-            published=[source.part for source in sources],
+            published=[*(source.part for source in sources), *adapted],
             share_encoders=share,
             sequence_parallel=parallel_config.sequence,
         )
         if parallel_config.sequence:
             allow_sequence_parallel(seed)
-        for source in sources:
+        if sources or adapted:
             allocate(module)
+        for part in adapted:
+            load_published(self.model, part, getattr(module, part))
+        for source in sources:
             load(source, module, parallel.tensor_parallel_rank, parallel.tensor_parallel_size)
         fuse(module, extension)
         return module

@@ -8,11 +8,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from sailplan.config.schema import Config, TransformerShape, ViewConfig
 from sailplan.data.audio import FUSED, SPECTROGRAMS
 from sailplan.data.packing import OmniInputs, SequenceLayout, pack
 from sailplan.data.processor import MediaCosts, ViewRow
 from sailplan.data.views import ViewDecoder
+from sailplan.model.encoders.omni.pictures import check_sides, open_processor_of, sized
+from sailplan.model.encoders.omni.published import work
 
 
 class OmniProcessor(ViewDecoder):
@@ -21,13 +25,24 @@ class OmniProcessor(ViewDecoder):
     encoder's work, in positions that cost the tower as much."""
 
     def __init__(self, config: Config) -> None:
-        """Raises ConfigurationError when the tokenizer cannot be read."""
+        """Raises ConfigurationError when the tokenizer cannot be read, or the published picture
+        processor makes pictures of another size.
+        """
         super().__init__(config.data)
+        self._published = open_processor_of(config.model.vision.processor)
+        if self._published is not None:
+            check_sides(self._published, config.data.image_size)
         self.layout = SequenceLayout.planned(config.model, config.parallel)
         picture, once = _picture_positions(config)
         # A fusion's spectrograms are computed all together, whatever the recording has.
         chunks = 1 if self.spectrogram.whole else config.data.audio_chunks
         self.media = MediaCosts(once, picture, 1, _sound_positions(config), chunks)
+
+    def picture(self, pixels: Tensor) -> Tensor:
+        """Return it as the published encoder's own processor cuts and sizes it, where it has one."""
+        if self._published is None:
+            return super().picture(pixels)
+        return sized(self._published, pixels)
 
     def batch(
         self, rows: Sequence[ViewRow], tokens: Sequence[list[int]], view: ViewConfig
@@ -53,10 +68,15 @@ def _picture_positions(config: Config) -> tuple[int, int]:
     if vision.backbone == "qwen3_vl":
         shown = patches // vision.merge**2 + len(vision.marks)
         return shown + math.ceil(patches * _work(vision.encoder) / tower), 0
+    seen = (
+        work("model.vision.published", vision.published)
+        if vision.backbone == "published"
+        else _work(vision.encoder)
+    )
     perceiver = _work(vision.perceiver) / tower
-    return math.ceil(
-        patches * (_work(vision.encoder) / tower + perceiver)
-    ), vision.latents + math.ceil(vision.latents * perceiver)
+    return math.ceil(patches * (seen / tower + perceiver)), vision.latents + math.ceil(
+        vision.latents * perceiver
+    )
 
 
 def _sound_positions(config: Config) -> int:

@@ -18,28 +18,30 @@ from transformers.utils import PushToHubMixin, cached_file
 
 from sailplan.config.fields import JsonObject
 from sailplan.errors import ConfigurationError
+from sailplan.model.encoders.transformers.alone import (
+    encoder_alone,
+    encoder_of,
+    without_draws,
+)
 from sailplan.model.encoders.transformers.config import TransformersConfig
 
 T = TypeVar("T")
 logger = logging.getLogger("sailplan.model")
-AUTO = "auto"
+AUTO, SOURCE = "auto", "model.source"
+INPUTS = "preprocessor_config.json"
 VIDEOS = "video_preprocessor_config.json"
 WORDS = {"vision": "image", "audio": "audio"}  # what processors and chat templates call them
 MOST_MISSING = (
     0.1  # of a model's parameters: a head that the files lack may be drawn, a model may not
 )
 
-# Layers left out and times masked are drawn from numpy's generator, so that a replay would draw
-# others, and ranks would meet in different layers.
-NOT_DRAWN = {"apply_spec_augment": False, "layerdrop": 0.0, "encoder_layerdrop": 0.0}
-
 transformers.utils.logging.disable_progress_bar()
 
 
-def open_config(settings: TransformersConfig) -> Any:
+def open_config(settings: TransformersConfig, *, key: str = SOURCE) -> Any:
     """Return the model's configuration with `options` applied.
 
-    Raises ConfigurationError naming model.source.
+    Raises ConfigurationError naming `key`.
     """
     config = _opened(
         settings,
@@ -47,12 +49,10 @@ def open_config(settings: TransformersConfig) -> Any:
         lambda: transformers.AutoConfig.from_pretrained(
             settings.source, revision=settings.revision
         ),
+        key,
     )
     _change(config, settings.options, "model.options")
-    for name, value in NOT_DRAWN.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    return config
+    return without_draws(config)
 
 
 def open_tokenizer(settings: TransformersConfig) -> Any:
@@ -147,8 +147,12 @@ def save_files(settings: TransformersConfig, out: Path) -> None:
         "vision": open_image_processor,
         "audio": open_feature_extractor,
     }
+    both: JsonObject = {}
     for modality in settings.modalities:
         opened[modality](settings).save_pretrained(out)
+        if modality != "text":  # pictures' and sound's have one file: neither may replace the other
+            both = _joined(both, json.loads((out / INPUTS).read_text(encoding="utf-8")), settings)
+            (out / INPUTS).write_text(json.dumps(both, indent=2), encoding="utf-8")
     if list(settings.modalities) == ["text"] or not reads_media_as_text(settings):
         return
     processor = open_processor(settings)
@@ -167,10 +171,23 @@ def save_files(settings: TransformersConfig, out: Path) -> None:
         (out / VIDEOS).write_bytes(Path(held).read_bytes())
 
 
+def _joined(known: JsonObject, more: JsonObject, settings: TransformersConfig) -> JsonObject:
+    """Return both files' entries as one file's. Raises ConfigurationError where they differ."""
+    shared = {name for name in known.keys() & more.keys() if known[name] != more[name]}
+    unlike = sorted(shared - {"processor_class"})
+    if unlike:
+        raise ConfigurationError(
+            f"model.source={settings.source}: its picture processor and its feature extractor want "
+            f"{unlike[0]} {known[unlike[0]]} and {more[unlike[0]]}: expected equal ones, as they "
+            f"share {INPUTS}; export one modality, or use two_towers"
+        )
+    return known | more
+
+
 def drawn_model(settings: TransformersConfig) -> Any:
     """Return the model with drawn weights in float32, or on the meta device."""
     config, attention = open_config(settings), _attention(settings)
-    return _encoder_alone(
+    return encoder_alone(
         _opened(
             settings,
             "model",
@@ -181,10 +198,16 @@ def drawn_model(settings: TransformersConfig) -> Any:
     )
 
 
-def published_model(settings: TransformersConfig) -> Any:
+def published_model(
+    settings: TransformersConfig,
+    *,
+    config: transformers.PreTrainedConfig | None = None,
+    key: str = SOURCE,
+) -> Any:
     """Return the model with its weights in float32.
 
-    Raises ConfigurationError where the files have not what most of the model needs.
+    config: instead of the folder's, such as that of one of its towers. key: names the folder in
+    messages. Raises ConfigurationError where the files have not what most of the model needs.
     """
     model, found = _opened(
         settings,
@@ -192,13 +215,14 @@ def published_model(settings: TransformersConfig) -> Any:
         lambda: transformers.AutoModel.from_pretrained(
             settings.source,
             revision=settings.revision,
-            config=open_config(settings),
+            config=open_config(settings) if config is None else config,
             attn_implementation=_attention(settings),
             dtype=torch.float32,
             output_loading_info=True,
         ),
+        key,
     )
-    encodes = {id(parameter) for parameter in _encoder_of(model).parameters()}
+    encodes = {id(parameter) for parameter in encoder_of(model).parameters()}
     sizes = {
         name: parameter.numel()
         for name, parameter in model.named_parameters()
@@ -207,7 +231,7 @@ def published_model(settings: TransformersConfig) -> Any:
     missing = sorted(set(found["missing_keys"]) & sizes.keys())
     if sum(sizes[name] for name in missing) > MOST_MISSING * sum(sizes.values()):
         raise ConfigurationError(
-            f"model.source={settings.source}: its weights lack {len(missing)} of {len(sizes)} "
+            f"{key}={settings.source}: its weights lack {len(missing)} of {len(sizes)} "
             f"tensors, such as {missing[0]}; "
             "expected those of its config.json"
         )
@@ -215,7 +239,7 @@ def published_model(settings: TransformersConfig) -> Any:
         logger.warning(
             "%s: the files lack %s, which start from the seed", settings.source, ", ".join(missing)
         )
-    return _encoder_alone(model)
+    return encoder_alone(model)
 
 
 def names_in_file(settings: TransformersConfig) -> dict[str, str]:
@@ -224,7 +248,7 @@ def names_in_file(settings: TransformersConfig) -> dict[str, str]:
     """
     with torch.device("meta"):
         whole = transformers.AutoModel.from_config(open_config(settings), dtype=torch.float32)
-    encoder = _encoder_of(whole)
+    encoder = encoder_of(whole)
     if encoder is whole:
         return {}
     held = {id(tensor): name for name, tensor in reversed(_tensors(whole))}  # the first name stays
@@ -242,27 +266,6 @@ def _attention(settings: TransformersConfig) -> str | None:
     return None if settings.attention == AUTO else settings.attention
 
 
-def _encoder_of(model: Any) -> Any:
-    seq2seq = getattr(model.config, "is_encoder_decoder", False)
-    return model.get_encoder() if seq2seq and not hasattr(model, "get_text_features") else model
-
-
-def _encoder_alone(model: Any) -> nn.Module:
-    """Return the encoder of an encoder-decoder, else the model; scalars become buffers, as FSDP2
-    shards none (the temperature is the objective's).
-    """
-    model = _encoder_of(model)
-    for name, parameter in list(model.named_parameters()):
-        if parameter.ndim == 0:
-            owner, _, own = name.rpartition(".")
-            module = model.get_submodule(owner)
-            delattr(module, own)
-            module.register_buffer(own, parameter.detach())
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    return model  # type: ignore[no-any-return]
-
-
 def _change(config: Any, options: JsonObject, path: str) -> None:
     for name, value in options.items():
         inner = getattr(config, name, None)
@@ -272,12 +275,12 @@ def _change(config: Any, options: JsonObject, path: str) -> None:
             setattr(config, name, value)
 
 
-def _opened(settings: TransformersConfig, what: str, read: Callable[[], T]) -> T:
+def _opened(settings: TransformersConfig, what: str, read: Callable[[], T], key: str = SOURCE) -> T:
     if not Path(settings.source).is_dir() and (
         settings.source.startswith((".", "/", "~")) or settings.source.count("/") > 1
     ):
         raise ConfigurationError(
-            f"model.source={settings.source}: no such folder; expected one that transformers' "
+            f"{key}={settings.source}: no such folder; expected one that transformers' "
             "AutoModel opens, or a model id of the hub; "
             "fetch the files first (`make weights` does it for the examples of the repository)"
         )
@@ -291,6 +294,6 @@ def _opened(settings: TransformersConfig, what: str, read: Callable[[], T]) -> T
         )
         reason = " ".join(str(error).split())[:200]
         raise ConfigurationError(
-            f"model.source={at}: its {what} cannot be opened ({reason}); expected a folder that "
+            f"{key}={at}: its {what} cannot be opened ({reason}); expected a folder that "
             "transformers' AutoModel opens"
         ) from error

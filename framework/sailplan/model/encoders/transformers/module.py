@@ -6,16 +6,15 @@ Shape legend: b rows, t tokens, h the model's size, D the vector's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sailplan.data.record import NamedInputs
 from sailplan.errors import ConfigurationError
+from sailplan.model.encoders.transformers.alone import keep_statistics
 from sailplan.model.encoders.transformers.config import PeftConfig, TransformersConfig
 from sailplan.model.encoders.transformers.files import reads_media_as_text
 from sailplan.model.encoders.transformers.pooling import POOLINGS
@@ -63,9 +62,7 @@ class TransformersEncoder(Encoder):
         if settings.lora.rank:
             add_lora(model, settings.lora)
         self.to(dtype)
-        for module in self.modules():
-            if isinstance(module, _BatchNorm) and module.track_running_stats:
-                module.forward = MethodType(_by_kept_statistics, module)  # type: ignore[method-assign]
+        keep_statistics(self)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         found: dict[str, list[nn.Parameter]] = {name: [] for name in self.settings.part_names()}
@@ -234,20 +231,6 @@ class TransformersEncoder(Encoder):
         if self.projection is not None:
             pooled = self.projection(pooled.to(self.compute_dtype or pooled.dtype))
         return pooled.to(_wide(pooled))
-
-
-def _by_kept_statistics(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Return x normalised by the published statistics, in training too, in their dtype.
-
-    Those of a micro-batch would make a row's vector depend on how rows are cut, and a replay would
-    count them twice.
-    """
-    assert norm.running_mean is not None
-    kept = norm.running_mean.dtype  # float32 where x and the weights are bfloat16
-    weight, bias = (None if one is None else one.to(kept) for one in (norm.weight, norm.bias))
-    return F.batch_norm(
-        x.to(kept), norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps
-    ).to(x.dtype)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
