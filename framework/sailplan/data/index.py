@@ -211,7 +211,7 @@ class ShardIndex:
         known, entry = self._last
         if known != position:
             shard, table, row = self.locate(position)
-            entry = RecordEntry(shard, table.ids[row], table.split(row), table.members(row))
+            entry = RecordEntry(shard, *table.record(row))
             self._last = position, entry
         assert entry is not None
         return entry

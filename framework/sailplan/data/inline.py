@@ -61,6 +61,8 @@ def inline_item(name: str, value: Any, chosen: Chosen, content: Content, part: i
 
     Raises BadSample for values that are no texts.
     """
+    if isinstance(value, str) and not chosen.read:  # what most records hold: a text, nothing else
+        return Item(name, {"text": {"en": value}}, source=(content.position, part))
     # {"id": ...} alone is a text in Indonesian, unless there are members that the id is of.
     is_object = isinstance(value, dict) and (
         "fields" in value or "text" in value or chosen.read or not value

@@ -36,7 +36,7 @@ WEIGHT_UNITS = 1 << 20
 @lru_cache(maxsize=65536)
 def clean(text: str) -> str:
     """NFKC form with every run of white space as one space."""
-    return " ".join(unicodedata.normalize("NFKC", text).split())
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).split())
 
 
 def compose(
@@ -51,6 +51,12 @@ def compose(
     in evaluation. Each draw is a word keyed by the seed, its purpose and the field's number:
     `data.costs` repeats them for all rows at once.
     """
+    if len(view.fields) == 1:
+        alone = fields.get(view.fields[0]) or {}
+        if len(alone) == 1:
+            (text,) = alone.values()
+            if isinstance(text, str):  # nothing is drawn
+                return clean(text)
     entries: dict[int, list[str]] = {}
     seen: set[str] = set()
     for number, name in enumerate(view.fields):
