@@ -27,7 +27,7 @@ from sailplan.data.dealing import cut, micro_batches_needed
 from sailplan.data.decoding import ItemDecoder, media_of, view_item
 from sailplan.data.exclusions import Exclusions
 from sailplan.data.negatives import HardNegativeStore
-from sailplan.data.order import keyed_integer
+from sailplan.data.order import seeds
 from sailplan.data.plan import Plan, PlannedRows
 from sailplan.data.processor import ViewRow, processor_of
 from sailplan.data.read_ahead import ReadAhead
@@ -122,6 +122,7 @@ class Collator:
         of_rows = row_seeds(
             self.config.seed, self.plan.stage_name, step, part.dataset, part.first_row + own
         )
+        of_records = seeds(of_rows, SEQUENCE)
         needs = {dataset.views[name].of for name in names} | {"negatives"}
         wanted = _Wanted(names, media_of([dataset.views[name] for name in names]), needs)
         decoder = ItemDecoder(
@@ -131,7 +132,7 @@ class Collator:
             {key: view for view, keys in shown.encoded.items() for key in keys},
         )
         for row, position, seed in zip(
-            (part.first_row + own).tolist(), part.at(own).tolist(), of_rows.tolist(), strict=True
+            (part.first_row + own).tolist(), part.at(own).tolist(), of_records.tolist(), strict=True
         ):
             used = self._add_row(rows, reader, decoder, wanted, step, row, position, seed)
             for name, (count, of_record) in shown.negatives.items():
@@ -184,7 +185,7 @@ class Collator:
             try:
                 record = reader.read(
                     position,
-                    seed=keyed_integer(seed, SEQUENCE) >> 1,
+                    seed=seed,
                     media=wanted.media,
                     needs=wanted.needs,
                 )

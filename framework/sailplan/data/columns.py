@@ -107,13 +107,13 @@ class Columns:
             self.note: Any = head["note"]
             self._arrays: dict[str, NDArray[Any]] = {}
             self._offsets: dict[str, int] = {}
-            self._views: dict[str, memoryview] = {}
+            self._views: dict[str, tuple[memoryview[int], int]] = {}
             for name, (kind, shape, offset) in head["arrays"].items():
                 count, dtype = math.prod(shape), np.dtype(kind)
                 array = np.frombuffer(buffer, dtype, count, body + offset)
                 self._arrays[name] = array if len(shape) == 1 else array.reshape(shape)
                 self._offsets[name] = offset
-                self._views[name] = self._arrays[name].data
+                self._views[name] = self._arrays[name].data, offset
                 if offset < 0 or offset + self._arrays[name].nbytes > body_bytes:
                     raise ValueError(name)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -141,31 +141,23 @@ class Columns:
         return self._arrays[name][low:high]
 
     def numbers(self, name: str, low: int, high: int) -> list[int]:
-        """Return rows low .. high - 1 of an array of whole numbers, one dimension: ten times cheaper
-        than `part` for a few. Raises Damaged as `part`.
+        """Return rows low .. high - 1 of an array of whole numbers, one dimension: of a few, ten
+        times cheaper than `part`. Raises Damaged as `part`.
         """
-        view = self._views[name]
-        self._touch(self._offsets[name], view.itemsize, low, high)
-        found: list[int] = view[low:high].tolist()
-        return found
-
-    def number(self, name: str, row: int) -> int:
-        """Return one row of an array of whole numbers, one dimension. Raises Damaged as `part`."""
-        view = self._views[name]
-        self._touch(self._offsets[name], view.itemsize, row, row + 1)
-        found: int = view[row]
-        return found
+        return self._rows(name, low, high).tolist()
 
     def content(self, name: str, low: int, high: int) -> bytes:
         """Return rows low .. high - 1 of an array of bytes. Raises Damaged as `part`."""
-        self._touch(self._offsets[name], 1, low, high)
-        return bytes(self._views[name][low:high])
+        return bytes(self._rows(name, low, high))
 
-    def _touch(self, offset: int, width: int, low: int, high: int) -> None:
-        first, last = (offset + low * width) // PAGE, (offset + high * width - 1) // PAGE
-        checked = self._checked
-        if last - first > 1 or (high > low and not (checked[first] and checked[last])):
-            self._check(first, last + 1)
+    def _rows(self, name: str, low: int, high: int) -> memoryview[int]:
+        view, offset = self._views[name]
+        if high > low:
+            width = view.itemsize
+            first, last = (offset + low * width) // PAGE, (offset + high * width - 1) // PAGE
+            if last > first + 1 or not (self._checked[first] and self._checked[last]):
+                self._check(first, last + 1)
+        return view[low:high]
 
     def ensure(self, name: str, low: int, high: int) -> None:
         """Raise Damaged where a page of rows low ..

@@ -9,8 +9,7 @@ lies side by side: one sequential read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sailplan.data.kinds import MANY, Chosen, Place
 from sailplan.data.names import given
@@ -19,8 +18,7 @@ from sailplan.data.record import Item
 from sailplan.data.values import fields_of
 
 
-@dataclass(frozen=True)
-class Content:
+class Content(NamedTuple):
     """How the members of a record are read, and which media are asked for."""
 
     read: Callable[[Place], bytes]

@@ -183,9 +183,7 @@ def _members(reader: RecordReader, position: int, found: Findings) -> None:
         text = decode_text(content)
         is_json = place[0] == "json"
         halves = (
-            is_json
-            and has_escaped_halves(content)
-            and REPLACEMENT in str(reader.body(position))
+            is_json and has_escaped_halves(content) and REPLACEMENT in str(reader.body(position))
         )
         if text.repaired or halves:
             found.count(

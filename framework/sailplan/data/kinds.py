@@ -71,6 +71,8 @@ def choose(members: Sequence[Place]) -> Chosen:
     """
     if not members:
         return NOTHING
+    if len(members) == 1 and members[0][0] == "json":  # as most records of texts
+        return Chosen(json=members[0])
     by_kind: dict[Kind | None, list[Place]] = {}
     for member in members:
         by_kind.setdefault(kind_of(member[0]), []).append(member)

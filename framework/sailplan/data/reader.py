@@ -533,7 +533,7 @@ class RecordReader:
             ) from error
 
 
-def _value(body: Mapping[str, Any], part: str) -> Any:
+def _value(body: Mapping[str, object], part: str) -> object:
     """What a pair's JSON has of a part, None where nothing; `text` is never an item's id."""
     first, second = SIDES[part]
     value = body.get(first)

@@ -73,16 +73,18 @@ class ShardTable:
         try:
             start, after = columns.numbers("id_starts", row, row + 2)
             low, high = columns.numbers("member_starts", row, row + 2)
-            members = zip(
-                columns.numbers("extensions", low, high),
-                columns.numbers("offsets", low, high),
-                columns.numbers("sizes", low, high),
-                strict=True,
-            )
             return (
                 columns.content("ids", start, after - 1).decode(),
-                self.split_names[columns.number("splits", row)],
-                [(extensions[code], offset * unit, size) for code, offset, size in members],
+                self.split_names[columns.numbers("splits", row, row + 1)[0]],
+                [
+                    (extensions[code], offset * unit, size)
+                    for code, offset, size in zip(
+                        columns.numbers("extensions", low, high),
+                        columns.numbers("offsets", low, high),
+                        columns.numbers("sizes", low, high),
+                        strict=True,
+                    )
+                ],
             )
         except Damaged as error:
             raise self._damaged(error) from error
