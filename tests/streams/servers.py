@@ -6,7 +6,7 @@ import hashlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,14 +15,17 @@ from pathlib import Path
 
 @dataclass
 class WebServer:
-    """Files by path, served by ranges. `counts`: requests by method, and bytes of bodies."""
+    """Files by path, served by ranges. `counts`: requests by method, and bytes of bodies; `asked`:
+    requests for each range of a path.
+    """
 
-    files: dict[str, bytes]
+    files: Mapping[str, bytes]
     fail_every: int = 0  # so many requests for a range are answered 500
     drop_every: int = 0  # so many end in the middle of their body
     pause: float = 0.0  # seconds before each answer
     ranges: bool = True
     counts: Counter[str] = field(default_factory=Counter)
+    asked: Counter[tuple[str, str]] = field(default_factory=Counter)
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -60,6 +63,8 @@ class WebServer:
         with self._lock:
             self.counts["GET" if body else "HEAD"] += 1
             number = self.counts["GET"]
+            if body:
+                self.asked[handler.path, handler.headers.get("Range", "")] += 1
         time.sleep(self.pause)
         content = self.files.get(handler.path.lstrip("/"))
         if content is None or (body and self.fail_every and number % self.fail_every == 0):
