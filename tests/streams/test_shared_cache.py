@@ -62,7 +62,10 @@ def config_of(root: Path, shards: str, cache: Path, **stream: object) -> Config:
         micro_batch=BATCH,
         cache=str(cache),
         stream=StreamConfig(**{"deadline_seconds": 60.0, **stream}),  # type: ignore[arg-type]
-        **{"sets": {"many": many}, "segment": SEGMENT, "window": 32, "workers": 0},
+        sets={"many": many},
+        segment=SEGMENT,
+        window=32,
+        workers=0,
     )
     config.stages, config.order = {"only": StageConfig(steps=STEPS, data={"many": 1.0})}, ["only"]
     return config

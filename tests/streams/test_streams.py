@@ -65,14 +65,16 @@ def config_of(root: Path, shards: str, cache: Path, workers: int = 0, **stream: 
     many = DatasetConfig(
         shards=shards, views=views, patterns={"both": PatternConfig("image", "title")}
     )
-    options = {"sets": {"many": many}, "segment": 8, "window": 32, "workers": workers}
     return made_up_config(
         root,
         global_batch=BATCH,
         micro_batch=BATCH,
         cache=str(cache),
         stream=StreamConfig(**{"deadline_seconds": 60.0, **stream}),  # type: ignore[arg-type]
-        **options,
+        sets={"many": many},
+        segment=8,
+        window=32,
+        workers=workers,
     )
 
 
