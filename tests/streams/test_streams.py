@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import os
 import sys
 import threading
@@ -39,7 +40,7 @@ from sailplan.data.testing import (
 from sailplan.errors import BadDataError, ConfigurationError, UnavailableError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from servers import WebServer, files_of
+from servers import ObjectServer, WebServer, files_of
 
 SHARDS, RECORDS, STEPS, BATCH = 20, 160, 200, 16  # one epoch
 PATTERN = "part-{000..019}.tar"
@@ -64,14 +65,16 @@ def config_of(root: Path, shards: str, cache: Path, workers: int = 0, **stream: 
     many = DatasetConfig(
         shards=shards, views=views, patterns={"both": PatternConfig("image", "title")}
     )
-    options = {"sets": {"many": many}, "segment": 8, "window": 32, "workers": workers}
     return made_up_config(
         root,
         global_batch=BATCH,
         micro_batch=BATCH,
         cache=str(cache),
         stream=StreamConfig(**{"deadline_seconds": 60.0, **stream}),  # type: ignore[arg-type]
-        **options,
+        sets={"many": many},
+        segment=8,
+        window=32,
+        workers=workers,
     )
 
 
@@ -301,3 +304,59 @@ def test_a_folder_of_an_object_store(
     assert not counts.get("retries")
     with pytest.raises(ConfigurationError, match=r"there is no \.tar"):
         resolve("many", "s3://shards/nothing/", tmp_path, stream=config.data.stream)
+
+
+STORES = {  # of a client: variables that lead it to a server, given the server's URL
+    "gs": {"GOOGLE_BASE_URL": "{url}", "GOOGLE_SERVICE_ACCOUNT_KEY": "{key}"},
+    "az": {
+        "AZURE_STORAGE_ENDPOINT": "{url}",
+        "AZURE_STORAGE_ACCOUNT_NAME": "devstoreaccount1",
+        "AZURE_STORAGE_ACCOUNT_KEY": "dGVzdA==",
+    },
+}
+
+
+def service_account() -> str:
+    """Return the key of an account, whose requests bear tokens that it signs itself."""
+    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    account = {"client_email": "me@example.com", "private_key_id": "1", "private_key": key.decode()}
+    return json.dumps(account)
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_google_and_azure(
+    root: Path,
+    tmp_path: Path,
+    local: list[str],
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = ObjectServer(files_of(root / "many", "shards/many/"), azure=kind == "az")
+    server.credentials = "SharedKey devstoreaccount1:" if kind == "az" else "Bearer"
+    with server.running():
+        for name, value in STORES[kind].items():
+            monkeypatch.setenv(
+                name, value.replace("{url}", server.url).replace("{key}", service_account())
+            )
+        config = config_of(root, f"{kind}://shards/many/", tmp_path)
+        open_datasets(config)  # the index is made, once
+        assert server.counts["LIST"] == -(-SHARDS // server.page)
+        server.fail_every, server.drop_every = 13, 17
+        before = server.counts.copy()
+        assert digests(staged(config), 0, 40) == local[:40]
+        counts = server.counts - before
+        open_streams(tmp_path, config.data.stream).close()
+        server.fail_every = server.drop_every = 0
+        server.credentials = "another's"
+        refused = config_of(root, f"{kind}://shards/many/part-000.tar", tmp_path / "refused")
+        with pytest.raises(BadDataError, match="access was refused"):
+            open_datasets(refused)
+    # Forty steps' runs and what failed again, none of them a whole shard
+    assert counts["GET"] <= 1.3 * 40 * BATCH and counts["bytes"] <= 1.1 * index_size(root)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from sailplan.data.dealing import cut, micro_batches_needed
 from sailplan.data.decoding import ItemDecoder, media_of, view_item
 from sailplan.data.exclusions import Exclusions
 from sailplan.data.negatives import HardNegativeStore
-from sailplan.data.order import keyed_integer
+from sailplan.data.order import seeds
 from sailplan.data.plan import Plan, PlannedRows
 from sailplan.data.processor import ViewRow, processor_of
 from sailplan.data.read_ahead import ReadAhead
@@ -60,6 +61,14 @@ class _Rows:
     views: dict[ViewKey, list[ViewRow]] = field(default_factory=dict)  # view -> r * g rows
     positions: list[int] = field(default_factory=list)
     quarantined: list[BadRecord] = field(default_factory=list)
+
+
+class _Wanted(NamedTuple):
+    """What the rows of a part show of their records."""
+
+    views: list[str]
+    media: frozenset[str]
+    needs: set[str]
 
 
 class Collator:
@@ -113,6 +122,9 @@ class Collator:
         of_rows = row_seeds(
             self.config.seed, self.plan.stage_name, step, part.dataset, part.first_row + own
         )
+        of_records = seeds(of_rows, SEQUENCE)
+        needs = {dataset.views[name].of for name in names} | {"negatives"}
+        wanted = _Wanted(names, media_of([dataset.views[name] for name in names]), needs)
         decoder = ItemDecoder(
             self.processor,
             dataset,
@@ -120,9 +132,9 @@ class Collator:
             {key: view for view, keys in shown.encoded.items() for key in keys},
         )
         for row, position, seed in zip(
-            (part.first_row + own).tolist(), part.at(own).tolist(), of_rows.tolist(), strict=True
+            (part.first_row + own).tolist(), part.at(own).tolist(), of_records.tolist(), strict=True
         ):
-            used = self._add_row(rows, reader, decoder, names, step, row, position, seed)
+            used = self._add_row(rows, reader, decoder, wanted, step, row, position, seed)
             for name, (count, of_record) in shown.negatives.items():
                 places = (
                     mined[PatternKey(part.dataset, name)][used]
@@ -158,18 +170,13 @@ class Collator:
         rows: _Rows,
         reader: RecordReader,
         decoder: ItemDecoder,
-        names: list[str],
+        wanted: _Wanted,
         step: int,
         row: int,
         position: int,
         seed: int,
     ) -> int:
         """Decode one record in all views; on a bad sample its spare. Returns the position used."""
-        views = {name: reader.config.views[name] for name in names}
-        media, needs = (
-            media_of(list(views.values())),
-            {view.of for view in views.values()} | {"negatives"},
-        )
         bad: list[BadRecord] = []
         for attempt in range(DRAWS):
             if self._left_out(reader, position, step):
@@ -177,13 +184,16 @@ class Collator:
                 continue
             try:
                 record = reader.read(
-                    position, seed=keyed_integer(seed, SEQUENCE) >> 1, media=media, needs=needs
+                    position,
+                    seed=seed,
+                    media=wanted.media,
+                    needs=wanted.needs,
                 )
                 if reader.scored and record.score is None:
                     raise BadSample(
                         record.id, "has no `score`, but the data set's first pair has one"
                     )
-                decoded = {name: decoder.record(record, name) for name in views}
+                decoded = [decoder.record(record, name) for name in wanted.views]
             except BadSample as problem:
                 bad.append(_named(reader.ids([position])[0], problem, position))
                 if len(bad) > SPARES:
@@ -193,8 +203,8 @@ class Collator:
             rows.quarantined += bad
             rows.positions.append(position)
             rows.records.append(record)
-            for name in names:
-                rows.views[name] += decoded[name]
+            for name, of_view in zip(wanted.views, decoded, strict=True):
+                rows.views[name] += of_view
             return position
         rows.quarantined += bad
         last = f", last {bad[-1].id}: {bad[-1].reason}" if bad else ", all of them left out before"

@@ -107,11 +107,13 @@ class Columns:
             self.note: Any = head["note"]
             self._arrays: dict[str, NDArray[Any]] = {}
             self._offsets: dict[str, int] = {}
+            self._views: dict[str, tuple[memoryview[int], int]] = {}
             for name, (kind, shape, offset) in head["arrays"].items():
                 count, dtype = math.prod(shape), np.dtype(kind)
                 array = np.frombuffer(buffer, dtype, count, body + offset)
                 self._arrays[name] = array if len(shape) == 1 else array.reshape(shape)
                 self._offsets[name] = offset
+                self._views[name] = self._arrays[name].data, offset
                 if offset < 0 or offset + self._arrays[name].nbytes > body_bytes:
                     raise ValueError(name)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -137,6 +139,25 @@ class Columns:
         """
         self.ensure(name, low, high)
         return self._arrays[name][low:high]
+
+    def numbers(self, name: str, low: int, high: int) -> list[int]:
+        """Return rows low .. high - 1 of an array of whole numbers, one dimension: of a few, ten
+        times cheaper than `part`. Raises Damaged as `part`.
+        """
+        return self._rows(name, low, high).tolist()
+
+    def content(self, name: str, low: int, high: int) -> bytes:
+        """Return rows low .. high - 1 of an array of bytes. Raises Damaged as `part`."""
+        return bytes(self._rows(name, low, high))
+
+    def _rows(self, name: str, low: int, high: int) -> memoryview[int]:
+        view, offset = self._views[name]
+        if high > low:
+            width = view.itemsize
+            first, last = (offset + low * width) // PAGE, (offset + high * width - 1) // PAGE
+            if last > first + 1 or not (self._checked[first] and self._checked[last]):
+                self._check(first, last + 1)
+        return view[low:high]
 
     def ensure(self, name: str, low: int, high: int) -> None:
         """Raise Damaged where a page of rows low ..

@@ -46,12 +46,16 @@ class ItemDecoder:
         view = self.dataset.views[name]
         if view.of == "history":
             return self.rows(record.history, name, self.dataset.history_length)
-        return self.rows([view_item(record, view)], name)
+        item = view_item(record, view)
+        return [ViewRow() if item is None else self._row(item, name)]
 
 
 def view_item(record: Record, view: ViewConfig) -> Item | None:
     """The item of a record that a view shows (for `history` use record.history)."""
-    return {"item": record.item, "query": record.query, "target": record.target}[view.of]
+    assert view.of != "history", "a history is several items"
+    if view.of == "query":
+        return record.query
+    return record.target if view.of == "target" else record.item
 
 
 def media_of(views: Sequence[ViewConfig]) -> frozenset[str]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from array import array
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +115,7 @@ class ShardIndex:
         self.split_names = tables.tags()
         self._records: NDArray[np.int64] = rows["records"].astype(np.int64)
         self.starts = _running(self._records)
+        self._firsts = array("q", self.starts.tobytes())  # the same for one position at a time
         self._split_counts, self._split_starts = (
             dict[str, NDArray[np.int64]](),
             dict[str, NDArray[np.int64]](),
@@ -201,17 +204,17 @@ class ShardIndex:
 
     def locate(self, position: int) -> tuple[int, ShardTable, int]:
         """Shard number, the shard's table, and the record's row in it."""
-        if not 0 <= position < len(self):
+        if not 0 <= position < self._firsts[-1]:
             raise IndexError(f"record {position} of {len(self)}")
-        shard = int(self.starts.searchsorted(position, side="right")) - 1
-        return shard, self._table(shard), position - int(self.starts[shard])
+        shard = bisect_right(self._firsts, position) - 1
+        return shard, self._table(shard), position - self._firsts[shard]
 
     def entry(self, position: int) -> RecordEntry:
         """Return what the table says of the record at a position; the last one is kept."""
         known, entry = self._last
         if known != position:
             shard, table, row = self.locate(position)
-            entry = RecordEntry(shard, table.ids[row], table.split(row), table.members(row))
+            entry = RecordEntry(shard, *table.record(row))
             self._last = position, entry
         assert entry is not None
         return entry

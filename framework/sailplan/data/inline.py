@@ -9,8 +9,7 @@ lies side by side: one sequential read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sailplan.data.kinds import MANY, Chosen, Place
 from sailplan.data.names import given
@@ -19,8 +18,7 @@ from sailplan.data.record import Item
 from sailplan.data.values import fields_of
 
 
-@dataclass(frozen=True)
-class Content:
+class Content(NamedTuple):
     """How the members of a record are read, and which media are asked for."""
 
     read: Callable[[Place], bytes]
@@ -61,6 +59,8 @@ def inline_item(name: str, value: Any, chosen: Chosen, content: Content, part: i
 
     Raises BadSample for values that are no texts.
     """
+    if isinstance(value, str) and not chosen.read:  # what most records hold: a text, nothing else
+        return Item(name, {"text": {"en": value}}, source=(content.position, part))
     # {"id": ...} alone is a text in Indonesian, unless there are members that the id is of.
     is_object = isinstance(value, dict) and (
         "fields" in value or "text" in value or chosen.read or not value

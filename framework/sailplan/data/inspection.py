@@ -10,7 +10,7 @@ from typing import Any
 from sailplan.config.schema import ViewConfig
 from sailplan.data.kinds import Place, choose, ending_of
 from sailplan.data.names import part_of
-from sailplan.data.parse import REPLACEMENT, SURROGATE_SIGNS, decode_text
+from sailplan.data.parse import REPLACEMENT, decode_text, has_escaped_halves
 from sailplan.data.processor import Processor
 from sailplan.data.reader import RecordReader
 from sailplan.data.values import BadSample
@@ -162,7 +162,7 @@ def _members(reader: RecordReader, position: int, found: Findings) -> None:
     """
     shard, table, row = reader.index.locate(position)
     name, parts = table.ids[row], dict[str, list[Place]]()
-    for extension, offset, size in table.members(row):
+    for extension, offset, size in table.record(row)[2]:
         part, own = part_of(extension) if reader.config.kind == "pairs" else ("", extension)
         parts.setdefault(part, []).append((own, offset, size))
     chosen = [choose(places) for places in parts.values()]
@@ -183,9 +183,7 @@ def _members(reader: RecordReader, position: int, found: Findings) -> None:
         text = decode_text(content)
         is_json = place[0] == "json"
         halves = (
-            is_json
-            and any(sign in content for sign in SURROGATE_SIGNS[:2])
-            and REPLACEMENT in str(reader.body(position))
+            is_json and has_escaped_halves(content) and REPLACEMENT in str(reader.body(position))
         )
         if text.repaired or halves:
             found.count(

@@ -7,7 +7,7 @@ Members of no kind are passed over and counted by `sailplan data validate`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,18 +62,20 @@ class Chosen:
 NOTHING = Chosen()
 
 
-def choose(members: Iterable[Place]) -> Chosen:
+def choose(members: Sequence[Place]) -> Chosen:
     """Return what a record's item shows of its members.
 
     A plain ending goes before a companion (`KEY.jpg` before `KEY.mask.png`), which is read only
     where there is nothing plain of its kind. Frames `KEY.N.jpg` are all read, in the order of their
     numbers.
     """
+    if not members:
+        return NOTHING
+    if len(members) == 1 and members[0][0] == "json":  # as most records of texts
+        return Chosen(json=members[0])
     by_kind: dict[Kind | None, list[Place]] = {}
     for member in members:
         by_kind.setdefault(kind_of(member[0]), []).append(member)
-    if not by_kind:
-        return NOTHING
     chosen = Chosen(unread=by_kind.pop(None, []))
     for kind, found in by_kind.items():
         assert kind is not None

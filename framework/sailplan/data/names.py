@@ -63,9 +63,12 @@ def given(value: Any) -> str | None:
     """Return an id, a split or another name as text; None where none was given: null, "", or a
     table's NaN. 0 is a name.
     """
-    if value is None or value == "" or value != value:
-        return None
-    return readable(str(value))
+    return readable(str(value)) if is_given(value) else None
+
+
+def is_given(value: Any) -> bool:
+    """Return whether there is a value: not null, "" or a table's NaN."""
+    return not (value is None or value == "" or value != value)
 
 
 def samples(names: Sequence[str]) -> list[tuple[str, list[tuple[int, str]]]]:

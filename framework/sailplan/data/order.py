@@ -29,23 +29,30 @@ Words = NDArray[np.uint64]
 ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def mix(words: Words) -> Words:
     """The finaliser of splitmix64: a bijection of 64-bit words whose output looks random (Steele
     et al. 2014).
     """
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    words = words ^ (words >> _SHIFTS[0])
+    words *= _FACTORS[0]
+    words ^= words >> _SHIFTS[1]
+    words *= _FACTORS[1]
+    words ^= words >> _SHIFTS[2]
+    return words
 
 
 def keyed(*parts: int | Integers) -> Words:
     """One random-looking 64-bit word per element from integers and integer arrays (broadcast
     together); at least 1-d.
     """
-    key = np.zeros(1, dtype=np.uint64)
-    for part in parts:
+    first = next((place for place, part in enumerate(parts) if not isinstance(part, int)), None)
+    plain = [part for part in parts[:first] if isinstance(part, int)]
+    key = np.array([keyed_integer(*plain)], dtype=np.uint64)
+    for part in parts[len(plain) :]:
         word = np.atleast_1d(np.asarray(part, dtype=np.int64)).view(np.uint64)
         key = mix(key * np.uint64(3) + mix(word + _GOLDEN) + _GOLDEN)
     return key
@@ -57,16 +64,15 @@ def keyed_integer(*parts: int, key: int = 0) -> int:
 
     key: what the parts before these gave.
     """
-    for part in parts:
-        key = _mix_integer(key * 3 + _mix_integer(part + 0x9E3779B97F4A7C15) + 0x9E3779B97F4A7C15)
+    for part in parts:  # `mix` twice, written out: this runs several times a row
+        word = (part + 0x9E3779B97F4A7C15) & _MASK
+        word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
+        key = (key * 3 + (word ^ (word >> 31)) + 0x9E3779B97F4A7C15) & _MASK
+        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK
+        key ^= key >> 31
     return key
-
-
-def _mix_integer(word: int) -> int:
-    word &= _MASK
-    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
-    return word ^ (word >> 31)
 
 
 def seeds(*parts: int | Integers) -> Integers:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,8 @@ MARKS = (
 )
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SURROGATE = re.compile("[\ud800-\udfff]")
-SURROGATE_SIGNS = (
-    b"\\ud",
-    b"\\uD",
-    b"\xed",
-    b"\0",
-)  # an escape, the bytes of UTF-8 that begin one, a wide encoding
+ESCAPED = (b"\\ud", b"\\uD")  # how JSON writes halves of surrogate pairs
+DECODER = json.JSONDecoder()
 NO_TEXT = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # a text file has none of these
 
 
@@ -105,17 +102,29 @@ def parse_json(content: bytes) -> dict[str, Any]:
     nested too deeply, numbers of thousands of digits.
     """
     try:
-        try:
-            body = json.loads(content)
-        except UnicodeDecodeError:
-            body = json.loads(decode_text(content).text)
-        if any(sign in content for sign in SURROGATE_SIGNS):
-            body = whole(body)
+        body = _body_of(content)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(body, dict):
         raise ValueError(f"found a {type(body).__name__}, expected an object")
     return body
+
+
+def _body_of(content: bytes) -> Any:
+    if b"\0" not in content and not content.startswith(codecs.BOM_UTF8):
+        with suppress(UnicodeDecodeError):
+            text = content.decode()
+            body = DECODER.decode(text)  # as json.loads, which looks for an encoding first
+            return whole(body) if has_escaped_halves(content) else body
+    try:
+        return whole(json.loads(content))
+    except UnicodeDecodeError:
+        return whole(json.loads(decode_text(content).text))
+
+
+def has_escaped_halves(content: bytes) -> bool:
+    """Return whether JSON may hold halves of surrogate pairs as escapes."""
+    return b"\\u" in content and any(sign in content for sign in ESCAPED)
 
 
 def whole(value: Any) -> Any:

@@ -170,6 +170,8 @@ class Plan:
         """Index into `names` of each sub-batch of steps first_step ..; int64 [count, parts];
         equal within unmixed steps.
         """
+        if len(self.names) == 1:
+            return np.zeros((count, len(self._part_rows)), dtype=np.int64)
         steps = np.arange(first_step, first_step + count, dtype=np.int64)
         columns = [uniform(self._draw_key, 1, steps, turn) for turn in range(len(self._part_rows))]
         chosen = np.searchsorted(self._edges, np.stack(columns, axis=1), side="right").clip(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sailplan.config.schema import Config, DatasetConfig, ViewConfig
 from sailplan.data import video
-from sailplan.data.cache import ByteCache
+from sailplan.data.cache import EPOCHS, ByteCache
 from sailplan.data.image import draw_augmentation, pixels_of
 from sailplan.data.record import EncoderInputs, Item
 from sailplan.data.text import compose
@@ -86,7 +86,7 @@ class Processor(ABC):
     @cached_property
     def decoded(self) -> ByteCache[Tensor]:
         """Pictures and spectrograms by their encoded bytes, kept between epochs."""
-        return ByteCache(DECODED_BYTES)
+        return ByteCache(DECODED_BYTES, patience=EPOCHS)
 
     def row(
         self,

@@ -12,7 +12,8 @@ import logging
 import random
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from sailplan.data.index import ShardIndex
 from sailplan.data.inline import Content, inline_item, media_counts
 from sailplan.data.kinds import Chosen, Place, choose
 from sailplan.data.lengths import ROLES, LengthIndex
-from sailplan.data.names import given, part_of
+from sailplan.data.names import given, is_given, part_of
 from sailplan.data.parse import parse_json
 from sailplan.data.record import Item, Record
 from sailplan.data.shard_files import ShardFile
@@ -45,6 +46,11 @@ from sailplan.runtime.seeds import derive
 
 logger = logging.getLogger("sailplan.data")
 SIDES = {"query": ("query", "text"), "target": ("item", "target")}  # keys of a pair's JSON
+ALL_PARTS = frozenset({"item", "query", "target", "history", "negatives"})
+USED_OF_PAIRS = frozenset({"id", "split", "negatives", "text", "query", "item", "score"})
+USED_OF_SEQUENCES = frozenset(
+    {"id", "split", "negatives", "target_probability", "negative_probability"}
+)
 ALL_MEDIA = frozenset({"vision", "audio"})
 CACHE_BYTES = 64 << 20
 FILES_OPEN = 128
@@ -129,7 +135,7 @@ class RecordReader:
         *,
         seed: int | None = None,
         media: frozenset[str] = ALL_MEDIA,
-        needs: Iterable[str] | None = None,
+        needs: Collection[str] | None = None,
     ) -> Record:
         """The record at a position.
 
@@ -142,22 +148,14 @@ class RecordReader:
             item = self.item(position, media)
             return Record(item.id, self.split(position), item=item, label=self._label(item))
         body, _ = self._read_body(position)
-        wanted = (
-            frozenset(needs)
-            if needs is not None
-            else frozenset({"item", "query", "target", "history", "negatives"})
-        )
+        wanted = ALL_PARTS if needs is None else needs
         entry = self.index.entry(position)
         record_id, split = entry.id, entry.split
         opened = _Opened(record_id, body, self._parts(position), self._content(position, media))
-        used = {"id", "split", "negatives"}
         negatives, teacher = self._negatives(opened, seed) if "negatives" in wanted else ((), ())
         key = self.config.label
         own_label = None if key is None else label(record_id, body.get(key), key)
         if self.config.kind == "pairs":
-            used |= {"text", "query", "item", "score"} | (
-                {"target"} if self.catalogue is None else set()
-            )
             return Record(
                 record_id,
                 split,
@@ -167,9 +165,12 @@ class RecordReader:
                 score=score(record_id, body),
                 label=own_label,
                 teacher_scores=teacher,
-                extra={key: value for key, value in body.items() if key not in used},
+                extra={
+                    key: value
+                    for key, value in body.items()
+                    if key not in USED_OF_PAIRS and (key != "target" or self.catalogue is not None)
+                },
             )
-        used |= {"target_probability", "negative_probability"}
         history, target = self.draw(record_id, body, seed)
         return Record(
             record_id,
@@ -183,7 +184,7 @@ class RecordReader:
             else (),
             target=self._catalogue_item(record_id, target, media) if "target" in wanted else None,
             extra={
-                **{key: value for key, value in body.items() if key not in used},
+                **{key: value for key, value in body.items() if key not in USED_OF_SEQUENCES},
                 "history": history,
                 "target": target,
             },
@@ -204,7 +205,7 @@ class RecordReader:
         if target is not None:
             return ids(record_id, body, "history")[-length:], target
         found = events(record_id, body)
-        if given(body.get("times")) is not None:
+        if is_given(body.get("times")):
             return window(record_id, found, length, seed)
         items = list(dict.fromkeys(found))
         if len(items) < 2:
@@ -330,8 +331,8 @@ class RecordReader:
             return named, 0, 0
         parts, fields = self._parts(position), dict[str, Any]()
         sides = {
-            "query": self._held(body, "query", parts),
-            "target": self._held(body, "target", parts),
+            part: value if self.catalogue is None or isinstance(value, dict) else None
+            for part, value in ((part, _value(body, part)) for part in SIDES)
         }
         for number, value in enumerate(
             body["negatives"] if isinstance(body.get("negatives"), list) else []
@@ -347,19 +348,6 @@ class RecordReader:
                 if prefix:
                     named.setdefault("media", {})[part] = media_counts(own)
         return {"fields": fields, **named}, *media_counts(choose(parts.get("query", [])))
-
-    def _held(self, body: Mapping[str, Any], part: str, parts: Mapping[str, Any]) -> Any:
-        """What a pair's JSON holds of a part itself; None where it names an item of the
-        catalogue.
-        """
-        if (
-            part == "query"
-            and given(body.get("query")) is None
-            and given(body.get("text")) is not None
-        ):
-            return {"text": body["text"]}
-        value = next((body[key] for key in SIDES[part] if given(body.get(key)) is not None), None)
-        return value if self.catalogue is None or isinstance(value, dict) else None
 
     # ---------------------------------------------------------------- parts
     def _read_body(self, position: int) -> tuple[dict[str, Any], Chosen]:
@@ -377,11 +365,11 @@ class RecordReader:
                     f"broken JSON in {self.index.shards[shard]} at byte {chosen.json[1]}: {error}"
                 )
                 raise BadSample(record_id, " ".join(reason.split())[:300]) from error
-        found = given(body.get("id"))
-        if found is not None and found != record_id:
+        found = body.get("id")
+        if found != record_id and is_given(found) and given(found) != record_id:
             raise BadSample(
                 record_id,
-                f"{self.index.shards[shard]} changed while in use: found the record {found} in its "
+                f"{self.index.shards[shard]} changed while in use: found the record {given(found)} in its "
                 "place",
             )
         return body, chosen
@@ -404,15 +392,7 @@ class RecordReader:
         record holds itself.
         """
         record_id, body, parts, content = opened
-        own = parts.get(part, [])
-        value = next((body[key] for key in SIDES[part] if given(body.get(key)) is not None), None)
-        if (
-            part == "query"
-            and given(body.get("query")) is None
-            and given(body.get("text")) is not None
-        ):
-            text = {"text": body["text"]}
-            return inline_item(f"{record_id}#query", text, choose(own), content)
+        own, value = parts.get(part, ()), _value(body, part)
         if self.catalogue is not None and not isinstance(value, dict) and not own:
             if part == "query" and value is None:
                 raise BadSample(record_id, "a pair needs `text` or `query`; found neither")
@@ -478,7 +458,7 @@ class RecordReader:
 
     def _content(self, position: int, media: frozenset[str]) -> Content:
         shard = self.index.entry(position).shard
-        return Content(lambda place: self.member(shard, place), media, position)
+        return Content(partial(self.member, shard), media, position)
 
     def find_item(self, value: Any) -> int | None:
         """Position in the catalogue of the item with an id as a record gives it; None where
@@ -498,7 +478,7 @@ class RecordReader:
         assert self.catalogue is not None, (
             "sequences have a catalogue, and pairs without one hold their items"
         )
-        if given(value) is None:
+        if not is_given(value):
             raise BadSample(
                 record_id,
                 f"names no item of the catalogue '{self.catalogue.name}': its id is {value!r}",
@@ -551,3 +531,15 @@ class RecordReader:
                 f"{self.index.shards[shard]}: cannot be read ({error.strerror or error}): the "
                 "shard went away while in use"
             ) from error
+
+
+def _value(body: Mapping[str, object], part: str) -> object:
+    """What a pair's JSON has of a part, None where nothing; `text` is never an item's id."""
+    first, second = SIDES[part]
+    value = body.get(first)
+    if is_given(value):
+        return value
+    value = body.get(second)
+    if not is_given(value):
+        return None
+    return {"text": value} if second == "text" else value

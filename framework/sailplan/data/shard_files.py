@@ -37,13 +37,14 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         """Open the file. Raises OSError."""
         self._file: BinaryIO = open(path, "rb")  # noqa: SIM115
-        status = os.fstat(self._file.fileno())
+        self._number = self._file.fileno()
+        status = os.fstat(self._number)
         self.size, self.version = status.st_size, status.st_mtime_ns
         self.read, self.seek, self.tell = self._file.read, self._file.seek, self._file.tell
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Return bytes at a place, fewer at the end; no shared position, so safe in forks."""
-        return os.pread(self._file.fileno(), size, offset)
+        return os.pread(self._number, size, offset)
 
     scan_at = read_at
 
@@ -55,7 +56,7 @@ class LocalFile:
 
     def changed(self) -> bool:
         """Return whether the file was written to since it was opened."""
-        status = os.fstat(self._file.fileno())
+        status = os.fstat(self._number)
         return (status.st_size, status.st_mtime_ns) != (self.size, self.version)
 
     def close(self) -> None:

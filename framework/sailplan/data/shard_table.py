@@ -37,7 +37,7 @@ def id_check(record_id: str) -> int:
 
 
 class ShardTable:
-    """Of m records: `ids`, `split(row)`, `rows(split)`, `members(row)`, `hashes()`.
+    """Of m records: `ids`, `split(row)`, `rows(split)`, `record(row)`, `hashes()`.
 
     A damaged page raises what `damaged` makes of it.
     """
@@ -67,6 +67,28 @@ class ShardTable:
         except Damaged as error:
             raise self._damaged(error) from error
 
+    def record(self, row: int) -> tuple[str, str, list[tuple[str, int, int]]]:
+        """Return id, split and members of a record: (extension, offset, size) of each member."""
+        columns, unit, extensions = self._columns, self._unit, self._extensions
+        try:
+            start, after = columns.numbers("id_starts", row, row + 2)
+            low, high = columns.numbers("member_starts", row, row + 2)
+            return (
+                columns.content("ids", start, after - 1).decode(),
+                self.split_names[columns.numbers("splits", row, row + 1)[0]],
+                [
+                    (extensions[code], offset * unit, size)
+                    for code, offset, size in zip(
+                        columns.numbers("extensions", low, high),
+                        columns.numbers("offsets", low, high),
+                        columns.numbers("sizes", low, high),
+                        strict=True,
+                    )
+                ],
+            )
+        except Damaged as error:
+            raise self._damaged(error) from error
+
     def split(self, row: int) -> str:
         """Return the split of a record."""
         return self.split_names[int(self.part("splits", row, row + 1)[0])]
@@ -80,17 +102,6 @@ class ShardTable:
             )
         return self._rows[split]
 
-    def members(self, row: int) -> list[tuple[str, int, int]]:
-        """Return (extension, offset, size) of each member of the record."""
-        low, high = self.part("member_starts", row, row + 2).tolist()
-        columns = [
-            self.part(name, low, high).tolist() for name in ("extensions", "offsets", "sizes")
-        ]
-        return [
-            (self._extensions[code], offset * self._unit, size)
-            for code, offset, size in zip(*columns, strict=True)
-        ]
-
     def hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Return `id_hash` and `id_check` of all records, each uint64 [m]."""
         return self.part("hashes", 0, len(self)), self.part("checks", 0, len(self)).astype(
@@ -101,7 +112,7 @@ class ShardTable:
         """Return where up to 32 evenly spread records begin, in bytes."""
         count = min(len(self), SAMPLED_BLOCKS)
         rows = [turn * (len(self) - 1) // max(count - 1, 1) for turn in range(count)]
-        return [self.members(row)[0][1] - BLOCK for row in rows]
+        return [self.record(row)[2][0][1] - BLOCK for row in rows]
 
 
 class Ids(Sequence[str]):

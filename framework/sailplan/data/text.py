@@ -20,13 +20,12 @@ from typing import Any
 import tokenizers
 
 from sailplan.config.schema import DatasetConfig, ViewConfig
-from sailplan.data.cache import ByteCache
 from sailplan.data.order import keyed_integer
+from sailplan.data.tokens import TokenCache
 from sailplan.errors import ConfigurationError
 
 TEXT_TOKENS_LEFT = 4  # a prompt must leave at least this many tokens to the text
 COUNTED_AT_ONCE = 4096  # an encoding takes kilobytes until it is counted
-KNOWN_BYTES = 32 << 20  # tokens of recent texts
 PREFERRED_LANGUAGE = "en"
 SEPARATOR = " | "
 LANGUAGE_DRAW, DROP_DRAW, ENTRY_DRAW = 1, 2, 3  # purposes of a row's random words
@@ -36,7 +35,7 @@ WEIGHT_UNITS = 1 << 20
 @lru_cache(maxsize=65536)
 def clean(text: str) -> str:
     """NFKC form with every run of white space as one space."""
-    return " ".join(unicodedata.normalize("NFKC", text).split())
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).split())
 
 
 def compose(
@@ -51,6 +50,12 @@ def compose(
     in evaluation. Each draw is a word keyed by the seed, its purpose and the field's number:
     `data.costs` repeats them for all rows at once.
     """
+    if len(view.fields) == 1:
+        alone = fields.get(view.fields[0]) or {}
+        if len(alone) == 1:
+            (text,) = alone.values()
+            if isinstance(text, str):  # nothing is drawn
+                return clean(text)
     entries: dict[int, list[str]] = {}
     seen: set[str] = set()
     for number, name in enumerate(view.fields):
@@ -165,7 +170,7 @@ class Tokenizer:
             :8
         ]  # tells this tokenizer's counts from another's
         self._prompts: dict[str, list[int]] = {}
-        self._known: ByteCache[list[int]] = ByteCache(KNOWN_BYTES)
+        self._known = TokenCache()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "max_tokens": self.max_tokens}
@@ -198,15 +203,11 @@ class Tokenizer:
         max_tokens; "" gives [].
         """
         room = self.max_tokens - len(self.prompt(prompt))
-        known = [self._known.get(text) for text in texts]
-        unknown = [place for place, ids in enumerate(known) if ids is None]
-        encodings = self._tokenizer.encode_batch_fast(
-            [texts[place] for place in unknown], add_special_tokens=False
-        )
-        for place, encoding in zip(unknown, encodings, strict=True):
-            known[place] = ids = encoding.ids[: self.max_tokens]
-            self._known.put(texts[place], ids, 200 + 2 * len(texts[place]) + 40 * len(ids))
-        return [ids[:room] for ids in known if ids is not None]
+        return [ids[:room] for ids in self._known.of(texts, self._encoded)]
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids[: self.max_tokens] for encoding in found]
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each text, neither cut nor kept."""

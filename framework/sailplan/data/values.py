@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sailplan.data.names import given
+from sailplan.data.names import given, is_given
 
 
 class BadSample(Exception):
@@ -94,13 +94,13 @@ def probability(record_id: str, body: Mapping[str, Any], key: str) -> float | No
 def listed(record_id: str, body: Mapping[str, Any], key: str) -> list[Any]:
     """Return the entries of a list of the record; [] where none is given."""
     entries = body.get(key)
-    if given(entries) is None:
+    if not is_given(entries):
         return []
     if not isinstance(entries, list):
         raise BadSample(
             record_id, f"{key} is a {type(entries).__name__}, expected a list of ids or records"
         )
-    if any(given(entry) is None for entry in entries):
+    if not all(map(is_given, entries)):
         raise BadSample(record_id, f"{key} has an entry that is null or empty")
     return entries
 

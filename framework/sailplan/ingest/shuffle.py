@@ -21,7 +21,7 @@ from sailplan.ingest.work import STATE, Drops, Outcome
 BUCKET_BYTES = (
     4 << 20
 )  # of the source; a bucket is in memory, as Arrow has it, while it is worked at
-SPILL_ROWS = 32_768  # of a part that is sorted into buckets: each bucket reads from every such part
+SPILL_ROWS = 16_384  # of a part that is sorted into buckets: each bucket reads from every such part
 TAKEN_AT_ONCE = 4096  # rows
 
 
@@ -64,11 +64,16 @@ class Spill:
     buckets: int
     pick: Callable[[str, Row, str | None], tuple[str, Any]]
 
+    def __post_init__(self) -> None:
+        import pyarrow.compute
+        import pyarrow.parquet  # noqa: F401  before workers are forked: they share its memory
+
     def __call__(self, number: int, tagged_part: TaggedPart) -> Outcome:
         import pyarrow as pa
 
         outcome, name = Outcome(), f"{STATE}/{self.phase}/{number:06d}.arrow"
-        found: list[list[Keyed]] = [[] for _ in range(self.buckets)]
+        # Key, value as JSON, file and line: a part's rows are all here, so each is to be small
+        found: list[list[tuple[str, str, str, int]]] = [[] for _ in range(self.buckets)]
         with Drops((self.folder / name).with_suffix(".dropped")).opened(outcome) as note:
             for row in tagged_part.part.rows():
                 outcome.rows += 1
@@ -80,7 +85,9 @@ class Spill:
                 except Dropped as problem:
                     note(row.file, row.line, str(problem))
                     continue
-                found[id_hash(key) % self.buckets].append(Keyed(key, value, row.file, row.line))
+                found[id_hash(key) % self.buckets].append(
+                    (key, json.dumps(value), row.file, row.line)
+                )
         schema = pa.schema(
             [
                 ("key", pa.string()),
@@ -92,12 +99,7 @@ class Spill:
         temporary = self.folder / f"{name}.{os.getpid()}.tmp"
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for rows in found:
-                columns = [
-                    [one.key for one in rows],
-                    [json.dumps(one.value) for one in rows],
-                    [one.file for one in rows],
-                    [one.line for one in rows],
-                ]
+                columns = zip(*rows, strict=True) if rows else [()] * len(schema)
                 writer.write_batch(
                     pa.record_batch(
                         [

@@ -8,6 +8,7 @@ At most two parts for each process are in flight.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -187,6 +188,7 @@ def _result(one: Future[Outcome] | Outcome) -> Outcome:
 
 
 def _start_worker(parent: int) -> None:
+    gc.freeze()  # to collect among the parent's objects would write to, and so copy, their pages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -12,14 +12,14 @@ import hashlib
 import numpy as np
 import torch
 
+INTEGERS = (int, np.integer)
+
 
 def derive(*parts: int | str) -> int:
     """A stable 63-bit seed from any sequence of integers and strings (SHA-256 of their
     unambiguous encoding).
     """
-    text = "\x1f".join(
-        f"{'i' if isinstance(part, int | np.integer) else 's'}{part}" for part in parts
-    )
+    text = "\x1f".join([f"{'i' if isinstance(part, INTEGERS) else 's'}{part}" for part in parts])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 

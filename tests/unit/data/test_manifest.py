@@ -63,7 +63,7 @@ def whole(index: ShardIndex) -> tuple[Any, ...]:
         index.ids(range(len(index))),
         splits,
         index.identity,
-        [index.locate(p)[1].members(p % PER_SHARD) for p in range(len(index))],
+        [index.locate(p)[1].record(p % PER_SHARD)[2] for p in range(len(index))],
     )
 
 

@@ -33,6 +33,12 @@ from sailplan.data.stream.address import scheme, split
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts
 RETRIES = 2  # of obstore's own for one attempt of ours: ours also repeat bodies that break off
+# Variables that name a store's server; http: is allowed where one of them says so
+ENDPOINTS = (
+    *("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+    "GOOGLE_BASE_URL",
+    *("AZURE_ENDPOINT", "AZURE_STORAGE_ENDPOINT"),
+)
 Result = TypeVar("Result")
 
 
@@ -124,8 +130,7 @@ class Stores:
         place, key = split(url)
         if place not in self._stores:
             plain = scheme(url) == "http" or any(
-                os.environ.get(name, "").startswith("http:")
-                for name in ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+                os.environ.get(name, "").startswith("http:") for name in ENDPOINTS
             )
             options: Any = {
                 "timeout": timedelta(seconds=self.deadline),

@@ -8,13 +8,13 @@ trained; a row that is too long loses tokens of its own text, never of the templ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import tokenizers
 
-from sailplan.data.cache import ByteCache
-from sailplan.data.text import COUNTED_AT_ONCE, KNOWN_BYTES, TEXT_TOKENS_LEFT
+from sailplan.data.text import COUNTED_AT_ONCE, TEXT_TOKENS_LEFT
+from sailplan.data.tokens import TokenCache
 from sailplan.errors import ConfigurationError
 from sailplan.model.encoders.transformers.config import PromptTemplate, TransformersConfig
 
@@ -52,7 +52,7 @@ class PublishedTokenizer:
         self.masked = "attention_mask" in tokenizer.model_input_names
         self._templates: dict[str, PromptTemplate] = {}
         self._overhead: dict[str, int] = {}
-        self._known: ByteCache[list[int]] = ByteCache(KNOWN_BYTES)
+        self._known = TokenCache()
 
     def template(self, prompt: str) -> PromptTemplate:
         """Return what stands round the texts of views whose `prompt` this is: one of
@@ -93,16 +93,15 @@ class PublishedTokenizer:
     def texts(self, texts: Sequence[str], prompt: str) -> list[list[int]]:
         """Return the token ids of whole rows: template, text and special tokens."""
         self.overhead(prompt)
-        template, keys = self.template(prompt), [f"{prompt}\0{text}" for text in texts]
-        known = [self._known.get(key) for key in keys]
-        unknown = [place for place, ids in enumerate(known) if ids is None]
+        template = self.template(prompt)
         head, tail = template.before + template.middle, template.after
-        for place, encoding in zip(
-            unknown, self._encode([head + texts[place] + tail for place in unknown]), strict=True
-        ):
-            known[place] = ids = self._cut(encoding, len(head), len(head) + len(texts[place]))
-            self._known.put(keys[place], ids, 200 + 2 * len(keys[place]) + 40 * len(ids))
-        return [ids for ids in known if ids is not None]
+
+        def encode(unknown: list[str]) -> Iterator[list[int]]:
+            found = self._encode([head + text + tail for text in unknown])
+            for text, encoding in zip(unknown, found, strict=True):
+                yield self._cut(encoding, len(head), len(head) + len(text))
+
+        return self._known.of(texts, encode, prompt)
 
     def fitting(self, text: str, prompt: str) -> str:
         """Return a text without its last characters, as far as the row has too many tokens."""
