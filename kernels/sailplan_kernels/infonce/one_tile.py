@@ -7,8 +7,10 @@ together. What is computed, and what ranks tell each other, is what fused.py com
 ranks may differ in which of the two they take. Rows' and columns' softmax weights come out of
 torch's softmax, which leaves a sum of exponentials as the inverse of its largest weight.
 
-Columns of the tile [P, n, C + H] are all ranks' keys and the row's own hard negatives. The positive
-stands among the keys: it is read there, no part of any softmax, and its place then holds its gradient.
+Columns of the tile [P, n, C + partners] are all ranks' keys. A row's partners are its positive and
+its own hard negatives, multiplied one by one. Without hard negatives, and where products are not
+rounded, it has none: the positive is read among the keys, and its place there then holds its
+gradient.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from sailplan_kernels.infonce.loss_inputs import LossInputs
 from sailplan_kernels.infonce.masks import excluded, just_below
 from sailplan_kernels.tiling.normalize import SAFE_LENGTH, project_
 from sailplan_kernels.tiling.products import (
+    add_product,
     of_dimensions,
     prefix_dots,
     product,
@@ -61,12 +64,12 @@ def fits(inputs: LossInputs, engine: Engine, budget: int) -> bool:
     n, prefixes = len(inputs.raw_queries), len(options.prefixes)
     if not known or not n:
         return False
-    size, width, hard = (
+    size, width, partners = (
         inputs.score_dtype.itemsize,
         inputs.raw_queries.shape[1],
-        inputs.raw_hard.shape[1],
+        1 + inputs.raw_hard.shape[1],
     )
-    columns = max(inputs.key_sizes) * exchange.world_size + hard
+    columns = max(inputs.key_sizes) * exchange.world_size + partners
     tile = (
         n
         * columns
@@ -76,7 +79,9 @@ def fits(inputs: LossInputs, engine: Engine, budget: int) -> bool:
         )
     )
     return (
-        tile + 3 * n * hard * width * size + (n * (2 + hard) + len(inputs.raw_keys)) * width * size
+        tile
+        + 3 * n * partners * width * size
+        + (n * (1 + partners) + len(inputs.raw_keys)) * width * size
         <= budget
     )
 
@@ -109,6 +114,7 @@ class OneTile:
             inputs.raw_keys.shape[0],
             inputs.raw_hard.shape[1],
         )
+        self.apart = self.h > 0 or inputs.operand_dtype != self.fp
         self.layout = Layout(inputs.key_sizes, inputs.exchange)
         self.temperature = inputs.temperature.detach()
         self.device = self.temperature.device
@@ -129,6 +135,8 @@ class OneTile:
             self.x.masked_fill_(inputs.invalid[:, None], 0.0)
         self.queries, self.keys = self.x[: self.n], self.x[self.n : self.n + self.m]
         self._measure()
+        if self.apart:
+            self._score_partners()
 
     def _measure(self) -> None:
         """Inverse lengths [P, ...] of the prefixes of all vectors."""
@@ -161,6 +169,24 @@ class OneTile:
         """[P, n, H] of the hard negatives, from [P, n + m + n H]."""
         return x[:, self.n + self.m :].unflatten(1, (self.n, self.h))
 
+    def _score_partners(self) -> None:
+        """Cosines [P, n, 1 + H] with the positive and the own hard negatives."""
+        self.partners, self.partner_norms = (
+            self.keys[: self.n, None],
+            self.key_norms[:, : self.n, None],
+        )
+        if self.h:
+            hard = self.x[self.n + self.m :].view(self.n, self.h, -1)
+            self.partners = torch.cat([self.partners, hard], 1)
+            self.partner_norms = torch.cat([self.partner_norms, self._hard(self.norms)], 2)
+        both = self.partners * self.queries.to(self.fp)[:, None]
+        self.cosine = torch.empty(
+            (len(self.prefixes), *both.shape[:2]), dtype=self.fp, device=self.device
+        )
+        for cosine, end in zip(self.cosine, self.prefixes, strict=True):
+            torch.sum(both[..., :end], -1, out=cosine)
+        self.cosine.mul_(self.partner_norms).mul_(self.row_norms[:, :, None])
+
     # ---------------------------------------------------------------- what ranks tell each other
     def vectors(self) -> list[Tensor]:
         """This rank's keys and their norms."""
@@ -169,8 +195,11 @@ class OneTile:
     def notes(self) -> list[Tensor]:
         told = [self.layout.padded(self.inputs.key_notes), self.inputs.row_count]
         if self.symmetric:
-            cosine = prefix_dots(self.queries, self.keys[: self.n], self.prefixes, self.fp)
-            cosine.mul_(self.row_norms).mul_(self.key_norms[:, : self.n])
+            if self.apart:
+                cosine = self.cosine[:, :, 0]
+            else:
+                cosine = prefix_dots(self.queries, self.keys[: self.n], self.prefixes, self.fp)
+                cosine.mul_(self.row_norms).mul_(self.key_norms[:, : self.n])
             told.append(
                 self.layout.padded(torch.cat([cosine.T, self.inputs.row_valid[:, None]], 1))
             )
@@ -183,7 +212,7 @@ class OneTile:
         each = self._share_of_a_row()
         if self.symmetric:
             columns = notes[2][:, -1] * each
-            self.positives_of_all = notes[2][:, :-1].T / self.temperature  # [P, C]
+            self.cosines_of_all = notes[2][:, :-1].T  # [P, C]
             self.weight = columns[self.layout.start : self.layout.start + self.n]
             self.weights = torch.cat([columns, self.weight])
         else:
@@ -213,24 +242,29 @@ class OneTile:
         return numbers((part,), self.fp, self.device)[0] / counted
 
     def _excluded(self, notes: Tensor, keys_padded: bool) -> Tensor | None:
-        """bool [n, C], see masks.py; None: no key but the own ones."""
+        """bool [n, C], see masks.py; None: no key but the row's own."""
         rows_padded, some_keys_padded = (
             self.symmetric and self.inputs.padding[0],
             keys_padded or self.inputs.padding[1],
         )
-        tags = tuple(tag for tag in self.inputs.tags_in_use if tag)  # numbers: known by the place
-        if not (tags or rows_padded or some_keys_padded):
+        tags = self.inputs.tags_in_use
+        if not (any(tags) or rows_padded or some_keys_padded):
             return None
         return excluded(self.inputs.anchor_notes, notes, tags, some_keys_padded, rows_padded)
 
     # ---------------------------------------------------------------- the tile
     def _statistics(self, mask: Tensor | None) -> None:
         """Scores, both softmaxes, and the gaps [P, columns + n] between negatives and positive;
-        mask: what a row excludes beside its own key.
+        mask: what a row excludes; None: its own key.
         """
-        n, count, highest = self.n, self.keys.shape[0], self.options.max_cosine
+        n, count, highest, only_own = (
+            self.n,
+            self.keys.shape[0],
+            self.options.max_cosine,
+            mask is None,
+        )
         self.tiles = torch.empty(
-            (3 if self.symmetric else 2, len(self.prefixes), n, count + self.h),
+            (3 if self.symmetric else 2, len(self.prefixes), n, count + self.beside),
             dtype=self.fp,
             device=self.device,
         )
@@ -248,45 +282,43 @@ class OneTile:
         of_keys.mul_(self.key_norms[:, None]).mul_(
             self.row_scale if highest is None else self.row_norms[:, :, None]
         )
-        own = self._of_positives(logits)
-        self.positive = own.clone()  # [P, n]
-        hard = self._score_hard() if self.h else None
+        at_own_keys = of_keys.diagonal(self.layout.start, 1, 2)
+        own = self.cosine / self.temperature if self.apart else at_own_keys.clone()[:, :, None]
+        hidden = self.inputs.hidden
         if highest is not None:
             assert isinstance(highest, tuple), "fits asks for it"
             below = just_below(highest, self.fp, self.device)[:, None, None]
             similar = of_keys > below
             mask = similar if mask is None else similar.logical_or_(mask)
-            self.positive.div_(self.temperature)
             of_keys.div_(self.temperature)
+            if self.apart:
+                hidden = hidden | (self.cosine > below)
+            else:
+                own.div_(self.temperature)
         if mask is not None:
             of_keys.masked_fill_(mask, MASKED_SCORE)
-        own.fill_(MASKED_SCORE)
-        if hard is not None:
-            hidden = self.inputs.hidden[:, 1:]
-            if highest is not None:
-                hidden = hidden | (hard > below)
-            torch.where(
-                hidden,
-                numbers((MASKED_SCORE,), self.fp, self.device),
-                hard.div_(self.temperature),
-                out=logits[:, :, count:],
-            )
+        if only_own:
+            at_own_keys.fill_(MASKED_SCORE)
+        if self.apart:
+            nothing = numbers((MASKED_SCORE,), self.fp, self.device)
+            torch.where(hidden, nothing, own, out=logits[:, :, count:])
+        self.positive = own[:, :, 0]  # [P, n]
         self._reduce(logits)
 
+    @property
+    def beside(self) -> int:
+        """Columns of the tile beside those of the keys."""
+        return 1 + self.h if self.apart else 0
+
     def _of_keys(self, tile: Tensor) -> Tensor:
-        """[..., n, C] without the hard negatives."""
-        return tile[..., : self.keys.shape[0]] if self.h else tile
+        """[..., n, C] without the partners."""
+        return tile[..., : self.keys.shape[0]] if self.apart else tile
 
     def _of_positives(self, tile: Tensor) -> Tensor:
-        """[P, n] where rows meet their positives."""
-        return self._of_keys(tile).diagonal(self.layout.start, 1, 2)
-
-    def _score_hard(self) -> Tensor:
-        """Cosines [P, n, H] with the own hard negatives."""
-        self.hard = self.x[self.n + self.m :].view(self.n, self.h, -1)
-        self.hard_norms = self._hard(self.norms)
-        found = prefix_dots(self.hard, self.queries[:, None], self.prefixes, self.fp)
-        return found.mul_(self.hard_norms).mul_(self.row_norms[:, :, None])
+        """[P, n] where a row has its positive."""
+        if self.apart:
+            return tile[:, :, self.keys.shape[0]]
+        return tile.diagonal(self.layout.start, 1, 2)
 
     def _reduce(self, logits: Tensor) -> None:
         n, start = self.n, self.layout.start
@@ -312,8 +344,14 @@ class OneTile:
 
     def finish_columns(self, sums: Tensor) -> None:
         """``sums`` of all ranks: the columns' gaps, and this rank's share of their softmax."""
-        self.share = (self.own_sums / sums.clamp_min_(SMALLEST_SUM)).to(self.fp)
-        torch.sub(sums.log_(), self.positives_of_all, out=self.gap[:, : -self.n])
+        self.share = self.own_sums / sums.clamp_min_(SMALLEST_SUM)
+        torch.addcdiv(
+            sums.log_(),
+            self.cosines_of_all,
+            self.temperature,
+            value=-1,
+            out=self.gap[:, : -self.n],
+        )
 
     def values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See fused_losses."""
@@ -330,7 +368,7 @@ class OneTile:
         # twice.
         torch.lt(self.above[-1].expand(shape[1:]), 0, out=found[prefixes])
         sums = found.mul_(self.weight).sum((1, 2))
-        score = self.positive[-1] * self.temperature
+        score = self.cosine[-1, :, 0] if self.apart else self.positive[-1] * self.temperature
         return sums[:prefixes], score, sums[prefixes], self.valid_rows
 
     # ---------------------------------------------------------------- gradients
@@ -350,8 +388,7 @@ class OneTile:
             if not self.alone:
                 of_columns.mul_(self.share)
             self._of_keys(weights).addcmul_(self._of_keys(self.tiles[2]), of_columns[:, None])
-        own = self._of_positives(weights)
-        torch.neg(positive_grad, out=own)
+        torch.neg(positive_grad, out=self._of_positives(weights))
         # One buffer, the temperature's last: the backward pass scales it in one piece.
         width = self.x.shape[1]
         self.buffer = torch.empty(len(self.x) * width + 1, dtype=self.fp, device=self.device)
@@ -359,8 +396,8 @@ class OneTile:
         home = self._moments(weights, logits) if len(self.prefixes) > 1 else []
         weights.mul_(self.row_scale)
         self._of_keys(weights).mul_(self.key_norms[:, None])
-        if self.h:
-            weights[:, :, self.keys.shape[0] :].mul_(self.hard_norms)
+        if self.apart:
+            weights[:, :, self.keys.shape[0] :].mul_(self.partner_norms)
         segments(weights)
         return self._products(weights) + home
 
@@ -372,7 +409,7 @@ class OneTile:
         self.moment = torch.empty_like(self.norms)
         torch.sum(logits, 2, out=self.moment[:, :n])
         if self.h:
-            self._hard(self.moment).copy_(logits[:, :, count:])
+            self._hard(self.moment).copy_(logits[:, :, count + 1 :])
         if not self.inputs.needs.keys:
             self.moment[:, n : n + m].zero_()
             return []
@@ -384,34 +421,42 @@ class OneTile:
         n, m, count, needed = self.n, self.m, self.keys.shape[0], self.inputs.needs.keys
         queries, own_keys = self.gradient[:n], self.gradient[n : n + m]
         home = own_keys if self.alone else self.gradient.new_empty(count, queries.shape[1])
-        factors = self._of_keys(weights)
-        if self.x.dtype != self.fp:
-            # What is rounded is the sum of the others, not the largest weight.
-            own = self._of_positives(weights)
-            self.positive_grad = of_dimensions(own, self.prefixes)
-            own.zero_()
-            factors = factors.to(self.x.dtype)
-        start = 0
+        add = set_product
+        if self.apart:
+            self.of_dimensions = of_dimensions(
+                weights[:, :, count:], self.prefixes
+            )  # [n, 1 + H, D or 1]
+            torch.sum(self.partners * self.of_dimensions, 1, out=queries)
+            add = add_product
+        if self.h:
+            of_hard = self.gradient[n + m :].view(n, self.h, -1)
+            torch.mul(self.of_dimensions[:, 1:], self.queries[:, None], out=of_hard)
+        start, factors = 0, self._of_keys(weights).to(self.x.dtype)
         for weight, end in zip(factors, self.prefixes, strict=True):
-            set_product(queries[:, start:end], weight, self.keys[:, start:end])
+            add(queries[:, start:end], weight, self.keys[:, start:end])
             if needed:
                 set_product(home[:, start:end], weight.T, self.queries[:, start:end])
             start = end
-        if self.x.dtype != self.fp:
-            queries.addcmul_(self.positive_grad, self.x[n : 2 * n])
-            if needed:
-                home[self.layout.start : self.layout.start + n].addcmul_(
-                    self.positive_grad, self.queries
-                )
-        if self.h:
-            of_hard = of_dimensions(weights[:, :, count:], self.prefixes)  # [n, H, D or 1]
-            queries.add_((self.hard * of_hard).sum(1))
-            torch.mul(
-                of_hard,
-                self.queries[:, None],
-                out=self.gradient[n + m :].view(n, self.h, -1),
-            )
         return [home] if needed else []
+
+    def _keys_home(self, keys: Tensor, home: Tensor) -> None:
+        """What came home, and what the rows do to their positives."""
+        n, m = self.n, self.m
+        if self.apart:
+            of_positives = self.of_dimensions[:, 0]
+            torch.addcmul(home[:n], of_positives, self.queries, out=keys[:n])
+        done = n if self.apart else 0
+        if not self.alone and m > done:
+            keys[done:].copy_(home[done:m])
+
+    def _moments_home(self, moment: Tensor, home: Tensor) -> None:
+        n, done = self.n, 0
+        if self.apart:
+            of_positives = self._of_positives(self.tiles[1])[:-1]
+            torch.add(home[:, :n], of_positives, out=moment[:, :n])
+            done = n
+        if self.m > done:
+            moment[:, done:].copy_(home[:, done:])
 
     def finish(self, home: Sequence[Tensor]) -> list[Tensor | None]:
         """Of queries, keys, hard negatives and temperature; ``home``: what has come of
@@ -421,10 +466,10 @@ class OneTile:
         queries, keys, hard = self.gradient.split_with_sizes((n, m, n * self.h))
         if not self.inputs.needs.keys:
             keys.zero_()
-        elif not self.alone:
-            keys.copy_(home[0][:m])
-        if several and self.inputs.needs.keys:
-            self.moment[:-1, n : n + m].copy_(home[1][:m].T)
+        else:
+            self._keys_home(keys, home[0])
+            if several:
+                self._moments_home(self.moment[:-1, n : n + m], home[1][:m].T)
         along = project_(
             self.gradient, self.x, self.norms, self.prefixes, self.moment if several else None
         )
