@@ -178,7 +178,7 @@ def grouped(flat: Mapping[str, Any]) -> dict[str, Any]:
     return call
 
 
-def with_former(call: dict[str, Any], former: Mapping[str, Any]) -> dict[str, Any]:
+def with_former(call: dict[str, object], former: Mapping[str, object]) -> dict[str, Any]:
     """Return a call with arguments of version 0.1.0 in their groups. Raises TypeError for others."""
     given = {name: value for name, value in call.items() if value is not None}
     known = {name for name, (group, _) in _PLACES.items() if group in call}

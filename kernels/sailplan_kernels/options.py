@@ -156,7 +156,7 @@ def same(found: list[Tensor], expected: list[Tensor], half: bool) -> bool:
     )
 
 
-def knows(loss: str, options: Mapping[str, Any]) -> bool:
+def knows(loss: str, options: Mapping[str, object]) -> bool:
     """Whether the loss has all these arguments."""
     by_id = loss == "infonce"
     return set(grouped(options)) <= {*inspect.signature(LOSSES[loss]).parameters, "dtype"} and (
@@ -164,7 +164,7 @@ def knows(loss: str, options: Mapping[str, Any]) -> bool:
     )
 
 
-def cell(loss: str, backend: str, options: dict[str, Any]) -> str:
+def cell(loss: str, backend: str, options: dict[str, object]) -> str:
     """ "ok", "-" where the loss has no such argument, or the error's text."""
     if not knows(loss, options):
         return "-"

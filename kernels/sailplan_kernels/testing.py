@@ -27,7 +27,7 @@ class RankFailure(RuntimeError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60
+    function: Callable[..., object], world_size: int, *args: object, timeout: float = 60
 ) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` on ``world_size`` forked ranks with a default
     gloo group.
@@ -89,7 +89,7 @@ def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
 
 
 def _child(
-    function: Callable[..., Any],
+    function: Callable[..., object],
     rank: int,
     world_size: int,
     args: tuple,

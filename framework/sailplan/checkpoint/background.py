@@ -16,7 +16,6 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,7 +65,7 @@ class Saver:
         *,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
-        extra: dict[str, Any],
+        extra: dict[str, object],
     ) -> None:
         """Save the state as it is now; returns when it is copied (asynchronous) or written.
 

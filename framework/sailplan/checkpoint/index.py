@@ -55,7 +55,7 @@ class IndexReader(dcp.FileSystemReader):
         self._folder, self._content = Path(path), content
         self._index: Metadata | None = None
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         """Return the index. Raises ConfigurationError for a file that is none."""
         if self._index is not None:
             return self._index

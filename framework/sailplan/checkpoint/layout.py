@@ -137,7 +137,7 @@ class WholeTensorView(torch.Tensor):
             offsets=torch.Size(block.offset), sizes=self._block_tensor(block).shape
         )
 
-    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self.held)
         return [
             WriteItem(

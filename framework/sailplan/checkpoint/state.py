@@ -86,7 +86,7 @@ def optimizer_state(
     return tensors, scalars
 
 
-def _group_state(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[str]:
+def _group_state(optimizer: torch.optim.Optimizer, group: dict[str, object]) -> list[str]:
     """Names of the numbers that an optimizer counts in its groups (apex's step count): what is
     no option and not ours.
     """

@@ -69,7 +69,7 @@ def save(
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    extra: dict[str, Any],
+    extra: dict[str, object],
     parallel: Parallel,
 ) -> Path:
     """Write a checkpoint to `folder` (see `folder_of`; an older one of the same name is
@@ -89,7 +89,7 @@ def save(
 def state_of(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    extra: dict[str, Any],
+    extra: dict[str, object],
     parallel: Parallel,
 ) -> Snapshot:
     """Views of the live model and optimizer; they change with the next step."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from dataclasses import is_dataclass
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 
 def complete(parser: ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def complete(parser: ArgumentParser) -> None:
     argcomplete.autocomplete(parser, always_complete_options="long")
 
 
-def overrides(prefix: str, **_: Any) -> list[str]:
+def overrides(prefix: str, **_: object) -> list[str]:
     """Return what may follow `prefix`: GROUP=FILE of the configuration groups, and KEY= of the
     settings one level deeper.
     """

@@ -42,7 +42,7 @@ class Ended:
 
 
 def launch(
-    work: Callable[[int], Any],
+    work: Callable[[int], object],
     ranks: int,
     *,
     timeout: float = 60.0,

@@ -10,7 +10,6 @@ import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -99,7 +98,7 @@ def write_project(root: Path) -> None:
     _write_experiment(root, "texts", of_texts)
 
 
-def _write_experiment(root: Path, name: str, values: dict[str, Any]) -> None:
+def _write_experiment(root: Path, name: str, values: dict[str, object]) -> None:
     defaults = [{"override /data": ["reading"]}, {"override /logger": ["console"]}, "_self_"]
     path = root / "conf" / "experiment" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)

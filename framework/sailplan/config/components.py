@@ -39,20 +39,20 @@ def schema_of(cls: type) -> type:
     )
 
 
-def build(cls: type[Component], values: Mapping[str, Any]) -> Component:
+def build(cls: type[Component], values: Mapping[str, object]) -> Component:
     """Return a validated `cls` made from plain values, of which every key is one of its fields."""
     made = fill(cls, values)
     validate(made)
     return made
 
 
-def fill(cls: type[Component], values: Mapping[str, Any]) -> Component:
+def fill(cls: type[Component], values: Mapping[str, object]) -> Component:
     """Return `cls` as `build` does, to be validated with what it belongs to."""
     made: Component = _build(cls, values)
     return made
 
 
-def validate(component: Any, path: str = "") -> None:
+def validate(component: object, path: str = "") -> None:
     """Raise ConfigurationError at the first setting that may not be what it is.
 
     path: dotted key of the component, with which messages begin. Ranges and Literals of the whole
@@ -62,7 +62,7 @@ def validate(component: Any, path: str = "") -> None:
     _rules(component, path)
 
 
-def check_effects(component: Any, path: str = "") -> None:
+def check_effects(component: object, path: str = "") -> None:
     """Raise ConfigurationError at the first setting that was changed and that nothing would read.
 
     For runs that are to start: what an older version saved may hold such a setting. A component's
@@ -85,7 +85,7 @@ def join(path: str, name: object) -> str:
 
 
 # ---------------------------------------------------------------- schema
-def _plain(hint: Any) -> Any:
+def _plain(hint: object) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _plain(arguments[0])
@@ -113,7 +113,7 @@ def _default(one: Field[Any], hint: Any) -> Any:
     return field(default_factory=lambda: _as_schema(factory()))
 
 
-def _as_schema(value: Any) -> Any:
+def _as_schema(value: object) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         of: Any = type(value)
         return schema_of(of)(
@@ -125,7 +125,7 @@ def _as_schema(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------- values
-def _build(hint: Any, value: Any) -> Any:
+def _build(hint: object, value: object) -> Any:
     hint = _section(hint)
     if is_dataclass(hint) and isinstance(value, Mapping):
         hints = get_type_hints(hint, include_extras=True)
@@ -135,7 +135,7 @@ def _build(hint: Any, value: Any) -> Any:
     return value
 
 
-def _section(hint: Any) -> Any:
+def _section(hint: object) -> Any:
     """The dataclass of `Section | None`, of Annotated what is annotated, else the hint."""
     if get_origin(hint) is Annotated:
         return _section(get_args(hint)[0])
@@ -234,6 +234,6 @@ def _conditions(cls: type) -> list[tuple[str, When]]:
     ]
 
 
-def _default_of(one: Field[Any]) -> Any:
+def _default_of(one: Field[object]) -> Any:
     factory: Any = one.default_factory
     return one.default if factory is MISSING else factory()

@@ -289,7 +289,7 @@ def as_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
+def from_dict(values: dict[str, object]) -> Config:
     """Return the typed configuration of a saved run (config.yaml, or a checkpoint's copy)."""
     return typed(OmegaConf.create(values))
 
@@ -333,7 +333,9 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def identity_difference(saved: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
+def identity_difference(
+    saved: dict[str, object], now: dict[str, object], path: str = ""
+) -> list[str]:
     """One line per leaf that differs: 'key: saved -> now'."""
     lines = []
     for key in sorted(set(saved) | set(now)):

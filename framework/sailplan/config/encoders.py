@@ -40,7 +40,7 @@ def encoder_names() -> list[str]:
     return sorted(found.name for found in pkgutil.iter_modules([str(folder)]))
 
 
-def encoder_config(name: Any, allowed: Sequence[str] | None = None) -> type[EncoderConfig]:
+def encoder_config(name: object, allowed: Sequence[str] | None = None) -> type[EncoderConfig]:
     """Return the dataclass that a name or a class's path means; allowed: prefixes that a path
     may have, None: any.
 
@@ -60,7 +60,7 @@ def encoder_config(name: Any, allowed: Sequence[str] | None = None) -> type[Enco
 
 
 def chosen(
-    model: Mapping[str, Any] | None, allowed: Sequence[str] | None = None
+    model: Mapping[str, object] | None, allowed: Sequence[str] | None = None
 ) -> tuple[type[EncoderConfig], dict[str, Any]]:
     """Return the dataclass that the values of `model` are for, and these with `_target_` as
     `encoder`.

@@ -103,7 +103,7 @@ def apply(config: DictConfig, override: Override) -> None:
 
 
 def explain_value(
-    error: OmegaConfBaseException, where: str = "", path: Sequence[str] = (), model: Any = None
+    error: OmegaConfBaseException, where: str = "", path: Sequence[str] = (), model: object = None
 ) -> str:
     """One line for a key that the schema does not have, or a value of another type than it has.
 
@@ -131,7 +131,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; expected one of: {', '.join(known)}" if known else ""
 
 
-def hint_at(path: Sequence[str], model: Any = None) -> Any:
+def hint_at(path: Sequence[str], model: object = None) -> Any:
     """The schema's type of a dotted key, without its `| None`; None where it has no such key."""
     hint: Any = Config
     for name in path:
@@ -150,11 +150,11 @@ def hint_at(path: Sequence[str], model: Any = None) -> Any:
 
 
 # ---------------------------------------------------------------- parts
-def _names(hint: Any) -> list[str]:
+def _names(hint: object) -> list[str]:
     return [field.name for field in fields(hint)] if is_dataclass(hint) else []
 
 
-def _is_mapping(hint: Any) -> bool:
+def _is_mapping(hint: object) -> bool:
     """Whether keys below are names of one's own: a mapping, or a value that the schema does not
     look into.
     """

@@ -12,7 +12,7 @@ import difflib
 import inspect
 import pkgutil
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sailplan.errors import ConfigurationError
 
@@ -46,7 +46,7 @@ def class_at(key: str, target: str, base: type[Base], allowed: Sequence[str] | N
 def check_options(
     key: str,
     cls: type,
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     supplied: Collection[str],
     also: Collection[str] = (),
 ) -> None:

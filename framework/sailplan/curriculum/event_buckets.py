@@ -93,7 +93,7 @@ def cut_by_user(
     reader: EventReader,
     files: list[Path],
     folder: Path,
-    find: Callable[[Any], NDArray[np.int64]],
+    find: Callable[[object], NDArray[np.int64]],
     items: int,
     *,
     bucket_events: int = BUCKET_EVENTS,
@@ -172,9 +172,9 @@ class _Writer:
 
     def add(
         self,
-        users: Any,
+        users: object,
         items: NDArray[np.int64],
-        ids: Any,
+        ids: object,
         times: NDArray[np.int64],
         labels: NDArray[np.uint64],
         kept: NDArray[np.bool_],

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -100,7 +99,7 @@ def source_of_histories(config: Config, catalogue: str) -> str:
     return found[0]
 
 
-def write_artifact(bodies: Sequence[dict[str, Any]], folder: Path, name: str) -> None:
+def write_artifact(bodies: Sequence[dict[str, object]], folder: Path, name: str) -> None:
     """JSON records (each with an id "NAME/KEY") as webdataset shards folder/NAME-*.tar, the same
     bytes every time.
     """

@@ -118,7 +118,7 @@ def sequences(
 
 
 def records(
-    found: list[dict[str, Any]],
+    found: list[dict[str, object]],
     ids: dict[int, str],
     *,
     negatives: int = 0,
@@ -159,7 +159,7 @@ def records(
     ]
 
 
-def rules_count(found: list[dict[str, Any]]) -> dict[str, int]:
+def rules_count(found: list[dict[str, object]]) -> dict[str, int]:
     """Return how many different sequences each rule added."""
     counts = Counter(sequence["rule"] for sequence in found)
     return {rule: counts[rule] for rule in RULES}

@@ -106,7 +106,7 @@ class _TensorPickler(pickle.Pickler):
         self.tensors: list[Tensor] = []
         self.offset = 0
 
-    def persistent_id(self, value: Any) -> Any:
+    def persistent_id(self, value: object) -> Any:
         if not isinstance(value, Tensor):
             return None
         place = (self.offset, value.nbytes, value.dtype, tuple(value.shape))

@@ -40,7 +40,7 @@ class ByteCache(Generic[Value]):
     def __getstate__(self) -> dict[str, Any]:
         return {"limit": self.limit, "patience": self.patience}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def get(self, key: Hashable) -> Value | None:

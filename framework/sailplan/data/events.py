@@ -314,7 +314,7 @@ class _explained:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, BadDataError) and str(self.path) not in str(error):
             raise BadDataError(f"{self.path}: {error}") from error
         if isinstance(error, OSError | ValueError | KeyError | TypeError) or type(

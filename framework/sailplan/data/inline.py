@@ -28,10 +28,10 @@ class Content(NamedTuple):
     def item(
         self,
         item_id: str,
-        fields: dict[str, dict[str, Any]],
+        fields: dict[str, dict[str, object]],
         caption: str,
         chosen: Chosen,
-        body: Mapping[str, Any],
+        body: Mapping[str, object],
         part: int = 0,
     ) -> Item:
         """Return an item.

@@ -215,7 +215,7 @@ class LengthIndex:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": OrderedDict(), "_lock": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
     def _entry(self, shard: int) -> Entry:
@@ -343,7 +343,7 @@ def _texts(body: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
                 yield name, language, list(found)
 
 
-def _named(value: Any, *, latest: bool) -> list[str]:
+def _named(value: object, *, latest: bool) -> list[str]:
     entries = value if isinstance(value, list) else [value]
     names = [
         name for one in entries if not isinstance(one, dict) and (name := given(one)) is not None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 WORD = re.compile(r"[a-z_][a-z_\-]*", re.IGNORECASE)  # the kind of a companion: mask, depth_map
 NUMBERED = re.compile(r"(?:[a-z_\-]*?)(\d+)", re.IGNORECASE)  # a frame: 7, 0007, frame_7
@@ -59,14 +58,14 @@ def readable(text: str) -> str:
     return text
 
 
-def given(value: Any) -> str | None:
+def given(value: object) -> str | None:
     """Return an id, a split or another name as text; None where none was given: null, "", or a
     table's NaN. 0 is a name.
     """
     return readable(str(value)) if is_given(value) else None
 
 
-def is_given(value: Any) -> bool:
+def is_given(value: object) -> bool:
     """Return whether there is a value: not null, "" or a table's NaN."""
     return not (value is None or value == "" or value != value)
 

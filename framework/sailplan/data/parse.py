@@ -127,7 +127,7 @@ def has_escaped_halves(content: bytes) -> bool:
     return b"\\u" in content and any(sign in content for sign in ESCAPED)
 
 
-def whole(value: Any) -> Any:
+def whole(value: object) -> Any:
     """Return a JSON value with halves of surrogate pairs, which are no text, replaced by U+FFFD."""
     if isinstance(value, str):
         return (

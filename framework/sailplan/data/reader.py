@@ -97,7 +97,7 @@ class RecordReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict(), "_lock": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
     @property
@@ -191,7 +191,7 @@ class RecordReader:
         )
 
     def draw(
-        self, record_id: str, body: Mapping[str, Any], seed: int | None
+        self, record_id: str, body: Mapping[str, object], seed: int | None
     ) -> tuple[list[str], str]:
         """History ids (at most history_length) and the target id of a sequence.
 
@@ -377,7 +377,7 @@ class RecordReader:
     def _item(
         self,
         record_id: str,
-        body: dict[str, Any],
+        body: dict[str, object],
         chosen: Chosen,
         position: int,
         media: frozenset[str],
@@ -460,7 +460,7 @@ class RecordReader:
         shard = self.index.entry(position).shard
         return Content(partial(self.member, shard), media, position)
 
-    def find_item(self, value: Any) -> int | None:
+    def find_item(self, value: object) -> int | None:
         """Position in the catalogue of the item with an id as a record gives it; None where
         there is none, or no catalogue.
         """
@@ -474,7 +474,7 @@ class RecordReader:
             position = self.catalogue.find(str(int(value)))
         return position
 
-    def _catalogue_item(self, record_id: str, value: Any, media: frozenset[str]) -> Item:
+    def _catalogue_item(self, record_id: str, value: object, media: frozenset[str]) -> Item:
         assert self.catalogue is not None, (
             "sequences have a catalogue, and pairs without one hold their items"
         )

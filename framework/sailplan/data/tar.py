@@ -68,7 +68,7 @@ class HeldOut:
     fraction: float
     by: str = "id"
 
-    def split(self, record_id: str, body: Mapping[str, Any]) -> str:
+    def split(self, record_id: str, body: Mapping[str, object]) -> str:
         """Return the split of a record; a larger fraction holds out the same records, and
         others.
         """

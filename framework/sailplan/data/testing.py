@@ -114,7 +114,7 @@ def repeat_manifest(file: Path, names: Sequence[str]) -> None:
     ).save(file)
 
 
-def json_member(key: str, body: Any) -> Member:
+def json_member(key: str, body: object) -> Member:
     return f"{key}.json", json.dumps(body, ensure_ascii=False).encode()
 
 
@@ -196,7 +196,7 @@ def write_shards(root: Path) -> None:
 
 
 def made_up_config(
-    root: Path, global_batch: int = 16, micro_batch: int = 5, seed: int = 3, **data: Any
+    root: Path, global_batch: int = 16, micro_batch: int = 5, seed: int = 3, **data: object
 ) -> Config:
     """A configuration over the shards that `write_shards(root)` wrote; keyword arguments replace
     fields of DataConfig.

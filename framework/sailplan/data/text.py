@@ -93,7 +93,7 @@ def label(field: str) -> str:
 
 
 def choose_language(
-    languages: Mapping[str, Any], weights: Mapping[str, float], word: int | None
+    languages: Mapping[str, object], weights: Mapping[str, float], word: int | None
 ) -> str | None:
     """One of the field's languages, or None if it has none.
 
@@ -175,7 +175,7 @@ class Tokenizer:
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "max_tokens": self.max_tokens}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(state["path"], state["max_tokens"])  # type: ignore[misc]
 
     @property

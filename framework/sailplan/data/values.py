@@ -24,7 +24,7 @@ class BadSample(Exception):
         return BadSample, (self.record_id, self.reason)
 
 
-def number(record_id: str, body: Mapping[str, Any], key: str) -> float | None:
+def number(record_id: str, body: Mapping[str, object], key: str) -> float | None:
     """Return a finite number of the record, None where none is given."""
     value = body.get(key)
     if value is None or value == "":
@@ -34,7 +34,7 @@ def number(record_id: str, body: Mapping[str, Any], key: str) -> float | None:
     return float(value)
 
 
-def score(record_id: str, body: Mapping[str, Any]) -> float | None:
+def score(record_id: str, body: Mapping[str, object]) -> float | None:
     """Return the score of a graded pair, from 0 to 1."""
     value = number(record_id, body, "score")
     if value is not None and not 0 <= value <= 1:
@@ -83,7 +83,7 @@ def teacher_scores(
     return tuple(math.nan if one is None else one for one in wanted)
 
 
-def probability(record_id: str, body: Mapping[str, Any], key: str) -> float | None:
+def probability(record_id: str, body: Mapping[str, object], key: str) -> float | None:
     """Return a probability of the record, above 0 and at most 1."""
     value = number(record_id, body, key)
     if value is not None and not 0 < value <= 1:
@@ -91,7 +91,7 @@ def probability(record_id: str, body: Mapping[str, Any], key: str) -> float | No
     return value
 
 
-def listed(record_id: str, body: Mapping[str, Any], key: str) -> list[Any]:
+def listed(record_id: str, body: Mapping[str, object], key: str) -> list[Any]:
     """Return the entries of a list of the record; [] where none is given."""
     entries = body.get(key)
     if not is_given(entries):
@@ -105,12 +105,12 @@ def listed(record_id: str, body: Mapping[str, Any], key: str) -> list[Any]:
     return entries
 
 
-def ids(record_id: str, body: Mapping[str, Any], key: str) -> list[str]:
+def ids(record_id: str, body: Mapping[str, object], key: str) -> list[str]:
     """Return the item ids under a key of the record; [] where none are given."""
     return [str(given(entry)) for entry in listed(record_id, body, key)]
 
 
-def fields_of(record_id: str, fields: Any) -> dict[str, dict[str, Any]]:
+def fields_of(record_id: str, fields: object) -> dict[str, dict[str, Any]]:
     """Return every field as language -> str | list[str]; a bare value counts as English, one
     that is null as not there.
     """

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from typing import Any
 
 from sailplan.data.names import given
 from sailplan.data.values import BadSample, ids, listed
 
 
-def events(record_id: str, body: Mapping[str, Any]) -> list[str]:
+def events(record_id: str, body: Mapping[str, object]) -> list[str]:
     """Return the item ids of a record's `items`, by their `times` (of one time, as they are
     listed), without those labelled 0.
 
@@ -44,7 +43,7 @@ def events(record_id: str, body: Mapping[str, Any]) -> list[str]:
     return [items[place] for place in order]
 
 
-def _expect_as_many(record_id: str, key: str, found: list[Any], items: list[str]) -> None:
+def _expect_as_many(record_id: str, key: str, found: list[object], items: list[str]) -> None:
     if len(found) != len(items):
         raise BadSample(
             record_id, f"{key} has {len(found)} entries, expected {len(items)}, as many as items"

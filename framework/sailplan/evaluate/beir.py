@@ -195,7 +195,7 @@ def _to_owners(own: Tensor, sizes: list[int], parallel: Parallel) -> Tensor:
     return received.unflatten(0, (parallel.data_parallel_size, mine)).transpose(0, 1).flatten(1)
 
 
-def _in_shards(encode: Encode, items: Sequence[Any], rows: int) -> NDArray[np.float32]:
+def _in_shards(encode: Encode, items: Sequence[object], rows: int) -> NDArray[np.float32]:
     parts: Iterator[NDArray[np.float32]] = (
         encode(items[start : start + rows]) for start in range(0, len(items), rows)
     )
@@ -229,7 +229,7 @@ class _Together:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         if error is None or self.met:
             return

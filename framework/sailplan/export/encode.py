@@ -218,13 +218,13 @@ def _rows(source: Path) -> Iterator[Any]:
                 ) from error
 
 
-def _beside(source: Path, value: Any) -> Any:
+def _beside(source: Path, value: object) -> Any:
     if isinstance(value, list):
         return [_beside(source, one) for one in value]
     return str(source.parent / value) if isinstance(value, str) else value
 
 
-def _shards(items: Iterable[tuple[str, Any]], rows: int) -> Iterator[list[tuple[str, Any]]]:
+def _shards(items: Iterable[tuple[str, object]], rows: int) -> Iterator[list[tuple[str, Any]]]:
     remaining = iter(items)
     while shard := list(itertools.islice(remaining, rows)):
         yield shard

@@ -313,7 +313,7 @@ def _model_type(folder: Path) -> str:
     return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
 
 
-def _picture_bytes(picture: Any) -> bytes:
+def _picture_bytes(picture: object) -> bytes:
     """Return a picture's encoded bytes; what is not encoded yet becomes PNG, which loses
     nothing.
     """
@@ -330,7 +330,7 @@ def _picture_bytes(picture: Any) -> bytes:
     return file.getvalue()
 
 
-def _audio_bytes(sound: Any, rate: int) -> bytes:
+def _audio_bytes(sound: object, rate: int) -> bytes:
     """Return encoded sound; samples become WAV in float32, which loses nothing."""
     if isinstance(sound, (str, Path)):
         return Path(sound).read_bytes()

@@ -113,7 +113,7 @@ def _results(run: Path | None) -> list[str]:
     )
 
 
-def _numbers(metrics: Any, path: str = "") -> list[tuple[str, float]]:
+def _numbers(metrics: object, path: str = "") -> list[tuple[str, float]]:
     if isinstance(metrics, dict):
         return [
             pair

@@ -199,7 +199,7 @@ def stock(config: Config, model: TransformersConfig, tokenizer: Any) -> bool:
 
 
 def templates(
-    config: Config, model: TransformersConfig, tokenizer: Any
+    config: Config, model: TransformersConfig, tokenizer: object
 ) -> dict[str, PromptTemplate]:
     """Return what stands round the text of each named view."""
     published = PublishedTokenizer(tokenizer, model, config.data.max_tokens)

@@ -90,7 +90,7 @@ def begin(out: Path, write_files: Callable[[], None]) -> None:
     (out / DESCRIPTION).unlink(missing_ok=True)
 
 
-def finish(out: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
+def finish(out: Path, weights: Mapping[str, Tensor], description: Mapping[str, object]) -> Path:
     """Write weights and, last, model.json into the folder; returns it."""
     save_weights(weights, out)
     write_whole(out / DESCRIPTION, json.dumps(description, ensure_ascii=False, indent=1))

@@ -225,7 +225,7 @@ def _look(rows: Iterable[Row]) -> _Look:
     return look
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: object) -> bool:
     """Return whether a value is words: no number, no date, no bytes, or a list or {LANGUAGE:
     ...} of such.
     """
@@ -287,7 +287,7 @@ def seconds(value: Any) -> float | None:
     return float(value)
 
 
-def number(value: Any) -> Any:
+def number(value: object) -> Any:
     """Return a table's value as JSON has it: '3' -> 3, '0.5' -> 0.5, other text, lists and
     objects as they are, the rest as text.
     """

@@ -134,7 +134,7 @@ def write(
     name: str,
     about: str,
     shards: str,
-    body: Mapping[str, Any],
+    body: Mapping[str, object],
     *,
     held_out: float,
     by: str,
@@ -150,7 +150,7 @@ def write(
     write_whole(path, head + dump(content))
 
 
-def dump(content: Mapping[str, Any]) -> str:
+def dump(content: Mapping[str, object]) -> str:
     """Return YAML; words that YAML takes for something else (`no`) are quoted, short maps are on
     a line.
     """
@@ -167,5 +167,5 @@ def dump(content: Mapping[str, Any]) -> str:
 class _Plain(yaml.SafeDumper):
     """YAML without anchors, which people read as magic."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True

@@ -65,7 +65,7 @@ class PickInteraction:
         ]
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> Any:
     """A table's whole numbers beside an empty cell are floats: 7.0 is the id 7."""
     return (
         int(value)
@@ -158,7 +158,7 @@ class _Table:
         self._writer = pq.ParquetWriter(self._temporary, self._schema)
         self._rows: list[tuple[Any, ...]] = []
 
-    def add(self, *row: Any) -> None:
+    def add(self, *row: object) -> None:
         """Take user, item, time and label of an event."""
         self._rows.append(row)
         if len(self._rows) >= GROUP_ROWS:

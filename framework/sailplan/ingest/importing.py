@@ -334,7 +334,7 @@ def _body(columns: Columns, rows: Sequence[Row], *, catalogue: bool = False) -> 
 
 
 def _conclude(
-    job: ImportJob, known: Result | None, bodies: Mapping[str, tuple[Path, dict[str, Any], str]]
+    job: ImportJob, known: Result | None, bodies: Mapping[str, tuple[Path, dict[str, object], str]]
 ) -> Result:
     """Write the tokenizer and the YAMLs of the import's data sets."""
     options, result = job.options, known or job.result

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sailplan.data.kinds import kind_of
 from sailplan.data.names import given, is_sidecar
@@ -39,7 +39,7 @@ class Media:
     root: Path
     check: Check = "decode"
 
-    def read(self, role: str, value: Any) -> tuple[str, bytes] | None:
+    def read(self, role: str, value: object) -> tuple[str, bytes] | None:
         """Return ending and content of a row's medium; None where the row has none.
 
         value: a path below the root, bytes, or Hugging Face's {bytes, path}. Raises Dropped for
@@ -57,7 +57,7 @@ class Media:
         self._try(role, name or "bytes", content)
         return extension, content
 
-    def _content(self, role: str, value: Any) -> tuple[str, bytes | None]:
+    def _content(self, role: str, value: object) -> tuple[str, bytes | None]:
         if isinstance(value, Mapping):
             name = str(value.get("path") or "")
             if value.get("bytes") is not None:

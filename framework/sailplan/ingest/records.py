@@ -67,7 +67,7 @@ class RecordMaker:
             body["split"] = split_name(own) if own is not None else split
         return self._pair(row, body) if self.columns.kind == "pairs" else self._item(row, body)
 
-    def _item(self, row: Row, body: dict[str, Any]) -> Record:
+    def _item(self, row: Row, body: dict[str, object]) -> Record:
         media: dict[str, bytes] = {}
         for role in MEDIA_ROLES:
             found = self.media.read(role, self.columns.of(role, row))
@@ -100,7 +100,7 @@ class RecordMaker:
         value = value.get("path") if isinstance(value, Mapping) else value
         return given(value) if isinstance(value, str) else None
 
-    def _pair(self, row: Row, body: dict[str, Any]) -> Record:
+    def _pair(self, row: Row, body: dict[str, object]) -> Record:
         media: dict[str, bytes] = {}
         for part in ("query", "target"):
             text = self._part(self.columns.of(part, row), part, media)
@@ -125,7 +125,7 @@ class RecordMaker:
             body["score"] = score
         return Record(body, media)
 
-    def _part(self, value: Any, name: str, media: dict[str, bytes]) -> Any:
+    def _part(self, value: object, name: str, media: dict[str, bytes]) -> Any:
         """What the JSON holds of a part of a pair; its media are put into `media`.
 
         None for an empty cell.
@@ -168,7 +168,7 @@ class RecordMaker:
             )
         return found / self.score_maximum
 
-    def text(self, value: Any) -> dict[str, Any] | None:
+    def text(self, value: object) -> dict[str, Any] | None:
         """Return {LANGUAGE: text or texts} of a cell; None for an empty one."""
         if not given_any(value):
             return None
@@ -184,7 +184,7 @@ class RecordMaker:
         return {self.language: value if isinstance(value, str) else str(number(value))}
 
 
-def given_any(value: Any) -> bool:
+def given_any(value: object) -> bool:
     """Return whether a cell holds anything: not null, NaN, blank text, nor an empty list.
 
     0 is something.

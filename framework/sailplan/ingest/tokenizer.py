@@ -78,7 +78,7 @@ def _texts(shard: Shard, held_out: HeldOut | None) -> Iterator[str]:
 
 
 def _training(
-    shard: Shard, key: str, body: dict[str, Any], captions: list[str], held_out: HeldOut | None
+    shard: Shard, key: str, body: dict[str, object], captions: list[str], held_out: HeldOut | None
 ) -> Iterator[str]:
     record_id = body.get("id") or f"{shard.stem}/{readable(key)}"
     split = body.get("split") or (
@@ -89,7 +89,7 @@ def _training(
         yield from (text for text in [*captions, *_strings(parts)] if text.strip())
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):

@@ -112,7 +112,7 @@ class Workshop:
         """Return the dropped rows of a part."""
         return Drops(self.state(phase, number).with_suffix(".dropped"))
 
-    def run(self, phase: str, parts: Iterable[Any], work: Work) -> Outcome:
+    def run(self, phase: str, parts: Iterable[object], work: Work) -> Outcome:
         """Work at all parts; return the sum of their outcomes.
 
         Raises what a worker raises, StopRequested on SIGTERM and SIGINT.
@@ -124,7 +124,7 @@ class Workshop:
             self.progress(outcome.rows)
         return total
 
-    def _outcomes(self, phase: str, parts: Iterable[Any], work: Work) -> Iterator[Outcome]:
+    def _outcomes(self, phase: str, parts: Iterable[object], work: Work) -> Iterator[Outcome]:
         todo = ((number, part, self._done(phase, number)) for number, part in enumerate(parts))
         if self.workers == 1:
             with stoppable():
@@ -169,7 +169,7 @@ class Workshop:
         return None
 
 
-def _worked(work: Work, state: Path, number: int, part: Any) -> Outcome:
+def _worked(work: Work, state: Path, number: int, part: object) -> Outcome:
     outcome = work(number, part)
     write_whole(state, json.dumps(asdict(outcome)))
     return outcome
@@ -204,7 +204,7 @@ def _start_worker(parent: int) -> None:
 def stoppable() -> Iterator[None]:
     """Turn SIGTERM and SIGINT into StopRequested, which says that the same command goes on."""
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: object) -> None:
         raise StopRequested("data import: stopped; the same command goes on where it stopped")
 
     if threading.current_thread() is not threading.main_thread():

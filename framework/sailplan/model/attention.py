@@ -270,13 +270,13 @@ _LIBRARY.impl("attention_by_length_backward", _backward_operation, "CompositeExp
 
 
 @_operation.register_fake
-def _(query: Tensor, *_: Any) -> Tensor:
+def _(query: Tensor, *_: object) -> Tensor:
     return query.new_empty(query.shape)
 
 
 @torch.library.register_fake("sailplan::attention_by_length_backward")
 def _(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 

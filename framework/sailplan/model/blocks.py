@@ -128,7 +128,12 @@ class RowLinear(RowParallelLinear):
     """
 
     def _forward_impl(
-        self, input: Tensor, weight: Tensor, *args: Any, tp_group: Any = None, **options: Any
+        self,
+        input: Tensor,
+        weight: Tensor,
+        *args: object,
+        tp_group: object = None,
+        **options: object,
     ) -> Tensor:
         return super()._forward_impl(input, weight, *args, tp_group=self.tp_group, **options)
 

@@ -72,7 +72,7 @@ class LowRankUpdate(nn.Module):
 
 
 def _add_update(
-    linear: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Any]
+    linear: nn.Module, inputs: tuple[object, ...], output: Tensor | tuple[Tensor, object]
 ) -> Tensor | tuple[Tensor, Any]:
     update = linear.lora(inputs[0])  # type: ignore[operator]
     return output + update if isinstance(output, Tensor) else (output[0] + update, output[1])

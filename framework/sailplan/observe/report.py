@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -30,7 +29,7 @@ SHOWN_EXAMPLES = 6  # queries shown per task or pattern
 SHOWN_QUARANTINED = 50
 
 
-def _number(value: Any, digits: int = 4) -> str:
+def _number(value: object, digits: int = 4) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "–" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
@@ -179,7 +178,7 @@ def shares(weights: object) -> dict[str, float]:
     return {name: value / total for name, value in numbers.items()}
 
 
-def _balance(similarities: Any) -> JsonObject:
+def _balance(similarities: object) -> JsonObject:
     """{training set: {benchmark: similarity, "mean": mean}} as a table: a column per benchmark,
     a row per training set.
     """
@@ -263,7 +262,7 @@ def _weights(data: RunData) -> list[JsonObject]:
     return [row for row in rows if row["bars"]]
 
 
-def _item(item: Any) -> JsonObject:
+def _item(item: object) -> JsonObject:
     """An item of an example: picture only when it is an inline image, anything else stays text."""
     if not isinstance(item, dict):
         return {"text": str(item), "image": None, "score": None, "correct": False, "items": []}

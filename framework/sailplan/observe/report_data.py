@@ -33,7 +33,7 @@ def is_baseline(metric: str) -> bool:
     return any(name in metric for name in BASELINES)
 
 
-def headline_metric(metrics: Mapping[str, Any]) -> str | None:
+def headline_metric(metrics: Mapping[str, object]) -> str | None:
     """The metric that stands for a task in curves and summaries: recall@10 where there is one,
     else another recall, else the first.
     """

@@ -35,7 +35,7 @@ METRICS, PREVIOUS, STAGES, EVALUATION, QUARANTINE, SKIPPED = (
 )
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> Any:
     """`value` with every float that is not finite replaced by None, inside mappings and lists
     too.
     """
@@ -48,7 +48,7 @@ def finite(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write `value` as JSON to `path` atomically (temporary file in the same folder, then
     rename). What a full disk refuses is said, and left as it was.
     """

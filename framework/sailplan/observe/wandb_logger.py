@@ -156,7 +156,7 @@ class WandbLogger(Logger):
         self._write_again(stage)
 
     @staticmethod
-    def _table(columns: list[str | int], rows: list[list[Any]]) -> Any:
+    def _table(columns: list[str | int], rows: list[list[object]]) -> Any:
         import wandb
 
         return wandb.Table(columns=columns, data=[list(row) for row in rows])

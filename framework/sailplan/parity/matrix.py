@@ -196,7 +196,7 @@ def lines(group: Group, references: References) -> list[tuple[Any, ...]]:
 
 
 def _apart(
-    group: Group, micro_batches: int, references: References, options: dict[str, Any]
+    group: Group, micro_batches: int, references: References, options: dict[str, object]
 ) -> tuple[float, str]:
     """How far losses and final parameters are from those of one rank, and where most."""
     losses, parameters = trajectory(
@@ -247,7 +247,7 @@ def markdown(found: Sequence[tuple[Any, ...]]) -> str:
     return head + "\n" + "".join(f"| {' | '.join(written(line))} |\n" for line in found)
 
 
-def written(line: tuple[Any, ...]) -> list[str]:
+def written(line: tuple[object, ...]) -> list[str]:
     """A line's values as text."""
     values = dict(zip(COLUMNS, line, strict=True))
     values["kept graphs"] = "all" if values["kept graphs"] == -1 else values["kept graphs"]

@@ -100,7 +100,7 @@ def agree(
     )
 
 
-def differences(first: Any, other: Any, path: str = "") -> list[str]:
+def differences(first: object, other: object, path: str = "") -> list[str]:
     """Return a line for each leaf that differs: "KEY: FIRST there, OTHER here"."""
     if isinstance(first, dict) and isinstance(other, dict):
         return [
@@ -124,7 +124,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _line(first: Any, own: Any) -> str:
+def _line(first: object, own: object) -> str:
     found = differences(first, own)
     return ", ".join(found[:SHOWN]) + (
         f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""

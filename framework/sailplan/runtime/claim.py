@@ -83,7 +83,7 @@ class Claim:
                 self._file.close()
                 raise self._refusal(now)
 
-    def _refusal(self, held: dict[str, Any]) -> ConfigurationError:
+    def _refusal(self, held: dict[str, object]) -> ConfigurationError:
         who = f"host {held.get('host', '?')}, pid {held.get('pid', '?')}, job {held.get('job') or 'none'}, last heard of at {held.get('heartbeat', '?')}"
         return ConfigurationError(
             f"{self.path.parent}: another job is writing here ({who}): {self._remedy}"

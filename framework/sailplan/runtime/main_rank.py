@@ -15,7 +15,7 @@ KINDS: dict[str, type[SailplanError]] = {
 }
 
 
-def on_main(parallel: Parallel, what: str, work: Callable[[], Any]) -> Any:
+def on_main(parallel: Parallel, what: str, work: Callable[[], object]) -> Any:
     """Return `work()` done on rank 0, its JSON-able value, on every rank.
 
     If it fails, every rank raises, so that none waits for ever.

@@ -146,7 +146,7 @@ def any_over_ranks(flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return found.numpy()
 
 
-def from_all_ranks(parallel: Parallel, value: Any) -> list[Any]:
+def from_all_ranks(parallel: Parallel, value: object) -> list[Any]:
     """Return every rank's value, in rank order; values are small and can be pickled. Collective."""
     found: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(found, value)

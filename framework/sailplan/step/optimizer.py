@@ -184,7 +184,7 @@ def _learned_numbers(objectives: nn.Module, temperatures: nn.Module) -> dict[int
 
 
 def _build(
-    cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], config: OptimizerConfig
+    cls: type[torch.optim.Optimizer], groups: list[dict[str, object]], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
     options: Mapping[str, Any] = (
         {"fused": True} | config.options if issubclass(cls, FUSED_BY_DEFAULT) else config.options

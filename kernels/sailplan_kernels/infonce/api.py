@@ -72,7 +72,7 @@ def infonce(
     prefixes: Prefixes | None = None,
     exchange: Exchange | None = None,
     options: LossOptions | None = None,
-    **former: Any,
+    **former: object,
 ) -> InfoNCEOutput:
     """Return InfoNCE of this rank's N queries against the keys of all ranks.
 

@@ -52,7 +52,7 @@ def sigmoid(
     prefixes: Prefixes | None = None,
     exchange: Exchange | None = None,
     options: LossOptions | None = None,
-    **former: Any,
+    **former: object,
 ) -> SigmoidOutput:
     """Return the sigmoid loss of this rank's N queries against the keys of all ranks.
 

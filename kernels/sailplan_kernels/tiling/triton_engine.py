@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -242,7 +241,7 @@ class TritonTile:
             device=self.rows.vectors.device,
         )
 
-    def _launch(self, name: str, **given: Any) -> None:
+    def _launch(self, name: str, **given: object) -> None:
         """The kernel ``name``; ``given``: what it takes beyond both sides, lengths and the
         configuration.
         """

@@ -117,11 +117,11 @@ class Service:
             self._start(name, self._claimed(name, fetch))
         await asyncio.shield(self._running[name])
 
-    def _start(self, name: str, work: Coroutine[Any, Any, Any]) -> None:
+    def _start(self, name: str, work: Coroutine[object, object, object]) -> None:
         task = asyncio.create_task(work)
         self._running[name] = task
 
-        def done(task: asyncio.Task[Any]) -> None:
+        def done(task: asyncio.Task[object]) -> None:
             del self._running[name]
             if not task.cancelled():
                 task.exception()  # is raised where it is waited for; nobody may

@@ -16,7 +16,7 @@ SUFFIXES = {
 }
 
 
-def by_modality(item: Any) -> dict[str, Any]:
+def by_modality(item: object) -> dict[str, Any]:
     """Return modality -> text, picture or sound of one item, in the order text, vision, audio.
 
     A string is a text unless it is the path of an existing file that ends like a picture or sound.

@@ -39,7 +39,7 @@ class Settings(SimpleNamespace):
     """Nested settings by attribute."""
 
     @classmethod
-    def of(cls, values: Any) -> Any:
+    def of(cls, values: object) -> Any:
         if not isinstance(values, dict):
             return values
         return cls(

@@ -67,7 +67,7 @@ class SailplanProcessor(ProcessorMixin):
             prompt=prompt,
         )
 
-    def items(self, items: Sequence[Any], prompt: str = "") -> BatchFeature:
+    def items(self, items: Sequence[object], prompt: str = "") -> BatchFeature:
         """Return the tensors of items, each a text, a picture, sound, or a dict with some of
         text, image and audio.
 

@@ -224,7 +224,7 @@ class PublishedEncoder(InputModule):
         raise NotImplementedError("export it again with sailplan")
 
     @classmethod
-    def load(cls, model_name_or_path: str, **options: Any) -> PublishedEncoder:
+    def load(cls, model_name_or_path: str, **options: object) -> PublishedEncoder:
         names = ("token", "revision", "cache_folder", "local_files_only")
         where = {name: options[name] for name in names if options.get(name) is not None}
         taken = {

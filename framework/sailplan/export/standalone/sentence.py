@@ -39,19 +39,19 @@ class SailplanEncoder(InputModule):
         return int(self.model.config.hidden_size)
 
     def preprocess(
-        self, inputs: list[Any], prompt: str | None = None, **_: Any
+        self, inputs: list[object], prompt: str | None = None, **_: object
     ) -> dict[str, Tensor]:
         return dict(self.processor.items(inputs, prompt=prompt or ""))
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         return features | {"sentence_embedding": self.model(**features).pooler_output}
 
-    def save(self, output_path: str, *_: Any, **__: Any) -> None:
+    def save(self, output_path: str, *_: object, **__: object) -> None:
         self.model.save_pretrained(output_path)
         self.processor.save_pretrained(output_path)
 
     @classmethod
-    def load(cls, model_name_or_path: str, **options: Any) -> SailplanEncoder:
+    def load(cls, model_name_or_path: str, **options: object) -> SailplanEncoder:
         taken = {
             name: options[name]
             for name in ("token", "revision", "local_files_only")

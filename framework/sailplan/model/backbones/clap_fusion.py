@@ -186,5 +186,7 @@ def unsupported(found: dict[str, Any]) -> str | None:
     return clap.unsupported(found | {"enable_fusion": False, "fusion_type": None})
 
 
-def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
+def expected(
+    config: ModelConfig, found: dict[str, object]
+) -> dict[str, tuple[str, object, object]]:
     return clap.expected(config, found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +59,13 @@ class Family(Protocol):
 
     def weight_map(self, config: ModelConfig) -> WeightMap: ...
 
-    def unsupported(self, found: dict[str, Any]) -> str | None:
+    def unsupported(self, found: dict[str, object]) -> str | None:
         """What such files ask for that is not built, and what to do; None where there is
         nothing. found: config.json.
         """
 
     def expected(
-        self, config: ModelConfig, found: dict[str, Any]
+        self, config: ModelConfig, found: dict[str, object]
     ) -> dict[str, tuple[str, object, object]]:
         """config.json's key -> (our key, our value, the value there)."""
 

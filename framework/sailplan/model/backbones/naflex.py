@@ -108,7 +108,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
     return WeightMap(tuple(entries), anchor="embeddings.patch_embedding.weight", left_out=left_out)
 
 
-def unsupported(found: dict[str, Any]) -> str | None:
+def unsupported(found: dict[str, object]) -> str | None:
     return None
 
 

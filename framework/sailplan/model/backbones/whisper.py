@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +109,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
     return WeightMap(tuple(entries), anchor="conv1.weight", left_out=left_out)
 
 
-def unsupported(found: dict[str, Any]) -> str | None:
+def unsupported(found: dict[str, object]) -> str | None:
     return (
         "config.json has scale_embedding: scaled embeddings are not built"
         if found.get("scale_embedding", False)
@@ -118,7 +117,9 @@ def unsupported(found: dict[str, Any]) -> str | None:
     )
 
 
-def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
+def expected(
+    config: ModelConfig, found: dict[str, object]
+) -> dict[str, tuple[str, object, object]]:
     """config.json's key -> (our key, our value, the value there); a key that is not there has
     transformers' default.
     """

@@ -132,7 +132,7 @@ class TransformersConfig(EncoderConfig):
             *(["lora"] if self.lora.rank else []),
         )
 
-    def check_run(self, config: Any) -> None:
+    def check_run(self, config: object) -> None:
         super().check_run(config)
         self.check_lora(config, "model.lora.rank", self.lora.rank)
         check_views(config, self.encoder, self.modalities)

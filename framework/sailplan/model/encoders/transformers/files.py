@@ -266,7 +266,7 @@ def _attention(settings: TransformersConfig) -> str | None:
     return None if settings.attention == AUTO else settings.attention
 
 
-def _change(config: Any, options: JsonObject, path: str) -> None:
+def _change(config: object, options: JsonObject, path: str) -> None:
     for name, value in options.items():
         inner = getattr(config, name, None)
         if isinstance(value, dict) and isinstance(inner, transformers.PreTrainedConfig):

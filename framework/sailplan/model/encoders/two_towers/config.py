@@ -71,7 +71,7 @@ class TwoTowersConfig(EncoderConfig):
                         f"out, {path}.embedding and {path}.prefixes are for all"
                     )
 
-    def check_lora_of_towers(self, config: Any) -> None:
+    def check_lora_of_towers(self, config: object) -> None:
         """Raise ConfigurationError for low-rank updates of a tower that no stage trains."""
         for modality in self.towers:
             rank = self.tower(modality).lora.rank
@@ -85,7 +85,7 @@ class TwoTowersConfig(EncoderConfig):
             *(["lora"] if lora else []),
         )
 
-    def check_run(self, config: Any) -> None:
+    def check_run(self, config: object) -> None:
         super().check_run(config)
         self.check_lora_of_towers(config)
         check_views(config, self.encoder, self.towers)
