@@ -1,7 +1,7 @@
 """Our loss beside plain torch at every size of a batch, on a CPU: the same masks, one process,
 turn by turn.
 
-    python benchmarks/loss_sizes.py --out benchmarks/results/loss_sizes_cpu.json
+    python benchmarks/loss_sizes.py --out benchmarks/results/loss_sizes_cpu.json --table docs/performance.md
 
 A step is forward and backward from raw float32 embeddings to their gradients. Plain torch is what
 one writes first: normalise, multiply, fill what is masked, cross entropy, autograd. "recipe" is
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from documents import fill
 from torch import Tensor
 
 from sailplan_kernels import infonce
@@ -148,9 +149,34 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True)
+    parser.add_argument("--table", help="document whose table is written anew")
+    parser.add_argument(
+        "--measured", action="store_true", help="make the table from --out, measure nothing"
+    )
     parser.add_argument("--seconds", type=float, default=4, help="of each size and kind")
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
     options = parser.parse_args()
+    if not options.measured:
+        measure_all(options)
+    if options.table:
+        record = json.loads(Path(options.out).read_text())
+        fill(Path(options.table), "loss-sizes", table(record))
+
+
+def table(record: Case) -> str:
+    """The ratios, a line a size."""
+    ratios = {(row["kind"], row["rows"]): row["ratio"] for row in record["rows"]}
+    lines = [f"| rows | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|"]
+    for rows in sorted({rows for _, rows in ratios}):
+        found = [ratios.get((kind, rows)) for kind in KINDS]
+        cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in found]
+        lines.append(f"| {rows:,} | {' | '.join(cells)} |")
+    said = f"{record['date']}, {record['device']}, torch {record['torch']}, load {record['load_average']:.1f}"
+    return "\n".join([*lines, "", f"Measured {said}."])
+
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Write the results file and print it."""
     torch.set_num_threads(1)
     found = [
         measure(kind, rows, options.seconds)

@@ -141,8 +141,8 @@ class OneTile:
     def _measure(self) -> None:
         """Inverse lengths [P, ...] of the prefixes of all vectors."""
         self.norms = torch.empty(
-            (len(self.prefixes), len(self.x)), dtype=self.fp, device=self.device
-        )
+            (len(self.x), len(self.prefixes)), dtype=self.fp, device=self.device
+        ).T  # a vector's lie side by side: they travel with it
         for norms, end in zip(self.norms, self.prefixes, strict=True):
             torch.linalg.vector_norm(self.x[:, :end], dim=1, dtype=self.fp, out=norms)
         safe = False
