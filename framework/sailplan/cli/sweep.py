@@ -42,7 +42,7 @@ LAUNCH = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass  # frozen, OmegaConf takes it for read-only
 class _Job:
     """What Hydra's launcher carries to a job: the overrides of one run."""
 
