@@ -300,7 +300,7 @@ def test_absent_frames_change_nothing_and_the_order_of_frames_does():
         ),
         ({"vision.marks": [94, 93]}, r"model\.vision\.marks is \[94, 93\].*\[93, 94\]"),
         ({"vision.position_grid": 5}, r"model\.vision\.position_grid squared is 25.* 36"),
-        ({"vision.backbone": "siglip"}, r"model_type qwen3_vl; expected one of siglip"),
+        ({"vision.backbone": "siglip2"}, r"model_type qwen3_vl; expected one of siglip2"),
     ],
 )
 @pytest.mark.parametrize("published", ["with_head"], indirect=True)
