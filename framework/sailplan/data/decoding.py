@@ -46,8 +46,7 @@ class ItemDecoder:
         view = self.dataset.views[name]
         if view.of == "history":
             return self.rows(record.history, name, self.dataset.history_length)
-        item = view_item(record, view)
-        return [ViewRow() if item is None else self._row(item, name)]
+        return self.rows([view_item(record, view)], name)
 
 
 def view_item(record: Record, view: ViewConfig) -> Item | None:

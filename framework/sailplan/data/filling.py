@@ -113,7 +113,13 @@ class _Work:
         self.place, self.names, self.make, self.cache = place, names, make, cache
         self.parts = place.with_suffix(".parts")
         with explained(self.parts, cache):
-            self.parts.mkdir(exist_ok=True)
+            for left in reversed(range(10)):
+                try:
+                    self.parts.mkdir(exist_ok=True)
+                    break
+                except FileExistsError:  # removed at the very moment, by a rank that is done
+                    if not left:
+                        raise
         self.before = self._state()
 
     @contextlib.contextmanager

@@ -262,6 +262,7 @@ def _of_export(folder: Path, device: torch.device) -> Model:
 def _of_omni_folder(folder: Path, device: torch.device) -> Model:
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
     inputs = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))["inputs"]
+    inputs.pop("picture_processor", None)  # the model's settings have it, too
     prompts = json.loads(
         (folder / "config_sentence_transformers.json").read_text(encoding="utf-8")
     )["prompts"]

@@ -27,7 +27,7 @@ from sailplan_kernels import Prefixes
 Datasets = Mapping[str, DatasetConfig]
 
 
-@dataclass(frozen=True)
+@dataclass
 class EncodedView:
     """Embeddings of one view in the step's row order (see data.record.ViewBatch)."""
 
@@ -56,7 +56,7 @@ class EncodedView:
         return self.ids if self.host_ids is None else self.host_ids
 
 
-@dataclass(frozen=True)
+@dataclass
 class EncodedStep:
     """One data set's part of a step, encoded."""
 
