@@ -11,19 +11,14 @@ kernel's (VmHWM, reset after a warm-up), pages of mapped files included.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from documents import fill
-from store_memory import BagEncoder, configuration, memory, write_pairs
+from rank_memory import Value, measure_sizes, peak_of, peaks_table
+from store_memory import BagEncoder, configuration, write_set
 
 from sailplan.config.schema import EvaluationTask
 from sailplan.data.datasets import open_datasets
@@ -32,11 +27,8 @@ from sailplan.evaluate import metrics
 from sailplan.evaluate.retrieval_task import prepare
 from sailplan.evaluate.runner import Runner
 from sailplan.model.testing import join_layout
-from sailplan_kernels.testing import run_ranks
 
-RESULTS = Path(__file__).parent / "results" / "evaluation_memory.json"
 PHASES = ("embed and relate", "rank")
-Value = TypeVar("Value")
 
 
 def first_blocks(blocks: int) -> None:
@@ -73,13 +65,7 @@ def measure(rank: int, world_size: int, root: Path, dimension: int, blocks: int)
     found: dict[str, Any] = {}
 
     def phase(name: str, work: Callable[[], Value]) -> Value:
-        Path("/proc/self/clear_refs").write_text("5")
-        before, began = memory("VmRSS"), time.monotonic()
-        result = work()
-        found[name] = {
-            "peak_bytes": memory("VmHWM") - before,
-            "seconds": round(time.monotonic() - began, 1),
-        }
+        result, found[name] = peak_of(work)
         return result
 
     one = runner("store")
@@ -90,66 +76,16 @@ def measure(rank: int, world_size: int, root: Path, dimension: int, blocks: int)
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the results as Markdown: of each phase the largest peak of any rank."""
-    names = " | ".join(f"{name}, MB" for name in PHASES)
-    lines = [f"| records | ranks | both sides' vectors, MB | {names} | s |"]
-    lines.append("|" + "---|" * (len(PHASES) + 4))
-    for records, at in result["sizes"].items():
-        for ranks, found in at.items():
-            peaks = [max(rank[name]["peak_bytes"] for rank in found) / 1e6 for name in PHASES]
-            seconds = sum(found[0][name]["seconds"] for name in PHASES)
-            vectors = 2 * int(records) * result["dimension"] * 4 / 1e6
-            cells = [f"{int(records):,}", ranks, f"{vectors:.0f}"]
-            cells += [f"{peak:.1f}" for peak in peaks] + [f"{seconds:.0f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    note = (
-        f"Peak above what a rank had before the phase, of {result['dimension']} float32 numbers a "
-        f"vector; seconds with {result['blocks']} block of 1,024 queries a rank, on "
-        f"{result['cores']} cores that other work shared (load average {result['load_average']}). "
-        f"`{result['command']}`"
-    )
-    return "\n".join([*lines, "", note])
+    """Return the results as Markdown."""
 
+    def vectors(records: int, _: list[dict[str, Any]]) -> str:
+        return f"{2 * records * result['dimension'] * 4 / 1e6:.0f}"
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=int, nargs="+", default=[50_000, 200_000])
-    parser.add_argument("--dimension", type=int, default=256)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--blocks", type=int, default=1, help="of queries that a rank ranks")
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--table", type=Path, default=None, help="document to write it into")
-    options = parser.parse_args()
-    if options.table is not None:
-        fill(options.table, "evaluation-memory", table(json.loads(RESULTS.read_text())))
-        return
-    sizes: dict[str, Any] = {}
-    for records in options.records:
-        with tempfile.TemporaryDirectory() as folder:
-            root = Path(folder)
-            write_pairs(root / "pairs", records)
-            open_datasets(configuration(root, options.dimension))
-            arguments = (root, options.dimension, options.blocks)
-            sizes[str(records)] = {
-                str(ranks): run_ranks(measure, ranks, *arguments, timeout=3000)
-                for ranks in options.ranks
-            }
-    given = {"records": options.records, "ranks": options.ranks, "blocks": [options.blocks]}
-    flags = "".join(f" --{name} {' '.join(map(str, each))}" for name, each in given.items())
-    result = {
-        "command": f"python benchmarks/evaluation_memory.py{flags}",
-        "dimension": options.dimension,
-        "blocks": options.blocks,
-        "torch": torch.__version__,
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
-        "sizes": sizes,
-    }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
+    blocks = f"with {result['blocks']} block of 1,024 queries a rank, "
+    return peaks_table(result, PHASES, "both sides' vectors, MB", vectors, blocks)
 
 
 if __name__ == "__main__":
-    main()
+    measure_sizes(
+        "evaluation_memory", measure, write_set, table, mark="evaluation-memory", blocks=1
+    )

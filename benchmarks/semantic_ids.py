@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rank_memory import memory, peak_of, write
 
 from sailplan.export.semantic_ids import semantic_ids
 from sailplan.export.vector_folder import MANIFEST, embeddings_file, ids_file, labels_file
@@ -47,25 +47,15 @@ def write_vectors(folder: Path, rows: int, dimension: int) -> None:
     (folder / MANIFEST).write_text(json.dumps(about))
 
 
-def memory(name: str) -> int:
-    """Return a line of this process's status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
 def measure(
     rank: int, world_size: int, vectors: Path, out: Path, sizes: list[list[int]]
 ) -> dict[str, Any]:
     torch.set_num_threads(1)
     parallel = join_layout(1)
-    Path("/proc/self/clear_refs").write_text("5")
-    before, began, used = memory("VmRSS"), time.monotonic(), time.process_time()
-    found = semantic_ids(parallel, vectors, out, sizes=sizes)
-    return {
-        "peak_bytes": memory("VmHWM") - before,
+    used = time.process_time()
+    found, costs = peak_of(lambda: semantic_ids(parallel, vectors, out, sizes=sizes))
+    return costs | {
         "process_bytes": memory("VmHWM"),
-        "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(time.process_time() - used, 1),
         "statistics": found,
     }
@@ -88,21 +78,14 @@ def main() -> None:
             arguments = (vectors, out, [options.sizes])
             ranks[str(world_size)] = run_ranks(measure, world_size, *arguments, timeout=3000)
     found = [rank.pop("statistics") for each in ranks.values() for rank in each]
-    result = {
-        "command": "python benchmarks/semantic_ids.py --ranks " + " ".join(ranks),
+    facts = {
         "rows": options.rows,
         "dimension": options.dimension,
-        "torch": torch.__version__,
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
         "same_at_all_ranks": all(each == found[0] for each in found),
         "ranks": ranks,
         "statistics": found[0],
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
+    write("python benchmarks/semantic_ids.py --ranks " + " ".join(ranks), facts, options.out)
 
 
 if __name__ == "__main__":

@@ -12,20 +12,16 @@ pages of mapped files included.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import os
-import tempfile
-import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from documents import fill
+from rank_memory import Value, measure_sizes, peak_of, peaks_table
 from torch import nn
 
 from sailplan.config.fields import Size
@@ -50,9 +46,7 @@ from sailplan.model.config import EncoderConfig
 from sailplan.model.protocol import Embeddings, Encoder
 from sailplan.model.testing import join_layout
 from sailplan.runtime.arrays import SharedArray
-from sailplan_kernels.testing import run_ranks
 
-RESULTS = Path(__file__).parent / "results" / "store_memory.json"
 PHASES = ("embed queries", "embed targets", "mining")
 WORDS, SHARD = 4, 10_000
 
@@ -155,11 +149,10 @@ def configuration(root: Path, dimension: int) -> Config:
     return config
 
 
-def memory(name: str) -> int:
-    """Return a line of this process's status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(name))
-    return int(line.split()[1]) * 1024
+def write_set(root: Path, records: int, dimension: int) -> None:
+    """Write the pairs and their index into a folder."""
+    write_pairs(root / "pairs", records)
+    open_datasets(configuration(root, dimension))
 
 
 class _Enough(Exception):
@@ -181,16 +174,9 @@ def measure(rank: int, world_size: int, root: Path, dimension: int, blocks: int)
     )
     found: dict[str, Any] = {}
 
-    def phase(name: str, work: Any) -> Any:
-        Path("/proc/self/clear_refs").write_text("5")
-        before, began = memory("VmRSS"), time.monotonic()
-        result = work()
-        peak = memory("VmHWM") - before
-        found[name] = {
-            "peak_bytes": peak,
-            "limit_bytes": int(0.3 * len(reader) * dimension * 4 / world_size),
-            "seconds": round(time.monotonic() - began, 1),
-        }
+    def phase(name: str, work: Callable[[], Value]) -> Value:
+        result, found[name] = peak_of(work)
+        found[name]["limit_bytes"] = int(0.3 * len(reader) * dimension * 4 / world_size)
         return result
 
     positions = SplitPositions(reader, "train")
@@ -230,72 +216,13 @@ def measure(rank: int, world_size: int, root: Path, dimension: int, blocks: int)
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the results as Markdown: of each phase the largest peak of any rank."""
-    lines = [
-        "| records | ranks | limit, MB | "
-        + " | ".join(f"{name}, MB" for name in PHASES)
-        + " | s |",
-        "|" + "---|" * (len(PHASES) + 4),
-    ]
-    for records, at in result["sizes"].items():
-        for ranks, found in at.items():
-            peaks = [max(rank[name]["peak_bytes"] for rank in found) / 1e6 for name in PHASES]
-            seconds = sum(found[0][name]["seconds"] for name in PHASES)
-            limit = found[0]["mining"]["limit_bytes"] / 1e6
-            cells = [f"{int(records):,}", ranks, f"{limit:.1f}"]
-            cells += [f"{peak:.1f}" for peak in peaks] + [f"{seconds:.0f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    note = (
-        f"Peak above what a rank had before the phase, of {result['dimension']} float32 numbers a "
-        f"vector; seconds on {result['cores']} cores that other work shared (load average "
-        f"{result['load_average']}). `{result['command']}`"
-    )
-    return "\n".join([*lines, "", note])
+    """Return the results as Markdown."""
 
+    def limit(_: int, found: list[dict[str, Any]]) -> str:
+        return f"{found[0]['mining']['limit_bytes'] / 1e6:.1f}"
 
-def write_table(path: Path) -> None:
-    """Put the results' table between its marks in a document."""
-    fill(path, "store-memory", table(json.loads(RESULTS.read_text())))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=int, nargs="+", default=[50_000, 200_000])
-    parser.add_argument("--dimension", type=int, default=256)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--blocks", type=int, default=2, help="of queries that a rank searches")
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--table", type=Path, default=None, help="document to write it into")
-    options = parser.parse_args()
-    if options.table is not None:
-        write_table(options.table)
-        return
-    sizes: dict[str, Any] = {}
-    for records in options.records:
-        with tempfile.TemporaryDirectory() as folder:
-            root = Path(folder)
-            write_pairs(root / "pairs", records)
-            open_datasets(configuration(root, options.dimension))
-            arguments = (root, options.dimension, options.blocks)
-            sizes[str(records)] = {
-                str(ranks): run_ranks(measure, ranks, *arguments, timeout=3000)
-                for ranks in options.ranks
-            }
-    given = {"records": options.records, "ranks": options.ranks, "blocks": [options.blocks]}
-    flags = "".join(f" --{name} {' '.join(map(str, each))}" for name, each in given.items())
-    result = {
-        "command": f"python benchmarks/store_memory.py{flags}",
-        "dimension": options.dimension,
-        "torch": torch.__version__,
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
-        "sizes": sizes,
-    }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
+    return peaks_table(result, PHASES, "limit, MB", limit)
 
 
 if __name__ == "__main__":
-    main()
+    measure_sizes("store_memory", measure, write_set, table, mark="store-memory", blocks=2)
