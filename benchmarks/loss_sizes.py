@@ -166,7 +166,7 @@ def main() -> None:
 def table(record: Case) -> str:
     """The ratios, a line a size."""
     ratios = {(row["kind"], row["rows"]): row["ratio"] for row in record["rows"]}
-    lines = [f"| rows | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|"]
+    lines = [f"| batch | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|"]
     for rows in sorted({rows for _, rows in ratios}):
         found = [ratios.get((kind, rows)) for kind in KINDS]
         cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in found]

@@ -135,6 +135,22 @@ def sizes_and_weights(
     return sizes, weights
 
 
+def call_weights(calls: Sequence[object], weights: Sequence[float] | None) -> list[float]:
+    """Return the factor of each call in a sum of losses; None: 1 each.
+
+    Raises ValueError without calls, for another number of weights, and for one below 0.
+    """
+    if not calls or (weights is not None and len(weights) != len(calls)):
+        raise ValueError(
+            f"calls: found {len(calls)} with {'no' if weights is None else len(weights)} weights, "
+            "expected one a call, at least one"
+        )
+    found = [1.0] * len(calls) if weights is None else [float(weight) for weight in weights]
+    if any(not weight >= 0 for weight in found):
+        raise ValueError(f"weights: found {found}, expected none below 0")
+    return found
+
+
 GROUPS: dict[str, type] = {"negatives": Negatives, "masks": Masks, "options": LossOptions}
 _OF_NEGATIVES = {
     "hard_negatives": "hard",

@@ -13,26 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from sailplan.config.schema import Config, StageConfig
-from sailplan.data.config import DatasetConfig, PatternConfig, StreamConfig, ViewConfig
 from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.stream.client import open_streams
 from sailplan.data.testing import (
-    item_body,
-    json_member,
-    made_up_config,
-    png,
     repeat_manifest,
-    write_set,
-    write_shards,
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
+from remote_sets import BATCH, config_of, write_many
 from servers import WebServer
 
-RECORDS, BATCH, SEGMENT = 64, 16, 8
+RECORDS = 64
 INDEX_FILES = 4  # of records and of lengths: a manifest and a file of tables each
 COMPARED = 8  # shards of a set that are looked at when it is opened
 _opened: list[str] = []
@@ -57,35 +50,10 @@ class SameShard(Mapping[str, bytes]):
         return len(self.index)
 
 
-def config_of(root: Path, shards: str, cache: Path) -> Config:
-    views = {"title": ViewConfig(fields=["title"]), "image": ViewConfig(modalities=["vision"])}
-    many = DatasetConfig(
-        shards=shards, views=views, patterns={"both": PatternConfig("image", "title")}
-    )
-    config = made_up_config(
-        root,
-        global_batch=BATCH,
-        micro_batch=BATCH,
-        cache=str(cache),
-        stream=StreamConfig(deadline_seconds=60.0, ahead=0),
-        sets={"many": many},
-        segment=SEGMENT,
-        window=32,
-        workers=0,
-    )
-    config.stages, config.order = {"only": StageConfig(steps=4, data={"many": 1.0})}, ["only"]
-    return config
-
-
 def served(root: Path, shards: int) -> SameShard:
     """The files of a set of so many shards, all of them the same."""
     folder = root / f"set{shards}"
-    records = []
-    for number in range(RECORDS):
-        key = f"{number:06d}"
-        members = [json_member(key, item_body(number) | {"split": "train"})]
-        records.append([*members, (f"{key}.png", png(number % 16))])
-    write_set(folder, records, RECORDS)
+    write_many(root, folder.name, RECORDS, RECORDS)
     open_datasets(config_of(root, str(folder), root / "none"))
     for file in (folder / ".index").glob("*.manifest"):
         repeat_manifest(file, [f"part-{number:06d}.tar" for number in range(shards)])
@@ -95,12 +63,11 @@ def served(root: Path, shards: int) -> SameShard:
 
 def costs(root: Path, shards: int) -> dict[str, int]:
     """Requests, bytes and opened files of a start and of its first step."""
-    write_shards(root)
     files, cache = served(root, shards), root / f"cache{shards}"
     server = WebServer(files)
     with server.running():
         pattern = f"{server.url}/part-{{000000..{shards - 1:06d}}}.tar"
-        config = config_of(root, pattern, cache)
+        config = config_of(root, pattern, cache, ahead=0)
         _opened.clear()
         readers = open_datasets(config)
         opened = [name for name in _opened if name.startswith(str(cache))]

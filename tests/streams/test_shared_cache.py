@@ -16,59 +16,25 @@ from pathlib import Path
 
 import pytest
 
-from sailplan.config.schema import Config, StageConfig
-from sailplan.data.config import DatasetConfig, PatternConfig, StreamConfig, ViewConfig
+from sailplan.config.schema import Config
 from sailplan.data.datasets import open_datasets
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.stream.client import open_streams
-from sailplan.data.testing import (
-    item_body,
-    json_member,
-    made_up_config,
-    png,
-    write_set,
-    write_shards,
-)
 
 sys.path.insert(0, str(Path(__file__).parent))
+from remote_sets import BATCH, SEGMENT, config_of, write_many
 from servers import WebServer, files_of
 
-SHARDS, RECORDS, STEPS, BATCH, SEGMENT = 10, 160, 50, 16, 8  # half an epoch
+SHARDS, RECORDS, STEPS = 10, 160, 50  # half an epoch
 Rows = dict[str, str]  # record id -> hash of what the record holds
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
-    write_shards(root)
-    records = []
-    for number in range(SHARDS * RECORDS):
-        key = f"{number:06d}"
-        members = [json_member(key, item_body(number) | {"split": "train"})]
-        records.append([*members, (f"{key}.png", png(number % 16))])
-    write_set(root / "many", records, per_shard=RECORDS)
+    write_many(root, "many", SHARDS * RECORDS, RECORDS)
     return root
-
-
-def config_of(root: Path, shards: str, cache: Path, **stream: object) -> Config:
-    views = {"title": ViewConfig(fields=["title"]), "image": ViewConfig(modalities=["vision"])}
-    many = DatasetConfig(
-        shards=shards, views=views, patterns={"both": PatternConfig("image", "title")}
-    )
-    config = made_up_config(
-        root,
-        global_batch=BATCH,
-        micro_batch=BATCH,
-        cache=str(cache),
-        stream=StreamConfig(**{"deadline_seconds": 60.0, **stream}),  # type: ignore[arg-type]
-        sets={"many": many},
-        segment=SEGMENT,
-        window=32,
-        workers=0,
-    )
-    config.stages, config.order = {"only": StageConfig(steps=STEPS, data={"many": 1.0})}, ["only"]
-    return config
 
 
 def rows_of(config: Config, rank: int, size: int) -> list[Rows]:
@@ -124,11 +90,13 @@ def test_two_ranks_of_a_machine_share_what_is_fetched(
 ) -> None:
     files = files_of(root / "many")
     whole = sum(map(len, files.values()))
-    expected = rows_of(config_of(root, str(root / "many"), tmp_path / "local"), 0, 1)
+    expected = rows_of(config_of(root, str(root / "many"), tmp_path / "local", steps=STEPS), 0, 1)
     server = WebServer(files, pause=0.001)
     with server.running():
         pattern = f"{server.url}/part-{{000..{SHARDS - 1:03d}}}.tar"
-        config = config_of(root, pattern, tmp_path / "far", cache_bytes=int(room * whole) + 65536)
+        config = config_of(
+            root, pattern, tmp_path / "far", steps=STEPS, cache_bytes=int(room * whole) + 65536
+        )
         open_datasets(config)  # the index is made, once
         open_streams(tmp_path / "far", config.data.stream).close()
         config.data.stream.folder = str(tmp_path / "cache")  # which has nothing

@@ -22,60 +22,27 @@ import pytest
 
 from sailplan.config.schema import Config
 from sailplan.data.ahead import _TensorPickler
-from sailplan.data.config import DatasetConfig, PatternConfig, StreamConfig, ViewConfig
 from sailplan.data.datasets import open_datasets
 from sailplan.data.index import ShardIndex
 from sailplan.data.loader import StepLoader
 from sailplan.data.plan import Plan
 from sailplan.data.shards import resolve
 from sailplan.data.stream.client import open_streams
-from sailplan.data.testing import (
-    item_body,
-    json_member,
-    made_up_config,
-    png,
-    write_set,
-    write_shards,
-)
 from sailplan.errors import BadDataError, ConfigurationError, UnavailableError
 
 sys.path.insert(0, str(Path(__file__).parent))
+from remote_sets import BATCH, STEPS, config_of, write_many
 from servers import ObjectServer, WebServer, files_of
 
-SHARDS, RECORDS, STEPS, BATCH = 20, 160, 200, 16  # one epoch
+SHARDS, RECORDS = 20, 160  # STEPS are one epoch
 PATTERN = "part-{000..019}.tar"
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
-    write_shards(root)
-    pictures = [png(number) for number in range(16)]
-    records = []
-    for number in range(SHARDS * RECORDS):
-        body = item_body(number) | {"split": "train"}
-        key = f"{number:06d}"
-        records.append([json_member(key, body), (f"{key}.png", pictures[number % 16])])
-    write_set(root / "many", records, per_shard=RECORDS)
+    write_many(root, "many", SHARDS * RECORDS, RECORDS)
     return root
-
-
-def config_of(root: Path, shards: str, cache: Path, workers: int = 0, **stream: object) -> Config:
-    views = {"title": ViewConfig(fields=["title"]), "image": ViewConfig(modalities=["vision"])}
-    many = DatasetConfig(
-        shards=shards, views=views, patterns={"both": PatternConfig("image", "title")}
-    )
-    return made_up_config(
-        root,
-        global_batch=BATCH,
-        micro_batch=BATCH,
-        cache=str(cache),
-        stream=StreamConfig(**{"deadline_seconds": 60.0, **stream}),  # type: ignore[arg-type]
-        sets={"many": many},
-        segment=8,
-        window=32,
-        workers=workers,
-    )
 
 
 def digests(config: Config, start: int = 0, stop: int = STEPS) -> list[str]:
@@ -97,15 +64,7 @@ def digests(config: Config, start: int = 0, stop: int = STEPS) -> list[str]:
 
 @pytest.fixture(scope="module")
 def local(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return digests(staged(config_of(root, str(root / "many"), tmp_path_factory.mktemp("cache"))))
-
-
-def staged(config: Config) -> Config:
-    from sailplan.config.schema import StageConfig
-
-    config.stages = {"only": StageConfig(steps=STEPS, data={"many": 1.0})}
-    config.order = ["only"]
-    return config
+    return digests(config_of(root, str(root / "many"), tmp_path_factory.mktemp("cache")))
 
 
 def index_size(root: Path) -> int:
@@ -154,7 +113,7 @@ def test_a_bad_server_and_a_small_cache_give_the_same_batches(
         server.fail_every, server.drop_every = 13, 17
         before = server.counts.copy()
         with Watch(tmp_path / "stream") as watch:
-            assert digests(staged(config)) == local
+            assert digests(config) == local
         counts = server.counts - before
     # A walk over the folder is no moment: what went while it was under way may be counted
     assert watch.most <= 3.2 * whole // SHARDS
@@ -171,13 +130,13 @@ def test_a_resume_fetches_a_window_at_most(root: Path, tmp_path: Path, local: li
         open_streams(tmp_path, config.data.stream).close()
         before = server.counts.copy()
         config.data.stream.folder = str(tmp_path / "another")  # a machine that has nothing
-        assert digests(staged(config), 101, 103) == local[101:103]
+        assert digests(config, 101, 103) == local[101:103]
         counts = server.counts - before
     assert counts["bytes"] <= 8 * 32 * index_size(root) // (SHARDS * RECORDS) * 1.1
 
 
 def test_an_index_beside_the_shards_is_used(root: Path, tmp_path: Path, local: list[str]) -> None:
-    digests(staged(config_of(root, str(root / "many"), tmp_path / "local")), 0, 1)
+    digests(config_of(root, str(root / "many"), tmp_path / "local"), 0, 1)
     files = files_of(root / "many")
     for path in (root / "many" / ".index").iterdir():
         if path.is_file():
@@ -188,7 +147,7 @@ def test_an_index_beside_the_shards_is_used(root: Path, tmp_path: Path, local: l
         readers = open_datasets(config)
         assert len(readers["many"]) == SHARDS * RECORDS
         opened = server.counts["bytes"]
-        assert digests(staged(config), 0, 2) == local[:2]
+        assert digests(config, 0, 2) == local[:2]
     index = sum(len(content) for name, content in files.items() if name.startswith(".index"))
     assert opened < index + 8 * 32 * 1024  # manifests; 8 shards were compared by their records
 
@@ -197,7 +156,7 @@ def test_changed_content_is_bad_data_that_names_the_shard(root: Path, tmp_path: 
     files = files_of(root / "many")
     server = WebServer(files)
     with server.running():
-        config = staged(config_of(root, f"{server.url}/{PATTERN}", tmp_path, ahead=0))
+        config = config_of(root, f"{server.url}/{PATTERN}", tmp_path, ahead=0)
         readers = open_datasets(config)
         config.data.stream.folder = None
         for name in list(files):  # the same sizes, other bytes
@@ -299,7 +258,7 @@ def test_a_folder_of_an_object_store(
     root: Path, tmp_path: Path, local: list[str], bucket: str
 ) -> None:
     config = config_of(root, bucket, tmp_path)
-    assert digests(staged(config), 0, 6) == local[:6]
+    assert digests(config, 0, 6) == local[:6]
     counts = open_streams(tmp_path, config.data.stream).counts()
     assert not counts.get("retries")
     with pytest.raises(ConfigurationError, match=r"there is no \.tar"):
@@ -350,7 +309,7 @@ def test_google_and_azure(
         assert server.counts["LIST"] == -(-SHARDS // server.page)
         server.fail_every, server.drop_every = 13, 17
         before = server.counts.copy()
-        assert digests(staged(config), 0, 40) == local[:40]
+        assert digests(config, 0, 40) == local[:40]
         counts = server.counts - before
         open_streams(tmp_path, config.data.stream).close()
         server.fail_every = server.drop_every = 0

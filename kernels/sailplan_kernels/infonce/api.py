@@ -28,6 +28,7 @@ from sailplan_kernels.arguments import (
     Negatives,
     PositiveIds,
     Prefixes,
+    call_weights,
     with_former,
 )
 from sailplan_kernels.exchange import Exchange, Local
@@ -130,15 +131,8 @@ def infonce_sum(
     home once. Returns the sum, 0-d and differentiable once (the reference: always), and the
     outputs, whose losses are unweighted and detached. Raises ValueError on a wrong call.
     """
-    if not calls or (weights is not None and len(weights) != len(calls)):
-        raise ValueError(
-            f"calls: found {len(calls)} with {'no' if weights is None else len(weights)} weights, "
-            "expected one a call, at least one"
-        )
+    weights = call_weights(calls, weights)
     exchange = Local() if exchange is None else exchange
-    weights = [1.0] * len(calls) if weights is None else [float(weight) for weight in weights]
-    if any(not weight >= 0 for weight in weights):
-        raise ValueError(f"weights: found {weights}, expected none below 0")
     # Under autocast the matrix products would round the logits to half precision.
     kind = calls[0]["queries"].device.type
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sailplan_kernels.arguments import LossOptions, Masks, Negatives, Prefixes, with_former
+from sailplan_kernels.arguments import (
+    LossOptions,
+    Masks,
+    Negatives,
+    Prefixes,
+    call_weights,
+    with_former,
+)
 from sailplan_kernels.exchange import Exchange, Local
 from sailplan_kernels.infonce import checks
 from sailplan_kernels.infonce.loss_inputs import LossInputs, build_inputs, gathered
@@ -95,12 +102,7 @@ def sigmoid_sum(
     None: 1 each. Returns the sum, 0-d and differentiable once (the reference: always), and the
     outputs, whose losses are unweighted and detached. Raises ValueError on a wrong call.
     """
-    weights = [1.0] * len(calls) if weights is None else [float(weight) for weight in weights]
-    if not calls or len(weights) != len(calls) or any(not weight >= 0 for weight in weights):
-        raise ValueError(
-            f"calls: found {len(calls)} with weights {weights}, expected at least one, and a "
-            "weight of at least 0 for each"
-        )
+    weights = call_weights(calls, weights)
     exchange = Local() if exchange is None else exchange
     with torch.autocast(calls[0]["queries"].device.type, enabled=False):
         made = [_inputs(exchange=exchange, **call) for call in calls]
