@@ -96,8 +96,17 @@ def _device(config: ParallelConfig, local_rank: int, world_size: int) -> torch.d
         torch.cuda.set_device(device)
         return device
     share = len(os.sched_getaffinity(0)) // local_world_size(world_size)
-    torch.set_num_threads(config.threads or max(1, share))
+    torch.set_num_threads(_threads_to_be_had(config.threads or max(1, share)))
     return torch.device("cpu")
+
+
+def _threads_to_be_had(wanted: int) -> int:
+    """Return the wanted number of threads, or OpenMP's limit of this process where it is lower.
+
+    OpenMP then starts fewer threads than torch was told of, and the others are waited for.
+    """
+    limit = os.environ.get("OMP_THREAD_LIMIT", "")
+    return min(wanted, int(limit)) if limit.isdigit() and int(limit) else wanted
 
 
 def _join(watch: Watch, config: ParallelConfig, device: torch.device, world_size: int) -> None:

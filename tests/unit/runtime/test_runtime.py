@@ -11,8 +11,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 from sailplan.errors import EXIT_HANG
+from sailplan.runtime import session as sessions
+from sailplan.runtime.config import ParallelConfig
 from sailplan.runtime.seeds import derive, generator
 from sailplan.runtime.signals import STOP_SIGNALS, stop_flag
 from sailplan.runtime.watch import beat, watching
@@ -83,3 +86,15 @@ def test_a_ranks_exit_code_comes_out_of_torchrun(tmp_path, code: int) -> None:
         str(script),
     ]
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == code
+
+
+@pytest.mark.parametrize(("limit", "threads"), [("1", 1), ("3", 2), ("", 2), ("0", 2), ("x", 2)])
+def test_no_more_threads_are_asked_for_than_openmp_may_start(
+    limit: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a limit of one, a run with two threads waited in its first step for ever."""
+    seen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.setenv("OMP_THREAD_LIMIT", limit)
+    sessions._device(ParallelConfig(threads=2), local_rank=0, world_size=1)
+    assert seen == [threads]
