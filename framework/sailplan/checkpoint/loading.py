@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from sailplan.checkpoint.seal import COMPLETE, INDEX, first_damage, has_sizes
 from sailplan.checkpoint.state import ModelState, fresh_optimizer_state, model_state
 from sailplan.checkpoint.store import SMALL
 from sailplan.checkpoint.together import together
+from sailplan.config.fields import JsonObject
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.process import Parallel
 
@@ -44,7 +44,7 @@ class WholeCheckpoint:
     def read_all(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The named tensors (None: all), on the CPU."""
         names = self.entries if names is None else names
-        state: dict[str, Any] = {
+        state: JsonObject = {
             f"model.{name}": torch.empty(self.entries[name][0], dtype=self.entries[name][1])
             for name in names
         }
@@ -59,7 +59,7 @@ def load(
     optimizer: torch.optim.Optimizer | None,
     parallel: Parallel,
     verified: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Load model and optimizer, at any layout and in any dtype, and returns the saved `extra`.
 
     verified: its files were compared with their checksums just before, by `newest_whole`. All ranks
@@ -92,7 +92,7 @@ def load_model_only(
     prefix: str = "",
     exact: bool = False,
     may_lack: Callable[[str], bool] = lambda name: False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Load the tensors of `model` from a checkpoint or an exported folder; returns the saved
     `extra` ({} of an export).
 
@@ -135,7 +135,7 @@ def load_model_only(
 
 def _opened(
     path: Path, parallel: Parallel, verified: bool = False
-) -> tuple[IndexReader, dict[str, Any]]:
+) -> tuple[IndexReader, JsonObject]:
     """A reader and the small data of a checkpoint of which the ranks have read every file and
     found it whole.
     """
@@ -158,7 +158,7 @@ def _opened(
     return together(lambda: IndexReader(path, _sent_index(path, parallel, what)), what), small
 
 
-def _open(path: Path) -> dict[str, Any]:
+def _open(path: Path) -> JsonObject:
     if not path.is_dir():
         raise ConfigurationError(
             f"checkpoint {path} does not exist: give the folder of a step, such as "
@@ -169,7 +169,7 @@ def _open(path: Path) -> dict[str, Any]:
             f"checkpoint {path} is incomplete or damaged: its files are not those listed in "
             f"{COMPLETE}; use an older one"
         )
-    small: dict[str, Any] = torch.load(path / SMALL, weights_only=True, map_location="cpu")
+    small: JsonObject = torch.load(path / SMALL, weights_only=True, map_location="cpu")
     return small
 
 

@@ -8,12 +8,12 @@ small data.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sailplan.checkpoint.layout import WholeTensorView, layout_of, local
+from sailplan.config.fields import JsonObject
 from sailplan.errors import ConfigurationError
 from sailplan.model.parallelize import reshard
 from sailplan.runtime.process import Parallel
@@ -127,7 +127,7 @@ def fresh_optimizer_state(
         optimizer.state.pop(parameter, None)
         if name not in kinds:
             continue
-        state: dict[str, Any] = {}
+        state: JsonObject = {}
         layout = layout_of(parameter, parallel)
         for kind, value in scalars.get(name, {}).items():
             group = options[id(parameter)]

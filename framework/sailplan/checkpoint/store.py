@@ -22,7 +22,6 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil  # noqa: F401  torch's writer needs it and fails in a way that leaves ranks waiting; fail at import instead
 import torch
@@ -42,6 +41,7 @@ from sailplan.checkpoint.seal import (
 )
 from sailplan.checkpoint.state import ModelState, model_state, optimizer_state
 from sailplan.checkpoint.together import everywhere, together
+from sailplan.config.fields import JsonObject
 from sailplan.errors import SailplanError
 from sailplan.runtime.leaving import say
 from sailplan.runtime.process import Parallel
@@ -61,7 +61,7 @@ class Snapshot:
     """
 
     tensors: ModelState
-    small: dict[str, Any]
+    small: JsonObject
 
 
 def save(

@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sailplan.config.components import build, fill, schema_of
 from sailplan.config.encoders import chosen
+from sailplan.config.fields import JsonObject
 from sailplan.config.overrides import apply, explain_value, is_value, nearest, parse
 from sailplan.config.schema import (
     CheckpointConfig,
@@ -86,7 +87,7 @@ class _Schema(schema_of(Config)):  # type: ignore[misc]
     """
 
     model: Any = None
-    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)  # those of the group alone
+    callbacks: dict[str, JsonObject] = field(default_factory=dict)  # those of the group alone
 
 
 ConfigStore.instance().store(name="schema", node=_Schema)
@@ -285,7 +286,7 @@ def typed(raw: DictConfig) -> Config:
     return config
 
 
-def as_dict(config: Config) -> dict[str, Any]:
+def as_dict(config: Config) -> JsonObject:
     return asdict(config)
 
 
@@ -298,7 +299,7 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(as_dict(config)))
 
 
-def identity(config: Config) -> dict[str, Any]:
+def identity(config: Config) -> JsonObject:
     """The part that a resume must not change."""
     every = as_dict(config)
     values = {name: every[name] for name in IDENTITY}
@@ -316,7 +317,7 @@ def identity(config: Config) -> dict[str, Any]:
     return values
 
 
-def shared_settings(config: Config) -> dict[str, Any]:
+def shared_settings(config: Config) -> JsonObject:
     """Return the settings that all ranks must have: all but the places of files and threads,
     which are a node's own.
     """

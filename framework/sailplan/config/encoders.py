@@ -12,8 +12,9 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.targets import class_at
 from sailplan.errors import ConfigurationError
 from sailplan.model.config import EncoderConfig
@@ -61,7 +62,7 @@ def encoder_config(name: object, allowed: Sequence[str] | None = None) -> type[E
 
 def chosen(
     model: Mapping[str, object] | None, allowed: Sequence[str] | None = None
-) -> tuple[type[EncoderConfig], dict[str, Any]]:
+) -> tuple[type[EncoderConfig], JsonObject]:
     """Return the dataclass that the values of `model` are for, and these with `_target_` as
     `encoder`.
     """

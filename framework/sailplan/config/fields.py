@@ -7,12 +7,13 @@ what lies outside.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-Options = dict[str, Any]  # a class's `_target_` and the arguments of its constructor: any it takes
+Options = dict[str, Any]  # arguments of a call by name; of a class with its `_target_`
 JsonObject = dict[str, Any]  # an object of a JSON file, or of one that will be written
+JsonView = Mapping[str, Any]  # the same, where it is only read
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.005, 1.0
 

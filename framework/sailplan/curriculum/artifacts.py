@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import ARTIFACT, Config, StageConfig, ViewConfig
 from sailplan.curriculum.artifact import Artifact, ArtifactContext, artifact_sets, stage_artifacts
 from sailplan.curriculum.balance import unit_rows
@@ -57,12 +57,12 @@ class FromHistories(Artifact):
             )
         histories_of(config, stage_name, stage, self.name)
 
-    def make(self, context: ArtifactContext) -> dict[str, Any]:
+    def make(self, context: ArtifactContext) -> JsonObject:
         """Write the artifact; return its statistics. Collective."""
         config, stage = context.config, context.stage
         reader = context.readers[histories_of(config, context.stage_name, stage, self.name)]
         histories = read_histories(reader, "train")
-        stats: dict[str, Any] = {"users": len(histories.users), "unknown_items": histories.unknown}
+        stats: JsonObject = {"users": len(histories.users), "unknown_items": histories.unknown}
         return stats | _make(self.name, stage, context.embedder, reader, histories, context.folder)
 
 
@@ -102,7 +102,7 @@ class Interests(FromHistories):
         assert catalogue is not None, "sequences have a catalogue"
         return [(catalogue, replace(_history_view(config, name), of="item"))]
 
-    def make(self, context: ArtifactContext) -> dict[str, Any]:
+    def make(self, context: ArtifactContext) -> JsonObject:
         """Write the sequences; return their statistics. Collective."""
         name = timed_set(context.config, context.stage, self.name)
         return (
@@ -140,7 +140,7 @@ class Teachers(FromHistories):
                     f"data.teachers with their dimensions, {sizes}"
                 )
 
-    def make(self, context: ArtifactContext) -> dict[str, Any]:
+    def make(self, context: ArtifactContext) -> JsonObject:
         """Write the table or the index; return its statistics. Collective."""
         given = context.config.data.teachers
         return (
@@ -158,7 +158,7 @@ class CoOccurrence(FromHistories):
 
 def make_artifacts(
     embedder: Embedder, stage_name: str, stage: StageConfig, folder: Path
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """Write the stage's artifacts below `folder`; return the statistics of each. Collective.
 
     Raises ConfigurationError where no data set reads an artifact, or where it is not clear which
@@ -228,7 +228,7 @@ def _catalogue(config: Config, stage_name: str, stage: StageConfig, artifact: st
     return catalogue
 
 
-def _timed(embedder: Embedder, name: str, folder: Path) -> dict[str, Any]:
+def _timed(embedder: Embedder, name: str, folder: Path) -> JsonObject:
     run = embedder.context
     dataset = run.config.data.sets[name]
     assert dataset.catalogue is not None, "sequences have a catalogue"
@@ -261,7 +261,7 @@ def _make(
     reader: RecordReader,
     histories: Histories,
     folder: Path,
-) -> dict[str, Any]:
+) -> JsonObject:
     assert reader.catalogue is not None
     config, parallel = embedder.context.config, embedder.context.parallel
     catalogue, used = reader.catalogue, histories.used()
@@ -271,7 +271,7 @@ def _make(
         view = _history_view(config, name)
         content = embedder.rows(catalogue, replace(view, of="item"), used).fused.numpy()
 
-        def interests() -> dict[str, Any]:
+        def interests() -> JsonObject:
             found = sequences(
                 histories, used, content, length=dataset.history_length, seed=config.seed
             )
@@ -289,14 +289,14 @@ def _make(
 
         return on_main(parallel, "artifact interests", interests)
 
-    def pairs() -> dict[str, Any]:
+    def pairs() -> JsonObject:
         found, scores = co_occurrence(histories.matrix(used))
         write_artifact(
             pair_records(found, scores, catalogue.ids(used)), folder / artifact, artifact
         )
         return {"pairs": len(found)}
 
-    def teachers() -> dict[str, Any]:
+    def teachers() -> JsonObject:
         matrix = histories.matrix(used)
         vectors = {
             name: factorise(matrix, name, TEACHER_DIMENSIONS, config.seed).astype(np.float32)

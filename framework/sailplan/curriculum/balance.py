@@ -20,11 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import ot
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import BalanceConfig
 from sailplan.embed.clustering import k_means
 
@@ -55,7 +55,7 @@ class Balance:
         default_factory=dict
     )  # training set -> standard error of its score
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         return {
             "weights": self.weights,
             "scores": self.scores,

@@ -16,6 +16,7 @@ from scipy import sparse
 from sklearn.decomposition import NMF, TruncatedSVD
 from sklearn.preprocessing import normalize
 
+from sailplan.config.fields import JsonObject
 from sailplan.curriculum.balance import unit_rows
 from sailplan.errors import BadDataError
 from sailplan.runtime.seeds import derive
@@ -81,7 +82,7 @@ def co_occurrence(
     return np.stack([first[kept], second[kept]], axis=1).astype(np.int64), score[kept]
 
 
-def pair_records(pairs: np.ndarray, scores: np.ndarray, ids: list[str]) -> list[dict[str, Any]]:
+def pair_records(pairs: np.ndarray, scores: np.ndarray, ids: list[str]) -> list[JsonObject]:
     """Pair records {"id", "split", "query": item id, "item": item id, "score"}; ids[c] names
     column c of the matrix.
     """

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config, DatasetConfig, EvaluationTask, PatternConfig, ViewConfig
 from sailplan.data.writer import Record, write_shards
 from sailplan.model.testing import small_config
@@ -50,7 +50,7 @@ def write_pack(root: Path, items: int = 48, users: int = 20, held_out_seed: int 
     for number in range(items):
         name = f"{COLOURS[colours[number]]} {SHAPES[shapes[number]]} {'0' if number in (5, 10) else number}"
         name = "twin" if number in (5, 10) else name
-        body: dict[str, Any] = {
+        body: JsonObject = {
             "id": f"things/{number:03d}",
             "split": split[number],
             "fields": {"title": {"en": name}, "tags": {"en": [COLOURS[colours[number]]]}},

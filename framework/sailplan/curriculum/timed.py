@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import DatasetConfig
 from sailplan.curriculum.event_buckets import BUCKET_EVENTS, Bucket, Cut, cut_by_user
 from sailplan.curriculum.interests import Sequences, history_of, interest_views
@@ -69,7 +70,7 @@ def make_timed_interests(
     *,
     seed: int = 0,
     bucket_events: int = BUCKET_EVENTS,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write the shards of data set `name` to `folder` and return what was made. Collective.
 
     Records: {"id", "split", "history": [ids], "target": id, "target_probability", "views", "user"},
@@ -255,7 +256,7 @@ def _fresh(parallel: Parallel, folder: Path, work: Path) -> None:
     meet(parallel, f"making {folder}", problem)
 
 
-def _checked(parallel: Parallel, name: str, settings: InterestsConfig, cut: Cut) -> dict[str, Any]:
+def _checked(parallel: Parallel, name: str, settings: InterestsConfig, cut: Cut) -> JsonObject:
     """Return counts of the log; say what its labels do not allow.
 
     Raises BadDataError for a log of nothing that counts.
@@ -315,9 +316,7 @@ def _checked(parallel: Parallel, name: str, settings: InterestsConfig, cut: Cut)
     }
 
 
-def _say_empty(
-    parallel: Parallel, name: str, settings: InterestsConfig, stats: dict[str, Any]
-) -> None:
+def _say_empty(parallel: Parallel, name: str, settings: InterestsConfig, stats: JsonObject) -> None:
     for view, count in stats["views"].items():
         if not count and parallel.is_main:
             logger.warning(
@@ -367,7 +366,7 @@ def _records(
     """Return a bucket's records in a shuffled, reproducible order; equal sequences of a user are
     one with several views.
     """
-    bodies: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
+    bodies: dict[tuple[int, tuple[str, ...]], JsonObject] = {}
     views, users, targeted, starts = (
         found.views.tolist(),
         found.users.tolist(),

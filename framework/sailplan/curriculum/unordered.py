@@ -22,11 +22,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from scipy import sparse
 
+from sailplan.config.fields import JsonObject
 from sailplan.curriculum.balance import unit_rows
 from sailplan.curriculum.histories import Histories
 from sailplan.curriculum.teachers import factorise
@@ -72,7 +72,7 @@ def sequences(
     targets: int = 8,
     clusters: int = 32,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """One dict {"user", "history": [positions], "target": position, "rule"} per different sequence.
 
     used: sorted catalogue positions int64 [m] (Histories.used); content: the current model's
@@ -124,7 +124,7 @@ def records(
     negatives: int = 0,
     unused: Sequence[str] = (),
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Sequence records {"id", "split", "history": [ids], "target": id, "target_probability",
     "view": "unordered", "rule", "user"} in a shuffled, reproducible order; the probability is the
     target's share of all records (seq2item's sampling correction).

@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
 EPOCHS = 16  # the patience where sets are read epoch by epoch
@@ -37,7 +37,7 @@ class ByteCache(Generic[Value]):
         self._values: OrderedDict[Hashable, _Kept[Value]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"limit": self.limit, "patience": self.patience}
 
     def __setstate__(self, state: dict[str, object]) -> None:

@@ -25,6 +25,9 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from sailplan.config.fields import JsonView
+from sailplan.runtime.arrays import Array
+
 MAGIC = b"sailcol1"  # the last byte is the version of the form
 PAGE = 4096
 ALIGNMENT = 8
@@ -39,7 +42,7 @@ class Damaged(Exception):
     """Bytes that are no whole set of columns; the text says what was found."""
 
 
-def pack(arrays: Mapping[str, NDArray[Any]], note: Any) -> bytes:
+def pack(arrays: Mapping[str, Array], note: Any) -> bytes:
     """Return arrays, by name, and a note of JSON values as bytes."""
     extents, size = layout({name: (array.dtype, array.shape) for name, array in arrays.items()})
     body = bytearray(size)
@@ -65,7 +68,7 @@ def layout(
     return extents, offset
 
 
-def front(extents: Mapping[str, Any], note: Any, sums: NDArray[Any], size: int) -> bytes:
+def front(extents: JsonView, note: Any, sums: Array, size: int) -> bytes:
     """Return what lies before a body of `size` bytes; its length does not depend on the values
     of the sums.
     """
@@ -105,7 +108,7 @@ class Columns:
         try:
             head = json.loads(bytes(buffer[start + PREFIX.size : start + PREFIX.size + head_bytes]))
             self.note: Any = head["note"]
-            self._arrays: dict[str, NDArray[Any]] = {}
+            self._arrays: dict[str, Array] = {}
             self._offsets: dict[str, int] = {}
             self._views: dict[str, tuple[memoryview[int], int]] = {}
             for name, (kind, shape, offset) in head["arrays"].items():
@@ -132,7 +135,7 @@ class Columns:
         """Return the rows of an array."""
         return len(self._arrays[name])
 
-    def part(self, name: str, low: int, high: int) -> NDArray[Any]:
+    def part(self, name: str, low: int, high: int) -> Array:
         """Return rows low .. high - 1 of an array, as a view.
 
         Raises Damaged where a page of theirs differs from its checksum.
@@ -168,7 +171,7 @@ class Columns:
             offset, width = self._offsets[name], self._arrays[name].strides[0]
             self._check((offset + low * width) // PAGE, (offset + high * width - 1) // PAGE + 1)
 
-    def take(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+    def take(self, name: str, rows: NDArray[np.int64]) -> Array:
         """Return some rows of an array, int64 [n] -> [n, ...]; reads their pages, no others.
 
         Raises Damaged as `part`.
@@ -182,11 +185,11 @@ class Columns:
                     self._check(page, page + 1)
         return array[rows]
 
-    def whole(self, name: str) -> NDArray[Any]:
+    def whole(self, name: str) -> Array:
         """Return an array, as a view. Raises Damaged as `part`."""
         return self.part(name, 0, len(self._arrays[name]))
 
-    def unchecked(self, name: str) -> NDArray[Any]:
+    def unchecked(self, name: str) -> Array:
         """Return an array of which the caller has the pages checked that it relies on."""
         return self._arrays[name]
 

@@ -5,8 +5,8 @@ file.
 from __future__ import annotations
 
 import base64
-from typing import Any
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import ViewConfig
 from sailplan.data.reader import RecordReader
 from sailplan.data.record import Item
@@ -18,7 +18,7 @@ KINDS = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image
 
 def show(
     reader: RecordReader, position: int, view: ViewConfig, text: str | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """{"text": ..., "image": data URI (if the view shows pictures)} of one record's item in a
     view. text: what to show
     instead of the item's own words."""
@@ -31,7 +31,7 @@ def show(
         or (compose(item.fields, view, reader.config, None) if len(view.fields) == 1 else "")
         or _name(item)
     )
-    shown: dict[str, Any] = {"text": words[:160]}
+    shown: JsonObject = {"text": words[:160]}
     if "vision" in view.modalities and item.images and len(item.images[0]) <= LARGEST:
         kind = next(
             (kind for start, kind in KINDS.items() if item.images[0].startswith(start)), None

@@ -18,11 +18,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.columns import Damaged
 from sailplan.data.filling import Progress
 from sailplan.data.id_table import IdTable, open_ids
@@ -124,7 +125,7 @@ class ShardIndex:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_tables": OrderedDict(), "_lock": None, "_ids": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -143,11 +144,11 @@ class ShardIndex:
             found.update(np.ascontiguousarray(values, dtype=np.int64).tobytes())
         return f"{found.hexdigest()[:16]} {self.identity}"
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> JsonObject:
         """Return what another rank's index must equal: shard name -> size in bytes and records
         by split, and a hash of the ids.
         """
-        shards: dict[str, Any] = {
+        shards: JsonObject = {
             shard.name: {"bytes": int(size)}
             for shard, size in zip(self.shards, self._tables_of.rows["size"], strict=True)
         }

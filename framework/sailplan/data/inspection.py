@@ -5,8 +5,8 @@ rows look.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import ViewConfig
 from sailplan.data.kinds import Place, choose, ending_of
 from sailplan.data.names import part_of
@@ -33,7 +33,7 @@ class Findings:
     endings: dict[str, dict[str, int]] = field(
         default_factory=dict
     )  # picture, sound, video -> ending -> members read
-    views: dict[str, dict[str, Any]] = field(
+    views: dict[str, JsonObject] = field(
         default_factory=dict
     )  # view -> numbers of its rows, see `_show`
     patterns: dict[str, int] = field(default_factory=dict)  # pattern -> records with both sides
@@ -67,7 +67,7 @@ class Findings:
         of[what] = known + times, earlier
 
 
-def _add(to: dict[str, Any], values: dict[str, int]) -> None:
+def _add(to: JsonObject, values: dict[str, int]) -> None:
     for key, value in values.items():
         to[key] = to.get(key, 0) + value
 
@@ -101,7 +101,7 @@ def inspect(reader: RecordReader, shard: int, processor: Processor) -> Findings:
     return found
 
 
-def _empty(view: ViewConfig) -> dict[str, Any]:
+def _empty(view: ViewConfig) -> JsonObject:
     return {
         "rows": 0,
         "valid": 0,

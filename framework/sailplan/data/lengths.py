@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sailplan.config.fields import JsonView
 from sailplan.data.columns import Columns, Damaged, pack
 from sailplan.data.filling import Progress
 from sailplan.data.index import ShardIndex, id_hash
@@ -32,6 +32,7 @@ from sailplan.data.names import given
 from sailplan.data.processor import TokenCounts
 from sailplan.data.tables import Tables, open_tables
 from sailplan.data.text import clean
+from sailplan.runtime.arrays import Array
 
 VERSION = 4
 TABLES_KEPT = 4096  # mapped, so each costs a few pages of address space, not its size
@@ -47,7 +48,7 @@ PICTURES_OF, SOUND_OF = (
 ROLES = ("item", "query", "items", "history", "target", "negatives")
 
 Integers = NDArray[np.int64]
-Outlines = Callable[[int], Iterable[tuple[Mapping[str, Any], int, int]]]
+Outlines = Callable[[int], Iterable[tuple[JsonView, int, int]]]
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ class LengthIndex:
         )
         return differs | (known["scanned"] != own["scanned"])
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_tables": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -249,7 +250,7 @@ class LengthIndex:
             reference_starts.append(len(references))
         table = np.array(entries, dtype=np.uint16).reshape(-1, 4)
         table[:, 3] = np.minimum(self.tokenizer.counts(texts), MOST)
-        arrays: dict[str, NDArray[Any]] = {
+        arrays: dict[str, Array] = {
             "starts": np.array(starts, dtype=np.int64),
             "entries": table,
             "reference_starts": np.array(reference_starts, dtype=np.int64),
@@ -330,7 +331,7 @@ class _Table:
         ) + first[owners], owners
 
 
-def _texts(body: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
+def _texts(body: JsonView) -> Iterator[tuple[str, str, list[str]]]:
     """Yield (field, language, cleaned texts) in the record's order, languages without a value
     left out.
     """

@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from sailplan.config.fields import JsonObject
+
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which it begins with
@@ -94,7 +96,7 @@ def _without_mark(content: bytes) -> str | None:
     return wide.get(mostly_zero)
 
 
-def parse_json(content: bytes) -> dict[str, Any]:
+def parse_json(content: bytes) -> JsonObject:
     """Return the JSON object of a record.
 
     In any encoding that `decode_text` reads; a key that is there twice has its last value; half of

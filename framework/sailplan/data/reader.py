@@ -14,11 +14,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sailplan.config.fields import JsonObject, JsonView
 from sailplan.config.schema import DatasetConfig
 from sailplan.data.cache import ByteCache
 from sailplan.data.index import ShardIndex
@@ -61,7 +62,7 @@ class _Opened(NamedTuple):
     """A record whose JSON is read; `parts` are the members of those that it holds itself."""
 
     id: str
-    body: Mapping[str, Any]
+    body: JsonView
     parts: Mapping[str, list[Place]]
     content: Content
 
@@ -94,7 +95,7 @@ class RecordReader:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -226,7 +227,7 @@ class RecordReader:
         record_id = self.index.entry(position).id
         return self.draw(record_id, self._read_body(position)[0], seed)
 
-    def body(self, position: int) -> dict[str, Any]:
+    def body(self, position: int) -> JsonObject:
         """The record's JSON as it is in the shard; {} for a record without JSON, and for a
         broken one, which a warning names.
         """
@@ -301,7 +302,7 @@ class RecordReader:
                 with self._lock:
                     self._file(shard).prefetch(ranges)
 
-    def outlines(self, shard: int) -> Iterator[tuple[dict[str, Any], int, int]]:
+    def outlines(self, shard: int) -> Iterator[tuple[JsonObject, int, int]]:
         """Yield of each record of a shard its texts as `fields`, with the ids under ROLES, and
         how many pictures and sounds it
         has; nothing of a record that cannot be used."""
@@ -317,8 +318,8 @@ class RecordReader:
                 yield {}, 0, 0
 
     def _outline(
-        self, position: int, body: dict[str, Any], chosen: Chosen
-    ) -> tuple[dict[str, Any], int, int]:
+        self, position: int, body: JsonObject, chosen: Chosen
+    ) -> tuple[JsonObject, int, int]:
         if self.config.kind == "items":
             item = self._item("", body, chosen, position, frozenset())
             return {"fields": item.fields}, *media_counts(chosen)
@@ -329,7 +330,7 @@ class RecordReader:
         )
         if self.config.kind == "sequences":
             return named, 0, 0
-        parts, fields = self._parts(position), dict[str, Any]()
+        parts, fields = self._parts(position), JsonObject()
         sides = {
             part: value if self.catalogue is None or isinstance(value, dict) else None
             for part, value in ((part, _value(body, part)) for part in SIDES)
@@ -350,9 +351,9 @@ class RecordReader:
         return {"fields": fields, **named}, *media_counts(choose(parts.get("query", [])))
 
     # ---------------------------------------------------------------- parts
-    def _read_body(self, position: int) -> tuple[dict[str, Any], Chosen]:
+    def _read_body(self, position: int) -> tuple[JsonObject, Chosen]:
         shard, record_id, _, members = self.index.entry(position)
-        body = dict[str, Any]()
+        body = JsonObject()
         if self.streamed:
             with self._lock:
                 self._file(shard).want([(at, at + size) for _, at, size in members], wait=True)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from sailplan.config.fields import JsonObject, JsonView
 from sailplan.runtime.transfer import to_device
 
 
@@ -26,15 +27,13 @@ class Item:
     """One document: encoded bytes as they lie in the shard, nothing decoded yet."""
 
     id: str
-    fields: Mapping[str, Mapping[str, Any]] = field(
+    fields: Mapping[str, JsonView] = field(
         default_factory=dict
     )  # field -> language -> str | list[str]
     images: tuple[bytes, ...] = ()
     audio: bytes | None = None
     video: bytes | None = None  # a film, of which a view of pictures shows some frames
-    extra: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # other JSON keys: group, held_out_tags, ...
+    extra: JsonView = field(default_factory=dict)  # other JSON keys: group, held_out_tags, ...
     # Position of the record that holds it in its own data set, and which of the record's parts it
     # is: 0, the record's own negatives from 1 on
     source: tuple[int, int] = (-1, 0)
@@ -64,7 +63,7 @@ class Record:
     negative_probability: float | None = (
         None  # sequences: how likely an item was to be drawn as a negative, 0..1
     )
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: JsonView = field(default_factory=dict)
 
 
 @dataclass
@@ -92,7 +91,7 @@ class EncoderInputs:
         is left out.
         """
         held = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        changed: dict[str, Any] = {name: change(value) for name, value in held.items()}
+        changed: JsonObject = {name: change(value) for name, value in held.items()}
         return replace(self, **changed)
 
     def tensors(self) -> list[Tensor]:

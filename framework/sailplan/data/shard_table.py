@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 from zlib import crc32
 
 import numpy as np
@@ -19,6 +19,7 @@ from sailplan.data.manifest import Entry
 from sailplan.data.shard_files import Shard, open_shard, state_of
 from sailplan.data.tar import BLOCK, SAMPLED_BLOCKS, HeldOut, RecordPlace, fingerprint, scan
 from sailplan.errors import BadDataError
+from sailplan.runtime.arrays import Array
 
 VERSION = 5  # of what the columns mean
 CHECK_BITS = 24
@@ -60,7 +61,7 @@ class ShardTable:
             what: (count, first) for what, (count, first) in self._columns.note["passed"].items()
         }
 
-    def part(self, name: str, low: int, high: int) -> NDArray[Any]:
+    def part(self, name: str, low: int, high: int) -> Array:
         """Return rows low .. high - 1 of a column."""
         try:
             return self._columns.part(name, low, high)
@@ -170,7 +171,7 @@ def scanned(shard: Shard, held_out: HeldOut | None) -> Entry:
     offsets = np.array([offset for _, offset, _ in members], dtype=np.int64)
     unit = BLOCK if not (offsets % BLOCK).any() else 1
     ids = [record.id for record in records]
-    arrays: dict[str, NDArray[Any]] = {
+    arrays: dict[str, Array] = {
         "splits": _narrow([splits[record.split] for record in records]),
         "ids": packed_strings(ids),
         "id_starts": _narrow(np.cumsum([0] + [len(name.encode()) + 1 for name in ids])),
@@ -239,7 +240,7 @@ def _content(records: Sequence[RecordPlace]) -> int:
     return int(hashlib.sha256(whole.encode()).hexdigest()[:16], 16)
 
 
-def _narrow(values: Sequence[int] | NDArray[np.int64]) -> NDArray[Any]:
+def _narrow(values: Sequence[int] | NDArray[np.int64]) -> Array:
     """Return whole numbers of 0 or more in the fewest bytes that hold all of them."""
     wide = np.asarray(values, dtype=np.int64)
     most = int(wide.max(initial=0))

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.kinds import Place, choose
 from sailplan.data.names import given, is_sidecar, readable, samples, split_name
 from sailplan.data.parse import parse_json
@@ -205,7 +206,7 @@ def _target(name: str, header: tarfile.TarInfo) -> str:
 
 
 def _read_identity(file: ShardFile, record: RecordPlace, held_out: HeldOut | None) -> None:
-    place, body = choose(record.members).json, dict[str, Any]()
+    place, body = choose(record.members).json, JsonObject()
     if place is not None:
         with suppress(ValueError):  # reported when the record is read, see RecordReader
             body = parse_json(file.scan_at(place[1], place[2]))

@@ -17,7 +17,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +24,11 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.config import TeacherConfig
 from sailplan.data.index import id_hash
 from sailplan.errors import BadDataError, ConfigurationError
+from sailplan.runtime.arrays import Array
 from sailplan.runtime.files import write_whole
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.turns import in_turns, meet, sum_over_ranks
@@ -88,14 +89,14 @@ def teacher_shape(name: str, config: TeacherConfig) -> TeacherShape:
 
 def build_teachers(
     parallel: Parallel, teachers: Mapping[str, TeacherConfig], folder: Path
-) -> dict[str, Any]:
+) -> JsonObject:
     """Index the teachers' files below `folder`; return rows and dimensions.
 
     Collective, the work is shared by all ranks.
 
     Raises BadDataError for another number of ids than vectors, and for an id that is there twice.
     """
-    manifest: dict[str, Any] = {}
+    manifest: JsonObject = {}
     for name, config in teachers.items():
         shape = teacher_shape(name, config)
         manifest[name] = {
@@ -122,9 +123,9 @@ class TeacherFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        self._open: dict[str, tuple[NDArray[Any], NDArray[np.uint64], NDArray[np.int64]]] = {}
+        self._open: dict[str, tuple[Array, NDArray[np.uint64], NDArray[np.int64]]] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}  # a mapped array would travel whole
 
     @property
@@ -157,7 +158,7 @@ class TeacherFiles:
             )
         return torch.from_numpy(result)
 
-    def _mapped(self, teacher: str) -> tuple[NDArray[Any], NDArray[np.uint64], NDArray[np.int64]]:
+    def _mapped(self, teacher: str) -> tuple[Array, NDArray[np.uint64], NDArray[np.int64]]:
         if teacher not in self._open:
             paths = (
                 Path(self.manifest[teacher]["vectors"]),

@@ -9,13 +9,13 @@ import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
 import tokenizers
 from PIL import Image
 
+from sailplan.config.fields import JsonObject, Options
 from sailplan.config.schema import (
     Config,
     DataConfig,
@@ -136,7 +136,7 @@ def wav(number: int, seconds: float = 0.4, rate: int = 8000) -> bytes:
     return file.getvalue()
 
 
-def item_body(number: int) -> dict[str, Any]:
+def item_body(number: int) -> JsonObject:
     first, second = WORDS[number % 16], WORDS[(number // 16 + number) % 16]
     return {
         "id": f"things/{number}",
@@ -246,7 +246,7 @@ def made_up_config(
             history_length=4,
         ),
     }
-    options: dict[str, Any] = {
+    options: Options = {
         "segment": 4,
         "window": 8,
         "max_tokens": 24,

@@ -15,10 +15,10 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
+from sailplan.config.fields import JsonView
 from sailplan.config.schema import DatasetConfig, ViewConfig
 from sailplan.data.order import keyed_integer
 from sailplan.data.tokens import TokenCache
@@ -39,7 +39,7 @@ def clean(text: str) -> str:
 
 
 def compose(
-    fields: Mapping[str, Mapping[str, Any]],
+    fields: Mapping[str, JsonView],
     view: ViewConfig,
     dataset: DatasetConfig,
     seed: int | None,
@@ -172,7 +172,7 @@ class Tokenizer:
         self._prompts: dict[str, list[int]] = {}
         self._known = TokenCache()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "max_tokens": self.max_tokens}
 
     def __setstate__(self, state: dict[str, object]) -> None:

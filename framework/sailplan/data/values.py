@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.names import given, is_given
 
 
@@ -110,7 +111,7 @@ def ids(record_id: str, body: Mapping[str, object], key: str) -> list[str]:
     return [str(given(entry)) for entry in listed(record_id, body, key)]
 
 
-def fields_of(record_id: str, fields: object) -> dict[str, dict[str, Any]]:
+def fields_of(record_id: str, fields: object) -> dict[str, JsonObject]:
     """Return every field as language -> str | list[str]; a bare value counts as English, one
     that is null as not there.
     """
@@ -121,10 +122,10 @@ def fields_of(record_id: str, fields: object) -> dict[str, dict[str, Any]]:
             record_id,
             f"fields is a {type(fields).__name__}, expected {{FIELD: {{LANGUAGE: text}}}}",
         )
-    result: dict[str, dict[str, Any]] = {}
+    result: dict[str, JsonObject] = {}
     for name, value in fields.items():
         languages = value if isinstance(value, dict) else {"en": value}
-        kept: dict[str, Any] = {}
+        kept: JsonObject = {}
         for language, entry in languages.items():
             if isinstance(entry, list):
                 entry = [part for part in entry if part is not None]

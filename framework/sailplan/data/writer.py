@@ -14,8 +14,8 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sailplan.config.fields import JsonObject
 from sailplan.errors import SailplanError
 
 _MEMBER = tarfile.TarInfo("x")  # mtime, uid and gid are 0 by default
@@ -35,7 +35,7 @@ class BuildError(SailplanError):
 class Record:
     """`body` becomes KEY.json, `webp` KEY.webp (64x64 RGB), `ogg` KEY.ogg (mono Opus)."""
 
-    body: dict[str, Any]
+    body: JsonObject
     webp: bytes | None = None
     ogg: bytes | None = None
 

@@ -18,12 +18,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sailplan.runtime.arrays import save
+from sailplan.config.fields import JsonView
+from sailplan.runtime.arrays import Array, save
 from sailplan.runtime.files import write_whole
 
 REQUEST, COMPLETE, STARTS, FIRSTS = "request.json", "complete.json", "starts.npy", "firsts.npy"
@@ -32,7 +32,7 @@ REQUEST, COMPLETE, STARTS, FIRSTS = "request.json", "complete.json", "starts.npy
 class Shards:
     """The shards of one request. `count` positions, `size` of them a shard."""
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, about: JsonView) -> None:
         self.folder, self.kinds = folder, tuple(about["kinds"])
         self.count, self.size = int(about["count"]), int(about["size"])
         self._starts: NDArray[np.int64] | None = None
@@ -66,9 +66,7 @@ class Shards:
         }
         return [shard for shard in range(len(self)) if shard not in there]
 
-    def write(
-        self, shard: int, rows: NDArray[np.int64], vectors: Mapping[str, NDArray[Any]]
-    ) -> None:
+    def write(self, shard: int, rows: NDArray[np.int64], vectors: Mapping[str, Array]) -> None:
         """Write a shard: rows int64 [k, 2] positions and ids; kind -> vectors [k, D]."""
         for kind in self.kinds:
             save(self._path(shard, kind), vectors[kind])
@@ -114,9 +112,9 @@ class Shards:
             {kind: np.concatenate(some) if some else empty for kind, some in parts.items()},
         )
 
-    def slice(self, start: int, stop: int, kinds: Sequence[str]) -> dict[str, NDArray[Any]]:
+    def slice(self, start: int, stop: int, kinds: Sequence[str]) -> dict[str, Array]:
         """Return rows start .. stop - 1 in the order of the shards: "rows" and kinds."""
-        found: dict[str, list[NDArray[Any]]] = {name: [] for name in ("rows", *kinds)}
+        found: dict[str, list[Array]] = {name: [] for name in ("rows", *kinds)}
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
             upto = min(stop, int(self.starts[shard + 1]))
@@ -130,7 +128,7 @@ class Shards:
             for name, parts in found.items()
         }
 
-    def take(self, shard: int, name: str, places: NDArray[np.int64] | None) -> NDArray[Any]:
+    def take(self, shard: int, name: str, places: NDArray[np.int64] | None) -> Array:
         """Return rows of one of a shard's arrays, None: all; a copy that keeps no file open."""
         path = self._path(shard, name)
         if places is None:

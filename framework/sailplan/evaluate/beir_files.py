@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sailplan.config.fields import JsonObject
 from sailplan.errors import BadDataError, ConfigurationError
 
 CORPUS, QUERIES, JUDGMENTS = "corpus.jsonl", "queries.jsonl", "qrels"
@@ -39,7 +40,7 @@ def check_folder(folder: Path, split: str) -> Path:
     return file
 
 
-def records(path: Path, part: int, parts: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def records(path: Path, part: int, parts: int) -> Iterator[tuple[int, JsonObject]]:
     """Yield (first byte, object) of the lines that start in this part of the file.
 
     Raises BadDataError for a bad line.
@@ -68,7 +69,7 @@ def ids_at(path: Path, places: Iterable[int]) -> dict[int, str]:
     return found
 
 
-def item(record: dict[str, Any], folder: Path) -> Any:
+def item(record: JsonObject, folder: Path) -> Any:
     """Return what is encoded: title and text with a space between, as BEIR joins them; with
     media a dict of both.
     """
@@ -106,7 +107,7 @@ def _is_grade(text: str) -> bool:
     return text.strip().lstrip("-").isdecimal()
 
 
-def _record(file: BinaryIO, path: Path, place: int) -> dict[str, Any] | None:
+def _record(file: BinaryIO, path: Path, place: int) -> JsonObject | None:
     """Return the object of the line at `place`, None of a blank line."""
     line = file.readline()
     if not line.strip():

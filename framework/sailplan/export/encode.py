@@ -23,9 +23,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sailplan.config.fields import JsonObject
 from sailplan.errors import BadDataError, ConfigurationError
 from sailplan.export.load import Model
 from sailplan.export.standalone.items import KEYS, SUFFIXES
+from sailplan.runtime.arrays import Array
 from sailplan.runtime.files import write_whole
 from sailplan.runtime.progress import progress
 
@@ -47,7 +49,7 @@ def encode_file(
     batch_size: int = 32,
     shard_rows: int = 8192,
     identity: str = "",
-) -> dict[str, Any]:
+) -> JsonObject:
     """Encode the items of `source` into `output`; return rows, dimensions and the shards that
     were encoded now.
 
@@ -161,9 +163,7 @@ def _scale(parts: Path, vectors: NDArray[np.float32], number: int) -> float:
     return float(json.loads((parts / SCALE).read_text(encoding="utf-8")))
 
 
-def quantised(
-    vectors: NDArray[np.float32], precision: Precision, scale: float = 127.0
-) -> NDArray[Any]:
+def quantised(vectors: NDArray[np.float32], precision: Precision, scale: float = 127.0) -> Array:
     """Return vectors [n, D] in a smaller type: float16, int8 [n, D] times `scale`, or uint8 [n,
     ceil(D / 8)] of bits.
     """

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sailplan.checkpoint.exported import DESCRIPTION, is_exported
 from sailplan.config.components import fill
+from sailplan.config.fields import JsonView
 from sailplan.config.schema import (
     Config,
     DataConfig,
@@ -136,9 +137,7 @@ class Model:
             )
         return self.prompts[view]
 
-    def _encoded(
-        self, items: Sequence[Mapping[str, Any]], kind: tuple[str, ...], prompt: str
-    ) -> Tensor:
+    def _encoded(self, items: Sequence[JsonView], kind: tuple[str, ...], prompt: str) -> Tensor:
         modalities: list[Modality] = list(kind)  # type: ignore[arg-type]
         view = ViewConfig(modalities=modalities, fields=[FIELD], prompt=prompt)
         rows = []

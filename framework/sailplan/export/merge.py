@@ -13,7 +13,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from sailplan.checkpoint.exported import DESCRIPTION, WEIGHTS, Entries, Exported
 from sailplan.checkpoint.loading import WholeCheckpoint
 from sailplan.checkpoint.seal import is_complete
 from sailplan.checkpoint.store import newest
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 from sailplan.export.weights import begin, describe, finish
@@ -160,9 +160,7 @@ def _shown(entry: tuple[tuple[int, ...], torch.dtype]) -> str:
     return f"{list(entry[0])} {str(entry[1]).removeprefix('torch.')}"
 
 
-def _description(
-    sources: Sequence[Path], config: Config | None
-) -> tuple[dict[str, Any], Path | None]:
+def _description(sources: Sequence[Path], config: Config | None) -> tuple[JsonObject, Path | None]:
     """Return the content of model.json, and the exported folder whose other files go with it;
     None: the configuration's.
     """
@@ -174,5 +172,5 @@ def _description(
             "merge: found checkpoints only, expected --run-folder of the run that they belong to, "
             "for the model's shape and prompts"
         )
-    description: dict[str, Any] = json.loads((exported / DESCRIPTION).read_text(encoding="utf-8"))
+    description: JsonObject = json.loads((exported / DESCRIPTION).read_text(encoding="utf-8"))
     return description | {"checkpoint": "merged"}, exported

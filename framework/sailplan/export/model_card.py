@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config
 from sailplan.export.prompts import named_views
 
@@ -91,7 +91,7 @@ def _results(run: Path | None) -> list[str]:
     files = sorted((run / "evaluation").glob("step-*.json")) if run is not None else []
     if not files:
         return []
-    found: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+    found: JsonObject = json.loads(files[-1].read_text(encoding="utf-8"))
     rows = [
         f"| {task} | {name} | {value:.4g} |"
         for task, metrics in found.get("tasks", {}).items()

@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from torch import Tensor
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config, ModelConfig
 from sailplan.errors import ConfigurationError
 from sailplan.export.bundle import OMNI, bundle
@@ -82,7 +83,7 @@ def tokenizer_of(file: Path) -> Any:
             f"data.tokenizer={file}: no such file; an export needs the tokenizer that the run was "
             "trained with"
         )
-    named: dict[str, Any] = {}
+    named: JsonObject = {}
     beside = file.with_name("tokenizer_config.json")
     if beside.is_file():
         found = json.loads(beside.read_text(encoding="utf-8"))

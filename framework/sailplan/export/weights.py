@@ -17,7 +17,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +26,7 @@ from sailplan.checkpoint.loading import WholeCheckpoint
 from sailplan.checkpoint.seal import is_complete
 from sailplan.config.components import fill
 from sailplan.config.encoders import chosen
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config, EncoderConfig
 from sailplan.errors import ConfigurationError
 from sailplan.model.component import EncoderComponent
@@ -127,7 +127,7 @@ def save_weights(weights: Mapping[str, Tensor], out: Path) -> None:
     )
 
 
-def describe(config: Config, checkpoint: str) -> dict[str, Any]:
+def describe(config: Config, checkpoint: str) -> JsonObject:
     """The content of model.json. checkpoint: name of what the weights come from."""
     return {
         "model": asdict(config.model),
@@ -142,7 +142,7 @@ def describe(config: Config, checkpoint: str) -> dict[str, Any]:
     }
 
 
-def load_exported(folder: Path) -> tuple[Encoder, dict[str, Any]]:
+def load_exported(folder: Path) -> tuple[Encoder, JsonObject]:
     """Return (encoder in evaluation mode on the CPU, content of model.json).
 
     Raises ConfigurationError for a folder that is no export.

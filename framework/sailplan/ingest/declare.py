@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from sailplan.config.compose import choices, own_folder
+from sailplan.config.fields import JsonObject, JsonView
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.files import write_whole
 
@@ -42,17 +42,15 @@ def target_file(name: str, group: str = "data") -> Path:
     return own
 
 
-def items(
-    media: Collection[str], fields: Sequence[str], *, catalogue: bool = False
-) -> dict[str, Any]:
+def items(media: Collection[str], fields: Sequence[str], *, catalogue: bool = False) -> JsonObject:
     """Return the views and patterns of an items data set.
 
     media: roles that its records have; fields: of text, a caption first.
 
     catalogue: items that other data sets refer to: texts alone then make no pattern of their own.
     """
-    views: dict[str, Any] = {}
-    patterns: dict[str, Any] = {}
+    views: JsonObject = {}
+    patterns: JsonObject = {}
     shown = list(
         dict.fromkeys(MODALITY[role] for role in ("image", "video", "audio") if role in media)
     )
@@ -82,7 +80,7 @@ def items(
     return {"kind": "items", "views": views, "patterns": patterns}
 
 
-def pairs(sides: Mapping[str, Collection[str]], negatives: int) -> dict[str, Any]:
+def pairs(sides: Mapping[str, Collection[str]], negatives: int) -> JsonObject:
     """Return a data set of pairs that hold their items. sides: query and target -> modalities."""
     views = {}
     for side, modalities in sides.items():
@@ -92,7 +90,7 @@ def pairs(sides: Mapping[str, Collection[str]], negatives: int) -> dict[str, Any
             | ({"fields": ["text"]} if "text" in shown else {})
             | {"prompt": side}
         )
-    body: dict[str, Any] = {
+    body: JsonObject = {
         "kind": "pairs",
         "views": views,
         "patterns": {"query_to_target": {"query": "query", "target": "target"}},
@@ -100,9 +98,7 @@ def pairs(sides: Mapping[str, Collection[str]], negatives: int) -> dict[str, Any
     return body | ({"negatives": min(negatives, MOST_NEGATIVES)} if negatives else {})
 
 
-def pairs_by_id(
-    catalogue: str, item_views: Mapping[str, Any], negatives: int = 0
-) -> dict[str, Any]:
+def pairs_by_id(catalogue: str, item_views: JsonView, negatives: int = 0) -> JsonObject:
     """Return a data set of text queries and ids of a catalogue's items."""
     views = {
         "query": {"of": "query", "modalities": ["text"], "fields": ["text"], "prompt": "query"},
@@ -117,7 +113,7 @@ def pairs_by_id(
     return body | ({"negatives": min(negatives, MOST_NEGATIVES)} if negatives else {})
 
 
-def sequences(catalogue: str, item_views: Mapping[str, Any]) -> dict[str, Any]:
+def sequences(catalogue: str, item_views: JsonView) -> JsonObject:
     """Return a data set of histories over a catalogue."""
     views = {
         "history": {"of": "history", **item_views["item"]},
@@ -141,7 +137,7 @@ def write(
     language: str,
 ) -> None:
     """Write a data set's YAML."""
-    content: dict[str, Any] = {"shards": shards, "kind": body["kind"]}
+    content: JsonObject = {"shards": shards, "kind": body["kind"]}
     content |= {"held_out": {"fraction": held_out, "by": by}} if held_out else {}
     content |= {"language_weights": {language: 1.0}} | {
         key: value for key, value in body.items() if key != "kind"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.names import given
 from sailplan.data.tar import HeldOut
 from sailplan.ingest.columns import Columns, number, seconds
@@ -131,7 +132,7 @@ class WriteHistories:
         events = events[-LONGEST:]
         if len({event[0] for event in events if event[2] != 0}) < 2:
             return None
-        body: dict[str, Any] = {"id": user, "items": [event[0] for event in events]}
+        body: JsonObject = {"id": user, "items": [event[0] for event in events]}
         if self.timed:
             body["times"] = [event[1] for event in events]
         if any(event[2] is not None for event in events):

@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.shards import resolve
 from sailplan.data.tar import HeldOut
 from sailplan.errors import ConfigurationError
@@ -306,7 +307,7 @@ def _by(columns: Columns) -> str:
     return "source" if any(role in columns.roles for role in MEDIA_ROLES) else "id"
 
 
-def _body(columns: Columns, rows: Sequence[Row], *, catalogue: bool = False) -> dict[str, Any]:
+def _body(columns: Columns, rows: Sequence[Row], *, catalogue: bool = False) -> JsonObject:
     """The data set's views and patterns."""
     if columns.kind == "items":
         return declare.items(

@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from sailplan.config.fields import JsonObject
 from sailplan.errors import BadDataError, ConfigurationError
 from sailplan.ingest.media import Check
 from sailplan.ingest.work import STATE, Outcome, Workshop
@@ -50,7 +50,7 @@ class ImportOptions:
         """Return the folder that names of files are relative to, where it was given."""
         return None if self.media is None else Path(self.media)
 
-    def identity(self, files: Iterable[str]) -> dict[str, Any]:
+    def identity(self, files: Iterable[str]) -> JsonObject:
         """Return what the bytes depend on."""
         names = (
             "source",
@@ -64,7 +64,7 @@ class ImportOptions:
             "check",
             "score_maximum",
         )
-        found: dict[str, Any] = {name: getattr(self, name) for name in names} | {
+        found: JsonObject = {name: getattr(self, name) for name in names} | {
             "columns": dict(self.columns)
         }
         for name in files:
@@ -80,8 +80,8 @@ class Result:
     Kept as import.json.
     """
 
-    job: dict[str, Any]
-    sets: dict[str, dict[str, Any]] = field(
+    job: JsonObject
+    sets: dict[str, JsonObject] = field(
         default_factory=dict
     )  # name -> train, held_out, scored, ... of each data set
     rows: int = 0

@@ -13,11 +13,12 @@ import csv
 import gzip
 import io
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
+from sailplan.config.fields import JsonView
 from sailplan.data.kinds import kind_of
 from sailplan.data.parse import decode_text, parse_json, wide_encoding
 from sailplan.errors import BadDataError, ConfigurationError
@@ -118,7 +119,7 @@ class JsonPart:
 
     def rows(self) -> Iterator[Row]:
         for number, (line, content, repaired) in enumerate(self.lines, self.first):
-            values: Mapping[str, Any] = {}
+            values: JsonView = {}
             problem = None
             try:
                 values = parse_json(content)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.names import given, readable
 from sailplan.data.parse import whole
 from sailplan.ingest.columns import Columns, is_text, number
@@ -23,7 +24,7 @@ TAKEN = ("id", "split", "fields", "held_out_tags")  # keys of a record's JSON th
 class Record:
     """A record: its JSON, and its media by extension."""
 
-    body: dict[str, Any]
+    body: JsonObject
     media: dict[str, bytes]
 
     def members(self) -> dict[str, bytes]:
@@ -61,7 +62,7 @@ class RecordMaker:
         """
         if row.problem is not None:
             raise Dropped(row.problem)
-        body: dict[str, Any] = {"id": given(self.columns.of("id", row)) or readable(row.id)}
+        body: JsonObject = {"id": given(self.columns.of("id", row)) or readable(row.id)}
         own = given(self.columns.of("split", row))
         if own is not None or split is not None:
             body["split"] = split_name(own) if own is not None else split
@@ -168,7 +169,7 @@ class RecordMaker:
             )
         return found / self.score_maximum
 
-    def text(self, value: object) -> dict[str, Any] | None:
+    def text(self, value: object) -> JsonObject | None:
         """Return {LANGUAGE: text or texts} of a cell; None for an empty one."""
         if not given_any(value):
             return None

@@ -6,9 +6,11 @@ Arrow file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
+
+from sailplan.config.fields import JsonView
 
 
 class Dropped(Exception):
@@ -25,7 +27,7 @@ class Row:
     file: str  # as it is named in messages and ids: relative to the source
     line: int  # from 1: of a text file the line where the row begins, else the row's number
     number: int  # of the row in its file, from 0
-    values: Mapping[str, Any]
+    values: JsonView
     problem: str | None = None
     repaired: bool = False  # its bytes were no text of the encoding that they seem to be in
 

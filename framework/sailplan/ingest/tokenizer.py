@@ -14,8 +14,9 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.kinds import kind_of
 from sailplan.data.names import readable, split_name
 from sailplan.data.parse import decode_text, parse_json
@@ -51,7 +52,7 @@ def training_texts(
 
 def _texts(shard: Shard, held_out: HeldOut | None) -> Iterator[str]:
     """Texts of a shard's training records, read from its beginning."""
-    key, body, captions = "", dict[str, Any](), list[str]()
+    key, body, captions = "", JsonObject(), list[str]()
     with (
         open_shard(shard) as file,
         tarfile.open(fileobj=cast(BinaryIO, file), mode="r|") as archive,

@@ -27,6 +27,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
+from sailplan.config.fields import Options
 from sailplan.data.packing import Runs
 
 HALF = (torch.bfloat16, torch.float16)
@@ -170,7 +171,7 @@ def _by_cumulative_lengths(
 ) -> Tensor:
     ((attend, knows_groups),) = _VARLEN
     groups = query.size(1) // key.size(1)
-    options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
+    options: Options = {"window_size": (-1, 0) if causal else (-1, -1)}
     if groups > 1 and knows_groups:
         options["enable_gqa"] = True
     elif groups > 1:

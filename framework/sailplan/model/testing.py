@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from sailplan.config.fields import Options
 from sailplan.config.schema import (
     AudioConfig,
     ModelConfig,
@@ -42,7 +43,7 @@ def small_config(
     def shape(layers: int, key_value_heads: int | None = None) -> TransformerShape:
         return TransformerShape(layers, 16, 4, key_value_heads, 24, dropout, query_key_norm)
 
-    chosen: dict[str, dict[str, Any]] = {
+    chosen: dict[str, Options] = {
         "siglip2": {"backbone": "siglip2", "position_grid": 3},
         "published": {
             "backbone": "published",
@@ -67,7 +68,7 @@ def small_config(
     )
 
 
-def published_pictures(model_type: str) -> dict[str, Any]:
+def published_pictures(model_type: str) -> Options:
     """The content of a tiny config.json, for pictures of 12 pixels in patches of 4."""
     return {
         "model_type": model_type,
@@ -198,7 +199,7 @@ def join_layout(tensor_parallel: int) -> Parallel:
 def rows_of(inputs: OmniInputs, start: int, stop: int) -> OmniInputs:
     """Rows start..stop of a micro-batch (none, where start is past the end)."""
     tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-    changes: dict[str, Any] = {"packing": None} | {
+    changes: Options = {"packing": None} | {
         name: value[start:stop]
         for name, value in tensors.items()
         if isinstance(value, torch.Tensor)

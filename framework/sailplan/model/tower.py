@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 
+from sailplan.config.fields import Options
 from sailplan.config.schema import AudioConfig, ModelConfig, VisionConfig
 from sailplan.data.config import MODALITIES
 from sailplan.data.packing import (
@@ -453,7 +453,7 @@ class OmniEncoder(Encoder):
 
 def _one_absent_row(inputs: OmniInputs) -> OmniInputs:
     """One row with nothing present, in the shapes of an empty micro-batch."""
-    changes: dict[str, Any] = {}
+    changes: Options = {}
     for name in (
         "images",
         "image_mask",

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import DatasetConfig, PatternKey, ViewConfig
 from sailplan.data.record import HardNegatives
 from sailplan.errors import ConfigurationError
@@ -129,7 +129,7 @@ class Contrast:
 
     weight: float
     label: str
-    arguments: dict[str, Any]  # of sailplan_kernels.infonce; vectors as they were encoded
+    arguments: JsonObject  # of sailplan_kernels.infonce; vectors as they were encoded
 
 
 def contrast(

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from sailplan.config.fields import JsonView
 
 Value = (
     float | int | str
 )  # one measured value; strings for names and digests ("data/set", "data/digest")
 Results = Mapping[str, Mapping[str, float]]  # task -> metric -> value
 Examples = Mapping[
-    str, Sequence[Mapping[str, Any]]
+    str, Sequence[JsonView]
 ]  # task -> [{"query": item, "results": [item with "score", "correct"]}]
 
 
@@ -46,7 +47,7 @@ class RunInfo:
     """The run that is logged."""
 
     folder: Path  # runs/NAME
-    settings: Mapping[str, Any] = field(default_factory=dict)  # the resolved configuration
+    settings: JsonView = field(default_factory=dict)  # the resolved configuration
     resumed_step: int | None = (
         None  # the checkpoint's step when a run is continued; None for a fresh start
     )

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from typing import Any
 
+from sailplan.config.fields import JsonView
 from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
 from sailplan.runtime.files import write_whole
 
@@ -65,7 +65,7 @@ class MLflowLogger(Logger):
             },
         )
 
-    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+    def _log(self, step: int, values: JsonView) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sailplan.config.fields import Options
 from sailplan.config.schema import OptimizerConfig
 from sailplan.data.record import StepBatch
 from sailplan.model.parallelize import shard
@@ -198,7 +199,7 @@ def _reference(
     weights: dict[str, float],
     datasets: Sequence[str],
     change: Change | None,
-    options: dict[str, Any],
+    options: Options,
 ) -> tuple[float, dict[str, Tensor]]:
     join_layout(1)
     loss, gradients = full_batch_gradients(weights, datasets=datasets, change=change, **options)
@@ -225,7 +226,7 @@ def _layout(
     cases: Sequence[tuple[int, int]],
     expected: tuple[float, dict[str, Tensor]],
     weights: dict[str, float],
-    options: dict[str, Any],
+    options: Options,
 ) -> list[Row]:
     parallel = join_layout(tensor_parallel)
     rows = []
@@ -274,8 +275,8 @@ def _trajectory(
     tensor_parallel: int,
     micro_batches: int,
     steps: int,
-    layout: dict[str, Any],
-) -> tuple[list[float], dict[str, Any]]:
+    layout: Options,
+) -> tuple[list[float], Options]:
     parallel = join_layout(tensor_parallel)
     step = build_step(parallel, **layout)
     losses = []

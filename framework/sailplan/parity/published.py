@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sailplan.config.fields import Options
 from sailplan.data.record import NamedInputs
 from sailplan.model.encoders.transformers import TransformersConfig
 from sailplan.model.encoders.transformers.processor import PRESENT, RECORDINGS
@@ -29,7 +30,7 @@ _STACK = {
 }
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TEXT, BOTH = ["text"], ["text", "vision"]
-TINY: dict[str, tuple[list[str], dict[str, Any]]] = {  # model type -> modalities, its configuration
+TINY: dict[str, tuple[list[str], Options]] = {  # model type -> modalities, its configuration
     "bert": (TEXT, {"vocab_size": VOCABULARY, **_STACK, **_NO_DROPOUT}),
     "clip": (
         BOTH,

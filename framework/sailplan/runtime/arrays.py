@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Array = NDArray[Any]  # of whichever numbers a file or a caller holds
 
-def save(path: Path, array: NDArray[Any]) -> None:
+
+def save(path: Path, array: Array) -> None:
     """Write an array, whole or not at all."""
     temporary = path.with_suffix(f".tmp-{os.getpid()}")
     with open(temporary, "wb") as file:
@@ -33,7 +35,7 @@ class SharedArray:
         np.lib.format.open_memmap(temporary, mode="w+", dtype=self.dtype, shape=self.shape)
         os.replace(temporary, self.path)
 
-    def write(self, first: int, rows: NDArray[Any]) -> None:
+    def write(self, first: int, rows: Array) -> None:
         """Write rows from number `first` on."""
         if not len(rows):
             return

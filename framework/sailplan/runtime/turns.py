@@ -26,6 +26,7 @@ from sailplan.errors import (
     StopRequested,
 )
 from sailplan.runtime.agreement import named_ranks
+from sailplan.runtime.arrays import Array
 from sailplan.runtime.environment import host_name
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.progress import progress
@@ -126,7 +127,7 @@ def everywhere(parallel: Parallel, what: str, work: Callable[[], Value]) -> Valu
     raise kind(text) from refused
 
 
-def sum_over_ranks(values: NDArray[Any]) -> NDArray[Any]:
+def sum_over_ranks(values: Array) -> Array:
     """Return the element-wise sum of an array of numbers over all ranks.
 
     Collective; the shape is the same on all ranks.

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sailplan.config.fields import Options
 from sailplan.config.schema import Config, OptimizerConfig, StageOptimizerConfig
 from sailplan.config.targets import check_options, class_at
 from sailplan.errors import ConfigurationError
@@ -186,7 +187,7 @@ def _learned_numbers(objectives: nn.Module, temperatures: nn.Module) -> dict[int
 def _build(
     cls: type[torch.optim.Optimizer], groups: list[dict[str, object]], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    options: Mapping[str, Any] = (
+    options: Options = (
         {"fused": True} | config.options if issubclass(cls, FUSED_BY_DEFAULT) else config.options
     )
     make: Any = cls

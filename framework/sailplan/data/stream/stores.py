@@ -29,6 +29,7 @@ from obstore.exceptions import (
 )
 from obstore.store import from_url
 
+from sailplan.config.fields import JsonObject
 from sailplan.data.stream.address import scheme, split
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts
@@ -65,7 +66,7 @@ class Stores:
         """deadline: seconds for all attempts of a request. timeout: without a byte, of one."""
         self.deadline, self.timeout = deadline, timeout
         self.counts: Counter[str] = Counter()
-        self._stores: dict[str, Any] = {}
+        self._stores: JsonObject = {}
 
     async def head(self, url: str) -> tuple[int, int]:
         """Return size in bytes and version of what lies at a URL."""

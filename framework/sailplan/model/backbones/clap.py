@@ -24,12 +24,12 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import AudioConfig, ModelConfig, SwinShape
 from sailplan.model.audio import mean_of_chunks
 from sailplan.model.backbones.weight_map import Entry, WeightMap, same
@@ -331,7 +331,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
     )
 
 
-def unsupported(found: dict[str, Any]) -> str | None:
+def unsupported(found: JsonObject) -> str | None:
     found = found.get("audio_config", found)
     if found.get("enable_fusion", False):
         return "enable_fusion is true: expected weights without fusion, such as laion/clap-htsat-unfused; set audio=clap_fusion for these"
@@ -348,7 +348,7 @@ def unsupported(found: dict[str, Any]) -> str | None:
     return None
 
 
-def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
+def expected(config: ModelConfig, found: JsonObject) -> dict[str, tuple[str, object, object]]:
     """config.json's key -> (our key, our value, the value there); a key that is not there has
     transformers' default.
     """

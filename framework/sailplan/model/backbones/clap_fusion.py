@@ -18,12 +18,12 @@ The batch norms keep their published statistics, as that of the input (see `clap
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import AudioConfig, ModelConfig, SwinShape
 from sailplan.model.backbones import clap
 from sailplan.model.backbones.clap import EPSILON, ClapAudioEncoder, ClapTower, draw
@@ -174,7 +174,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
     return WeightMap((*plain.entries, *entries), plain.anchor, left_out, plain.constants)
 
 
-def unsupported(found: dict[str, Any]) -> str | None:
+def unsupported(found: JsonObject) -> str | None:
     found = found.get("audio_config", found)
     if not found.get("enable_fusion", False):
         return "enable_fusion is false: expected weights with fusion, such as laion/clap-htsat-fused; set audio=clap for these"

@@ -10,12 +10,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sailplan.config.fields import JsonObject
 from sailplan.errors import ConfigurationError
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -58,12 +58,12 @@ class PublishedFolder:
         or another type than DTYPES.
         """
         self.key, self.path = key, resolve(key, place)
-        self.config: dict[str, Any] = self._json(CONFIG)
+        self.config: JsonObject = self._json(CONFIG)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.files: dict[str, str] = {}
         self.bytes_read = self.largest_read = 0
-        self._opened: dict[str, Any] = {}
+        self._opened: JsonObject = {}
         if (self.path / INDEX).is_file():
             listed: dict[str, str] = self._json(INDEX)["weight_map"]
         elif (self.path / SINGLE).is_file():
@@ -89,7 +89,7 @@ class PublishedFolder:
                         f"of {', '.join(DTYPES)}"
                     )
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def _json(self, name: str) -> JsonObject:
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

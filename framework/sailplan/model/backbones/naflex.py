@@ -15,11 +15,10 @@ grid of positions.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import ModelConfig, VisionConfig
 from sailplan.model.attention import Sequences
 from sailplan.model.backbones.plain import Names, block_entries, expected_shape
@@ -112,7 +111,7 @@ def unsupported(found: dict[str, object]) -> str | None:
     return None
 
 
-def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
+def expected(config: ModelConfig, found: JsonObject) -> dict[str, tuple[str, object, object]]:
     """config.json's key -> (our key, our value, the value there); a key that is not there has
     SigLIP2 base's value.
     """

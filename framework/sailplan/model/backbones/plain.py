@@ -4,8 +4,9 @@ every position attending to all, a feed-forward of two matrices."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import TransformerShape
 from sailplan.model.backbones.weight_map import Entry, Piece, grouped, same
 
@@ -47,7 +48,7 @@ def block_entries(
 def expected_shape(
     key: str,
     shape: TransformerShape,
-    found: dict[str, Any],
+    found: JsonObject,
     sizes: dict[str, tuple[str, int]],
     activation: tuple[str, str],
     epsilon: float,

@@ -8,8 +8,7 @@ language-model head is left out.
 
 from __future__ import annotations
 
-from typing import Any
-
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import ModelConfig
 from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap, grouped, same
 from sailplan.model.blocks import head_size
@@ -57,7 +56,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
     )
 
 
-def _rope(found: dict[str, Any]) -> dict[str, Any]:
+def _rope(found: JsonObject) -> JsonObject:
     """rope_parameters, or what older files have in its place."""
     return found.get("rope_parameters") or {
         "rope_theta": found.get("rope_theta", 10000.0),
@@ -65,7 +64,7 @@ def _rope(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def unsupported(found: dict[str, Any]) -> str | None:
+def unsupported(found: JsonObject) -> str | None:
     found = found.get("text_config", found)
     rope = _rope(found)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -76,7 +75,7 @@ def unsupported(found: dict[str, Any]) -> str | None:
     return None
 
 
-def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
+def expected(config: ModelConfig, found: JsonObject) -> dict[str, tuple[str, object, object]]:
     """config.json's key -> (our key, our value, the value there), for what the tensors' shapes
     do not tell.
     """

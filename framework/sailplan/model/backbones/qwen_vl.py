@@ -18,14 +18,13 @@ hidden.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import ModelConfig, TransformerShape, VisionConfig
 from sailplan.model.backbones.plain import Names, block_entries, expected_shape
 from sailplan.model.backbones.weight_map import Entry, Piece, WeightMap, same
@@ -212,7 +211,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
     )
 
 
-def unsupported(found: dict[str, Any]) -> str | None:
+def unsupported(found: JsonObject) -> str | None:
     found = found.get("vision_config", found)
     if found.get("temporal_patch_size", FRAMES) != FRAMES:
         return (
@@ -221,7 +220,7 @@ def unsupported(found: dict[str, Any]) -> str | None:
     return None
 
 
-def expected(config: ModelConfig, found: dict[str, Any]) -> dict[str, tuple[str, object, object]]:
+def expected(config: ModelConfig, found: JsonObject) -> dict[str, tuple[str, object, object]]:
     """config.json's key -> (our key, our value, the value there); a key that is not there has
     transformers' default.
     """

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sailplan.config.fields import Options
 from sailplan.data.record import NamedInputs
 from sailplan.errors import ConfigurationError
 from sailplan.model.encoders.transformers.alone import keep_statistics
@@ -270,7 +271,7 @@ def add_lora(model: nn.Module, lora: PeftConfig) -> None:
             "install peft"
         ) from error
     targets: Any = "all-linear" if "all-linear" in lora.targets else list(lora.targets)
-    options: dict[str, Any] = {
+    options: Options = {
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,

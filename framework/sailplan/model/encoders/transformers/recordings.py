@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import DataConfig
 from sailplan.data import audio, video
 from sailplan.data.cache import ByteCache
@@ -136,7 +137,7 @@ class Recordings:
         return torch.from_numpy(np.concatenate([one[name] for one in made])).float()
 
     @cached_property
-    def _padding(self) -> dict[str, Any]:
+    def _padding(self) -> JsonObject:
         """Options for an extractor that makes as many values as it gets, as those of raw samples
         do; others fill up by themselves.
         """

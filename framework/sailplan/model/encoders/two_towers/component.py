@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import Config, ParallelConfig
 from sailplan.data.processor import Processor
 from sailplan.model.component import EncoderComponent
@@ -60,7 +61,7 @@ class TwoTowersComponent(EncoderComponent):
         self.skeleton(ParallelConfig())
 
     def exported(self, weights: dict[str, Tensor]) -> tuple[TwoTowersConfig, dict[str, Tensor]]:
-        towers: dict[str, Any] = {}
+        towers: JsonObject = {}
         found: dict[str, Tensor] = {}
         for name in self.model.towers:
             begins = f"towers.{name}."

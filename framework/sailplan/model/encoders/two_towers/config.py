@@ -5,9 +5,10 @@ projected to.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sailplan.config.encoders import encoder
+from sailplan.config.fields import Options
 from sailplan.data.config import MODALITIES, Modality
 from sailplan.errors import ConfigurationError
 from sailplan.model.config import EncoderConfig
@@ -51,7 +52,7 @@ class TwoTowersConfig(EncoderConfig):
     def tower(self, modality: Modality) -> TransformersConfig:
         """Return the settings of one tower: text, vision or audio."""
         own: TransformersConfig = getattr(self, modality)
-        shared: dict[str, Any] = {
+        shared: Options = {
             "embedding": self.embedding,
             "prefixes": self.prefixes,
             "projection": True,
