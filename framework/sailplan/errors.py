@@ -6,7 +6,6 @@ Every message is one line: what key or file, what was found, what was expected, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
@@ -40,7 +39,7 @@ class BadDataError(SailplanError):
         super().__init__(message)
         self.samples = list(samples)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return BadDataError, (str(self), self.samples)
 
 

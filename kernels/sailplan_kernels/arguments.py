@@ -160,6 +160,7 @@ _OF_NEGATIVES = {
     "key_negatives": "keys",
     "max_negative_score": "max_cosine",
 }
+Call = dict[str, Any]  # arguments of a loss by name: tensors, groups of them, options
 _PLACES = {
     field.name: (name, field.name)
     for name, group in GROUPS.items()
@@ -168,15 +169,15 @@ _PLACES = {
 } | {name: ("negatives", field) for name, field in _OF_NEGATIVES.items()}
 
 
-def grouped(flat: Mapping[str, Any]) -> dict[str, Any]:
+def grouped(flat: Call) -> Call:
     """Return the arguments of a loss from a mapping of one name each, as version 0.1.0 had them.
 
     The names are those of the groups' fields, of Negatives' those of ``_OF_NEGATIVES``;
     positive_ids stands for PositiveIds, and prefix_weights beside prefixes for a mapping. What is
     neither is returned as it is. Raises TypeError where a group is given beside a field of it.
     """
-    call: dict[str, Any] = {}
-    groups: dict[str, dict[str, Any]] = {}
+    call: Call = {}
+    groups: dict[str, Call] = {}
     for name, value in flat.items():
         if name in _PLACES:
             group, field = _PLACES[name]
@@ -194,7 +195,7 @@ def grouped(flat: Mapping[str, Any]) -> dict[str, Any]:
     return call
 
 
-def with_former(call: dict[str, object], former: Mapping[str, object]) -> dict[str, Any]:
+def with_former(call: Call, former: Call) -> Call:
     """Return a call with arguments of version 0.1.0 in their groups. Raises TypeError for others."""
     given = {name: value for name, value in call.items() if value is not None}
     known = {name for name, (group, _) in _PLACES.items() if group in call}

@@ -17,21 +17,23 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sailplan_kernels.arguments import GROUPS, grouped
+from sailplan_kernels.arguments import GROUPS, Call, grouped
 from sailplan_kernels.exchange import EXCHANGES, Local
-from sailplan_kernels.infonce import infonce
-from sailplan_kernels.sigmoid import sigmoid
+from sailplan_kernels.infonce import InfoNCEOutput, infonce
+from sailplan_kernels.sigmoid import SigmoidOutput, sigmoid
 from sailplan_kernels.testing import run_ranks
 
 BEGIN, END = "<!-- options:begin -->", "<!-- options:end -->"
 N, M, D, H = 6, 8, 16, 2
 BACKENDS = ("reference", "chunked", "triton")
-LOSSES: dict[str, Callable[..., Any]] = {"infonce": infonce, "sigmoid": sigmoid}
+LOSSES: dict[str, Callable[..., InfoNCEOutput | SigmoidOutput]] = {
+    "infonce": infonce,
+    "sigmoid": sigmoid,
+}
 LEAVES = ("queries", "keys", "hard_negatives", "temperature", "bias")
 ALWAYS = {
     "queries",
@@ -43,7 +45,7 @@ ALWAYS = {
 }  # in every row, or rows or columns themselves
 
 
-def samples(n: int = N, m: int = M, d: int = D) -> list[tuple[str, dict[str, Any]]]:
+def samples(n: int = N, m: int = M, d: int = D) -> list[tuple[str, Call]]:
     """(what the table calls it, arguments), for n queries and m keys of d dimensions (a multiple
     of 4).
     """
@@ -110,9 +112,7 @@ def samples(n: int = N, m: int = M, d: int = D) -> list[tuple[str, dict[str, Any
     ]
 
 
-def arguments(
-    loss: str, options: dict[str, Any], n: int = N, m: int = M, d: int = D
-) -> dict[str, Any]:
+def arguments(loss: str, options: Call, n: int = N, m: int = M, d: int = D) -> Call:
     """A whole call; trained-like embeddings, every float input a leaf that wants its gradient.
 
     Sizes as in `samples`.
@@ -138,7 +138,7 @@ def arguments(
     }
 
 
-def outcome(loss: str, call: dict[str, Any], **more: Any) -> list[Tensor]:
+def outcome(loss: str, call: Call, **more: object) -> list[Tensor]:
     """Loss and gradients, detached, in float64."""
     out = LOSSES[loss](**grouped(call | more))
     out.loss.backward()
@@ -159,9 +159,10 @@ def same(found: list[Tensor], expected: list[Tensor], half: bool) -> bool:
 def knows(loss: str, options: Mapping[str, object]) -> bool:
     """Whether the loss has all these arguments."""
     by_id = loss == "infonce"
-    return set(grouped(options)) <= {*inspect.signature(LOSSES[loss]).parameters, "dtype"} and (
-        by_id or "positive_ids" not in options
-    )
+    return set(grouped(dict(options))) <= {
+        *inspect.signature(LOSSES[loss]).parameters,
+        "dtype",
+    } and (by_id or "positive_ids" not in options)
 
 
 def cell(loss: str, backend: str, options: dict[str, object]) -> str:
@@ -207,7 +208,7 @@ def exchange_cell(loss: str, backend: str, exchange: type) -> str:
     )
 
 
-def half_of(call: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
+def half_of(call: Call, rank: int, world_size: int) -> Call:
     rows = slice(rank * N // world_size, (rank + 1) * N // world_size)
     return {
         **call,

@@ -64,7 +64,7 @@ def run_ranks(
 def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
     deadline = time.monotonic() + timeout
     waiting = {receiver: rank for rank, receiver in enumerate(receivers)}
-    results: list[Any] = [None] * len(receivers)
+    results: list[object] = [None] * len(receivers)
     while waiting:
         readable = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         ready = [receiver for receiver in waiting if receiver in readable]

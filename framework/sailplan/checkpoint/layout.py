@@ -11,7 +11,6 @@ Ranks that hold the same block say the same, and torch writes it once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,9 +116,13 @@ class WholeTensorView(torch.Tensor):
         view.held, view.layout_of_whole = held, layout
         return view
 
-    def size(self, dim: int | None = None) -> Any:
-        shape = torch.Size(self.layout_of_whole.shape)
+    def size(self, dim: int | None = None) -> torch.Size | int:  # type: ignore[override]
+        shape = self.shape_of_whole
         return shape if dim is None else shape[dim]
+
+    @property
+    def shape_of_whole(self) -> torch.Size:
+        return torch.Size(self.layout_of_whole.shape)
 
     def blocks(self) -> list[tuple[ChunkStorageMetadata, Tensor]]:
         """This rank's blocks: where each lies in the whole tensor, and its numbers, which share
@@ -144,7 +147,7 @@ class WholeTensorView(torch.Tensor):
                 index=MetadataIndex(fqn, torch.Size(block.offset)),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=self._chunk(block), properties=properties, size=self.size()
+                    chunk=self._chunk(block), properties=properties, size=self.shape_of_whole
                 ),
             )
             for block in self.layout_of_whole.blocks

@@ -205,10 +205,10 @@ def _check_fit(path: Path, tensors: ModelState, saved: Shapes, *, exact: bool) -
         name = key.removeprefix("model.")
         if name not in saved:
             raise ConfigurationError(f"checkpoint {path} lacks the tensor {name}: {remedy}")
-        if saved[name] != tuple(view.size()):
+        if saved[name] != tuple(view.shape_of_whole):
             raise ConfigurationError(
                 f"checkpoint {path}: {name} has the shape {saved[name]}, the model expects "
-                f"{tuple(view.size())}; {remedy}"
+                f"{tuple(view.shape_of_whole)}; {remedy}"
             )
     if exact and (unknown := sorted(name for name in saved if f"model.{name}" not in tensors)):
         raise ConfigurationError(

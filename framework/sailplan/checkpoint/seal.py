@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from sailplan.runtime.watch import beat
 
@@ -96,6 +96,6 @@ def digest_of(file: Path) -> str:
         return hashlib.file_digest(source, "sha256").hexdigest()
 
 
-def flush(file: Any) -> None:
+def flush(file: IO[bytes] | IO[str]) -> None:
     file.flush()
     os.fsync(file.fileno())

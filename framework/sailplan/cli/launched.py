@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import TCPStore
@@ -42,7 +41,7 @@ class Ended:
 
 
 def launch(
-    work: Callable[[int], object],
+    work: Callable[[int], int | None],
     ranks: int,
     *,
     timeout: float = 60.0,
@@ -96,7 +95,7 @@ def launch(
 
 
 def _child(
-    work: Callable[[int], Any], rank: int, ranks: int, port: Connection, folder: str
+    work: Callable[[int], int | None], rank: int, ranks: int, port: Connection, folder: str
 ) -> None:
     torch.set_num_threads(1)
     file = open(Path(folder, f"stderr-{rank}"), "w", buffering=1)  # noqa: SIM115  the process's own, to its end

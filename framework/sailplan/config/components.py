@@ -15,7 +15,17 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from sailplan.config.fields import Range, When
 from sailplan.errors import ConfigurationError
@@ -48,8 +58,7 @@ def build(cls: type[Component], values: Mapping[str, object]) -> Component:
 
 def fill(cls: type[Component], values: Mapping[str, object]) -> Component:
     """Return `cls` as `build` does, to be validated with what it belongs to."""
-    made: Component = _build(cls, values)
-    return made
+    return cast(Component, _build(cls, values))
 
 
 def validate(component: object, path: str = "") -> None:
@@ -85,7 +94,7 @@ def join(path: str, name: object) -> str:
 
 
 # ---------------------------------------------------------------- schema
-def _plain(hint: object) -> Any:
+def _plain(hint: object) -> object:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _plain(arguments[0])
@@ -98,7 +107,7 @@ def _plain(hint: object) -> Any:
     return schema_of(hint) if isinstance(hint, type) and is_dataclass(hint) else hint
 
 
-def _default(one: Field[Any], hint: Any) -> Any:
+def _default(one: Field[object], hint: Any) -> Any:
     source = one.metadata.get(INHERITS)
     if source is not None:
         inherited = schema_of(hint)
@@ -113,7 +122,7 @@ def _default(one: Field[Any], hint: Any) -> Any:
     return field(default_factory=lambda: _as_schema(factory()))
 
 
-def _as_schema(value: object) -> Any:
+def _as_schema(value: object) -> object:
     if is_dataclass(value) and not isinstance(value, type):
         of: Any = type(value)
         return schema_of(of)(
@@ -125,7 +134,7 @@ def _as_schema(value: object) -> Any:
 
 
 # ---------------------------------------------------------------- values
-def _build(hint: object, value: object) -> Any:
+def _build(hint: object, value: object) -> object:
     hint = _section(hint)
     if is_dataclass(hint) and isinstance(value, Mapping):
         hints = get_type_hints(hint, include_extras=True)
@@ -135,7 +144,7 @@ def _build(hint: object, value: object) -> Any:
     return value
 
 
-def _section(hint: object) -> Any:
+def _section(hint: object) -> object:
     """The dataclass of `Section | None`, of Annotated what is annotated, else the hint."""
     if get_origin(hint) is Annotated:
         return _section(get_args(hint)[0])
@@ -197,7 +206,7 @@ def _check(
                 raise ConfigurationError(f"{path}={value}: expected a number {one.words}{beside}")
 
 
-def _rules(value: Any, path: str) -> None:
+def _rules(value: object, path: str) -> None:
     if is_dataclass(value):
         for one in fields(value):
             _rules(getattr(value, one.name), join(path, one.name))
@@ -234,6 +243,6 @@ def _conditions(cls: type) -> list[tuple[str, When]]:
     ]
 
 
-def _default_of(one: Field[object]) -> Any:
+def _default_of(one: Field[object]) -> object:
     factory: Any = one.default_factory
     return one.default if factory is MISSING else factory()

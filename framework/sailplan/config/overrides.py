@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -94,8 +94,8 @@ def apply(config: DictConfig, override: Override) -> None:
         config, None
     )  # Hydra's lock off: mappings take new entries, while dataclasses keep to their keys
     try:
-        value: Any = override.value()
-        for name in reversed(path):
+        value = {path[-1]: override.value()}
+        for name in reversed(path[:-1]):
             value = {name: value}
         config.merge_with(OmegaConf.create(value))
     except OmegaConfBaseException as error:
@@ -131,9 +131,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; expected one of: {', '.join(known)}" if known else ""
 
 
-def hint_at(path: Sequence[str], model: object = None) -> Any:
+def hint_at(path: Sequence[str], model: object = None) -> object:
     """The schema's type of a dotted key, without its `| None`; None where it has no such key."""
-    hint: Any = Config
+    hint: object = Config
     for name in path:
         keys = (
             get_type_hints(hint)
@@ -161,17 +161,17 @@ def _is_mapping(hint: object) -> bool:
     return hint in (None, Any) or get_origin(hint) is dict
 
 
-def _words(hint: Any) -> str:
+def _words(hint: object) -> str:
     if is_dataclass(hint):
         return f"{{KEY: VALUE}} with some of: {', '.join(_names(hint))}"
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
-    return WORDS.get(get_origin(hint) or hint, "")
+    return WORDS.get(cast(type, get_origin(hint) or hint), "")
 
 
 def _first_absent(config: DictConfig, path: Sequence[str]) -> int | None:
     """Place of the first name of a dotted key that is not there; None where all are."""
-    node: Any = config
+    node: object = config
     for place, name in enumerate(path):
         if not isinstance(node, DictConfig) or name not in node:
             return place

@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
+import yaml
 from omegaconf import _utils
 
 BOOL, INT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:int"
@@ -25,9 +25,9 @@ PLAIN = {
 @contextmanager
 def plain_words() -> Iterator[None]:
     """Let OmegaConf read files by YAML 1.2's words while the block runs."""
-    before: Callable[[], Any] = _utils.get_yaml_loader
+    before: Callable[[], type[yaml.SafeLoader]] = _utils.get_yaml_loader
 
-    def loader() -> Any:
+    def loader() -> type[yaml.SafeLoader]:
         made = before()
         made.yaml_implicit_resolvers = {
             first: [(tag, PLAIN.get(tag, pattern)) for tag, pattern in resolvers]

@@ -15,7 +15,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from sailplan.runtime.progress import progress
 from sailplan.runtime.watch import beat
 from sailplan_kernels.topk import topk
 
-Encode = Callable[[Sequence[Any]], NDArray[np.float32]]  # items -> [n, D]
+Encode = Callable[[Sequence[object]], NDArray[np.float32]]  # items -> [n, D]
 DEPTH, SHARD_ROWS = 1000, 8192
 
 

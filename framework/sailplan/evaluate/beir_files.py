@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from sailplan.config.fields import JsonObject
 from sailplan.errors import BadDataError, ConfigurationError
@@ -69,7 +69,7 @@ def ids_at(path: Path, places: Iterable[int]) -> dict[int, str]:
     return found
 
 
-def item(record: JsonObject, folder: Path) -> Any:
+def item(record: JsonObject, folder: Path) -> object:
     """Return what is encoded: title and text with a space between, as BEIR joins them; with
     media a dict of both.
     """

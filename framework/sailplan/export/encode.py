@@ -18,7 +18,8 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,7 +175,7 @@ def quantised(vectors: NDArray[np.float32], precision: Precision, scale: float =
     return vectors.astype(precision)
 
 
-def read_items(source: Path) -> Iterator[tuple[str, Any]]:
+def read_items(source: Path) -> Iterator[tuple[str, object]]:
     """Yield (id, item) in the file's order; without an id its number."""
     if source.is_dir():
         for path in sorted(
@@ -201,7 +202,7 @@ def read_items(source: Path) -> Iterator[tuple[str, Any]]:
         yield str(row.get("id", number)), item
 
 
-def _rows(source: Path) -> Iterator[Any]:
+def _rows(source: Path) -> Iterator[object]:
     if source.suffix == ".parquet":
         for batch in _library("pyarrow.parquet", "pyarrow").ParquetFile(source).iter_batches():
             yield from batch.to_pylist()
@@ -218,13 +219,13 @@ def _rows(source: Path) -> Iterator[Any]:
                 ) from error
 
 
-def _beside(source: Path, value: object) -> Any:
+def _beside(source: Path, value: object) -> object:
     if isinstance(value, list):
         return [_beside(source, one) for one in value]
     return str(source.parent / value) if isinstance(value, str) else value
 
 
-def _shards(items: Iterable[tuple[str, object]], rows: int) -> Iterator[list[tuple[str, Any]]]:
+def _shards(items: Iterable[tuple[str, object]], rows: int) -> Iterator[list[tuple[str, object]]]:
     remaining = iter(items)
     while shard := list(itertools.islice(remaining, rows)):
         yield shard
@@ -294,7 +295,7 @@ def _faiss(files: list[Path], output: Path, size: int, precision: Precision) -> 
     (faiss.write_index_binary if precision == "binary" else faiss.write_index)(index, str(output))
 
 
-def _library(name: str, package: str) -> Any:
+def _library(name: str, package: str) -> ModuleType:
     import importlib
 
     try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -45,6 +45,7 @@ from sailplan.export.prompts import named_views
 from sailplan.export.standalone.items import by_modality
 from sailplan.model.encoders.omni.processor import OmniProcessor
 
+Rows = tuple[tuple[str, ...], list[int]]  # modalities, and the rows that have them
 Vectors = NDArray[np.float32]
 ENCODER = "encoder."
 FIELD = "text"
@@ -72,7 +73,7 @@ class Model:
 
     def encode(
         self,
-        items: Any,
+        items: object,
         *,
         view: str | None = None,
         prompt: str | None = None,
@@ -92,7 +93,9 @@ class Model:
         or cannot be decoded.
         """
         single = not isinstance(items, (list, tuple))
-        every = [by_modality(item) for item in ([items] if single else items)]
+        every = [
+            by_modality(item) for item in (items if isinstance(items, (list, tuple)) else [items])
+        ]
         said = self._prompt(view, prompt)
         size = self.dimension if dimension is None else dimension
         if not 1 <= size <= self.dimension:
@@ -104,7 +107,7 @@ class Model:
         groups: dict[tuple[str, ...], list[int]] = {}
         for row, item in enumerate(every):
             groups.setdefault(tuple(item), []).append(row)
-        batches = []
+        batches: list[Rows] = []
         for kind, rows in groups.items():
             rows.sort(key=lambda row: len(every[row].get("text") or ""))
             batches += [
@@ -355,7 +358,7 @@ def _audio_bytes(sound: object, rate: int) -> bytes:
     return file.getvalue()
 
 
-def _shown(batches: list[Any], progress: bool) -> Any:
+def _shown(batches: list[Rows], progress: bool) -> Iterable[Rows]:
     if not progress:
         return batches
     from tqdm import tqdm

@@ -4,11 +4,16 @@ tokenizer.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import transformers
 from torch import Tensor
@@ -72,7 +77,7 @@ def write_omni(
     }
 
 
-def tokenizer_of(file: Path) -> Any:
+def tokenizer_of(file: Path) -> PreTrainedTokenizerBase:
     """Return a run's tokenizer.json as one of transformers, with special tokens by name.
 
     They are those that a tokenizer_config.json beside it names, else the usual ones among its added

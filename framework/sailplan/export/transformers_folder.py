@@ -7,11 +7,16 @@ without any code in it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -96,7 +101,9 @@ def write_towers(
     return write_code(config, settings, out)
 
 
-def write_model(model: TransformersConfig, weights: Mapping[str, Tensor], out: Path) -> Any:
+def write_model(
+    model: TransformersConfig, weights: Mapping[str, Tensor], out: Path
+) -> PreTrainedTokenizerBase | None:
     """Write what AutoModel and AutoProcessor open; return the tokenizer, None of a model that reads
     no text.
 
@@ -175,7 +182,7 @@ def write_adapter(config: Config, weights: Mapping[str, Tensor], out: Path) -> N
     save_file(named, out / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def stock(config: Config, model: TransformersConfig, tokenizer: Any) -> bool:
+def stock(config: Config, model: TransformersConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether sentence-transformers' own modules give the run's vectors: a text model, prompts
     that stand before the text alone.
     """

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 HALF = (torch.bfloat16, torch.float16)
 NO_DIRECTION = 1e-12  # a row without an entry above it becomes zero, with a gradient of zero
@@ -46,7 +46,7 @@ class Rounded:
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, length: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, vectors: Tensor, length: Tensor, values: Tensor) -> Tensor:
         ctx.save_for_backward(vectors, length)
         return values.detach()  # the same memory for every reader
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from sailplan.config.fields import JsonObject
 from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
@@ -35,7 +34,7 @@ METRICS, PREVIOUS, STAGES, EVALUATION, QUARANTINE, SKIPPED = (
 )
 
 
-def finite(value: object) -> Any:
+def finite(value: object) -> object:
     """`value` with every float that is not finite replaced by None, inside mappings and lists
     too.
     """
@@ -208,8 +207,8 @@ class RunFiles(Logger):
         self.started = now
 
     def log_step(self, step: int, stage: str, values: Mapping[str, Value]) -> None:
-        line = {"step": step, "stage": stage, "time": round(time.time(), 3), **finite(values)}
-        self.lines.add(json.dumps(line, ensure_ascii=False, allow_nan=False))
+        line = {"step": step, "stage": stage, "time": round(time.time(), 3), **values}
+        self.lines.add(json.dumps(finite(line), ensure_ascii=False, allow_nan=False))
         self._note_backends(values)
 
     def _note_backends(self, values: Mapping[str, Value]) -> None:

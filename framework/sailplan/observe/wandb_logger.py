@@ -7,11 +7,17 @@ lies in the run folder. `MetricWriter` leaves it out from its first failure on.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wandb import Run, Table
+
+
 import hashlib
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from sailplan.config.fields import JsonObject
 from sailplan.errors import ConfigurationError
@@ -63,10 +69,10 @@ class WandbLogger(Logger):
         self.tags, self.group, self.notes = list(tags or []), group, notes
         self.axes: set[str] = set()  # names that have theirs
         self.stage: StageInfo | None = None
-        self.weights: list[list[Any]] = []
-        self.results: list[list[Any]] = []
+        self.weights: list[list[object]] = []
+        self.results: list[list[object]] = []
         self.lost = self._lost()
-        self.run: Any = self._open()
+        self.run = self._open()
 
     def _lost(self) -> list[JsonObject]:
         """Return the values that a kill kept out of the offline files, in the order of their steps."""
@@ -89,7 +95,7 @@ class WandbLogger(Logger):
             elif step % self.every == 0:
                 self._log({"step": step, **values})
 
-    def _open(self) -> Any:
+    def _open(self) -> Run:
         (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
         # staging and cache would otherwise go to the home folder, which is read-only on many
         # clusters
@@ -100,7 +106,7 @@ class WandbLogger(Logger):
         # After the variables are set, and only when asked for: the import takes seconds
         import wandb
 
-        mode: Any = self.mode
+        mode = self.mode
         if mode == "online" and not wandb.api.api_key:
             raise RuntimeError(
                 "no API key found, expected WANDB_API_KEY or a stored login; set it, or use "
@@ -156,7 +162,7 @@ class WandbLogger(Logger):
         self._write_again(stage)
 
     @staticmethod
-    def _table(columns: list[str | int], rows: list[list[object]]) -> Any:
+    def _table(columns: list[str | int], rows: list[list[object]]) -> Table:
         import wandb
 
         return wandb.Table(columns=columns, data=[list(row) for row in rows])

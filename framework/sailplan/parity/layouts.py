@@ -294,7 +294,7 @@ def _trajectory(
 
 
 def trajectory(
-    world_size: int, tensor_parallel: int, micro_batches: int = 1, steps: int = 20, **layout: object
+    world_size: int, tensor_parallel: int, micro_batches: int = 1, steps: int = 20, **layout: Any
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and final parameters, gathered, of a number of optimizer steps on different
     batches; layout: options of `build_step`.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +24,7 @@ from sailplan.data.record import HardNegatives, ViewKey
 from sailplan.errors import ConfigurationError
 from sailplan.objective.protocol import EncodedStep, EncodedView, Objective, ObjectiveContext
 from sailplan.objective.temperature import Temperatures
+from sailplan.runtime.arrays import Array
 from sailplan_kernels.exchange import AllGather, Local
 from sailplan_kernels.testing import RankFailure, run_ranks
 
@@ -61,7 +61,9 @@ def _batch(rows: int) -> list[Tensor]:
     return [torch.nn.functional.normalize(side, dim=1) for side in (queries, keys)]
 
 
-def _gradients(rank: int, world_size: int, function: Loss, rows: int) -> tuple[float, list[Any]]:
+def _gradients(
+    rank: int, world_size: int, function: Loss, rows: int
+) -> tuple[float, list[Array | None]]:
     """The loss and the gradients of this rank's rows, as lists of numpy arrays; None where there
     is none.
     """

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from sailplan.config.fields import Options
 from sailplan.parity.layouts import compare, reference, relative_errors, trajectory
 from sailplan.parity.published import TINY
 from sailplan.parity.testing import OMNI, WEIGHTS
@@ -60,6 +61,9 @@ COLUMNS = (
 )
 
 
+Line = tuple[Any, ...]  # of the table: a value for each of COLUMNS
+
+
 @dataclass(frozen=True)
 class Group:
     """Comparisons that differ in their micro-batches only."""
@@ -79,7 +83,7 @@ class Group:
         return self.world // self.tensor_parallel
 
     @property
-    def place(self) -> tuple[Any, ...]:
+    def place(self) -> tuple[object, ...]:
         """The first of COLUMNS, up to the exchange."""
         losses = self.loss or (f"all, {self.steps} steps" if self.steps else "all")
         losses += "" if self.encoder == OMNI else f", {self.encoder}"
@@ -99,7 +103,7 @@ class Group:
 class References:
     """The full batch's gradients and the one-rank trajectory, computed when first asked for."""
 
-    found: dict[Any, Any] = field(default_factory=dict)
+    found: dict[object, object] = field(default_factory=dict)
 
     def gradients(self, loss: str | None, encoder: str = OMNI) -> Any:
         if (loss, encoder) not in self.found:
@@ -158,7 +162,7 @@ def groups(worlds: Sequence[int] = (1, 2, 4)) -> Iterator[Group]:
         )
 
 
-def lines(group: Group, references: References) -> list[tuple[Any, ...]]:
+def lines(group: Group, references: References) -> list[Line]:
     """A group's comparisons as lines of the table: one value for each of COLUMNS."""
     options = {
         "sharding": group.sharding,
@@ -196,7 +200,7 @@ def lines(group: Group, references: References) -> list[tuple[Any, ...]]:
 
 
 def _apart(
-    group: Group, micro_batches: int, references: References, options: dict[str, object]
+    group: Group, micro_batches: int, references: References, options: Options
 ) -> tuple[float, str]:
     """How far losses and final parameters are from those of one rank, and where most."""
     losses, parameters = trajectory(
@@ -212,7 +216,7 @@ def _apart(
     return errors[worst], worst
 
 
-def markdown(found: Sequence[tuple[Any, ...]]) -> str:
+def markdown(found: Sequence[Line]) -> str:
     """The document: what was compared, on what, and the table."""
     largest = {
         kind: max((line[-2] for line in found if line[1] == kind), default=0.0)
@@ -247,7 +251,7 @@ def markdown(found: Sequence[tuple[Any, ...]]) -> str:
     return head + "\n" + "".join(f"| {' | '.join(written(line))} |\n" for line in found)
 
 
-def written(line: tuple[object, ...]) -> list[str]:
+def written(line: Line) -> list[str]:
     """A line's values as text."""
     values = dict(zip(COLUMNS, line, strict=True))
     values["kept graphs"] = "all" if values["kept graphs"] == -1 else values["kept graphs"]

@@ -11,11 +11,11 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sailplan.config.fields import Options
+from sailplan.config.modalities import Modality
 from sailplan.data.record import NamedInputs
 from sailplan.model.encoders.transformers import TransformersConfig
 from sailplan.model.encoders.transformers.processor import PRESENT, RECORDINGS
@@ -59,7 +59,7 @@ def _folder(kind: str) -> str:
 
 def tiny_settings(kind: str) -> TransformersConfig:
     """Return the settings of one of TINY, of model.testing.small_config's vector sizes."""
-    modalities: list[Any] = list(TINY[kind][0])
+    modalities: list[Modality] = list(TINY[kind][0])
     return TransformersConfig(
         source=_folder(kind),
         embedding=16,

@@ -11,12 +11,13 @@ Rows lack modalities, ids repeat, some rows are not valid. `global_batches` make
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sailplan.config.schema import (
@@ -433,7 +434,7 @@ def named_gradients(
 
 
 Call = tuple[
-    str, tuple[int, ...], tuple[Any, ...]
+    str, tuple[int, ...], tuple[object, ...]
 ]  # operation, the group's ranks, (shape, dtype) of every tensor
 
 
@@ -445,8 +446,12 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        function: OpOverload,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if function.namespace == "c10d":
             group, tensors = None, []
             for argument in args:

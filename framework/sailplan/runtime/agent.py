@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
@@ -93,7 +92,7 @@ class Agent(LocalElasticAgent):
             handler._bootstrap_store_info = handler._shared_tcp_store_server = None
         super()._rendezvous(worker_group)
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, object]:
         self.starts.begin()
         spec = worker_group.spec
         # A node that comes later has counted fewer restarts than the others; where nodes may come

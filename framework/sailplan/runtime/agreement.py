@@ -13,7 +13,6 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,14 +36,14 @@ PACKAGES = (
     *("scipy", "scikit-learn", "POT", "webdataset", "triton", "apex", "transformer-engine"),
 )
 SHOWN = 3  # differences of a rank, and ranks of one kind, that a message names
-Facts = Mapping[str, Any]  # nested mappings of JSON-able values
+Facts = Mapping[str, object]  # nested mappings of JSON-able values
 
 
-def software() -> dict[str, Any]:
+def software() -> dict[str, dict[str, str]]:
     """Return what is installed here: versions, and a hash of sailplan's and its kernels'
     sources.
     """
-    found: dict[str, Any] = {"python": platform.python_version()}
+    found: dict[str, str] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -119,7 +118,7 @@ def differences(first: object, other: object, path: str = "") -> list[str]:
     return [] if first == other else [f"{path}: {_shown(other)} instead of {_shown(first)}"]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

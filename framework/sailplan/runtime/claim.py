@@ -16,7 +16,6 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.watch import beat
@@ -89,7 +88,7 @@ class Claim:
             f"{self.path.parent}: another job is writing here ({who}): {self._remedy}"
         )
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, object]:
         try:
             found = json.loads(self.path.read_text())
             return found if isinstance(found, dict) else {}
@@ -125,9 +124,9 @@ class Claim:
         self._file.close()
 
 
-def _lives(held: dict[str, Any]) -> bool:
+def _lives(held: dict[str, object]) -> bool:
     try:
-        os.kill(int(held["pid"]), 0)
+        os.kill(int(str(held["pid"])), 0)
     except (KeyError, ValueError, ProcessLookupError):
         return False
     except PermissionError:

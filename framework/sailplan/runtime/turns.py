@@ -149,6 +149,6 @@ def any_over_ranks(flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def from_all_ranks(parallel: Parallel, value: object) -> list[Any]:
     """Return every rank's value, in rank order; values are small and can be pickled. Collective."""
-    found: list[Any] = [None] * parallel.world_size
+    found: list[object] = [None] * parallel.world_size
     dist.all_gather_object(found, value)
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from sailplan.config.schema import Config, OptimizerConfig, StageOptimizerConfig
 from sailplan.config.targets import check_options, class_at
 from sailplan.errors import ConfigurationError
 from sailplan.model.parallelize import reshard
+from sailplan.model.protocol import Encoder
 from sailplan.objective.temperature import score_parameters
 from sailplan.step.config import ADAMW
 from sailplan.step.schedules import build_schedule
@@ -241,7 +242,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
 
 
 def set_trainable(
-    encoder: Any, objectives: nn.Module, temperatures: nn.Module, parts: Sequence[str]
+    encoder: nn.Module, objectives: nn.Module, temperatures: nn.Module, parts: Sequence[str]
 ) -> None:
     """Let only the named parts have gradients: all, objectives, temperatures, or parts of the
     encoder (`encoder.parts()`).
@@ -252,7 +253,7 @@ def set_trainable(
     # FSDP2 copies the flag from the sharded to the gathered parameter when it gathers: gathered
     # ones must go first.
     reshard(encoder)
-    own = encoder.parts()
+    own = cast(Encoder, encoder).parts()
     unknown = [part for part in parts if part not in ("all", "objectives", "temperatures", *own)]
     if unknown or not parts:
         found = ", ".join(unknown) or "nothing"

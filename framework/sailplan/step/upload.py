@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from sailplan.data.record import EncoderInputs
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> Any:
+def _side_stream(device: torch.device) -> torch.Stream:
     """One for all uploads to a device: memory that was allocated on a stream is used again on
     that stream alone.
     """
@@ -37,7 +36,7 @@ class Uploads(Iterator[EncoderInputs]):
 
     def __init__(self, inputs: Iterable[EncoderInputs], device: torch.device) -> None:
         self.device = device
-        self._streams: Any = torch.get_device_module(device)
+        self._streams = torch.get_device_module(device)
         self._side = _side_stream(device)
         self._inputs = iter(inputs)
         self._ahead = self._start()

@@ -13,7 +13,7 @@ on gloo for a non-contiguous upstream gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class Waitable(Protocol):
     """Something under way."""
 
-    def wait(self) -> Any: ...
+    def wait(self) -> object: ...
 
 
 class AllGather:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import socket
 import zlib
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -115,7 +115,7 @@ class SymmetricMemory(AllGather):
         )  # what ``start`` leaves out
         return self.start(whole, own)
 
-    def _aside(self, *used: Tensor) -> AbstractContextManager[Any]:
+    def _aside(self, *used: Tensor) -> AbstractContextManager[object]:
         """A CUDA stream beside the current one, after all that this one has done so far."""
         if not used[0].is_cuda:
             return nullcontext()

@@ -14,15 +14,15 @@ negatives included. Call backward on every rank, with the same factor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sailplan_kernels.arguments import (
+    Call,
     LossOptions,
     Masks,
     Negatives,
@@ -118,7 +118,7 @@ def infonce(
 
 
 def infonce_sum(
-    calls: Sequence[Mapping[str, Any]],
+    calls: Sequence[Call],
     weights: Sequence[float] | None = None,
     *,
     exchange: Exchange | None = None,

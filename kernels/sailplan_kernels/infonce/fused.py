@@ -17,7 +17,6 @@ inside a tile is an engine's (tile.py). Differentiable once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -460,7 +459,7 @@ class _Work:
         given: Sequence[Tensor],
     ) -> None:
         self.exchange, self.given, self.places = all_inputs[0].exchange, given, places
-        known: dict[tuple[Any, ...], Vectors] = {}
+        known: dict[tuple[object, ...], Vectors] = {}
         self.vectors: dict[int, list[Vectors]] = {}  # by place
         settings = []
         for number, (inputs, weight, where) in enumerate(

@@ -9,14 +9,14 @@ full batch's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sailplan_kernels.arguments import (
+    Call,
     LossOptions,
     Masks,
     Negatives,
@@ -90,7 +90,7 @@ def sigmoid(
 
 
 def sigmoid_sum(
-    calls: Sequence[Mapping[str, Any]],
+    calls: Sequence[Call],
     weights: Sequence[float] | None = None,
     *,
     exchange: Exchange | None = None,

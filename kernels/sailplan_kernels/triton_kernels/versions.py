@@ -38,7 +38,8 @@ _ROWS, _SIGMOID = (
     ("plain", "moments"),
     ("sigmoid", "sigmoid moments"),
 )  # each two have their statistics kernel in common
-_CHANGED: dict[Version, tuple[tuple[Any, ...], ...]] = {
+_Change = tuple[str, tuple[torch.dtype, ...], tuple[str, ...], str, int, dict[str, int]]
+_CHANGED: dict[Version, tuple[_Change, ...]] = {
     (3, 6): (
         ("tiles", _FULL, _ROWS, "ids", 80, {"BK": 16}),
         ("tiles", _FULL, _ROWS, "ids", 90, {"BK": 16}),
