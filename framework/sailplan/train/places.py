@@ -49,8 +49,8 @@ class Places:
         if self.own:
             return self._newest_copy(parallel, fetch)
         copies, found = self.copies if fetch else None, None
+        known = str(on_main(parallel, "looking for checkpoints", self._known))
         if copies is not None:
-            known = str(on_main(parallel, "looking for checkpoints", self._known))
             share = parallel.rank, parallel.world_size
             found = copies.fetch_newer(self.folder, known, parallel, share)
         found = found or newest_whole(self.folder, parallel)
@@ -92,6 +92,10 @@ class Places:
             ) from error
 
     def _known(self) -> str:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigurationError(
+                f"{self.folder}: found a file, expected a folder of checkpoints or nothing: remove it"
+            )
         known = latest(self.folder)
         return known.name if known is not None else ""
 
