@@ -24,7 +24,7 @@ help:
 	@echo "make weights      published weights for experiment=pretrained and its tests (101 MB)"
 	@echo "make test         style, types and all tests"
 	@echo "make test-fast    the tests that start no ranks and no commands (under 90 s on 2 idle cores)"
-	@echo "make test-nightly launchers that take minutes: a lost node, srun alone under a real Slurm"
+	@echo "make test-nightly launchers that take minutes: four hosts, a lost node, srun alone under a real Slurm"
 	@echo "make chaos N=300  kill a small run N times at random moments and compare it with an undisturbed one"
 	@echo "make lint         style and types"
 	@echo "make docs         the documentation site, in build/site"

@@ -42,7 +42,6 @@ CACHE_KEY = (f"{PACKAGE}/data/processor.py", ("processor_of", "<dictcomp>"))
 # Class.setting -> the file that reads it, where no small run can: "" is read by nothing, on purpose.
 ELSEWHERE: dict[str, str] = {
     "Config.initialise_parts": "train/run.py",
-    "Config.resume": "train/run.py",
     "Config.tracking": "config/compose.py",  # of version 0.1.0: carried over to `loggers`
     "DataConfig.lanes": "",  # of version 0.1.0: accepted, of no effect
     "DatasetConfig.field_drop": "data/text.py",  # of items that show several fields

@@ -4,6 +4,7 @@ host is lost.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -34,6 +35,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def static(made: list[Host], project: Path, *command: str, local_runs: int | None = None) -> list:
     """Start the same line on all hosts; return exit code and output of each."""
+    return wait_all(launched(made, project, *command, local_runs=local_runs), SECONDS)
+
+
+def launched(
+    made: list[Host], project: Path, *command: str, local_runs: int | None = None
+) -> list[subprocess.Popen[str]]:
+    """Start the same line on all hosts."""
     processes = []
     for number, host in enumerate(made):
         own = project / "runs-of-its-own"
@@ -49,7 +57,7 @@ def static(made: list[Host], project: Path, *command: str, local_runs: int | Non
                 mounts={project / "runs": own} if number == local_runs else None,
             )
         )
-    return wait_all(processes, SECONDS)
+    return processes
 
 
 def test_what_keeps_hosts_apart_is_named_with_its_remedy(project: Path) -> None:
@@ -110,3 +118,35 @@ def test_the_survivor_of_a_lost_host_goes_on_and_has_each_step_once(project: Pat
     assert [line["data/digest"] for line in found] == [
         line["data/digest"] for line in metrics(project / "runs" / "local")
     ]
+
+
+@pytest.mark.skipif(
+    "NIGHTLY" not in os.environ, reason="SKIPPED, four hosts: run by make test-nightly"
+)
+def test_four_hosts_train_as_one_process_does_and_a_lost_one_ends_all(project: Path) -> None:
+    line = ["train", "experiment=small", "stages.only.steps=40", "checkpoint.every_steps=5"]
+    run = project / "runs" / "four"
+    with hosts(4) as made:
+        ended = static(made, project, *line, "name=four")
+        assert [code for code, _ in ended] == [0] * 4, ended
+        command = [sys.executable, "-W", "ignore", "-m", "sailplan", *line, "name=one"]
+        subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=SECONDS)
+        digests = [
+            [each["data/digest"] for each in metrics(folder)]
+            for folder in (run, project / "runs" / "one")
+        ]
+        assert digests[0] == digests[1] and len(digests[0]) == 40
+        lost = project / "runs" / "lost"
+        processes = launched(made, project, *line, "name=lost", "stages.only.steps=100000")
+        deadline = time.monotonic() + SECONDS
+        while not any(each["step"] >= 3 for each in metrics(lost)):
+            assert time.monotonic() < deadline and processes[0].poll() is None
+            time.sleep(0.05)
+        made[2].kill()
+        began = time.monotonic()
+        ended = wait_all([processes[number] for number in (0, 1, 3)], SECONDS)
+    said = "\n".join(output for _, output in ended)
+    assert [code for code, _ in ended] == [70] * 3, said
+    assert time.monotonic() - began < 40, said
+    assert said.count("rank 2 (node-c), which said nothing before") == 1, said
+    assert "Traceback" not in said, said

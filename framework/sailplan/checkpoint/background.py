@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from sailplan.checkpoint.copies import Copies
 from sailplan.checkpoint.layout import WholeTensorView
 from sailplan.checkpoint.plans import SavePlans
-from sailplan.checkpoint.store import Snapshot, prune, state_of, write
+from sailplan.checkpoint.store import Snapshot, keep_newest, prune, state_of, write
 from sailplan.errors import SailplanError
+from sailplan.runtime.environment import local_rank
 from sailplan.runtime.groups import default_timeout
 from sailplan.runtime.leaving import is_lost_peer, say
 from sailplan.runtime.process import Parallel
@@ -37,7 +38,8 @@ class Saver:
 
     All ranks make one and call its methods alike. keep: newest complete checkpoints that stay in a
     saved one's folder; keep_every: those of steps that it divides stay, too (0: none).
-    copies: where each is copied to.
+    copies: where each is copied to. own_folders: each node saves into a folder of its own, so that
+    a checkpoint is whole when it is copied.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Saver:
         keep: int,
         keep_every: int = 0,
         copies: Copies | None = None,
+        own_folders: bool = False,
     ) -> None:
         self.parallel, self.asynchronous = parallel, asynchronous
         self.keep, self.keep_every = keep, keep_every
@@ -55,7 +58,7 @@ class Saver:
             dist.new_group(backend="gloo", timeout=default_timeout()) if asynchronous else None
         )
         self._copies: dict[str, Tensor] = {}
-        self._plans, self._copies_to = SavePlans(), copies
+        self._plans, self._copies_to, self._own_folders = SavePlans(), copies, own_folders
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -141,8 +144,15 @@ class Saver:
                 self._failure.__cause__ = error
 
     def _write(self, folder: Path, snapshot: Snapshot) -> None:
-        write(folder, snapshot, self.parallel, self._group, self._plans)
-        if self.parallel.is_main:
+        makes = local_rank() == 0 if self._own_folders else self.parallel.is_main
+        write(folder, snapshot, self.parallel, self._group, self._plans, makes=makes)
+        if self._own_folders:
+            assert self._copies_to is not None
+            self._copies_to.send(folder, self._group)
+            if makes:
+                keep_newest(folder.parent, self.keep)
+            return
+        if makes:
             prune(folder.parent, self.keep, self.keep_every)
         if self._copies_to is not None:
             try:

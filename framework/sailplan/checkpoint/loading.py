@@ -20,6 +20,9 @@ from sailplan.checkpoint.together import together
 from sailplan.config.fields import JsonObject
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.process import Parallel
+from sailplan.runtime.progress import progress
+
+TOGETHER = 256  # tensors that are read between two words on how far it is
 
 
 class WholeCheckpoint:
@@ -43,12 +46,17 @@ class WholeCheckpoint:
 
     def read_all(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The named tensors (None: all), on the CPU."""
-        names = self.entries if names is None else names
+        wanted = list(self.entries if names is None else names)
         state: JsonObject = {
             f"model.{name}": torch.empty(self.entries[name][0], dtype=self.entries[name][1])
-            for name in names
+            for name in wanted
         }
-        dcp.load(state, storage_reader=self._reader, no_dist=True)
+        keys = list(state)
+        with progress("reading the checkpoint", len(keys), "tensors") as advance:
+            for start in range(0, len(keys), TOGETHER):
+                some = {key: state[key] for key in keys[start : start + TOGETHER]}
+                dcp.load(some, storage_reader=self._reader, no_dist=True)
+                advance(len(some))
         return {key.removeprefix("model."): value for key, value in state.items()}
 
 

@@ -13,25 +13,40 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from sailplan.runtime.progress import progress
 from sailplan.runtime.watch import beat
 
 COMPLETE = "COMPLETE"
 INDEX = ".metadata"
 VERSION = 2  # of the seal
+Entry = dict[str, int | str]  # bytes, sha256
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
-def seal(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write the seal of a folder's files; of those that `digests` lacks the content is read."""
-    files = {
-        file.name: {
-            "bytes": file.stat().st_size,
-            "sha256": digests.get(file.name) or digest_of(file),
-        }
-        for file in sorted(folder.iterdir())
-    }
+def is_step(name: str) -> bool:
+    """Return whether a folder of that name is a checkpoint's."""
+    return name.startswith("step-") and name.removeprefix("step-").isdigit()
+
+
+def entry_of(file: Path) -> Entry:
+    """Return what a seal says of a file."""
+    return {"bytes": file.stat().st_size, "sha256": digest_of(file)}
+
+
+def seal(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Write the seal of files with these entries, which other nodes' folders may have, and of all
+    others that are in this folder, which are read.
+    """
+    here = {file.name: file for file in folder.iterdir() if file.name not in entries}
+    files = {**entries, **{name: entry_of(file) for name, file in here.items()}}
+    content = {"version": VERSION, "files": dict(sorted(files.items()))}
+    write_seal(folder, json.dumps(content, indent=1))
+
+
+def write_seal(folder: Path, text: str) -> None:
+    """Write a seal as it is."""
     with open(folder / COMPLETE, "wb") as file:
-        file.write(json.dumps({"version": VERSION, "files": files}, indent=1).encode())
+        file.write(text.encode())
         flush(file)
 
 
@@ -68,8 +83,16 @@ def has_sizes(folder: Path) -> bool:
 
 
 def _sealed(folder: Path) -> dict[str, tuple[int, str | None]]:
-    """File name -> (bytes, SHA-256) by the seal; before version 2 it had the index's hash alone."""
-    seal = json.loads((folder / COMPLETE).read_text())
+    return files_of((folder / COMPLETE).read_text())
+
+
+def files_of(text: str) -> dict[str, tuple[int, str | None]]:
+    """Read a seal: file name -> (bytes, SHA-256), which before version 2 the index alone had.
+    Raises one of UNREADABLE.
+    """
+    seal = json.loads(text)
+    if any(Path(name).name != name for name in seal["files"]):  # it could lead elsewhere
+        raise ValueError(f"{COMPLETE} names a file outside the checkpoint")
     if seal.get("version", 1) == 1:
         return {
             name: (size, seal["index_sha256"] if name == INDEX else None)
@@ -84,10 +107,14 @@ def first_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
     """
     if not has_sizes(folder):
         return COMPLETE
-    for name, (_, digest) in list(_sealed(folder).items())[rank::ranks]:
-        beat()
-        if digest is not None and digest_of(folder / name) != digest:
-            return name
+    share = list(_sealed(folder).items())[rank::ranks]
+    total = sum(size for _, (size, _) in share) >> 20
+    with progress(f"comparing {folder.name} with its seal", total, "MB") as advance:
+        for name, (size, digest) in share:
+            beat()
+            if digest is not None and digest_of(folder / name) != digest:
+                return name
+            advance(size >> 20)
     return ""
 
 

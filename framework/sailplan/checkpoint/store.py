@@ -5,7 +5,8 @@ folder and then writes `COMPLETE`, which lists every file with its size and SHA-
 on the way leaves a folder that nobody will load, and a file that changed afterwards is noticed when
 it is read: ranks share the work of hashing. The index is a pickle by torch's format; it is read by
 an unpickler that makes an index and nothing else. The folder must be on a file system that all
-ranks share.
+ranks share; or each node has one of its own, with its ranks' parts, and whole is what they are
+copied to (`copies`).
 
 Every phase ends in an agreement: what fails on one rank raises on all, so that none waits for ever.
 
@@ -31,11 +32,13 @@ from torch import nn
 from sailplan.checkpoint.plans import SavePlans
 from sailplan.checkpoint.seal import (
     COMPLETE,
-    digest_of,
+    Entry,
+    entry_of,
     first_damage,
     flush,
     has_sizes,
     is_complete,
+    is_step,
     seal,
     was_sealed,
 )
@@ -107,45 +110,52 @@ def write(
     parallel: Parallel,
     group: dist.ProcessGroup | None = None,
     plans: SavePlans | None = None,
+    *,
+    makes: bool | None = None,
 ) -> Path:
     """The part of `save` after the snapshot; touches neither model nor optimizer, so a thread of
     its own may run it.
 
     group: all ranks, for the messages between the writers (None: the default group, which the
-    calling thread then must have for itself). plans: of the saves before. Raises as `save`.
+    calling thread then must have for itself). plans: of the saves before. makes: whether this rank
+    makes the folder; of several folders, rank 0's gets the seal of all files (None: one rank does,
+    for all). Raises as `save`.
     """
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     what = f"checkpoint {folder} could not be written"
+    makes = parallel.is_main if makes is None else makes
 
     def prepare() -> None:
-        if parallel.is_main:
+        if makes:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
-    digests: dict[str, str] = {}
+    entries: dict[str, Entry] = {}
 
     def hash_tensors() -> None:
-        own = {file.name: digest_of(file) for file in temporary.glob(f"__{dist.get_rank()}_*")}
-        everyone: list[dict[str, str]] | None = (
+        own = {file.name: entry_of(file) for file in temporary.glob(f"__{dist.get_rank()}_*")}
+        everyone: list[dict[str, Entry]] | None = (
             [{}] * dist.get_world_size() if parallel.is_main else None
         )
         dist.gather_object(own, everyone, dst=0, group=group)
         for one in everyone or []:
-            digests.update(one)
+            entries.update(one)
 
     def publish() -> None:
-        if not parallel.is_main:
+        if not makes:
             return
-        with open(temporary / SMALL, "wb") as file:
-            torch.save(snapshot.small, file)
-            flush(file)
+        if parallel.is_main:
+            with open(temporary / SMALL, "wb") as file:
+                torch.save(snapshot.small, file)
+                flush(file)
         replaced = folder.with_name(folder.name + ".old")
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
             folder.rename(replaced)
         temporary.rename(folder)
-        seal(folder, digests)
+        if parallel.is_main:
+            seal(folder, entries)
         shutil.rmtree(replaced, ignore_errors=True)
 
     try:
@@ -154,7 +164,7 @@ def write(
         together(hash_tensors, what, group)
         together(publish, what, group)
     except SailplanError:
-        if parallel.is_main:
+        if makes:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
         raise
     return folder
@@ -239,9 +249,17 @@ def prune(checkpoints: Path, keep: int, keep_every: int = 0) -> list[Path]:
     return doomed
 
 
+def keep_newest(checkpoints: Path, keep: int) -> None:
+    """Delete all but the `keep` newest folders of a node's own, which has parts alone and cannot
+    tell whether they are whole. To be called on one rank of the node.
+    """
+    for folder in _steps(checkpoints)[: -max(keep, 1)]:
+        shutil.rmtree(folder)
+
+
 def _steps(checkpoints: Path) -> list[Path]:
     return sorted(
         folder
         for folder in Path(checkpoints).glob("step-*")
-        if folder.is_dir() and folder.name.removeprefix("step-").isdigit()
+        if folder.is_dir() and is_step(folder.name)
     )

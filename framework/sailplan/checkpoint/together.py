@@ -11,16 +11,19 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sailplan.errors import ConfigurationError, SailplanError
+from sailplan.errors import ConfigurationError, SailplanError, UnavailableError
 
 Value = TypeVar("Value")
+AS_THEY_ARE: dict[str, type[SailplanError]] = {
+    kind.__name__: kind for kind in (ConfigurationError, UnavailableError)
+}
 
 
 def together(
     action: Callable[[], Value], what: str, group: dist.ProcessGroup | None = None
 ) -> Value:
-    """Run `action` on every rank; if it fails on any, raises on all: ConfigurationError as it
-    is, else SailplanError in one line.
+    """Run `action` on every rank; if it fails on any, raises on all: ConfigurationError and
+    UnavailableError as they are, else SailplanError in one line.
     """
     failure: Exception | CheckpointException | None = None
     value: Value
@@ -31,27 +34,27 @@ def together(
         CheckpointException,
     ) as error:  # torch derives its exception from BaseException
         failure = error
-    reports: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    reports: list[tuple[str, str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, None if failure is None else _report(failure), group=group)
     report = next((report for report in reports if report is not None), None)
     if report is not None:
-        configuration, text = report
-        if configuration:
-            raise ConfigurationError(text) from failure
+        kind, text = report
+        if kind:
+            raise AS_THEY_ARE[kind](text) from failure
         raise SailplanError(f"{what}: {text}") from failure
     return value
 
 
-def _report(error: BaseException) -> tuple[bool, str]:
-    """Whether it is a ConfigurationError, and one line that names the rank; torch's exception
-    has the failing ranks in it.
+def _report(error: BaseException) -> tuple[str, str]:
+    """The kind of an error that is raised as it is, else "", and one line that names the rank;
+    torch's exception has the failing ranks in it.
     """
     rank = dist.get_rank()
     if isinstance(error, CheckpointException) and error.failures:
         rank, (error, _) = next(iter(error.failures.items()))
-    if isinstance(error, ConfigurationError):
-        return True, str(error)
-    return False, f"rank {rank}: {type(error).__name__}: {error}".replace("\n", " ")
+    if type(error).__name__ in AS_THEY_ARE:
+        return type(error).__name__, str(error)
+    return "", f"rank {rank}: {type(error).__name__}: {error}".replace("\n", " ")
 
 
 def everywhere(question: Callable[[], Value], folder: Path) -> list[Value]:

@@ -21,7 +21,7 @@ from sailplan.cli.import_command import add_import_arguments
 from sailplan.errors import EXIT_DONE, EXIT_FAILURE, ConfigurationError, SailplanError
 from sailplan.runtime.environment import fill_in_launcher
 from sailplan.runtime.leaving import NOTES, end_now, first_to_say, name_lines, note_code, say
-from sailplan.runtime.progress import show_progress
+from sailplan.runtime.progress import showing_progress
 
 
 def _check_overrides(overrides: list[str]) -> None:
@@ -90,8 +90,6 @@ def run(arguments: list[str]) -> int:
         raise ConfigurationError(
             "check --loss: expected the word parity: sailplan check parity --loss module:function"
         )
-    if options.command not in LAUNCHED:  # training has a screen of its own
-        show_progress()
     options.merge = options.command == "export" and options.overrides[:1] == ["merge"]
     if options.merge:
         del options.overrides[0]
@@ -159,7 +157,17 @@ def main(arguments: list[str] | None = None) -> int:
         )  # a CUDA toolkit without a GPU is no news here
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a loss of one's own lies in the folder that one starts in
-    return run_safely(lambda: run(sys.argv[1:] if arguments is None else arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_safely(lambda: _shown(given))
+
+
+def _shown(arguments: list[str]) -> int:
+    """Run a command; training has a screen of its own, others show how far they are."""
+    command = next(iter(arguments), "")
+    if command in LAUNCHED or command not in COMMANDS:
+        return run(arguments)
+    with showing_progress(command):
+        return run(arguments)
 
 
 def run_safely(command: Callable[[], int]) -> int:

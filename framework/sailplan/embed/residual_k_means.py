@@ -20,7 +20,7 @@ Shape legend: n rows, D dimensions, k codes of a level, b rows of a block, s of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from sailplan.runtime.process import Parallel
+from sailplan.runtime.progress import progress
 from sailplan.runtime.seeds import derive, generator
 from sailplan.runtime.turns import apart, sum_over_ranks
 from sailplan.runtime.watch import alone, beat, computing, meet, together
@@ -146,9 +147,14 @@ class _Level:
 
     def run(self, sample: Floats) -> None:
         """Move the centres, batch after batch. Collective."""
+        with progress("moving centres", STEPS, "steps") as advance:
+            self._run(sample, advance)
+
+    def _run(self, sample: Floats, advance: Callable[[int], None]) -> None:
         everything = self._batch == len(self._blocks)
         for step in range(1, STEPS + 1):
             together()
+            advance(1)
             sums, counts = self._sums()
             self._recent += counts
             self._seen = counts if everything else self._seen + counts

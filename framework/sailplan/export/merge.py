@@ -26,6 +26,7 @@ from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
 from sailplan.export.weights import begin, describe, finish
 from sailplan.model.lora import is_lora
+from sailplan.runtime.progress import progress
 
 
 def merge(
@@ -60,14 +61,16 @@ def merge(
     for source, found in zip(sources[1:], opened[1:], strict=True):
         _check_alike(sources[0], opened[0].entries, source, found.entries)
     averaged: dict[str, Tensor] = {}
-    for name, (shape, dtype) in opened[0].entries.items():
-        if not dtype.is_floating_point:
-            averaged[name] = opened[0].read(name)
-            continue
-        total = torch.zeros(shape, dtype=torch.float64)
-        for share, reader in zip(shares, opened, strict=True):
-            total.add_(reader.read(name).double(), alpha=share)
-        averaged[name] = total.to(dtype)
+    with progress("averaging", len(opened[0].entries), "tensors") as advance:
+        for name, (shape, dtype) in opened[0].entries.items():
+            advance(1)
+            if not dtype.is_floating_point:
+                averaged[name] = opened[0].read(name)
+                continue
+            total = torch.zeros(shape, dtype=torch.float64)
+            for share, reader in zip(shares, opened, strict=True):
+                total.add_(reader.read(name).double(), alpha=share)
+            averaged[name] = total.to(dtype)
     description, exported = _description(sources, config)
     description |= {
         "merged": [

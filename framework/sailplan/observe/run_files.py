@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sailplan.config.fields import JsonObject
+from sailplan.errors import ConfigurationError
 from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
 from sailplan.runtime.environment import world_size_from_environment
 from sailplan.runtime.files import write_whole
@@ -102,6 +103,14 @@ def drop_after(path: Path, step: int) -> int:
     return kept
 
 
+def _kept_until(path: Path, step: int) -> int:
+    """Do as `drop_after`. Raises ConfigurationError for a file that is none of ours."""
+    try:
+        return drop_after(path, step)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
 class Lines:
     """A file that grows by whole lines, each on the disk's side when `add` returns: a crash loses
     no finished step. What a full disk refuses is kept, said once, and written with a later line.
@@ -161,13 +170,18 @@ class RunFiles(Logger):
             if metrics.exists():
                 os.replace(metrics, folder / PREVIOUS)
         else:
-            drop_after(metrics, resumed_step)
+            kept = _kept_until(metrics, resumed_step)
+            if kept < resumed_step:
+                say(
+                    f"{metrics}: found {kept} lines of steps, expected {resumed_step}; the others are "
+                    "lost (a full disk, a host that crashed): charts have a gap, training goes on"
+                )
             if (folder / STAGES).exists():
                 stages = json.loads((folder / STAGES).read_text(encoding="utf-8"))
                 self.stages = [stage for stage in stages if stage["first_step"] <= resumed_step + 1]
         for records in (folder / QUARANTINE, folder / SKIPPED):
             if records.exists():
-                drop_after(records, resumed_step or 0)
+                _kept_until(records, resumed_step or 0)
         self._drop_evaluations(-1 if resumed_step is None else resumed_step)
         self.lines = Lines(metrics)
 

@@ -23,7 +23,7 @@ from sailplan.errors import ConfigurationError
 from sailplan.preflight.findings import Findings, names, size
 from sailplan.preflight.gpus import GpuFacts, gpu_facts
 from sailplan.runtime.agreement import differences
-from sailplan.runtime.environment import host_name
+from sailplan.runtime.environment import host_name, local_rank
 from sailplan.runtime.network import CHOSEN, interfaces, listening_address, way_to
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.turns import from_all_ranks
@@ -70,7 +70,7 @@ def gather_facts(parallel: Parallel, runs: Path) -> list[RankFacts]:
     facts = RankFacts(
         rank=parallel.rank,
         host=host_name(),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_rank=local_rank(),
         address=address or "none",
         interface=interface or (way[0] if way else "?"),
         descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[1],

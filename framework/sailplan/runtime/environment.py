@@ -116,6 +116,11 @@ def local_world_size(world_size: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
+def local_rank() -> int:
+    """Return this rank's number on its host; 0 where the launcher does not say."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def node_count(world_size: int) -> int:
     """Return the nodes of the world, from the launcher's LOCAL_WORLD_SIZE; 1 without it, or
     where it does not divide the world.

@@ -6,12 +6,19 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sailplan.errors import BadDataError, ConfigurationError, SailplanError, StopRequested
+from sailplan.errors import (
+    BadDataError,
+    ConfigurationError,
+    SailplanError,
+    StopRequested,
+    UnavailableError,
+)
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.watch import meet, phase
 
 KINDS: dict[str, type[SailplanError]] = {
-    kind.__name__: kind for kind in (SailplanError, ConfigurationError, BadDataError, StopRequested)
+    kind.__name__: kind
+    for kind in (SailplanError, ConfigurationError, BadDataError, StopRequested, UnavailableError)
 }
 
 

@@ -29,7 +29,12 @@ from sailplan.errors import (
 )
 from sailplan.runtime.board import Board, RankNote
 from sailplan.runtime.config import ParallelConfig
-from sailplan.runtime.environment import host_name, local_world_size, world_size_from_environment
+from sailplan.runtime.environment import (
+    host_name,
+    local_rank,
+    local_world_size,
+    world_size_from_environment,
+)
 from sailplan.runtime.groups import form_groups, leave_groups
 from sailplan.runtime.hang_report import lost_hosts, missing, stay, table
 from sailplan.runtime.leaving import code_of, end_now, first_to_say, is_lost_peer, note_lost, say
@@ -55,14 +60,14 @@ def started(config: ParallelConfig) -> Iterator[Parallel]:
     """
     world_size = world_size_from_environment()
     config.check_world(world_size)
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    rank = int(os.environ.get("RANK", "0"))
     with (
         stop_flag() as flag,
         watching(config.timeout_seconds, flag, rank) as watch,
     ):
         try:
             with phase("start"):
-                device = _device(config, local_rank, world_size)
+                device = _device(config, local_rank(), world_size)
                 _join(watch, config, device, world_size)
                 parallel = form_groups(config.tensor, device)
             yield parallel
@@ -80,19 +85,19 @@ def started(config: ParallelConfig) -> Iterator[Parallel]:
                 watch.board.leave(0, "")
 
 
-def _device(config: ParallelConfig, local_rank: int, world_size: int) -> torch.device:
+def _device(config: ParallelConfig, number: int, world_size: int) -> torch.device:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:  # connections to all other ranks, mapped shards, and pipes of workers
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if device_type() == "cuda":
-        if local_rank >= torch.cuda.device_count():
+        if number >= torch.cuda.device_count():
             raise ConfigurationError(
                 f"host {host_name()}: found {torch.cuda.device_count()} GPUs, expected one for each "
                 f"of {local_world_size(world_size)} ranks: start fewer, or look at nvidia-smi and "
                 "CUDA_VISIBLE_DEVICES there"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
         return device
     share = len(os.sched_getaffinity(0)) // local_world_size(world_size)

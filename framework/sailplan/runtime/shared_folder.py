@@ -7,7 +7,6 @@ on several machines.
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.agreement import named_ranks
-from sailplan.runtime.environment import host_name
+from sailplan.runtime.environment import host_name, local_rank
 from sailplan.runtime.main_rank import on_main
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.turns import from_all_ranks
@@ -71,7 +70,7 @@ def _join(place: Path, rank: int, seconds: float) -> str:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if local_rank() == 0:
                 (place / str(rank)).touch()
             elif not place.is_dir():
                 raise FileNotFoundError

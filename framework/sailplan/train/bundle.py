@@ -113,7 +113,8 @@ def newest_checkpoint(folder: RunFolder) -> Path:
     found = latest(folder.checkpoints)
     if found is None:
         raise ConfigurationError(
-            f"{folder.checkpoints}: no complete checkpoint; train first, or give --checkpoint"
+            f"{folder.checkpoints}: no complete checkpoint; train first, or give --checkpoint, such "
+            "as one that checkpoint.copy_to or checkpoint.local has"
         )
     return found
 

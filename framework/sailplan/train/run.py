@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from sailplan.checkpoint.copies import Copies
 from sailplan.checkpoint.source import initial_source
-from sailplan.checkpoint.store import damaged, latest, newest_whole
 from sailplan.config.compose import as_dict, config_hash, identity, shared_settings
 from sailplan.config.schema import Config
 from sailplan.errors import ConfigurationError
@@ -18,7 +16,6 @@ from sailplan.observe.metrics import MetricWriter, RunInfo
 from sailplan.observe.report import write_report
 from sailplan.runtime.agreement import agree, software
 from sailplan.runtime.claim import Claim
-from sailplan.runtime.leaving import say
 from sailplan.runtime.main_rank import on_main
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.session import started
@@ -26,41 +23,20 @@ from sailplan.runtime.shared_folder import check_shared
 from sailplan.runtime.watch import computing, phase, report_to
 from sailplan.train.bundle import build_bundle
 from sailplan.train.load_pretrained import initialise
+from sailplan.train.places import Places
 from sailplan.train.run_folder import RunFolder, check_identity
 from sailplan.train.trainer import Trainer
-
-
-def _fetch(copies: Copies, folder: RunFolder) -> None:
-    """Fetch a copy that is newer than all checkpoints of the run folder."""
-    known = latest(folder.checkpoints)
-    fetched = copies.fetch_newer(folder.checkpoints, known.name if known is not None else "")
-    if fetched is not None:
-        say(f"{fetched.name} fetched from {copies.url}")
 
 
 def _starting_point(config: Config, folder: RunFolder, parallel: Parallel) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start; ConfigurationError on all ranks
     rather than a lost or mixed run.
     """
-    copies = config.checkpoint.copy_to
-    if copies is not None and config.resume == "auto":
-        on_main(parallel, "looking for copies", lambda: _fetch(Copies(copies, config.name), folder))
-    newest = newest_whole(folder.checkpoints, parallel)
+    newest = Places(config, folder).newest(parallel, fetch=config.resume == "auto")
 
     def check() -> None:
-        broken = damaged(folder.checkpoints) if newest is None else []
-        sealed = [path for path in folder.checkpoints.glob("step-*/COMPLETE") if newest is None]
-        if broken or sealed:
-            worst = broken[-1] if broken else sealed[-1].parent
-            raise ConfigurationError(
-                f"{worst} is damaged and {folder.root} has no whole checkpoint: restore its files, "
-                "choose another name=, or delete the folder to start afresh"
-            )
         if newest is None:
             return
-        for path in damaged(folder.checkpoints):
-            if path > newest:
-                say(f"checkpoint {path} is damaged, going on from {newest}")
         if config.resume == "never":
             raise ConfigurationError(
                 f"{folder.root} holds a run already ({newest.name}): give resume=auto to go on "

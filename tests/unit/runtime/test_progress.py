@@ -5,6 +5,8 @@ was asked for.
 from __future__ import annotations
 
 import sys
+import threading
+import time
 
 import pytest
 
@@ -63,3 +65,27 @@ def test_only_the_first_rank_of_a_command_shows_it(
         with progress.progress("mining", 4, "rows") as advance:
             advance(1)
         assert len(capsys.readouterr().err.splitlines()) == lines, (shown, rank)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_command_in_which_nothing_counts_says_what_it_is_at(
+    counted: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.1)
+    monkeypatch.delenv("RANK", raising=False)
+    before = threading.active_count()
+    with progress.showing_progress("report"), progress.progress("counting", 99, "rows") as advance:
+        for _ in range(50):
+            time.sleep(0.01)
+            if counted:
+                advance(1)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert not out and "\r" not in err and len(lines) >= 2, lines
+    start = "counting: " if counted else "report: for 0 s so far"
+    assert sum(line.startswith(start) for line in lines) >= 2, lines
+    assert threading.active_count() == before, "its thread is gone"
+    with progress.progress("after", 1, "rows") as advance:
+        advance(1)
+    assert not capsys.readouterr().err, "nothing is shown after the command"

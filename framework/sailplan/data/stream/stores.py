@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import obstore
+from fsspec import AbstractFileSystem
 from obstore.exceptions import (
     BaseError,
     GenericError,
@@ -27,6 +28,7 @@ from obstore.exceptions import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
+from obstore.fsspec import FsspecStore
 from obstore.store import from_url
 
 from sailplan.config.fields import JsonObject
@@ -110,7 +112,7 @@ class Stores:
             except (NotFoundError, FileNotFoundError) as error:
                 raise Gone(f"{url}: there is nothing") from error
             except (PermissionDeniedError, UnauthenticatedError) as error:
-                raise Gone(f"{url}: access was refused ({_short(error)})") from error
+                raise Gone(f"{url}: access was refused ({short(error)})") from error
             except NotSupportedError as error:
                 raise NoRanges(url) from error
             except (GenericError, TimeoutError, OSError) as error:
@@ -119,10 +121,10 @@ class Stores:
                     raise NoRanges(url) from error
                 if time.monotonic() + pause >= end:
                     raise OutOfTime(
-                        f"{url}: no answer within {self.deadline:g} s ({_short(error)})"
+                        f"{url}: no answer within {self.deadline:g} s ({short(error)})"
                     ) from error
             except BaseError as error:
-                raise Gone(f"{url}: {_short(error)}") from error
+                raise Gone(f"{url}: {short(error)}") from error
             self.counts["retries"] += 1
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -130,21 +132,33 @@ class Stores:
     def _at(self, url: str) -> tuple[Any, str]:
         place, key = split(url)
         if place not in self._stores:
-            plain = scheme(url) == "http" or any(
-                os.environ.get(name, "").startswith("http:") for name in ENDPOINTS
+            self._stores[place] = from_url(
+                place, **client_settings(url, self.deadline, self.timeout, RETRIES)
             )
-            options: Any = {
-                "timeout": timedelta(seconds=self.deadline),
-                "read_timeout": timedelta(seconds=self.timeout),
-                "connect_timeout": timedelta(seconds=self.timeout),
-                "allow_http": plain,
-            }
-            retry: Any = {
-                "max_retries": RETRIES,
-                "retry_timeout": timedelta(seconds=self.deadline),
-            }
-            self._stores[place] = from_url(place, client_options=options, retry_config=retry)
         return self._stores[place], key
+
+
+def client_settings(url: str, deadline: float, timeout: float, retries: int) -> dict[str, Any]:
+    """Return obstore's settings for a URL's store: seconds for a request with its `retries`, and
+    without a byte.
+    """
+    plain = scheme(url) == "http" or any(
+        os.environ.get(name, "").startswith("http:") for name in ENDPOINTS
+    )
+    options = {
+        "timeout": timedelta(seconds=deadline),
+        "read_timeout": timedelta(seconds=timeout),
+        "connect_timeout": timedelta(seconds=timeout),
+        "allow_http": plain,
+    }
+    retry = {"max_retries": retries, "retry_timeout": timedelta(seconds=deadline)}
+    return {"client_options": options, "retry_config": retry}
+
+
+def file_system(url: str, deadline: float, timeout: float, retries: int) -> AbstractFileSystem:
+    """Return obstore's file system for a URL's scheme; settings as `client_settings`."""
+    opened: Callable[..., AbstractFileSystem] = FsspecStore
+    return opened(scheme(url), **client_settings(url, deadline, timeout, retries))
 
 
 def version_of(meta: Any) -> int:
@@ -154,6 +168,7 @@ def version_of(meta: Any) -> int:
     return -(int.from_bytes(digest[:8], "little") >> 2 | 1)
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
+    """Return obstore's reason in one line, without the insides of its client."""
     text = " ".join(str(error).partition("Debug source:")[0].split()).rstrip(": ")
     return text[:300] or type(error).__name__

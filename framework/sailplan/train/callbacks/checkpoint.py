@@ -11,9 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from sailplan.checkpoint.background import Saver
-from sailplan.checkpoint.copies import Copies
 from sailplan.checkpoint.store import folder_of
 from sailplan.config.compose import config_hash, identity
 from sailplan.data.record import StepBatch
@@ -21,6 +21,7 @@ from sailplan.errors import SailplanError
 from sailplan.runtime.leaving import is_lost_peer, say
 from sailplan.runtime.watch import phase
 from sailplan.train.callback import Callback, Run, StageRun, StepDone
+from sailplan.train.places import Places
 
 
 class Checkpoint(Callback):
@@ -28,19 +29,22 @@ class Checkpoint(Callback):
 
     def __init__(self) -> None:
         self._saver: Saver | None = None
+        self._folder = Path()
         self._saved_at = time.monotonic()
         self._whole = -1  # step of the newest checkpoint that is known to be written
 
     @contextmanager
     def running(self, run: Run) -> Iterator[None]:
-        options = run.config.checkpoint
+        options, places = run.config.checkpoint, Places(run.config, run.folder)
         with Saver(
             run.parallel,
             asynchronous=options.asynchronous,
             keep=options.keep,
             keep_every=options.keep_every,
-            copies=Copies(options.copy_to, run.config.name) if options.copy_to else None,
+            copies=places.copies,
+            own_folders=places.own,
         ) as saver:
+            self._folder = places.folder
             self._saver, self._saved_at, self._whole = saver, time.monotonic(), run.saved_step
             yield
             self._wait(must=True, run=run)
@@ -88,7 +92,7 @@ class Checkpoint(Callback):
         self._saved_at = time.monotonic()
         with phase("saving"), self._surviving(run, must):
             self._saver.save(
-                folder_of(run.folder.checkpoints, run.step),
+                folder_of(self._folder, run.step),
                 model=run.bundle.module,
                 optimizer=run.optimizer,
                 extra=extra,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from sailplan.curriculum.rounds import Rounds
 from sailplan.curriculum.stages import ROUNDS, refresh_hard_negatives
 from sailplan.runtime.main_rank import on_main
 from sailplan.runtime.watch import phase
 from sailplan.train.callback import Callback, Run, StageRun
+from sailplan.train.places import Places
 
 
 class MiningRefresh(Callback):
@@ -36,9 +35,9 @@ class MiningRefresh(Callback):
             rounds = Rounds(run.folder.curriculum(name) / ROUNDS)
 
             def prune() -> None:
-                names = [path.name for path in run.folder.checkpoints.glob("*step-*")]
-                steps = [int(found[1]) for one in names if (found := re.search(r"step-(\d+)", one))]
-                rounds.prune(step + 1 - stage.span.first for step in steps)
+                steps = Places(run.config, run.folder).steps()
+                if steps is not None:
+                    rounds.prune(step + 1 - stage.span.first for step in steps)
 
             on_main(run.context.parallel, "removing old rounds", prune)
 
