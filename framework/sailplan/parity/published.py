@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sailplan.config.fields import Options
-from sailplan.config.modalities import Modality
+from sailplan.data.config import Modality
 from sailplan.data.record import NamedInputs
 from sailplan.model.encoders.transformers import TransformersConfig
 from sailplan.model.encoders.transformers.processor import PRESENT, RECORDINGS
