@@ -30,7 +30,7 @@ _STACK = {
 }
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TEXT, BOTH = ["text"], ["text", "vision"]
-TINY: dict[str, tuple[list[str], Options]] = {  # model type -> modalities, its configuration
+TINY: dict[str, tuple[list[Modality], Options]] = {  # model type -> modalities, its configuration
     "bert": (TEXT, {"vocab_size": VOCABULARY, **_STACK, **_NO_DROPOUT}),
     "clip": (
         BOTH,
