@@ -29,7 +29,8 @@ _STACK = {
     "intermediate_size": 24,
 }
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-TEXT, BOTH = ["text"], ["text", "vision"]
+TEXT: list[Modality] = ["text"]
+BOTH: list[Modality] = ["text", "vision"]
 TINY: dict[str, tuple[list[Modality], Options]] = {  # model type -> modalities, its configuration
     "bert": (TEXT, {"vocab_size": VOCABULARY, **_STACK, **_NO_DROPOUT}),
     "clip": (
@@ -59,13 +60,12 @@ def _folder(kind: str) -> str:
 
 def tiny_settings(kind: str) -> TransformersConfig:
     """Return the settings of one of TINY, of model.testing.small_config's vector sizes."""
-    modalities: list[Modality] = list(TINY[kind][0])
     return TransformersConfig(
         source=_folder(kind),
         embedding=16,
         prefixes=[4, 8, 16],
         weights="drawn",
-        modalities=modalities,
+        modalities=list(TINY[kind][0]),
     )
 
 
