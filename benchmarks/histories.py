@@ -1,16 +1,18 @@
 """How long the artifact `interests` takes from a log of timed events, and what each rank holds.
 
-    python benchmarks/histories.py --users 1000000 --per-user 50 --items 100000 --ranks 2
+    python benchmarks/histories.py --users 1000000 --per-user 50 --items 100000 --ranks 1 2
 
 Writes a made-up log of parquet files (popular items, four labels, 10 % of events without a positive
 one), then makes the sequences of all four views on forked gloo ranks, as a stage's start does, with
-made-up content vectors. Prints one JSON object: seconds and CPU seconds, the highest memory of each
-rank above what it had at its start, users, sequences.
+made-up content vectors. Prints JSON: of each number of ranks the seconds and CPU seconds, the
+highest memory of each rank above what it had at its start, sequences and their bytes; --out keeps
+it, --table writes its table into a document.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import resource
 import tempfile
@@ -21,6 +23,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from documents import fill
+from rank_memory import write
 
 from sailplan.config.schema import DatasetConfig, ViewConfig
 from sailplan.curriculum.timed import make_timed_interests
@@ -32,6 +36,8 @@ from sailplan.model.testing import join_layout
 from sailplan_kernels.testing import run_ranks
 
 LABELS = ["like", "share", "finish", "save"]
+RESULTS = Path(__file__).parent / "results" / "histories.json"
+SIZES = ("users", "per_user", "items", "dimension", "files")
 
 
 def write_log(folder: Path, users: int, events: int, items: int, files: int) -> int:
@@ -71,61 +77,99 @@ def main() -> None:
     parser.add_argument("--per-user", type=int, default=50, help="events of a user, on average")
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--dimension", type=int, default=64)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--files", type=int, default=16)
     parser.add_argument(
         "--folder", default=None, help="where to write (default: a temporary folder)"
     )
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--table", type=Path, default=None, help="document to write it into")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as place:
-        root = Path(place)
-        write_shards(
-            [
-                Record({"id": f"items/{number:08d}", "fields": {"title": {"en": "a"}}})
-                for number in range(options.items)
-            ],
-            root / "items",
-            "items",
-            10_000,
-        )
-        log_bytes = write_log(
-            root / "log", options.users, options.per_user, options.items, options.files
-        )
-        items = RecordReader(
-            "items",
-            DatasetConfig(views={"title": ViewConfig(fields=["title"])}),
-            ShardIndex(sorted((root / "items").glob("*.tar"))),
-        )
-        np.save(root / "vectors.npy", _vectors(options.items, options.dimension))
-        dataset = DatasetConfig(shards="artifact:interests", kind="sequences", catalogue="items")
-        dataset.interests = InterestsConfig(str(root / "log"), positive=LABELS)
+    if options.table is not None:
+        fill(options.table, "histories", table(json.loads(RESULTS.read_text())))
+        return
+    sizes = {name: getattr(options, name) for name in SIZES}
+    facts: dict[str, Any] = {**sizes, "rows": {}}
+    for ranks in options.ranks:
+        with tempfile.TemporaryDirectory(dir=options.folder) as place:
+            facts["rows"][str(ranks)] = measure(Path(place), options, ranks)
+    flags = "".join(f" --{name.replace('_', '-')} {size}" for name, size in sizes.items())
+    command = f"python benchmarks/histories.py{flags} --ranks {' '.join(map(str, options.ranks))}"
+    write(command, facts, options.out)
 
-        def work(rank: int, world_size: int) -> tuple[dict[str, Any], float, float, int]:
-            vectors, parallel = np.load(root / "vectors.npy", mmap_mode="r"), join_layout(1)
-            before, began, busy = peak(), time.monotonic(), time.process_time()
-            stats = make_timed_interests(
-                parallel,
-                "sequences",
-                dataset,
-                items,
-                root / "made",
-                lambda used: lambda places: np.asarray(vectors[places]),
-            )
-            return stats, time.monotonic() - began, time.process_time() - busy, peak() - before
 
-        found = run_ranks(work, options.ranks, timeout=3600)
-        made = list((root / "made").glob("*.tar"))
-        result = {
-            **vars(options),
-            "log_bytes": log_bytes,
-            "seconds": round(max(one[1] for one in found), 1),
-            "cpu_seconds_of_ranks": [round(one[2], 1) for one in found],
-            "peak_bytes_of_ranks": [one[3] for one in found],
-            "shards": len(made),
-            "bytes": sum(path.stat().st_size for path in made),
-            **found[0][0],
-        }
-        print(json.dumps(result, indent=1))
+def measure(root: Path, options: argparse.Namespace, ranks: int) -> dict[str, Any]:
+    """Write a log into a folder and make its sequences; return what they took and what they are."""
+    write_shards(
+        [
+            Record({"id": f"items/{number:08d}", "fields": {"title": {"en": "a"}}})
+            for number in range(options.items)
+        ],
+        root / "items",
+        "items",
+        10_000,
+    )
+    log_bytes = write_log(
+        root / "log", options.users, options.per_user, options.items, options.files
+    )
+    items = RecordReader(
+        "items",
+        DatasetConfig(views={"title": ViewConfig(fields=["title"])}),
+        ShardIndex(sorted((root / "items").glob("*.tar"))),
+    )
+    np.save(root / "vectors.npy", _vectors(options.items, options.dimension))
+    dataset = DatasetConfig(
+        shards="artifact:interests",
+        kind="sequences",
+        catalogue="items",
+        interests=InterestsConfig(str(root / "log"), positive=LABELS),
+    )
+
+    def work(rank: int, world_size: int) -> tuple[dict[str, Any], float, float, int]:
+        vectors, parallel = np.load(root / "vectors.npy", mmap_mode="r"), join_layout(1)
+        before, began, busy = peak(), time.monotonic(), time.process_time()
+        stats = make_timed_interests(
+            parallel,
+            "sequences",
+            dataset,
+            items,
+            root / "made",
+            lambda used: lambda places: np.asarray(vectors[places]),
+        )
+        return stats, time.monotonic() - began, time.process_time() - busy, peak() - before
+
+    found = run_ranks(work, ranks, timeout=3600)
+    made = sorted((root / "made").glob("*.tar"))
+    digest = hashlib.sha256()
+    for path in made:
+        digest.update(path.read_bytes())
+    return {
+        "log_bytes": log_bytes,
+        "seconds": round(max(one[1] for one in found), 1),
+        "cpu_seconds_of_ranks": [round(one[2], 1) for one in found],
+        "peak_bytes_of_ranks": [one[3] for one in found],
+        "shards": len(made),
+        "bytes": sum(path.stat().st_size for path in made),
+        "sha256": digest.hexdigest(),
+        **found[0][0],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return Markdown: seconds and memory at each number of ranks."""
+    lines = ["| ranks | s | CPU s of a rank | peak of a rank, MB | sequences | bytes |"]
+    lines.append("|" + "---|" * 6)
+    for ranks, row in result["rows"].items():
+        cells = [ranks, f"{row['seconds']:.0f}", f"{max(row['cpu_seconds_of_ranks']):.0f}"]
+        cells += [f"{max(row['peak_bytes_of_ranks']) / 1e6:.0f}", f"{row['sequences']:,}"]
+        lines.append("| " + " | ".join([*cells, f"{row['bytes']:,}"]) + " |")
+    same = len({row["sha256"] for row in result["rows"].values()}) == 1
+    note = (
+        f"{result['users']:,} users x {result['per_user']} events; peak above what a rank had "
+        f"before; {'the same bytes' if same else 'OTHER BYTES'} at each number of ranks. "
+        f"{result['cores']} cores, load average {result['load_average']}. `{result['command']}`"
+    )
+    return "\n".join([*lines, "", note])
 
 
 def _vectors(items: int, dimension: int) -> np.ndarray:
