@@ -119,7 +119,7 @@ def test_workflows_check_what_they_should_on_the_pythons_they_should() -> None:
     jobs: dict[str, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())[
         "jobs"
     ]
-    assert set(jobs) == {"lint", "test", "wheel", "docs"}
+    assert set(jobs) == {"lint", "test", "chaos", "wheel", "docs"}
     assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
     for job in jobs.values():
         assert job["timeout-minutes"] and all(set(step) & {"uses", "run"} for step in job["steps"])

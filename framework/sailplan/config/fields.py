@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 Options = dict[str, Any]  # arguments of a call by name; of a class with its `_target_`
 JsonObject = dict[str, Any]  # an object of a JSON file, or of one that will be written
+JsonValue = Any  # what JSON holds: an object, a list, text, a number, a truth value or None
 JsonView = Mapping[str, Any]  # the same, where it is only read
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.005, 1.0

@@ -15,10 +15,14 @@ is opened once for each bucket.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,7 +143,7 @@ def cut_by_user(
     )
 
 
-def text_hashes(values: Any) -> NDArray[np.uint64]:
+def text_hashes(values: pa.Array) -> NDArray[np.uint64]:
     """Return a hash of each text of an Arrow large_string array, uint64 [n]: FNV-1a with
     well-mixed bits, the same everywhere.
     """
@@ -163,7 +167,7 @@ class _Writer:
 
     def __init__(self, stem: Path, buckets: int) -> None:
         self.stem, self.buckets = stem, buckets
-        self.waiting: list[Any] = []
+        self.waiting: list[pa.RecordBatch] = []
         self.rows = 0
         self.offsets: list[NDArray[np.int64]] = []
         import pyarrow as pa
@@ -213,7 +217,7 @@ class _Writer:
         )
 
 
-def _schema() -> Any:
+def _schema() -> pa.Schema:
     import pyarrow as pa
 
     return pa.schema(
@@ -239,7 +243,7 @@ def _sizes(parallel: Parallel, files: list[Path]) -> NDArray[np.int64]:
     return sum_over_ranks(sizes)
 
 
-def _named(column: Any) -> tuple[NDArray[np.int64], list[str], NDArray[np.uint64]]:
+def _named(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[str], NDArray[np.uint64]]:
     """Return (codes int64 [n], names sorted, hashes uint64 [names]) of a column of texts."""
     import pyarrow as pa
     from pyarrow import compute

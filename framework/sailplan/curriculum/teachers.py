@@ -9,8 +9,6 @@ training user used have no teacher.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from scipy import sparse
 from sklearn.decomposition import NMF, TruncatedSVD
@@ -37,7 +35,7 @@ def factorise(
     d = max(1, min(dimensions, min(matrix.shape) - 1))
     state = derive("teachers", teacher, seed) % 2**32
     if teacher == "svd":
-        model: Any = TruncatedSVD(n_components=d, random_state=state).fit(scaled)
+        model = TruncatedSVD(n_components=d, random_state=state).fit(scaled)
         factors = model.components_.T * model.singular_values_
     elif teacher == "nmf":
         factors = (

@@ -15,13 +15,17 @@ look at.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,7 +163,7 @@ def make_timed_interests(
     return stats
 
 
-def find_items(catalogue: RecordReader, ids: Any) -> NDArray[np.int64]:
+def find_items(catalogue: RecordReader, ids: pa.Array) -> NDArray[np.int64]:
     """Return the catalogue positions of an Arrow array of ids, int64 [n], -1 where unknown.
 
     Found by 64-bit hashes: among 10^8 items one unknown id in 10^11 would be taken for another's.

@@ -106,7 +106,7 @@ class _TensorPickler(pickle.Pickler):
         self.tensors: list[Tensor] = []
         self.offset = 0
 
-    def persistent_id(self, value: object) -> Any:
+    def persistent_id(self, value: object) -> object:
         if not isinstance(value, Tensor):
             return None
         place = (self.offset, value.nbytes, value.dtype, tuple(value.shape))
@@ -125,7 +125,7 @@ class _TensorUnpickler(pickle.Unpickler):
         return self.buffer[offset : offset + size].view(dtype).view(shape)
 
 
-def pack(value: Any) -> Packed:
+def pack(value: object) -> Packed:
     """Everything but tensors as bytes, all tensors one after the other in one uint8 buffer."""
     file = io.BytesIO()
     pickler = _TensorPickler(file)

@@ -42,7 +42,7 @@ class Damaged(Exception):
     """Bytes that are no whole set of columns; the text says what was found."""
 
 
-def pack(arrays: Mapping[str, Array], note: Any) -> bytes:
+def pack(arrays: Mapping[str, Array], note: object) -> bytes:
     """Return arrays, by name, and a note of JSON values as bytes."""
     extents, size = layout({name: (array.dtype, array.shape) for name, array in arrays.items()})
     body = bytearray(size)
@@ -56,7 +56,7 @@ def pack(arrays: Mapping[str, Array], note: Any) -> bytes:
 
 
 def layout(
-    arrays: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
+    arrays: Mapping[str, tuple[np.dtype[np.generic], tuple[int, ...]]],
 ) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], int]:
     """Return where arrays of these dtypes and shapes lie in a body, and the body's size in
     bytes.
@@ -68,7 +68,7 @@ def layout(
     return extents, offset
 
 
-def front(extents: JsonView, note: Any, sums: Array, size: int) -> bytes:
+def front(extents: JsonView, note: object, sums: Array, size: int) -> bytes:
     """Return what lies before a body of `size` bytes; its length does not depend on the values
     of the sums.
     """

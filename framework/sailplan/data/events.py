@@ -9,13 +9,17 @@ rise with time, and labels as bits.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +52,8 @@ class EventBatch:
     number i.
     """
 
-    users: Any
-    items: Any
+    users: pa.Array
+    items: pa.Array
     times: NDArray[np.int64]
     labels: NDArray[np.uint64]
 
@@ -138,7 +142,7 @@ class EventReader:
                     )
                 yield self._batch(unit.path, batch)
 
-    def _parquet(self, unit: EventUnit) -> Iterator[Any]:
+    def _parquet(self, unit: EventUnit) -> Iterator[pa.RecordBatch | pa.Table]:
         from pyarrow import parquet
 
         file = parquet.ParquetFile(unit.path)
@@ -156,7 +160,7 @@ class EventReader:
             else ()
         )
 
-    def _json(self, unit: EventUnit) -> Iterator[Any]:
+    def _json(self, unit: EventUnit) -> Iterator[pa.RecordBatch | pa.Table]:
         import pyarrow as pa
         from pyarrow import json
 
@@ -191,7 +195,7 @@ class EventReader:
                         io.BytesIO(content), parse_options=options
                     ).to_batches(max_chunksize=BATCH_ROWS)
 
-    def _batch(self, path: Path, batch: Any) -> EventBatch:
+    def _batch(self, path: Path, batch: pa.RecordBatch | pa.Table) -> EventBatch:
         import pyarrow as pa
         from pyarrow import compute
 
@@ -226,7 +230,7 @@ class EventReader:
             users, items, times.to_numpy(zero_copy_only=False).astype(np.int64), labels
         )
 
-    def _labels(self, column: Any, path: Path) -> NDArray[np.uint64]:
+    def _labels(self, column: pa.Array, path: Path) -> NDArray[np.uint64]:
         """Return the bits of the positive labels of each row, uint64 [n]."""
         import pyarrow as pa
         from pyarrow import compute
@@ -261,7 +265,7 @@ class EventReader:
         return result
 
 
-def _encoded(values: Any) -> tuple[NDArray[np.int64], list[str]]:
+def _encoded(values: pa.Array) -> tuple[NDArray[np.int64], list[str]]:
     """Return (codes int64 [n], names): the names of values; a null has the code len(names)."""
     import pyarrow as pa
 
@@ -272,14 +276,14 @@ def _encoded(values: Any) -> tuple[NDArray[np.int64], list[str]]:
     ), names
 
 
-def _text(column: Any) -> Any:
+def _text(column: pa.Array) -> pa.Array:
     """Return a column of ids as Arrow text with 64-bit offsets."""
     import pyarrow as pa
 
     return column.cast(pa.large_string())
 
 
-def _times(column: Any) -> tuple[Any, str]:
+def _times(column: pa.Array) -> tuple[pa.Array, str]:
     """Return (int64 Arrow array that rises with time, what the column holds)."""
     import pyarrow as pa
 

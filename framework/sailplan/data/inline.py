@@ -9,8 +9,9 @@ lies side by side: one sequential read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from sailplan.config.fields import JsonValue
 from sailplan.data.kinds import MANY, Chosen, Place
 from sailplan.data.names import given
 from sailplan.data.parse import decode_text
@@ -54,7 +55,9 @@ class Content(NamedTuple):
         )
 
 
-def inline_item(name: str, value: Any, chosen: Chosen, content: Content, part: int = 0) -> Item:
+def inline_item(
+    name: str, value: JsonValue, chosen: Chosen, content: Content, part: int = 0
+) -> Item:
     """Return a part of a pair. name: its id where its object gives none.
 
     Raises BadSample for values that are no texts.

@@ -13,7 +13,6 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from sailplan.config.fields import JsonObject
 
@@ -112,7 +111,7 @@ def parse_json(content: bytes) -> JsonObject:
     return body
 
 
-def _body_of(content: bytes) -> Any:
+def _body_of(content: bytes) -> object:
     if b"\0" not in content and not content.startswith(codecs.BOM_UTF8):
         with suppress(UnicodeDecodeError):
             text = content.decode()
@@ -129,7 +128,7 @@ def has_escaped_halves(content: bytes) -> bool:
     return b"\\u" in content and any(sign in content for sign in ESCAPED)
 
 
-def whole(value: object) -> Any:
+def whole(value: object) -> object:
     """Return a JSON value with halves of surrogate pairs, which are no text, replaced by U+FFFD."""
     if isinstance(value, str):
         return (

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sailplan.config.schema import ARTIFACT, Config
 from sailplan.data.datasets import open_datasets
@@ -208,7 +208,7 @@ def _key(config: Config, reader: RecordReader, shard: int) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _state(shard: Shard) -> list[Any]:
+def _state(shard: Shard) -> list[object]:
     return [str(shard), *state_of(shard)]
 
 
@@ -216,7 +216,7 @@ def duplicates(reader: RecordReader, cache: Path | None) -> list[str]:
     """Return the ids of records of which an earlier one has the same, in the records' order; at
     most MOST_LISTED.
     """
-    kept: list[Any] = []
+    kept: list[tuple[int, NDArray[np.uint64]]] = []
     for shard, path in enumerate(reader.index.shards):
         places = [
             place.with_suffix(".ids.npy")

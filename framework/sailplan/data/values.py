@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from sailplan.config.fields import JsonObject
+from sailplan.config.fields import JsonObject, JsonValue
 from sailplan.data.names import given, is_given
 
 
@@ -21,7 +20,7 @@ class BadSample(Exception):
         super().__init__(f"{record_id}: {reason}")
         self.record_id, self.reason = record_id, reason
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return BadSample, (self.record_id, self.reason)
 
 
@@ -92,7 +91,7 @@ def probability(record_id: str, body: Mapping[str, object], key: str) -> float |
     return value
 
 
-def listed(record_id: str, body: Mapping[str, object], key: str) -> list[Any]:
+def listed(record_id: str, body: Mapping[str, object], key: str) -> list[JsonValue]:
     """Return the entries of a list of the record; [] where none is given."""
     entries = body.get(key)
     if not is_given(entries):

@@ -7,10 +7,16 @@ beginning by decoding, which is exact in every container; a seek is not.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+
 import io
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -88,7 +94,7 @@ def sound(content: bytes) -> tuple[NDArray[np.float32], int]:
     return (np.concatenate(blocks) if blocks else np.empty((0, 1), dtype=np.float32)), int(rate)
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     try:
         import av
     except ImportError as error:
@@ -100,7 +106,7 @@ def _library() -> Any:
     return av
 
 
-def _count(av: Any, content: bytes) -> int:
+def _count(av: ModuleType, content: bytes) -> int:
     """The film's number of frames: as its packets say, which need no decoding."""
     with av.open(io.BytesIO(content)) as container:
         if not container.streams.video:
@@ -119,11 +125,11 @@ def _count(av: Any, content: bytes) -> int:
         return found
 
 
-def _decoded(av: Any, content: bytes) -> Iterator[Any]:
+def _decoded(av: ModuleType, content: bytes) -> Iterator[VideoFrame]:
     with av.open(io.BytesIO(content)) as container:
         yield from container.decode(video=0)
 
 
-def _pixels(frame: Any) -> Tensor:
+def _pixels(frame: VideoFrame) -> Tensor:
     array = np.rot90(frame.to_ndarray(format="rgb24"), (frame.rotation or 0) // 90)
     return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)

@@ -206,7 +206,7 @@ def stock(config: Config, model: TransformersConfig, tokenizer: PreTrainedTokeni
 
 
 def templates(
-    config: Config, model: TransformersConfig, tokenizer: object
+    config: Config, model: TransformersConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, PromptTemplate]:
     """Return what stands round the text of each named view."""
     published = PublishedTokenizer(tokenizer, model, config.data.max_tokens)

@@ -8,11 +8,15 @@ Hugging Face keeps in the schema what columns mean: pictures and sound are struc
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sailplan.errors import BadDataError
 from sailplan.ingest.rows import Part, Row, split_of_file
@@ -80,7 +84,9 @@ def count_rows(path: Path) -> int:
         ) from error
 
 
-def _batches(path: Path, first: int, count: int) -> Iterator[tuple[Any, Mapping[str, list[str]]]]:
+def _batches(
+    path: Path, first: int, count: int
+) -> Iterator[tuple[pa.RecordBatch, Mapping[str, list[str]]]]:
     """Yield record batches of at most READ_AT_ONCE rows that cover the rows asked for, with the
     names of classes.
     """
@@ -112,7 +118,7 @@ def _batches(path: Path, first: int, count: int) -> Iterator[tuple[Any, Mapping[
         ) from error
 
 
-def _arrow_batches(file: Any) -> Iterator[Any]:
+def _arrow_batches(file: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
     """Batches of an Arrow stream, which `save_to_disk` writes, or of an Arrow file."""
     import pyarrow as pa
 
@@ -125,7 +131,7 @@ def _arrow_batches(file: Any) -> Iterator[Any]:
         yield from pa.ipc.open_stream(file)
 
 
-def _cut(batches: Iterator[Any], first: int, count: int) -> Iterator[Any]:
+def _cut(batches: Iterator[pa.RecordBatch], first: int, count: int) -> Iterator[pa.RecordBatch]:
     """Yield the rows first .. first + count - 1 of a stream of batches."""
     for batch in batches:
         if first < batch.num_rows:

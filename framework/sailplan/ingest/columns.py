@@ -80,7 +80,7 @@ class Columns:
     negatives: tuple[str, ...] = ()
     most_negatives: int = 0  # of the first rows
 
-    def of(self, role: str, row: Row) -> Any:
+    def of(self, role: str, row: Row) -> object:
         """Return a row's value of a role; None where it has none."""
         return row.values.get(self.roles[role]) if role in self.roles else None
 
@@ -287,7 +287,7 @@ def seconds(value: Any) -> float | None:
     return float(value)
 
 
-def number(value: object) -> Any:
+def number(value: object) -> object:
     """Return a table's value as JSON has it: '3' -> 3, '0.5' -> 0.5, other text, lists and
     objects as they are, the rest as text.
     """

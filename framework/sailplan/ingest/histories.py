@@ -12,9 +12,8 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sailplan.config.fields import JsonObject
+from sailplan.config.fields import JsonObject, JsonValue
 from sailplan.data.names import given
 from sailplan.data.tar import HeldOut
 from sailplan.ingest.columns import Columns, number, seconds
@@ -39,7 +38,7 @@ class PickInteraction:
     columns: Columns
     numbers: bool = True
 
-    def __call__(self, tag: str, row: Row, split: str | None) -> tuple[str, Any]:
+    def __call__(self, tag: str, row: Row, split: str | None) -> tuple[str, JsonValue]:
         names = {role: given(_whole(self.columns.of(role, row))) for role in ("user", "item")}
         for role, name in names.items():
             if name is None:
@@ -66,7 +65,7 @@ class PickInteraction:
         ]
 
 
-def _whole(value: object) -> Any:
+def _whole(value: object) -> object:
     """A table's whole numbers beside an empty cell are floats: 7.0 is the id 7."""
     return (
         int(value)
@@ -157,7 +156,7 @@ class _Table:
         (folder / name).parent.mkdir(exist_ok=True)
         self._temporary = folder / f"{name}.{os.getpid()}.tmp"
         self._writer = pq.ParquetWriter(self._temporary, self._schema)
-        self._rows: list[tuple[Any, ...]] = []
+        self._rows: list[tuple[object, ...]] = []
 
     def add(self, *row: object) -> None:
         """Take user, item, time and label of an event."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from sailplan.config.fields import JsonObject
 from sailplan.data.names import given, readable
@@ -112,7 +111,7 @@ class RecordMaker:
                 raise Dropped(f"no {part}: the cell is empty")
             if text is not None:
                 body[part] = text
-        negatives: list[Any] = []
+        negatives: list[object] = []
         for name in self.columns.negatives:
             value = row.values.get(name)
             for entry in value if isinstance(value, list) else [value]:
@@ -126,7 +125,7 @@ class RecordMaker:
             body["score"] = score
         return Record(body, media)
 
-    def _part(self, value: object, name: str, media: dict[str, bytes]) -> Any:
+    def _part(self, value: object, name: str, media: dict[str, bytes]) -> object:
         """What the JSON holds of a part of a pair; its media are put into `media`.
 
         None for an empty cell.

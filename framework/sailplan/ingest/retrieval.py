@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sailplan.config.fields import JsonValue
 from sailplan.data.names import given, readable
 from sailplan.data.tar import HeldOut
 from sailplan.ingest.columns import number
@@ -35,7 +35,7 @@ NAMES = {
 MOST_NEGATIVES = 64  # of a record
 
 
-def value_of(row: Row, what: str) -> Any:
+def value_of(row: Row, what: str) -> object:
     """Return a row's value under the first of the names that such a column has; None where there
     is none.
     """
@@ -48,7 +48,7 @@ class PickForJoin:
 
     alone: bool  # one split only: nothing says what is held out, so the data set's rule does
 
-    def __call__(self, tag: str, row: Row, split: str | None) -> tuple[str, Any]:
+    def __call__(self, tag: str, row: Row, split: str | None) -> tuple[str, JsonValue]:
         name = given(value_of(row, "id" if tag == QUERY else "query"))
         if name is None:
             raise Dropped("no query id")

@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sailplan.config.fields import JsonValue
 from sailplan.data.index import id_hash
 from sailplan.ingest.rows import Dropped, Part, Row
 from sailplan.ingest.work import STATE, Drops, Outcome
@@ -30,7 +30,7 @@ class Keyed:
     """A row for its bucket."""
 
     key: str
-    value: Any  # JSON
+    value: JsonValue
     file: str
     line: int
 
@@ -62,7 +62,7 @@ class Spill:
     folder: Path
     phase: str
     buckets: int
-    pick: Callable[[str, Row, str | None], tuple[str, Any]]
+    pick: Callable[[str, Row, str | None], tuple[str, JsonValue]]
 
     def __post_init__(self) -> None:
         import pyarrow.compute

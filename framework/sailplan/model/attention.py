@@ -100,7 +100,7 @@ class PackedAttention(nn.Module):
     before it.
     """
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, **_: object) -> None:
         super().__init__()
         self.config = config
         self.dropout = config.attention_dropout
@@ -113,7 +113,7 @@ class PackedAttention(nn.Module):
         value: Tensor,
         attention_mask: Sequences,
         attn_mask_type: AttnMaskType = AttnMaskType.no_mask,
-        **_: Any,
+        **_: object,
     ) -> Tensor:
         """query [p, 1, heads, d], key and value [p, 1, key_value_heads, d].
 
@@ -282,7 +282,7 @@ def _(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
     ctx.options = inputs[5:]
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,7 +86,7 @@ class Norm(nn.RMSNorm):
     """torch's RMSNorm behind the constructor that megatron-core's specifications call."""
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
@@ -96,7 +95,7 @@ class CenteredNorm(nn.LayerNorm):
     """torch's LayerNorm behind the same constructor."""
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
@@ -116,7 +115,7 @@ class HeadNorm(Norm):
     only its own heads: its gradient is a part of the sum (see `parallelize.finish_gradients`)."""
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **options: Any
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **options: object
     ) -> None:
         super().__init__(config, hidden_size, eps, **options)
         self.weight.tensor_parallel_partial = True  # type: ignore[attr-defined]

@@ -8,6 +8,11 @@ A new one is one file: a dataclass of its settings below `model.config.EncoderCo
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sailplan.model.config import EncoderConfig
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +95,6 @@ class EncoderComponent(ABC):
         Raises ConfigurationError for a missing file.
         """
 
-    def placed(self, folder: Path) -> Any:
+    def placed(self, folder: Path) -> EncoderConfig:
         """Return the settings with which an exported folder is opened."""
         return self.model

@@ -29,6 +29,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -142,7 +143,7 @@ def fuse_norms(model: nn.Module) -> bool:
     """
     if extensions()["apex"] is None:
         return False
-    apex: Any = importlib.import_module("apex.normalization.fused_layer_norm")
+    apex = importlib.import_module("apex.normalization.fused_layer_norm")
     for module in model.modules():
         if isinstance(module, Norm):
             module.forward = partial(_apex_rms, apex, module)  # type: ignore[method-assign]
@@ -151,11 +152,11 @@ def fuse_norms(model: nn.Module) -> bool:
     return True
 
 
-def _apex_rms(apex: Any, norm: nn.RMSNorm, hidden: Tensor) -> Tensor:
+def _apex_rms(apex: ModuleType, norm: nn.RMSNorm, hidden: Tensor) -> Tensor:
     return apex.fused_rms_norm_affine(hidden, norm.weight, norm.normalized_shape, norm.eps)
 
 
-def _apex_layer(apex: Any, norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
+def _apex_layer(apex: ModuleType, norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
     return apex.fused_layer_norm_affine(
         hidden, norm.weight, norm.bias, norm.normalized_shape, norm.eps
     )
@@ -165,15 +166,15 @@ class Engine(NamedTuple):
     """The parts of TransformerEngine that are used."""
 
     attention: Any  # the class DotProductAttention
-    kernels: Any  # its compiled functions
+    kernels: ModuleType  # its compiled functions
     dtypes: dict[torch.dtype, Any]  # what they call the types
 
     @classmethod
     def load(cls) -> Engine:
-        pytorch: Any = importlib.import_module(
+        pytorch = importlib.import_module(
             "transformer_engine.pytorch"
         )  # first: it loads the compiled functions
-        constants: Any = importlib.import_module("transformer_engine.pytorch.constants")
+        constants = importlib.import_module("transformer_engine.pytorch.constants")
         return cls(
             pytorch.DotProductAttention,
             importlib.import_module("transformer_engine_torch"),

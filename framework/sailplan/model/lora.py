@@ -73,7 +73,7 @@ class LowRankUpdate(nn.Module):
 
 def _add_update(
     linear: nn.Module, inputs: tuple[object, ...], output: Tensor | tuple[Tensor, object]
-) -> Tensor | tuple[Tensor, Any]:
+) -> Tensor | tuple[Tensor, object]:
     update = linear.lora(inputs[0])  # type: ignore[operator]
     return output + update if isinstance(output, Tensor) else (output[0] + update, output[1])
 

@@ -8,7 +8,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-ALLOWED = 198  # uses of typing.Any in both packages; the aim is below 60
+ALLOWED = 115  # uses of typing.Any in both packages; the aim is below 60
 
 
 def uses(path: Path) -> int:

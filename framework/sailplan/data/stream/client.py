@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, cast
 
 from sailplan.config.fields import JsonObject
 from sailplan.data.config import StreamConfig
@@ -143,7 +143,7 @@ class Streams:
                 self._process, self._address = None, None
 
     # ---------------------------------------------------------------- parts
-    def _ask(self, **request: Any) -> JsonObject:
+    def _ask(self, **request: object) -> JsonObject:
         self.start()
         try:
             stream = self._connection()
@@ -158,17 +158,17 @@ class Streams:
             raise self._ended()
         found: JsonObject = json.loads(line)
         if "error" in found:
-            raise self._error(request.get("url", ""), found["error"], found["reason"])
+            raise self._error(str(request.get("url", "")), found["error"], found["reason"])
         return found
 
-    def _connection(self) -> Any:
+    def _connection(self) -> BinaryIO:
         key = (os.getpid(), self._address)
         if getattr(self._local, "key", None) != key:
             one = socket.socket(socket.AF_UNIX)
             one.connect(self._address or "")
             self._local.stream, self._local.key = one.makefile("rwb"), key
             one.close()  # the file holds it
-        return self._local.stream
+        return cast(BinaryIO, self._local.stream)
 
     def _ended(self) -> UnavailableError:
         self._local.key = None

@@ -18,7 +18,6 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sailplan.config.fields import JsonObject
 from sailplan.data.stream.disk import DiskCache, NoRoom, range_name, whole_name
@@ -43,7 +42,7 @@ class Service:
         self.disk, self.stores = DiskCache(folder, limit), Stores(deadline, timeout)
         self._folder, self._limit = folder, limit
         self._slots = asyncio.Semaphore(in_flight)
-        self._running: dict[str, asyncio.Task[Any]] = {}
+        self._running: dict[str, asyncio.Task[object]] = {}
         self._heads: dict[str, tuple[int, int]] = {}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

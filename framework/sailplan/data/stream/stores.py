@@ -8,6 +8,12 @@ is noticed by the first byte that is read of it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import ObjectStore
+
 import asyncio
 import hashlib
 import os
@@ -31,7 +37,6 @@ from obstore.exceptions import (
 from obstore.fsspec import FsspecStore
 from obstore.store import from_url
 
-from sailplan.config.fields import JsonObject
 from sailplan.data.stream.address import scheme, split
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts
@@ -68,7 +73,7 @@ class Stores:
         """deadline: seconds for all attempts of a request. timeout: without a byte, of one."""
         self.deadline, self.timeout = deadline, timeout
         self.counts: Counter[str] = Counter()
-        self._stores: JsonObject = {}
+        self._stores: dict[str, ObjectStore] = {}
 
     async def head(self, url: str) -> tuple[int, int]:
         """Return size in bytes and version of what lies at a URL."""
@@ -129,7 +134,7 @@ class Stores:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _at(self, url: str) -> tuple[Any, str]:
+    def _at(self, url: str) -> tuple[ObjectStore, str]:
         place, key = split(url)
         if place not in self._stores:
             self._stores[place] = from_url(
@@ -161,7 +166,7 @@ def file_system(url: str, deadline: float, timeout: float, retries: int) -> Abst
     return opened(scheme(url), **client_settings(url, deadline, timeout, retries))
 
 
-def version_of(meta: Any) -> int:
+def version_of(meta: ObjectMeta) -> int:
     """Return a number below 0, as no time is, that differs where the content may differ."""
     tag = meta["e_tag"] or str(meta["last_modified"])
     digest = hashlib.sha256(f"{tag} {meta['size']}".encode()).digest()

@@ -49,7 +49,7 @@ def keep_whole(disk: DiskCache, name: str, url: str, temporary: Path) -> int | N
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[IO[bytes]]:
+def _opened(url: str) -> Iterator[Any]:
     with _source(url) as source:
         form = compression(url)
         if form == "gzip":

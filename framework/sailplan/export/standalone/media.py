@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def pixels(picture: Any) -> Tensor:
     return rgb(picture)
 
 
-def samples_of(sound: Any, rate: int) -> Any:
+def samples_of(sound: Any, rate: int) -> NDArray[np.float32]:
     """Return float32 [samples] at `rate` Hz of a path, encoded bytes, {"array",
     "sampling_rate"}, or an array at that rate.
     """

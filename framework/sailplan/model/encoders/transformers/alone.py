@@ -4,8 +4,13 @@ random, statistics that stay.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 from types import MethodType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,26 +30,27 @@ def without_draws(config: C) -> C:
     return config
 
 
-def encoder_of(model: Any) -> Any:
+def encoder_of(model: PreTrainedModel) -> nn.Module:
     """Return the encoder of an encoder-decoder, else the model."""
     seq2seq = getattr(model.config, "is_encoder_decoder", False)
     return model.get_encoder() if seq2seq and not hasattr(model, "get_text_features") else model
 
 
-def encoder_alone(model: Any) -> nn.Module:
+def encoder_alone(model: PreTrainedModel) -> nn.Module:
     """Return the encoder of an encoder-decoder, else the model; scalars become buffers, as FSDP2
     shards none (the temperature is the objective's).
     """
-    model = encoder_of(model)
-    for name, parameter in list(model.named_parameters()):
+    alone = encoder_of(model)
+    for name, parameter in list(alone.named_parameters()):
         if parameter.ndim == 0:
             owner, _, own = name.rpartition(".")
-            module = model.get_submodule(owner)
+            module = alone.get_submodule(owner)
             delattr(module, own)
             module.register_buffer(own, parameter.detach())
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    return model  # type: ignore[no-any-return]
+    config: PreTrainedConfig = alone.config  # type: ignore[assignment]
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    return alone
 
 
 def keep_statistics(model: nn.Module) -> None:

@@ -4,9 +4,13 @@ format.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sailplan.model.config import EncoderConfig
+
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,5 +74,5 @@ class Transformers(EncoderComponent):
     def write_files(self, config: Config, weights: dict[str, Tensor], out: Path) -> None:
         save_files(self.model, out)
 
-    def placed(self, folder: Path) -> Any:
+    def placed(self, folder: Path) -> EncoderConfig:
         return replace(self.model, source=str(folder), options={}, image_processor_options={})

@@ -38,7 +38,9 @@ MOST_MISSING = (
 transformers.utils.logging.disable_progress_bar()
 
 
-def open_config(settings: TransformersConfig, *, key: str = SOURCE) -> Any:
+def open_config(
+    settings: TransformersConfig, *, key: str = SOURCE
+) -> transformers.PreTrainedConfig:
     """Return the model's configuration with `options` applied.
 
     Raises ConfigurationError naming `key`.
@@ -55,7 +57,7 @@ def open_config(settings: TransformersConfig, *, key: str = SOURCE) -> Any:
     return without_draws(config)
 
 
-def open_tokenizer(settings: TransformersConfig) -> Any:
+def open_tokenizer(settings: TransformersConfig) -> transformers.PreTrainedTokenizerBase:
     """Return the model's tokenizer."""
     return _opened(
         settings,
@@ -66,12 +68,12 @@ def open_tokenizer(settings: TransformersConfig) -> Any:
     )
 
 
-def open_image_processor(settings: TransformersConfig) -> Any:
+def open_image_processor(settings: TransformersConfig) -> transformers.BaseImageProcessor:
     """Return the model's picture processor: the one of its files that works with Pillow, so that
     pixels are the same everywhere.
     """
 
-    def read() -> Any:
+    def read() -> transformers.BaseImageProcessor:
         name = settings.image_processor
         if name is None:
             values, _ = transformers.BaseImageProcessor.get_image_processor_dict(
@@ -87,7 +89,7 @@ def open_image_processor(settings: TransformersConfig) -> Any:
     return _opened(settings, "picture processor (model.image_processor)", read)
 
 
-def open_feature_extractor(settings: TransformersConfig) -> Any:
+def open_feature_extractor(settings: TransformersConfig) -> transformers.SequenceFeatureExtractor:
     """Return the model's feature extractor: what it makes of a recording."""
     return _opened(
         settings,
@@ -184,7 +186,7 @@ def _joined(known: JsonObject, more: JsonObject, settings: TransformersConfig) -
     return known | more
 
 
-def drawn_model(settings: TransformersConfig) -> Any:
+def drawn_model(settings: TransformersConfig) -> nn.Module:
     """Return the model with drawn weights in float32, or on the meta device."""
     config, attention = open_config(settings), _attention(settings)
     return encoder_alone(

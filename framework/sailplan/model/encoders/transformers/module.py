@@ -5,8 +5,12 @@ Shape legend: b rows, t tokens, h the model's size, D the vector's.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutput
+
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -203,10 +207,12 @@ class TransformersEncoder(Encoder):
         return told
 
     def _features(self, modality: str, given: dict[str, Tensor]) -> Tensor:
-        found: Any = getattr(self.model, FEATURES[modality])(**given)
+        found = getattr(self.model, FEATURES[modality])(**given)
         return getattr(found, "pooler_output", found)  # type: ignore[no-any-return]
 
-    def _pooled(self, output: Any, mask: Tensor | None, samples: Tensor | None = None) -> Tensor:
+    def _pooled(
+        self, output: BaseModelOutput, mask: Tensor | None, samples: Tensor | None = None
+    ) -> Tensor:
         """Return [b, h] of a model's output; mask [b, t] of its tokens, None: all are there, or
         of raw sound those that its mask of samples leaves.
         """
@@ -218,7 +224,7 @@ class TransformersEncoder(Encoder):
                     f"{', '.join(POOLINGS)}; choose one"
                 )
             return pooled.flatten(1)
-        hidden: Tensor = output.last_hidden_state
+        hidden: Tensor = output.last_hidden_state  # type: ignore[assignment]
         if hidden.ndim == 4:  # a grid of features [b, h, down, across]
             hidden = hidden.flatten(2).transpose(1, 2)
         if samples is not None:
@@ -270,7 +276,7 @@ def add_lora(model: nn.Module, lora: PeftConfig) -> None:
             f"model.lora.rank={lora.rank}: expected peft for it, which is not installed; pip "
             "install peft"
         ) from error
-    targets: Any = "all-linear" if "all-linear" in lora.targets else list(lora.targets)
+    targets = "all-linear" if "all-linear" in lora.targets else list(lora.targets)
     options: Options = {
         "r": lora.rank,
         "lora_alpha": lora.alpha,

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sailplan.config.fields import JsonObject
+from sailplan.config.fields import Options
 from sailplan.config.schema import Config, ParallelConfig
 from sailplan.data.processor import Processor
 from sailplan.model.component import EncoderComponent
@@ -61,7 +60,7 @@ class TwoTowersComponent(EncoderComponent):
         self.skeleton(ParallelConfig())
 
     def exported(self, weights: dict[str, Tensor]) -> tuple[TwoTowersConfig, dict[str, Tensor]]:
-        towers: JsonObject = {}
+        towers: Options = {}
         found: dict[str, Tensor] = {}
         for name in self.model.towers:
             begins = f"towers.{name}."
@@ -78,11 +77,9 @@ class TwoTowersComponent(EncoderComponent):
         for name in self.model.towers:
             Transformers(self.model.tower(name)).write_files(config, {}, out / name)
 
-    def placed(self, folder: Path) -> Any:
-        return replace(
-            self.model,
-            **{
-                name: Transformers(self.model.tower(name)).placed(folder / name)
-                for name in self.model.towers
-            },
-        )
+    def placed(self, folder: Path) -> TwoTowersConfig:
+        towers: Options = {
+            name: Transformers(self.model.tower(name)).placed(folder / name)
+            for name in self.model.towers
+        }
+        return replace(self.model, **towers)
