@@ -163,11 +163,14 @@ def table(result: dict[str, Any]) -> str:
         cells = [ranks, f"{row['seconds']:.0f}", f"{max(row['cpu_seconds_of_ranks']):.0f}"]
         cells += [f"{max(row['peak_bytes_of_ranks']) / 1e6:.0f}", f"{row['sequences']:,}"]
         lines.append("| " + " | ".join([*cells, f"{row['bytes']:,}"]) + " |")
-    same = len({row["sha256"] for row in result["rows"].values()}) == 1
+    digests = {row.get("sha256") for row in result["rows"].values()}
+    words = "the same bytes" if len(digests) == 1 else "OTHER BYTES"
+    same = "" if None in digests else f"; {words} at each number of ranks"
+    load = result["load_average"]
     note = (
         f"{result['users']:,} users x {result['per_user']} events; peak above what a rank had "
-        f"before; {'the same bytes' if same else 'OTHER BYTES'} at each number of ranks. "
-        f"{result['cores']} cores, load average {result['load_average']}. `{result['command']}`"
+        f"before{same}. {result['cores']} cores, "
+        f"{'beside other work' if load is None else f'load average {load}'}. `{result['command']}`"
     )
     return "\n".join([*lines, "", note])
 

@@ -16,10 +16,12 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+Result = TypeVar("Result")
 
 
 class RankFailure(RuntimeError):
@@ -27,8 +29,8 @@ class RankFailure(RuntimeError):
 
 
 def run_ranks(
-    function: Callable[..., object], world_size: int, *args: object, timeout: float = 60
-) -> list[Any]:
+    function: Callable[..., Result], world_size: int, *args: object, timeout: float = 60
+) -> list[Result]:
     """Call ``function(rank, world_size, *args)`` on ``world_size`` forked ranks with a default
     gloo group.
 
@@ -51,7 +53,7 @@ def run_ranks(
             children.append(child)
             receivers.append(receiver)
         try:
-            return _collect(receivers, timeout)
+            return cast(list[Result], _collect(receivers, timeout))
         finally:
             for child in children:
                 if child.is_alive():
@@ -61,7 +63,7 @@ def run_ranks(
                 receiver.close()
 
 
-def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
+def _collect(receivers: list[Connection], timeout: float) -> list[object]:
     deadline = time.monotonic() + timeout
     waiting = {receiver: rank for rank, receiver in enumerate(receivers)}
     results: list[object] = [None] * len(receivers)

@@ -107,9 +107,9 @@ def _plain(hint: object) -> object:
     return schema_of(hint) if isinstance(hint, type) and is_dataclass(hint) else hint
 
 
-def _default(one: Field[object], hint: Any) -> Any:
+def _default(one: Field[object], hint: object) -> object:
     source = one.metadata.get(INHERITS)
-    if source is not None:
+    if source is not None and isinstance(hint, type):
         inherited = schema_of(hint)
         return field(
             default_factory=lambda: inherited(
@@ -124,8 +124,7 @@ def _default(one: Field[object], hint: Any) -> Any:
 
 def _as_schema(value: object) -> object:
     if is_dataclass(value) and not isinstance(value, type):
-        of: Any = type(value)
-        return schema_of(of)(
+        return schema_of(type(value))(
             **{one.name: _as_schema(getattr(value, one.name)) for one in fields(value)}
         )
     if isinstance(value, dict):
@@ -155,7 +154,7 @@ def _section(hint: object) -> object:
 
 # ---------------------------------------------------------------- rules
 def _check(
-    hint: Any, value: Any, path: str, ranges: tuple[Range, ...] = (), words: tuple[str, ...] = ()
+    hint: object, value: Any, path: str, ranges: tuple[Range, ...] = (), words: tuple[str, ...] = ()
 ) -> None:
     if is_dataclass(value):
         hint = type(value)  # of an encoder, whose settings are below Any
@@ -219,8 +218,8 @@ def _rules(value: object, path: str) -> None:
 
 def _switched_off(value: Any, path: str) -> None:
     """Raise ConfigurationError for a setting that nothing reads, as the one beside it is set."""
-    of: Any = type(value)
-    defaults = {one.name: _default_of(one) for one in fields(value)}
+    of: type = type(value)
+    defaults = {one.name: _default_of(one) for one in fields(of)}
     for name, when in _conditions(of):
         found, switch = getattr(value, name), getattr(value, when.name)
         fits = switch in when.values if when.values else switch != defaults[when.name]

@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +52,7 @@ from sailplan.embed.context import RunContext
 from sailplan.embed.embedder import Embedder
 from sailplan.embed.selection import Positions, SplitPositions
 from sailplan.embed.sides import unit
+from sailplan.embed.table import EmbeddedTable, SequentialTable
 from sailplan.errors import ConfigurationError
 from sailplan.runtime.arrays import SharedArray
 from sailplan.runtime.files import write_whole
@@ -352,7 +352,13 @@ def _subsets(
             )
 
             def clean(
-                start: int, stop: int, reader: RecordReader = reader, sides: Any = (left, right)
+                start: int,
+                stop: int,
+                reader: RecordReader = reader,
+                sides: tuple[EmbeddedTable | SequentialTable, EmbeddedTable | SequentialTable] = (
+                    left,
+                    right,
+                ),
             ) -> Scores:
                 query, target = (side.read(start, stop) for side in sides)
                 own = (unit(query.fused) * unit(target.fused)).sum(1).numpy()

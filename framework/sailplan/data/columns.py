@@ -19,13 +19,12 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sailplan.config.fields import JsonView
+from sailplan.config.fields import JsonValue, JsonView
 from sailplan.runtime.arrays import Array
 
 MAGIC = b"sailcol1"  # the last byte is the version of the form
@@ -107,7 +106,7 @@ class Columns:
             raise Damaged("a head whose checksum differs")
         try:
             head = json.loads(bytes(buffer[start + PREFIX.size : start + PREFIX.size + head_bytes]))
-            self.note: Any = head["note"]
+            self.note: JsonValue = head["note"]
             self._arrays: dict[str, Array] = {}
             self._offsets: dict[str, int] = {}
             self._views: dict[str, tuple[memoryview[int], int]] = {}

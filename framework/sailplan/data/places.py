@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from sailplan.errors import ConfigurationError
 
@@ -18,7 +18,7 @@ class Shard(Protocol):
     """A path, or what lies elsewhere and has the URL of its folder as `parent`."""
 
     @property
-    def parent(self) -> Any: ...
+    def parent(self) -> str | Path: ...
 
 
 def cache_root(cache: Path | None) -> Path:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sailplan.config.fields import JsonObject
 from sailplan.config.schema import ViewConfig
 from sailplan.data.reader import RecordReader
 from sailplan.embed.config import StoreConfig
@@ -94,7 +95,7 @@ class ViewStore:
             "precision": settings.precision,
         }
 
-        def look() -> dict[str, object]:
+        def look() -> JsonObject:
             folder = self.folder / name
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / REQUEST).is_file():

@@ -16,7 +16,6 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -166,9 +165,9 @@ class Model:
                     held, view, DatasetConfig(), text=self._text(item.get("text") or "")
                 )
             )
-        inputs: Any = self.processor.batch(rows, self.processor.tokens(rows, view), view)
+        inputs = self.processor.batch(rows, self.processor.tokens(rows, view), view)
         if hasattr(inputs, "packing"):
-            inputs = replace(inputs, packing=None)  # the plain code packs for itself
+            inputs = replace(inputs, packing=None)  # type: ignore[call-arg]  # the plain code packs for itself
         with torch.inference_mode():
             found: Tensor = self.encoder(inputs.to(self.device)).fused.float()
         return found

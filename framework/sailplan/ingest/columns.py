@@ -13,13 +13,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from sailplan.config.overrides import nearest
 from sailplan.data.kinds import kind_of
 from sailplan.data.names import given
 from sailplan.errors import ConfigurationError
-from sailplan.ingest.rows import Row
+from sailplan.ingest.rows import Part, Row
 
 Kind = Literal["items", "pairs", "interactions"]
 LOOKED_AT = 1000  # rows
@@ -254,7 +254,7 @@ def is_text(value: object) -> bool:
     return False
 
 
-def first_rows(parts: Iterable[Any], limit: int = LOOKED_AT) -> list[Row]:
+def first_rows(parts: Iterable[Part], limit: int = LOOKED_AT) -> list[Row]:
     """Return the first rows of a source."""
     found: list[Row] = []
     for part in parts:
@@ -265,7 +265,7 @@ def first_rows(parts: Iterable[Any], limit: int = LOOKED_AT) -> list[Row]:
     return found
 
 
-def seconds(value: Any) -> float | None:
+def seconds(value: object) -> float | None:
     """Return a time in seconds since 1970: numbers as they are, dates of ISO 8601 (UTC where
     they name no zone).
 
@@ -277,7 +277,7 @@ def seconds(value: Any) -> float | None:
         try:
             value = float(value)
         except ValueError:
-            value = datetime.datetime.fromisoformat(value.strip())
+            value = datetime.datetime.fromisoformat(str(value).strip())
     if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
         value = datetime.datetime(value.year, value.month, value.day)
     if isinstance(value, datetime.datetime):

@@ -81,7 +81,7 @@ class EncoderComponent(ABC):
                 torch.float64 if parallel_config.dtype == "float64" else torch.float32
             )
 
-    def exported(self, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    def exported(self, weights: dict[str, Tensor]) -> tuple[EncoderConfig, dict[str, Tensor]]:
         """Return the settings and the encoder's whole tensors of a folder that stands alone:
         low-rank updates merged.
         """

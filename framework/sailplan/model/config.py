@@ -17,7 +17,8 @@ from sailplan.config.fields import (
     Size,
     When,
 )
-from sailplan.data.config import RATES
+from sailplan.config.whole import WholeConfig
+from sailplan.data.config import RATES, DataConfig
 from sailplan.errors import ConfigurationError
 
 
@@ -73,7 +74,7 @@ class EncoderConfig:
                 f"{path}.embedding={self.embedding}; end the list with the full size"
             )
 
-    def check_run(self, config: Any) -> None:
+    def check_run(self, config: WholeConfig) -> None:
         """Raise ConfigurationError for what the rest of a run's configuration asks for and this
         encoder cannot do.
         """
@@ -96,7 +97,7 @@ class EncoderConfig:
                 )
 
     @staticmethod
-    def check_lora(config: Any, key: str, rank: int) -> None:
+    def check_lora(config: WholeConfig, key: str, rank: int) -> None:
         """Raise ConfigurationError for low-rank updates that stay what they are at the start:
         nothing.
         """
@@ -272,7 +273,7 @@ class ModelConfig(EncoderConfig):
     def part_names(self) -> tuple[str, ...]:
         return ("text", "vision", "perceiver", "audio", "tower", "lora")
 
-    def check_run(self, config: Any) -> None:
+    def check_run(self, config: WholeConfig) -> None:
         if config.parallel.sequence:
             self._check_sequence(config)
         self.check_lora(config, "model.lora.rank", self.lora.rank)
@@ -299,7 +300,7 @@ class ModelConfig(EncoderConfig):
                 "expected a part with parameters, such as vision or tower"
             )
 
-    def _check_sequence(self, config: Any) -> None:
+    def _check_sequence(self, config: WholeConfig) -> None:
         lora = self.lora
         for key, found, expected, fits in (
             ("parallel.tensor", config.parallel.tensor, "2 or more", config.parallel.tensor > 1),
@@ -329,7 +330,7 @@ class ModelConfig(EncoderConfig):
                     "parallel.sequence off"
                 )
 
-    def _check_pictures(self, data: Any) -> None:
+    def _check_pictures(self, data: DataConfig) -> None:
         vision = self.vision
         pixels = vision.patch * (vision.merge if vision.backbone == "qwen3_vl" else 1)
         if vision.backbone == "siglip2":
@@ -355,7 +356,7 @@ class ModelConfig(EncoderConfig):
                 "model.vision's tokens in pixels"
             )
 
-    def _check_sound(self, data: Any) -> None:
+    def _check_sound(self, data: DataConfig) -> None:
         audio = self.audio
         if audio.backbone in RATES and data.spectrogram != audio.backbone:
             raise ConfigurationError(

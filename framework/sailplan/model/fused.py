@@ -30,11 +30,11 @@ import importlib.metadata
 import importlib.util
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from sailplan.config.schema import ParallelConfig
 from sailplan.errors import ConfigurationError
@@ -165,9 +165,9 @@ def _apex_layer(apex: ModuleType, norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
 class Engine(NamedTuple):
     """The parts of TransformerEngine that are used."""
 
-    attention: Any  # the class DotProductAttention
+    attention: type[nn.Module]  # the class DotProductAttention
     kernels: ModuleType  # its compiled functions
-    dtypes: dict[torch.dtype, Any]  # what they call the types
+    dtypes: dict[torch.dtype, object]  # what they call the types
 
     @classmethod
     def load(cls) -> Engine:
@@ -181,7 +181,7 @@ class Engine(NamedTuple):
             constants.TE_DType,
         )
 
-    def attention_of(self, module: PackedAttention) -> Any:
+    def attention_of(self, module: PackedAttention) -> nn.Module:
         """Its core attention over the heads that this tensor-parallel rank has."""
         config = module.config
         ranks = config.tensor_model_parallel_size
@@ -200,7 +200,7 @@ class _EngineNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         engine: Engine,
         hidden: Tensor,
         weight: Tensor,
@@ -220,19 +220,20 @@ class _EngineNorm(torch.autograd.Function):
                 hidden, weight, bias, epsilon, None, None, kind, 0, False
             )
             ctx.save_for_backward(hidden, weight, factor, mean)
-        ctx.kernels = engine.kernels
+        ctx.kernels = engine.kernels  # type: ignore[attr-defined]
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, factor, *mean = ctx.saved_tensors
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, factor, *mean = ctx.saved_tensors  # type: ignore[attr-defined]
+        kernels: ModuleType = ctx.kernels  # type: ignore[attr-defined]
         if not mean:
-            of_hidden, of_weight = ctx.kernels.rmsnorm_bwd(
+            of_hidden, of_weight = kernels.rmsnorm_bwd(
                 gradient.contiguous(), hidden, factor, weight, 0, False
             )
             return None, of_hidden, of_weight, None, None
-        of_hidden, of_weight, of_bias = ctx.kernels.layernorm_bwd(
+        of_hidden, of_weight, of_bias = kernels.layernorm_bwd(
             gradient.contiguous(), hidden, mean[0], factor, weight, 0, False
         )
         return None, of_hidden, of_weight, of_bias, None
@@ -247,7 +248,7 @@ def _engine_norm(engine: Engine, norm: Norm | CenteredNorm, hidden: Tensor) -> T
 
 
 def _engine_attention(
-    attention: Any,
+    attention: nn.Module,
     module: PackedAttention,
     query: Tensor,
     key: Tensor,

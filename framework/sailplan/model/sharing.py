@@ -17,11 +17,11 @@ whatever the rows hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 
 class _GatherRows(torch.autograd.Function):
@@ -30,15 +30,16 @@ class _GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.first, ctx.rows = group.rank() * len(mine), len(mine)
+    def forward(ctx: FunctionCtx, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.first, ctx.rows = group.rank() * len(mine), len(mine)  # type: ignore[attr-defined]
         whole = mine.new_empty((group.size() * len(mine), *mine.shape[1:]))
         dist.all_gather_into_tensor(whole, mine.contiguous(), group=group)
         return whole
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient[ctx.first : ctx.first + ctx.rows], None
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        first, rows = ctx.first, ctx.rows  # type: ignore[attr-defined]
+        return gradient[first : first + rows], None
 
 
 def mark_shared(module: nn.Module) -> None:

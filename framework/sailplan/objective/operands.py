@@ -10,8 +10,6 @@ them is float32's, as is the normalisation's part of the gradient.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -52,8 +50,8 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        vectors, length = ctx.saved_tensors
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        vectors, length = ctx.saved_tensors  # type: ignore[attr-defined]
         unit, gradient = vectors / length, gradient.to(vectors.dtype)
         found = (gradient - unit * torch.linalg.vecdot(unit, gradient)[..., None]) / length
         return torch.where(length.isnan(), 0.0, found), None, None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from sailplan.errors import ConfigurationError
 from sailplan.objective.operands import HALF, Rounded
 from sailplan.objective.temperature import Temperatures
 from sailplan_kernels import Prefixes
+from sailplan_kernels.exchange import Exchange
 
 Datasets = Mapping[str, DatasetConfig]
 
@@ -108,7 +109,7 @@ class ObjectiveContext:
     """What an objective may use besides the encodings."""
 
     datasets: dict[str, DatasetConfig]
-    exchange: Any  # sailplan_kernels.exchange.Exchange over the data-parallel group
+    exchange: Exchange  # over the data-parallel group
     temperatures: Temperatures
     prefixes: tuple[int, ...]  # model.prefixes, see Objective.matryoshka_sizes
     backend: str = "auto"

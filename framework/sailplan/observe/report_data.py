@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from sailplan.config.fields import JsonObject
+from sailplan.config.fields import JsonObject, JsonValue
 from sailplan.errors import ConfigurationError
 from sailplan.observe.run_files import EVALUATION, METRICS, QUARANTINE, STAGES, read_lines
 
@@ -49,7 +48,7 @@ def headline_metric(metrics: Mapping[str, object]) -> str | None:
     return own[0] if own else None
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> JsonValue:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

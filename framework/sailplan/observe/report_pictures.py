@@ -12,13 +12,13 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sailplan.config.fields import Options
 from sailplan.observe.report_data import Series
 
 POINTS = 400  # points of a curve
@@ -28,7 +28,7 @@ _PLACEHOLDERS = {INK: "var(--muted)", GRID: "var(--line)", SHADE: "var(--shade)"
 _PLACEHOLDERS.update(
     {f"#fd00{number:02x}": f"var(--series-{number})" for number in range(SERIES_COLOURS)}
 )
-_STYLE: dict[Any, Any] = {
+_STYLE: Options = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sailplan",
     "font.family": "sans-serif",
@@ -146,7 +146,7 @@ def curves(
     kept = {title: series for title, series in kept.items() if series}
     if not kept:
         return ""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(10.2, 3.3) if wide else (4.9, 2.5), layout="constrained")
         axes = figure.add_subplot()
         _shade(axes, spans, names=wide)

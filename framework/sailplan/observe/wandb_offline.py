@@ -8,11 +8,15 @@ them.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
 import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 HEADER, BLOCK = 7, 2**15
 WHOLE, FIRST, LAST = 1, 2, 4  # kinds of a record: whole in its block, or first or last part
@@ -32,7 +36,7 @@ def kept_steps(folder: Path) -> set[int]:
     return found
 
 
-def _records(data: bytes) -> Iterator[Any]:
+def _records(data: bytes) -> Iterator[Message]:
     """Yield the records of an offline file up to where it was cut."""
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2

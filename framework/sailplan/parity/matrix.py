@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sailplan.config.fields import Options
 from sailplan.parity.layouts import compare, reference, relative_errors, trajectory
@@ -103,9 +104,12 @@ class Group:
 class References:
     """The full batch's gradients and the one-rank trajectory, computed when first asked for."""
 
-    found: dict[object, object] = field(default_factory=dict)
+    found: dict[tuple[str | None, str], tuple[float, dict[str, Tensor]]] = field(
+        default_factory=dict
+    )
+    trajectories: dict[int, tuple[list[float], dict[str, Tensor]]] = field(default_factory=dict)
 
-    def gradients(self, loss: str | None, encoder: str = OMNI) -> Any:
+    def gradients(self, loss: str | None, encoder: str = OMNI) -> tuple[float, dict[str, Tensor]]:
         if (loss, encoder) not in self.found:
             self.found[loss, encoder] = (
                 reference(encoder=encoder)
@@ -114,10 +118,10 @@ class References:
             )
         return self.found[loss, encoder]
 
-    def trajectory(self, steps: int) -> Any:
-        if steps not in self.found:
-            self.found[steps] = trajectory(1, 1, steps=steps)
-        return self.found[steps]
+    def trajectory(self, steps: int) -> tuple[list[float], dict[str, Tensor]]:
+        if steps not in self.trajectories:
+            self.trajectories[steps] = trajectory(1, 1, steps=steps)
+        return self.trajectories[steps]
 
 
 def groups(worlds: Sequence[int] = (1, 2, 4)) -> Iterator[Group]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar, cast
 
 from sailplan.errors import (
     BadDataError,
@@ -16,13 +16,14 @@ from sailplan.errors import (
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.watch import meet, phase
 
+Value = TypeVar("Value")  # JSON-able
 KINDS: dict[str, type[SailplanError]] = {
     kind.__name__: kind
     for kind in (SailplanError, ConfigurationError, BadDataError, StopRequested, UnavailableError)
 }
 
 
-def on_main(parallel: Parallel, what: str, work: Callable[[], object]) -> Any:
+def on_main(parallel: Parallel, what: str, work: Callable[[], Value]) -> Value:
     """Return `work()` done on rank 0, its JSON-able value, on every rank.
 
     If it fails, every rank raises, so that none waits for ever.
@@ -49,4 +50,4 @@ def on_main(parallel: Parallel, what: str, work: Callable[[], object]) -> Any:
         raise cause
     if "problem" in found:
         raise KINDS.get(found["kind"], SailplanError)(found["problem"])
-    return found["value"]
+    return cast(Value, found["value"])

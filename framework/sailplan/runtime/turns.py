@@ -10,7 +10,7 @@ it happened. Units should take seconds, not hours, and those that take longer ca
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -147,8 +147,8 @@ def any_over_ranks(flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return found.numpy()
 
 
-def from_all_ranks(parallel: Parallel, value: object) -> list[Any]:
+def from_all_ranks(parallel: Parallel, value: Value) -> list[Value]:
     """Return every rank's value, in rank order; values are small and can be pickled. Collective."""
-    found: list[object] = [None] * parallel.world_size
+    found = [value] * parallel.world_size
     dist.all_gather_object(found, value)
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -191,9 +191,8 @@ def _build(
     options: Options = (
         {"fused": True} | config.options if issubclass(cls, FUSED_BY_DEFAULT) else config.options
     )
-    make: Any = cls
     try:
-        return make(groups, lr=config.learning_rate, **options)  # type: ignore[no-any-return]
+        return cls(groups, lr=config.learning_rate, **options)  # type: ignore[call-arg]
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(

@@ -42,6 +42,7 @@ from sailplan.step.guards import FiniteGuard, Suspect
 from sailplan.step.kept_graphs import KeptGraphs
 from sailplan.step.optimizer import clear_gradients
 from sailplan.step.reduction import Averaged, average_gradients
+from sailplan_kernels.exchange import Exchange
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -87,7 +88,7 @@ def _below(prefix: str, values: Mapping[str, Number]) -> dict[str, Number]:
 class TrainingStep:
     """Runs steps with one encoder, its objectives and their optimizer.
 
-    exchange: a sailplan_kernels.exchange.Exchange over the data-parallel group. max_skips: steps in
+    exchange: over the data-parallel group. max_skips: steps in
     a row that the guard may skip before the run ends.
     """
 
@@ -99,7 +100,7 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         config: Config,
         parallel: Parallel,
-        exchange: object,
+        exchange: Exchange,
         *,
         max_skips: int = 10,
     ) -> None:

@@ -17,12 +17,12 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, wraps
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 
 Version = tuple[int, int]
-Chooser = TypeVar("Chooser", bound=Callable[[torch.dtype, str, str, int], Any])
+Chooser = TypeVar("Chooser", bound=Callable[[torch.dtype, str, str, int], object])
 
 SCHEDULES: dict[Version, tuple[str, ...]] = {
     (3, 6): ("tiles", "persistent"),  # 3.6.0: torch 2.10 and 2.11
@@ -110,12 +110,12 @@ def by_version(schedule: str) -> Callable[[Chooser], Chooser]:
 
     def decorate(choose: Chooser) -> Chooser:
         @wraps(choose)
-        def chosen(dtype: torch.dtype, kind: str, masks: str, capability: int) -> Any:
+        def chosen(dtype: torch.dtype, kind: str, masks: str, capability: int) -> object:
             found = choose(dtype, kind, masks, capability)
             changes = CHANGES.get(known(installed()), {}).get(
                 (schedule, dtype, kind, masks, capability // 10 * 10)
             )
-            return replace(found, **changes) if found is not None and changes else found
+            return replace(found, **changes) if found is not None and changes else found  # type: ignore[type-var]
 
         return cast(Chooser, chosen)
 

@@ -8,7 +8,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-ALLOWED = 115  # uses of typing.Any in both packages; the aim is below 60
+ALLOWED = 59  # uses of typing.Any in both packages
 
 
 def uses(path: Path) -> int:

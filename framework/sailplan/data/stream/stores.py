@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sailplan.config.fields import Options
+
 if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ObjectStore
@@ -22,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import obstore
 from fsspec import AbstractFileSystem
@@ -143,7 +145,7 @@ class Stores:
         return self._stores[place], key
 
 
-def client_settings(url: str, deadline: float, timeout: float, retries: int) -> dict[str, Any]:
+def client_settings(url: str, deadline: float, timeout: float, retries: int) -> Options:
     """Return obstore's settings for a URL's store: seconds for a request with its `retries`, and
     without a byte.
     """

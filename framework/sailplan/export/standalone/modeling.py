@@ -307,7 +307,7 @@ class SailplanModel(PreTrainedModel):
         pixel_sizes: Tensor | None = None,
         audio_values: Tensor | None = None,
         audio_mask: Tensor | None = None,
-        **_: Any,
+        **_: object,
     ) -> BaseModelOutputWithPooling:
         """input_ids [b, t] prompt and text; text_mask: the item's own; modalities int64 [b]:
         BITS of what a row shows.

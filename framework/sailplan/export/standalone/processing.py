@@ -38,7 +38,7 @@ class SailplanProcessor(ProcessorMixin):
         tokenizer: Any = None,
         inputs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
-        **options: Any,
+        **options: object,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
         self.inputs = dict(inputs or {})
@@ -48,7 +48,12 @@ class SailplanProcessor(ProcessorMixin):
         return int(self.inputs["max_tokens"])
 
     def __call__(
-        self, text: Any = None, images: Any = None, audio: Any = None, prompt: str = "", **_: Any
+        self,
+        text: object = None,
+        images: object = None,
+        audio: object = None,
+        prompt: str = "",
+        **_: object,
     ) -> BatchFeature:
         """Return the tensors of rows; each given argument is a list with an entry (or None) a
         row, or one row's.
@@ -60,8 +65,11 @@ class SailplanProcessor(ProcessorMixin):
         }
         if not given:
             raise ValueError("found neither text, images nor audio: expected at least one of them")
-        single = any(not isinstance(value, (list, tuple)) for value in given.values())
-        columns = {name: [value] if single else list(value) for name, value in given.items()}
+        several = {name: value for name, value in given.items() if isinstance(value, (list, tuple))}
+        single = len(several) < len(given)
+        columns = {
+            name: [value] if single else list(several[name]) for name, value in given.items()
+        }
         return self.items(
             [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
             prompt=prompt,
@@ -112,7 +120,7 @@ class SailplanProcessor(ProcessorMixin):
             )["input_ids"]
         ]
 
-    def _frames(self, pictures: Any) -> list[Tensor]:
+    def _frames(self, pictures: object) -> list[Tensor]:
         """uint8 [3, height, width] of each picture, at most the trained number."""
         several = (
             list(pictures)

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from itertools import permutations
-from typing import Any
 
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
@@ -24,7 +23,7 @@ class SailplanEncoder(InputModule):
         self.tokenizer = processor.tokenizer
 
     @property
-    def modalities(self) -> list[Any]:
+    def modalities(self) -> list[str | tuple[str, ...]]:
         return [
             *KEYS,
             *(each for size in (2, 3) for each in permutations(KEYS, size)),
@@ -43,7 +42,7 @@ class SailplanEncoder(InputModule):
     ) -> dict[str, Tensor]:
         return dict(self.processor.items(inputs, prompt=prompt or ""))
 
-    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+    def forward(self, features: dict[str, Tensor], **_: object) -> dict[str, Tensor]:
         return features | {"sentence_embedding": self.model(**features).pooler_output}
 
     def save(self, output_path: str, *_: object, **__: object) -> None:

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from sailplan.config.encoders import encoder
 from sailplan.config.fields import Count, Options, Positive, ShareBelowOne, When
+from sailplan.config.whole import WholeConfig
 from sailplan.data.config import Modality
 from sailplan.errors import ConfigurationError
 from sailplan.model.config import EncoderConfig
@@ -132,13 +133,13 @@ class TransformersConfig(EncoderConfig):
             *(["lora"] if self.lora.rank else []),
         )
 
-    def check_run(self, config: object) -> None:
+    def check_run(self, config: WholeConfig) -> None:
         super().check_run(config)
         self.check_lora(config, "model.lora.rank", self.lora.rank)
         check_views(config, self.encoder, self.modalities)
 
 
-def check_views(config: Any, encoder: str, modalities: Sequence[str]) -> None:
+def check_views(config: WholeConfig, encoder: str, modalities: Sequence[str]) -> None:
     """Raise ConfigurationError for a view that shows what the encoder does not see, or pictures
     otherwise than its processor makes them.
     """
@@ -161,7 +162,7 @@ def check_views(config: Any, encoder: str, modalities: Sequence[str]) -> None:
             )
 
 
-def _shown(config: Any) -> set[tuple[str, str]]:
+def _shown(config: WholeConfig) -> set[tuple[str, str]]:
     """Return (data set, view) of all that stages train and evaluations encode."""
     found = {
         (task.dataset, view)

@@ -159,9 +159,11 @@ class Recordings:
         return {"padding": "max_length", "max_length": self.length, "truncation": True}
 
 
-def _longest(extractor: Any) -> int | None:
+def _longest(extractor: object) -> int | None:
     """Return the samples that an extractor takes whole; None: any number."""
-    samples = getattr(extractor, "n_samples", None) or getattr(extractor, "nb_max_samples", None)
+    samples: int | None = getattr(extractor, "n_samples", None) or getattr(
+        extractor, "nb_max_samples", None
+    )
     if samples is None and hasattr(extractor, "max_length"):  # in frames of 10 ms
-        samples = (extractor.max_length + 2) * extractor.sampling_rate // 100
+        samples = (extractor.max_length + 2) * extractor.sampling_rate // 100  # type: ignore[attr-defined]
     return samples

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from sailplan.config.encoders import encoder
 from sailplan.config.fields import Options
+from sailplan.config.whole import WholeConfig
 from sailplan.data.config import MODALITIES, Modality
 from sailplan.errors import ConfigurationError
 from sailplan.model.config import EncoderConfig
@@ -72,7 +73,7 @@ class TwoTowersConfig(EncoderConfig):
                         f"out, {path}.embedding and {path}.prefixes are for all"
                     )
 
-    def check_lora_of_towers(self, config: object) -> None:
+    def check_lora_of_towers(self, config: WholeConfig) -> None:
         """Raise ConfigurationError for low-rank updates of a tower that no stage trains."""
         for modality in self.towers:
             rank = self.tower(modality).lora.rank
@@ -86,7 +87,7 @@ class TwoTowersConfig(EncoderConfig):
             *(["lora"] if lora else []),
         )
 
-    def check_run(self, config: object) -> None:
+    def check_run(self, config: WholeConfig) -> None:
         super().check_run(config)
         self.check_lora_of_towers(config)
         check_views(config, self.encoder, self.towers)
