@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,3 +272,22 @@ def test_a_server_that_is_gone_is_one_line_on_all_ranks(tmp_path, monkeypatch):
 def test_a_url_that_nothing_opens_is_one_line():
     with pytest.raises(ConfigurationError, match=r"checkpoint\.copy_to=nowhere://x: "):
         Copies("nowhere://x")
+
+
+def test_copies_that_stay_for_good_are_not_looked_at_again(tmp_path, monkeypatch):
+    """With keep_every they become many: a save that looked at each would cost ever more requests."""
+    looked = []
+    copies = Copies(f"file://{tmp_path}/far", keep=1, keep_every=1)
+    names = copies._target.names
+    monkeypatch.setattr(
+        copies._target, "names", lambda folder="": looked.append(folder) or names(folder)
+    )
+    for step in range(1, 201):
+        folder = tmp_path / "far" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / seal.COMPLETE).write_text("{}")
+        before = len(looked)
+        assert len(copies.steps()) == step
+        assert len(looked) - before == 2  # what is there, and the new one
+    shutil.rmtree(tmp_path / "far" / "step-00000007")
+    assert "step-00000007" not in copies.steps()

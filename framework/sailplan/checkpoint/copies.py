@@ -36,14 +36,18 @@ class Copies:
         """
         self.url, self._target = url.rstrip("/"), Target(url, key)
         self._keep, self._keep_every = max(keep, 1), keep_every
+        self._whole: set[str] = set()  # that were seen so: each is looked at once
 
     def steps(self) -> list[str]:
         """Return the names of whole copies, the oldest first."""
-        return [
+        steps = [name for name in self._target.names() if is_step(name)]
+        self._whole &= set(steps)
+        self._whole |= {
             name
-            for name in self._target.names()
-            if is_step(name) and COMPLETE in self._target.names(name)
-        ]
+            for name in steps
+            if name not in self._whole and COMPLETE in self._target.names(name)
+        }
+        return sorted(self._whole)
 
     def send(self, folder: Path, group: dist.ProcessGroup | None = None) -> None:
         """Copy a written checkpoint, of which this rank's node has at least this rank's files. A
@@ -56,6 +60,7 @@ class Copies:
 
         def begin() -> None:
             if rank == 0:
+                self._whole.discard(name)
                 self._target.remove(f"{name}/{COMPLETE}")
                 self._target.make(name)
 

@@ -15,14 +15,10 @@ is opened once for each bucket.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +27,10 @@ from sailplan.curriculum.interests import Events, mixed
 from sailplan.data.events import EventCounts, EventReader, EventUnit, event_units, file_size
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.turns import any_over_ranks, in_turns, meet, sum_over_ranks
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 
 BUCKET_EVENTS = 1 << 18  # events of a bucket, on average: some 100 MB while it is worked on
 CHUNK_ROWS = 1 << 20

@@ -15,17 +15,13 @@ look at.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +41,10 @@ from sailplan.errors import BadDataError
 from sailplan.runtime.process import Parallel
 from sailplan.runtime.seeds import generator
 from sailplan.runtime.turns import from_all_ranks, in_turns, meet, sum_over_ranks
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 
 logger = logging.getLogger("sailplan.curriculum")
 POOL = 16_384  # unused items among which a record's random negatives are drawn

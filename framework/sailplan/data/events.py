@@ -9,23 +9,23 @@ rise with time, and labels as bits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sailplan.data.config import InterestsConfig
 from sailplan.errors import BadDataError, ConfigurationError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 
 UNIT_BYTES = 64 << 20
 BATCH_ROWS = 1 << 18

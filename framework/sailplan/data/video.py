@@ -7,16 +7,11 @@ beginning by decoding, which is exact in every container; a seek is not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from av import VideoFrame
-
 import io
 import random
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sailplan.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+
 
 MOST_PIXELS = 1 << 26  # of a frame; a broken header may tell any size
 Frame = TypeVar("Frame")

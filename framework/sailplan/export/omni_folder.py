@@ -4,16 +4,11 @@ tokenizer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import transformers
 from torch import Tensor
@@ -25,6 +20,10 @@ from sailplan.export.bundle import OMNI, bundle
 from sailplan.export.prompts import Written, named_views, own_modules
 from sailplan.export.weights import ENCODER, INPUT_KEYS, save_weights
 from sailplan.runtime.files import write_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 CODE = {
     "AutoConfig": "configuration_sailplan.SailplanConfig",

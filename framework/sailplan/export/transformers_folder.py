@@ -7,16 +7,11 @@ without any code in it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -41,6 +36,10 @@ from sailplan.model.encoders.transformers.module import FEATURES, LORA
 from sailplan.model.encoders.transformers.prompts import PublishedTokenizer
 from sailplan.model.encoders.two_towers import TwoTowersConfig
 from sailplan.runtime.files import write_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 MODEL = "model."
 # Ours -> theirs, as every version of sentence-transformers reads them.

@@ -8,18 +8,18 @@ Hugging Face keeps in the schema what columns mean: pictures and sound are struc
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sailplan.errors import BadDataError
 from sailplan.ingest.rows import Part, Row, split_of_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 
 READ_AT_ONCE = 256  # rows that are Python objects at a time
 ENDINGS = (".parquet", ".arrow")

@@ -8,15 +8,10 @@ A new one is one file: a dataclass of its settings below `model.config.EncoderCo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sailplan.model.config import EncoderConfig
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +21,9 @@ from sailplan.data.processor import Processor
 from sailplan.data.record import EncoderInputs
 from sailplan.model.protocol import Encoder
 from sailplan.runtime.process import Parallel
+
+if TYPE_CHECKING:
+    from sailplan.model.config import EncoderConfig
 
 
 class EncoderComponent(ABC):

@@ -7,23 +7,20 @@ lies in the run folder. `MetricWriter` leaves it out from its first failure on.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from wandb import Run, Table
-
-
 import hashlib
 import os
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sailplan.config.fields import JsonObject
 from sailplan.errors import ConfigurationError
 from sailplan.observe.logger import Examples, Logger, Results, RunInfo, StageInfo, Value
 from sailplan.observe.run_files import METRICS, read_lines
 from sailplan.observe.wandb_offline import kept_steps
+
+if TYPE_CHECKING:
+    from wandb import Run, Table
 
 
 def run_id(project: str, name: str) -> str:

@@ -8,15 +8,15 @@ them.
 
 from __future__ import annotations
 
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-import json
-import struct
-from collections.abc import Iterator
-from pathlib import Path
 
 HEADER, BLOCK = 7, 2**15
 WHOLE, FIRST, LAST = 1, 2, 4  # kinds of a record: whole in its block, or first or last part

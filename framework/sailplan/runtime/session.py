@@ -67,7 +67,7 @@ def started(config: ParallelConfig) -> Iterator[Parallel]:
     ):
         try:
             with phase("start"):
-                device = _device(config, local_rank(), world_size)
+                device = _device(config, world_size)
                 _join(watch, config, device, world_size)
                 parallel = form_groups(config.tensor, device)
             yield parallel
@@ -85,12 +85,13 @@ def started(config: ParallelConfig) -> Iterator[Parallel]:
                 watch.board.leave(0, "")
 
 
-def _device(config: ParallelConfig, number: int, world_size: int) -> torch.device:
+def _device(config: ParallelConfig, world_size: int) -> torch.device:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:  # connections to all other ranks, mapped shards, and pipes of workers
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if device_type() == "cuda":
+        number = local_rank()
         if number >= torch.cuda.device_count():
             raise ConfigurationError(
                 f"host {host_name()}: found {torch.cuda.device_count()} GPUs, expected one for each "

@@ -96,5 +96,5 @@ def test_no_more_threads_are_asked_for_than_openmp_may_start(
     seen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
     monkeypatch.setenv("OMP_THREAD_LIMIT", limit)
-    sessions._device(ParallelConfig(threads=2), number=0, world_size=1)
+    sessions._device(ParallelConfig(threads=2), world_size=1)
     assert seen == [threads]

@@ -8,14 +8,6 @@ is noticed by the first byte that is read of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from sailplan.config.fields import Options
-
-if TYPE_CHECKING:
-    from obstore import ObjectMeta
-    from obstore.store import ObjectStore
-
 import asyncio
 import hashlib
 import os
@@ -24,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import obstore
 from fsspec import AbstractFileSystem
@@ -39,7 +31,13 @@ from obstore.exceptions import (
 from obstore.fsspec import FsspecStore
 from obstore.store import from_url
 
+from sailplan.config.fields import Options
 from sailplan.data.stream.address import scheme, split
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import ObjectStore
+
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts
 RETRIES = 2  # of obstore's own for one attempt of ours: ours also repeat bodies that break off

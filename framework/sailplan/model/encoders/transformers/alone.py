@@ -4,17 +4,16 @@ random, statistics that stay.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
 from types import MethodType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 
 C = TypeVar("C")
 # Layers left out and times masked are drawn from numpy's generator, so that a replay would draw

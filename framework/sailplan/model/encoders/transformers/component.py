@@ -4,13 +4,9 @@ format.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sailplan.model.config import EncoderConfig
-
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,6 +26,9 @@ from sailplan.model.encoders.transformers.processor import TransformersProcessor
 from sailplan.model.encoders.transformers.sequences import SequenceProcessor
 from sailplan.model.protocol import Encoder
 from sailplan.runtime.process import Parallel
+
+if TYPE_CHECKING:
+    from sailplan.model.config import EncoderConfig
 
 
 class Transformers(EncoderComponent):

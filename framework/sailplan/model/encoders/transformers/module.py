@@ -5,12 +5,8 @@ Shape legend: b rows, t tokens, h the model's size, D the vector's.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers.modeling_outputs import BaseModelOutput
-
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +21,10 @@ from sailplan.model.encoders.transformers.files import reads_media_as_text
 from sailplan.model.encoders.transformers.pooling import POOLINGS
 from sailplan.model.encoders.transformers.processor import LENGTHS, PRESENT, RECORDINGS, ROWS
 from sailplan.model.protocol import Embeddings, Encoder, reach_backward
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutput
+
 
 LORA = "lora_"  # in the names of peft's factors
 FEATURES = {
